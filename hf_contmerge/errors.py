@@ -1,0 +1,51 @@
+"""What goes wrong for a user, as a tree. Everything here ends the program with exit code 2 and one message.
+
+    ContmergeError
+    ├── RecipeError       a word in the YAML: unknown field, rule, strategy, parameter, task   (also a ValueError)
+    ├── DataError         a dataset: missing, empty, without the column that the recipe names   (also a ValueError)
+    ├── ModelError        weights: names, shapes, vocabulary, truncated or non-finite tensors   (also a ValueError)
+    ├── RunError          the run folder: made by another recipe, in use, or half there
+    └── ResourceError     the machine: disk, memory, network, permissions
+
+A message says what was found, where, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ContmergeError(Exception):
+    """Base of all errors that a user can mend."""
+
+    exit_code = 2
+
+
+class RecipeError(ContmergeError, ValueError):
+    """A word in a recipe is unknown, missing or contradicts another."""
+
+
+class DataError(ContmergeError, ValueError):
+    """A dataset cannot give what the recipe asks of it."""
+
+
+class ModelError(ContmergeError, ValueError):
+    """A model folder is missing, damaged, or does not fit the base model."""
+
+
+class RunError(ContmergeError):
+    """A run folder cannot be continued as asked."""
+
+
+class ResourceError(ContmergeError):
+    """The machine lacks disk, memory, network or permission."""
+
+
+def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> str:
+    """Return the sentence for a word that is not among `known`, with the nearest ones suggested."""
+    options = sorted(known)
+    near = difflib.get_close_matches(word, options, n=2, cutoff=0.6)
+    place = f" in {where}" if where else ""
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(options) or '(none)'}."

@@ -1,0 +1,125 @@
+"""Merge rules: the maths of continual merging, one method a file. Imports torch and the standard library only.
+
+    running_t = rule.update(running_{t-1}, expert_t - base)        one tensor, float32, running_0 = 0
+    merged_t  = base + rule.scale(norms_t) * running_t             one number for the whole model
+
+A rule is a frozen dataclass; its fields are the method's parameters, by the paper's symbol (a trailing underscore
+keeps Python's keywords free: `lambda_` is `lambda` in YAML). File name = word in the YAML = class name in lower case:
+dropping `merge_rules/opcm.py` with a class `Opcm` in here makes `rule: opcm` and mergekit's `merge_method: opcm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+StartFrom = Literal["base", "previous", "merged"]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Frobenius norms over all floating tensors of a model, every stored tensor once.
+
+    `experts`: |expert_t - base| for t = 1..T, in stage order. `running`: |running_T|.
+    """
+
+    experts: tuple[float, ...]
+    running: float
+
+
+@dataclass(frozen=True)
+class MergeRule(ABC):
+    """One continual merging method: a pure update of one tensor and a pure scale for the whole model."""
+
+    reference: ClassVar[str]
+    """Where the method was published (a URL)."""
+    start_from: ClassVar[StartFrom]
+    """What the paper's experts start from: each from the base, from the previous expert, or from the merged model."""
+    whole_model_scale: ClassVar[bool] = False
+    """True when `scale` reads the norms, so that no tensor can be written before all have been seen."""
+
+    @abstractmethod
+    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+        """Fold one expert into the running tensor.
+
+        Args:
+            running: float32, the weight's shape; zeros before the first expert. Must not be modified.
+            task_vector: expert - base, same shape and dtype. Must not be modified.
+            is_matrix: True for a linear map (2-D, or a 3-D stack of them); False for vocabulary tables, routers,
+                norms and biases, which projection rules must leave unprojected.
+
+        Returns:
+            The new running tensor, float32, same shape. May be `task_vector` itself.
+        """
+
+    @abstractmethod
+    def scale(self, norms: Norms) -> float:
+        """Return the factor on the running tensors in merged = base + scale * running."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters under the names that recipes use."""
+        return {yaml_word(f.name): getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def yaml_word(field_name: str) -> str:
+    """Return a dataclass field's name as recipes spell it: `lambda_` is `lambda`."""
+    return field_name.removesuffix("_")
+
+
+def rule_names() -> tuple[str, ...]:
+    """Return the names of all rules, which are the names of the files in this folder."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+
+
+def rule_class(name: str) -> type[MergeRule]:
+    """Return the class of a rule. Raises KeyError for a name that has no file here."""
+    if name not in rule_names():
+        raise KeyError(name)
+    module = importlib.import_module(f"{__name__}.{name}")
+    wanted = name.replace("_", "")
+    return next(c for n, c in vars(module).items() if n.lower() == wanted and isinstance(c, type))
+
+
+def get_rule(name: str, /, **parameters: Any) -> MergeRule:
+    """Make a rule from its name and its parameters as recipes spell them.
+
+    Raises:
+        KeyError: no such rule.
+        TypeError: a parameter that the rule does not have.
+        ValueError: a parameter of the wrong type or outside its range.
+    """
+    cls = rule_class(name)
+    fields = {yaml_word(f.name): f.name for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    values = {}
+    for word, value in parameters.items():
+        if word not in fields:
+            raise TypeError(f"{name} has no parameter {word!r}; it has: {', '.join(fields) or 'none'}")
+        values[fields[word]] = _checked(f"{name}'s {word}", value, hints[fields[word]])
+    return cls(**values)
+
+
+def parameter_types(cls: type[MergeRule]) -> Mapping[str, tuple[Any, Any]]:
+    """Return recipe word -> (type, default) of a rule's parameters."""
+    hints = get_type_hints(cls)
+    return {yaml_word(f.name): (hints[f.name], f.default) for f in dataclasses.fields(cls)}
+
+
+def _checked(what: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{what} must be one of {', '.join(map(repr, get_args(kind)))}; got {value!r}")
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind is not float and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{what} must be a finite {kind.__name__}; got {value!r}")

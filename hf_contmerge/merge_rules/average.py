@@ -1,0 +1,21 @@
+"""The mean of the experts, the plainest of all merges and hard to beat (called SWA in the OPCM paper)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_contmerge.merge_rules import MergeRule, Norms
+
+
+@dataclass(frozen=True)
+class Average(MergeRule):
+    """S <- S + D;  merged = base + S / t, which is the mean of the t experts."""
+
+    reference = "https://arxiv.org/abs/2203.05482"
+    start_from = "previous"
+
+    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+        return running + task_vector
+
+    def scale(self, norms: Norms) -> float:
+        return 1.0 / len(norms.experts)

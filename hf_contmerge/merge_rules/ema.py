@@ -1,0 +1,23 @@
+"""Exponential moving average of the experts (TIME, Dziadzio et al., CVPR 2025, arXiv 2412.06712)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_contmerge.merge_rules import MergeRule, Norms
+
+
+@dataclass(frozen=True)
+class Ema(MergeRule):
+    """S <- beta * S + (1 - beta) * D from S = 0 (the base itself);  merged = base + S."""
+
+    reference = "https://arxiv.org/abs/2412.06712"
+    start_from = "merged"
+
+    beta: float = 0.5
+
+    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+        return running.lerp(task_vector, 1.0 - self.beta)
+
+    def scale(self, norms: Norms) -> float:
+        return 1.0

@@ -1,0 +1,28 @@
+"""MagMax: keep, weight by weight, the largest change that any stage made (Marczak et al., ECCV 2024, arXiv 2407.06322)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_contmerge.merge_rules import MergeRule, Norms
+
+
+@dataclass(frozen=True)
+class Magmax(MergeRule):
+    """S[j] <- D[j] if |D[j]| >= |S[j]| else S[j];  merged = base + lambda * S.
+
+    `lambda` is 0.5 in all of the authors' scripts, after the first stage too. Experts come from sequential
+    fine-tuning, so that D_t contains D_{t-1}; on equal magnitudes the later stage wins.
+    """
+
+    reference = "https://arxiv.org/abs/2407.06322"
+    start_from = "previous"
+
+    lambda_: float = 0.5
+
+    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+        return torch.where(task_vector.abs() >= running.abs(), task_vector, running)
+
+    def scale(self, norms: Norms) -> float:
+        return self.lambda_

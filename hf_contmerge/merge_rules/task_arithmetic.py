@@ -1,0 +1,23 @@
+"""Task arithmetic: add the task vectors, scaled by one constant (Ilharco et al., ICLR 2023, arXiv 2212.04089)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_contmerge.merge_rules import MergeRule, Norms
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(MergeRule):
+    """S <- S + D;  merged = base + lambda * S. Usual lambda: 0.3 for 8 experts, 0.1 for 14 and more."""
+
+    reference = "https://arxiv.org/abs/2212.04089"
+    start_from = "base"
+
+    lambda_: float = 0.3
+
+    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+        return running + task_vector
+
+    def scale(self, norms: Norms) -> float:
+        return self.lambda_

@@ -1,0 +1,313 @@
+"""The recipe: what to train on, in which order, how to merge, what to measure. The only reader of our YAML.
+
+    name: law-then-code                     # the run's folder is runs/<name>
+    base_model: Qwen/Qwen3-0.6B             # a Hub id, a folder, a .gguf file
+    stages:
+      - {name: law,  dataset: law.jsonl}                          # learnt from data, or
+      - {name: code, expert: owner/code-model}                    # given, or
+      - {name: chat, expert: owner/instruct, minus: owner/base}   # a vector between two other models
+    train:    {max_steps: 500, learning_rate: 1.0e-5}             # any field of TRL's SFTConfig, plus `strategy`
+    merge:    [{rule: magmax, parameters: {lambda: 0.5}}, {rule: opcm}]
+    evaluate: {general_tasks: [hellaswag]}
+    publish:  {repo_id: me/law-code, merge: opcm}
+
+Imports neither torch nor transformers, so that "is all of this done?" is answered at once. Whether a rule, a
+strategy, a task or a column exists is asked by the phase that needs it, before any work is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from hf_contmerge.errors import RecipeError, unknown
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+"""A name that becomes a folder's or a task's name."""
+StartFrom = Literal["base", "previous", "merged"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dataset(_Part):
+    """Texts or conversations, and which part of them is held out to measure forgetting."""
+
+    path: str
+    """A .json/.jsonl/.parquet/.csv/.txt/.arrow file or a folder of them, a Hub id, or quickstart:<name>."""
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    text: str | None = None
+    """The column with plain text, or a format string over columns such as "{question}\\n{answer}"."""
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    heldout: Annotated[int, Field(ge=0)] = 32
+    """How many examples are set aside, never trained on, to measure what later stages forget of this one."""
+    heldout_split: str | None = None
+    """Take them from this split instead (`test`, say)."""
+    heldout_chars: Annotated[int, Field(ge=1)] = 4000
+    """Longer held-out documents are cut here, so that a row of scores costs a known time."""
+
+
+def _as_dataset(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+DatasetField = Annotated[Dataset, BeforeValidator(_as_dataset)]
+
+
+class Task(_Part):
+    """One thing to measure: a task that lm-eval knows by name, or one made from a dataset."""
+
+    name: Name
+    dataset: DatasetField | None = None
+    kind: Literal["perplexity", "multiple_choice"] | None = None
+    """What to make of the dataset; without it, `name` is lm-eval's."""
+    question: str = "query"
+    choices: str = "choices"
+    answer: str = "gold"
+    """The columns of a multiple_choice dataset: the prompt, the list of continuations, the index of the right one."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _dataset_with_kind(self) -> Task:
+        if (self.dataset is None) != (self.kind is None):
+            raise ValueError("a task needs both `dataset` and `kind` (perplexity or multiple_choice), or neither")
+        return self
+
+
+def _as_task(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+TaskField = Annotated[Task, BeforeValidator(_as_task)]
+
+
+class Stage(_Part):
+    """One thing to learn: from a dataset, from a given expert, or from the difference of two models."""
+
+    name: Name
+    dataset: DatasetField | None = None
+    expert: str | None = None
+    minus: str | None = None
+    tasks: tuple[TaskField, ...] = ()
+    """Measured beside the perplexity of the stage's held-out text."""
+
+    @property
+    def heldout_task(self) -> str | None:
+        """The name of the task that measures the stage's own held-out text."""
+        return f"{self.name}_heldout" if self.dataset and (self.dataset.heldout or self.dataset.heldout_split) else None
+
+    def task_names(self) -> tuple[str, ...]:
+        """Return the names of all tasks that measure this stage."""
+        own = (self.heldout_task,) if self.heldout_task else ()
+        return own + tuple(t.name for t in self.tasks)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Stage:
+        if (self.dataset is None) == (self.expert is None):
+            raise ValueError("a stage needs either `dataset` (to train on) or `expert` (a trained model)")
+        if self.minus is not None and self.expert is None:
+            raise ValueError("`minus` needs `expert`: the stage's task vector is expert - minus")
+        return self
+
+
+class Train(BaseModel):
+    """How experts are trained: `strategy`, its `parameters`, and any field of TRL's SFTConfig by its own name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    strategy: str = "full"
+    parameters: dict[str, Any] = {}
+
+    @property
+    def sft_fields(self) -> dict[str, Any]:
+        """The SFTConfig fields that the recipe sets."""
+        return dict(self.model_extra or {})
+
+
+class Merge(_Part):
+    """One merge rule of the run, applied after each stage. Several can run side by side on the same experts."""
+
+    name: Name = ""
+    rule: str
+    parameters: dict[str, bool | int | float | str] = {}
+    start_from: StartFrom | None = None
+    """Which experts it folds; without it, those that the rule's paper uses."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the merged model's weights; auto is the base model's own."""
+    shard_size: Annotated[int, Field(ge=1)] = 5_000_000_000
+    """Bytes in a file of weights, as in `save_pretrained(max_shard_size=...)`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_its_rule(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"rule": value}
+        if isinstance(value, dict) and not value.get("name"):
+            value = {**value, "name": value.get("rule", "")}
+        return value
+
+
+class Evaluate(_Part):
+    """What is measured after each stage, for experts and merged models alike."""
+
+    general_tasks: tuple[TaskField, ...] = ()
+    """Abilities that no stage teaches: what the base could do and should still do at the end."""
+    matrix: Literal["lower", "full"] = "lower"
+    """lower: the stages seen so far. full: also the ones to come, which forward transfer needs."""
+    include_path: str | None = None
+    """A folder of lm-eval task YAML files."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights while scoring. auto: bfloat16 on a GPU and on processors with bfloat16 units, else float32."""
+
+
+class Publish(_Part):
+    """Where the result goes."""
+
+    repo_id: str
+    merge: str | None = None
+    """Which merge of the run; without it, its only one."""
+    private: bool = True
+    license: str | None = None
+
+
+class Recipe(_Part):
+    """A whole run."""
+
+    name: Name
+    base_model: str
+    output: str | None = None
+    """The run folder; without it, runs/<name>."""
+    seed: int = 0
+    trust_remote_code: bool = False
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    train: Train = Train()
+    merge: Annotated[tuple[Merge, ...], Field(min_length=1)]
+    evaluate: Evaluate = Evaluate()
+    publish: Publish | None = None
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        for what, names in (
+            ("stages", [s.name for s in self.stages]),
+            ("merge entries", [m.name for m in self.merge]),
+            ("tasks", [t.name for t in self.tasks()]),
+        ):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"two {what} are named {', '.join(twice)}; give each a `name` of its own")
+        return self
+
+    def tasks(self) -> Iterator[Task]:
+        """Yield the tasks that the recipe names, without the stages' held-out texts."""
+        for stage in self.stages:
+            yield from stage.tasks
+        yield from self.evaluate.general_tasks
+
+    def run_folder(self) -> Path:
+        """Return the folder that the run writes to, unless the command line names another."""
+        return Path(self.output or f"runs/{self.name}")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `a.b=c` as after `--set`: a dotted path (numbers index lists) and a YAML value.
+
+    Raises:
+        RecipeError: the file is missing or no YAML, or a field is unknown, missing or of the wrong type.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data, where=str(path))
+
+
+def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
+    """Check the contents of a recipe. Raises RecipeError as `load_recipe` does."""
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where} must hold a mapping with name, base_model, stages and merge; got {data!r:.80}")
+    if "merge_method" in data:
+        raise RecipeError(
+            f"{where} is a mergekit recipe (it has `merge_method`). Run it with `mergekit-yaml {where} OUT`; "
+            "a recipe for contmerge has `stages` and `merge`."
+        )
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where)) from error
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return the recipe with every default written out, as the run folder keeps it."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(data: Any, override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set wants path=value, such as merge.0.rule=opcm; got {override!r}")
+    at = data
+    try:
+        for i, key in enumerate(keys[:-1]):
+            if isinstance(at, list):
+                at = at[int(key)]
+            else:
+                if at.get(key) is None:
+                    at[key] = {}
+                at = at[key]
+            if isinstance(at, str):  # a shorthand such as `dataset: file.jsonl` has no fields to set
+                place = ".".join(keys[: i + 1])
+                raise RecipeError(f"--set {override}: {place} is {at!r}; write it out as a mapping first")
+        last = int(keys[-1]) if isinstance(at, list) else keys[-1]
+        at[last] = yaml.safe_load(value)
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise RecipeError(f"--set {override}: the recipe has no place {dotted!r}") from error
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """Turn pydantic's list into one sentence a field, with the nearest known names."""
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(item["loc"][:-1])
+            parent = ".".join(str(part) for part in item["loc"][:-1]) or "the recipe"
+            lines.append(unknown("field", str(item["loc"][-1]), fields, where=parent))
+        elif item["type"] == "missing":
+            lines.append(f"{place} is missing.")
+        else:
+            shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r:.60})"
+            lines.append(f"{place or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return f"{where}: " + "\n  ".join(lines)
+
+
+_PARTS: dict[str, type[BaseModel]] = {
+    "stages": Stage, "train": Train, "merge": Merge, "evaluate": Evaluate, "publish": Publish,
+    "dataset": Dataset, "tasks": Task, "general_tasks": Task,
+}  # fmt: skip
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        model = _PARTS.get(str(part), model)
+    return list(model.model_fields)

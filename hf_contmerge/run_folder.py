@@ -1,0 +1,403 @@
+"""A run is a folder; a phase is done when its record exists; the record is written last.
+
+    runs/<name>/
+      recipe.yml                                   the recipe with every default, frozen at the first start
+      tasks/<task>.yaml <task>.jsonl               what lm-eval measures, usable by the stock `lm_eval` command too
+      stages/00-base/score.json                    the base model's scores: row 0
+      stages/01-law/
+        experts/<kind>/  expert/ train.json score.json         kind: base, previous, or merged-<merge entry>
+        merges/<entry>/  running/ merged/ merge.yml merge.json score.json
+      report/ index.html report.md scores.csv summary.json forgetting.png
+      report.json                                  written when everything above is done
+
+A phase (train, merge, score, report) writes into a hidden scratch folder, which is renamed, and then its record
+`<phase>.json`. A crash anywhere means that this phase runs again and nothing else does. This module is the only one
+that knows these names.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_contmerge.errors import ResourceError, RunError, unknown
+from hf_contmerge.recipe import Merge, Recipe, Stage, load_recipe, recipe_yaml
+
+Phase = Literal["train", "merge", "score", "report"]
+PHASES: tuple[Phase, ...] = ("train", "merge", "score", "report")
+Record = dict[str, Any]
+
+_RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder in which phases leave their outputs and, last of all, their records."""
+
+    folder: Path
+
+    def record(self, phase: Phase) -> Record:
+        """Return the record of a phase that is done."""
+        return json.loads(self._record_file(phase).read_text(encoding="utf-8"))
+
+    def is_done(self, phase: Phase) -> bool:
+        return self._record_file(phase).exists()
+
+    def scratch(self, name: str) -> Path:
+        """Return an empty hidden folder in which to build the output `name`."""
+        path = self.folder / f".{name}"
+        remove(path)
+        path.mkdir(parents=True)
+        return path
+
+    def publish(self, name: str) -> Path:
+        """Put the scratch folder of the output `name` in its place."""
+        scratch, final = self.folder / f".{name}", self.folder / name
+        _sync_files(scratch)
+        remove(final)  # left by a crash between this rename and the record
+        scratch.rename(final)
+        _sync_folder(self.folder)
+        return final
+
+    def finish(self, phase: Phase, record: Record) -> None:
+        """Write the phase's record, which makes it done."""
+        stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+        write_atomically(self._record_file(phase), json.dumps({**record, **stamp}, indent=1) + "\n")
+
+    def undo(self, phase: Phase) -> None:
+        """Forget that a phase was done, then remove what it wrote."""
+        self._record_file(phase).unlink(missing_ok=True)
+        for name in self.outputs(phase):
+            remove(self.folder / name)
+
+    def outputs(self, phase: Phase) -> tuple[str, ...]:
+        """Return the names of what a phase writes beside its record."""
+        return {"report": ("report", ".report")}.get(phase, ())
+
+    def _record_file(self, phase: Phase) -> Path:
+        return self.folder / f"{phase}.json"
+
+
+@dataclass(frozen=True)
+class ExpertPlace(Place):
+    """A stage's expert of one kind."""
+
+    kind: str
+
+    @property
+    def model(self) -> Path:
+        """The expert's folder: trained here, or, for a given expert, where its record says."""
+        given = self.record("train").get("given") if self.is_done("train") else None
+        return Path(given) if given else self.folder / "expert"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Half-trained states, to resume from; removed once the expert is there."""
+        return self.folder / "checkpoints"
+
+    def outputs(self, phase: Phase) -> tuple[str, ...]:
+        return {"train": ("expert", ".expert", "checkpoints")}.get(phase, ())
+
+
+@dataclass(frozen=True)
+class MergePlace(Place):
+    """What one merge entry of the recipe made of the stages so far."""
+
+    entry: Merge
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "merged"
+
+    @property
+    def running(self) -> Path:
+        """The rule's state: one float32 tensor per weight. Read by the next stage, then pruned."""
+        return self.folder / "running"
+
+    @property
+    def mergekit_recipe(self) -> Path:
+        return self.folder / "merge.yml"
+
+    def prune(self) -> None:
+        """Drop the running state, which a later stage's record has made needless."""
+        remove(self.running)
+
+    def outputs(self, phase: Phase) -> tuple[str, ...]:
+        return {"merge": ("merged", ".merged", "running", ".running", "merge.yml")}.get(phase, ())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and the folder in which it is carried out. Stages count from 1; 0 is the base model."""
+
+    folder: Path
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, recipe: Recipe, folder: str | Path | None = None) -> Run:
+        """Start a run, or resume the one that is there.
+
+        Raises:
+            RunError: the folder was made by a recipe that differs where work has been done already.
+            ResourceError: the folder cannot be written.
+        """
+        run = cls(Path(folder) if folder else recipe.run_folder(), recipe)
+        if run._recipe_file.exists():
+            run._refuse_changes(load_recipe(run._recipe_file))
+        elif run.folder.exists() and any(run.folder.iterdir()):
+            raise RunError(f"{run.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(run._recipe_file, recipe_yaml(recipe))
+        except OSError as error:
+            raise ResourceError(
+                f"Cannot write the run folder {run.folder}: {error.strerror}. Name another with --run."
+            ) from error
+        return run
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Return the run in a folder with the recipe that is frozen there, to look at it."""
+        recipe_file = Path(folder) / "recipe.yml"
+        if not recipe_file.exists():
+            raise RunError(
+                f"{folder} holds no run (no recipe.yml). Give the folder that `contmerge run` wrote, such as "
+                "runs/quickstart."
+            )
+        return cls(Path(folder), load_recipe(recipe_file))
+
+    def is_complete(self) -> bool:
+        """Say whether all that this very recipe asks for has been done, without looking at more than two files."""
+        place = self.report
+        return place.is_done("report") and place.record("report").get("recipe_sha256") == self.recipe_sha256()
+
+    def recipe_sha256(self) -> str:
+        return hashlib.sha256(recipe_yaml(self.recipe).encode()).hexdigest()
+
+    @property
+    def report(self) -> Place:
+        """Where the report folder and its record lie."""
+        return Place(self.folder)
+
+    @property
+    def tasks(self) -> Path:
+        return self.folder / "tasks"
+
+    @property
+    def base(self) -> Place:
+        return Place(self.folder / "stages" / "00-base")
+
+    def stage_numbers(self) -> range:
+        return range(1, len(self.recipe.stages) + 1)
+
+    def stage(self, t: int) -> Stage:
+        return self.recipe.stages[t - 1]
+
+    def expert(self, t: int, kind: str) -> ExpertPlace:
+        """Return the place of stage t's expert. In the first stage every kind starts from the base: one expert."""
+        kind = kind if t > 1 else "base"
+        return ExpertPlace(self._stage_folder(t) / "experts" / kind, kind)
+
+    def merged(self, t: int, entry: Merge) -> MergePlace:
+        return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry)
+
+    def expert_kinds(self) -> tuple[str, ...]:
+        """Return the kinds of expert that this run has trained, as far as it has come."""
+        later = {f.name for t in self.stage_numbers()[1:] for f in self._stage_folder(t).glob("experts/*")}
+        return tuple(sorted(later)) or ("base",)
+
+    def places(self) -> Iterator[tuple[int, Place]]:
+        """Yield (stage, place) of all that exists on disk, the base first."""
+        yield 0, self.base
+        for t in self.stage_numbers():
+            for folder in sorted(self._stage_folder(t).glob("experts/*")):
+                yield t, ExpertPlace(folder, folder.name)
+            for entry in self.recipe.merge:
+                if self.merged(t, entry).folder.exists():
+                    yield t, self.merged(t, entry)
+
+    def redo(self, phase: str, *, stage: str | None = None) -> list[str]:
+        """Undo a phase and all that follow from it, for a stage and the later ones; return what was undone."""
+        if phase not in PHASES:
+            raise RunError(unknown("phase", phase, PHASES))
+        first = self._first_to_redo(phase, stage)
+        self.report.undo("report")
+        undone = []
+        for t, place in self.places():
+            for each in PHASES[PHASES.index(phase) :]:
+                if place.is_done(each) and (t >= first or (t == 0 and stage is None)):
+                    undone.append(f"{each} of {place.folder.relative_to(self.folder)}")
+                if t >= first or (t == 0 and stage is None):
+                    place.undo(each)
+        return undone
+
+    def _first_to_redo(self, phase: str, stage: str | None) -> int:
+        if stage is None:
+            return 1
+        names = [s.name for s in self.recipe.stages]
+        if stage not in names:
+            raise RunError(unknown("stage", stage, names))
+        first = names.index(stage) + 1
+        if phase in ("train", "merge") and first > 1:
+            pruned = [e.name for e in self.recipe.merge if not self.merged(first - 1, e).running.exists()]
+            if pruned:
+                raise RunError(
+                    f"The running state after {names[first - 2]} is gone for {', '.join(pruned)}: it was pruned when "
+                    f"{stage} was merged. Use `contmerge redo {self.folder} {phase}` to redo all stages."
+                )
+        return first
+
+    def _stage_folder(self, t: int) -> Path:
+        return self.folder / "stages" / f"{t:02d}-{self.stage(t).name}"
+
+    @property
+    def _recipe_file(self) -> Path:
+        return self.folder / "recipe.yml"
+
+    def _refuse_changes(self, frozen: Recipe) -> None:
+        """Raise if a field differs that a phase which is done has used."""
+        before = Run(self.folder, frozen)
+        done = [(t, place, p) for t, place in before.places() for p in PHASES if place.is_done(p)]
+        lines, redo = [], set()
+        for field, old, new, phase in _differences(frozen, self.recipe):
+            users = [(t, place) for t, place, p in done if _uses(field, p, phase, t, place)]
+            if users:
+                redo.add(phase)
+                names = ", ".join(str(place.folder.relative_to(self.folder / "stages")) for _, place in users)
+                lines.append(f"  {field}: {old!r} -> {new!r}   used by {phase} of {names}")
+        if lines:
+            first = min(redo, key=PHASES.index)
+            raise RunError(
+                f"{self.folder} was made by another recipe:\n" + "\n".join(lines) + "\n"
+                f"To apply the change, drop what used it with `contmerge redo {self.folder} {first}` and run again; "
+                "to keep both, name another folder with --run."
+            )
+
+
+class RunLock:
+    """Keeps a second process out of a run folder; the kernel lets go of it however the holder dies."""
+
+    def __init__(self, run: Run) -> None:
+        self._path = run.folder / ".lock"
+
+    def __enter__(self) -> RunLock:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise RunError(
+                f"{self._path.parent} is in use by another process. Wait for it, or name another folder with --run."
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a crash leaves the old text or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    found = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_MISSING = "(not set)"
+
+
+def _differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, Any, Any, Phase]]:
+    """Yield (field, old value, new value, first phase that uses it). What is only added is no difference."""
+    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    added = {_group(f) for f in after} - {_group(f) for f in before}
+    for field in before | after:
+        phase = _phase_of(field)
+        if phase and before.get(field) != after.get(field) and _group(field) not in added:
+            yield field, before.get(field, _MISSING), after.get(field, _MISSING), phase
+
+
+def _flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield (dotted path, leaf). Lists of named things go by name; stages by number too, since their order counts."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value):
+        for number, item in enumerate(value, 1):
+            key = str(number) if path == "stages" else item["name"]
+            yield from _flat(item, f"{path}.{key}")
+    else:
+        yield path, value
+
+
+def _group(field: str) -> str:
+    """Return what is added as one piece: a stage, a merge entry, a task, or else the field itself."""
+    parts = field.split(".")
+    if parts[0] in ("stages", "merge") and len(parts) > 1:
+        return ".".join(parts[:4] if "tasks" in parts else parts[:2])
+    return ".".join(parts[:3]) if parts[:2] == ["evaluate", "general_tasks"] else field
+
+
+def _phase_of(field: str) -> Phase | None:
+    parts = field.split(".")
+    if parts[0] in ("name", "output", "publish") or field == "evaluate.matrix":
+        return None
+    if parts[0] == "merge":
+        return "merge"
+    return "score" if parts[0] == "evaluate" or "tasks" in parts else "train"
+
+
+def _uses(field: str, done: Phase, phase: Phase, t: int, place: Place) -> bool:
+    """Say whether a phase that is done at a place has used a field whose first user is `phase`."""
+    parts = field.split(".")
+    if parts[0] == "merge":
+        return done == "merge" and isinstance(place, MergePlace) and place.entry.name == parts[1]
+    if parts[0] == "stages" and t < int(parts[1]):
+        return False
+    return done == phase
