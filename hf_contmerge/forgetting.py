@@ -143,7 +143,7 @@ Scores = Mapping[str, TaskScore]
 
 @dataclass(frozen=True)
 class Line:
-    """The scores of one way of learning, stage after stage: an expert kind or a merge entry. Row 0 is the base model."""
+    """The scores of one way of learning, stage after stage: an expert kind or a merge entry. Row 0 is the base."""
 
     name: str
     rows: tuple[Scores, ...]

@@ -17,7 +17,7 @@ strategy, a task or a column exists is asked by the phase that needs it, before 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -212,6 +212,16 @@ class Recipe(_Part):
         for stage in self.stages:
             yield from stage.tasks
         yield from self.evaluate.general_tasks
+
+    def measured(self, stages: Iterable[int], *, general: bool = True) -> Iterator[Task]:
+        """Yield the tasks that measure some stages (counted from 1), then the general ones."""
+        for t in stages:
+            stage = self.stages[t - 1]
+            if stage.heldout_task:
+                yield Task(name=stage.heldout_task)
+            yield from stage.tasks
+        if general:
+            yield from self.evaluate.general_tasks
 
     def run_folder(self) -> Path:
         """Return the folder that the run writes to, unless the command line names another."""

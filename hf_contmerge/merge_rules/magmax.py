@@ -1,4 +1,7 @@
-"""MagMax: keep, weight by weight, the largest change that any stage made (Marczak et al., ECCV 2024, arXiv 2407.06322)."""
+"""MagMax: keep, weight by weight, the largest change that any stage made.
+
+Marczak et al., ECCV 2024, arXiv 2407.06322.
+"""
 
 from dataclasses import dataclass
 

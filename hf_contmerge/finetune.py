@@ -1,0 +1,194 @@
+"""One stage of fine-tuning: a model folder and a dataset in, a model folder out, by TRL's SFTTrainer; resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_contmerge.corpus import StageData
+from hf_contmerge.errors import ModelError, RecipeError, ResourceError, unknown
+from hf_contmerge.model_folder import Weights, bf16_pays, copy_companions
+from hf_contmerge.recipe import Train
+from hf_contmerge.train_strategies import TrainStrategy, get_strategy, strategy_names
+
+LOG = logging.getLogger(__name__)
+
+_OURS = {"output_dir": "the run folder", "seed": "`seed` of the recipe", "resume_from_checkpoint": "the run folder"}
+
+
+def finetune_stage(
+    *,
+    start: Path,
+    base: Path,
+    data: StageData,
+    train: Train,
+    seed: int,
+    out: Path,
+    checkpoints: Path,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Train one expert. All ranks call this together; the main one writes.
+
+    Args:
+        start: the model to start from.
+        base: the pretrained model; its config and tokenizer go with the expert.
+        data: what to train on.
+        train: strategy and SFTConfig fields.
+        seed: of the data order and dropout.
+        out: an empty folder for the expert, written by the main process.
+        checkpoints: where half-trained states lie; training goes on from the newest whole one.
+        trust_remote_code: let the model run code of its own.
+
+    Returns:
+        What the record should tell: the training loss, steps and tokens.
+    """
+    from trl import SFTTrainer
+
+    strategy = make_strategy(train)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    settings = sft_settings(train, data, tokenizer, numel=Weights(start).numel())
+    init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
+    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=trust_remote_code, **init)
+    trainer = SFTTrainer(
+        model=strategy.open(model),
+        args=_sft_config(**settings, output_dir=str(checkpoints), seed=seed),
+        train_dataset=data.train,
+        processing_class=tokenizer,
+    )
+    outcome = trainer.train(resume_from_checkpoint=_newest_checkpoint(checkpoints))
+    _save_expert(trainer, strategy, base, out)
+    record = {
+        "loss": outcome.training_loss,
+        "steps": outcome.global_step,
+        "examples": len(data.train),
+        "tokens": trainer.state.num_input_tokens_seen or None,
+        "log": trainer.state.log_history[:-1],
+    }
+    del trainer, model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return record
+
+
+def make_strategy(train: Train) -> TrainStrategy:
+    """Return the strategy that the recipe names. Raises RecipeError if there is none such or a parameter is unknown."""
+    try:
+        return get_strategy(train.strategy, **train.parameters)
+    except KeyError as error:
+        raise RecipeError(unknown("strategy", train.strategy, strategy_names(), where="train")) from error
+    except TypeError as error:
+        raise RecipeError(f"train.parameters: {error} (strategy {train.strategy})") from error
+
+
+def check_training(train: Train, start: Path) -> None:
+    """Raise before any work is spent: unknown fields (RecipeError), or too little memory (ResourceError)."""
+    strategy = make_strategy(train)
+    known = {f.name for f in dataclasses.fields(_config_class())}
+    for field in train.sft_fields:
+        if field in _OURS:
+            raise RecipeError(f"train.{field} is set by {_OURS[field]}; remove it from `train`.")
+        if field not in known:
+            raise RecipeError(
+                unknown("field", field, known | {"strategy", "parameters"}, where="train (TRL's SFTConfig)")
+            )
+    try:
+        _sft_config(**{**_defaults(numel=0), **train.sft_fields}, output_dir="unused")
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"train: {error}") from error
+    need = Weights(start).numel() * strategy.bytes_per_parameter
+    have = (
+        torch.cuda.mem_get_info()[1] * torch.cuda.device_count()
+        if torch.cuda.is_available()
+        else psutil.virtual_memory().total
+    )
+    if need > have:
+        raise ResourceError(
+            f"Training {start} with strategy {train.strategy} needs about {need / 2**30:.1f} GiB and this machine has "
+            f"{have / 2**30:.1f}. Use `strategy: lora`, a smaller model, or more GPUs."
+        )
+
+
+def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBase, *, numel: int) -> dict[str, Any]:
+    """Return the SFTConfig fields of a stage: our defaults for the form of its data, then what the recipe sets."""
+    form: dict[str, Any] = {}
+    if data.form == "text":  # pretraining: one stream, cut into blocks
+        form = {"packing": True, "packing_strategy": "wrapped"}
+    if data.form == "messages":
+        form = {"assistant_only_loss": _marks_assistant(tokenizer)}
+    return {**_defaults(numel=numel), **form, **train.sft_fields}
+
+
+def _defaults(*, numel: int) -> dict[str, Any]:
+    return {
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": bf16_pays(numel),
+        "report_to": "none",
+        "save_total_limit": 1,
+        "include_num_input_tokens_seen": True,
+        "logging_steps": 5,
+        "disable_tqdm": True,  # plain lines, which a log can hold
+    }
+
+
+def _config_class() -> type:
+    from trl import SFTConfig
+
+    return SFTConfig
+
+
+def _sft_config(**fields: Any) -> Any:
+    return _config_class()(**fields)
+
+
+def _marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether the loss can be kept to the assistant's turns: the chat template marks them, or TRL knows how to."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, which a stage with `messages` needs. "
+            "Give the base model one, set train.chat_template_path, or give the stage `prompt` and `completion`."
+        )
+    if has_generation_markers(tokenizer.chat_template):
+        return True
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        LOG.warning(
+            "The chat template of %s does not mark the assistant's turns ({%% generation %%}), so the loss covers "
+            "whole conversations", tokenizer.name_or_path,
+        )  # fmt: skip
+        return False
+    return True
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end: trainer_state.json comes last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def _save_expert(trainer: Any, strategy: TrainStrategy, base: Path, out: Path) -> None:
+    accelerator = trainer.accelerator
+    model = strategy.close(accelerator.unwrap_model(trainer.model))
+    state = (
+        accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
+    )
+    if accelerator.is_main_process:
+        model.save_pretrained(out, state_dict=state)
+        copy_companions(base, out, dtype=model.dtype)
+    accelerator.wait_for_everyone()

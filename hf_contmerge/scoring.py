@@ -1,0 +1,230 @@
+"""Score a model folder with lm-eval, on all ranks of all nodes.
+
+The tasks of a run are ordinary lm-eval task files in its `tasks/` folder, so the stock command measures the same:
+`lm_eval --model hf --model_args pretrained=FOLDER --include_path RUN/tasks --tasks law_heldout`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_contmerge import corpus
+from hf_contmerge.errors import DataError, RecipeError, unknown
+from hf_contmerge.forgetting import Block, Sample, TaskScore
+from hf_contmerge.model_folder import Weights, bf16_pays
+from hf_contmerge.recipe import Evaluate, Task
+
+LOG = logging.getLogger(__name__)
+
+_ACCURACIES = ("acc", "exact_match", "f1", "mcc", "acc_norm")
+_PERPLEXITIES = ("word_perplexity", "perplexity", "byte_perplexity")
+
+
+def write_perplexity_task(folder: Path, name: str, documents: Sequence[str]) -> None:
+    """Write an lm-eval task that measures the perplexity of documents."""
+    data = _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in documents])
+    aggregations = {"word_perplexity": "weighted_perplexity", "byte_perplexity": "weighted_perplexity",
+                    "bits_per_byte": "bits_per_byte"}  # fmt: skip
+    metrics = [{"metric": m, "aggregation": a, "higher_is_better": False} for m, a in aggregations.items()]
+    _write_task(folder, name, data, {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": metrics,
+    })  # fmt: skip
+
+
+def write_choice_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write an lm-eval multiple-choice task. Rows have `query`, `choices` and `gold` (the right one's index)."""
+    data = _write_rows(folder / f"{name}.jsonl", rows)
+    _write_task(folder, name, data, {
+        "output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    })  # fmt: skip
+
+
+def write_task(folder: Path, task: Task) -> None:
+    """Write the lm-eval task that a recipe makes from a dataset. Raises DataError as corpus does."""
+    rows = corpus.task_rows(task)
+    if task.kind == "perplexity":
+        write_perplexity_task(folder, task.name, [row["text"] for row in rows])
+    else:
+        write_choice_task(folder, task.name, rows)
+
+
+def heldout_documents(data: corpus.StageData, *, chars: int, tokenizer_folder: Path) -> list[str]:
+    """Return a stage's held-out examples as documents; conversations in the tokenizer's chat template."""
+
+    def render(messages: list[corpus.Row]) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    return corpus.documents(data.heldout, data.form, chars=chars, render=render)
+
+
+def check_tasks(names: Sequence[str], folders: Sequence[Path]) -> None:
+    """Raise RecipeError for a task that is neither in the folders nor known to lm-eval."""
+    manager = _task_manager(names, folders)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise RecipeError(unknown("task", name, _near(name, manager.all_tasks)))
+
+
+def score_model(
+    folder: Path,
+    tasks: Sequence[Task],
+    *,
+    task_folder: Path,
+    evaluate: Evaluate,
+    ranks: Any,
+    known: Callable[[str], Mapping[str, TaskScore]] = lambda _: {},
+    trust_remote_code: bool = False,
+) -> tuple[str, dict[str, TaskScore]]:
+    """Measure a model on tasks. All ranks call this together; the result is whole on the main process only.
+
+    Args:
+        folder: the model.
+        tasks: what to measure; those made from datasets have been written to `task_folder`.
+        task_folder: where they lie.
+        evaluate: batch size, dtype, limits.
+        ranks: accelerate's PartialState: device, rank and world size, over all nodes.
+        known: what is known already of weights with this digest; those tasks are not measured again.
+        trust_remote_code: let the model run code of its own.
+
+    Returns:
+        The digest of the weights as they were scored, and the score of each task by name.
+
+    Raises:
+        DataError: a task gave no number.
+    """
+    dtype = _dtype(folder, evaluate)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    digest = _loaded_sha256(model)
+    have = {t.name: known(digest)[t.name] for t in tasks if t.name in known(digest)}
+    missing = [t for t in tasks if t.name not in have]
+    results = None
+    if missing:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        results = _measure(model.to(ranks.device), tokenizer, missing, task_folder, evaluate)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    scores = {t.name: _task_score(results, t.name) for t in missing} if results else {}
+    return digest, {**have, **scores}
+
+
+def _measure(model: Any, tokenizer: Any, tasks: Sequence[Task], task_folder: Path, evaluate: Evaluate) -> Any:
+    from lm_eval import simple_evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what we do on purpose
+    lm = _language_model(model, tokenizer, evaluate)
+    folders = [task_folder, *([Path(evaluate.include_path)] if evaluate.include_path else [])]
+    wanted = [{"task": t.name, "num_fewshot": t.num_fewshot} if t.num_fewshot is not None else t.name for t in tasks]
+    return simple_evaluate(
+        lm, tasks=wanted, limit=evaluate.limit, bootstrap_iters=0, log_samples=True,
+        task_manager=_task_manager([t.name for t in tasks], folders),
+    )  # fmt: skip
+
+
+def _language_model(model: Any, tokenizer: Any, evaluate: Evaluate) -> Any:
+    """Return lm-eval's view of a loaded model, with the true rank and world size.
+
+    HFLM takes the local rank for the rank and ignores ranks on CPUs. Without a float32 softmax, a bfloat16 model's
+    log-likelihoods would be rounded to two digits before they are summed.
+    """
+    from accelerate import Accelerator
+    from lm_eval.models.huggingface import HFLM
+
+    class QuietHFLM(HFLM):
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    lm = QuietHFLM(
+        pretrained=model, tokenizer=tokenizer, backend="causal", softmax_dtype="float32",
+        batch_size=evaluate.batch_size, max_length=evaluate.max_length,
+    )  # fmt: skip
+    lm.accelerator = Accelerator()
+    lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
+    return lm
+
+
+def _task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    include = [str(f) for f in folders if f.is_dir()]
+    ours = TaskManager(include_path=include, include_defaults=False)
+    # Indexing lm-eval's own tasks takes seconds: only when one of them is meant.
+    return ours if set(names) <= set(ours.all_tasks) else TaskManager(include_path=include)
+
+
+def _near(name: str, known: Sequence[str]) -> list[str]:
+    """Return the few of lm-eval's thousands of tasks that a message should show."""
+    return difflib.get_close_matches(name, known, n=8, cutoff=0.4)
+
+
+def _task_score(results: Any, name: str) -> TaskScore:
+    """Return one task's score; a group's is that of all its documents together."""
+    leaves = results.get("group_subtasks", {}).get(name) or [name]
+    samples = [s for leaf in leaves for s in sorted(results["samples"][leaf], key=lambda s: s["doc_id"])]
+    if not samples:
+        raise DataError(f"The task {name} has no documents to measure.")
+    metric = next((m for m in (*_ACCURACIES, *_PERPLEXITIES) if m in samples[0]), None)
+    if metric is None:
+        raise DataError(f"The task {name} reports none of {', '.join((*_ACCURACIES, *_PERPLEXITIES))}; use another.")
+    block: Block = "perplexity" if metric in _PERPLEXITIES else "accuracy"
+    values = [s[metric] for s in samples]
+    pairs = [tuple(map(float, v)) if isinstance(v, tuple | list) else (float(v), 1.0) for v in values]
+    sample = Sample(tuple(g for g, _ in pairs), tuple(w for _, w in pairs))
+    if not math.isfinite(sample.utility):
+        raise DataError(f"The task {name} gave {sample.utility} on this model: the weights are damaged or diverged.")
+    reported = results["results"].get(name, {})
+    details = {
+        "metrics": {k.split(",")[0]: v for k, v in reported.items() if isinstance(v, float)},
+        "version": results["versions"].get(name),
+        "documents_sha256": hashlib.sha256("".join(s["doc_hash"] for s in samples).encode()).hexdigest(),
+    }
+    value = math.exp(-sample.utility) if block == "perplexity" else sample.utility
+    return TaskScore(block, metric, value, sample.utility, sample.stderr(), sample.gains, sample.weights, details)
+
+
+def _dtype(folder: Path, evaluate: Evaluate) -> torch.dtype:
+    if evaluate.dtype != "auto":
+        return getattr(torch, evaluate.dtype)
+    return torch.bfloat16 if bf16_pays(Weights(folder).numel()) else torch.float32
+
+
+def _loaded_sha256(model: torch.nn.Module) -> str:
+    """Return the digest of the weights as scored: two folders that differ only in dtype may be one model here."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()))
+    return digest.hexdigest()
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _write_task(folder: Path, name: str, data: Path, fields: Mapping[str, Any]) -> None:
+    task = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "test_split": "test", **fields, "metadata": {"version": 1.0},
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")

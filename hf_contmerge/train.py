@@ -1,0 +1,352 @@
+"""The loop: for each stage train, merge, score; then report. Resumable at every phase, on one CPU or on nodes of GPUs.
+
+    accelerate launch hf_contmerge/train.py recipes/quickstart.yml
+    accelerate launch hf_contmerge/train.py recipes/quickstart.yml --run runs/x --set merge.0.rule=ema --until merge
+    accelerate launch --num_processes 8 hf_contmerge/train.py recipes/magmax-llama.yml
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 hf_contmerge/train.py recipes/quickstart.yml     (two CPU ranks)
+
+Without a recipe it runs the quickstart. Every rank runs this same loop; the main process decides what is done and
+writes records, all ranks train and score together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A script's own folder comes first on sys.path, where our modules would shadow others of the same name.
+if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path[0] = os.path.dirname(sys.path[0])
+
+from hf_contmerge.errors import ContmergeError, ModelError
+from hf_contmerge.recipe import Merge, Recipe, Stage, Task, load_recipe
+from hf_contmerge.run_folder import PHASES, ExpertPlace, MergePlace, Phase, Place, Run, RunLock
+
+LOG = logging.getLogger("hf_contmerge")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe that the command line names; return the exit code."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train, merge and score, stage after stage.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    with clear_errors() as outcome:
+        run_command(args)
+    return outcome.code
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `train.py` and `contmerge run`."""
+    parser.add_argument("recipe", nargs="?", help="a YAML file; without it, the quickstart")
+    parser.add_argument("--run", metavar="DIR", help="the run folder (default: the recipe's `output`, or runs/<name>)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
+    parser.add_argument("--until", choices=PHASES, default="report", help="stop after this phase")
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Do what the parsed arguments say: start, resume, or tell that all is done."""
+    recipe = load_recipe(args.recipe or quickstart_recipe(), args.set)
+    run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
+    if not run.is_complete():  # answered before torch is loaded
+        run = run_recipe(recipe, args.run, until=args.until)
+    elif int(os.environ.get("RANK", "0")) == 0:
+        print(f"All of {run.folder} is done.")
+    if int(os.environ.get("RANK", "0")) == 0 and run.is_complete():
+        from hf_contmerge.report import print_table
+
+        print_table(run)
+        print(f"Report:  {run.folder / 'report' / 'index.html'}\nPicture: {run.folder / 'report' / 'forgetting.png'}")
+
+
+def quickstart_recipe() -> Path:
+    """Return the quickstart's recipe, in the checkout or in the installed package."""
+    here = Path(__file__).resolve().parent
+    installed = here / "recipes" / "quickstart.yml"
+    return installed if installed.is_file() else here.parent / "recipes" / "quickstart.yml"
+
+
+def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase = "report") -> Run:
+    """Carry out a recipe as far as it has not been done yet; return its run.
+
+    Raises ContmergeError, with all that is done kept, for whatever a user can mend.
+    """
+    from accelerate import PartialState
+
+    from hf_contmerge.preflight import prepare
+
+    ranks = PartialState()
+    main_process = ranks.is_main_process
+    run = _together(ranks, lambda: Run.open(recipe, folder))
+    with RunLock(run) if main_process else nullcontext():
+        ranks.wait_for_everyone()
+        loop = Loop(run, ranks, PHASES.index(until), prepare(run, ranks))
+        for t in run.stage_numbers():
+            loop.stage(t)
+        loop.finish()
+    ranks.wait_for_everyone()
+    return run
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The phases of one run, in order. Each asks its record whether it is done."""
+
+    run: Run
+    ranks: Any
+    last_phase: int
+    prepared: Any
+
+    def stage(self, t: int) -> None:
+        """Train, merge and score one stage."""
+        if t == 1:
+            self._score(self.run.base, self.prepared.base, list(self.run.recipe.measured(self._columns(t, whole=True))))
+        for kind in self.prepared.expert_kinds():
+            self._train(t, kind)
+        for entry in self.run.recipe.merge:
+            self._merge(t, entry)
+        for kind in self.prepared.expert_kinds():
+            alone = kind == "base" and t > 1  # an independent expert: only its own stage can be expected of it
+            columns = [t] if alone else self._columns(t)
+            place = self.run.expert(t, kind)
+            self._score(place, place.model, list(self.run.recipe.measured(columns, general=not alone)))
+        for entry in self.run.recipe.merge:
+            place = self.run.merged(t, entry)
+            self._score(place, place.model, list(self.run.recipe.measured(self._columns(t))))
+        self._report()
+
+    def finish(self) -> None:
+        """Record that all is done, if it is."""
+        if self._wanted("report") and self.ranks.is_main_process:
+            self.run.report.finish("report", {"recipe_sha256": self.run.recipe_sha256()})
+
+    def _columns(self, t: int, *, whole: bool = False) -> Sequence[int]:
+        every = whole or self.run.recipe.evaluate.matrix == "full"
+        return self.run.stage_numbers() if every else range(1, t + 1)
+
+    def _train(self, t: int, kind: str) -> None:
+        place, stage = self.run.expert(t, kind), self.run.stage(t)
+        if not self._wanted("train") or self._done(place, "train"):
+            return
+        with self._phase("train", place) as record:
+            if stage.dataset:
+                record.update(self._finetune(t, place, stage))
+            elif stage.minus:
+                record.update(self._add_vector(place, stage))
+            else:
+                record.update(self._give(stage))
+
+    def _finetune(self, t: int, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
+        from hf_contmerge.finetune import finetune_stage
+        from hf_contmerge.model_folder import weights_sha256
+
+        start = self._start_of(t, place.kind)
+        recipe = self.run.recipe
+        if self.ranks.is_main_process:
+            place.scratch("expert")
+        self.ranks.wait_for_everyone()
+        outcome = finetune_stage(
+            start=start, base=self.prepared.base, data=self.prepared.data[stage.name], train=recipe.train,
+            seed=recipe.seed, out=place.folder / ".expert", checkpoints=place.checkpoints,
+            trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
+        if self.ranks.is_main_process:
+            place.publish("expert")
+            outcome["model_sha256"] = weights_sha256(place.folder / "expert")
+        return {"start": str(start), "settings": recipe.train.model_dump(mode="json"), "seed": recipe.seed, **outcome}
+
+    def _add_vector(self, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
+        """Write base + (expert - minus), the model whose task vector is the difference of the two."""
+        from hf_contmerge.merge_stream import write_sum
+        from hf_contmerge.model_folder import weights_sha256
+
+        assert stage.expert
+        assert stage.minus
+        expert, minus = self.prepared.given[stage.expert], self.prepared.given[stage.minus]
+        if not self.ranks.is_main_process:
+            return {}
+        write_sum(self.prepared.base, expert, minus, place.scratch("expert"))
+        folder = place.publish("expert")
+        return {"expert": stage.expert, "minus": stage.minus, "model_sha256": weights_sha256(folder)}
+
+    def _give(self, stage: Stage) -> dict[str, Any]:
+        from hf_contmerge.model_folder import weights_sha256
+
+        assert stage.expert
+        folder = self.prepared.given[stage.expert]
+        return {"expert": stage.expert, "given": str(folder), "model_sha256": weights_sha256(folder)}
+
+    def _start_of(self, t: int, kind: str) -> Path:
+        if t == 1 or kind == "base":
+            return self.prepared.base
+        if kind == "previous":
+            return self.run.expert(t - 1, kind).model
+        entry = next(e for e in self.run.recipe.merge if f"merged-{e.name}" == kind)
+        return self.run.merged(t - 1, entry).model
+
+    def _merge(self, t: int, entry: Merge) -> None:
+        place = self.run.merged(t, entry)
+        if not self._wanted("merge"):
+            return
+        if not self._done(place, "merge"):
+            with self._phase("merge", place) as record:
+                if self.ranks.is_main_process:
+                    record.update(self._merge_stage(t, place))
+        if t > 1 and self.ranks.is_main_process:
+            self.run.merged(t - 1, entry).prune()
+
+    def _merge_stage(self, t: int, place: MergePlace) -> dict[str, Any]:
+        import torch
+
+        from hf_contmerge import merge_stream
+        from hf_contmerge.model_folder import weights_sha256
+
+        entry, rule = place.entry, self.prepared.rules[place.entry.name]
+        kind = self.prepared.kinds[entry.name]
+        experts = [self.run.expert(i, kind) for i in range(1, t + 1)]
+        digests = [e.record("train")["model_sha256"] for e in experts]
+        if digests[-1] in digests[:-1]:
+            twin = self.run.stage(digests.index(digests[-1]) + 1).name
+            raise ModelError(
+                f"The expert of stage {self.run.stage(t).name} has the same weights as that of stage {twin}, and an "
+                "expert must not be folded twice. Remove the stage, or train it with other data."
+            )
+        before = self.run.merged(t - 1, entry) if t > 1 else None
+        dtype = None if entry.dtype == "auto" else getattr(torch, entry.dtype)
+        merged = merge_stream.merge_stage(
+            rule, base=self.prepared.base, expert=experts[-1].model, dtype=dtype, shard_size=entry.shard_size,
+            running=before.running if before else None,
+            earlier=before.record("merge")["norms"]["experts"] if before else (),
+            running_out=place.scratch("running"), merged_out=place.scratch("merged"),
+        )  # fmt: skip
+        place.publish("running")
+        folder = place.publish("merged")
+        place.mergekit_recipe.write_text(
+            merge_stream.mergekit_yaml(
+                entry.rule, rule, base=self.prepared.base, experts=[e.model for e in experts], dtype=dtype
+            ),
+            encoding="utf-8",
+        )
+        return {
+            "rule": entry.rule, "parameters": rule.parameters(), "reference": rule.reference, "start_from": kind,
+            "scale": merged.scale, "norms": {"experts": list(merged.norms.experts), "running": merged.norms.running},
+            "expert_sha256": digests, "model_sha256": weights_sha256(folder),
+        }  # fmt: skip
+
+    def _score(self, place: Place, model: Path, tasks: list[Task]) -> None:
+        from hf_contmerge.forgetting import load_scores
+
+        have = load_scores(place)
+        missing = [task for task in tasks if task.name not in have]
+        if not self._wanted("score") or not _together(self.ranks, lambda: missing):
+            return
+        from hf_contmerge.scoring import score_model
+
+        recipe = self.run.recipe
+        with self._phase("score", place) as record:
+            digest, scores = score_model(
+                model, missing, task_folder=self.run.tasks, evaluate=recipe.evaluate, ranks=self.ranks,
+                known=self._scores_of, trust_remote_code=recipe.trust_remote_code,
+            )  # fmt: skip
+            record["scored_sha256"] = digest
+            record["tasks"] = {name: score.to_json() for name, score in {**have, **scores}.items()}
+
+    def _scores_of(self, digest: str) -> dict[str, Any]:
+        """Return what this run has measured of the very same weights under another name."""
+        from hf_contmerge.forgetting import load_scores
+
+        found: dict[str, Any] = {}
+        for _, place in self.run.places():
+            if place.is_done("score") and place.record("score")["scored_sha256"] == digest:
+                found.update(load_scores(place))
+        return found
+
+    def _report(self) -> None:
+        if self._wanted("report") and self.ranks.is_main_process:
+            from hf_contmerge.report import write_report
+
+            write_report(self.run)
+
+    def _wanted(self, phase: Phase) -> bool:
+        return PHASES.index(phase) <= self.last_phase
+
+    def _done(self, place: Place, phase: Phase) -> bool:
+        return _together(self.ranks, lambda: place.is_done(phase))
+
+    @contextmanager
+    def _phase(self, phase: Phase, place: Place) -> Iterator[dict[str, Any]]:
+        """Say what begins, let the caller fill the record, and write it as the last thing."""
+        name = place.folder.relative_to(self.run.folder / "stages")
+        if self.ranks.is_main_process:
+            LOG.info("%s %s ...", phase, name)
+        record: dict[str, Any] = {}
+        start = time.monotonic()
+        yield record
+        if self.ranks.is_main_process:
+            record["seconds"] = round(time.monotonic() - start, 1)
+            record["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            record["processes"] = self.ranks.num_processes
+            place.finish(phase, record)
+            if isinstance(place, ExpertPlace) and phase == "train":
+                from hf_contmerge.run_folder import remove
+
+                remove(place.checkpoints)
+            LOG.info("%s %s: %.0f s", phase, name, record["seconds"])
+        self.ranks.wait_for_everyone()
+
+
+def _together(ranks: Any, ask: Callable[[], Any]) -> Any:
+    """Return the main process's answer on all ranks: they must never disagree on what is done."""
+    from accelerate.utils import broadcast_object_list
+
+    if ranks.num_processes == 1:
+        return ask()
+    answer = [ask() if ranks.is_main_process else None]
+    broadcast_object_list(answer)
+    return answer[0]
+
+
+class _Outcome:
+    code = 0
+
+
+@contextmanager
+def clear_errors() -> Iterator[_Outcome]:
+    """Turn what a user can mend into one message and exit code 2; let everything else through with its traceback."""
+    import errno
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our own lines tell the progress
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    LOG.setLevel(logging.INFO)
+    outcome = _Outcome()
+    try:
+        yield outcome
+    except ContmergeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        outcome.code = error.exit_code
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EROFS: "the disk is read-only",
+            errno.EACCES: "no permission",
+        }
+        if error.errno not in reasons:
+            raise
+        print(
+            f"Error: cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. What is done is kept: "
+            "mend that and give the same command again.",
+            file=sys.stderr,
+        )
+        outcome.code = 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
