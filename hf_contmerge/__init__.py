@@ -22,7 +22,7 @@ _HOME = {
     "push_merged": "publish",
     "run_recipe": "train",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_contmerge.run_folder import PHASES, Run
-from hf_contmerge.train import add_arguments, clear_errors, run_command
+from hf_contmerge.recipe import PHASES
+from hf_contmerge.run_folder import Run
+from hf_contmerge.train import add_arguments, clear_errors, run_command, show_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("run", metavar="RUN")
         command.set_defaults(do=do)
+        if name == "report":
+            command.add_argument("--open", action="store_true", help="show it in a browser")
     redo = commands.add_parser("redo", help="drop a phase and what follows from it")
     redo.add_argument("run", metavar="RUN")
     redo.add_argument("phase", choices=PHASES)
@@ -78,12 +81,11 @@ def _status(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from hf_contmerge.report import print_table, write_report
+    from hf_contmerge.report import write_report
 
     run = Run.load(args.run)
-    picture = write_report(run)
-    print_table(run)
-    print(f"Report:  {picture.with_name('index.html')}\nPicture: {picture}")
+    write_report(run)
+    show_report(run, browser=args.open)
 
 
 def _redo(args: argparse.Namespace) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hf_contmerge.errors import DataError, ResourceError, unknown
 from hf_contmerge.recipe import Dataset, Task
@@ -92,7 +93,7 @@ def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callabl
         chars: where longer documents are cut.
         render: makes text of a conversation (the tokenizer's chat template).
     """
-    return [_as_text(row, form, render)[:chars] for row in data]
+    return [_as_text(row, form, render)[:chars] for row in _rows(data)]
 
 
 def task_rows(task: Task) -> list[Row]:
@@ -105,9 +106,9 @@ def task_rows(task: Task) -> list[Row]:
         if form != "text":
             raise DataError(f"{task.dataset.path}: a perplexity task needs text; name its column with `text`.")
         chosen = rows.shuffle(seed=0).select(range(limit))
-        return [{"text": r["text"][: task.dataset.heldout_chars]} for r in chosen]
+        return [{"text": r["text"][: task.dataset.heldout_chars]} for r in _rows(chosen)]
     _require(rows, (task.question, task.choices, task.answer), task.dataset.path)
-    found = [{"query": r[task.question], "choices": list(r[task.choices]), "gold": r[task.answer]} for r in rows]
+    found = [{"query": r[task.question], "choices": list(r[task.choices]), "gold": r[task.answer]} for r in _rows(rows)]
     bad = next((r for r in found if not isinstance(r["gold"], int) or not 0 <= r["gold"] < len(r["choices"])), None)
     if bad:
         raise DataError(
@@ -115,6 +116,10 @@ def task_rows(task: Task) -> list[Row]:
             f"{len(bad['choices'])} choices."
         )
     return found
+
+
+def _rows(data: datasets.Dataset) -> Iterator[Row]:
+    return cast(Iterator[Row], iter(data))
 
 
 def _load(spec: Dataset) -> datasets.Dataset:
@@ -127,14 +132,14 @@ def _load(spec: Dataset) -> datasets.Dataset:
         if (path / "dataset_info.json").is_file():
             return datasets.Dataset.load_from_disk(str(path))
         return datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+    except (DatasetNotFoundError, FileNotFoundError) as error:
         raise DataError(f"There is no dataset {spec.path}, here or on the Hub: {error}") from error
     except ConnectionError as error:
         raise ResourceError(
             f"Cannot fetch the dataset {spec.path}: no file of that name is here, and the Hub cannot be reached. "
             "Check the network and HF_HUB_OFFLINE, or name a local file."
         ) from error
-    except (datasets.exceptions.DatasetGenerationError, ValueError, json.JSONDecodeError) as error:
+    except (DatasetGenerationError, ValueError, json.JSONDecodeError) as error:
         cause = error.__cause__ or error
         raise DataError(f"{spec.path} cannot be read (split {spec.split}): {cause}") from error
 
@@ -173,8 +178,8 @@ def _without(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> 
     def key(row: Row) -> str:
         return json.dumps([row[c] for c in _COLUMNS[form]], sort_keys=True)
 
-    held = {key(row) for row in heldout}
-    keep = [i for i, row in enumerate(train) if key(row) not in held]
+    held = {key(row) for row in _rows(heldout)}
+    keep = [i for i, row in enumerate(_rows(train)) if key(row) not in held]
     return train if len(keep) == len(train) else train.select(keep)
 
 

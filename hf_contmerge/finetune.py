@@ -50,7 +50,7 @@ def finetune_stage(
     Returns:
         What the record should tell: the training loss, steps and tokens.
     """
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     strategy = make_strategy(train)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
@@ -140,7 +140,7 @@ def _defaults(*, numel: int) -> dict[str, Any]:
 
 
 def _config_class() -> type:
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig
 

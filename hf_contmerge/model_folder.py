@@ -183,7 +183,7 @@ class WeightsWriter:
                 f"expected {expected} {tuple(shape)} {dtype}; got {name} {tuple(tensor.shape)} {tensor.dtype}"
             )
         assert self._file is not None
-        self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()))
+        self._file.write(tensor_bytes(tensor))
 
     def __enter__(self) -> WeightsWriter:
         return self
@@ -222,8 +222,13 @@ def weights_sha256(folder: Path) -> str:
     for name in weights.names:
         tensor = weights.tensor(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's raw bytes, without a copy where it is contiguous and in main memory."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def check_same_layout(base: Path, other: Path) -> None:

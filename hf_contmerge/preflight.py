@@ -55,7 +55,7 @@ def prepare(run: Run, ranks: Any) -> Prepared:
     scoring.check_tasks([t.name for t in recipe.measured(run.stage_numbers())], folders)
     if ranks.is_main_process:
         _check_disk(run, model_folder.Weights(base).numel(), kinds)
-        _link(run.base.folder / "model", base)
+        run.link_base(base)
     return Prepared(base, rules, kinds, given, data)
 
 
@@ -103,11 +103,3 @@ def _check_disk(run: Run, parameters: int, kinds: dict[str, str]) -> None:
             f"This run still needs about {need / 2**30:.1f} GiB in {run.folder} and {free / 2**30:.1f} are free. "
             "Free some, name another disk with --run, or use fewer merge entries."
         )
-
-
-def _link(link: Path, target: Path) -> None:
-    """Point to the base model from inside the run, for mergekit recipes and readers."""
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if link.is_symlink() or link.exists():
-        link.unlink()
-    link.symlink_to(target.resolve())

@@ -29,6 +29,8 @@ from hf_contmerge.errors import RecipeError, unknown
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 """A name that becomes a folder's or a task's name."""
 StartFrom = Literal["base", "previous", "merged"]
+Phase = Literal["train", "merge", "score", "report"]
+PHASES: tuple[Phase, ...] = ("train", "merge", "score", "report")
 
 
 class _Part(BaseModel):
@@ -275,7 +277,7 @@ def _override(data: Any, override: str) -> None:
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise RecipeError(f"--set wants path=value, such as merge.0.rule=opcm; got {override!r}")
-    at = data
+    at: Any = data
     try:
         for i, key in enumerate(keys[:-1]):
             if isinstance(at, list):
@@ -287,7 +289,7 @@ def _override(data: Any, override: str) -> None:
             if isinstance(at, str):  # a shorthand such as `dataset: file.jsonl` has no fields to set
                 place = ".".join(keys[: i + 1])
                 raise RecipeError(f"--set {override}: {place} is {at!r}; write it out as a mapping first")
-        last = int(keys[-1]) if isinstance(at, list) else keys[-1]
+        last: Any = int(keys[-1]) if isinstance(at, list) else keys[-1]
         at[last] = yaml.safe_load(value)
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise RecipeError(f"--set {override}: the recipe has no place {dotted!r}") from error

@@ -3,7 +3,7 @@
     runs/<name>/
       recipe.yml                                   the recipe with every default, frozen at the first start
       tasks/<task>.yaml <task>.jsonl               what lm-eval measures, usable by the stock `lm_eval` command too
-      stages/00-base/score.json                    the base model's scores: row 0
+      stages/00-base/  model score.json            a link to the base model; its scores are row 0
       stages/01-law/
         experts/<kind>/  expert/ train.json score.json         kind: base, previous, or merged-<merge entry>
         merges/<entry>/  running/ merged/ merge.yml merge.json score.json
@@ -23,17 +23,16 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hf_contmerge.errors import ResourceError, RunError, unknown
-from hf_contmerge.recipe import Merge, Recipe, Stage, load_recipe, recipe_yaml
+from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, load_recipe, recipe_yaml
+from hf_contmerge.recipe_changes import Change, changes
 
-Phase = Literal["train", "merge", "score", "report"]
-PHASES: tuple[Phase, ...] = ("train", "merge", "score", "report")
 Record = dict[str, Any]
 
 _RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
@@ -196,6 +195,17 @@ class Run:
     def base(self) -> Place:
         return Place(self.folder / "stages" / "00-base")
 
+    @property
+    def base_model(self) -> Path:
+        """A link to the base model's folder, so that mergekit recipes can name it."""
+        return self.base.folder / "model"
+
+    def link_base(self, folder: Path) -> None:
+        """Point the link at the base model."""
+        self.base_model.parent.mkdir(parents=True, exist_ok=True)
+        remove(self.base_model)
+        self.base_model.symlink_to(folder.resolve())
+
     def stage_numbers(self) -> range:
         return range(1, len(self.recipe.stages) + 1)
 
@@ -268,12 +278,12 @@ class Run:
         before = Run(self.folder, frozen)
         done = [(t, place, p) for t, place in before.places() for p in PHASES if place.is_done(p)]
         lines, redo = [], set()
-        for field, old, new, phase in _differences(frozen, self.recipe):
-            users = [(t, place) for t, place, p in done if _uses(field, p, phase, t, place)]
+        for change in changes(frozen, self.recipe):
+            users = [place for t, place, p in done if p == change.phase and _concerns(change, t, place)]
             if users:
-                redo.add(phase)
-                names = ", ".join(str(place.folder.relative_to(self.folder / "stages")) for _, place in users)
-                lines.append(f"  {field}: {old!r} -> {new!r}   used by {phase} of {names}")
+                redo.add(change.phase)
+                names = ", ".join(str(place.folder.relative_to(self.folder / "stages")) for place in users)
+                lines.append(f"  {change.field}: {change.old!r} -> {change.new!r}   used by {change.phase} of {names}")
         if lines:
             first = min(redo, key=PHASES.index)
             raise RunError(
@@ -350,54 +360,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-_MISSING = "(not set)"
-
-
-def _differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, Any, Any, Phase]]:
-    """Yield (field, old value, new value, first phase that uses it). What is only added is no difference."""
-    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
-    added = {_group(f) for f in after} - {_group(f) for f in before}
-    for field in before | after:
-        phase = _phase_of(field)
-        if phase and before.get(field) != after.get(field) and _group(field) not in added:
-            yield field, before.get(field, _MISSING), after.get(field, _MISSING), phase
-
-
-def _flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield (dotted path, leaf). Lists of named things go by name; stages by number too, since their order counts."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else key)
-    elif isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value):
-        for number, item in enumerate(value, 1):
-            key = str(number) if path == "stages" else item["name"]
-            yield from _flat(item, f"{path}.{key}")
-    else:
-        yield path, value
-
-
-def _group(field: str) -> str:
-    """Return what is added as one piece: a stage, a merge entry, a task, or else the field itself."""
-    parts = field.split(".")
-    if parts[0] in ("stages", "merge") and len(parts) > 1:
-        return ".".join(parts[:4] if "tasks" in parts else parts[:2])
-    return ".".join(parts[:3]) if parts[:2] == ["evaluate", "general_tasks"] else field
-
-
-def _phase_of(field: str) -> Phase | None:
-    parts = field.split(".")
-    if parts[0] in ("name", "output", "publish") or field == "evaluate.matrix":
-        return None
-    if parts[0] == "merge":
-        return "merge"
-    return "score" if parts[0] == "evaluate" or "tasks" in parts else "train"
-
-
-def _uses(field: str, done: Phase, phase: Phase, t: int, place: Place) -> bool:
-    """Say whether a phase that is done at a place has used a field whose first user is `phase`."""
-    parts = field.split(".")
-    if parts[0] == "merge":
-        return done == "merge" and isinstance(place, MergePlace) and place.entry.name == parts[1]
-    if parts[0] == "stages" and t < int(parts[1]):
-        return False
-    return done == phase
+def _concerns(change: Change, t: int, place: Place) -> bool:
+    """Say whether the place of stage t depends on a field that has changed."""
+    if change.merge_entry is not None:
+        return isinstance(place, MergePlace) and place.entry.name == change.merge_entry
+    return change.stage is None or t >= change.stage

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_contmerge import corpus
 from hf_contmerge.errors import DataError, RecipeError, unknown
 from hf_contmerge.forgetting import Block, Sample, TaskScore
-from hf_contmerge.model_folder import Weights, bf16_pays
+from hf_contmerge.model_folder import Weights, bf16_pays, tensor_bytes
 from hf_contmerge.recipe import Evaluate, Task
 
 LOG = logging.getLogger(__name__)
@@ -125,12 +125,14 @@ def score_model(
 
 
 def _measure(model: Any, tokenizer: Any, tasks: Sequence[Task], task_folder: Path, evaluate: Evaluate) -> Any:
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what we do on purpose
     lm = _language_model(model, tokenizer, evaluate)
     folders = [task_folder, *([Path(evaluate.include_path)] if evaluate.include_path else [])]
-    wanted = [{"task": t.name, "num_fewshot": t.num_fewshot} if t.num_fewshot is not None else t.name for t in tasks]
+    wanted: list[Any] = [
+        {"task": t.name, "num_fewshot": t.num_fewshot} if t.num_fewshot is not None else t.name for t in tasks
+    ]
     return simple_evaluate(
         lm, tasks=wanted, limit=evaluate.limit, bootstrap_iters=0, log_samples=True,
         task_manager=_task_manager([t.name for t in tasks], folders),
@@ -146,11 +148,13 @@ def _language_model(model: Any, tokenizer: Any, evaluate: Evaluate) -> Any:
     from accelerate import Accelerator
     from lm_eval.models.huggingface import HFLM
 
-    class QuietHFLM(HFLM):
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+    parent: Any = HFLM  # its registration hides its type
+
+    class QuietHFLM(parent):
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:  # noqa: ARG002
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
     lm = QuietHFLM(
@@ -165,7 +169,7 @@ def _language_model(model: Any, tokenizer: Any, evaluate: Evaluate) -> Any:
 def _task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
     from lm_eval.tasks import TaskManager
 
-    include = [str(f) for f in folders if f.is_dir()]
+    include: list[str | Path] = [str(f) for f in folders if f.is_dir()]
     ours = TaskManager(include_path=include, include_defaults=False)
     # Indexing lm-eval's own tasks takes seconds: only when one of them is meant.
     return ours if set(names) <= set(ours.all_tasks) else TaskManager(include_path=include)
@@ -212,7 +216,7 @@ def _loaded_sha256(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -28,8 +28,8 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
 from hf_contmerge.errors import ContmergeError, ModelError
-from hf_contmerge.recipe import Merge, Recipe, Stage, Task, load_recipe
-from hf_contmerge.run_folder import PHASES, ExpertPlace, MergePlace, Phase, Place, Run, RunLock
+from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, Task, load_recipe
+from hf_contmerge.run_folder import ExpertPlace, MergePlace, Place, Run, RunLock
 
 LOG = logging.getLogger("hf_contmerge")
 
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="the run folder (default: the recipe's `output`, or runs/<name>)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
     parser.add_argument("--until", choices=PHASES, default="report", help="stop after this phase")
+    parser.add_argument("--open", action="store_true", help="show the report in a browser, where there is one")
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -61,10 +62,20 @@ def run_command(args: argparse.Namespace) -> None:
     elif int(os.environ.get("RANK", "0")) == 0:
         print(f"All of {run.folder} is done.")
     if int(os.environ.get("RANK", "0")) == 0 and run.is_complete():
-        from hf_contmerge.report import print_table
+        show_report(run, browser=args.open)
 
-        print_table(run)
-        print(f"Report:  {run.folder / 'report' / 'index.html'}\nPicture: {run.folder / 'report' / 'forgetting.png'}")
+
+def show_report(run: Run, *, browser: bool = False) -> None:
+    """Print the table of scores and where the report lies; open it, if asked and if there is a browser."""
+    import webbrowser
+
+    from hf_contmerge.report import print_table
+
+    folder = run.folder / "report"
+    print_table(run)
+    print(f"Report:  {folder / 'index.html'}\nPicture: {folder / 'forgetting.png'}")
+    if browser and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
+        webbrowser.open((folder / "index.html").resolve().as_uri())
 
 
 def quickstart_recipe() -> Path:
@@ -231,7 +242,7 @@ class Loop:
         folder = place.publish("merged")
         place.mergekit_recipe.write_text(
             merge_stream.mergekit_yaml(
-                entry.rule, rule, base=self.prepared.base, experts=[e.model for e in experts], dtype=dtype
+                entry.rule, rule, base=self.run.base_model, experts=[e.model for e in experts], dtype=dtype
             ),
             encoding="utf-8",
         )
@@ -293,6 +304,7 @@ class Loop:
         if self.ranks.is_main_process:
             record["seconds"] = round(time.monotonic() - start, 1)
             record["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            record["device"] = str(self.ranks.device)
             record["processes"] = self.ranks.num_processes
             place.finish(phase, record)
             if isinstance(place, ExpertPlace) and phase == "train":

@@ -95,7 +95,7 @@ def _thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return right, s, left
     try:
         w, u = torch.linalg.eigh(x @ x.T)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return u, s, vh.T
     s, u = w.flip(0).clamp_min(0).sqrt(), u.flip(1)
