@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_contmerge.corpus import StageData
 from hf_contmerge.errors import ModelError, RecipeError, ResourceError, unknown
-from hf_contmerge.model_folder import Weights, bf16_pays, copy_companions
+from hf_contmerge.model_folder import Weights, bf16_pays, copy_companions, cpu_only
 from hf_contmerge.recipe import Train
 from hf_contmerge.train_strategies import TrainStrategy, get_strategy, strategy_names
 
@@ -129,7 +129,7 @@ def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBa
 
 def _defaults(*, numel: int) -> dict[str, Any]:
     return {
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": cpu_only(),
         "bf16": bf16_pays(numel),
         "report_to": "none",
         "save_total_limit": 1,

@@ -3,7 +3,7 @@
     accelerate launch hf_contmerge/train.py recipes/quickstart.yml
     accelerate launch hf_contmerge/train.py recipes/quickstart.yml --run runs/x --set merge.0.rule=ema --until merge
     accelerate launch --num_processes 8 hf_contmerge/train.py recipes/magmax-llama.yml
-    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 hf_contmerge/train.py recipes/quickstart.yml     (two CPU ranks)
+    torchrun --nproc-per-node 2 -- hf_contmerge/train.py recipes/quickstart.yml --run runs/x     (two CPU ranks)
 
 Without a recipe it runs the quickstart. Every rank runs this same loop; the main process decides what is done and
 writes records, all ranks train and score together.
@@ -92,12 +92,12 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
     """
     from accelerate import PartialState
 
+    from hf_contmerge.model_folder import cpu_only
     from hf_contmerge.preflight import prepare
 
-    ranks = PartialState()
-    main_process = ranks.is_main_process
+    ranks = PartialState(cpu=cpu_only())
     run = _together(ranks, lambda: Run.open(recipe, folder))
-    with RunLock(run) if main_process else nullcontext():
+    with RunLock(run) if ranks.is_main_process else nullcontext():
         ranks.wait_for_everyone()
         loop = Loop(run, ranks, PHASES.index(until), prepare(run, ranks))
         for t in run.stage_numbers():
