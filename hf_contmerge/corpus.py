@@ -6,6 +6,7 @@ Three forms, recognised by their columns: text (pretraining), messages (conversa
 from __future__ import annotations
 
 import json
+import logging
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hf_contmerge.errors import DataError, ResourceError, unknown
 from hf_contmerge.recipe import Dataset, Task
+
+LOG = logging.getLogger(__name__)
 
 Form = Literal["text", "messages", "prompt_completion"]
 Row = dict[str, Any]
@@ -47,10 +50,10 @@ def load_stage_data(spec: Dataset, *, seed: int) -> StageData:
     """
     rows = load_rows(spec)
     form, rows = _in_form(rows, spec)
-    rows = rows.shuffle(seed=seed)
+    rows = rows.shuffle(seed=seed, keep_in_memory=True)  # or the order is written beside the user's files
     if spec.heldout_split:
         held = _in_form(load_rows(spec.model_copy(update={"split": spec.heldout_split})), spec)[1]
-        heldout = held.shuffle(seed=seed).select(range(min(spec.heldout or len(held), len(held))))
+        heldout = held.shuffle(seed=seed, keep_in_memory=True).select(range(min(spec.heldout or len(held), len(held))))
         train = rows
     else:
         if len(rows) <= spec.heldout:
@@ -80,7 +83,7 @@ def load_rows(spec: Dataset) -> datasets.Dataset:
     else:
         rows = _load(spec)
     if len(rows) == 0:
-        raise DataError(f"{spec.path} (split {spec.split}) is empty.")
+        raise _empty(spec)
     return rows
 
 
@@ -105,9 +108,13 @@ def task_rows(task: Task) -> list[Row]:
         form, rows = _in_form(rows, task.dataset)
         if form != "text":
             raise DataError(f"{task.dataset.path}: a perplexity task needs text; name its column with `text`.")
-        chosen = rows.shuffle(seed=0).select(range(limit))
+        chosen = rows.shuffle(seed=0, keep_in_memory=True).select(range(limit))
         return [{"text": r["text"][: task.dataset.heldout_chars]} for r in _rows(chosen)]
     _require(rows, (task.question, task.choices, task.answer), task.dataset.path)
+    if not isinstance(rows[0][task.choices], list):
+        raise DataError(
+            f"{task.dataset.path}: {task.choices} must be a list of continuations; got {rows[0][task.choices]!r:.60}."
+        )
     found = [{"query": r[task.question], "choices": list(r[task.choices]), "gold": r[task.answer]} for r in _rows(rows)]
     bad = next((r for r in found if not isinstance(r["gold"], int) or not 0 <= r["gold"] < len(r["choices"])), None)
     if bad:
@@ -124,13 +131,18 @@ def _rows(data: datasets.Dataset) -> Iterator[Row]:
 
 def _load(spec: Dataset) -> datasets.Dataset:
     path = Path(spec.path).expanduser()
-    if path.suffix in _READERS and not path.is_file():
+    kind = _READERS.get(path.suffix.lower())
+    if kind and not path.is_file():
         raise DataError(f"There is no file {path}. Give a path from {Path.cwd()}, or an absolute one.")
+    if kind and path.stat().st_size == 0:
+        raise _empty(spec)
+    if path.is_file() and not kind:
+        raise DataError(f"{path} is of no kind that can be read. Give one of {', '.join(_READERS)}.")
+    if (path / "dataset_info.json").is_file():
+        return _saved(path, spec)
     try:
-        if path.suffix in _READERS:
-            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-        if (path / "dataset_info.json").is_file():
-            return datasets.Dataset.load_from_disk(str(path))
+        if kind:
+            return datasets.load_dataset(kind, data_files=str(path), split=spec.split)
         return datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
     except (DatasetNotFoundError, FileNotFoundError) as error:
         raise DataError(f"There is no dataset {spec.path}, here or on the Hub: {error}") from error
@@ -141,29 +153,75 @@ def _load(spec: Dataset) -> datasets.Dataset:
         ) from error
     except (DatasetGenerationError, ValueError, json.JSONDecodeError) as error:
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):  # a header, or [], and no row
+            raise _empty(spec) from error
         raise DataError(f"{spec.path} cannot be read (split {spec.split}): {cause}") from error
+
+
+def _saved(path: Path, spec: Dataset) -> datasets.Dataset:
+    """Load what `Dataset.save_to_disk` wrote, which is one split without a name."""
+    if spec.split != "train":
+        raise DataError(
+            f"{spec.path} holds one dataset without splits, and so no {spec.split!r}. Remove `split` and "
+            "`heldout_split`, or save a DatasetDict there."
+        )
+    return datasets.Dataset.load_from_disk(str(path))
+
+
+def _empty(spec: Dataset) -> DataError:
+    return DataError(f"{spec.path} (split {spec.split}) is empty.")
 
 
 def _in_form(rows: datasets.Dataset, spec: Dataset) -> tuple[Form, datasets.Dataset]:
     """Return the form of a dataset and only the columns that it needs."""
     if spec.text is not None:
-        return "text", _text_column(rows, spec.text, spec.path)
+        return "text", _text_column(rows, spec.text, spec)
     for form in ("messages", "prompt_completion", "text"):
         if set(_COLUMNS[form]) <= set(rows.column_names):
-            return form, rows.select_columns(list(_COLUMNS[form]))
+            rows = _filled(rows.select_columns(list(_COLUMNS[form])), spec)
+            return form, _strings(rows, "text", spec) if form == "text" else rows
     raise DataError(
         f"{spec.path} has the columns {', '.join(rows.column_names)}; a stage needs `messages`, or `prompt` and "
         "`completion`, or `text`. Name the text's column, or a format such as '{question}\\n{answer}', with `text`."
     )
 
 
-def _text_column(rows: datasets.Dataset, text: str, path: str) -> datasets.Dataset:
-    columns = [field for _, field, _, _ in string.Formatter().parse(text) if field] or [text]
-    _require(rows, columns, path)
+def _text_column(rows: datasets.Dataset, text: str, spec: Dataset) -> datasets.Dataset:
+    try:
+        columns = [field for _, field, _, _ in string.Formatter().parse(text) if field] or [text]
+    except ValueError as error:
+        raise DataError(f"`text` of {spec.path} is no format string: {text!r} ({error}).") from error
+    _require(rows, columns, spec.path)
+    rows = _filled(rows.select_columns(list(dict.fromkeys(columns))), spec)
     if columns == [text]:
-        only = rows.select_columns([text])
-        return only if text == "text" else only.rename_column(text, "text")
+        rows = _strings(rows, text, spec)
+        return rows if text == "text" else rows.rename_column(text, "text")
     return rows.map(lambda row: {"text": text.format(**row)}, remove_columns=rows.column_names)
+
+
+def _filled(rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
+    """Leave out the rows in which a column is null, and say how many."""
+    columns = rows.column_names
+    if not any(rows.data.column(c).null_count for c in columns):
+        return rows
+    keep = [i for i, row in enumerate(_rows(rows)) if all(row[c] is not None for c in columns)]
+    LOG.warning(
+        "%s: %d of %d rows are left out, for they lack %s", spec.path, len(rows) - len(keep), len(rows),
+        " or ".join(columns),
+    )  # fmt: skip
+    if not keep:
+        raise _empty(spec)
+    return rows.select(keep)
+
+
+def _strings(rows: datasets.Dataset, column: str, spec: Dataset) -> datasets.Dataset:
+    kind = getattr(rows.features[column], "dtype", None) or "values of several kinds"
+    if kind not in ("string", "large_string"):
+        raise DataError(
+            f"{spec.path}: the column {column} holds {kind}, not text. Make text of it with a format: "
+            f"`text: '{{{column}}}'`."
+        )
+    return rows
 
 
 def _require(rows: datasets.Dataset, columns: list[str] | tuple[str, ...], path: str) -> None:

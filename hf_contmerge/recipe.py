@@ -151,8 +151,8 @@ class Merge(_Part):
     def _named_after_its_rule(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"rule": value}
-        if isinstance(value, dict) and not value.get("name"):
-            value = {**value, "name": value.get("rule", "")}
+        if isinstance(value, dict) and "rule" in value and not value.get("name"):
+            value = {**value, "name": value["rule"]}
         return value
 
 
@@ -202,7 +202,7 @@ class Recipe(_Part):
         for what, names in (
             ("stages", [s.name for s in self.stages]),
             ("merge entries", [m.name for m in self.merge]),
-            ("tasks", [t.name for t in self.tasks()]),
+            ("tasks", [n for s in self.stages for n in s.task_names()] + [t.name for t in self.evaluate.general_tasks]),
         ):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
@@ -245,7 +245,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     for override in overrides:
         _override(data, override)
@@ -277,6 +277,10 @@ def _override(data: Any, override: str) -> None:
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise RecipeError(f"--set wants path=value, such as merge.0.rule=opcm; got {override!r}")
+    try:
+        new = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {value!r} is not a YAML value; put it in double quotes") from error
     at: Any = data
     try:
         for i, key in enumerate(keys[:-1]):
@@ -290,7 +294,9 @@ def _override(data: Any, override: str) -> None:
                 place = ".".join(keys[: i + 1])
                 raise RecipeError(f"--set {override}: {place} is {at!r}; write it out as a mapping first")
         last: Any = int(keys[-1]) if isinstance(at, list) else keys[-1]
-        at[last] = yaml.safe_load(value)
+        at[last] = new
+    except RecipeError:  # a ValueError too
+        raise
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise RecipeError(f"--set {override}: the recipe has no place {dotted!r}") from error
 
@@ -299,6 +305,8 @@ def _explain(error: ValidationError, where: str) -> str:
     """Turn pydantic's list into one sentence a field, with the nearest known names."""
     lines = []
     for item in error.errors():
+        if item["type"] == "too_short" and item["input"]:  # of a list whose items are wrong, which is told already
+            continue
         place = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             fields = _fields_at(item["loc"][:-1])

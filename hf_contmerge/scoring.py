@@ -18,17 +18,18 @@ from typing import Any
 
 import torch
 import yaml
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge import corpus
-from hf_contmerge.errors import DataError, RecipeError, unknown
+from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.forgetting import Block, Sample, TaskScore
 from hf_contmerge.model_folder import Weights, bf16_pays, tensor_bytes
 from hf_contmerge.recipe import Evaluate, Task
 
 LOG = logging.getLogger(__name__)
 
-_ACCURACIES = ("acc", "exact_match", "f1", "mcc", "acc_norm")
+_ACCURACIES = ("acc", "exact_match", "f1", "acc_norm")
 _PERPLEXITIES = ("word_perplexity", "perplexity", "byte_perplexity")
 
 
@@ -73,11 +74,19 @@ def heldout_documents(data: corpus.StageData, *, chars: int, tokenizer_folder: P
 
 
 def check_tasks(names: Sequence[str], folders: Sequence[Path]) -> None:
-    """Raise RecipeError for a task that is neither in the folders nor known to lm-eval."""
+    """Load all tasks, to see that they and their data are there.
+
+    Raises:
+        RecipeError: a task is neither in the folders nor known to lm-eval.
+        DataError: its dataset is missing or cannot be read.
+        ResourceError: the Hub, where its dataset lies, cannot be reached.
+    """
     manager = _task_manager(names, folders)
     for name in names:
         if name not in manager.all_tasks:
             raise RecipeError(unknown("task", name, _near(name, manager.all_tasks)))
+    for name in names:
+        _load_task(manager, name)
 
 
 def score_model(
@@ -112,31 +121,45 @@ def score_model(
     digest = _loaded_sha256(model)
     have = {t.name: known(digest)[t.name] for t in tasks if t.name in known(digest)}
     missing = [t for t in tasks if t.name not in have]
-    results = None
+    scores: dict[str, TaskScore] = {}
     if missing:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        results = _measure(model.to(ranks.device), tokenizer, missing, task_folder, evaluate)
+        scores = _measure(model.to(ranks.device), tokenizer, missing, task_folder, evaluate)
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    scores = {t.name: _task_score(results, t.name) for t in missing} if results else {}
     return digest, {**have, **scores}
 
 
-def _measure(model: Any, tokenizer: Any, tasks: Sequence[Task], task_folder: Path, evaluate: Evaluate) -> Any:
+def _measure(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], task_folder: Path, evaluate: Evaluate
+) -> dict[str, TaskScore]:
+    """Return the scores, on the main process; nothing on the others.
+
+    One call of lm-eval a task: in one call, it refuses a task that stands both alone and in a group.
+    """
     from lm_eval.evaluator import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what we do on purpose
     lm = _language_model(model, tokenizer, evaluate)
     folders = [task_folder, *([Path(evaluate.include_path)] if evaluate.include_path else [])]
-    wanted: list[Any] = [
-        {"task": t.name, "num_fewshot": t.num_fewshot} if t.num_fewshot is not None else t.name for t in tasks
-    ]
-    return simple_evaluate(
-        lm, tasks=wanted, limit=evaluate.limit, bootstrap_iters=0, log_samples=True,
-        task_manager=_task_manager([t.name for t in tasks], folders),
-    )  # fmt: skip
+    manager = _task_manager([t.name for t in tasks], folders)
+    scores = {}
+    for task in tasks:
+        loaded = _load_task(manager, task.name)
+        leaves: Mapping[str, Any] = loaded["tasks"]  # one, or those of a group or a tag
+        if task.num_fewshot is not None:
+            for leaf in leaves.values():
+                leaf.set_config(key="num_fewshot", value=task.num_fewshot)
+        whole = loaded["groups"].get(task.name)
+        results = simple_evaluate(
+            lm, tasks=[whole] if whole else list(leaves.values()), limit=evaluate.limit, bootstrap_iters=0,
+            log_samples=True, task_manager=manager,
+        )  # fmt: skip
+        if results:
+            scores[task.name] = _task_score(results, task.name, list(leaves))
+    return scores
 
 
 def _language_model(model: Any, tokenizer: Any, evaluate: Evaluate) -> Any:
@@ -175,26 +198,36 @@ def _task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
     return ours if set(names) <= set(ours.all_tasks) else TaskManager(include_path=include)
 
 
+def _load_task(manager: Any, name: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return lm-eval's tasks and groups under a name. Raises as `check_tasks`."""
+    try:
+        return manager.load([name])
+    except ConnectionError as error:
+        raise ResourceError(
+            f"The dataset of the task {name} is not here, and the Hub cannot be reached: {error}. Check the network and "
+            "HF_HUB_OFFLINE, or leave the task out."
+        ) from error
+    except (FileNotFoundError, DatasetGenerationError) as error:
+        raise DataError(f"The dataset of the task {name} cannot be read: {error.__cause__ or error}") from error
+
+
 def _near(name: str, known: Sequence[str]) -> list[str]:
     """Return the few of lm-eval's thousands of tasks that a message should show."""
     return difflib.get_close_matches(name, known, n=8, cutoff=0.4)
 
 
-def _task_score(results: Any, name: str) -> TaskScore:
-    """Return one task's score; a group's is that of all its documents together."""
-    leaves = results.get("group_subtasks", {}).get(name) or [name]
-    samples = [s for leaf in leaves for s in sorted(results["samples"][leaf], key=lambda s: s["doc_id"])]
+def _task_score(results: Any, name: str, leaves: Sequence[str]) -> TaskScore:
+    """Return one task's score; a group's is that of all the documents of its leaves together."""
+    samples = [s for leaf in leaves for s in _samples(results, leaf)]
     if not samples:
         raise DataError(f"The task {name} has no documents to measure.")
-    metric = next((m for m in (*_ACCURACIES, *_PERPLEXITIES) if m in samples[0]), None)
-    if metric is None:
-        raise DataError(f"The task {name} reports none of {', '.join((*_ACCURACIES, *_PERPLEXITIES))}; use another.")
+    metric = _metric(name, samples)
     block: Block = "perplexity" if metric in _PERPLEXITIES else "accuracy"
     values = [s[metric] for s in samples]
     pairs = [tuple(map(float, v)) if isinstance(v, tuple | list) else (float(v), 1.0) for v in values]
     sample = Sample(tuple(g for g, _ in pairs), tuple(w for _, w in pairs))
-    if not math.isfinite(sample.utility):
-        raise DataError(f"The task {name} gave {sample.utility} on this model: the weights are damaged or diverged.")
+    if not math.isfinite(sample.utility) or any(_is_nan(s) for s in samples):
+        raise DataError(f"The task {name} gave nan or infinity on this model: the weights are damaged or diverged.")
     reported = results["results"].get(name, {})
     details = {
         "metrics": {k.split(",")[0]: v for k, v in reported.items() if isinstance(v, float)},
@@ -203,6 +236,31 @@ def _task_score(results: Any, name: str) -> TaskScore:
     }
     value = math.exp(-sample.utility) if block == "perplexity" else sample.utility
     return TaskScore(block, metric, value, sample.utility, sample.stderr(), sample.gains, sample.weights, details)
+
+
+def _samples(results: Any, leaf: str) -> list[Mapping[str, Any]]:
+    """Return the results of each document, in order; where a task filters answers in several ways, the first way."""
+    samples = sorted(results["samples"][leaf], key=lambda s: s["doc_id"])
+    return [s for s in samples if s.get("filter") == samples[0].get("filter")]
+
+
+def _metric(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return the metric to take, which all documents must have as a number of their own (or a sum and its weight)."""
+
+    def has(sample: Mapping[str, Any], metric: str) -> bool:
+        return metric in sample and (metric in _PERPLEXITIES or not isinstance(sample[metric], tuple | list))
+
+    metrics = (*_ACCURACIES, *_PERPLEXITIES)
+    found = next((m for m in metrics if all(has(s, m) for s in samples)), None)
+    if found is None:
+        raise DataError(f"The task {name} reports none of {', '.join(metrics)} for every document; use another.")
+    return found
+
+
+def _is_nan(sample: Mapping[str, Any]) -> bool:
+    """Say whether a log-likelihood is no number: a multiple choice among such ones would still give an accuracy."""
+    answers = [r[0] if isinstance(r, tuple | list) else r for r in sample["filtered_resps"]]
+    return any(isinstance(a, float) and math.isnan(a) for a in answers)
 
 
 def _dtype(folder: Path, evaluate: Evaluate) -> torch.dtype:

@@ -1,0 +1,553 @@
+"""The picture of a run: what each stage left of the earlier ones. The only module that draws.
+
+One panel per stage (up is better, one line per way of learning), one for general ability, and the plane of what was
+learnt against what was kept. Panels speak of a change only where it exceeds two standard errors.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import RunError
+from hf_contmerge.forgetting import BLOCKS, Block, Line, Scores, paired_difference
+from hf_contmerge.recipe import Stage
+
+# Okabe & Ito's colours, told apart by all kinds of colour vision; their yellow is too pale for lines on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vP"
+_INK, _GREY, _FAINT = "#1a1a1a", "#6b6b6b", "#e9e9e6"
+_STYLE: Any = {
+    "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#b0b0b0", "axes.labelcolor": _GREY, "xtick.color": _GREY, "ytick.color": _GREY,
+    "axes.labelsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "text.parse_math": False,
+}  # fmt: skip
+_BOLD = 0.68
+_FINE = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3, 3.3, 3.6, 4, 4.5, 5, 5.5, 6, 7, 8, 9)
+_WIDE = 0.55
+"""Mean width of a letter, as a share of the font size."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A paired difference, in the block's utility."""
+
+    mean: float
+    stderr: float | None
+
+    @property
+    def sign(self) -> int:
+        """Return 1 for better, -1 for worse, 0 for no change seen: within two standard errors, or none known."""
+        return 0 if self.stderr is None or abs(self.mean) <= 2 * self.stderr else int(math.copysign(1, self.mean))
+
+
+Group = tuple[Scores, Scores, Sequence[str]]
+"""New scores, old scores, and the tasks that are averaged first."""
+
+
+def mean_change(groups: Iterable[Group], block: Block) -> Change | None:
+    """Return the mean change over groups, as ScoreMatrix averages stages; None if a part was not measured.
+
+    Raises:
+        RunError: a task was measured on other documents in the two scores.
+    """
+    found = []
+    for new, old, names in groups:
+        tasks = [t for t in names if any(t in scores and scores[t].block == block for scores in (new, old))]
+        if any(t not in new or t not in old for t in tasks):
+            return None
+        if tasks:
+            found.append([_paired(t, new, old) for t in tasks])
+    parts = [(d, e, 1 / len(tasks) / len(found)) for tasks in found for d, e in tasks]
+    if not parts:
+        return None
+    errors = [w * e for _, e, w in parts if e is not None]  # the tasks' documents are independent of each other
+    return Change(sum(w * d for d, _, w in parts), math.hypot(*errors) if len(errors) == len(parts) else None)
+
+
+def _paired(task: str, new: Scores, old: Scores) -> tuple[float, float | None]:
+    try:
+        return paired_difference(new[task].sample, old[task].sample)
+    except ValueError as error:
+        raise RunError(
+            f"The task {task} was measured on {len(old[task].gains)} documents once and on {len(new[task].gains)} "
+            "others later, so the scores cannot be compared. Measure again with `contmerge redo RUN score`."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Results:
+    """What has been measured of a run so far. Lines differ in length while a stage is being worked on."""
+
+    stages: tuple[Stage, ...]
+    general_tasks: tuple[str, ...]
+    experts: tuple[Line, ...]
+    merges: tuple[Line, ...]
+    mean_of_experts: str | None = None
+    """The merge entry that is the plain mean of the experts, if there is one."""
+
+    @property
+    def base(self) -> Scores:
+        return self.merges[0].rows[0]
+
+    @property
+    def last(self) -> int:
+        """The number of stages of which something has been measured."""
+        return max(len(line.rows) for line in (*self.experts, *self.merges)) - 1
+
+    @property
+    def baseline(self) -> Line | None:
+        """Plain sequential fine-tuning, if this run trains it."""
+        return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks in which anything was measured, perplexity first: every held-out text has it."""
+        lines = (*self.experts, *self.merges)
+        return [
+            b
+            for b in reversed(BLOCKS)
+            if any(s.block == b for line in lines for row in line.rows for s in row.values())
+        ]
+
+    def stage_blocks(self) -> list[Block]:
+        """Return the blocks in which some stage was measured."""
+        lines = (*self.merges, *self.experts)
+        return [
+            b for b in self.blocks()
+            if any(v is not None for line in lines for row in line.matrix(self.stages, b).rows for v in row)
+        ]  # fmt: skip
+
+    def learnt(self, line: Line, block: Block) -> Change | None:
+        """Return what the line gained on each stage when it was learnt: LA less the base's average."""
+        own = [(line.rows[j], self.base, self.stages[j - 1].task_names()) for j in range(1, len(line.rows))]
+        return mean_change(own, block)
+
+    def kept(self, line: Line, block: Block) -> Change | None:
+        """Return BWT, with its standard error."""
+        last = line.rows[-1]
+        later = [(last, line.rows[j], self.stages[j - 1].task_names()) for j in range(1, len(line.rows) - 1)]
+        return mean_change(later, block)
+
+    def best(self, block: Block) -> Line | None:
+        """Return the merge whose final average is the highest, of those that have come furthest."""
+        far = max(len(line.rows) for line in self.merges)
+        scored = [
+            (acc, line) for line in self.merges
+            if len(line.rows) == far > 1 and (acc := line.matrix(self.stages, block).average(far - 1)) is not None
+        ]  # fmt: skip
+        return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def line_label(kind: str) -> str:
+    """Return what to call an expert kind."""
+    names = {"previous": "fine-tuning alone", "base": "independent experts"}
+    return names.get(kind, f"experts from {kind.removeprefix('merged-')}")
+
+
+def amount(value: float, block: Block, *, sign: bool = True) -> str:
+    """Return a difference of utilities with its unit."""
+    number, digits, unit = (value, 2, "nats") if block == "perplexity" else (100 * value, 1, "points")
+    rounded = round(number, digits) + 0.0  # no "-0.00"
+    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f} {unit}".replace("-", "−")
+
+
+def natural(value: float, block: Block) -> str:
+    """Return a score as its task reports it: a perplexity, or an accuracy in percent."""
+    if block == "accuracy":
+        return f"{100 * value:.1f}%"
+    if value >= 1e5:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{1 if value >= 10 else 2}f}"
+
+
+def fate(change: Change | None, block: Block) -> str:
+    """Say what became of something learnt."""
+    if change is None:
+        return "was not measured"
+    if change.sign == 0:
+        return f"shows no change ({amount(change.mean, block)})"
+    return f"{'gained' if change.sign > 0 else 'forgot'} {amount(abs(change.mean), block, sign=False)}"
+
+
+def headline(results: Results) -> str:
+    """Return the finding of the whole run in one sentence."""
+    stages = f"After {results.last} stage{'s' * (results.last != 1)}"
+    for block in results.stage_blocks():
+        if results.last > 1:
+            told = _compared(results, lambda line, b=block: fate(results.kept(line, b), b))
+            where = "on the earlier ones" if results.last > 2 else "on the first"
+        else:
+            told, where = _compared(results, lambda line, b=block: "gained " + _gain(results.learnt(line, b), b)), ""
+        if told:
+            return f"{stages}, " + "; ".join([f"{told[0]} {where}".rstrip(), *told[1:]])
+    return f"{stages}, there is nothing to compare yet" if results.last else "Nothing has been learnt yet"
+
+
+def caption(results: Results) -> str:
+    """Return what was learnt, without which what was kept says little, and how to read the picture."""
+    found = []
+    for block in results.stage_blocks() if results.last > 1 else ():
+        told = _compared(results, lambda line, b=block: _gain(results.learnt(line, b), b))
+        found.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(told)}. " if told else "")
+    return (
+        "".join(found) + "Bars: two standard errors over documents. ★: an expert trained on that stage alone. "
+        "0.1 nats is about a tenth of the perplexity."
+    )
+
+
+def _compared(results: Results, tell: Callable[[Line], str]) -> list[str]:
+    """Tell of plain fine-tuning and of the best merge, as far as they have come."""
+    best = next((line for b in results.stage_blocks() if (line := results.best(b))), None)
+    name = best.name + ", the best merge," * (len(results.merges) > 1) if best else ""
+    named = [(line_label("previous"), results.baseline), (name, best)]
+    return [f"{name} {tell(line)}" for name, line in named if line and len(line.rows) == results.last + 1]
+
+
+def _gain(change: Change | None, block: Block) -> str:
+    return amount(change.mean, block) if change else "not measured"
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A line with its looks."""
+
+    line: Line
+    label: str
+    colour: str
+    marker: str
+    dash: str
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A text at the right end of a panel, at a height in data units."""
+
+    at: float
+    text: str
+    colour: str
+
+
+def draw_forgetting(results: Results, path: Path) -> None:
+    """Write the picture as a PNG file; the panels are as many as there is something to show."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = _panels(results)
+    columns, rows, spots = _layout(sum(p[0] == "stage" for p in panels), len(panels))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(
+            figsize=(max(7.5, (4.4 if columns <= 3 else 3.5) * columns), 1.2 + 3.6 * rows),
+            dpi=150,
+            layout="constrained",
+        )
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.06)  # pyright: ignore
+        grid = figure.add_gridspec(*spots[0]) if panels else None
+        ends = []
+        for (kind, what), (r, c) in zip(panels, spots[1], strict=True):
+            axes = figure.add_subplot(grid[r, c])  # pyright: ignore[reportOptionalSubscript]
+            draw = {"stage": _stage_panel, "general": _general_panel, "plane": _plane_panel}[kind]
+            ends.append((axes, draw(axes, results, what)))
+        wrapped = textwrap.fill(headline(results), int(figure.get_figwidth() * 72 / (14 * _BOLD)))
+        foot = textwrap.fill(caption(results), int(figure.get_figwidth() * 72 / (8.5 * _WIDE)))
+        figure.supxlabel(foot, x=0.012, ha="left", fontsize=8.5, color=_GREY)
+        figure.suptitle(wrapped, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
+        _finish(figure, ends)
+        figure.savefig(path, facecolor="white")
+
+
+def _panels(results: Results) -> list[tuple[str, Any]]:
+    stages = [("stage", j) for j in range(1, results.last + 1) if _shown_task(results, j)]
+    seen = [t for t in results.general_tasks if t in results.base]
+    general = [
+        ("general", b) for b in results.blocks() if results.last and any(results.base[t].block == b for t in seen)
+    ]
+    planes = [("plane", b) for b in results.stage_blocks()[:1] if _dots(results, b)]
+    return [*stages, *general, *planes]
+
+
+def _layout(stages: int, panels: int) -> tuple[int, int, tuple[tuple[int, int], list[tuple[Any, Any]]]]:
+    """Return columns, rows, and ((grid rows, grid columns), a place in the grid for each panel); two rows at most."""
+    others = panels - stages
+    if panels <= 3:
+        return max(panels, 1), 1, ((1, max(panels, 1)), [(0, i) for i in range(panels)])
+    if stages <= 4 and others:  # stages above, the rest below, each row filled
+        cells = math.lcm(max(stages, 1), others)
+        spans = [(0, i, cells // stages) for i in range(stages)] + [(1, i, cells // others) for i in range(others)]
+        return max(stages, others), 2, ((2, cells), [(r, slice(i * w, (i + 1) * w)) for r, i, w in spans])
+    columns = math.ceil(panels / 2)
+    spots: list[tuple[Any, Any]] = [(i // columns, i % columns) for i in range(panels)]
+    spots[-1] = (1, slice(panels - 1 - columns, columns))  # the last one fills the row
+    return columns, 2, ((2, columns), spots)
+
+
+def _drawn(results: Results) -> list[_Drawn]:
+    plain = [_Drawn(results.baseline, line_label("previous"), _INK, "X", "--")] if results.baseline else []
+    return plain + [
+        _Drawn(line, line.name, _COLOURS[i % len(_COLOURS)], _MARKERS[i // len(_COLOURS) % len(_MARKERS)], "-")
+        for i, line in enumerate(results.merges)
+    ]
+
+
+def _shown_task(results: Results, j: int) -> str | None:
+    """Return the first task of a stage that has been measured: its held-out text, mostly."""
+    lines = (*results.experts, *results.merges)
+    return next((t for t in results.stages[j - 1].task_names() if any(t in row for x in lines for row in x.rows)), None)
+
+
+def _stage_panel(axes: Any, results: Results, j: int) -> list[_Label]:
+    task = _shown_task(results, j)
+    assert task
+    every = [row[task] for x in (*results.experts, *results.merges) for row in x.rows if task in row]
+    block, labels = every[0].block, []
+    if task in results.base:
+        score = results.base[task]
+        axes.plot([0, results.last], [score.utility] * 2, color=_GREY, lw=1.1, ls=":", zorder=1)
+        labels.append(_Label(score.utility, f"base {natural(score.value, block)}", _GREY))
+    alone = next((x.rows[j][task] for x in results.experts if x.name == "base" and j < len(x.rows)), None)
+    if alone and j > 1:
+        axes.plot([j], [alone.utility], "*", ms=13, color="#F0E442", mec=_INK, mew=0.8, zorder=6)
+        axes.plot([j, results.last], [alone.utility] * 2, color=_GREY, lw=0.7, zorder=1)
+        labels.append(_Label(alone.utility, f"★ trained alone {natural(alone.value, block)}", _INK))
+    for i, d in enumerate(drawn := _drawn(results)):
+        shift = 0.05 * (i - (len(drawn) - 1) / 2)
+        points = [(t + shift, s.utility, 2 * (s.stderr or 0))
+                  for t, row in enumerate(d.line.rows) if t and (s := row.get(task))]  # fmt: skip
+        if points:
+            _trace(axes, d, points, (0, results.base[task].utility) if task in results.base else None)
+            end = d.line.rows[-1].get(task)
+            labels += [_Label(end.utility, f"{d.label} {natural(end.value, block)}", d.colour)] if end else []
+    name = {"perplexity": "perplexity", "accuracy": "accuracy"}[block]
+    _stage_axis(axes, results, learnt=j)
+    _value_axis(axes, block, f"{name} of {task}, up is better")
+    _title(axes, f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, task, block))
+    return labels
+
+
+def _trace(
+    axes: Any, d: _Drawn, points: Sequence[tuple[float, float, float]], start: tuple[float, float] | None
+) -> None:
+    x, y, error = zip(*points, strict=True)
+    if start:
+        axes.plot([start[0], x[0]], [start[1], y[0]], color=d.colour, lw=0.9, ls=(0, (1, 2)), alpha=0.5, zorder=2)
+    axes.errorbar(x, y, yerr=error, color=d.colour, ls=d.dash, lw=1.9, elinewidth=1, alpha=0.95, marker=d.marker,
+                  ms=5.5, mec="white", mew=0.7, zorder=4)  # fmt: skip
+
+
+def _stage_finding(results: Results, j: int, task: str, block: Block) -> str:
+    """Say what became of a stage: since it was learnt or, for the last one, in learning it."""
+    ends = [(x.rows[-1][task].utility, x) for x in results.merges if len(x.rows) > j and task in x.rows[-1]]
+    best = max(ends, key=lambda pair: pair[0])[1] if ends else None
+    told = []
+    for line, name in ((results.baseline, line_label("previous")), (best, best.name if best else "")):
+        if line is None or len(line.rows) <= j:
+            continue
+        if j < len(line.rows) - 1:
+            told.append(f"{name} {fate(mean_change([(line.rows[-1], line.rows[j], [task])], block), block)}")
+        else:
+            told.append(f"{name} {_gain(mean_change([(line.rows[j], results.base, [task])], block), block)}")
+    return ("then " if j < results.last else "learnt last: ") + "; ".join(told) if told else ""
+
+
+def _general_panel(axes: Any, results: Results, block: Block) -> list[_Label]:
+    labels, told, ends = [_Label(0.0, "base", _GREY)], [], []
+    axes.plot([0, results.last], [0, 0], color=_GREY, lw=1.1, ls=":", zorder=1)
+    tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
+    for i, d in enumerate(drawn := _drawn(results)):
+        found = [(t, mean_change([(row, results.base, tasks)], block)) for t, row in enumerate(d.line.rows) if t]
+        shift = 0.05 * (i - (len(drawn) - 1) / 2)
+        points = [(t + shift, c.mean, 2 * (c.stderr or 0)) for t, c in found if c]
+        if points and (last := found[-1][1]):
+            _trace(axes, d, points, (0, 0.0))
+            labels.append(_Label(last.mean, f"{d.label} {amount(last.mean, block).split()[0]}", d.colour))
+            ends.append((last.mean, d, last))
+    plain = [e for e in ends if e[1].line is results.baseline]
+    merged = max((e for e in ends if e[1].line is not results.baseline), key=lambda e: e[0], default=None)
+    for _, d, change in (*plain, *([merged] if merged else [])):
+        told.append(f"{d.label} {fate(change, block).replace('forgot', 'lost')}")
+    _stage_axis(axes, results, learnt=None)
+    unit = "nats" if block == "perplexity" else "points"
+    axes.set_ylabel(f"change against the base, {unit}, up is better")
+    axes.yaxis.set_major_formatter(lambda y, _: amount(y, block).split()[0])
+    _room(axes, block)
+    _title(axes, f"General ability ({block})", "; ".join(told) or ", ".join(tasks))
+    return labels
+
+
+def _dots(results: Results, block: Block) -> list[tuple[_Drawn, Change, Change]]:
+    others = [_Drawn(x, line_label(x.name), _GREY, "o", "-") for x in results.experts if x.name.startswith("merged-")]
+    found = [(d, results.learnt(d.line, block), results.kept(d.line, block)) for d in (*_drawn(results), *others)]
+    return [(d, learnt, kept) for d, learnt, kept in found if learnt and kept]
+
+
+def _plane_panel(axes: Any, results: Results, block: Block) -> list[_Label]:
+    """Draw BWT over what was learnt. Where all is measured, final average = learnt + BWT (T-1)/T: the slanted lines."""
+    dots, per_unit = _dots(results, block), 100 if block == "accuracy" else 1
+    unit = "points" if block == "accuracy" else "nats"
+    for d, learnt, kept in dots:
+        axes.errorbar([per_unit * learnt.mean], [per_unit * kept.mean], xerr=2 * per_unit * (learnt.stderr or 0),
+                      yerr=2 * per_unit * (kept.stderr or 0), color=d.colour, marker=d.marker, ms=9, mec="white",
+                      mew=0.8, elinewidth=0.9, zorder=4)  # fmt: skip
+    axes.axhline(0, color=_GREY, lw=1.1, ls=":", zorder=1)
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlabel(f"learnt: gain when learnt, {unit}  →")
+    axes.set_ylabel(f"kept: backward transfer, {unit}  →")
+    best = results.best(block)
+    finding = f"highest final average of the merges: {best.name}" if best else "up and right is better"
+    _title(axes, "Learning against forgetting", f"{finding}; slanted lines join equal final averages")
+    axes.contmerge_stages = ["base", *(stage.name for stage in results.stages[: results.last])]
+    axes.contmerge_dots = [(per_unit * a.mean, per_unit * b.mean, d.label, d.colour) for d, a, b in dots]
+    return []
+
+
+def _slants(axes: Any, share: float) -> None:
+    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    low, high = x0 + share * y0, x1 + share * y1
+    for k in range(1, 8):
+        total = low + (high - low) * k / 8
+        axes.plot([x0, x1], [(total - x0) / share, (total - x1) / share], color=_FAINT, lw=1.2, zorder=0)
+    axes.set(xlim=(x0, x1), ylim=(y0, y1))
+
+
+def _stage_axis(axes: Any, results: Results, *, learnt: int | None) -> None:
+    if learnt:
+        axes.axvspan(learnt - 0.22, learnt + 0.22, color=_FAINT, lw=0, zorder=0)
+    axes.contmerge_stages = ["base", *(s.name for s in results.stages[: results.last])]
+    axes.set_xticks(range(results.last + 1))
+    axes.set_xlim(-0.25, results.last + 0.25)
+    axes.set_xlabel("after stage", loc="left")
+    axes.spines["bottom"].set_bounds(-0.25, results.last + 0.25)
+
+
+def _value_axis(axes: Any, block: Block, text: str) -> None:
+    """Mark utilities by what users know: perplexities on a log scale, or percent."""
+    _room(axes, block)
+    axes.set_ylabel(text)
+    if block == "accuracy":
+        axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f}%")
+        return
+    low, high = (math.exp(-u) for u in reversed(axes.get_ylim()))
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), _FINE):
+        ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
+        if len(ticks) >= 3:
+            break
+    ticks = ticks[:: math.ceil(len(ticks) / 7)]
+    axes.set_yticks([-math.log(p) for p in ticks], [f"{p:,.4g}" for p in ticks])
+
+
+def _room(axes: Any, block: Block) -> None:
+    """Leave some air, and do not blow up differences that mean nothing to fill a panel."""
+    axes.margins(y=0.12)
+    low, high = axes.get_ylim()
+    short = max(0.0, {"perplexity": 0.05, "accuracy": 0.04}[block] - (high - low))
+    axes.set_ylim(low - short / 2, high + short / 2)
+
+
+def _title(axes: Any, title: str, finding: str) -> None:
+    axes.contmerge_title = (title, finding)
+
+
+def _finish(figure: Any, ends: Sequence[tuple[Any, list[_Label]]]) -> None:
+    """Set what needs the panels' final sizes: wrapped titles, room for the labels, their heights."""
+    figure.draw_without_rendering()
+    wrapped = []
+    for axes, _ in ends:
+        width = axes.get_window_extent().width * 72 / figure.dpi
+        wrapped.append(textwrap.wrap(axes.contmerge_title[1], max(20, int(width / (8.5 * _WIDE)))))
+    room = 11.5 * max(map(len, wrapped), default=0)
+    for (axes, _), lines in zip(ends, wrapped, strict=True):
+        title = axes.contmerge_title[0]
+        axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=_INK, pad=12 + room)
+        axes.annotate("\n".join(lines), (0, 1), (0, 7 + room), xycoords="axes fraction", textcoords="offset points",
+                      fontsize=8.5, color=_GREY, va="top", linespacing=1.15)  # fmt: skip
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes, labels in ends:
+        _label_ends(axes, labels)
+        if dots := getattr(axes, "contmerge_dots", None):
+            _label_dots(axes, dots)
+            stages = max(len(axes.contmerge_stages) - 1, 2)
+            _slants(axes, (stages - 1) / stages)
+
+
+def _label_ends(axes: Any, labels: Sequence[_Label]) -> None:
+    """Write the labels to the right of the lines' ends, pushed apart, each with a leader to its line."""
+    if not labels:
+        return
+    axes.autoscale(False)
+    size = 8.5
+    points = axes.get_window_extent().width * 72 / axes.figure.dpi
+    room = max(len(x.text) for x in labels) * size * _WIDE + 18
+    (left, last), (low, high) = axes.get_xlim(), axes.get_ylim()
+    axes.set_xlim(left, left + (last - left) * points / max(points - room, 0.3 * points))
+    scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
+    _name_ticks(axes)
+    ordered = sorted(labels, key=lambda x: x.at)
+    heights = spread([(x.at - low) * scale for x in ordered], 1.25 * size, (high - low) * scale)
+    per_point = (axes.get_xlim()[1] - left) / points
+    for label, height in zip(ordered, heights, strict=True):
+        y = low + height / scale
+        axes.plot([last, last + 12 * per_point], [label.at, y], color=label.colour, lw=0.6, alpha=0.6, clip_on=False)
+        axes.text(last + 15 * per_point, y, label.text, color=label.colour, fontsize=size, va="center")
+
+
+def _name_ticks(axes: Any) -> None:
+    """Write the stages' names under the ticks where they fit; else numbers, which the panels' titles explain."""
+    names = axes.contmerge_stages
+    span = axes.get_xlim()[1] - axes.get_xlim()[0]
+    step = axes.get_window_extent().width * 72 / axes.figure.dpi / span
+    width = 8.5 * _WIDE
+    if all((len(a) + len(b)) / 2 * width + 6 <= step for a, b in pairwise(names)):
+        axes.set_xticks(range(len(names)), names)
+    else:
+        every = math.ceil(2.5 * width / step)
+        axes.set_xticks(range(0, len(names), every))
+
+
+def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Return ascending heights moved as little as needed to lie `gap` apart, between 0 and `top` if they fit."""
+    up, down = list(heights), list(heights)
+    for i in range(1, len(up)):
+        up[i] = max(up[i], up[i - 1] + gap)
+    for i in reversed(range(len(down) - 1)):
+        down[i] = min(down[i], down[i + 1] - gap)
+    mid = [(a + b) / 2 for a, b in zip(up, down, strict=True)]
+    for i in reversed(range(len(mid))):
+        mid[i] = min(mid[i], top - gap * (len(mid) - 1 - i))
+    for i in range(len(mid)):
+        mid[i] = max(mid[i], gap * i)
+    assert all(b - a > gap * 0.999 for a, b in pairwise(mid))
+    return mid
+
+
+def _label_dots(axes: Any, dots: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name the dots, each to the right of its own; where two are close, the lower name goes lower."""
+    from matplotlib.patheffects import withStroke
+
+    axes.autoscale(False)
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    size, (low, high) = 9.5, axes.get_ylim()
+    box = axes.get_window_extent()
+    scale = box.height * 72 / axes.figure.dpi / (high - low)
+    ordered = sorted(dots, key=lambda d: d[1])
+    heights = spread([(d[1] - low) * scale for d in ordered], 1.3 * size, (high - low) * scale - 14)
+    left, right = axes.get_xlim()
+    points = box.width * 72 / axes.figure.dpi
+    widths = [16 + len(text) * size * _BOLD for _, _, text, _ in ordered]
+    right = max(right, *(left + (x - left) * points / max(points - w, 0.3 * points)
+                         for (x, *_), w in zip(ordered, widths, strict=True)))  # fmt: skip
+    axes.set_xlim(left, right)
+    per_point = (right - left) / points
+    for (x, y, text, colour), height in zip(ordered, heights, strict=True):
+        at = low + (height + 7) / scale
+        if abs(at - y) * scale > 12:
+            axes.plot([x, x + 8 * per_point], [y, at], color=colour, lw=0.6, alpha=0.7)
+        axes.text(x + 9 * per_point, at, text, color=colour, fontsize=size, va="center", fontweight="bold",
+                  path_effects=halo, zorder=6)  # fmt: skip

@@ -1,0 +1,28 @@
+"""What all tests share: settings that libraries read when they are imported, and the smallest models."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any test module imports torch, tokenizers or huggingface_hub: no network, and no more threads than the machine
+# can give when tests run side by side. Processes that tests start inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with tied embeddings, float32. Not to be written to."""
+    from toys import toy_llama  # transformers takes seconds to load, and most tests do without
+
+    return toy_llama(tmp_path_factory.mktemp("models") / "base", seed=0)
+
+
+@pytest.fixture(scope="session")
+def expert_folders(base_folder: Path) -> tuple[Path, ...]:
+    """Three experts of the base model. Not to be written to."""
+    from toys import perturbed
+
+    return tuple(perturbed(base_folder, base_folder.with_name(f"expert{i}"), seed=i, size=0.01) for i in (1, 2, 3))
