@@ -200,11 +200,15 @@ def _text_column(rows: datasets.Dataset, text: str, spec: Dataset) -> datasets.D
 
 
 def _filled(rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
-    """Leave out the rows in which a column is null, and say how many."""
+    """Leave out the rows in which a column is null, or the only one is blank, and say how many."""
     columns = rows.column_names
-    if not any(rows.data.column(c).null_count for c in columns):
+
+    def lacks(value: Any) -> bool:
+        return value is None or (len(columns) == 1 and isinstance(value, str) and not value.strip())
+
+    keep = [i for i, row in enumerate(_rows(rows)) if not any(lacks(row[c]) for c in columns)]
+    if len(keep) == len(rows):
         return rows
-    keep = [i for i, row in enumerate(_rows(rows)) if all(row[c] is not None for c in columns)]
     LOG.warning(
         "%s: %d of %d rows are left out, for they lack %s", spec.path, len(rows) - len(keep), len(rows),
         " or ".join(columns),

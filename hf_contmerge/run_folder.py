@@ -23,7 +23,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -152,7 +152,7 @@ class Run:
         run = cls(Path(folder) if folder else recipe.run_folder(), recipe)
         if run._recipe_file.exists():
             run._refuse_changes(load_recipe(run._recipe_file))
-        elif run.folder.exists() and any(run.folder.iterdir()):
+        elif run.folder.exists() and any(not _is_left_by_a_start(p) for p in run.folder.iterdir()):
             raise RunError(f"{run.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -240,15 +240,15 @@ class Run:
         if phase not in PHASES:
             raise RunError(unknown("phase", phase, PHASES))
         first = self._first_to_redo(phase, stage)
+        undone = ["the report"] if self.report.is_done("report") else []
         self.report.undo("report")
-        undone = []
-        for t, place in self.places():
-            for each in PHASES[PHASES.index(phase) :]:
-                if place.is_done(each) and (t >= first or (t == 0 and stage is None)):
+        # The last comes first, so that a crash halfway leaves the start of a run and not a run with a gap.
+        for t, place in reversed(list(self.places())):
+            for each in reversed(_following(phase, t, place, first, whole_run=stage is None)):
+                if place.is_done(each):
                     undone.append(f"{each} of {place.folder.relative_to(self.folder)}")
-                if t >= first or (t == 0 and stage is None):
-                    place.undo(each)
-        return undone
+                place.undo(each)
+        return undone[::-1]
 
     def _first_to_redo(self, phase: str, stage: str | None) -> int:
         if stage is None:
@@ -258,7 +258,8 @@ class Run:
             raise RunError(unknown("stage", stage, names))
         first = names.index(stage) + 1
         if phase in ("train", "merge") and first > 1:
-            pruned = [e.name for e in self.recipe.merge if not self.merged(first - 1, e).running.exists()]
+            before = [self.merged(first - 1, e) for e in self.recipe.merge]
+            pruned = [p.entry.name for p in before if p.is_done("merge") and not p.running.exists()]
             if pruned:
                 raise RunError(
                     f"The running state after {names[first - 2]} is gone for {', '.join(pruned)}: it was pruned when "
@@ -276,14 +277,19 @@ class Run:
     def _refuse_changes(self, frozen: Recipe) -> None:
         """Raise if a field differs that a phase which is done has used."""
         before = Run(self.folder, frozen)
-        done = [(t, place, p) for t, place in before.places() for p in PHASES if place.is_done(p)]
+        done = [(t, place, phase) for t, place in before.places() for phase in PHASES if place.is_done(phase)]
+        found = list(changes(frozen, self.recipe))
+        renamed = {change.stage for change in found if change.field == f"stages.{change.stage}.name"}
         lines, redo = [], set()
-        for change in changes(frozen, self.recipe):
-            users = [place for t, place, p in done if p == change.phase and _concerns(change, t, place)]
+        for change in found:
+            users: dict[str, list[str]] = {}
+            for t, place, phase in done:
+                if _has_used(change, phase, t, place, renamed):
+                    users.setdefault(phase, []).append(str(place.folder.relative_to(self.folder / "stages")))
             if users:
-                redo.add(change.phase)
-                names = ", ".join(str(place.folder.relative_to(self.folder / "stages")) for place in users)
-                lines.append(f"  {change.field}: {change.old!r} -> {change.new!r}   used by {change.phase} of {names}")
+                redo.update(users)
+                names = "; ".join(f"{phase} of {', '.join(folders)}" for phase, folders in users.items())
+                lines.append(f"  {change.field}: {change.old!r} -> {change.new!r}   used by {names}")
         if lines:
             first = min(redo, key=PHASES.index)
             raise RunError(
@@ -360,8 +366,27 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _concerns(change: Change, t: int, place: Place) -> bool:
-    """Say whether the place of stage t depends on a field that has changed."""
+def _is_left_by_a_start(path: Path) -> bool:
+    """Say whether a file in a folder without recipe.yml is what a first start leaves that was killed."""
+    return path.name.startswith((".recipe.yml.", ".lock"))
+
+
+def _following(phase: str, t: int, place: Place, first: int, *, whole_run: bool) -> tuple[Phase, ...]:
+    """Return the phases at the place of stage t that follow from `phase` of the stages from `first` on."""
+    if t == 0:  # the scores of the base: no merge changes them
+        return ("score",) if whole_run and phase in ("train", "score") else ()
+    if phase == "merge" and isinstance(place, ExpertPlace):
+        return ("train", "score") if place.kind.startswith("merged-") and t > first else ()
+    return PHASES[PHASES.index(phase) :] if t >= first else ()
+
+
+def _has_used(change: Change, done: str, t: int, place: Place, renamed: Container[int | None]) -> bool:
+    """Say whether a phase that is done at the place of stage t used a field that has changed."""
+    if t == 0 and done == "score":  # row 0: the base model on what all stages measure
+        measured = change.phase == "score" or ".dataset." in change.field
+        return change.field == "base_model" or (measured and change.stage not in renamed)
+    if done != change.phase:
+        return False
     if change.merge_entry is not None:
         return isinstance(place, MergePlace) and place.entry.name == change.merge_entry
     return change.stage is None or t >= change.stage

@@ -204,8 +204,8 @@ def _load_task(manager: Any, name: str) -> Mapping[str, Mapping[str, Any]]:
         return manager.load([name])
     except ConnectionError as error:
         raise ResourceError(
-            f"The dataset of the task {name} is not here, and the Hub cannot be reached: {error}. Check the network and "
-            "HF_HUB_OFFLINE, or leave the task out."
+            f"The dataset of the task {name} is not here, and the Hub cannot be reached: {error}. Check the network "
+            "and HF_HUB_OFFLINE, or leave the task out."
         ) from error
     except (FileNotFoundError, DatasetGenerationError) as error:
         raise DataError(f"The dataset of the task {name} cannot be read: {error.__cause__ or error}") from error

@@ -17,8 +17,9 @@ import pytest
 from hf_contmerge.errors import RunError
 from hf_contmerge.forgetting import Block, Sample, TaskScore
 from hf_contmerge.recipe import parse_recipe
-from hf_contmerge.report import load_results, print_table, verdict, write_report
-from hf_contmerge.report_pictures import Change, amount, headline, mean_change, spread
+from hf_contmerge.report import load_results, print_table, write_report
+from hf_contmerge.report_findings import Change, amount, headline, mean_change, verdict
+from hf_contmerge.report_pictures import spread
 from hf_contmerge.run_folder import Place, Run
 
 KEPT = {"previous": 0.6, "magmax": 0.1, "opcm": 0.02, "average": 0.3}
