@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_contmerge.recipe import PHASES
-from hf_contmerge.run_folder import Run
+from hf_contmerge.run_folder import Run, RunLock
 from hf_contmerge.train import add_arguments, clear_errors, run_command, show_report
 
 
@@ -89,7 +89,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _redo(args: argparse.Namespace) -> None:
-    undone = Run.load(args.run).redo(args.phase, stage=args.stage)
+    run = Run.load(args.run)
+    with RunLock(run):
+        undone = run.redo(args.phase, stage=args.stage)
     print("\n".join(f"dropped {what}" for what in undone) or "nothing to drop")
 
 

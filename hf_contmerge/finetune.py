@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_contmerge.corpus import StageData
 from hf_contmerge.errors import ModelError, RecipeError, ResourceError, unknown
@@ -58,7 +58,7 @@ def finetune_stage(
     init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
     model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=trust_remote_code, **init)
     trainer = SFTTrainer(
-        model=strategy.open(model),
+        model=_open(strategy, model, train),
         args=_sft_config(**settings, output_dir=str(checkpoints), seed=seed),
         train_dataset=data.train,
         processing_class=tokenizer,
@@ -85,8 +85,19 @@ def make_strategy(train: Train) -> TrainStrategy:
         return get_strategy(train.strategy, **train.parameters)
     except KeyError as error:
         raise RecipeError(unknown("strategy", train.strategy, strategy_names(), where="train")) from error
-    except TypeError as error:
-        raise RecipeError(f"train.parameters: {error} (strategy {train.strategy})") from error
+    except (TypeError, ValueError) as error:
+        raise _bad_parameters(train, error) from error
+
+
+def _open(strategy: TrainStrategy, model: PreTrainedModel, train: Train) -> Any:
+    try:
+        return strategy.open(model)
+    except (ValueError, NotImplementedError) as error:  # what peft says of values that do not fit this model
+        raise _bad_parameters(train, error) from error
+
+
+def _bad_parameters(train: Train, error: Exception) -> RecipeError:
+    return RecipeError(f"train.parameters: {error} (strategy {train.strategy})")
 
 
 def check_training(train: Train, start: Path) -> None:
@@ -133,7 +144,7 @@ def _defaults(*, numel: int) -> dict[str, Any]:
         "bf16": bf16_pays(numel),
         "report_to": "none",
         "save_total_limit": 1,
-        "include_num_input_tokens_seen": True,
+        "include_num_input_tokens_seen": "non_padding",
         "logging_steps": 5,
         "disable_tqdm": True,  # plain lines, which a log can hold
     }

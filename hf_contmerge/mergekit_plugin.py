@@ -95,6 +95,11 @@ class RuleMethod(GroupMergeMethod):
                         f"{self.spec.name} has no parameter per model; {word} of {place} belongs under `parameters:` "
                         "at the top of the recipe."
                     )
+        constant = {k: v for k, v in (config.parameters or {}).items() if isinstance(v, bool | int | float | str)}
+        try:
+            get_rule(self.spec.name, **{k: v for k, v in constant.items() if k != "scale"})
+        except ValueError as error:
+            raise MergekitRecipeError(str(error)) from error
         whole = self.rule.whole_model_scale and (config.parameters or {}).get("scale", "model") == "model"
         if whole and (config.slices or any(m.slices for m in (config.modules or {}).values())):
             raise MergekitRecipeError(
@@ -141,9 +146,9 @@ def _settings(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where.removeprefix(" of "), part.parameters or {}
         for model in part.models or ():
             yield f"model {model.model}{where}", model.parameters or {}
-        for number, piece in enumerate(part.slices or ()):
+        for number, piece in enumerate(list[Any](part.slices or [])):
             yield f"slice {number}{where}", piece.parameters or {}
-            for source in piece.sources or ():
+            for source in piece.sources:
                 yield f"model {source.model} in slice {number}{where}", source.parameters or {}
 
 

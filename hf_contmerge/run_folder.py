@@ -156,7 +156,8 @@ class Run:
             raise RunError(f"{run.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(run._recipe_file, recipe_yaml(recipe))
+            with RunLock(run):
+                write_atomically(run._recipe_file, recipe_yaml(recipe))
         except OSError as error:
             raise ResourceError(
                 f"Cannot write the run folder {run.folder}: {error.strerror}. Name another with --run."
