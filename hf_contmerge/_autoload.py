@@ -1,9 +1,9 @@
 """How the stock `mergekit-yaml` comes to know our merge methods.
 
-mergekit 0.1.5 reads no entry points, but PyTorch loads those of the group `torch.backends` at the end of `import
-torch`, and mergekit imports torch first. So `register` runs at every `import torch` on the machine: it must cost next to
-nothing and must never break torch. It only puts a finder on sys.meta_path, which waits for two modules of mergekit and
-then lets hf_contmerge.mergekit_plugin do its part. HF_CONTMERGE_AUTOLOAD=0 turns it off.
+mergekit 0.1.5 reads no entry points, but PyTorch loads those of the group `torch.backends` at the end of
+`import torch`, and mergekit imports torch first. So `register` runs at every `import torch` on the machine: it must
+cost next to nothing and must never break torch. It only puts a finder on sys.meta_path, which waits for two modules of
+mergekit and then lets hf_contmerge.mergekit_plugin do its part. HF_CONTMERGE_AUTOLOAD=0 turns it off.
 """
 
 import os

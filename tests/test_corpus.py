@@ -214,12 +214,17 @@ def test_part_of_a_file(tmp_path: Path) -> None:
 
 
 def test_rows_without_text_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [*ROWS[:6], {"text": None, "n": 1}, {"n": 2}])
+    path = write_jsonl(tmp_path / "x.jsonl", [*ROWS[:6], {"text": None, "n": 1}, {"n": 2}, {"text": " \n", "n": 3}])
     with caplog.at_level(logging.WARNING, logger="hf_contmerge"):
         data = load(path)
     assert (len(data.train), len(data.heldout)) == (3, 3)
-    assert caplog.messages == [f"{path}: 2 of 8 rows are left out, for they lack text"]
-    assert len(load(path, text="{text} {n}").train) == 3
+    assert caplog.messages == [f"{path}: 3 of 9 rows are left out, for they lack text"]
+    assert len(load(path, text="{text} {n}").train) == 4
+
+
+def test_prompt_may_be_blank(tmp_path: Path) -> None:
+    rows = [{"prompt": "", "completion": f"once upon {i} times"} for i in range(6)]
+    assert len(load(write_jsonl(tmp_path / "x.jsonl", rows)).train) == 3
 
 
 WRONG: dict[str, tuple[str, Row, str]] = {
@@ -230,6 +235,7 @@ WRONG: dict[str, tuple[str, Row, str]] = {
     "header.csv": ("text,n\n", {}, "FOLDER/header.csv (split train) is empty."),
     "empty.txt": ("", {}, "FOLDER/empty.txt (split train) is empty."),
     "null.jsonl": ('{"text": null}\n', {}, "FOLDER/null.jsonl (split train) is empty."),
+    "blank.jsonl": ('{"text": " "}\n' * 9, {}, "FOLDER/blank.jsonl (split train) is empty."),
     "few.txt": (
         "a\nb\nc\n",
         {"heldout": 3},
