@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from hf_contmerge.errors import DataError, ResourceError, unknown
+from hf_contmerge.errors import DataError, ModelError, ResourceError, unknown
 from hf_contmerge.recipe import Dataset, Task
 
 LOG = logging.getLogger(__name__)
@@ -97,6 +97,15 @@ def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callabl
         render: makes text of a conversation (the tokenizer's chat template).
     """
     return [_as_text(row, form, render)[:chars] for row in _rows(data)]
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """Raise ModelError if a tokenizer cannot make text of conversations."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, which a stage with `messages` needs. "
+            "Give the base model one, or give the stage `prompt` and `completion`, or `text`."
+        )
 
 
 def task_rows(task: Task) -> list[Row]:

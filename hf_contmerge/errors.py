@@ -15,6 +15,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MANY = 30  # more names than that are not read
+
 
 class ContmergeError(Exception):
     """Base of all errors that a user can mend."""
@@ -42,10 +44,17 @@ class ResourceError(ContmergeError):
     """The machine lacks disk, memory, network or permission."""
 
 
+def size(count: float) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+
+
 def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> str:
     """Return the sentence for a word that is not among `known`, with the nearest ones suggested."""
     options = sorted(known)
     near = difflib.get_close_matches(word, options, n=2, cutoff=0.6)
     place = f" in {where}" if where else ""
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(options) or '(none)'}."
+    shown = options if len(options) <= _MANY else difflib.get_close_matches(word, options, n=8, cutoff=0)
+    rest = f" and {len(options) - len(shown)} more" if len(options) > len(shown) else ""
+    return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(shown) or '(none)'}{rest}."

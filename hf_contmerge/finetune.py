@@ -11,10 +11,17 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+    set_seed,
+)
 
-from hf_contmerge.corpus import StageData
-from hf_contmerge.errors import ModelError, RecipeError, ResourceError, unknown
+from hf_contmerge.corpus import StageData, require_chat_template
+from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
 from hf_contmerge.model_folder import Weights, bf16_pays, copy_companions, cpu_only
 from hf_contmerge.recipe import Train
 from hf_contmerge.train_strategies import TrainStrategy, get_strategy, strategy_names
@@ -57,20 +64,22 @@ def finetune_stage(
     settings = sft_settings(train, data, tokenizer, numel=Weights(start).numel())
     init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
     model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=trust_remote_code, **init)
+    set_seed(seed)  # before the strategy draws what it adds; the trainer sets it only later
     trainer = SFTTrainer(
         model=_open(strategy, model, train),
         args=_sft_config(**settings, output_dir=str(checkpoints), seed=seed),
         train_dataset=data.train,
         processing_class=tokenizer,
     )
-    outcome = trainer.train(resume_from_checkpoint=_newest_checkpoint(checkpoints))
+    _train_on(trainer, _newest_checkpoint(checkpoints))
     _save_expert(trainer, strategy, base, out)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = {
-        "loss": outcome.training_loss,
-        "steps": outcome.global_step,
+        "loss": log[-1]["loss"] if log else None,
+        "steps": trainer.state.global_step,
         "examples": len(data.train),
         "tokens": trainer.state.num_input_tokens_seen or None,
-        "log": trainer.state.log_history[:-1],
+        "log": log,
     }
     del trainer, model
     gc.collect()
@@ -103,14 +112,14 @@ def _bad_parameters(train: Train, error: Exception) -> RecipeError:
 def check_training(train: Train, start: Path) -> None:
     """Raise before any work is spent: unknown fields (RecipeError), or too little memory (ResourceError)."""
     strategy = make_strategy(train)
-    known = {f.name for f in dataclasses.fields(_config_class())}
-    for field in train.sft_fields:
+    known = {f.name: f.default for f in dataclasses.fields(_config_class())}
+    for field, value in train.sft_fields.items():
         if field in _OURS:
             raise RecipeError(f"train.{field} is set by {_OURS[field]}; remove it from `train`.")
         if field not in known:
-            raise RecipeError(
-                unknown("field", field, known | {"strategy", "parameters"}, where="train (TRL's SFTConfig)")
-            )
+            raise RecipeError(unknown("field", field, [*known, "strategy", "parameters"], where="train"))
+        if type(known[field]) in (int, float) and isinstance(value, str):
+            raise RecipeError(f"train.{field} must be a number; got {value!r}.")
     try:
         _sft_config(**{**_defaults(numel=0), **train.sft_fields}, output_dir="unused")
     except (ValueError, TypeError) as error:
@@ -123,8 +132,8 @@ def check_training(train: Train, start: Path) -> None:
     )
     if need > have:
         raise ResourceError(
-            f"Training {start} with strategy {train.strategy} needs about {need / 2**30:.1f} GiB and this machine has "
-            f"{have / 2**30:.1f}. Use `strategy: lora`, a smaller model, or more GPUs."
+            f"Training {start} with strategy {train.strategy} needs about {size(need)} and this machine has "
+            f"{size(have)}. Use `strategy: lora`, a smaller model, or more GPUs."
         )
 
 
@@ -164,11 +173,7 @@ def _marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Say whether the loss can be kept to the assistant's turns: the chat template marks them, or TRL knows how to."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"The tokenizer of {tokenizer.name_or_path} has no chat template, which a stage with `messages` needs. "
-            "Give the base model one, set train.chat_template_path, or give the stage `prompt` and `completion`."
-        )
+    require_chat_template(tokenizer)
     if has_generation_markers(tokenizer.chat_template):
         return True
     try:
@@ -182,15 +187,28 @@ def _marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
+def _newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that was written to its end: trainer_state.json comes last."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        return str(path)
+        return path
     return None
+
+
+def _train_on(trainer: Any, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one.
+
+    After a kill between the last checkpoint and the record nothing is left to train; Trainer would do one step more.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if state and state.global_step >= state.max_steps and not trainer.is_fsdp_enabled:
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def _save_expert(trainer: Any, strategy: TrainStrategy, base: Path, out: Path) -> None:

@@ -252,6 +252,14 @@ def check_same_layout(base: Path, other: Path) -> None:
             )
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise ModelError if a model folder has no tokenizer, without which nothing can be trained or scored."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise ModelError(
+            f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model). Save the model's beside it."
+        )
+
+
 def copy_companions(source: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
     """Copy what makes weights a model (config, tokenizer, chat template, generation config); set config's dtype."""
     for path in sorted(source.iterdir()):

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_contmerge import corpus, finetune, merge_stream, model_folder, scoring
 from hf_contmerge.corpus import StageData
-from hf_contmerge.errors import RecipeError, ResourceError, unknown
+from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, rule_names
 from hf_contmerge.recipe import Merge
 from hf_contmerge.run_folder import Run
@@ -42,6 +42,7 @@ def prepare(run: Run, ranks: Any) -> Prepared:
     with ranks.main_process_first():
         base = model_folder.resolve_model(recipe.base_model)
         merge_stream.check_mergeable(base)
+        model_folder.check_tokenizer(base)
         names = {n for s in recipe.stages for n in (s.expert, s.minus) if n}
         given = {name: model_folder.resolve_model(name) for name in sorted(names)}
         for path in given.values():
@@ -100,6 +101,6 @@ def _check_disk(run: Run, parameters: int, kinds: dict[str, str]) -> None:
     free = shutil.disk_usage(run.folder).free
     if need > free:
         raise ResourceError(
-            f"This run still needs about {need / 2**30:.1f} GiB in {run.folder} and {free / 2**30:.1f} are free. "
+            f"This run still needs about {size(need)} in {run.folder} and {size(free)} are free. "
             "Free some, name another disk with --run, or use fewer merge entries."
         )

@@ -17,6 +17,7 @@ strategy, a task or a column exists is asked by the phase that needs it, before 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -242,7 +243,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -267,6 +268,20 @@ def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
         raise RecipeError(_explain(error, where)) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-5 is a number, as it is in YAML 1.2 and in everybody's recipes."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Return what YAML text means. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def recipe_yaml(recipe: Recipe) -> str:
     """Return the recipe with every default written out, as the run folder keeps it."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -278,7 +293,7 @@ def _override(data: Any, override: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"--set wants path=value, such as merge.0.rule=opcm; got {override!r}")
     try:
-        new = yaml.safe_load(value)
+        new = read_yaml(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: {value!r} is not a YAML value; put it in double quotes") from error
     at: Any = data
@@ -316,7 +331,7 @@ def _explain(error: ValidationError, where: str) -> str:
             lines.append(f"{place} is missing.")
         else:
             shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r:.60})"
-            lines.append(f"{place or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{shown}")
+            lines.append(f"{place}{': ' * bool(place)}{item['msg'].removeprefix('Value error, ')}{shown}")
     return f"{where}: " + "\n  ".join(lines)
 
 

@@ -150,6 +150,8 @@ class Run:
             ResourceError: the folder cannot be written.
         """
         run = cls(Path(folder) if folder else recipe.run_folder(), recipe)
+        if run.folder.exists() and not run.folder.is_dir():
+            raise RunError(f"{run.folder} is a file. Name a folder with --run.")
         if run._recipe_file.exists():
             run._refuse_changes(load_recipe(run._recipe_file))
         elif run.folder.exists() and any(not _is_left_by_a_start(p) for p in run.folder.iterdir()):
@@ -181,7 +183,8 @@ class Run:
         return place.is_done("report") and place.record("report").get("recipe_sha256") == self.recipe_sha256()
 
     def recipe_sha256(self) -> str:
-        return hashlib.sha256(recipe_yaml(self.recipe).encode()).hexdigest()
+        fields = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(fields.encode()).hexdigest()
 
     @property
     def report(self) -> Place:
@@ -324,7 +327,7 @@ class RunLock:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a crash leaves the old text or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.new")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

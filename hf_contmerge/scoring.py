@@ -68,6 +68,7 @@ def heldout_documents(data: corpus.StageData, *, chars: int, tokenizer_folder: P
 
     def render(messages: list[corpus.Row]) -> str:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        corpus.require_chat_template(tokenizer)
         return tokenizer.apply_chat_template(messages, tokenize=False)
 
     return corpus.documents(data.heldout, data.form, chars=chars, render=render)
@@ -152,18 +153,19 @@ def _measure(
         if task.num_fewshot is not None:
             for leaf in leaves.values():
                 leaf.set_config(key="num_fewshot", value=task.num_fewshot)
+        _share(lm, leaves, evaluate)
         whole = loaded["groups"].get(task.name)
         results = simple_evaluate(
             lm, tasks=[whole] if whole else list(leaves.values()), limit=evaluate.limit, bootstrap_iters=0,
             log_samples=True, task_manager=manager,
         )  # fmt: skip
-        if results:
+        if results and lm.accelerator.is_main_process:
             scores[task.name] = _task_score(results, task.name, list(leaves))
     return scores
 
 
 def _language_model(model: Any, tokenizer: Any, evaluate: Evaluate) -> Any:
-    """Return lm-eval's view of a loaded model, with the true rank and world size.
+    """Return lm-eval's view of a loaded model. `_share` sets its rank and world size.
 
     HFLM takes the local rank for the rank and ignores ranks on CPUs. Without a float32 softmax, a bfloat16 model's
     log-likelihoods would be rounded to two digits before they are summed.
@@ -185,8 +187,14 @@ def _language_model(model: Any, tokenizer: Any, evaluate: Evaluate) -> Any:
         batch_size=evaluate.batch_size, max_length=evaluate.max_length,
     )  # fmt: skip
     lm.accelerator = Accelerator()
-    lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
     return lm
+
+
+def _share(lm: Any, leaves: Mapping[str, Any], evaluate: Evaluate) -> None:
+    """Let the ranks share a task's documents; where one would get none, which lm-eval refuses, each measures all."""
+    ranks = lm.accelerator.num_processes
+    enough = all(min(len(leaf.eval_docs), evaluate.limit or ranks) >= ranks for leaf in leaves.values())
+    lm._rank, lm._world_size = (lm.accelerator.process_index, ranks) if enough else (0, 1)
 
 
 def _task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:

@@ -15,6 +15,7 @@ import argparse
 import logging
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +28,11 @@ from typing import Any
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from hf_contmerge.errors import ContmergeError, ModelError
+from safetensors import SafetensorError
+
+from hf_contmerge.errors import ContmergeError, ModelError, ResourceError
 from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, Task, load_recipe
-from hf_contmerge.run_folder import ExpertPlace, MergePlace, Place, Run, RunLock
+from hf_contmerge.run_folder import ExpertPlace, MergePlace, Place, Run, RunLock, remove
 
 LOG = logging.getLogger("hf_contmerge")
 
@@ -145,7 +148,11 @@ class Loop:
 
     def _train(self, t: int, kind: str) -> None:
         place, stage = self.run.expert(t, kind), self.run.stage(t)
-        if not self._wanted("train") or self._done(place, "train"):
+        if not self._wanted("train"):
+            return
+        if self._done(place, "train"):
+            if self.ranks.is_main_process:
+                remove(place.checkpoints)  # left by a kill right after the record
             return
         with self._phase("train", place) as record:
             if stage.dataset:
@@ -205,7 +212,8 @@ class Loop:
 
     def _merge(self, t: int, entry: Merge) -> None:
         place = self.run.merged(t, entry)
-        if not self._wanted("merge"):
+        starts_next = self.prepared.kinds[entry.name].startswith("merged") and t < len(self.run.recipe.stages)
+        if not self._wanted("merge") and not starts_next:
             return
         if not self._done(place, "merge"):
             with self._phase("merge", place) as record:
@@ -300,7 +308,15 @@ class Loop:
             LOG.info("%s %s ...", phase, name)
         record: dict[str, Any] = {}
         start = time.monotonic()
-        yield record
+        try:
+            yield record
+        except (OSError, RuntimeError, SafetensorError) as error:  # libraries say "disk full" in many ways
+            if shutil.disk_usage(self.run.folder).free < 2**24:
+                raise ResourceError(
+                    f"The disk of {self.run.folder} is full ({phase} {name}). What is done is kept: free some room and "
+                    "give the same command again."
+                ) from error
+            raise
         if self.ranks.is_main_process:
             record["seconds"] = round(time.monotonic() - start, 1)
             record["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -308,8 +324,6 @@ class Loop:
             record["processes"] = self.ranks.num_processes
             place.finish(phase, record)
             if isinstance(place, ExpertPlace) and phase == "train":
-                from hf_contmerge.run_folder import remove
-
                 remove(place.checkpoints)
             LOG.info("%s %s: %.0f s", phase, name, record["seconds"])
         self.ranks.wait_for_everyone()

@@ -1,0 +1,66 @@
+"""What README.md and CONTRIBUTING.md say is so: recipes parse, commands exist, files are there, copies are current."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_contmerge.cli import _parser
+from hf_contmerge.merge_rules import rule_names
+from hf_contmerge.recipe import parse_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def test_recipes_parse_and_are_short():
+    assert blocks("yaml")
+    for block in blocks("yaml"):
+        parse_recipe(yaml.safe_load(block))
+        assert len(block.strip().splitlines()) <= 25
+
+
+def test_commands_exist(capsys):
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    seen = set()
+    for words in map(shlex.split, filter(None, lines)):
+        seen.add(words[0])
+        if words[0] == "make":
+            assert words[1] in targets
+        elif words[0] == "contmerge":
+            _parser().parse_args(words[1:])
+        elif words[0] == "mergekit-yaml":
+            assert (ROOT / words[1]).is_file()
+        elif words[:2] == ["accelerate", "launch"]:
+            assert (ROOT / next(w for w in words if w.endswith(".py"))).is_file()
+        else:
+            pytest.fail(f"the README shows a command that no test knows: {words}")
+    assert {"make", "contmerge", "mergekit-yaml", "accelerate"} <= seen
+
+
+def test_tree_names_every_module():
+    tree = README.split("## The house")[1]
+    shown = set(re.findall(r"^  (\w+\.py)", tree, flags=re.M))
+    there = {p.name for p in (ROOT / "hf_contmerge").glob("*.py")} - {"__init__.py", "errors.py"}
+    assert shown == there
+
+
+def test_table_names_every_rule():
+    assert set(re.findall(r"^\| `(\w+)` \|", README.split("## The merge rules")[1], flags=re.M)) == set(rule_names())
+
+
+def test_picture_is_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).stat().st_size > 20_000
+
+
+def test_contributing_shows_the_rule_as_it_is():
+    code = (ROOT / "hf_contmerge/merge_rules/ema.py").read_text(encoding="utf-8")
+    assert code.strip() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
