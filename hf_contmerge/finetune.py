@@ -73,9 +73,10 @@ def finetune_stage(
     )
     _train_on(trainer, _newest_checkpoint(checkpoints))
     _save_expert(trainer, strategy, base, out)
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = trainer.state.log_history
+    losses = [entry.get("loss", entry.get("train_loss")) for entry in log]
     record = {
-        "loss": log[-1]["loss"] if log else None,
+        "loss": next((loss for loss in reversed(losses) if loss is not None), None),
         "steps": trainer.state.global_step,
         "examples": len(data.train),
         "tokens": trainer.state.num_input_tokens_seen or None,

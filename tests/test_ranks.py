@@ -1,0 +1,209 @@
+"""Two ranks on two processor cores: the same scores, the same experts, the same loop as on one.
+
+`torchrun` starts the ranks, with gloo between them, as nodes of GPUs would be started.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import PartialState
+from safetensors.torch import load_file
+from toys import TEXT, write_jsonl
+
+from hf_contmerge.corpus import load_stage_data
+from hf_contmerge.finetune import finetune_stage
+from hf_contmerge.forgetting import TaskScore, load_scores
+from hf_contmerge.recipe import Evaluate, Task, Train
+from hf_contmerge.run_folder import ExpertPlace, MergePlace, Run
+from hf_contmerge.scoring import score_model, write_choice_task, write_perplexity_task
+
+Row = dict[str, Any]
+SCRIPT = Path(__file__).parent.parent / "hf_contmerge" / "train.py"
+RANKS = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+TRAIN = {
+    "max_steps": 4, "per_device_train_batch_size": 2, "max_length": 32, "learning_rate": 1.0e-2, "logging_steps": 1,
+    "save_strategy": "no",
+}  # fmt: skip
+
+
+def torchrun(*words: str | Path, ranks: int = 2) -> str:
+    """Run a script on some ranks; return what they printed."""
+    start = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", str(ranks), "--"]
+    done = subprocess.run([*start, *words], capture_output=True, text=True, env=RANKS, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# Scores
+
+SCORE = """
+import json, sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from hf_contmerge.recipe import Evaluate, Task
+from hf_contmerge.scoring import score_model
+
+read = []  # the size of each batch that the model reads
+
+def count(module, args, output):
+    if isinstance(module, torch.nn.Embedding):
+        read.append(len(args[0]))
+
+torch.nn.modules.module.register_module_forward_hook(count)
+order = json.loads(Path(sys.argv[1]).read_text())
+ranks = PartialState(cpu=True)
+digest, scores = score_model(
+    Path(order["model"]), [Task(**t) for t in order["tasks"]], task_folder=Path(order["task_folder"]),
+    evaluate=Evaluate(**order["evaluate"]), ranks=ranks,
+)
+Path(f"{sys.argv[1]}.{ranks.process_index}of{ranks.num_processes}").write_text(
+    json.dumps([digest, {n: s.to_json() for n, s in scores.items()}, sum(read)])
+)
+"""
+SUBJECTS = ("fox", "dog", "law", "hen", "claim", "court", "pulse", "nurse", "list")
+COUNTS = {"odd": 7, "even": 4, "one": 1}
+"""Task name -> number of documents. One cannot be shared: lm-eval fails on a rank that gets none."""
+
+
+@pytest.fixture(scope="module")
+def order(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Row:
+    """What to score, as the script above reads it."""
+    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(0)
+    words = TEXT.split()
+    for name, count in COUNTS.items():
+        write_perplexity_task(
+            folder, name, [" ".join(draw.choices(words, k=draw.randrange(5, 40))) for _ in range(count)]
+        )
+    rows = [{"query": f"A court may refuse the {s}", "choices": list("abc"), "gold": i % 3}
+            for i, s in enumerate(SUBJECTS)]  # fmt: skip
+    write_choice_task(folder, "choice", rows)
+    group = {"group": "both", "task": ["odd", "one"]}
+    (folder / "both.yaml").write_text(yaml.safe_dump(group))
+    tasks = [*({"name": n} for n in (*COUNTS, "both")), {"name": "choice", "num_fewshot": 1}]
+    return {
+        "model": str(base_folder), "task_folder": str(folder), "tasks": tasks,
+        "evaluate": {"dtype": "float32", "batch_size": 2},
+    }  # fmt: skip
+
+
+def on_one_rank(order: Row) -> tuple[str, dict[str, TaskScore]]:
+    return score_model(
+        Path(order["model"]), [Task(**t) for t in order["tasks"]], task_folder=Path(order["task_folder"]),
+        evaluate=Evaluate(**order["evaluate"]), ranks=PartialState(cpu=True),
+    )  # fmt: skip
+
+
+def test_scores_on_two_ranks(order: Row, tmp_path: Path) -> None:
+    """The ranks share the documents; the main process has all of their results, in order."""
+    (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "order").write_text(json.dumps(order))
+    torchrun(tmp_path / "score.py", tmp_path / "order")
+    digest, found, read = json.loads((tmp_path / "order.0of2").read_text())
+    other_digest, others, other_read = json.loads((tmp_path / "order.1of2").read_text())
+    alone_digest, alone = on_one_rank(order)
+    assert digest == other_digest == alone_digest
+    assert others == {}
+    assert_same_scores({n: TaskScore.from_json(s) for n, s in found.items()}, alone)
+    assert {n: len(found[n]["gains"]) for n in COUNTS} == COUNTS
+    whole = sum(COUNTS.values()) + COUNTS["odd"] + COUNTS["one"] + len(SUBJECTS)  # a question is read once
+    assert max(read, other_read) <= 0.75 * whole
+
+
+def assert_same_scores(found: Mapping[str, TaskScore], wanted: Mapping[str, TaskScore]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, score in wanted.items():
+        assert found[name].gains == pytest.approx(score.gains, rel=1e-5), name
+        assert found[name].weights == score.weights
+        assert found[name].details["documents_sha256"] == score.details["documents_sha256"]
+        reported = score.details["metrics"]
+        assert found[name].details["metrics"] == {k: pytest.approx(v, rel=1e-4) for k, v in reported.items()}
+
+
+# The loop
+
+
+@pytest.fixture(scope="module")
+def recipe(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home, draw = tmp_path_factory.mktemp("home"), random.Random(0)
+    words = TEXT.split()
+    stages: list[Row] = []
+    for i, name in enumerate("ab"):
+        own = words[20 * i : 20 * i + 20]
+        path = write_jsonl(home / f"{name}.jsonl", [{"text": " ".join(draw.choices(own, k=30))} for _ in range(24)])
+        stages.append({"name": name, "dataset": {"path": str(path), "heldout": 3}})
+    recipe = {
+        "name": "ranks", "base_model": str(base_folder), "stages": stages, "train": TRAIN, "merge": ["magmax", "opcm"],
+        "evaluate": {"dtype": "float32"},
+    }  # fmt: skip
+    path = home / "ranks.yml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The recipe, carried out on two ranks."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    torchrun(SCRIPT, recipe, "--run", folder)
+    return Run.load(folder)
+
+
+def test_loop_on_two_ranks(run: Run, recipe: Path) -> None:
+    assert run.is_complete()
+    experts = [run.expert(1, "base"), run.expert(2, "base"), run.expert(2, "previous")]
+    merges = [run.merged(t, entry) for t in (1, 2) for entry in run.recipe.merge]
+    assert [p.folder for _, p in run.places()][1:] == [
+        p.folder for p in (experts[0], *merges[:2], *experts[1:], *merges[2:])
+    ]
+    assert all(p.is_done("train") and p.is_done("score") for p in experts)
+    assert all(p.is_done("merge") and p.is_done("score") for p in merges)
+    assert run.base.record("score")["processes"] == 2
+    assert not [p for p in run.folder.rglob(".*") if p.name != ".lock"]
+    assert (run.folder / "report" / "index.html").is_file()
+    times = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()}
+    printed = torchrun(SCRIPT, recipe, "--run", run.folder)
+    assert printed.count(f"All of {run.folder} is done.") == 1
+    assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()} == times
+
+
+def test_scores_of_the_loop(run: Run) -> None:
+    """All of its models give the same scores when one rank measures them."""
+    for _, place in run.places():
+        found = load_scores(place)
+        order = {
+            "model": str(place.model if isinstance(place, ExpertPlace | MergePlace) else run.base_model),
+            "task_folder": str(run.tasks), "tasks": [{"name": n} for n in found],
+            "evaluate": {"dtype": "float32"},
+        }  # fmt: skip
+        assert_same_scores(found, on_one_rank(order)[1])
+
+
+def test_expert_is_that_of_one_rank_with_twice_the_batch(run: Run, base_folder: Path, tmp_path: Path) -> None:
+    """Two ranks take batches in turn from one shuffled order, so two batches of 2 are one batch of 4.
+
+    The loss is the mean over the tokens of both, so the gradient is the same but for the order of its sums.
+    """
+    spec = run.stage(1).dataset
+    assert spec
+    (tmp_path / "expert").mkdir()
+    record = finetune_stage(
+        start=base_folder, base=base_folder, data=load_stage_data(spec, seed=0), seed=0, out=tmp_path / "expert",
+        train=Train(**{**TRAIN, "per_device_train_batch_size": 4}), checkpoints=tmp_path / "checkpoints",
+    )  # fmt: skip
+    place = run.expert(1, "base")
+    theirs = place.record("train")
+    assert (theirs["steps"], theirs["tokens"]) == (record["steps"], record["tokens"])
+    assert [e["loss"] for e in theirs["log"]] == pytest.approx([e["loss"] for e in record["log"]], rel=1e-4)
+    base, one, two = (load_file(f / "model.safetensors") for f in (base_folder, tmp_path / "expert", place.model))
+    for name, tensor in one.items():
+        assert torch.dist(two[name], tensor) <= 1e-4 * torch.dist(tensor, base[name])
