@@ -14,9 +14,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from hf_contmerge.errors import clear_errors
 from hf_contmerge.recipe import PHASES
 from hf_contmerge.run_folder import Run, RunLock
-from hf_contmerge.train import add_arguments, clear_errors, run_command, show_report
+from hf_contmerge.train import add_arguments, run_command, show_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,12 @@ A message says what was found, where, what was expected and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _MANY = 30  # more names than that are not read
 
@@ -58,3 +63,35 @@ def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> s
     shown = options if len(options) <= _MANY else difflib.get_close_matches(word, options, n=8, cutoff=0)
     rest = f" and {len(options) - len(shown)} more" if len(options) > len(shown) else ""
     return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(shown) or '(none)'}{rest}."
+
+
+class _Outcome:
+    code = 0
+
+
+@contextmanager
+def clear_errors() -> Iterator[_Outcome]:
+    """Turn what a user can mend into one message and exit code 2; let everything else through with its traceback."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our own lines tell the progress
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_contmerge").setLevel(logging.INFO)
+    outcome = _Outcome()
+    try:
+        yield outcome
+    except ContmergeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        outcome.code = error.exit_code
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EROFS: "the disk is read-only",
+            errno.EACCES: "no permission",
+        }
+        if error.errno not in reasons:
+            raise
+        print(
+            f"Error: cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. What is done is kept: "
+            "mend that and give the same command again.",
+            file=sys.stderr,
+        )
+        outcome.code = 2

@@ -22,8 +22,9 @@ from transformers import (
 
 from hf_contmerge.corpus import StageData, require_chat_template
 from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
-from hf_contmerge.model_folder import Weights, bf16_pays, copy_companions, cpu_only
+from hf_contmerge.model_folder import bf16_pays, copy_companions, cpu_only
 from hf_contmerge.recipe import Train
+from hf_contmerge.tensor_files import Weights
 from hf_contmerge.train_strategies import TrainStrategy, get_strategy, strategy_names
 
 LOG = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from hf_contmerge.places import Place
 from hf_contmerge.recipe import Stage
-from hf_contmerge.run_folder import Place, Run
+from hf_contmerge.run_folder import Run
 
 Block = Literal["accuracy", "perplexity"]
 BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms
-from hf_contmerge.model_folder import Weights, WeightsWriter, check_same_layout, config, copy_companions, vocab_size
+from hf_contmerge.model_folder import check_same_layout, copy_companions, vocab_size
+from hf_contmerge.tensor_files import Weights, WeightsWriter, config
 
 LOG = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from hf_contmerge.errors import ContmergeError, RecipeError, unknown
 from hf_contmerge.merge_rules import MergeRule, Norms, get_rule, parameter_types, rule_class, rule_names
 from hf_contmerge.merge_stream import fold_expert, is_matrix, merged_tensor
-from hf_contmerge.model_folder import Weights
+from hf_contmerge.tensor_files import Weights
 
 
 class MergekitRecipeError(RecipeError, click.UsageError):

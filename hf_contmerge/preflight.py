@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge import corpus, finetune, merge_stream, model_folder, scoring
+from hf_contmerge import corpus, finetune, merge_stream, model_folder, scoring, tensor_files
 from hf_contmerge.corpus import StageData
 from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, rule_names
@@ -55,7 +55,7 @@ def prepare(run: Run, ranks: Any) -> Prepared:
     folders = [run.tasks, *([Path(recipe.evaluate.include_path)] if recipe.evaluate.include_path else [])]
     scoring.check_tasks([t.name for t in recipe.measured(run.stage_numbers())], folders)
     if ranks.is_main_process:
-        _check_disk(run, model_folder.Weights(base).numel(), kinds)
+        _check_disk(run, tensor_files.Weights(base).numel(), kinds)
         run.link_base(base)
     return Prepared(base, rules, kinds, given, data)
 

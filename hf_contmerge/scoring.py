@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_contmerge import corpus
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.forgetting import Block, Sample, TaskScore
-from hf_contmerge.model_folder import Weights, bf16_pays, tensor_bytes
+from hf_contmerge.model_folder import bf16_pays
 from hf_contmerge.recipe import Evaluate, Task
+from hf_contmerge.tensor_files import Weights, tensor_bytes
 
 LOG = logging.getLogger(__name__)
 

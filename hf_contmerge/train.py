@@ -30,9 +30,10 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 
 from safetensors import SafetensorError
 
-from hf_contmerge.errors import ContmergeError, ModelError, ResourceError
+from hf_contmerge.errors import ModelError, ResourceError, clear_errors
+from hf_contmerge.places import ExpertPlace, MergePlace, Place, remove
 from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, Task, load_recipe
-from hf_contmerge.run_folder import ExpertPlace, MergePlace, Place, Run, RunLock, remove
+from hf_contmerge.run_folder import Run, RunLock
 
 LOG = logging.getLogger("hf_contmerge")
 
@@ -164,7 +165,7 @@ class Loop:
 
     def _finetune(self, t: int, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
         from hf_contmerge.finetune import finetune_stage
-        from hf_contmerge.model_folder import weights_sha256
+        from hf_contmerge.tensor_files import weights_sha256
 
         start = self._start_of(t, place.kind)
         recipe = self.run.recipe
@@ -184,7 +185,7 @@ class Loop:
     def _add_vector(self, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
         """Write base + (expert - minus), the model whose task vector is the difference of the two."""
         from hf_contmerge.merge_stream import write_sum
-        from hf_contmerge.model_folder import weights_sha256
+        from hf_contmerge.tensor_files import weights_sha256
 
         assert stage.expert
         assert stage.minus
@@ -196,7 +197,7 @@ class Loop:
         return {"expert": stage.expert, "minus": stage.minus, "model_sha256": weights_sha256(folder)}
 
     def _give(self, stage: Stage) -> dict[str, Any]:
-        from hf_contmerge.model_folder import weights_sha256
+        from hf_contmerge.tensor_files import weights_sha256
 
         assert stage.expert
         folder = self.prepared.given[stage.expert]
@@ -226,7 +227,7 @@ class Loop:
         import torch
 
         from hf_contmerge import merge_stream
-        from hf_contmerge.model_folder import weights_sha256
+        from hf_contmerge.tensor_files import weights_sha256
 
         entry, rule = place.entry, self.prepared.rules[place.entry.name]
         kind = self.prepared.kinds[entry.name]
@@ -338,40 +339,6 @@ def _together(ranks: Any, ask: Callable[[], Any]) -> Any:
     answer = [ask() if ranks.is_main_process else None]
     broadcast_object_list(answer)
     return answer[0]
-
-
-class _Outcome:
-    code = 0
-
-
-@contextmanager
-def clear_errors() -> Iterator[_Outcome]:
-    """Turn what a user can mend into one message and exit code 2; let everything else through with its traceback."""
-    import errno
-
-    os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our own lines tell the progress
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    LOG.setLevel(logging.INFO)
-    outcome = _Outcome()
-    try:
-        yield outcome
-    except ContmergeError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        outcome.code = error.exit_code
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EROFS: "the disk is read-only",
-            errno.EACCES: "no permission",
-        }
-        if error.errno not in reasons:
-            raise
-        print(
-            f"Error: cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. What is done is kept: "
-            "mend that and give the same command again.",
-            file=sys.stderr,
-        )
-        outcome.code = 2
 
 
 if __name__ == "__main__":

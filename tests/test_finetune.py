@@ -26,8 +26,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from hf_contmerge.corpus import StageData, load_stage_data
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError
 from hf_contmerge.finetune import check_training, finetune_stage, sft_settings
-from hf_contmerge.model_folder import Weights, check_same_layout
+from hf_contmerge.model_folder import check_same_layout
 from hf_contmerge.recipe import Dataset, Train
+from hf_contmerge.tensor_files import Weights
 
 Row = dict[str, Any]
 LIGHT = {

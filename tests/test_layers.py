@@ -15,7 +15,7 @@ PACKAGE = TESTS.parent / "hf_contmerge"
 LAYERS = (
     ("errors", "merge_rules"),  # the speech, the maths
     ("recipe", "quickstart_texts"),  # the nouns
-    ("recipe_changes",),
+    ("recipe_changes", "places", "tensor_files"),
     ("run_folder",),
     ("corpus", "forgetting", "model_folder", "train_strategies"),  # parts of a phase
     ("model_card", "report_findings"),
@@ -45,6 +45,7 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "merge_rules": {"torch"},
     "recipe": {"pydantic", "yaml"},  # these and run_folder answer "is all of this done?" at once: no torch
     "recipe_changes": set(),
+    "places": set(),
     "run_folder": set(),
     "_autoload": set(),  # runs at every `import torch`
     "__init__": set(),

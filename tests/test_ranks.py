@@ -22,8 +22,9 @@ from toys import TEXT, write_jsonl
 from hf_contmerge.corpus import load_stage_data
 from hf_contmerge.finetune import finetune_stage
 from hf_contmerge.forgetting import TaskScore, load_scores
+from hf_contmerge.places import ExpertPlace, MergePlace
 from hf_contmerge.recipe import Evaluate, Task, Train
-from hf_contmerge.run_folder import ExpertPlace, MergePlace, Run
+from hf_contmerge.run_folder import Run
 from hf_contmerge.scoring import score_model, write_choice_task, write_perplexity_task
 
 Row = dict[str, Any]

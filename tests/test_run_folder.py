@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from hf_contmerge.errors import ResourceError, RunError
+from hf_contmerge.places import ExpertPlace, MergePlace, Place
 from hf_contmerge.recipe import Phase, Recipe, load_recipe, parse_recipe
-from hf_contmerge.run_folder import ExpertPlace, MergePlace, Place, Run, RunLock
+from hf_contmerge.run_folder import Run, RunLock
 
 Data = dict[str, Any]
 
@@ -114,7 +115,7 @@ def test_publish_replaces_what_a_crash_left_without_a_record(run: Run) -> None:
 DIE_BEFORE_RENAME = """
 import os, signal, sys
 from pathlib import Path
-from hf_contmerge.run_folder import Place
+from hf_contmerge.places import Place
 
 def hook(event, args):
     if event == "os.rename":

@@ -21,9 +21,9 @@ from hf_contmerge.errors import RunError
 from hf_contmerge.forgetting import BLOCKS, load_lines, load_scores
 from hf_contmerge.merge_rules import get_rule
 from hf_contmerge.merge_stream import merge_stage
-from hf_contmerge.model_folder import weights_sha256
 from hf_contmerge.recipe import load_recipe, parse_recipe
 from hf_contmerge.run_folder import Run
+from hf_contmerge.tensor_files import weights_sha256
 from hf_contmerge.train import run_recipe
 
 Data = dict[str, Any]

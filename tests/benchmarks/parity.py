@@ -25,8 +25,9 @@ from toys import perturbed, toy_llama
 from hf_contmerge.merge_rules import MergeRule, Norms, get_rule
 from hf_contmerge.merge_rules.opcm import Opcm
 from hf_contmerge.merge_stream import is_matrix, merge_stage, mergekit_yaml
-from hf_contmerge.model_folder import Weights, vocab_size
+from hf_contmerge.model_folder import vocab_size
 from hf_contmerge.run_folder import Run
+from hf_contmerge.tensor_files import Weights
 
 CASES = [
     ("magmax", {}),

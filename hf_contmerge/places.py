@@ -1,0 +1,164 @@
+"""Places of a run: folders in which phases leave their outputs and, last of all, their records.
+
+An output is built in a hidden scratch folder, which is renamed; then the record `<phase>.json` is replaced atomically.
+Whatever a crash leaves, a phase without its record has not happened.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.recipe import Merge, Phase
+
+Record = dict[str, Any]
+
+_RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder in which phases leave their outputs and, last of all, their records."""
+
+    folder: Path
+
+    def record(self, phase: Phase) -> Record:
+        """Return the record of a phase that is done."""
+        return json.loads(self._record_file(phase).read_text(encoding="utf-8"))
+
+    def is_done(self, phase: Phase) -> bool:
+        return self._record_file(phase).exists()
+
+    def scratch(self, name: str) -> Path:
+        """Return an empty hidden folder in which to build the output `name`."""
+        path = self.folder / f".{name}"
+        remove(path)
+        path.mkdir(parents=True)
+        return path
+
+    def publish(self, name: str) -> Path:
+        """Put the scratch folder of the output `name` in its place."""
+        scratch, final = self.folder / f".{name}", self.folder / name
+        _sync_files(scratch)
+        remove(final)  # left by a crash between this rename and the record
+        scratch.rename(final)
+        _sync_folder(self.folder)
+        return final
+
+    def finish(self, phase: Phase, record: Record) -> None:
+        """Write the phase's record, which makes it done."""
+        stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+        write_atomically(self._record_file(phase), json.dumps({**record, **stamp}, indent=1) + "\n")
+
+    def undo(self, phase: Phase) -> None:
+        """Forget that a phase was done, then remove what it wrote."""
+        self._record_file(phase).unlink(missing_ok=True)
+        for name in self.outputs(phase):
+            remove(self.folder / name)
+
+    def outputs(self, phase: Phase) -> tuple[str, ...]:
+        """Return the names of what a phase writes beside its record."""
+        return {"report": ("report", ".report")}.get(phase, ())
+
+    def _record_file(self, phase: Phase) -> Path:
+        return self.folder / f"{phase}.json"
+
+
+@dataclass(frozen=True)
+class ExpertPlace(Place):
+    """A stage's expert of one kind."""
+
+    kind: str
+
+    @property
+    def model(self) -> Path:
+        """The expert's folder: trained here, or, for a given expert, where its record says."""
+        given = self.record("train").get("given") if self.is_done("train") else None
+        return Path(given) if given else self.folder / "expert"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Half-trained states, to resume from; removed once the expert is there."""
+        return self.folder / "checkpoints"
+
+    def outputs(self, phase: Phase) -> tuple[str, ...]:
+        return {"train": ("expert", ".expert", "checkpoints")}.get(phase, ())
+
+
+@dataclass(frozen=True)
+class MergePlace(Place):
+    """What one merge entry of the recipe made of the stages so far."""
+
+    entry: Merge
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "merged"
+
+    @property
+    def running(self) -> Path:
+        """The rule's state: one float32 tensor per weight. Read by the next stage, then pruned."""
+        return self.folder / "running"
+
+    @property
+    def mergekit_recipe(self) -> Path:
+        return self.folder / "merge.yml"
+
+    def prune(self) -> None:
+        """Drop the running state, which a later stage's record has made needless."""
+        remove(self.running)
+
+    def outputs(self, phase: Phase) -> tuple[str, ...]:
+        return {"merge": ("merged", ".merged", "running", ".running", "merge.yml")}.get(phase, ())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a crash leaves the old text or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.new")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    found = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
