@@ -75,9 +75,10 @@ def finetune_stage(
     _train_on(trainer, _newest_checkpoint(checkpoints))
     _save_expert(trainer, strategy, base, out)
     log = trainer.state.log_history
-    losses = [entry.get("loss", entry.get("train_loss")) for entry in log]
+    # The closing summary's mean is of this process's steps only, so it counts only where nothing was logged before.
+    losses = [e["loss"] for e in log if "loss" in e] or [e["train_loss"] for e in log if "train_loss" in e]
     record = {
-        "loss": next((loss for loss in reversed(losses) if loss is not None), None),
+        "loss": losses[-1] if losses else None,
         "steps": trainer.state.global_step,
         "examples": len(data.train),
         "tokens": trainer.state.num_input_tokens_seen or None,
