@@ -9,7 +9,9 @@ mergekit and then lets hf_contmerge.mergekit_plugin do its part. HF_CONTMERGE_AU
 import os
 import sys
 
-_HOOKS = {"mergekit.merge_methods": "register_rules", "mergekit.plan": "guard_planner"}
+# Not the package mergekit.merge_methods: whoever imports it before torch has it half executed when torch calls
+# `register`, too late to wait for it. Its registry comes after torch either way.
+_HOOKS = {"mergekit.merge_methods.registry": "register_rules", "mergekit.plan": "guard_planner"}
 
 
 class _MergekitFinder:

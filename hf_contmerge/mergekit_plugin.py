@@ -10,8 +10,10 @@ A name that mergekit has itself (task_arithmetic) stays mergekit's.
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +50,7 @@ class MergekitRecipeError(RecipeError, click.UsageError):
 class WholeModel:
     """The outcome of pass 1 over whole models: running tensors on disk, and the scale that their norms give."""
 
-    folder: Path
+    running: Weights
     scale: float
 
 
@@ -76,36 +78,59 @@ class RuleMethod(GroupMergeMethod):
         try:
             scale = parameters.pop("scale", "tensor")
             rule = get_rule(self.spec.name, **parameters)
-            if scale == "model":
+            if _checked_scale(scale) == "model":
                 return _from_whole_model(rule, group)
-            return _from_this_tensor(rule, group, scale)
+            return _from_this_tensor(rule, group, _checked_scale(scale))
         except (ContmergeError, ValueError) as error:
             raise MergekitRecipeError(f"{self.spec.name}: {error}") from error
 
     def check(self, config: Any) -> None:
         """Refuse, before any tensor is read, what mergekit would pass over in silence or what cannot be right."""
         known = [p.name for p in self.spec.parameters]
-        for place, words in _settings(config):
-            for word in words:
+        for place, per_model, words in _settings(config):
+            for word, setting in words.items():
                 if word not in known:
                     where = f"the parameters of {place} for {self.spec.name}"
                     raise MergekitRecipeError(unknown("parameter", word, known, where=where))
-                if "model" in place:
+                if per_model:
                     raise MergekitRecipeError(
                         f"{self.spec.name} has no parameter per model; {word} of {place} belongs under `parameters:` "
                         "at the top of the recipe."
                     )
-        constant = {k: v for k, v in (config.parameters or {}).items() if isinstance(v, bool | int | float | str)}
+                self._check_values(word, setting)
+        if self.rule.whole_model_scale:
+            self._check_whole(config)
+
+    def _check_values(self, word: str, setting: Any) -> None:
         try:
-            get_rule(self.spec.name, **{k: v for k, v in constant.items() if k != "scale"})
+            for value in _values(setting):
+                if word == "scale":
+                    _checked_scale(value)
+                else:
+                    get_rule(self.spec.name, **{word: _as_number(value)})
         except ValueError as error:
             raise MergekitRecipeError(str(error)) from error
-        whole = self.rule.whole_model_scale and (config.parameters or {}).get("scale", "model") == "model"
-        if whole and (config.slices or any(m.slices for m in (config.modules or {}).values())):
-            raise MergekitRecipeError(
-                f"{self.spec.name} takes its scale from the norms of whole models, which slices do not have. List "
-                "whole models under `models:`, or set `scale: tensor` or a number under `parameters:`."
-            )
+
+    def _check_whole(self, config: Any) -> None:
+        """Refuse what has no whole-model scale: slices, and a rule whose parameters differ from tensor to tensor."""
+        scales = [config.parameters.get("scale", "model") if config.parameters else "model"]
+        scales += [words["scale"] for _, _, words in _settings(config) if "scale" in words]
+        if all("model" not in _values(scale) for scale in scales):
+            return
+        uneven = [
+            word
+            for place, _, words in _settings(config)
+            for word, setting in words.items()
+            if word != "scale" and (place != _TOP or len(set(_values(setting))) > 1)
+        ]
+        slices = config.slices or any(m.slices for m in (config.modules or {}).values())
+        if not slices and not uneven:
+            return
+        what = f"for which {uneven[0]} must be one value" if uneven else "which slices do not have"
+        raise MergekitRecipeError(
+            f"{self.spec.name} takes its scale from the norms of whole models, {what}. List whole models under "
+            "`models:` without gradients or filters, or set `scale: tensor` or a number under `parameters:` at the top."
+        )
 
 
 def register_rules() -> None:
@@ -134,25 +159,53 @@ def guard_planner() -> None:
     MergePlanner.normalize_config = normalize_config
 
 
-def _settings(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (place, parameters) of every level of a mergekit recipe."""
-    yield "the recipe", config.parameters or {}
+_TOP = "the recipe"
+
+
+def _settings(config: Any) -> Iterator[tuple[str, bool, Mapping[str, Any]]]:
+    """Yield (place, whether it is one model's, parameters) of every level of a mergekit recipe."""
+    yield _TOP, False, config.parameters or {}
     parts: list[tuple[str, Any]] = [
         ("", config),
         *((f" of module {name}", module) for name, module in (config.modules or {}).items()),
     ]
     for where, part in parts:
         if where:
-            yield where.removeprefix(" of "), part.parameters or {}
+            yield where.removeprefix(" of "), False, part.parameters or {}
         for model in part.models or ():
-            yield f"model {model.model}{where}", model.parameters or {}
+            yield f"model {model.model}{where}", True, model.parameters or {}
         for number, piece in enumerate(list[Any](part.slices or [])):
-            yield f"slice {number}{where}", piece.parameters or {}
+            yield f"slice {number}{where}", False, piece.parameters or {}
             for source in piece.sources:
-                yield f"model {source.model} in slice {number}{where}", source.parameters or {}
+                yield f"model {source.model} in slice {number}{where}", True, source.parameters or {}
 
 
-def _from_this_tensor(rule: MergeRule, group: TensorGroup, scale: Any) -> Tensor:
+def _values(setting: Any) -> list[Any]:
+    """Return all values that a mergekit setting can take: a constant, a gradient's points, a filter's choices."""
+    if isinstance(setting, list):
+        return [value for part in setting for value in _values(part)]
+    return _values(setting.value) if hasattr(setting, "value") else [setting]
+
+
+def _as_number(value: Any) -> Any:
+    """Return a string that spells a number as that number: YAML leaves 1e-1 a string. Anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _checked_scale(value: Any) -> float | str:
+    """Return `model`, `tensor` or a finite number. Raises ValueError for anything else."""
+    number = _as_number(value)
+    if number in ("model", "tensor"):
+        return number
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"scale must be model, tensor or a number; got {value!r}")
+    return float(number)
+
+
+def _from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) -> Tensor:
     """Fold the tensors at hand, in order; scale by the rule on this tensor's own norms, or by a given number."""
     assert group.base is not None
     base = group.base.tensor
@@ -165,45 +218,46 @@ def _from_this_tensor(rule: MergeRule, group: TensorGroup, scale: Any) -> Tensor
             raise ValueError(f"{group.metadata.name} of {entry.id} has values that are NaN or infinite")
         norms.append(float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)))
         running = rule.update(running, task_vector, is_matrix=matrix)
-    if not isinstance(scale, int | float):
-        if scale != "tensor":
-            raise ValueError(f"scale must be model, tensor or a number; got {scale!r}")
+    if isinstance(scale, str):
         scale = rule.scale(Norms(tuple(norms), float(torch.linalg.vector_norm(running, dtype=torch.float64))))
     only = group.non_base[0].tensor if len(group.non_base) == 1 and scale == 1.0 else None
-    return merged_tensor(base, running, float(scale), base.dtype, expert=only)
+    return merged_tensor(base, running, scale, base.dtype, expert=only)
 
 
 def _from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
     """Read this tensor's running state of the whole-model pass back, and scale it by the whole model's norms."""
     assert group.base is not None
-    name, base = group.metadata.name or "", group.base.tensor
-    _require_as_stored(group.base, name)
-    for entry in group.non_base:
-        _require_as_stored(entry, name)
-    experts = tuple(_folder(entry) for entry in group.non_base)
-    whole = _whole_model(rule, _folder(group.base), experts)
-    stored = _weights(_folder(group.base)).tensor(name).to(base.device)
-    running = _weights(whole.folder).tensor(name).to(base.device)
-    only = None
-    if len(experts) == 1 and whole.scale == 1.0:
-        only = _weights(experts[0]).tensor(name).to(base.device)
+    base, name = group.base.tensor, _stored_name(group)
+    models = tuple(_weights(entry) for entry in (group.base, *group.non_base))
+    whole = _whole_model(rule, models)
+    stored = models[0].tensor(name).to(base.device)
+    running = whole.running.tensor(name).to(base.device)
+    only = models[1].tensor(name).to(base.device) if len(models) == 2 and whole.scale == 1.0 else None
     return merged_tensor(stored, running, whole.scale, base.dtype, expert=only)
 
 
 _lock = threading.Lock()
-_done: dict[tuple[MergeRule, Path, tuple[Path, ...]], WholeModel] = {}
-_temporary: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+_latest: dict[tuple[MergeRule, tuple[Weights, ...]], WholeModel] = {}
 
 
-def _whole_model(rule: MergeRule, base: Path, experts: tuple[Path, ...]) -> WholeModel:
-    """Run pass 1 over whole models, once per process whatever the number of tensors and threads."""
+def _whole_model(rule: MergeRule, models: tuple[Weights, ...]) -> WholeModel:
+    """Run pass 1 over whole models (the base first), once per merge whatever the number of tensors and threads.
+
+    The latest outcome alone is kept: a sweep over alpha in one process must not fill the disk with running tensors.
+    """
     with _lock:
-        key = (rule, base, experts)
-        if key not in _done:
+        if (rule, models) not in _latest:
+            base, *experts = (weights.folder for weights in models)
             holder = tempfile.TemporaryDirectory(prefix="contmerge-")
-            _temporary.append(holder)
-            _done[key] = _fold_all(rule, base, experts, Path(holder.name))
-        return _done[key]
+            try:
+                whole = _fold_all(rule, base, tuple(experts), Path(holder.name))
+            except BaseException:
+                holder.cleanup()
+                raise
+            weakref.finalize(whole, holder.cleanup)  # when nobody reads it any more, at the latest at exit
+            _latest.clear()
+            _latest[rule, models] = whole
+        return _latest[rule, models]
 
 
 def _fold_all(rule: MergeRule, base: Path, experts: tuple[Path, ...], scratch: Path) -> WholeModel:
@@ -217,20 +271,48 @@ def _fold_all(rule: MergeRule, base: Path, experts: tuple[Path, ...], scratch: P
             file.unlink()
         running = out
     assert running is not None
-    return WholeModel(running, rule.scale(Norms(tuple(norms), running_norm)))
+    return WholeModel(Weights(running), rule.scale(Norms(tuple(norms), running_norm)))
 
 
-def _require_as_stored(entry: TensorEntry, name: str) -> None:
-    """Raise unless the tensor that mergekit hands over is the one that the model's files hold under its name."""
-    weights = _weights(_folder(entry))
-    same = False
-    if name in weights.names and weights.shape(name) == tuple(entry.tensor.shape):
-        same = torch.equal(weights.tensor(name).to(entry.tensor.dtype), entry.tensor.cpu())
-    if not same:
+def _stored_name(group: TensorGroup) -> str:
+    """Return the name under which the files of all models hold the tensors that mergekit hands over.
+
+    It is mergekit's own name, or another for an alias and for a tied head that is stored a second time: the
+    whole-model pass counts that once, as the input table. Raises ValueError where there is no such name.
+    """
+    assert group.base is not None
+    asked, files = group.metadata.name or "", _weights(group.base)
+    others = [n for n in files.names if files.shape(n) == tuple(group.base.tensor.shape)]
+    names = [asked] if asked in files.names else others
+    found = next((n for n in names if all(_holds(entry, n) for entry in group.entries)), None)
+    if found is None:
+        odd = next((e for e in group.entries if not any(_holds(e, n) for n in names)), group.base)
         raise ValueError(
-            f"{name} of {entry.id} is not what its files hold under that name (slices, a permuted vocabulary or other "
+            f"{asked} of {odd.id} is not what its files hold under that name (slices, a permuted vocabulary or other "
             "names), so a scale over whole models cannot be right. Set `scale: tensor` or a number under `parameters:`."
         )
+    return found
+
+
+def _holds(entry: TensorEntry, name: str) -> bool:
+    """Say whether a model's files hold, under this name, the tensor that mergekit hands over."""
+    weights, tensor = _weights(entry), entry.tensor
+    if name not in weights.names or weights.shape(name) != tuple(tensor.shape):
+        return False
+    # NaN equals NaN here: that a weight is not finite is for the whole-model pass to say.
+    return torch.allclose(weights.tensor(name).to(tensor.dtype), tensor.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def _weights(entry: TensorEntry) -> Weights:
+    """Return the files of a model, opened anew when they have changed since: the same object means the same content."""
+    folder = _folder(entry)
+    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors*"))]
+    return _open(folder, tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
+
+
+@functools.lru_cache(maxsize=64)
+def _open(folder: Path, _stamp: tuple[tuple[str, int, int, int], ...]) -> Weights:
+    return Weights(folder)
 
 
 def _folder(entry: TensorEntry) -> Path:
@@ -241,8 +323,3 @@ def _folder(entry: TensorEntry) -> Path:
     if not isinstance(entry.id, ModelReference):
         raise ValueError("tensors without a model folder have no whole-model norms; set `scale: tensor` or a number")
     return Path(LoaderCache().get(entry.id).index.base_path)
-
-
-@functools.lru_cache(maxsize=64)
-def _weights(folder: Path) -> Weights:
-    return Weights(folder)
