@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from hf_contmerge.cli import _parser
-from hf_contmerge.merge_rules import rule_names
-from hf_contmerge.recipe import parse_recipe
+from hf_contmerge.merge_rules import get_rule, rule_names
+from hf_contmerge.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +43,12 @@ def test_commands_exist(capsys):
         else:
             pytest.fail(f"the README shows a command that no test knows: {words}")
     assert {"make", "contmerge", "mergekit-yaml", "accelerate"} <= seen
+
+
+def test_another_rule_by_a_word_on_the_command_line():
+    recipe = load_recipe(ROOT / "recipes/quickstart.yml", ["merge.0.rule=ema"])
+    entry = recipe.merge[0]
+    assert (entry.name, get_rule(entry.rule, **entry.parameters).start_from) == ("ema", "merged")
 
 
 def test_tree_names_every_module():
