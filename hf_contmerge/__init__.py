@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _HOME = {
     "MergeRule": "merge_rules",
     "Norms": "merge_rules",
+    "Weight": "merge_rules",
     "get_rule": "merge_rules",
     "rule_names": "merge_rules",
     "Recipe": "recipe",
@@ -15,7 +16,8 @@ _HOME = {
     "Run": "run_folder",
     "ContmergeError": "errors",
     "ScoreMatrix": "forgetting",
-    "merge_stage": "merge_stream",
+    "MergeState": "merge_state",
+    "merge_experts": "merge_stream",
     "finetune_stage": "finetune",
     "score_model": "scoring",
     "write_report": "report",

@@ -5,6 +5,7 @@ contmerge status RUN                                              what is done, 
 contmerge report RUN                                              write the report again, print the table
 contmerge redo RUN PHASE [--stage NAME]                           drop a phase and what follows from it
 contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         put a merged model on the Hub, with its lineage
+contmerge merge init|add|export|log|drop|owners|from-recipe ...   merge without a run; see `contmerge merge --help`
 contmerge yaml RECIPE OUT ...                                     mergekit-yaml, with our merge methods
 """
 
@@ -15,8 +16,10 @@ import sys
 from collections.abc import Sequence
 
 from hf_contmerge.errors import clear_errors
+from hf_contmerge.merge_cli import add_merge_command
+from hf_contmerge.places import FolderLock
 from hf_contmerge.recipe import PHASES
-from hf_contmerge.run_folder import Run, RunLock
+from hf_contmerge.run_folder import Run
 from hf_contmerge.train import add_arguments, run_command, show_report
 
 
@@ -59,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--repo-id", metavar="OWNER/NAME")
     push.add_argument("--public", action="store_true", help="anybody may read it")
     push.set_defaults(do=_push)
+    add_merge_command(commands)
     commands.add_parser("yaml", help="mergekit-yaml, with our merge methods", add_help=False)
     return parser
 
@@ -91,7 +95,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _redo(args: argparse.Namespace) -> None:
     run = Run.load(args.run)
-    with RunLock(run):
+    with FolderLock(run.folder):
         undone = run.redo(args.phase, stage=args.stage)
     print("\n".join(f"dropped {what}" for what in undone) or "nothing to drop")
 

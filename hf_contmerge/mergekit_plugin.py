@@ -34,8 +34,11 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from hf_contmerge.errors import ContmergeError, RecipeError, unknown
-from hf_contmerge.merge_rules import MergeRule, Norms, get_rule, parameter_types, rule_class, rule_names
-from hf_contmerge.merge_stream import fold_expert, is_matrix, merged_tensor
+from hf_contmerge.experts import open_expert
+from hf_contmerge.merge_rules import MergeRule, Weight, get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merge_stream import merge_experts
+from hf_contmerge.merge_tensor import fold_tensor, is_matrix, merged_tensor
+from hf_contmerge.running_state import Running
 from hf_contmerge.tensor_files import Weights
 
 
@@ -50,7 +53,7 @@ class MergekitRecipeError(RecipeError, click.UsageError):
 class WholeModel:
     """The outcome of pass 1 over whole models: running tensors on disk, and the scale that their norms give."""
 
-    running: Weights
+    running: Running
     scale: float
 
 
@@ -208,20 +211,19 @@ def _checked_scale(value: Any) -> float | str:
 def _from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) -> Tensor:
     """Fold the tensors at hand, in order; scale by the rule on this tensor's own norms, or by a given number."""
     assert group.base is not None
-    base = group.base.tensor
-    wide, axis = base.float(), group.metadata.vocabulary_axis
-    matrix = is_matrix(group.metadata.name or "", base.shape, base.shape[axis] if axis is not None else None)
-    running, norms = torch.zeros_like(wide), []
-    for entry in group.non_base:
-        task_vector = entry.tensor.float() - wide
-        if not bool(torch.isfinite(task_vector).all()):
-            raise ValueError(f"{group.metadata.name} of {entry.id} has values that are NaN or infinite")
-        norms.append(float(torch.linalg.vector_norm(task_vector, dtype=torch.float64)))
-        running = rule.update(running, task_vector, is_matrix=matrix)
+    base, name = group.base.tensor, group.metadata.name or ""
+    axis = group.metadata.vocabulary_axis
+    matrix = is_matrix(name, base.shape, base.shape[axis] if axis is not None else None)
+    experts = [entry.tensor for entry in group.non_base]
+    running, norms = fold_tensor(rule, base, experts, name, is_matrix=matrix)
+    for entry, norm in zip(group.non_base, norms.experts, strict=True):
+        if not math.isfinite(norm):
+            raise ValueError(f"{name} of {entry.id} has values that are NaN or infinite")
     if isinstance(scale, str):
-        scale = rule.scale(Norms(tuple(norms), float(torch.linalg.vector_norm(running, dtype=torch.float64))))
-    only = group.non_base[0].tensor if len(group.non_base) == 1 and scale == 1.0 else None
-    return merged_tensor(base, running, scale, base.dtype, expert=only)
+        scale = rule.scale(norms)
+    read = rule.read_out(running, Weight(name, matrix, len(experts)))
+    only = experts[0] if len(experts) == 1 and scale == 1.0 else None
+    return merged_tensor(base, read, scale, base.dtype, expert=only)
 
 
 def _from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
@@ -231,7 +233,8 @@ def _from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
     models = tuple(_weights(entry) for entry in (group.base, *group.non_base))
     whole = _whole_model(rule, models)
     stored = models[0].tensor(name).to(base.device)
-    running = whole.running.tensor(name).to(base.device)
+    state = whole.running.tensor(name)
+    running = torch.zeros_like(stored, dtype=torch.float32) if state is None else state.to(base.device)
     only = models[1].tensor(name).to(base.device) if len(models) == 2 and whole.scale == 1.0 else None
     return merged_tensor(stored, running, whole.scale, base.dtype, expert=only)
 
@@ -261,17 +264,9 @@ def _whole_model(rule: MergeRule, models: tuple[Weights, ...]) -> WholeModel:
 
 
 def _fold_all(rule: MergeRule, base: Path, experts: tuple[Path, ...], scratch: Path) -> WholeModel:
-    running, running_norm, norms = None, 0.0, []
-    for number, expert in enumerate(experts):
-        out = scratch / str(number)
-        out.mkdir()
-        norm, running_norm = fold_expert(rule, base=base, expert=expert, running=running, out=out)
-        norms.append(norm)
-        for file in running.iterdir() if running else ():
-            file.unlink()
-        running = out
-    assert running is not None
-    return WholeModel(Weights(running), rule.scale(Norms(tuple(norms), running_norm)))
+    weights = Weights(base)
+    found = merge_experts(rule, weights, [open_expert(e, weights) for e in experts], running_out=scratch)
+    return WholeModel(Running(scratch), found.scale)
 
 
 def _stored_name(group: TensorGroup) -> str:

@@ -31,8 +31,10 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _COMPANIONS = {".json", ".jinja", ".model", ".txt"}
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, *, adapters: bool = False) -> Path:
     """Return the folder of a model that a recipe names, fetching or converting it where that is needed.
+
+    `adapters`: a peft adapter will do as well.
 
     Raises:
         ModelError: there is no such folder, or it holds no safetensors.
@@ -47,7 +49,7 @@ def resolve_model(name: str) -> Path:
         return _from_gguf(path)
     if path.is_dir():
         Weights(path)  # says what is wrong with it
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not (adapters and (path / "adapter_config.json").is_file()):
             raise ModelError(f"{path} has no config.json. A model is a folder as `save_pretrained` writes it.")
         return path
     if not _HUB_ID.match(name):
@@ -89,11 +91,17 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def copy_companions(source: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Copy what makes weights a model (config, tokenizer, chat template, generation config); set config's dtype."""
-    for path in sorted(source.iterdir()):
+def copy_companions(
+    source: Path, target: Path, *, dtype: torch.dtype | None = None, tokenizer_from: Path | None = None
+) -> None:
+    """Copy what makes weights a model (config, tokenizer, chat template, generation config); set config's dtype.
+
+    `tokenizer_from`: take all of it but config.json from another model.
+    """
+    for path in sorted((tokenizer_from or source).iterdir()):
         if path.suffix in _COMPANIONS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
+    shutil.copyfile(source / "config.json", target / "config.json")
     if dtype is not None:
         values = config(target)
         values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")

@@ -6,6 +6,7 @@ Whatever a crash leaves, a phase without its record has not happened.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -13,9 +14,12 @@ import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.recipe import Merge, Phase
+from hf_contmerge.errors import RunError
+
+if TYPE_CHECKING:  # merging on its own needs neither recipes nor what checks them
+    from hf_contmerge.recipe import Merge, Phase
 
 Record = dict[str, Any]
 
@@ -45,10 +49,10 @@ class Place:
     def publish(self, name: str) -> Path:
         """Put the scratch folder of the output `name` in its place."""
         scratch, final = self.folder / f".{name}", self.folder / name
-        _sync_files(scratch)
+        sync_files(scratch)
         remove(final)  # left by a crash between this rename and the record
         scratch.rename(final)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         return final
 
     def finish(self, phase: Phase, record: Record) -> None:
@@ -118,6 +122,27 @@ class MergePlace(Place):
         return {"merge": ("merged", ".merged", "running", ".running", "merge.yml")}.get(phase, ())
 
 
+class FolderLock:
+    """Keeps a second process out of a folder; the kernel lets go of it however the holder dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+
+    def __enter__(self) -> FolderLock:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise RunError(
+                f"{self._path.parent} is in use by another process. Wait for it, or name another folder."
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a crash leaves the old text or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +152,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -149,14 +174,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sync_files(folder: Path) -> None:
+def sync_files(folder: Path) -> None:
+    """Make the system write a folder's files to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the system write a folder's own entries (names, renames) to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

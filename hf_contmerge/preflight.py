@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge import corpus, finetune, merge_stream, model_folder, scoring, tensor_files
+from hf_contmerge import corpus, experts, finetune, model_folder, scoring, tensor_files
 from hf_contmerge.corpus import StageData
 from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, rule_names
@@ -41,13 +41,13 @@ def prepare(run: Run, ranks: Any) -> Prepared:
     kinds = {entry.name: _kind(entry, rules[entry.name]) for entry in recipe.merge}
     with ranks.main_process_first():
         base = model_folder.resolve_model(recipe.base_model)
-        merge_stream.check_mergeable(base)
+        experts.check_mergeable(base)
         model_folder.check_tokenizer(base)
         names = {n for s in recipe.stages for n in (s.expert, s.minus) if n}
         given = {name: model_folder.resolve_model(name) for name in sorted(names)}
         for path in given.values():
             model_folder.check_same_layout(base, path)
-            merge_stream.check_mergeable(path)
+            experts.check_mergeable(path)
         if any(s.dataset for s in recipe.stages):
             finetune.check_training(recipe.train, base)
         data = _load_data(run, base, write=ranks.is_main_process)

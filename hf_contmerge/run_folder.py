@@ -17,7 +17,6 @@ and places.py know these names.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Container, Iterator
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_contmerge.errors import ResourceError, RunError, unknown
-from hf_contmerge.places import ExpertPlace, MergePlace, Place, remove, write_atomically
+from hf_contmerge.places import ExpertPlace, FolderLock, MergePlace, Place, remove, write_atomically
 from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, load_recipe, recipe_yaml
 from hf_contmerge.recipe_changes import Change, changes
 
@@ -54,7 +53,7 @@ class Run:
             raise RunError(f"{run.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            with RunLock(run):
+            with FolderLock(run.folder):
                 write_atomically(run._recipe_file, recipe_yaml(recipe))
         except OSError as error:
             raise ResourceError(
@@ -197,27 +196,6 @@ class Run:
                 f"To apply the change, drop what used it with `contmerge redo {self.folder} {first}` and run again; "
                 "to keep both, name another folder with --run."
             )
-
-
-class RunLock:
-    """Keeps a second process out of a run folder; the kernel lets go of it however the holder dies."""
-
-    def __init__(self, run: Run) -> None:
-        self._path = run.folder / ".lock"
-
-    def __enter__(self) -> RunLock:
-        self._file = self._path.open("w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise RunError(
-                f"{self._path.parent} is in use by another process. Wait for it, or name another folder with --run."
-            ) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def _is_left_by_a_start(path: Path) -> bool:

@@ -1,13 +1,17 @@
-"""Safetensors files, one tensor at a time: read from memory-mapped shards, written in shards, fingerprinted."""
+"""Safetensors files, one tensor at a time: read through memory maps, written into shards, fingerprinted."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
+import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
@@ -15,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes per file of weights, as `save_pretrained` has it."""
 
 _TIED_HEAD = "lm_head.weight"
 _CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,30 +38,43 @@ def config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"Cannot read {folder / 'config.json'}: {error}") from error
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies."""
+
+    file: str
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 class Weights:
     """The tensors of a model folder, memory-mapped: names, shapes and dtypes from headers, data when asked for.
 
-    A tied output table that is stored a second time is left out: it is the input table, and counts once.
+    A tied output table that is stored a second time is left out: it is the input table, and counts once. Each tensor
+    has a mapping of its own, which goes with it: what has been read and dropped does not stay in memory.
 
-    Raises ModelError for a missing, truncated or unsafe file.
+    `folder` may also be a single file. Raises ModelError for a missing, truncated or unsafe file.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self._handles: dict[str, Any] = {}
-        self._file_of = self._find()
-        if _TIED_HEAD in self._file_of and len(self._file_of) > 1 and (self.folder / "config.json").is_file():
+        alone = Path(folder).is_file()
+        self.folder = Path(folder).parent if alone else Path(folder)
+        self._files: dict[str, BinaryIO] = {}
+        self._entries = self._open(Path(folder).name) if alone else self._find()
+        if _TIED_HEAD in self._entries and len(self._entries) > 1 and (self.folder / "config.json").is_file():
             values = config(self.folder)
             tied = values.get("tie_word_embeddings", (values.get("text_config") or {}).get("tie_word_embeddings"))
             if tied:
-                del self._file_of[_TIED_HEAD]
-        self.names: tuple[str, ...] = tuple(sorted(self._file_of))
+                del self._entries[_TIED_HEAD]
+        self.names: tuple[str, ...] = tuple(sorted(self._entries))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        code = self._handle(name).get_slice(name).get_dtype()
+        code = self._entries[name].code
         if code not in _CODES:
             raise ModelError(
                 f"{self.folder}: {name} is stored as {code}, which cannot be merged. "
@@ -63,10 +83,24 @@ class Weights:
         return _CODES[code]
 
     def tensor(self, name: str) -> Tensor:
-        try:
-            return self._handle(name).get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{self._file_of[name]} in {self.folder} cannot be read at {name}: {error}") from error
+        """Return a tensor over the file's own pages. Writing to it changes neither the file nor what others read."""
+        entry, dtype = self._entries[name], self.dtype(name)
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=dtype)
+        first = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
+        file = self._files[entry.file].fileno()
+        pages = mmap.mmap(file, entry.end - first, offset=first, access=mmap.ACCESS_COPY)
+        offset = entry.begin - first
+        buffer = pages if offset % dtype.itemsize == 0 else bytearray(pages[offset:])
+        flat = torch.frombuffer(buffer, dtype=dtype, offset=offset if buffer is pages else 0)
+        return flat.reshape(entry.shape)
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to read a tensor's pages ahead, without waiting for them."""
+        entry = self._entries[name]
+        if hasattr(os, "posix_fadvise"):
+            file = self._files[entry.file].fileno()
+            os.posix_fadvise(file, entry.begin, entry.end - entry.begin, os.POSIX_FADV_WILLNEED)
 
     def floating(self) -> tuple[str, ...]:
         """Return the names of the floating tensors, which are those that merge."""
@@ -74,88 +108,147 @@ class Weights:
 
     def numel(self) -> int:
         """Return the number of parameters."""
-        return sum(torch.Size(self.shape(n)).numel() for n in self.names)
+        return sum(math.prod(self.shape(n)) for n in self.names)
 
-    def _find(self) -> dict[str, str]:
-        """Return tensor name -> file name."""
+    def nbytes(self, name: str) -> int:
+        """Return the size of a tensor in its file."""
+        return self._entries[name].end - self._entries[name].begin
+
+    def stamp(self) -> str:
+        """Return a word that changes whenever a file of the folder does: names, sizes and times, no contents."""
+        stats = [(name, os.fstat(file.fileno())) for name, file in sorted(self._files.items())]
+        text = "\n".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _find(self) -> dict[str, _Entry]:
         index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-            outside = [f for f in files if Path(f).name != f]
-            missing = [f for f in files if not (self.folder / f).is_file()]
-            if outside or missing:
-                what = f"points outside its folder: {outside[0]}" if outside else f"names a missing file: {missing[0]}"
-                raise ModelError(f"{index} {what}. Fetch the model again.")
-            return dict(weight_map)
-        files = sorted(p.name for p in self.folder.glob("*.safetensors"))
+        weight_map = _weight_map(index) if index.is_file() else {}
+        files = sorted(set(weight_map.values()))
+        if not files:
+            alone = (self.folder / "model.safetensors").is_file()
+            files = ["model.safetensors"] if alone else sorted(p.name for p in self.folder.glob("*.safetensors"))
         if not files:
             raise ModelError(
                 f"{self.folder} holds no *.safetensors. Pickled weights (.bin, .pt) are not read: load the model "
                 "once with transformers and call save_pretrained."
             )
-        return {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118 (not a dict)
+        found = {name: entry for file in files for name, entry in self._open(file).items()}
+        absent = [n for n, file in weight_map.items() if n not in found or found[n].file != file]
+        if absent:
+            raise ModelError(f"{index} places {absent[0]} in {weight_map[absent[0]]}, which lacks it. Fetch it again.")
+        return {n: found[n] for n in weight_map} or found
 
-    def _handle(self, name: str) -> Any:
-        return self._open(self._file_of[name])
+    def _open(self, file: str) -> dict[str, _Entry]:
+        path = self.folder / file
+        try:
+            with safe_open(path, framework="pt"):  # the format's own library checks the header against the file
+                pass
+            self._files[file] = handle = path.open("rb")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is truncated or no safetensors file ({error}). Fetch or write it again."
+            ) from error
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header, data = json.loads(handle.read(length)), 8 + length
+        return {
+            name: _Entry(file, e["dtype"], tuple(e["shape"]), *(data + offset for offset in e["data_offsets"]))
+            for name, e in header.items()
+            if name != "__metadata__"
+        }
 
-    def _open(self, file: str) -> Any:
-        if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(self.folder / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{self.folder / file} is truncated or no safetensors file ({error}). Fetch or write it again."
-                ) from error
-        return self._handles[file]
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor name -> file name of a sharded model. Raises ModelError for files that are missing or elsewhere."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"Cannot read {index}: {error!r}. Fetch the model again.") from error
+    files = sorted(set(weight_map.values()))
+    outside = [f for f in files if Path(f).name != f]
+    missing = [f for f in files if not (index.parent / f).is_file()]
+    if outside or missing:
+        what = f"points outside its folder: {outside[0]}" if outside else f"names a missing file: {missing[0]}"
+        raise ModelError(f"{index} {what}. Fetch the model again.")
+    return weight_map
+
+
+Plan = Iterable[tuple[str, Sequence[int], torch.dtype]]
+"""Name, shape and dtype of each tensor to be written."""
 
 
 class WeightsWriter:
-    """Writes safetensors shards tensor by tensor: memory holds one tensor, whatever the size of a shard.
+    """Writes safetensors shards tensor by tensor, in any order and from any number of threads and processes.
 
-    The layout is planned from names, shapes and dtypes, so each header can be written before the data. Files are named
-    and indexed as `save_pretrained` does. Write the tensors in the order of `names`.
+    The layout is planned from names, shapes and dtypes, so every tensor's place is known before the first one is
+    written, and memory holds the tensors in flight only. Files are named and indexed as `save_pretrained` does.
+
+    Args:
+        folder: where the files go; it exists.
+        plan: what will be written.
+        shard_size: bytes per file.
+        leader: whether this process makes the files; the others open them when they are there.
     """
 
-    def __init__(
-        self, folder: Path, plan: Iterable[tuple[str, Sequence[int], torch.dtype]], *, shard_size: int = 5_000_000_000
-    ) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, plan: Plan, *, shard_size: int = SHARD_SIZE, leader: bool = True) -> None:
+        self.folder = folder
         # Wide types first, so that every tensor starts at a multiple of its item size.
-        self._plan = sorted(plan, key=lambda item: (-item[2].itemsize, item[0]))
-        self.names = tuple(name for name, _, _ in self._plan)
-        self._shards = list(_shards(self._plan, shard_size))
-        self._next = self._tensors()
-        self._file: BinaryIO | None = None
+        items = sorted(plan, key=lambda item: (-item[2].itemsize, item[0]))
+        self.names = tuple(name for name, _, _ in items)
+        self._items = {name: (tuple(shape), dtype) for name, shape, dtype in items}
+        self._shards = list(_shards(items, shard_size))
+        self._shard_of = {name: i for i, shard in enumerate(self._shards) for name, _, _ in shard}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._leader = leader
+        self._handles: list[int] = []
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, which must be the next one of the plan, with its shape and dtype."""
-        expected, shape, dtype = next(self._next)
-        if (name, tuple(tensor.shape), tensor.dtype) != (expected, tuple(shape), dtype):
-            raise ValueError(
-                f"expected {expected} {tuple(shape)} {dtype}; got {name} {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        assert self._file is not None
-        self._file.write(tensor_bytes(tensor))
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(shape, dtype) for shape, dtype in self._items.values())
 
-    def __enter__(self) -> WeightsWriter:
-        return self
+    def dtype(self, name: str) -> torch.dtype:
+        return self._items[name][1]
 
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        if kind is None and next(self._next, None) is not None:
-            raise ValueError("not all planned tensors were written")
-        if self._file:
-            self._file.close()
-        if kind is None and len(self._shards) > 1:
+    def shard_of(self, name: str) -> int:
+        """Return the number of the file that a tensor goes into."""
+        return self._shard_of[name]
+
+    def create(self) -> None:
+        """Make the files, with their headers and full sizes, and the index."""
+        for number, shard in enumerate(self._shards):
+            header = _header(shard)
+            with (self.folder / self._file_name(number)).open("wb") as file:
+                file.write(header)
+                file.truncate(len(header) + sum(_nbytes(shape, dtype) for _, shape, dtype in shard))
+        if len(self._shards) > 1:
             self._write_index()
 
-    def _tensors(self) -> Iterator[tuple[str, Sequence[int], torch.dtype]]:
+    def __enter__(self) -> WeightsWriter:
+        if self._leader:
+            self.create()
         for number, shard in enumerate(self._shards):
-            if self._file:
-                self._file.close()
-            self._file = (self._folder / self._file_name(number)).open("wb")
-            self._file.write(_header(shard))
-            yield from shard
+            self._handles.append(os.open(self.folder / self._file_name(number), os.O_WRONLY))
+            offset = len(_header(shard))
+            for name, shape, dtype in shard:
+                self._places[name] = (number, offset)
+                offset += _nbytes(shape, dtype)
+        return self
+
+    def write(self, name: str, tensor: Tensor, *, start: int = 0) -> None:
+        """Put a tensor, or a run of its elements from the flat index `start` on, in its place."""
+        shape, dtype = self._items[name]
+        whole = start == 0 and tuple(tensor.shape) == shape
+        if tensor.dtype != dtype or not (whole or start + tensor.numel() <= math.prod(shape)):
+            raise ValueError(f"expected {name} {shape} {dtype}; got {tuple(tensor.shape)} {tensor.dtype} at {start}")
+        shard, offset = self._places[name]
+        offset += start * dtype.itemsize
+        data = tensor_bytes(tensor)
+        while len(data):
+            written = os.pwrite(self._handles[shard], data, offset)
+            data, offset = data[written:], offset + written
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            os.close(handle)
 
     def _file_name(self, number: int) -> str:
         if len(self._shards) == 1:
@@ -163,20 +256,24 @@ class WeightsWriter:
         return f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
 
     def _write_index(self) -> None:
-        total = sum(_nbytes(shape, dtype) for _, shape, dtype in self._plan)
-        weight_map = {name: self._file_name(i) for i, shard in enumerate(self._shards) for name, _, _ in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        weight_map = {name: self._file_name(i) for name, i in self._shard_of.items()}
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def weights_sha256(folder: Path) -> str:
-    """Return the digest of a model's tensors (names, dtypes, shapes, bytes), however they are sharded."""
-    weights, digest = Weights(folder), hashlib.sha256()
-    for name in weights.names:
-        tensor = weights.tensor(name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+def weights_sha256(folder: Path, *, workers: int | None = None) -> str:
+    """Return the digest of a model's tensors (names, dtypes, shapes, bytes), however they are sharded.
+
+    It is the digest of the tensors' own digests, which as many threads find as the machine has cores.
+    """
+    weights = Weights(folder)
+
+    def line(name: str) -> str:
+        digest = hashlib.sha256(tensor_bytes(weights.tensor(name))).hexdigest()
+        return f"{name} {weights.dtype(name)} {weights.shape(name)} {digest}\n"
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return hashlib.sha256("".join(pool.map(line, weights.names)).encode()).hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -185,7 +282,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize
 
 
 def _shards(

@@ -31,9 +31,9 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 from safetensors import SafetensorError
 
 from hf_contmerge.errors import ModelError, ResourceError, clear_errors
-from hf_contmerge.places import ExpertPlace, MergePlace, Place, remove
+from hf_contmerge.places import ExpertPlace, FolderLock, MergePlace, Place, remove
 from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, Task, load_recipe
-from hf_contmerge.run_folder import Run, RunLock
+from hf_contmerge.run_folder import Run
 
 LOG = logging.getLogger("hf_contmerge")
 
@@ -94,16 +94,21 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
 
     Raises ContmergeError, with all that is done kept, for whatever a user can mend.
     """
+    import torch
     from accelerate import PartialState
 
     from hf_contmerge.model_folder import cpu_only
     from hf_contmerge.preflight import prepare
+    from hf_contmerge.progress import progress_bar
+    from hf_contmerge.work_sharing import Crew, find_ranks
 
     ranks = PartialState(cpu=cpu_only())
     run = _together(ranks, lambda: Run.open(recipe, folder))
-    with RunLock(run) if ranks.is_main_process else nullcontext():
+    with FolderLock(run.folder) if ranks.is_main_process else nullcontext():
         ranks.wait_for_everyone()
-        loop = Loop(run, ranks, PHASES.index(until), prepare(run, ranks))
+        device = torch.device("cpu") if cpu_only() else torch.device(str(ranks.device))
+        crew = Crew(ranks=find_ranks(), device=device, bar=progress_bar)
+        loop = Loop(run, ranks, PHASES.index(until), prepare(run, ranks), crew)
         for t in run.stage_numbers():
             loop.stage(t)
         loop.finish()
@@ -119,6 +124,7 @@ class Loop:
     ranks: Any
     last_phase: int
     prepared: Any
+    crew: Any
 
     def stage(self, t: int) -> None:
         """Train, merge and score one stage."""
@@ -218,48 +224,61 @@ class Loop:
             return
         if not self._done(place, "merge"):
             with self._phase("merge", place) as record:
-                if self.ranks.is_main_process:
-                    record.update(self._merge_stage(t, place))
+                record.update(self._merge_stage(t, place))
         if t > 1 and self.ranks.is_main_process:
             self.run.merged(t - 1, entry).prune()
 
     def _merge_stage(self, t: int, place: MergePlace) -> dict[str, Any]:
+        """Fold stage t's expert into the state of the stage before, all ranks together; return the record."""
         import torch
 
-        from hf_contmerge import merge_stream
-        from hf_contmerge.tensor_files import weights_sha256
+        from hf_contmerge.experts import open_expert
+        from hf_contmerge.merge_stream import merge_experts
+        from hf_contmerge.merge_write import Output
+        from hf_contmerge.mergekit_recipe import mergekit_yaml
+        from hf_contmerge.ownership import ownership
+        from hf_contmerge.tensor_files import Weights, weights_sha256
 
         entry, rule = place.entry, self.prepared.rules[place.entry.name]
         kind = self.prepared.kinds[entry.name]
         experts = [self.run.expert(i, kind) for i in range(1, t + 1)]
         digests = [e.record("train")["model_sha256"] for e in experts]
+        self._refuse_twin(t, digests)
+        before = self.run.merged(t - 1, entry) if t > 1 else None
+        dtype = None if entry.dtype == "auto" else getattr(torch, entry.dtype)
+        scratches = [place.folder / ".running", place.folder / ".merged"]
+        if self.ranks.is_main_process:
+            scratches = [place.scratch("running"), place.scratch("merged")]
+        self.ranks.wait_for_everyone()
+        base = Weights(self.prepared.base)
+        merged = merge_experts(
+            rule, base, [open_expert(experts[-1].model, base)], crew=self.crew,
+            running=before.running if before else None,
+            earlier=before.record("merge")["norms"]["experts"] if before else (),
+            running_out=scratches[0], merged_out=Output(scratches[1], dtype, entry.shard_size),
+        )  # fmt: skip
+        if not self.ranks.is_main_process:
+            return {}
+        running, folder = place.publish("running"), place.publish("merged")
+        place.mergekit_recipe.write_text(
+            mergekit_yaml(entry.rule, rule, base=self.run.base_model, experts=[e.model for e in experts], dtype=dtype),
+            encoding="utf-8",
+        )
+        stages = [self.run.stage(i).name for i in range(1, t + 1)]
+        return {
+            "rule": entry.rule, "parameters": rule.parameters(), "reference": rule.reference, "start_from": kind,
+            "scale": merged.scale, "norms": {"experts": list(merged.norms.experts), "running": merged.norms.running},
+            "expert_sha256": digests, "model_sha256": weights_sha256(folder),
+            **({"ownership": ownership(base, running, stages)} if rule.selects else {}),
+        }  # fmt: skip
+
+    def _refuse_twin(self, t: int, digests: Sequence[str]) -> None:
         if digests[-1] in digests[:-1]:
             twin = self.run.stage(digests.index(digests[-1]) + 1).name
             raise ModelError(
                 f"The expert of stage {self.run.stage(t).name} has the same weights as that of stage {twin}, and an "
                 "expert must not be folded twice. Remove the stage, or train it with other data."
             )
-        before = self.run.merged(t - 1, entry) if t > 1 else None
-        dtype = None if entry.dtype == "auto" else getattr(torch, entry.dtype)
-        merged = merge_stream.merge_stage(
-            rule, base=self.prepared.base, expert=experts[-1].model, dtype=dtype, shard_size=entry.shard_size,
-            running=before.running if before else None,
-            earlier=before.record("merge")["norms"]["experts"] if before else (),
-            running_out=place.scratch("running"), merged_out=place.scratch("merged"),
-        )  # fmt: skip
-        place.publish("running")
-        folder = place.publish("merged")
-        place.mergekit_recipe.write_text(
-            merge_stream.mergekit_yaml(
-                entry.rule, rule, base=self.run.base_model, experts=[e.model for e in experts], dtype=dtype
-            ),
-            encoding="utf-8",
-        )
-        return {
-            "rule": entry.rule, "parameters": rule.parameters(), "reference": rule.reference, "start_from": kind,
-            "scale": merged.scale, "norms": {"experts": list(merged.norms.experts), "running": merged.norms.running},
-            "expert_sha256": digests, "model_sha256": weights_sha256(folder),
-        }  # fmt: skip
 
     def _score(self, place: Place, model: Path, tasks: list[Task]) -> None:
         from hf_contmerge.forgetting import load_scores

@@ -23,7 +23,8 @@ from hf_contmerge.cli import main
 from hf_contmerge.corpus import load_stage_data
 from hf_contmerge.merge_rules import rule_names
 from hf_contmerge.recipe import Dataset, parse_recipe
-from hf_contmerge.run_folder import Run, RunLock
+from hf_contmerge.places import FolderLock
+from hf_contmerge.run_folder import Run
 from hf_contmerge.train_strategies import strategy_names
 
 Data = dict[str, Any]
@@ -409,7 +410,7 @@ def test_folder_that_is_no_run(command: list[str], tmp_path: Path, capsys: pytes
 def test_run_in_use(refused: Refused, given: Data, tmp_path: Path) -> None:
     run = Run.open(parse_recipe(given), tmp_path / "run")
     frozen = (tmp_path / "run/recipe.yml").read_text()
-    with RunLock(run):
+    with FolderLock(run.folder):
         message = refused("--set", "seed=7")
     assert message == "RUN is in use by another process. Wait for it, or name another folder with --run."
     assert (tmp_path / "run/recipe.yml").read_text() == frozen

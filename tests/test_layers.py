@@ -15,14 +15,18 @@ PACKAGE = TESTS.parent / "hf_contmerge"
 LAYERS = (
     ("errors", "merge_rules"),  # the speech, the maths
     ("recipe", "quickstart_texts"),  # the nouns
-    ("recipe_changes", "places", "tensor_files"),
-    ("run_folder",),
-    ("corpus", "forgetting", "model_folder", "train_strategies"),  # parts of a phase
-    ("model_card", "report_findings"),
-    ("report_pages", "report_pictures"),
+    ("recipe_changes", "places", "tensor_files", "work_sharing", "adapter_settings"),
+    ("run_folder", "progress", "adapter_base", "factored", "merge_tensor"),
+    ("corpus", "forgetting", "model_folder", "train_strategies", "running_state", "adapter_layout"),  # parts of a phase
+    ("model_card", "report_findings", "adapter_files", "adapter_writer"),
+    ("report_pages", "report_pictures", "experts"),
+    ("merge_write",),
+    ("merge_fold",),
     ("finetune", "merge_stream", "scoring", "report", "publish"),  # the phases, which talk through the run folder
-    ("mergekit_plugin", "preflight"),
-    ("_autoload", "train"),  # the entry points
+    ("mergekit_plugin", "mergekit_recipe", "state_log", "preflight"),
+    ("merge_state",),  # merging without a run
+    ("merged_adapter", "ownership"),
+    ("_autoload", "train", "merge_cli"),  # the entry points
     ("cli", "__init__"),
 )
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
@@ -32,11 +36,11 @@ TRAINING = {"corpus", "finetune", "model_folder", "scoring", "train_strategies"}
 KNOWN_BY = {
     "transformers": TRAINING,
     "trl": TRAINING,
-    "peft": {"train_strategies"},
+    "peft": {"train_strategies"},  # adapters are read and written without it
     "lm_eval": {"scoring"},
     "mergekit": {"mergekit_plugin", "cli"},  # cli: `contmerge yaml` is mergekit's own command
     "huggingface_hub": {"model_card", "model_folder", "publish"},
-    "matplotlib": {"report", "report_pictures"},
+    "matplotlib": {"ownership", "report", "report_pictures"},
 }
 
 # Modules whose imports from outside are few on purpose, beside the standard library.
@@ -46,6 +50,8 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "recipe": {"pydantic", "yaml"},  # these and run_folder answer "is all of this done?" at once: no torch
     "recipe_changes": set(),
     "places": set(),
+    "factored": {"torch"},
+    "merge_tensor": {"torch"},
     "run_folder": set(),
     "_autoload": set(),  # runs at every `import torch`
     "__init__": set(),

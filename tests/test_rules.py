@@ -5,14 +5,16 @@ as its paper writes it, not as our code does.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from folds import draw, fold, merge, weight, zeros
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Norms, get_rule, parameter_types, rule_class, rule_names
@@ -27,9 +29,22 @@ def ema(task_vectors: Sequence[Tensor], *, beta: float) -> Tensor:
     return torch.stack([(1 - beta) * beta ** (t - i) * d for i, d in enumerate(task_vectors, 1)]).sum(0)
 
 
+def iso_c(task_vectors: Sequence[Tensor], *, alpha: float) -> Tensor:
+    u, s, vh = torch.linalg.svd(torch.stack(list(task_vectors)).sum(0), full_matrices=False)
+    return alpha * s.mean() * u @ vh
+
+
 def magmax(task_vectors: Sequence[Tensor], *, lambda_: float) -> Tensor:
     latest_first = torch.stack(list(task_vectors)).flip(0)  # argmax takes the first of equals
     return lambda_ * latest_first.gather(0, latest_first.abs().argmax(0, keepdim=True))[0]
+
+
+def null_space(task_vectors: Sequence[Tensor], *, rank: int) -> Tensor:
+    running = task_vectors[0]
+    for d in task_vectors[1:]:
+        lead = torch.linalg.svd(running, full_matrices=False).Vh[:rank]
+        running = running + d @ (torch.eye(d.shape[1], dtype=d.dtype) - lead.T @ lead)
+    return running
 
 
 def opcm(task_vectors: Sequence[Tensor], *, alpha: float, variant: str) -> Tensor:
@@ -46,8 +61,33 @@ def opcm(task_vectors: Sequence[Tensor], *, alpha: float, variant: str) -> Tenso
     return running * mean_norm / running.norm()
 
 
+def random_mix(task_vectors: Sequence[Tensor], *, seed: int) -> Tensor:
+    """Read the draws backwards: the last stage that took an element has it."""
+    mixed, free = torch.zeros_like(task_vectors[0]), torch.ones_like(task_vectors[0], dtype=torch.bool)
+    for stage, d in reversed(list(enumerate(task_vectors, 1))):
+        digest = hashlib.sha256(f"{seed}/w/{stage}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        drawn = free & (torch.rand(d.shape, generator=generator) < 1 / stage)
+        mixed[drawn], free[drawn] = d[drawn], False
+    return mixed
+
+
+def slao(task_vectors: Sequence[Tensor]) -> Tensor:
+    shares = [1 / t**0.5 for t in range(1, len(task_vectors) + 1)]
+    left = [math.prod(1 - later for later in shares[t:]) for t in range(1, len(shares) + 1)]
+    return torch.stack([a * b * d for a, b, d in zip(shares, left, task_vectors, strict=True)]).sum(0)
+
+
 def task_arithmetic(task_vectors: Sequence[Tensor], *, lambda_: float) -> Tensor:
     return lambda_ * torch.stack(list(task_vectors)).sum(0)
+
+
+def ties(task_vectors: Sequence[Tensor], *, density: float, lambda_: float) -> Tensor:
+    trimmed = torch.stack(list(task_vectors))
+    for d in trimmed:
+        d[d.abs() < d.abs().quantile(1 - int(density * d.numel()) / d.numel(), interpolation="higher")] = 0
+    agrees = trimmed.sign() == trimmed.sum(0).sign()
+    return lambda_ * (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -61,9 +101,14 @@ class Oracle:
 ORACLES = {
     "average": Oracle(average, {}),
     "ema": Oracle(ema, {"beta": 0.0}),
+    "iso_c": Oracle(iso_c, None),
     "magmax": Oracle(magmax, {"lambda": 1.0}),
+    "null_space": Oracle(null_space, {}),
     "opcm": Oracle(opcm, {}),
+    "random_mix": Oracle(random_mix, {}),
+    "slao": Oracle(slao, {}),
     "task_arithmetic": Oracle(task_arithmetic, {"lambda": 1.0}),
+    "ties": Oracle(ties, {"density": 1.0}),
 }
 
 SHAPES = [((), False), ((7,), False), ((5, 7), False), ((5, 7), True), ((3, 7, 5), False), ((3, 7, 5), True)]
@@ -75,20 +120,6 @@ def oracle(name: str) -> Oracle:
     if name not in ORACLES:
         pytest.fail(f"merge_rules/{name}.py has no oracle. Write one and append it to ORACLES in tests/test_rules.py.")
     return ORACLES[name]
-
-
-def draw(shape: Sequence[int], count: int, *, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(tuple(shape), generator=generator) for _ in range(count)]
-
-
-def merge(rule: MergeRule, base: Tensor, experts: Sequence[Tensor], *, is_matrix: bool = True) -> Tensor:
-    """Fold experts into a model of one weight, as merge_stream does with many."""
-    running, norms = torch.zeros_like(base), []
-    for expert in experts:
-        running = rule.update(running, expert - base, is_matrix=is_matrix)
-        norms.append((expert - base).norm().item())
-    return base + rule.scale(Norms(tuple(norms), running.norm().item())) * running
 
 
 # The contract
@@ -146,47 +177,63 @@ def test_an_unknown_rule_is_a_key_error() -> None:
 
 @every_rule
 @every_shape
-def test_update_leaves_its_inputs_alone(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    running, task_vector = draw(shape, 2)
+def test_inputs_are_left_alone(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
+    rule, (first, task_vector) = get_rule(name), draw(shape, 2)
+    running = fold(rule, [first], is_matrix=is_matrix).clone()
     before = running.clone(), task_vector.clone()
-    get_rule(name).update(running, task_vector, is_matrix=is_matrix)
+    rule.update(running, task_vector, weight(is_matrix, 2))
+    rule.read_out(running, weight(is_matrix, 2))
     assert torch.equal(running, before[0])
     assert torch.equal(task_vector, before[1])
 
 
-@every_rule
-@every_shape
-def test_update_takes_views_with_gaps(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    running, task_vector = draw(shape, 2)
-    gaps = [torch.full((*shape, 2), 9.0) for _ in range(2)]
-    views = [gap[..., 0].copy_(x) for gap, x in zip(gaps, (running, task_vector), strict=True)]
-    rule = get_rule(name)
-    new = rule.update(views[0], views[1], is_matrix=is_matrix)
-    torch.testing.assert_close(new, rule.update(running, task_vector, is_matrix=is_matrix))
-    assert torch.equal(views[0], running)
-    assert torch.equal(views[1], task_vector)
-    assert all((gap[..., 1] == 9).all() for gap in gaps)
+def gapped(x: Tensor) -> Tensor:
+    """Return a view of every other element of a larger tensor."""
+    return torch.full((*x.shape, 2), 9.0)[..., 0].copy_(x)
 
 
 @every_rule
 @every_shape
-def test_update_returns_float32_of_the_same_shape_and_repeats_itself(
+def test_views_with_gaps_are_taken(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
+    rule, (first, task_vector) = get_rule(name), draw(shape, 2)
+    running = fold(rule, [first], is_matrix=is_matrix)
+    new = rule.update(gapped(running), gapped(task_vector), weight(is_matrix, 2))
+    torch.testing.assert_close(new, rule.update(running, task_vector, weight(is_matrix, 2)))
+    read = rule.read_out(gapped(running), weight(is_matrix, 2))
+    torch.testing.assert_close(read, rule.read_out(running, weight(is_matrix, 2)))
+
+
+@every_rule
+@every_shape
+def test_results_are_float32_of_the_right_shape_and_repeat_themselves(
     name: str, shape: tuple[int, ...], is_matrix: bool
 ) -> None:
-    running, task_vector = draw(shape, 2)
-    first, again = (get_rule(name).update(running, task_vector, is_matrix=is_matrix) for _ in range(2))
+    rule, task_vectors = get_rule(name), draw(shape, 2)
+    first, again = (fold(rule, task_vectors, is_matrix=is_matrix) for _ in range(2))
     assert first.dtype == torch.float32
-    assert first.shape == shape
+    assert first.shape == zeros(rule, shape).shape
     assert torch.equal(first, again)
+    read, once_more = (rule.read_out(first, weight(is_matrix, 2)) for _ in range(2))
+    assert read.dtype == torch.float32
+    assert read.shape == shape
+    assert torch.equal(read, once_more)
+
+
+@every_rule
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 4)])
+def test_a_weight_without_elements_stays_one(name: str, shape: tuple[int, ...]) -> None:
+    empty = torch.zeros(shape)
+    assert merge(get_rule(name), empty, [empty, empty], is_matrix=len(shape) > 1).shape == shape
 
 
 @every_rule
 @every_shape
 def test_zeros_stay_finite(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    rule, zeros = get_rule(name), torch.zeros(shape)
-    (task_vector,) = draw(shape, 1)
-    for running, new in itertools.product((zeros, task_vector), repeat=2):
-        assert rule.update(running, new, is_matrix=is_matrix).isfinite().all()
+    rule, zero, (task_vector,) = get_rule(name), torch.zeros(shape), draw(shape, 1)
+    for earlier, new in itertools.product((zero, task_vector), repeat=2):
+        state = fold(rule, [earlier, new], is_matrix=is_matrix)
+        assert state.isfinite().all()
+        assert rule.read_out(state, weight(is_matrix, 2)).isfinite().all()
     for norms in [(0.0,), (0.0, 0.0), (1.0, 0.0, 2.0)]:
         assert math.isfinite(rule.scale(Norms(norms, running=0.0)))
 
@@ -230,69 +277,80 @@ def test_a_whole_model_scale_depends_on_the_ratio_of_norms_only(name: str) -> No
     assert (rule.scale(doubled) != rule.scale(norms)) == rule.whole_model_scale
 
 
-# The methods
+# The marks
 
 
-def fold_magmax(task_vectors: Sequence[Tensor]) -> Tensor:
-    rule, running = get_rule("magmax"), torch.zeros_like(task_vectors[0])
-    for task_vector in task_vectors:
-        running = rule.update(running, task_vector, is_matrix=True)
-    return running
+def rules_with(mark: str) -> list[MergeRule]:
+    """Return the rules that bear a mark, with each word of a parameter that is one of a few."""
+    rules = []
+    for name in rule_names():
+        choices = [(w, get_args(kind)) for w, (kind, _) in parameter_types(rule_class(name)).items() if get_args(kind)]
+        rules += [get_rule(name, **{word: value}) for word, values in choices for value in values] or [get_rule(name)]
+    return [rule for rule in rules if getattr(rule, mark)]
 
 
-def tying(count: int) -> list[Tensor]:
-    """Return task vectors of a few whole numbers, so that equal magnitudes of either sign are everywhere."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(-2, 3, (40, 50), generator=generator).float() for _ in range(count)]
+def orthonormal(m: int, n: int) -> Tensor:
+    return torch.linalg.qr(draw((m, n), 1, seed=m)[0].double()).Q
 
 
-@pytest.mark.parametrize("task_vectors", [draw((40, 50), 5), tying(5)], ids=["gaussian", "with ties"])
-def test_magmax_in_a_stream_equals_magmax_in_one_go(task_vectors: list[Tensor]) -> None:
-    assert torch.equal(fold_magmax(task_vectors), magmax(task_vectors, lambda_=1.0))
+every_basis_free_rule = pytest.mark.parametrize(
+    "rule", [*rules_with("basis_free"), get_rule("null_space", rank=3)], ids=str
+)
+CORES = [((40, 30), (12, 9)), ((30, 40), (9, 12)), ((90, 30), (9, 12)), ((30, 90), (7, 7))]
 
 
-def test_magmax_lets_the_later_stage_win_a_tie() -> None:
-    first, second = torch.tensor([1.0, -1.0, 1.0, 2.0]), torch.tensor([-1.0, 1.0, 1.0, -1.0])
-    assert fold_magmax([first, second]).tolist() == [-1.0, 1.0, 1.0, 2.0]
-    assert fold_magmax([second, first]).tolist() == [1.0, -1.0, 1.0, 2.0]
+@every_basis_free_rule
+@pytest.mark.parametrize(("shape", "core"), CORES)
+def test_a_basis_free_rule_does_to_cores_what_it_does_to_matrices(
+    rule: MergeRule, shape: tuple[int, int], core: tuple[int, int]
+) -> None:
+    p, q = (orthonormal(m, r) for m, r in zip(shape, core, strict=True))
+    cores = [c.double() for c in draw(core, 3)]
+    small = fold(rule, cores)
+    large = fold(rule, [(p @ c @ q.T).float() for c in cores])
+    torch.testing.assert_close(large.double(), p @ small @ q.T, rtol=0, atol=1e-5)
+    assert torch.equal(rule.read_out(small, weight(True, 3)), small)
 
 
-def test_the_order_of_experts_decides_only_exact_ties_of_magmax() -> None:
-    task_vectors = tying(3)
-    folds = [fold_magmax(order) for order in itertools.permutations(task_vectors)]
-    largest = torch.stack(task_vectors).abs().amax(0)
-    has_tie = (torch.stack(task_vectors).abs() == largest).sum(0) > 1
-    assert has_tie.any()
-    for fold in folds:
-        assert torch.equal(fold.abs(), largest)
-        assert torch.equal(fold[~has_tie], folds[0][~has_tie])
-    assert any(not torch.equal(fold, folds[0]) for fold in folds)
+@every_basis_free_rule
+def test_a_basis_free_rule_takes_cores_that_grow(rule: MergeRule) -> None:
+    cores = [torch.nn.functional.pad(c.double(), (0, 12 - k, 0, 12 - k)) for k in (4, 8, 12) for c in draw((k, k), 1)]
+    running = torch.zeros(0, 0, dtype=torch.float64)
+    for stage, (k, core) in enumerate(zip((4, 8, 12), cores, strict=True), 1):
+        grown = torch.nn.functional.pad(running, (0, k - len(running), 0, k - len(running)))
+        running = rule.update(grown, core[:k, :k], weight(True, stage))
+    assert running.dtype == torch.float64
+    torch.testing.assert_close(running, fold(rule, cores), rtol=0, atol=1e-10)
 
 
-def test_magmax_with_lambda_0_is_the_base() -> None:
-    base, *experts = draw((6, 4), 4)
-    assert torch.equal(merge(get_rule("magmax", **{"lambda": 0.0}), base, experts), base)
+@pytest.mark.parametrize("rule", rules_with("selects"), ids=str)
+@every_shape
+def test_a_rule_that_selects_holds_one_experts_value_in_each_element(
+    rule: MergeRule, shape: tuple[int, ...], is_matrix: bool
+) -> None:
+    experts = draw(shape, 4)
+    for stage in range(1, 5):
+        state = fold(rule, experts[:stage], is_matrix=is_matrix)
+        assert torch.stack([state == d for d in [*experts[:stage], torch.zeros(shape)]]).any(0).all()
 
 
-def test_magmax_halves_the_change_by_default() -> None:
-    assert get_rule("magmax").scale(Norms((1.0,), 1.0)) == 0.5
+@every_rule
+def test_what_the_marks_promise_fits_together(name: str) -> None:
+    cls = rule_class(name)
+    assert cls.unit in ("element", "matrix", "tensor")
+    assert cls.slots >= 1
+    assert not (cls.basis_free or cls.selects) or cls.slots == 1
+    assert not cls.basis_free or cls.unit != "tensor"
 
 
-def test_average_is_the_mean_of_the_experts() -> None:
-    base, *experts = draw((6, 4), 6)
-    torch.testing.assert_close(merge(get_rule("average"), base, experts), torch.stack(experts).mean(0))
-
-
-def test_task_arithmetic_adds_what_each_expert_changed() -> None:
-    base, one, two = draw((6, 4), 3)
-    merged = merge(get_rule("task_arithmetic", **{"lambda": 0.3}), base, [one, two])
-    torch.testing.assert_close(merged, base + 0.3 * (one - base) + 0.3 * (two - base))
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.25, 0.9, 1.0])
-def test_ema_moves_the_merged_model_a_step_towards_each_expert(beta: float) -> None:
-    base, *experts = draw((6, 4), 5)
-    model = base
-    for expert in experts:
-        model = beta * model + (1 - beta) * expert
-    torch.testing.assert_close(merge(get_rule("ema", beta=beta), base, experts), model, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", [n for n in rule_names() if rule_class(n).unit != "tensor"])
+@pytest.mark.parametrize("shape", [(7,), (5, 7)])
+def test_pieces_of_a_weight_may_be_folded_alone(name: str, shape: tuple[int, ...]) -> None:
+    rule, task_vectors = get_rule(name), [d.reshape(-1) for d in draw(shape, 3)]
+    whole = [d.reshape(shape) for d in task_vectors]
+    is_matrix = rule.unit == "element"
+    parts = [fold(rule, [d[cut] for d in task_vectors], is_matrix=is_matrix) for cut in (slice(3), slice(3, None))]
+    state, expected = torch.cat(parts, dim=-1), fold(rule, whole, is_matrix=is_matrix)
+    assert torch.equal(state.reshape(expected.shape), expected)
+    read = [rule.read_out(part, weight(is_matrix, 3)) for part in parts]
+    assert torch.equal(torch.cat(read).reshape(shape), rule.read_out(expected, weight(is_matrix, 3)))

@@ -15,7 +15,8 @@ import pytest
 from hf_contmerge.errors import ResourceError, RunError
 from hf_contmerge.places import ExpertPlace, MergePlace, Place
 from hf_contmerge.recipe import Phase, Recipe, load_recipe, parse_recipe
-from hf_contmerge.run_folder import Run, RunLock
+from hf_contmerge.places import FolderLock
+from hf_contmerge.run_folder import Run
 
 Data = dict[str, Any]
 
@@ -452,8 +453,9 @@ def test_redo_of_what_is_not_there_names_what_is(done: Run) -> None:
 
 HOLD = """
 import sys
-from hf_contmerge.run_folder import Run, RunLock
-with RunLock(Run.load(sys.argv[1])):
+from hf_contmerge.places import FolderLock
+from hf_contmerge.run_folder import Run
+with FolderLock(Run.load(sys.argv[1]).folder):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -476,19 +478,19 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(run: Run) -> None:
     with holder(run) as process:
         with (
             pytest.raises(RunError, match=rf"{run.folder} is in use by another process. Wait for it, or name"),
-            RunLock(run),
+            FolderLock(run.folder),
         ):
             pass
         process.kill()  # SIGKILL: it has no chance to let go
         assert process.wait() == -signal.SIGKILL
-        with RunLock(run):
+        with FolderLock(run.folder):
             pass
 
 
 def test_a_lock_is_let_go_at_the_end_even_by_an_error(run: Run) -> None:
-    with pytest.raises(KeyError), RunLock(run):
+    with pytest.raises(KeyError), FolderLock(run.folder):
         raise KeyError
-    with RunLock(run):
+    with FolderLock(run.folder):
         pass
     with holder(run):
         pass

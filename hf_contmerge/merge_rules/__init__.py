@@ -1,7 +1,7 @@
 """Merge rules: the maths of continual merging, one method a file. Imports torch and the standard library only.
 
-    running_t = rule.update(running_{t-1}, expert_t - base)        one tensor, float32, running_0 = 0
-    merged_t  = base + rule.scale(norms_t) * running_t             one number for the whole model
+    running_t = rule.update(running_{t-1}, expert_t - base)               one tensor, float32, running_0 = 0
+    merged_t  = base + rule.scale(norms_t) * rule.read_out(running_t)     the scale is one number for the whole model
 
 A rule is a frozen dataclass; its fields are the method's parameters, by the paper's symbol (a trailing underscore
 keeps Python's keywords free: `lambda_` is `lambda` in YAML). File name = word in the YAML = class name in lower case:
@@ -25,6 +25,20 @@ StartFrom = Literal["base", "previous", "merged"]
 
 
 @dataclass(frozen=True)
+class Weight:
+    """The weight that a rule works on.
+
+    `name`: as the base model stores it. `is_matrix`: True for a linear map (2-D, or a 3-D stack of them); False for
+    vocabulary tables, routers, norms and biases, which projection rules must leave unprojected. `stage`: 1 for the
+    first expert; at read-out, the number of experts folded so far.
+    """
+
+    name: str
+    is_matrix: bool
+    stage: int
+
+
+@dataclass(frozen=True)
 class Norms:
     """Frobenius norms over all floating tensors of a model, every stored tensor once.
 
@@ -45,24 +59,38 @@ class MergeRule(ABC):
     """What the paper's experts start from: each from the base, from the previous expert, or from the merged model."""
     whole_model_scale: ClassVar[bool] = False
     """True when `scale` reads the norms, so that no tensor can be written before all have been seen."""
+    unit: ClassVar[Literal["element", "matrix", "tensor"]] = "tensor"
+    """What must be seen at once. "element": any piece of a weight may be folded alone; "matrix": so too, but for
+    matrices, which are decomposed (that is what its time goes into); "tensor": each weight in one piece."""
+    slots: ClassVar[int] = 1
+    """How many tensors of the weight's shape the state needs; if more than one, `running` has them as a first axis."""
+    basis_free: ClassVar[bool] = False
+    """True when update(P S Q', P D Q') = P update(S, D) Q' for any P and Q with orthonormal columns, and read_out
+    returns the state itself: then low-rank experts are folded as small cores, and no large matrix is ever formed."""
+    selects: ClassVar[bool] = False
+    """True when each element of the state is one expert's value, so that every element has an owner."""
 
     @abstractmethod
-    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         """Fold one expert into the running tensor.
 
         Args:
-            running: float32, the weight's shape; zeros before the first expert. Must not be modified.
-            task_vector: expert - base, same shape and dtype. Must not be modified.
-            is_matrix: True for a linear map (2-D, or a 3-D stack of them); False for vocabulary tables, routers,
-                norms and biases, which projection rules must leave unprojected.
+            running: float32, the weight's shape, or (slots, *shape) where the rule has more slots than one; zeros
+                before the first expert. Must not be modified.
+            task_vector: expert - base, float32, the weight's shape. Must not be modified.
+            weight: which weight this is.
 
         Returns:
-            The new running tensor, float32, same shape. May be `task_vector` itself.
+            The new running tensor, float32, of the shape of `running`. May be one of the two inputs itself.
         """
+
+    def read_out(self, running: Tensor, weight: Weight) -> Tensor:
+        """Return what the scale multiplies: float32, the weight's shape. Without slots, the running tensor itself."""
+        return running
 
     @abstractmethod
     def scale(self, norms: Norms) -> float:
-        """Return the factor on the running tensors in merged = base + scale * running."""
+        """Return the factor in merged = base + scale * read_out(running)."""
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters under the names that recipes use."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_contmerge.merge_rules import MergeRule, Norms
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,10 @@ class Average(MergeRule):
 
     reference = "https://arxiv.org/abs/2203.05482"
     start_from = "previous"
+    unit = "element"
+    basis_free = True
 
-    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running + task_vector
 
     def scale(self, norms: Norms) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_contmerge.merge_rules import MergeRule, Norms
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,12 @@ class Ema(MergeRule):
 
     reference = "https://arxiv.org/abs/2412.06712"
     start_from = "merged"
+    unit = "element"
+    basis_free = True
 
     beta: float = 0.5
 
-    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running.lerp(task_vector, 1.0 - self.beta)
 
     def scale(self, norms: Norms) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_contmerge.merge_rules import MergeRule, Norms
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Magmax(MergeRule):
 
     reference = "https://arxiv.org/abs/2407.06322"
     start_from = "previous"
+    unit = "element"
+    selects = True
 
     lambda_: float = 0.5
 
-    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return torch.where(task_vector.abs() >= running.abs(), task_vector, running)
 
     def scale(self, norms: Norms) -> float:

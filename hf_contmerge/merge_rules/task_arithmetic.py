@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_contmerge.merge_rules import MergeRule, Norms
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,12 @@ class TaskArithmetic(MergeRule):
 
     reference = "https://arxiv.org/abs/2212.04089"
     start_from = "base"
+    unit = "element"
+    basis_free = True
 
     lambda_: float = 0.3
 
-    def update(self, running: Tensor, task_vector: Tensor, *, is_matrix: bool) -> Tensor:
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running + task_vector
 
     def scale(self, norms: Norms) -> float:

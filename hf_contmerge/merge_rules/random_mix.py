@@ -1,0 +1,33 @@
+"""RandMix: each weight is that of an expert drawn at random, the yardstick for rules that choose (arXiv 2407.06322)."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
+
+
+@dataclass(frozen=True)
+class RandomMix(MergeRule):
+    """S[j] <- D[j] with probability 1/t, else S[j] (so that all t experts are equally likely);  merged = base + S.
+
+    The draws depend on `seed`, the weight's name and the stage alone: they repeat themselves on any machine and in any
+    order of the weights.
+    """
+
+    reference = "https://arxiv.org/abs/2407.06322"
+    start_from = "previous"
+    selects = True
+
+    seed: int = 0
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        digest = hashlib.sha256(f"{self.seed}/{weight.name}/{weight.stage}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        drawn = torch.rand(task_vector.shape, generator=generator) < 1 / weight.stage
+        return torch.where(drawn.to(task_vector.device), task_vector, running)
+
+    def scale(self, norms: Norms) -> float:
+        return 1.0

@@ -1,0 +1,118 @@
+"""A merged model as one peft adapter: what the merge changed, as low-rank factors on top of the base."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_contmerge.adapter_writer import Factors, write_adapter
+from hf_contmerge.errors import RecipeError
+from hf_contmerge.factored import Factored
+from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merge_state import MergeState
+from hf_contmerge.merge_tensor import merged_tensor
+from hf_contmerge.merge_write import new_folder, weight_of
+from hf_contmerge.model_folder import vocab_size
+from hf_contmerge.running_state import Running
+from hf_contmerge.tensor_files import Weights
+from hf_contmerge.work_sharing import Crew
+
+LOG = logging.getLogger(__name__)
+
+
+def export_adapter(state: MergeState, out: str | Path, *, rank: int | None = None) -> dict[str, float]:
+    """Write the merged model as an adapter of the base, with reconstruction.json beside it.
+
+    Args:
+        out: a new folder.
+        rank: of each module at most. None: as much as it takes, which needs a state that only adapters have made.
+
+    Returns:
+        For each low-rank module |S - left @ right| / |S|, S being what the merge changed there.
+
+    Raises:
+        RecipeError: without a rank, for a weight whose change is not known to be of low rank.
+    """
+    if rank is not None and rank < 1:
+        raise RecipeError(f"--rank {rank}: the rank of an adapter is at least 1.")
+    base, running = state.base(), Running(state.require_running())
+    rule, log, scale = state.rule(), state.log(), state.scale()
+    low_rank = [n for n in sorted(running.names()) if _is_low_rank(base, running, n)]
+    dense = [n for n in low_rank if running.rank(n) is None]
+    if dense and rank is None:
+        raise RecipeError(
+            f"{dense[0]} (and {len(dense) - 1} more) is not kept in low-rank factors: a full model changed it, or the "
+            f"rule {log.rule} does not work on factors. Give --rank, which approximates it, or export a model."
+        )
+    stages, errors = len(log.experts), dict[str, float]()
+
+    def factors() -> Iterator[tuple[str, Factors]]:
+        for name in low_rank:
+            left, right, errors[name] = _approximation(rule, base, running, name, stages, rank)
+            yield name, (left * scale, right)
+
+    whole = _whole(rule, base, running, set(low_rank), scale, stages)
+    tables = [n for n in low_rank if base.shape(n)[0] == vocab_size(base.folder)]
+    if any("embed" in n for n in tables) and "lm_head.weight" not in base.names:
+        LOG.warning("The table %s is tied: peft applies the adapter to its input side only, until merged", tables[0])
+    with new_folder(Path(out), Crew()) as scratch:
+        write_adapter(
+            scratch, factors(), base_model=log.base, whole=whole, embeddings=[n for n in tables if "lm_head" not in n],
+            conv1d=_stored_transposed(base, low_rank),
+        )  # fmt: skip
+        (scratch / "reconstruction.json").write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
+    return errors
+
+
+def _is_low_rank(base: Weights, running: Running, name: str) -> bool:
+    """Say whether a weight's change leaves as factors: it is kept so, or it is a matrix. The rest leaves whole."""
+    if running.rank(name) is not None:
+        return True
+    return len(base.shape(name)) == 2 and weight_of(base, name, 1).is_matrix
+
+
+def _approximation(
+    rule: MergeRule, base: Weights, running: Running, name: str, stages: int, rank: int | None
+) -> tuple[Tensor, Tensor, float]:
+    if running.rank(name) is not None:
+        return running.factored(name).truncated(rank)
+    tensor = running.tensor(name)
+    assert tensor is not None
+    change = rule.read_out(tensor, weight_of(base, name, stages)).double()
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    return Factored(u.float(), s.diag(), vh.T.contiguous().float()).truncated(rank)
+
+
+def _whole(
+    rule: MergeRule, base: Weights, running: Running, low_rank: set[str], scale: float, stages: int
+) -> dict[str, Tensor]:
+    """Return the new values of the weights that are no matrices, with the other tensors of their modules."""
+    changed = running.names() - low_rank
+    modules = {n.rpartition(".")[0] for n in changed if n.rpartition(".")[0] + ".weight" not in low_rank}
+    found = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}
+    for name in changed:
+        before, state = base.tensor(name), running.tensor(name)
+        assert state is not None
+        read = rule.read_out(state, weight_of(base, name, stages))
+        found[name] = merged_tensor(before, read, scale, before.dtype)
+    return found
+
+
+def _stored_transposed(base: Weights, names: list[str]) -> list[str]:
+    """Return which linear maps are stored (in, out), as GPT-2's: their biases have the length of the second axis."""
+
+    def bias_axis(name: str) -> int | None:
+        bias = name.removesuffix("weight") + "bias"
+        shape = base.shape(name)
+        if bias not in base.names or shape[0] == shape[1]:
+            return None
+        return list(shape).index(base.shape(bias)[0])
+
+    if 1 not in [bias_axis(n) for n in base.names if n.endswith(".weight") and len(base.shape(n)) == 2]:
+        return []
+    return [n for n in names if n.removesuffix("weight") + "bias" in base.names and bias_axis(n) in (1, None)]

@@ -1,0 +1,98 @@
+"""Which stage owns which share of the weights, for rules that select (magmax): by layer, as numbers and as a heat map.
+
+The owner of an element is the stage that last changed the state's value there. An element that no stage has changed is
+the base's. With experts trained one after the other, a later stage owns only what it moved further.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_contmerge.errors import RunError
+from hf_contmerge.merge_state import MergeState
+from hf_contmerge.running_state import Running
+from hf_contmerge.tensor_files import Weights
+
+BASE = "base"
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def ownership(base: Weights, running: Path, stages: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return layer -> stage -> share of the layer's weights, the base's own share included; `all` comes last.
+
+    Weights outside the layers go by the words of their names (embed_tokens, norm).
+    """
+    state = Running(running)
+    known, counts = state.names(), dict[str, torch.Tensor]()
+    for name in base.floating():
+        found = torch.zeros(len(stages) + 1, dtype=torch.int64)
+        if name in known:
+            found += torch.bincount(state.owners(name).reshape(-1), minlength=len(stages) + 1)
+        else:
+            found[0] = torch.Size(base.shape(name)).numel()
+        for layer in (_layer(name), "all"):
+            counts[layer] = counts.get(layer, torch.zeros_like(found)) + found
+    order = sorted(counts, key=_place)
+    return {layer: _shares(counts[layer], stages) for layer in order}
+
+
+def write_ownership(state: MergeState, out: Path) -> tuple[Path, Path]:
+    """Write owners.json and owners.png; return their paths. Raises RunError if the rule selects nothing."""
+    log, running = state.log(), state.running()
+    if not state.rule().selects:
+        raise RunError(f"{log.rule} mixes its experts in every weight, so none has an owner. magmax and random_mix do.")
+    if running is None:
+        raise RunError(f"{state.folder} holds no expert yet. Add one: contmerge merge add {state.folder} EXPERT")
+    stages = [e.stage for e in log.experts]
+    shares = ownership(Weights(Path(log.base_folder)), running, stages)
+    out.mkdir(parents=True, exist_ok=True)
+    table, picture = out / "owners.json", out / "owners.png"
+    found: dict[str, Any] = {"rule": log.rule, "base": log.base, "stages": stages, "layers": shares}
+    table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw_ownership(shares, [BASE, *stages], picture)
+    return table, picture
+
+
+def draw_ownership(shares: Mapping[str, Mapping[str, float]], rows: Sequence[str], path: Path) -> None:
+    """Draw the shares as a heat map: a row for each stage, a column for each layer."""
+    from matplotlib.figure import Figure
+
+    values = [[layer[row] for layer in shares.values()] for row in rows]
+    figure = Figure(figsize=(max(6.0, 0.42 * len(shares) + 2), 0.45 * len(rows) + 1.9), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=max(map(max, values)), aspect="auto")
+    axes.set_xticks(range(len(shares)), [layer.removeprefix("layer ") for layer in shares], rotation=90)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("layer")
+    axes.set_title("Share of the weights that each stage owns", loc="left")
+    if len(shares) <= 40:
+        middle = max(map(max, values)) / 2
+        for y, line in enumerate(values):
+            for x, share in enumerate(line):
+                color = "black" if share > middle else "white"
+                axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:.0f} %")
+    figure.savefig(path, dpi=150)
+
+
+def _layer(name: str) -> str:
+    number = _LAYER.search(name)
+    return f"layer {number.group(1)}" if number else name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def _place(layer: str) -> tuple[int, int, str]:
+    number = layer.removeprefix("layer ")
+    if number.isdigit():
+        return (1, int(number), "")
+    return (3, 0, "") if layer == "all" else (0 if "embed" in layer else 2, 0, layer)
+
+
+def _shares(counts: torch.Tensor, stages: Sequence[str]) -> dict[str, float]:
+    total = max(1, int(counts.sum()))
+    return {name: int(count) / total for name, count in zip([BASE, *stages], counts, strict=True)}
