@@ -55,8 +55,7 @@ def task_vector(expert: Expert, name: str, base: Tensor) -> Part:
     if isinstance(expert, Adapter):
         if name not in expert.names:
             return lambda _start, _stop, wide: torch.zeros_like(wide)
-        whole = expert.task_vector(name, base).reshape(-1)
-        return lambda start, stop, wide: whole[start:stop].to(wide.device)
+        return lambda start, stop, wide: expert.task_vector(name, base).reshape(-1)[start:stop].to(wide.device)
     stored = expert.weights.tensor(name).reshape(-1)
     return lambda start, stop, wide: torch.sub(stored[start:stop].to(wide.device), wide)
 

@@ -15,14 +15,13 @@ from hf_contmerge.adapter_files import Adapter
 from hf_contmerge.errors import ModelError
 from hf_contmerge.experts import DenseExpert, Expert, task_vector
 from hf_contmerge.factored import fold_factors, pays
+from hf_contmerge.merge_files import leads, opened
 from hf_contmerge.merge_rules import MergeRule, Norms
 from hf_contmerge.merge_tensor import Piece, flat_slots, pieces, square, zeros
 from hf_contmerge.merge_write import (
     MergedModel,
     Output,
-    leads,
     merged_plan,
-    opened,
     stream_job,
     weight_of,
     write_companions,
@@ -115,9 +114,10 @@ class Fold:
         old = flat_slots(self.rule, before) if before is not None else None
         owners = self._owners(name, before, base) if "owners" in writers else None
         vectors = [task_vector(expert, name, base) for expert in self.experts]
+        whole = any(isinstance(e, Adapter) and name in e.names for e in self.experts)  # B @ A comes in one go
         squares, running_square = [0.0] * len(vectors), 0.0
         weight = weight_of(self.base, name, self.stages_before)
-        for piece in pieces(self.rule, weight, base.shape, self.crew.device):
+        for piece in pieces(self.rule, weight, base.shape, device, whole=whole):
             part = piece.of(base.reshape(-1)).to(device)
             wide = part.float()
             state = zeros(self.rule, wide) if old is None else piece.of(old).to(device)
@@ -127,7 +127,7 @@ class Fold:
                 weight = replace(weight, stage=self.stages_before + i + 1)
                 after = self.rule.update(state, change, weight)
                 if owners is not None:
-                    piece.of(owners)[(after != state).cpu()] = weight.stage
+                    piece.of(owners)[(after != state).cpu()] = min(weight.stage, 255)
                 state = after
             if not all(map(math.isfinite, squares)):
                 self._refuse_non_finite(name)

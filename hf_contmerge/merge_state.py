@@ -27,9 +27,11 @@ from typing import Any
 from hf_contmerge.adapter_files import Adapter
 from hf_contmerge.errors import ModelError, RecipeError, RunError, unknown
 from hf_contmerge.experts import Expert, check_mergeable, expert_sha256, open_expert
+from hf_contmerge.merge_files import new_folder
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merge_stream import merge_experts
-from hf_contmerge.merge_write import Merged, Output, dtype_named, make_rule, new_folder, write_merged
+from hf_contmerge.merge_words import dtype_named, make_rule
+from hf_contmerge.merge_write import Merged, Output, write_merged
 from hf_contmerge.model_folder import resolve_model
 from hf_contmerge.places import FolderLock, remove, sync_files, sync_folder, versions
 from hf_contmerge.state_log import Folded, Log, name_of, read_log, refuse_twins, require_kept, stage_names, write_log

@@ -44,10 +44,12 @@ def needs_whole(rule: MergeRule, is_matrix: bool) -> bool:
     return rule.unit == "tensor" or (rule.unit == "matrix" and is_matrix)
 
 
-def pieces(rule: MergeRule, weight: Weight, shape: Sequence[int], device: torch.device) -> Iterator[Piece]:
+def pieces(
+    rule: MergeRule, weight: Weight, shape: Sequence[int], device: torch.device, *, whole: bool = False
+) -> Iterator[Piece]:
     """Yield the pieces in which a weight is worked on: whole, or flat runs of its elements."""
     numel = math.prod(shape)
-    if needs_whole(rule, weight.is_matrix):
+    if whole or needs_whole(rule, weight.is_matrix):
         yield Piece(0, numel, tuple(shape))
         return
     size = PIECE if device.type == "cpu" else _PIECE_ON_GPU

@@ -1,23 +1,18 @@
-"""Pass 2 of a merge, and the files that passes write: base + scale * read_out(running), as a model folder."""
+"""Pass 2 of a merge: base + scale * read_out(running), as a model folder."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_contmerge.errors import RecipeError, ResourceError, RunError, size, unknown
 from hf_contmerge.experts import Expert, own_values
-from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule, rule_names
+from hf_contmerge.merge_files import leads, opened
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merge_tensor import Piece, flat_slots, is_matrix, job_of, merged_tensor, pieces
-from hf_contmerge.model_folder import copy_companions, vocab_size
-from hf_contmerge.places import remove
+from hf_contmerge.model_folder import copy_companions
 from hf_contmerge.running_state import Running
 from hf_contmerge.tensor_files import SHARD_SIZE, Plan, Weights, WeightsWriter
 from hf_contmerge.work_sharing import Crew, Job, together
@@ -113,47 +108,6 @@ class MergedModel:
         self.writer.write(weight.name, merged, start=piece.start)
 
 
-@contextmanager
-def new_folder(out: Path, crew: Crew) -> Iterator[Path]:
-    """Yield a hidden folder beside `out`, which takes its place when all has been written.
-
-    Raises RunError if `out` exists and is not empty.
-    """
-    scratch = out.with_name(f".{out.name}.partial")
-
-    def make() -> None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunError(f"{out} exists and is not empty. Name a new folder, or remove that one.")
-        remove(scratch)
-        scratch.mkdir(parents=True)
-
-    def publish() -> None:
-        remove(out)
-        scratch.rename(out)
-
-    together(crew.ranks, make, leader_only=True)
-    yield scratch
-    together(crew.ranks, publish, leader_only=True)
-
-
-def make_rule(name: str, parameters: dict[str, Any]) -> MergeRule:
-    """Make a rule. Raises RecipeError for an unknown rule or parameter, or a value outside its range."""
-    try:
-        return get_rule(name, **parameters)
-    except KeyError as error:
-        raise RecipeError(unknown("rule", name, rule_names())) from error
-    except (TypeError, ValueError) as error:
-        raise RecipeError(str(error)) from error
-
-
-def dtype_named(name: str | None) -> torch.dtype | None:
-    """Return a floating dtype by its name in config.json. Raises RecipeError for any other word."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise RecipeError(unknown("dtype", name, known))
-    return known[name] if name else None
-
-
 def merged_plan(base: Weights, dtype: torch.dtype | None) -> Plan:
     """Return what a merged model consists of: the base's tensors, the floating ones in `dtype` if one is given."""
     floating = set(base.floating())
@@ -162,47 +116,9 @@ def merged_plan(base: Weights, dtype: torch.dtype | None) -> Plan:
 
 def weight_of(base: Weights, name: str, stage: int) -> Weight:
     """Return what a rule is told about a weight of the base."""
-    return Weight(name, is_matrix(name, base.shape(name), vocab_size(base.folder)), stage)
+    return Weight(name, is_matrix(name, base.shape(name), base.vocabulary), stage)
 
 
 def stream_job(rule: MergeRule, base: Weights, name: str, touched: int, group: int) -> Job:
     """Estimate the work on one weight. `touched`: how many more tensors of its size are read or written."""
     return job_of(rule, weight_of(base, name, 1), base.shape(name), base.nbytes(name), touched=touched, group=group)
-
-
-def leads(crew: Crew) -> bool:
-    """Say whether this is the rank that makes the files."""
-    return crew.ranks.rank == 0
-
-
-@contextmanager
-def opened(crew: Crew, writers: Sequence[WeightsWriter]) -> Iterator[None]:
-    """Make and open the files to be written, once there is known to be room for them; close them when all are done."""
-    with ExitStack() as stack:
-
-        def create() -> None:
-            check_room(writers)
-            for writer in writers:
-                stack.enter_context(writer)
-
-        together(crew.ranks, create, leader_only=True)
-        if not leads(crew):
-            for writer in writers:
-                stack.enter_context(writer)
-        yield
-
-
-def check_room(writers: Sequence[WeightsWriter]) -> None:
-    """Raise ResourceError if the disk cannot hold what will be written."""
-    needed: dict[int, tuple[Path, int]] = {}
-    for writer in writers:
-        writer.folder.mkdir(exist_ok=True)
-        device = writer.folder.stat().st_dev
-        needed[device] = (writer.folder, needed.get(device, (writer.folder, 0))[1] + writer.nbytes)
-    for folder, need in needed.values():
-        free = shutil.disk_usage(folder).free
-        if need > free:
-            raise ResourceError(
-                f"Merging writes {size(need)} to the disk of {folder}, which has {size(free)} free. Free some room, or "
-                "name a folder on another disk. Nothing was written."
-            )

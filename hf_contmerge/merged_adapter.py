@@ -13,11 +13,11 @@ from torch import Tensor
 from hf_contmerge.adapter_writer import Factors, write_adapter
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.factored import Factored
+from hf_contmerge.merge_files import new_folder
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merge_state import MergeState
 from hf_contmerge.merge_tensor import merged_tensor
-from hf_contmerge.merge_write import new_folder, weight_of
-from hf_contmerge.model_folder import vocab_size
+from hf_contmerge.merge_write import weight_of
 from hf_contmerge.running_state import Running
 from hf_contmerge.tensor_files import Weights
 from hf_contmerge.work_sharing import Crew
@@ -57,7 +57,7 @@ def export_adapter(state: MergeState, out: str | Path, *, rank: int | None = Non
             yield name, (left * scale, right)
 
     whole = _whole(rule, base, running, set(low_rank), scale, stages)
-    tables = [n for n in low_rank if base.shape(n)[0] == vocab_size(base.folder)]
+    tables = [n for n in low_rank if base.shape(n)[0] == base.vocabulary]
     if any("embed" in n for n in tables) and "lm_head.weight" not in base.names:
         LOG.warning("The table %s is tied: peft applies the adapter to its input side only, until merged", tables[0])
     with new_folder(Path(out), Crew()) as scratch:

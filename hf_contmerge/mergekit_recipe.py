@@ -12,9 +12,11 @@ import yaml
 
 from hf_contmerge.errors import ModelError, RecipeError, unknown
 from hf_contmerge.experts import Expert, check_mergeable, open_expert
+from hf_contmerge.merge_files import new_folder
 from hf_contmerge.merge_rules import MergeRule, parameter_types, rule_class
 from hf_contmerge.merge_stream import merge_experts
-from hf_contmerge.merge_write import Merged, Output, dtype_named, make_rule, new_folder
+from hf_contmerge.merge_words import dtype_named, make_rule
+from hf_contmerge.merge_write import Merged, Output
 from hf_contmerge.model_folder import resolve_model
 from hf_contmerge.tensor_files import SHARD_SIZE, Weights
 from hf_contmerge.work_sharing import Crew

@@ -57,20 +57,14 @@ def resolve_model(name: str, *, adapters: bool = False) -> Path:
     return _from_hub(name)
 
 
-def vocab_size(folder: Path) -> int | None:
-    """Return the size of the vocabulary tables, where config.json tells it."""
-    values = config(folder)
-    return values.get("vocab_size") or (values.get("text_config") or {}).get("vocab_size")
-
-
 def check_same_layout(base: Path, other: Path) -> None:
     """Raise ModelError unless two folders hold tensors of the same names and shapes over the same vocabulary."""
-    if vocab_size(base) != vocab_size(other):
+    ours, theirs = Weights(base), Weights(other)
+    if ours.vocabulary != theirs.vocabulary:
         raise ModelError(
-            f"{other} has a vocabulary of {vocab_size(other)}, {base} of {vocab_size(base)}: their rows do not "
+            f"{other} has a vocabulary of {theirs.vocabulary}, {base} of {ours.vocabulary}: their rows do not "
             "correspond. Train the expert with the base's tokenizer, without new tokens."
         )
-    ours, theirs = Weights(base), Weights(other)
     missing, extra = set(ours.names) - set(theirs.names), set(theirs.names) - set(ours.names)
     if missing or extra:
         which = f"lacks {_some(missing)}" if missing else f"has {_some(extra)}, which the base lacks"

@@ -9,8 +9,9 @@ from typing import Any
 
 from hf_contmerge import corpus, experts, finetune, model_folder, scoring, tensor_files
 from hf_contmerge.corpus import StageData
-from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
-from hf_contmerge.merge_rules import MergeRule, get_rule, rule_names
+from hf_contmerge.errors import ResourceError, size
+from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merge_words import make_rule
 from hf_contmerge.recipe import Merge
 from hf_contmerge.run_folder import Run
 
@@ -37,7 +38,7 @@ class Prepared:
 def prepare(run: Run, ranks: Any) -> Prepared:
     """Resolve and check all that the recipe names, so that bad input is told before hours are spent."""
     recipe = run.recipe
-    rules = {entry.name: _rule(entry) for entry in recipe.merge}
+    rules = {e.name: make_rule(e.rule, e.parameters, where=f"merge entry {e.name}") for e in recipe.merge}
     kinds = {entry.name: _kind(entry, rules[entry.name]) for entry in recipe.merge}
     with ranks.main_process_first():
         base = model_folder.resolve_model(recipe.base_model)
@@ -58,15 +59,6 @@ def prepare(run: Run, ranks: Any) -> Prepared:
         _check_disk(run, tensor_files.Weights(base).numel(), kinds)
         run.link_base(base)
     return Prepared(base, rules, kinds, given, data)
-
-
-def _rule(entry: Merge) -> MergeRule:
-    try:
-        return get_rule(entry.rule, **entry.parameters)
-    except KeyError as error:
-        raise RecipeError(unknown("rule", entry.rule, rule_names(), where=f"merge entry {entry.name}")) from error
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"merge entry {entry.name}: {error}") from error
 
 
 def _kind(entry: Merge, rule: MergeRule) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -109,6 +110,12 @@ class Weights:
     def numel(self) -> int:
         """Return the number of parameters."""
         return sum(math.prod(self.shape(n)) for n in self.names)
+
+    @functools.cached_property
+    def vocabulary(self) -> int | None:
+        """The number of rows of the vocabulary tables, where config.json tells it."""
+        values = config(self.folder)
+        return values.get("vocab_size") or (values.get("text_config") or {}).get("vocab_size")
 
     def nbytes(self, name: str) -> int:
         """Return the size of a tensor in its file."""

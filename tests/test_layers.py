@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "merge_rules"),  # the speech, the maths
     ("recipe", "quickstart_texts"),  # the nouns
     ("recipe_changes", "places", "tensor_files", "work_sharing", "adapter_settings"),
-    ("run_folder", "progress", "adapter_base", "factored", "merge_tensor"),
+    ("run_folder", "progress", "merge_files", "merge_words", "adapter_base", "factored", "merge_tensor"),
     ("corpus", "forgetting", "model_folder", "train_strategies", "running_state", "adapter_layout"),  # parts of a phase
     ("model_card", "report_findings", "adapter_files", "adapter_writer"),
     ("report_pages", "report_pictures", "experts"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from toys import toy_llama
 
 from hf_contmerge.errors import ModelError, ResourceError
-from hf_contmerge.merge_stream import check_mergeable
+from hf_contmerge.experts import check_mergeable
 from hf_contmerge.model_folder import check_same_layout, check_tokenizer, copy_companions, resolve_model
 
 

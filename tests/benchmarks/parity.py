@@ -25,7 +25,6 @@ from toys import perturbed, toy_llama
 from hf_contmerge.merge_rules import MergeRule, Norms, get_rule
 from hf_contmerge.merge_rules.opcm import Opcm
 from hf_contmerge.merge_stream import is_matrix, merge_stage, mergekit_yaml
-from hf_contmerge.model_folder import vocab_size
 from hf_contmerge.run_folder import Run
 from hf_contmerge.tensor_files import Weights
 
@@ -106,7 +105,7 @@ def by_mergekit(name: str, rule: MergeRule, base: Path, experts: Sequence[Path],
 def relative_errors(rule: MergeRule, base: Path, experts: Sequence[Path], results: Sequence[Weights]) -> list[float]:
     """Re-derive the merge in float64, all running sums in memory (8 bytes a parameter)."""
     base_weights, expert_weights = Weights(base), [Weights(e) for e in experts]
-    vocabulary, squares = vocab_size(base), [0.0] * len(experts)
+    vocabulary, squares = base_weights.vocabulary, [0.0] * len(experts)
     running: dict[str, Tensor] = {}
     for name in base_weights.floating():
         start = base_weights.tensor(name).double()
