@@ -37,8 +37,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# About an hour on two quiet cores; each script says with --help what it compares, and takes --quick.
+BENCHMARKS := parity svd_routes against_mergekit append ranks lora_stream cost_model against_fusionbench
 bench: install
-	$(BIN)/python tests/benchmarks/parity.py
+	for name in $(BENCHMARKS); do echo; echo "## $$name"; $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

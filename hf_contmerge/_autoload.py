@@ -2,8 +2,8 @@
 
 mergekit 0.1.5 reads no entry points, but PyTorch loads those of the group `torch.backends` at the end of
 `import torch`, and mergekit imports torch first. So `register` runs at every `import torch` on the machine: it must
-cost next to nothing and must never break torch. It only puts a finder on sys.meta_path, which waits for two modules of
-mergekit and then lets hf_contmerge.mergekit_plugin do its part. HF_CONTMERGE_AUTOLOAD=0 turns it off.
+cost next to nothing and must never break torch. It only puts a finder on sys.meta_path, which waits for three modules
+of mergekit and then lets hf_contmerge.mergekit_plugin do its part. HF_CONTMERGE_AUTOLOAD=0 turns it off.
 """
 
 import os
@@ -11,7 +11,11 @@ import sys
 
 # Not the package mergekit.merge_methods: whoever imports it before torch has it half executed when torch calls
 # `register`, too late to wait for it. Its registry comes after torch either way.
-_HOOKS = {"mergekit.merge_methods.registry": "register_rules", "mergekit.plan": "guard_planner"}
+_HOOKS = {
+    "mergekit.merge_methods.registry": "register_rules",
+    "mergekit.plan": "guard_planner",
+    "mergekit.merge": "guard_merge",
+}
 
 
 class _MergekitFinder:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _MANY = 30  # more names than that are not read
+_SHARED = "All ranks of the job end with this error."
 
 
 class ContmergeError(Exception):
@@ -65,6 +66,12 @@ def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> s
     return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(shown) or '(none)'}{rest}."
 
 
+def mark_shared(error: Exception) -> Exception:
+    """Say of an error that every rank of the job raises it, so that one of them tells it."""
+    error.add_note(_SHARED)
+    return error
+
+
 class _Outcome:
     code = 0
 
@@ -79,7 +86,7 @@ def clear_errors() -> Iterator[_Outcome]:
     try:
         yield outcome
     except ContmergeError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        _tell(error, str(error))
         outcome.code = error.exit_code
     except OSError as error:
         reasons = {
@@ -89,9 +96,16 @@ def clear_errors() -> Iterator[_Outcome]:
         }
         if error.errno not in reasons:
             raise
-        print(
-            f"Error: cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. What is done is kept: "
-            "mend that and give the same command again.",
-            file=sys.stderr,
+        _tell(
+            error,
+            f"cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. What is done is kept: mend "
+            "that and give the same command again.",
         )
         outcome.code = 2
+
+
+def _tell(error: Exception, message: str) -> None:
+    """Print one line: what all ranks raise is told by the first, anything else by the rank that it befell."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or _SHARED not in getattr(error, "__notes__", ()):
+        print(f"Error on rank {rank}: {message}" if rank else f"Error: {message}", file=sys.stderr)

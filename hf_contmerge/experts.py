@@ -27,6 +27,12 @@ class DenseExpert:
         self.folder = folder
         self.weights = Weights(folder)
         self.names = base.floating()
+        for name in self.names:
+            if not self.weights.dtype(name).is_floating_point:
+                raise ModelError(
+                    f"{name} is stored as {self.weights.dtype(name)} in {folder}, as {base.dtype(name)} in "
+                    f"{base.folder}. An expert's weights must be floating: save it again in the base's dtype."
+                )
         for name in sorted(set(base.names) - set(self.names)):
             if not torch.equal(base.tensor(name), self.weights.tensor(name)):
                 raise ModelError(

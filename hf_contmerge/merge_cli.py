@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hf_contmerge.errors import RecipeError
 
 if TYPE_CHECKING:
+    import torch
+
+    from hf_contmerge.merge_state import MergeState
     from hf_contmerge.work_sharing import Crew
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -70,36 +73,35 @@ def _command(kinds: Any, name: str, do: Any, text: str, *, state: bool = False, 
 
 def _init(args: argparse.Namespace) -> None:
     from hf_contmerge.merge_state import MergeState
+    from hf_contmerge.work_sharing import Crew, find_ranks, together
 
-    state = MergeState.create(args.state, base=args.base, rule=args.rule, **_parameters(args.set))
+    crew = Crew(ranks=find_ranks())
+    parameters = together(crew.ranks, lambda: _parameters(args.set))
+    state = MergeState.create(args.state, base=args.base, rule=args.rule, crew=crew, **parameters)
     _say(f"{state.folder} is ready. Next: contmerge merge add {state.folder} EXPERT")
 
 
 def _add(args: argparse.Namespace) -> None:
-    from hf_contmerge.merge_state import MergeState
-
-    state = MergeState.load(args.state)
-    state.add(*args.experts, stages=args.stages, force=args.force, crew=_crew(args))
+    crew = _crew(args)
+    state = _state(args, crew)
+    state.add(*args.experts, stages=args.stages, force=args.force, crew=crew)
     _print_log(state)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hf_contmerge.merge_state import MergeState
+    from hf_contmerge.work_sharing import together
 
-    state = MergeState.load(args.state)
+    crew = _crew(args)
+    state = _state(args, crew)
     if args.as_adapter:
         from hf_contmerge.merged_adapter import export_adapter
 
-        errors = export_adapter(state, Path(args.out), rank=args.rank)
+        errors = export_adapter(state, Path(args.out), rank=args.rank, crew=crew)
         worst = max(errors, key=lambda name: errors[name])
         _say(f"{args.out}: {len(errors)} modules; largest relative error {errors[worst]:.1e}, of {worst}")
         return
-    if args.rank is not None:
-        raise RecipeError("--rank belongs to --as-adapter: a model has no rank. Give both, or neither.")
-    size = _size(args.shard_size)
-    state.export(
-        args.out, dtype=args.dtype, shard_size=size, tokenizer_from=args.tokenizer_from, crew=_crew(args)
-    )  # fmt: skip
+    size = together(crew.ranks, lambda: _model_shard_size(args))
+    state.export(args.out, dtype=args.dtype, shard_size=size, tokenizer_from=args.tokenizer_from, crew=crew)
     _say(f"{args.out} is written.")
 
 
@@ -111,34 +113,38 @@ def _log(args: argparse.Namespace) -> None:
 
     state = MergeState.load(args.state)
     if args.json:
-        print(json.dumps({**dataclasses.asdict(state.log()), "scale": state.scale()}, indent=1))
+        _say(json.dumps({**dataclasses.asdict(state.log()), "scale": state.scale()}, indent=1))
     else:
         _print_log(state)
 
 
 def _drop(args: argparse.Namespace) -> None:
-    from hf_contmerge.merge_state import MergeState
-
-    state = MergeState.load(args.state)
-    state.drop(args.stage, crew=_crew(args))
+    crew = _crew(args)
+    state = _state(args, crew)
+    state.drop(args.stage, crew=crew)
     _print_log(state)
 
 
 def _owners(args: argparse.Namespace) -> None:
-    from hf_contmerge.merge_state import MergeState
     from hf_contmerge.ownership import write_ownership
+    from hf_contmerge.work_sharing import Crew, find_ranks, together
 
-    state = MergeState.load(args.state)
-    table, picture = write_ownership(state, Path(args.out or args.state))
-    print(f"Shares:  {table}\nPicture: {picture}")
+    crew = Crew(ranks=find_ranks())
+    state = _state(args, crew)
+    out = Path(args.out or args.state)
+    table, picture = together(crew.ranks, lambda: write_ownership(state, out), leader_only=True)
+    _say(f"Shares:  {table}\nPicture: {picture}")
 
 
 def _from_recipe(args: argparse.Namespace) -> None:
     from hf_contmerge.mergekit_recipe import carry_out, read_mergekit_recipe
+    from hf_contmerge.work_sharing import together
 
-    recipe = read_mergekit_recipe(Path(args.recipe))
     crew = _crew(args)
-    found = carry_out(recipe, Path(args.out), shard_size=_size(args.shard_size), crew=crew, force=args.force)
+    recipe, size = together(
+        crew.ranks, lambda: (read_mergekit_recipe(Path(args.recipe)), _size(args.shard_size)), leader_only=True
+    )
+    found = carry_out(recipe, Path(args.out), shard_size=size, crew=crew, force=args.force)
     if crew.ranks.rank == 0:
         norms = ", ".join(f"{n:.4g}" for n in found.norms.experts)
         _say(f"{args.out} is written: {recipe.rule}, scale {found.scale:.6g}, norms of the task vectors {norms}")
@@ -158,22 +164,42 @@ def _say(text: str) -> None:
         print(text)
 
 
+def _state(args: argparse.Namespace, crew: Crew) -> MergeState:
+    from hf_contmerge.merge_state import MergeState
+    from hf_contmerge.work_sharing import together
+
+    return together(crew.ranks, lambda: MergeState.load(args.state), leader_only=True)
+
+
 def _crew(args: argparse.Namespace) -> Crew:
     import torch
 
     from hf_contmerge.progress import progress_bar
-    from hf_contmerge.work_sharing import Crew, find_ranks
+    from hf_contmerge.work_sharing import Crew, find_ranks, together
 
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        raise RecipeError(f"--device {args.device} is no device: give cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"--device {args.device}: this machine, or this torch, has no CUDA. Leave it out.")
     ranks = find_ranks()
+    device = together(ranks, lambda: _device(args.device))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", ranks.rank % ranks.per_host % torch.cuda.device_count())
     return Crew(ranks=ranks, workers=args.workers, device=device, bar=progress_bar)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"--device {name} is no device: give cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"--device {name}: this machine, or this torch, has no CUDA. Leave it out.")
+    return device
+
+
+def _model_shard_size(args: argparse.Namespace) -> int:
+    if args.rank is not None:
+        raise RecipeError("--rank belongs to --as-adapter: a model has no rank. Give both, or neither.")
+    return _size(args.shard_size)
 
 
 def _parameters(settings: list[str]) -> dict[str, Any]:

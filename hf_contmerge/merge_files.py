@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from hf_contmerge.errors import ResourceError, RunError, size
+from hf_contmerge.errors import ContmergeError, ResourceError, RunError, size
 from hf_contmerge.places import remove
 from hf_contmerge.tensor_files import WeightsWriter
 from hf_contmerge.work_sharing import Crew, together
@@ -15,10 +15,11 @@ from hf_contmerge.work_sharing import Crew, together
 
 @contextmanager
 def new_folder(out: Path, crew: Crew) -> Iterator[Path]:
-    """Yield a hidden folder beside `out`, which takes its place when all has been written.
+    """Yield a hidden folder beside `out`, which takes its place when all has been written; after an error, it is gone.
 
     Raises RunError if `out` exists and is not empty.
     """
+    out = out.absolute()  # "." has no name of its own
     scratch = out.with_name(f".{out.name}.partial")
 
     def make() -> None:
@@ -32,7 +33,12 @@ def new_folder(out: Path, crew: Crew) -> Iterator[Path]:
         scratch.rename(out)
 
     together(crew.ranks, make, leader_only=True)
-    yield scratch
+    try:
+        yield scratch
+    except (ContmergeError, OSError, ValueError):
+        if leads(crew):
+            remove(scratch)
+        raise
     together(crew.ranks, publish, leader_only=True)
 
 
@@ -42,19 +48,24 @@ def leads(crew: Crew) -> bool:
 
 
 @contextmanager
-def opened(crew: Crew, writers: Sequence[WeightsWriter]) -> Iterator[None]:
-    """Make and open the files to be written, once there is known to be room for them; close them when all are done."""
+def opened(crew: Crew, writers: Sequence[WeightsWriter], later: Sequence[WeightsWriter] = ()) -> Iterator[None]:
+    """Make and open the files to be written, once there is known to be room for them; close them when all are done.
+
+    `later`: what is to be written after that, for which there must be room too.
+    """
     with ExitStack() as stack:
 
         def create() -> None:
-            check_room(writers)
+            check_room([*writers, *later])
+            for writer in writers:
+                stack.enter_context(writer)
+
+        def enter() -> None:
             for writer in writers:
                 stack.enter_context(writer)
 
         together(crew.ranks, create, leader_only=True)
-        if not leads(crew):
-            for writer in writers:
-                stack.enter_context(writer)
+        together(crew.ranks, enter if not leads(crew) else lambda: None)
         yield
 
 

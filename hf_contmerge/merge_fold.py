@@ -21,7 +21,7 @@ from hf_contmerge.merge_tensor import Piece, flat_slots, pieces, square, zeros
 from hf_contmerge.merge_write import (
     MergedModel,
     Output,
-    merged_plan,
+    model_writer,
     stream_job,
     weight_of,
     write_companions,
@@ -45,8 +45,13 @@ class Fold:
     stages_before: int
     crew: Crew
 
-    def run(self, earlier: Sequence[float], out: Path | None, merged: Output | None) -> Norms:
-        """Fold all experts; write the state to `out` and the model to `merged`, as far as they are given."""
+    def run(
+        self, earlier: Sequence[float], out: Path | None, merged: Output | None, later: Output | None = None
+    ) -> Norms:
+        """Fold all experts; write the state to `out` and the model to `merged`, as far as they are given.
+
+        `later`: the model that will be written from the state, for which there must be room.
+        """
         dense, low_rank = self._forms()
         writers = self._writers(dense, out, merged)
         stages = self.stages_before + len(self.experts)
@@ -71,7 +76,7 @@ class Fold:
             stream_job(self.rule, self.base, n, touched, first.shard_of(n) if first and n in first.names else 0)
             for n in names
         ]
-        with opened(self.crew, list(writers.values())):
+        with opened(self.crew, list(writers.values()), [model_writer(self.base, later, self.crew)] if later else []):
             squares = self.crew.run(jobs, work, what="merging", prefetch=lambda job: self._prefetch(job.name))
         if merged:
             write_companions(self.base, merged, self.crew)
@@ -104,8 +109,7 @@ class Fold:
                 plan = [(n, shape, torch.uint8) for n, shape in shapes.items()]
                 writers["owners"] = WeightsWriter(out / "owners", plan, shard_size=STATE_SHARD // 4, leader=leader)
         if merged:
-            plan = merged_plan(self.base, merged.dtype)
-            writers["merged"] = WeightsWriter(merged.folder, plan, shard_size=merged.shard_size, leader=leader)
+            writers["merged"] = model_writer(self.base, merged, self.crew)
         return writers
 
     def _fold_dense(self, name: str, writers: Mapping[str, WeightsWriter], model: MergedModel | None) -> _Squares:

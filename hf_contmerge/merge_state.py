@@ -18,14 +18,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.adapter_files import Adapter
-from hf_contmerge.errors import ModelError, RecipeError, RunError, unknown
+from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, RunError, unknown
 from hf_contmerge.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.merge_files import new_folder
 from hf_contmerge.merge_rules import MergeRule
@@ -34,9 +34,19 @@ from hf_contmerge.merge_words import dtype_named, make_rule
 from hf_contmerge.merge_write import Merged, Output, write_merged
 from hf_contmerge.model_folder import resolve_model
 from hf_contmerge.places import FolderLock, remove, sync_files, sync_folder, versions
-from hf_contmerge.state_log import Folded, Log, name_of, read_log, refuse_twins, require_kept, stage_names, write_log
+from hf_contmerge.state_log import (
+    Folded,
+    Log,
+    is_as_it_was,
+    name_of,
+    read_log,
+    refuse_twins,
+    require_kept,
+    stage_names,
+    write_log,
+)
 from hf_contmerge.tensor_files import SHARD_SIZE, Weights, weights_sha256
-from hf_contmerge.work_sharing import Crew, together
+from hf_contmerge.work_sharing import Crew, in_turn, together
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,11 @@ class MergeState:
             RunError: the folder holds something else.
             ModelError: the base cannot be merged.
         """
-        state, checked = cls(Path(folder)), make_rule(rule, parameters)
-        found = resolve_model(str(base))
-        check_mergeable(found)
+        state = cls(Path(folder))
 
         def make() -> None:
+            checked, found = make_rule(rule, parameters), resolve_model(str(base))
+            check_mergeable(found)
             if state.folder.exists() and any(state.folder.iterdir()):
                 raise RunError(f"{folder} is not empty. Name a new folder for the state, or add to it if it is one.")
             state.folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +99,15 @@ class MergeState:
         log = self.log()
         return make_rule(log.rule, log.parameters)
 
-    def running(self) -> Path | None:
-        """Return the folder of the running state; None before the first expert."""
-        name = self.log().running
-        return self.folder / name if name else None
+    def running(self, log: Log | None = None) -> Path | None:
+        """Return the folder of the running state; None before the first expert. Raises RunError if it is gone."""
+        log = log or self.log()
+        if not log.running:
+            return None
+        running = self.folder / log.running
+        if log.running_norm and not any(running.rglob("*.safetensors")):  # an empty folder would pass for zeros
+            raise RunError(f"{running}, which holds the state, is gone. Restore it, or start the state anew.")
+        return running
 
     def scale(self) -> float:
         """Return the factor on the running state, as of now."""
@@ -115,15 +130,17 @@ class MergeState:
             ModelError: an expert does not fit, is damaged, or has been folded before. The state is as it was.
         """
         crew = crew or Crew()
-        if stages and len(stages) != len(models):
-            raise RecipeError(f"{len(models)} experts and {len(stages)} stage names: give one name for each, or none.")
         with self._changing(crew) as log:
-            base = self.base()
-            folders = [resolve_model(str(m), adapters=True) for m in models]
-            experts = self._open(log, base, folders, force=force)
-            digests = together(crew.ranks, lambda: [expert_sha256(f) for f in folders], leader_only=True)
-            refuse_twins(log, models, digests)
-            names = stage_names([e.stage for e in log.experts], models, stages)
+            folders = in_turn(crew.ranks, lambda: [resolve_model(str(m), adapters=True) for m in models])
+            base, experts = together(crew.ranks, lambda: self._open(log, folders, force=force))
+
+            def admit() -> tuple[list[str], list[str]]:
+                names = stage_names([e.stage for e in log.experts], models, stages)
+                digests = [expert_sha256(f) for f in folders]
+                refuse_twins(log, models, digests)
+                return names, digests
+
+            names, digests = together(crew.ranks, admit, leader_only=True)
             start = time.monotonic()
             out = self._next_running(log, crew)
             found = merge_experts(
@@ -149,12 +166,16 @@ class MergeState:
         """
         crew = crew or Crew()
         with self._changing(crew) as log:
-            if stage not in [e.stage for e in log.experts]:
-                raise RecipeError(unknown("stage", stage, [e.stage for e in log.experts], where=str(self.folder)))
             kept = [e for e in log.experts if e.stage != stage]
-            together(crew.ranks, lambda: require_kept(kept, stage), leader_only=True)
-            base = self.base()
-            experts = self._open(log, base, [Path(e.folder) for e in kept], force=True)
+
+            def check() -> None:
+                if len(kept) == len(log.experts):
+                    raise RecipeError(unknown("stage", stage, [e.stage for e in log.experts], where=str(self.folder)))
+                require_kept(kept, stage)
+
+            together(crew.ranks, check, leader_only=True)
+            folders = [Path(e.folder) for e in kept]
+            base, experts = together(crew.ranks, lambda: self._open(log, folders, force=True))
             if not kept:
                 self._publish(log, None, (), 0.0, crew)
                 return self
@@ -181,21 +202,22 @@ class MergeState:
             dtype: of the floating weights; the base's own by default.
             tokenizer_from: the model whose tokenizer, chat template and generation config it gets; the base by default.
         """
-        crew, log = crew or Crew(), self.log()
-        running = self.require_running()
-        base = self.base()
-        companions = resolve_model(tokenizer_from) if tokenizer_from else None
-        with new_folder(Path(out), crew) as scratch:
-            output = Output(scratch, dtype_named(dtype), shard_size, companions)
-            found = Merged(log.norms(), self.scale())
+        crew, out = crew or Crew(), Path(out)
+        log = together(crew.ranks, self.log, leader_only=True)
+        running, base, kind = together(crew.ranks, lambda: (self.require_running(log), self.base(), dtype_named(dtype)))
+        companions = in_turn(crew.ranks, lambda: resolve_model(tokenizer_from)) if tokenizer_from else None
+        only = self._only(log, base, crew)
+        with new_folder(out, crew) as scratch:
+            output = Output(scratch, kind, shard_size, companions)
             rule = make_rule(log.rule, log.parameters)
-            write_merged(rule, base, running, found, output, only=self._only(log, base), crew=crew)
+            found = Merged(log.norms(), rule.scale(log.norms()))
+            write_merged(rule, base, running, found, output, only=only, crew=crew)
             together(crew.ranks, lambda: self._write_lineage(log, scratch), leader_only=True)
-        return Path(out)
+        return out
 
-    def require_running(self) -> Path:
-        """Return the folder of the running state. Raises RunError before the first expert."""
-        running = self.running()
+    def require_running(self, log: Log | None = None) -> Path:
+        """Return the folder of the running state. Raises RunError before the first expert, or if it is gone."""
+        running = self.running(log)
         if not running:
             raise RunError(f"{self.folder} holds no expert yet. Add one: contmerge merge add {self.folder} EXPERT")
         return running
@@ -204,18 +226,18 @@ class MergeState:
         found = {**asdict(log), "scale": self.scale()}
         (out / "merge.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    def _only(self, log: Log, base: Weights) -> Expert | None:
+    def _only(self, log: Log, base: Weights, crew: Crew) -> Expert | None:
         """Return the expert, if there is but one and it is still there as it was: a scale of 1 then gives its bits."""
         if len(log.experts) != 1 or self.scale() != 1.0:
             return None
-        folder = Path(log.experts[0].folder)
-        if not folder.is_dir() or expert_sha256(folder) != log.experts[0].sha256:
+        first = log.experts[0]
+        if not together(crew.ranks, lambda: is_as_it_was(first), leader_only=True):
             return None
-        return open_expert(folder, base, force=True)
+        return together(crew.ranks, lambda: open_expert(Path(first.folder), base, force=True))
 
-    def _open(self, log: Log, base: Weights, folders: Sequence[Path], *, force: bool) -> list[Expert]:
-        names = {log.base, log.base_folder}
-        return [open_expert(folder, base, base_names=names, force=force) for folder in folders]
+    def _open(self, log: Log, folders: Sequence[Path], *, force: bool) -> tuple[Weights, list[Expert]]:
+        base, names = self.base(), {log.base, log.base_folder}
+        return base, [open_expert(folder, base, base_names=names, force=force) for folder in folders]
 
     def base(self) -> Weights:
         """Open the base. Raises ModelError if it is not the one that the state was started with."""
@@ -231,12 +253,23 @@ class MergeState:
 
     @contextmanager
     def _changing(self, crew: Crew) -> Iterator[Log]:
-        """Keep others out while the state changes, and clear away what a crash has left."""
-        log = self.log()
-        with FolderLock(self.folder) if crew.ranks.rank == 0 else nullcontext():
-            keep = {log.running}
-            together(crew.ranks, lambda: self._clear_all_but(keep), leader_only=True)
-            yield log
+        """Keep others out while the state changes, and clear away what a crash has left, or an error in here leaves."""
+        with ExitStack() as stack:
+
+            def begin() -> Log:
+                self.log()  # a folder without a state is not to be locked
+                stack.enter_context(FolderLock(self.folder))
+                log = self.log()  # what another process has added since
+                self._clear_all_but({log.running})
+                return log
+
+            log = together(crew.ranks, begin, leader_only=True)
+            try:
+                yield log
+            except (ContmergeError, OSError, ValueError):
+                if crew.ranks.rank == 0:
+                    self._clear_all_but({self.log().running})
+                raise
 
     def _clear_all_but(self, keep: set[str | None]) -> None:
         for path in self.folder.glob("running-*"):

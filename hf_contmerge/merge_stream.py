@@ -66,7 +66,7 @@ def merge_experts(
     if state_out:
         together(crew.ranks, lambda: state_out.mkdir(exist_ok=True), leader_only=True)
     fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew)
-    norms = fold.run(earlier, state_out, at_once)
+    norms = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
     found = Merged(norms, rule.scale(norms))
     if norms.running == 0:
         LOG.warning("No expert differs from the base %s in any weight: the merged model is the base", base.folder)

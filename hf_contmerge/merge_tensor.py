@@ -36,7 +36,7 @@ class Piece:
 
     def of(self, flat: Tensor) -> Tensor:
         """Cut the piece out of a flat tensor, or out of (slots, elements)."""
-        return flat[..., self.start : self.stop].reshape(*flat.shape[:-1], *self.shape)
+        return flat[..., self.start : self.stop].reshape((*flat.shape[:-1], *self.shape))
 
 
 def needs_whole(rule: MergeRule, is_matrix: bool) -> bool:

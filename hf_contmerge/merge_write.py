@@ -49,7 +49,7 @@ def write_merged(
 ) -> None:
     """Do pass 2: write base + scale * read_out(running) as a model folder. `only`: the expert, if there is but one."""
     crew, state = crew or Crew(), Running(running)
-    writer = WeightsWriter(out.folder, merged_plan(base, out.dtype), shard_size=out.shard_size, leader=leads(crew))
+    writer = model_writer(base, out, crew)
     model = MergedModel(rule, base, found.scale, len(found.norms.experts), writer, only, crew)
 
     def prefetch(job: Job) -> None:
@@ -106,6 +106,11 @@ class MergedModel:
         taken = piece.of(own.reshape(-1)).to(base.device) if own is not None else None
         merged = merged_tensor(base, read, self.scale, self.writer.dtype(weight.name), expert=taken)
         self.writer.write(weight.name, merged, start=piece.start)
+
+
+def model_writer(base: Weights, out: Output, crew: Crew) -> WeightsWriter:
+    """Return the writer of a merged model."""
+    return WeightsWriter(out.folder, merged_plan(base, out.dtype), shard_size=out.shard_size, leader=leads(crew))
 
 
 def merged_plan(base: Weights, dtype: torch.dtype | None) -> Plan:

@@ -19,18 +19,22 @@ from hf_contmerge.merge_state import MergeState
 from hf_contmerge.merge_tensor import merged_tensor
 from hf_contmerge.merge_write import weight_of
 from hf_contmerge.running_state import Running
+from hf_contmerge.state_log import Log
 from hf_contmerge.tensor_files import Weights
-from hf_contmerge.work_sharing import Crew
+from hf_contmerge.work_sharing import Crew, together
 
 LOG = logging.getLogger(__name__)
 
 
-def export_adapter(state: MergeState, out: str | Path, *, rank: int | None = None) -> dict[str, float]:
+def export_adapter(
+    state: MergeState, out: str | Path, *, rank: int | None = None, crew: Crew | None = None
+) -> dict[str, float]:
     """Write the merged model as an adapter of the base, with reconstruction.json beside it.
 
     Args:
         out: a new folder.
         rank: of each module at most. None: as much as it takes, which needs a state that only adapters have made.
+        crew: its first rank does it: there is little to do.
 
     Returns:
         For each low-rank module |S - left @ right| / |S|, S being what the merge changed there.
@@ -38,6 +42,10 @@ def export_adapter(state: MergeState, out: str | Path, *, rank: int | None = Non
     Raises:
         RecipeError: without a rank, for a weight whose change is not known to be of low rank.
     """
+    return together((crew or Crew()).ranks, lambda: _export(state, Path(out), rank), leader_only=True)
+
+
+def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
     if rank is not None and rank < 1:
         raise RecipeError(f"--rank {rank}: the rank of an adapter is at least 1.")
     base, running = state.base(), Running(state.require_running())
@@ -45,10 +53,7 @@ def export_adapter(state: MergeState, out: str | Path, *, rank: int | None = Non
     low_rank = [n for n in sorted(running.names()) if _is_low_rank(base, running, n)]
     dense = [n for n in low_rank if running.rank(n) is None]
     if dense and rank is None:
-        raise RecipeError(
-            f"{dense[0]} (and {len(dense) - 1} more) is not kept in low-rank factors: a full model changed it, or the "
-            f"rule {log.rule} does not work on factors. Give --rank, which approximates it, or export a model."
-        )
+        raise RecipeError(_why_dense(log, rule, dense))
     stages, errors = len(log.experts), dict[str, float]()
 
     def factors() -> Iterator[tuple[str, Factors]]:
@@ -60,13 +65,29 @@ def export_adapter(state: MergeState, out: str | Path, *, rank: int | None = Non
     tables = [n for n in low_rank if base.shape(n)[0] == base.vocabulary]
     if any("embed" in n for n in tables) and "lm_head.weight" not in base.names:
         LOG.warning("The table %s is tied: peft applies the adapter to its input side only, until merged", tables[0])
-    with new_folder(Path(out), Crew()) as scratch:
+    with new_folder(out, Crew()) as scratch:
         write_adapter(
             scratch, factors(), base_model=log.base, whole=whole, embeddings=[n for n in tables if "lm_head" not in n],
             conv1d=_stored_transposed(base, low_rank),
         )  # fmt: skip
         (scratch / "reconstruction.json").write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
     return errors
+
+
+def _why_dense(log: Log, rule: MergeRule, dense: list[str]) -> str:
+    """Return the sentence that says why there is no exact adapter of low rank, and what to do."""
+    which = f"{dense[0]} and {len(dense) - 1} more are" if len(dense) > 1 else f"{dense[0]} is"
+    model = next((e.stage for e in log.experts if e.kind == "model"), None)
+    if not rule.basis_free:
+        why = f"the rule {log.rule} does not work on factors"
+    elif model:
+        why = f"{model} is a full model"
+    else:
+        why = "the adapters' ranks add up to so much there that factors would be no smaller"
+    return (
+        f"{which} kept whole, not as low-rank factors: {why}. Give --rank, which writes the nearest adapter of that "
+        "rank and, in reconstruction.json, how near it is; or export a model, without --as-adapter."
+    )
 
 
 def _is_low_rank(base: Weights, running: Running, name: str) -> bool:

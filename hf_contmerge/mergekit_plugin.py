@@ -4,7 +4,11 @@ mergekit hands a kernel one tensor at a time. For most rules that is enough. OPC
 model, so at its first tensor the plugin runs merge_stream's pass 1 over the files of the same models, keeps the running
 tensors in a temporary folder, and each kernel call reads its own back.
 
-A name that mergekit has itself (task_arithmetic) stays mergekit's.
+The results are those of merge_stream to the last bit: the same pieces of a tensor, the same name for it, and one thread
+for linear algebra, as each of merge_stream's workers has (with more, matrix products differ in the last bit). For rules
+that decompose matrices, `contmerge merge from-recipe` is faster by the number of cores.
+
+Names that mergekit has itself (task_arithmetic, ties) stay mergekit's.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ import math
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +38,12 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from hf_contmerge.adapter_files import is_adapter
 from hf_contmerge.errors import ContmergeError, RecipeError, unknown
 from hf_contmerge.experts import open_expert
-from hf_contmerge.merge_rules import MergeRule, Weight, get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule, parameter_types, rule_class, rule_names
 from hf_contmerge.merge_stream import merge_experts
-from hf_contmerge.merge_tensor import fold_tensor, is_matrix, merged_tensor
+from hf_contmerge.merge_tensor import Piece, fold_tensor, is_matrix, merged_tensor, pieces
 from hf_contmerge.running_state import Running
 from hf_contmerge.tensor_files import Weights
 
@@ -162,6 +168,36 @@ def guard_planner() -> None:
     MergePlanner.normalize_config = normalize_config
 
 
+def guard_merge() -> None:
+    """Refuse adapters that mergekit cannot read, before it trips over them."""
+    import mergekit.merge as merge
+
+    original = merge.get_architecture_info  # the first thing that run_merge calls
+    if original.__module__ == __name__:  # guarded already
+        return
+
+    def get_architecture_info(config: Any, options: Any) -> Any:
+        if config.merge_method in rule_names():
+            _refuse_adapters(config, options)
+        return original(config, options)
+
+    merge.get_architecture_info = get_architecture_info
+
+
+def _refuse_adapters(config: Any, options: Any) -> None:
+    for model in config.referenced_models():
+        if model.lora and not options.lora_merge_cache:
+            raise MergekitRecipeError(
+                f"mergekit merges the adapter of {model} into a model first: say where to keep that, with "
+                "--lora-merge-cache DIR. Or use `contmerge merge from-recipe`, which reads adapters as they are."
+            )
+        if not model.lora and is_adapter(Path(model.model.path)) and not Path(model.model.path, "config.json").exists():
+            raise MergekitRecipeError(
+                f"{model} is an adapter. Write `model: BASE+{model}` and give --lora-merge-cache DIR, or use "
+                "`contmerge merge from-recipe`, which reads adapters as they are."
+            )
+
+
 _TOP = "the recipe"
 
 
@@ -193,9 +229,10 @@ def _values(setting: Any) -> list[Any]:
 def _as_number(value: Any) -> Any:
     """Return a string that spells a number as that number: YAML leaves 1e-1 a string. Anything else as it is."""
     try:
-        return float(value) if isinstance(value, str) else value
+        number = float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else number
 
 
 def _checked_scale(value: Any) -> float | str:
@@ -211,32 +248,76 @@ def _checked_scale(value: Any) -> float | str:
 def _from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) -> Tensor:
     """Fold the tensors at hand, in order; scale by the rule on this tensor's own norms, or by a given number."""
     assert group.base is not None
-    base, name = group.base.tensor, group.metadata.name or ""
-    axis = group.metadata.vocabulary_axis
-    matrix = is_matrix(name, base.shape, base.shape[axis] if axis is not None else None)
-    experts = [entry.tensor for entry in group.non_base]
-    running, norms = fold_tensor(rule, base, experts, name, is_matrix=matrix)
+    base, experts, weight = group.base.tensor, [entry.tensor for entry in group.non_base], _weight(group)
+    if isinstance(scale, str) and not rule.whole_model_scale:
+        scale = rule.scale(Norms((1.0,) * len(experts), 1.0))
+    parts = [Piece(0, base.numel(), tuple(base.shape))]  # its own norms take the whole of it
+    if not isinstance(scale, str):
+        parts = pieces(rule, weight, base.shape, base.device)
+    merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
+    flat = [tensor.reshape(-1) for tensor in (base, *experts)]
+    with _one_thread(base.device):
+        for piece in parts:
+            part = _merged_piece(rule, weight, [piece.of(f) for f in flat], scale, group)
+            merged[piece.start : piece.stop] = part.reshape(-1)
+    return merged.reshape(base.shape)
+
+
+def _merged_piece(
+    rule: MergeRule, weight: Weight, models: Sequence[Tensor], scale: float | str, group: TensorGroup
+) -> Tensor:
+    base, *experts = models
+    running, norms = fold_tensor(rule, base, experts, weight.name, is_matrix=weight.is_matrix)
     for entry, norm in zip(group.non_base, norms.experts, strict=True):
         if not math.isfinite(norm):
-            raise ValueError(f"{name} of {entry.id} has values that are NaN or infinite")
-    if isinstance(scale, str):
-        scale = rule.scale(norms)
-    read = rule.read_out(running, Weight(name, matrix, len(experts)))
-    only = experts[0] if len(experts) == 1 and scale == 1.0 else None
-    return merged_tensor(base, read, scale, base.dtype, expert=only)
+            raise ValueError(f"{weight.name} of {entry.id} has values that are NaN or infinite")
+    factor = rule.scale(norms) if isinstance(scale, str) else scale
+    only = experts[0] if len(experts) == 1 and factor == 1.0 else None
+    return merged_tensor(base, rule.read_out(running, weight), factor, base.dtype, expert=only)
 
 
 def _from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
     """Read this tensor's running state of the whole-model pass back, and scale it by the whole model's norms."""
     assert group.base is not None
-    base, name = group.base.tensor, _stored_name(group)
+    base, weight = group.base.tensor, replace(_weight(group), name=_stored_name(group))
     models = tuple(_weights(entry) for entry in (group.base, *group.non_base))
     whole = _whole_model(rule, models)
-    stored = models[0].tensor(name).to(base.device)
-    state = whole.running.tensor(name)
-    running = torch.zeros_like(stored, dtype=torch.float32) if state is None else state.to(base.device)
-    only = models[1].tensor(name).to(base.device) if len(models) == 2 and whole.scale == 1.0 else None
-    return merged_tensor(stored, running, whole.scale, base.dtype, expert=only)
+    stored, state = models[0].tensor(weight.name).to(base.device), whole.running.tensor(weight.name)
+    if state is None:  # no expert differs from the base
+        return stored.to(base.dtype)
+    only = models[1].tensor(weight.name).to(base.device) if len(models) == 2 and whole.scale == 1.0 else None
+    with _one_thread(base.device):
+        read = rule.read_out(state.to(base.device), weight)
+    return merged_tensor(stored, read, whole.scale, base.dtype, expert=only)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Compute as merge_stream's workers do: the last bit of a matrix product depends on the number of threads."""
+    before = torch.get_num_threads()
+    if device.type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _weight(group: TensorGroup) -> Weight:
+    """Return what merge_stream would tell a rule about this weight; the name is that in the base's files, if any."""
+    from mergekit.common import ModelReference
+
+    assert group.base is not None
+    shape, name, vocabulary = group.base.tensor.shape, group.metadata.name or "", None
+    if isinstance(group.base.id, ModelReference):
+        files = _weights(group.base)
+        vocabulary = files.vocabulary
+        others = () if name in files.names else files.names
+        name = next((n for n in others if _holds(group.base, n)), name)
+    matrix = group.metadata.vocabulary_axis is None and is_matrix(name, shape, vocabulary)
+    return Weight(name, matrix, len(group.non_base))
 
 
 _lock = threading.Lock()

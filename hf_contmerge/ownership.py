@@ -44,13 +44,11 @@ def ownership(base: Weights, running: Path, stages: Sequence[str]) -> dict[str, 
 
 def write_ownership(state: MergeState, out: Path) -> tuple[Path, Path]:
     """Write owners.json and owners.png; return their paths. Raises RunError if the rule selects nothing."""
-    log, running = state.log(), state.running()
+    log = state.log()
     if not state.rule().selects:
         raise RunError(f"{log.rule} mixes its experts in every weight, so none has an owner. magmax and random_mix do.")
-    if running is None:
-        raise RunError(f"{state.folder} holds no expert yet. Add one: contmerge merge add {state.folder} EXPERT")
     stages = [e.stage for e in log.experts]
-    shares = ownership(Weights(Path(log.base_folder)), running, stages)
+    shares = ownership(state.base(), state.require_running(), stages)
     out.mkdir(parents=True, exist_ok=True)
     table, picture = out / "owners.json", out / "owners.png"
     found: dict[str, Any] = {"rule": log.rule, "base": log.base, "stages": stages, "layers": shares}

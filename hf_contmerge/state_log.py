@@ -90,7 +90,7 @@ def refuse_twins(log: Log, models: Sequence[str | Path], digests: Sequence[str])
 def require_kept(kept: Sequence[Folded], stage: str) -> None:
     """Raise ModelError unless all experts that a state is to be rebuilt from are where they were, as they were."""
     gone = [e for e in kept if not Path(e.folder).is_dir()]
-    changed = [e for e in kept if e not in gone and expert_sha256(Path(e.folder)) != e.sha256]
+    changed = [e for e in kept if e not in gone and not is_as_it_was(e)]
     if gone or changed:
         lines = [f"  {e.stage}: {e.folder} is gone" for e in gone]
         lines += [f"  {e.stage}: {e.folder} holds other weights now" for e in changed]
@@ -101,8 +101,23 @@ def require_kept(kept: Sequence[Folded], stage: str) -> None:
         )
 
 
+def is_as_it_was(expert: Folded) -> bool:
+    """Say whether an expert is still where it was, with the weights that were folded."""
+    try:
+        return Path(expert.folder).is_dir() and expert_sha256(Path(expert.folder)) == expert.sha256
+    except ModelError:  # the folder is there, and holds something else now
+        return False
+
+
 def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Sequence[str]) -> list[str]:
-    """Return a name for each expert that no other has: as given, or the last word of the model's name."""
+    """Return a name for each expert that no other has: as given, or the last word of the model's name.
+
+    Raises RecipeError for no expert at all, and for names that are too few, too many, or taken.
+    """
+    if not models:
+        raise RecipeError("There is no expert to add: name at least one.")
+    if given and len(given) != len(models):
+        raise RecipeError(f"{len(models)} experts and {len(given)} stage names: give one name for each, or none.")
     used, names = list(taken), []
     for i, model in enumerate(models):
         name = given[i] if given else str(model).rstrip("/").split("/")[-1].partition("@")[0]

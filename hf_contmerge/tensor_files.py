@@ -168,6 +168,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Return tensor name -> file name of a sharded model. Raises ModelError for files that are missing or elsewhere."""
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = {name: str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"Cannot read {index}: {error!r}. Fetch the model again.") from error
     files = sorted(set(weight_map.values()))

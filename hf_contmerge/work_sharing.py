@@ -7,22 +7,27 @@ decomposition of a single matrix scales badly.
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-from hf_contmerge.errors import ContmergeError
+from hf_contmerge.errors import ContmergeError, mark_shared
 
 T = TypeVar("T")
 
 MEMORY_SHARE = 0.5
 """Of the memory that is free at the start, what the tensors in flight may take."""
+
+_PATIENCE = timedelta(days=2)
+"""How long a rank waits for the others. A launcher ends them all when one dies; hashing a large model takes hours."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,12 @@ class LaunchedRanks:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+            atexit.register(dist.destroy_process_group)  # its threads would abort a process that ends around them
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # Lists of Python objects travel over gloo whatever backend the training uses.
-        self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self.per_host = ranks_per_host(self.gather(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def gather(self, value: T) -> list[T]:
         import torch.distributed as dist
@@ -87,24 +93,40 @@ def find_ranks() -> Ranks:
     return LaunchedRanks() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneRank()
 
 
+def ranks_per_host(counts: Sequence[int]) -> int:
+    """Return how many ranks share a host, from what each rank says; 1 where hosts have different numbers of them.
+
+    1 is always safe: every rank then counts as a host, and writes files of its own.
+    """
+    return counts[0] if len(set(counts)) == 1 and len(counts) % counts[0] == 0 else 1
+
+
 def together(ranks: Ranks, do: Callable[[], T], *, leader_only: bool = False) -> T:
     """Do something on all ranks, or on the first alone, and return this rank's (the first's) result everywhere.
 
     If it fails anywhere, every rank raises the first failure, so that no rank waits for one that is gone.
     """
-    outcome: tuple[T | None, Exception | None] = (None, None)
+    if ranks.size == 1:
+        return do()
+    value, failure = None, None
     try:
         if ranks.rank == 0 or not leader_only:
-            outcome = (do(), None)
+            value = do()
     except (ContmergeError, OSError, ValueError) as error:
-        if ranks.size == 1:
-            raise
-        outcome = (None, error)
-    results = ranks.gather(outcome)
-    for _, error in results:
+        failure = error
+    outcomes = ranks.gather((value if leader_only else None, failure))
+    for _, error in outcomes:
         if error is not None:
-            raise error
-    return results[0 if leader_only else ranks.rank][0]  # pyright: ignore[reportReturnType]
+            raise mark_shared(error)
+    return cast(T, outcomes[0][0] if leader_only else value)
+
+
+def in_turn(ranks: Ranks, do: Callable[[], T]) -> T:
+    """Do something on the first rank of each host, then on the others: what it fetches or converts, they find."""
+    if ranks.per_host > 1:
+        first = ranks.rank % ranks.per_host == 0
+        together(ranks, do if first else lambda: None)
+    return together(ranks, do)
 
 
 @dataclass(frozen=True)
@@ -167,17 +189,17 @@ class Crew:
                 if number is None:
                     return
                 job = jobs[number]
-                for ahead in jobs[number + count : number + count + 1]:
-                    prefetch(ahead)
                 try:
+                    for ahead in jobs[number + count : number + count + 1]:
+                        prefetch(ahead)
                     with room.of(job.memory):
                         result = work(job)
+                    with lock:
+                        results[job.name] = result
+                        advance(job)
                 except BaseException as error:  # raised again below, in the thread that waits
                     errors.append(error)
                     return
-                with lock:
-                    results[job.name] = result
-                    advance(job)
 
         threads_before = torch.get_num_threads()
         try:

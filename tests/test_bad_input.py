@@ -22,8 +22,8 @@ from toys import toy_llama, write_jsonl
 from hf_contmerge.cli import main
 from hf_contmerge.corpus import load_stage_data
 from hf_contmerge.merge_rules import rule_names
-from hf_contmerge.recipe import Dataset, parse_recipe
 from hf_contmerge.places import FolderLock
+from hf_contmerge.recipe import Dataset, parse_recipe
 from hf_contmerge.run_folder import Run
 from hf_contmerge.train_strategies import strategy_names
 
@@ -412,7 +412,7 @@ def test_run_in_use(refused: Refused, given: Data, tmp_path: Path) -> None:
     frozen = (tmp_path / "run/recipe.yml").read_text()
     with FolderLock(run.folder):
         message = refused("--set", "seed=7")
-    assert message == "RUN is in use by another process. Wait for it, or name another folder with --run."
+    assert message == "RUN is in use by another process. Wait for it, or name another folder."
     assert (tmp_path / "run/recipe.yml").read_text() == frozen
 
 

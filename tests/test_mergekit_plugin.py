@@ -17,13 +17,20 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from toys import perturbed, toy_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge import _autoload
-from hf_contmerge.merge_rules import Norms, get_rule
-from hf_contmerge.merge_stream import is_matrix, merge_stage, mergekit_yaml
+from hf_contmerge.experts import open_expert
+from hf_contmerge.merge_rules import Norms, Weight, get_rule, rule_names
+from hf_contmerge.merge_stream import merge_experts
+from hf_contmerge.merge_tensor import is_matrix
+from hf_contmerge.merge_write import Output
 from hf_contmerge.mergekit_plugin import MergekitRecipeError, RuleMethod
+from hf_contmerge.mergekit_recipe import mergekit_yaml
+from hf_contmerge.tensor_files import Weights
 
 COMMAND = Path(sys.executable).with_name("mergekit-yaml")
 CASES = {
@@ -84,7 +91,7 @@ def float64_merge(name, parameters, models, scale=None):
 
 def literal_update(rule, running, delta, matrix):
     if type(rule).__name__ != "Opcm":
-        return rule.update(running, delta, is_matrix=matrix)
+        return rule.update(running, delta, Weight("", matrix, 1))
     if not matrix or not running.any():
         return running + delta
     u, s, vh = torch.linalg.svd(running, full_matrices=True)
@@ -129,14 +136,14 @@ def test_merged_equals_a_float64_rederivation(merged, models):
 
 def test_merged_equals_the_loop_bit_for_bit(merged, models, tmp_path):
     name, parameters, _, out = merged
-    rule, running, norms = get_rule(name, **parameters), None, ()
+    rule, running, norms, base = get_rule(name, **parameters), None, (), Weights(models[0])
     for i, expert in enumerate(models[1:]):
         places = [tmp_path / f"{kind}{i}" for kind in ("running", "merged")]
         for place in places:
             place.mkdir()
-        step = merge_stage(
-            rule, base=models[0], expert=expert, running=running, earlier=norms,
-            running_out=places[0], merged_out=places[1], dtype=torch.float32,
+        step = merge_experts(
+            rule, base, [open_expert(expert, base)], running=running, earlier=norms,
+            running_out=places[0], merged_out=Output(places[1], torch.float32),
         )  # fmt: skip
         running, norms = places[0], step.norms.experts
     ours, theirs = load_file(places[1] / "model.safetensors"), load_file(out / "model.safetensors")
@@ -225,9 +232,9 @@ def test_a_run_leaves_recipes_that_mergekit_takes(base_folder, expert_folders, t
 
 def test_mergekits_own_names_are_left_alone():
     assert not isinstance(registry.get("task_arithmetic"), RuleMethod)
-    assert {m.spec.name for m in registry.registered_methods() if isinstance(m, RuleMethod)} == {
-        "magmax", "opcm", "average", "ema",
-    }  # fmt: skip
+    assert not isinstance(registry.get("ties"), RuleMethod)
+    ours = {m.spec.name for m in registry.registered_methods() if isinstance(m, RuleMethod)}
+    assert ours == {*rule_names()} - {"task_arithmetic", "ties"}
 
 
 def test_errors_are_value_errors_for_python_callers():
@@ -266,6 +273,52 @@ def test_a_tied_head_that_is_stored_counts_once(base_folder, expert_folders, tmp
     assert torch.equal(result.pop("lm_head.weight"), expected["model.embed_tokens.weight"])
     assert set(result) == set(expected)
     assert all(torch.equal(result[k], expected[k]) for k in expected)
+
+
+def test_a_tied_head_that_is_stored_is_drawn_as_the_table_is(base_folder, expert_folders, tmp_path):
+    models = [shutil.copytree(m, tmp_path / m.name) for m in (base_folder, *expert_folders)]
+    for model in models:
+        tensors = load_file(model / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = merge_here(recipe_of(models, "random_mix"), tmp_path / "out")
+    assert torch.equal(result["lm_head.weight"], result["model.embed_tokens.weight"])
+
+
+def test_the_union_of_one_vocabulary_is_that_vocabulary(base_folder, expert_folders, tmp_path):
+    models = [base_folder, *expert_folders]
+    plain = merge_here(recipe_of(models, "opcm"), tmp_path / "plain")
+    result = merge_here(recipe_of(models, "opcm", tokenizer={"source": "union"}), tmp_path / "out")
+    assert all(torch.equal(result[k], plain[k]) for k in plain)
+
+
+def test_a_whole_model_scale_takes_one_vocabulary(base_folder, expert_folders, tmp_path):
+    model, tokenizer = (kind.from_pretrained(expert_folders[0]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.add_tokens("<|new|>")
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "wider")
+    recipe = recipe_of([base_folder, tmp_path / "wider"], "opcm", tokenizer={"source": "union"})
+    with pytest.raises(
+        MergekitRecipeError, match=r"embed_tokens.weight of .* is not what its files hold .*permuted voc"
+    ):
+        merge_here(recipe, tmp_path / "out")
+    recipe["parameters"] = {"scale": 0.5}
+    assert merge_here(recipe, tmp_path / "out2")["model.embed_tokens.weight"].shape[0] == 385
+
+
+def test_adapters_that_mergekit_has_not_merged(base_folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), LoraConfig(r=2)).save_pretrained(adapter)
+    done = mergekit(recipe_of([base_folder, f"{base_folder}+{adapter}"], "magmax"), tmp_path / "out")
+    assert done.returncode == 2
+    assert f"merges the adapter of {base_folder}+{adapter} into a model first" in done.stderr
+    assert "--lora-merge-cache DIR. Or use `contmerge merge from-recipe`" in done.stderr
+    assert "Traceback" not in done.stderr
+    with pytest.raises(
+        MergekitRecipeError, match=r"adapter is an adapter\. Write `model: BASE\+.*adapter` and give --lora"
+    ):
+        merge_here(recipe_of([base_folder, adapter], "opcm"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("alpha", [[0.2, 0.8], [{"filter": "mlp", "value": 0.2}, {"value": 0.8}]])

@@ -16,15 +16,20 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from safetensors.torch import load_file
-from toys import TEXT, write_jsonl
+from safetensors.torch import load_file, save_file
+from toys import TEXT, perturbed, write_jsonl
 
 from hf_contmerge.corpus import load_stage_data
+from hf_contmerge.experts import open_expert
 from hf_contmerge.finetune import finetune_stage
 from hf_contmerge.forgetting import TaskScore, load_scores
+from hf_contmerge.merge_rules import get_rule
+from hf_contmerge.merge_stream import merge_experts
+from hf_contmerge.merge_write import Output
 from hf_contmerge.recipe import Evaluate, Task, Train
 from hf_contmerge.run_folder import Run
 from hf_contmerge.scoring import score_model, write_choice_task, write_perplexity_task
+from hf_contmerge.tensor_files import Weights, weights_sha256
 
 Row = dict[str, Any]
 SCRIPT = Path(__file__).parent.parent / "hf_contmerge" / "train.py"
@@ -174,6 +179,46 @@ def test_loop_on_two_ranks(run: Run, recipe: Path) -> None:
     printed = torchrun(SCRIPT, recipe, "--run", run.folder)
     assert printed.count(f"All of {run.folder} is done.") == 1
     assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()} == times
+
+
+def test_merges_are_those_of_one_process(run: Run, tmp_path: Path) -> None:
+    """Both ranks share the weights of a merge; the result is that of this process alone, byte for byte."""
+    base = Weights(run.base_model)
+    for entry in run.recipe.merge:
+        rule, experts = get_rule(entry.rule), list[Path]()
+        for t in run.stage_numbers():
+            place = run.merged(t, entry)
+            experts.append(run.expert(t, "base" if t == 1 else place.record("merge")["start_from"]).model)
+            out = tmp_path / f"{entry.name}{t}"
+            out.mkdir()
+            found = merge_experts(rule, base, [open_expert(e, base) for e in experts], merged_out=Output(out))
+            record, norms = place.record("merge"), found.norms
+            assert weights_sha256(out) == record["model_sha256"] == weights_sha256(place.model)
+            assert record["norms"] == {"experts": list(norms.experts), "running": norms.running}
+            assert record["scale"] == found.scale
+            assert record["processes"] == 2
+
+
+def test_an_expert_that_is_damaged_ends_all_ranks(
+    base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path
+) -> None:
+    """One line, soon, and what was done before is kept."""
+    broken = perturbed(base_folder, tmp_path / "broken", seed=9, size=0.01)
+    values = load_file(broken / "model.safetensors")
+    values["model.norm.weight"][3] = float("nan")
+    save_file(values, broken / "model.safetensors", metadata={"format": "pt"})
+    stages = [{"name": "a", "expert": str(expert_folders[0])}, {"name": "b", "expert": str(broken)}]
+    recipe = {"name": "bad", "base_model": str(base_folder), "stages": stages, "merge": ["magmax"]}
+    (tmp_path / "bad.yml").write_text(yaml.safe_dump(recipe))
+    words = ["--", SCRIPT, tmp_path / "bad.yml", "--run", tmp_path / "run", "--until", "merge"]
+    start = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*start, *words], capture_output=True, text=True, env=RANKS, timeout=120)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert len(lines) == 1, done.stderr
+    assert f"model.norm.weight in {broken} has 1 values that are NaN or infinite" in lines[0]
+    run = Run.load(tmp_path / "run")
+    assert [run.merged(t, run.recipe.merge[0]).is_done("merge") for t in (1, 2)] == [True, False]
 
 
 def test_scores_of_the_loop(run: Run) -> None:

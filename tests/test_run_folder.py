@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from hf_contmerge.errors import ResourceError, RunError
-from hf_contmerge.places import ExpertPlace, MergePlace, Place
+from hf_contmerge.places import ExpertPlace, FolderLock, MergePlace, Place
 from hf_contmerge.recipe import Phase, Recipe, load_recipe, parse_recipe
-from hf_contmerge.places import FolderLock
 from hf_contmerge.run_folder import Run
 
 Data = dict[str, Any]

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from toys import toy_llama, write_jsonl
 
 from hf_contmerge.errors import RunError
+from hf_contmerge.experts import open_expert
 from hf_contmerge.forgetting import BLOCKS, load_lines, load_scores
 from hf_contmerge.merge_rules import get_rule
-from hf_contmerge.merge_stream import merge_stage
+from hf_contmerge.merge_stream import merge_experts
+from hf_contmerge.merge_write import Output
 from hf_contmerge.recipe import load_recipe, parse_recipe
 from hf_contmerge.run_folder import Run
-from hf_contmerge.tensor_files import weights_sha256
+from hf_contmerge.tensor_files import Weights, weights_sha256
 from hf_contmerge.train import run_recipe
 
 Data = dict[str, Any]
@@ -204,6 +206,7 @@ def test_merged_model_is_what_merge_stream_makes_of_the_experts(name: str, run: 
     """Fold the experts once more, and compare weights bit by bit, norms and scales exactly."""
     entry = next(e for e in run.recipe.merge if e.name == name)
     rule = get_rule(entry.rule, **entry.parameters)
+    base = Weights(Path(run.recipe.base_model))
     running, norms = None, ()
     for t in run.stage_numbers():
         place, out = run.merged(t, entry), tmp_path / str(t)
@@ -212,9 +215,9 @@ def test_merged_model_is_what_merge_stream_makes_of_the_experts(name: str, run: 
             (out / part).mkdir(parents=True)
         kind = {"merged": f"merged-{name}"}.get(rule.start_from, rule.start_from)
         expert = run.expert(t, kind)
-        merged = merge_stage(
-            rule, base=Path(run.recipe.base_model), expert=expert.model, running=running, earlier=norms,
-            running_out=out / "running", merged_out=out / "merged",
+        merged = merge_experts(
+            rule, base, [open_expert(expert.model, base)], running=running, earlier=norms,
+            running_out=out / "running", merged_out=Output(out / "merged"),
         )  # fmt: skip
         running, norms = out / "running", merged.norms.experts
         assert weights_sha256(out / "merged") == record["model_sha256"] == weights_sha256(place.model)
@@ -225,8 +228,31 @@ def test_merged_model_is_what_merge_stream_makes_of_the_experts(name: str, run: 
         assert record["parameters"] == rule.parameters()
         assert record["expert_sha256"][-1] == expert.record("train")["model_sha256"]
         assert len(record["expert_sha256"]) == t
+        assert ("ownership" in record) == rule.selects
     assert running
     assert weights_sha256(running) == weights_sha256(run.merged(3, entry).running)
+
+
+def test_a_rule_that_selects_records_whose_weights_they_are(run: Run) -> None:
+    """Shares by layer, of the base and of each stage so far, as counted from the experts."""
+    entry = next(e for e in run.recipe.merge if e.name == "magmax")
+    base = load_file(Path(run.recipe.base_model) / "model.safetensors")
+    experts = [load_file(run.expert(t, "previous").model / "model.safetensors") for t in run.stage_numbers()]
+    for t in run.stage_numbers():
+        owners = {name: torch.zeros_like(b, dtype=torch.int64) for name, b in base.items()}
+        for name, b in base.items():
+            state = torch.zeros_like(b)
+            for stage, expert in enumerate(experts[:t], 1):
+                change = expert[name] - b
+                taken = (change.abs() >= state.abs()) & (change != state)
+                owners[name][taken], state = stage, torch.where(taken, change, state)
+        flat = torch.cat([o.reshape(-1) for o in owners.values()])
+        names = ["base", *(run.stage(i).name for i in range(1, t + 1))]
+        wanted = {name: float((flat == i).double().mean()) for i, name in enumerate(names)}
+        found = run.merged(t, entry).record("merge")["ownership"]
+        assert found["all"] == pytest.approx(wanted, abs=1e-12)
+        assert list(found) == ["embed_tokens", "layer 0", "layer 1", "norm", "all"]
+        assert found["layer 1"].keys() == wanted.keys()
 
 
 def test_average_is_the_mean_of_the_experts(run: Run) -> None:

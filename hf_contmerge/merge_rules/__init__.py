@@ -72,16 +72,16 @@ class MergeRule(ABC):
 
     @abstractmethod
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
-        """Fold one expert into the running tensor.
+        """Fold one expert into the running tensor. All is float32; float64 where factors are folded as small cores.
 
         Args:
-            running: float32, the weight's shape, or (slots, *shape) where the rule has more slots than one; zeros
+            running: the weight's shape, or (slots, *shape) where the rule has more slots than one; zeros
                 before the first expert. Must not be modified.
-            task_vector: expert - base, float32, the weight's shape. Must not be modified.
+            task_vector: expert - base, the weight's shape. Must not be modified.
             weight: which weight this is.
 
         Returns:
-            The new running tensor, float32, of the shape of `running`. May be one of the two inputs itself.
+            The new running tensor, of the shape and dtype of `running`. May be one of the two inputs itself.
         """
 
     def read_out(self, running: Tensor, weight: Weight) -> Tensor:

@@ -22,9 +22,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' toys
 from toys import perturbed, toy_llama
 
-from hf_contmerge.merge_rules import MergeRule, Norms, get_rule
+from hf_contmerge.experts import open_expert
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule
 from hf_contmerge.merge_rules.opcm import Opcm
-from hf_contmerge.merge_stream import is_matrix, merge_stage, mergekit_yaml
+from hf_contmerge.merge_stream import merge_experts
+from hf_contmerge.merge_tensor import is_matrix
+from hf_contmerge.merge_write import Output
+from hf_contmerge.mergekit_recipe import mergekit_yaml
 from hf_contmerge.run_folder import Run
 from hf_contmerge.tensor_files import Weights
 
@@ -80,14 +84,14 @@ def row(name: str, base: Path, experts: Sequence[Path], rule_name: str, paramete
 
 def by_loop(rule: MergeRule, base: Path, experts: Sequence[Path], scratch: Path) -> Path:
     """Merge stage by stage, as a run does; return the last merged folder, in float32."""
-    running, norms = None, ()
+    running, norms, weights = None, (), Weights(base)
     for i, expert in enumerate(experts):
         folders = [scratch / f"{kind}{i}" for kind in ("running", "merged")]
         for folder in folders:
             folder.mkdir()
-        merged = merge_stage(
-            rule, base=base, expert=expert, running=running, earlier=norms,
-            running_out=folders[0], merged_out=folders[1], dtype=torch.float32,
+        merged = merge_experts(
+            rule, weights, [open_expert(expert, weights)], running=running, earlier=norms,
+            running_out=folders[0], merged_out=Output(folders[1], torch.float32),
         )  # fmt: skip
         running, norms = folders[0], merged.norms.experts
     return folders[1]
@@ -128,7 +132,7 @@ def exact_running(rule: MergeRule, deltas: Sequence[Tensor], *, matrix: bool) ->
         if isinstance(rule, Opcm) and matrix and bool(running.any()):
             running = running + exact_clean(rule, running, delta)
         else:
-            running = rule.update(running, delta, is_matrix=False)
+            running = rule.update(running, delta, Weight("", False, 1))
     return running
 
 
