@@ -22,6 +22,7 @@ from hf_contmerge.tensor_files import tensor_bytes
 
 Factors = tuple[Tensor, Tensor]
 
+_HEAD = "lm_head.weight"
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
@@ -33,6 +34,7 @@ def write_adapter(
     whole: Mapping[str, Tensor] | None = None,
     embeddings: Collection[str] = (),
     conv1d: Collection[str] = (),
+    tied: str | None = None,
 ) -> None:
     """Write an adapter that gives base + left @ right; each module has its own rank, and all a scaling of 1.
 
@@ -45,6 +47,8 @@ def write_adapter(
             module. The bias of a module that is in `factors` may be given alone.
         embeddings: which of the names are embedding tables.
         conv1d: which of the names are linear maps that are stored (in, out).
+        tied: the table that is both the input embedding and the output head, if there is one. Its change must be given
+            whole: peft applies a LoRA of it to one of the two, or twice when it is merged.
 
     Raises:
         ModelError: there is nothing to write, which peft could not load; or a name is not that of a module's weight.
@@ -64,10 +68,11 @@ def write_adapter(
             raise ModelError(
                 f"No low-rank change is to be written to {out}: the merged model is the base in all of them."
             )
-        saved = _add_whole(file, whole or {}, ranks)
+        saved = _add_whole(file, whole or {}, ranks, tied)
         file.finish(out / FILE)
     settings = _settings(ranks, saved, base_model, lora_bias=any(f"{m}.bias" in (whole or {}) for m in ranks))
     settings["fan_in_fan_out"] = bool(conv1d)
+    settings["ensure_weight_tying"] = tied in (whole or {})
     (out / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -80,16 +85,18 @@ def _parts(left: Tensor, right: Tensor, *, table: bool, swapped: bool) -> Iterat
         yield from (("lora_A.weight", a), ("lora_B.weight", b))
 
 
-def _add_whole(file: _Tensors, whole: Mapping[str, Tensor], ranks: Mapping[str, int]) -> list[str]:
+def _add_whole(file: _Tensors, whole: Mapping[str, Tensor], ranks: Mapping[str, int], tied: str | None) -> list[str]:
     """Add whole weights; return their modules, less those that have factors, whose biases peft takes as they are."""
     saved = set()
+    # peft asks for a tied table under both of its names; ensure_weight_tying then makes one module of them.
+    copies = {_HEAD: whole[tied]} if tied in whole else {}
     # Wide types first, so that every tensor starts at a multiple of its item size.
-    for name, tensor in sorted(whole.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+    for name, tensor in sorted({**whole, **copies}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         module, _, parameter = name.rpartition(".")
         if module in ranks and parameter == "weight":
             raise ModelError(f"{name} is given both by its factors and whole.")
         file.add(f"{PREFIX}{module}.base_layer.{parameter}" if module in ranks else PREFIX + name, tensor)
-        if module not in ranks:
+        if module not in ranks and name not in copies:
             saved.add(module)
     return sorted(saved)
 

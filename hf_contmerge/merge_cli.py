@@ -137,7 +137,8 @@ def _owners(args: argparse.Namespace) -> None:
 
 
 def _from_recipe(args: argparse.Namespace) -> None:
-    from hf_contmerge.mergekit_recipe import carry_out, read_mergekit_recipe
+    from hf_contmerge.mergekit_recipe import carry_out
+    from hf_contmerge.mergekit_words import read_mergekit_recipe
     from hf_contmerge.work_sharing import together
 
     crew = _crew(args)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hf_contmerge.adapter_base import tied_table
 from hf_contmerge.adapter_writer import Factors, write_adapter
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.factored import Factored
@@ -22,8 +22,6 @@ from hf_contmerge.running_state import Running
 from hf_contmerge.state_log import Log
 from hf_contmerge.tensor_files import Weights
 from hf_contmerge.work_sharing import Crew, together
-
-LOG = logging.getLogger(__name__)
 
 
 def export_adapter(
@@ -50,7 +48,8 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
         raise RecipeError(f"--rank {rank}: the rank of an adapter is at least 1.")
     base, running = state.base(), Running(state.require_running())
     rule, log, scale = state.rule(), state.log(), state.scale()
-    low_rank = [n for n in sorted(running.names()) if _is_low_rank(base, running, n)]
+    tied = tied_table(base)
+    low_rank = [n for n in sorted(running.names()) if n != tied and _is_low_rank(base, running, n)]
     dense = [n for n in low_rank if running.rank(n) is None]
     if dense and rank is None:
         raise RecipeError(_why_dense(log, rule, dense))
@@ -63,12 +62,10 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
 
     whole = _whole(rule, base, running, set(low_rank), scale, stages)
     tables = [n for n in low_rank if base.shape(n)[0] == base.vocabulary]
-    if any("embed" in n for n in tables) and "lm_head.weight" not in base.names:
-        LOG.warning("The table %s is tied: peft applies the adapter to its input side only, until merged", tables[0])
     with new_folder(out, Crew()) as scratch:
         write_adapter(
             scratch, factors(), base_model=log.base, whole=whole, embeddings=[n for n in tables if "lm_head" not in n],
-            conv1d=_stored_transposed(base, low_rank),
+            conv1d=_stored_transposed(base, low_rank), tied=tied,
         )  # fmt: skip
         (scratch / "reconstruction.json").write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
     return errors

@@ -17,14 +17,16 @@ LAYERS = (
     ("recipe", "quickstart_texts"),  # the nouns
     ("recipe_changes", "places", "tensor_files", "work_sharing", "adapter_settings"),
     ("run_folder", "progress", "merge_files", "merge_words", "adapter_base", "factored", "merge_tensor"),
-    ("corpus", "forgetting", "model_folder", "train_strategies", "running_state", "adapter_layout"),  # parts of a phase
+    # parts of a phase
+    ("corpus", "forgetting", "model_folder", "train_strategies"),
+    ("running_state", "adapter_layout", "mergekit_words"),
     ("model_card", "report_findings", "adapter_files", "adapter_writer"),
     ("report_pages", "report_pictures", "experts"),
     ("merge_write",),
     ("merge_fold",),
     ("finetune", "merge_stream", "scoring", "report", "publish"),  # the phases, which talk through the run folder
-    ("mergekit_plugin", "mergekit_recipe", "state_log", "preflight"),
-    ("merge_state",),  # merging without a run
+    ("mergekit_tensors", "mergekit_recipe", "state_log", "preflight"),
+    ("merge_state", "mergekit_plugin"),  # merging without a run
     ("merged_adapter", "ownership"),
     ("_autoload", "train", "merge_cli"),  # the entry points
     ("cli", "__init__"),
@@ -38,7 +40,7 @@ KNOWN_BY = {
     "trl": TRAINING,
     "peft": {"train_strategies"},  # adapters are read and written without it
     "lm_eval": {"scoring"},
-    "mergekit": {"mergekit_plugin", "cli"},  # cli: `contmerge yaml` is mergekit's own command
+    "mergekit": {"mergekit_plugin", "mergekit_tensors", "cli"},  # cli: `contmerge yaml` is mergekit's own command
     "huggingface_hub": {"model_card", "model_folder", "publish"},
     "matplotlib": {"ownership", "report", "report_pictures"},
 }

@@ -39,6 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for i in (1, 2, 3):
         found[f"a{i}"] = lora(found["base"], folder / f"a{i}", seed=i)
     found["full"] = perturbed(found["base"], folder / "full", seed=9, size=0.01)
+    found["tied"] = toy_llama(folder / "tied", seed=0, hidden=64, tied=True)
     torch.manual_seed(0)
     settings: dict[str, Any] = {"vocab_size": 96, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
     GPT2LMHeadModel(GPT2Config(**settings)).save_pretrained(folder / "gpt2")
@@ -198,15 +199,17 @@ def test_rules_on_factors_never_read_the_base(name: str, models: dict[str, Path]
 
 def test_factors_become_dense_where_they_no_longer_pay(models: dict[str, Path], tmp_path: Path) -> None:
     """A narrow weight first; and what has become dense stays so."""
-    base, experts = Weights(models["base"]), list[Path]()
+    base, experts, seen = Weights(models["base"]), list[Path](), list[set[str]]()
     state = MergeState.create(tmp_path / "state", base=models["base"], rule="opcm")
-    for i in range(8):
+    for i in range(7):
         experts.append(lora(models["base"], tmp_path / f"x{i}", seed=i, target_modules=["q_proj", "k_proj"]))
         state.add(experts[-1])
-        wanted = {n for n in (Q, K) if pays(base.shape(n), 2 * len(experts))}
-        assert {n for n in factor_files(state) if n in (Q, K)} == wanted
-        assert set(Running(state.require_running()).names()) >= {Q, K}
-    assert wanted == {Q}
+        seen.append(factor_files(state) & {Q, K})
+        assert seen[-1] == {n for n in (Q, K) if pays(base.shape(n), 2 * len(experts))}
+        assert Running(state.require_running()).names() >= {Q, K}
+    assert [len(s) for s in seen] == sorted((len(s) for s in seen), reverse=True)
+    assert {Q} in seen
+    assert seen[-1] == set()
     assert_merged(state, models["base"], experts, tmp_path / "out")
 
 
@@ -273,6 +276,23 @@ def test_what_is_no_plain_lora_leaves_with_the_adapter(case: str, models: dict[s
     state = MergeState.create(tmp_path / "state", base=models["base"], rule="opcm").add(*experts)
     export_adapter(state, tmp_path / "adapter", rank=None if case != "dora" else 64)  # DoRA's change is of any rank
     assert_same_model(state, tmp_path / "adapter", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_tied_table_leaves_so_that_both_its_sides_change(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """peft would apply a LoRA of it to the input side alone, and twice when merging; so it leaves whole."""
+    base = models["tied"]
+    if kind == "full":
+        expert = perturbed(base, tmp_path / "full", seed=9, size=0.05)
+    else:
+        expert = lora(base, tmp_path / "lora", seed=9, target_modules=["q_proj", "embed_tokens"])
+    state = MergeState.create(tmp_path / "state", base=base, rule="opcm").add(expert)
+    export_adapter(state, tmp_path / "adapter", rank=64 if kind == "full" else None)
+    assert_same_model(state, tmp_path / "adapter", tmp_path)
+    again = MergeState.create(tmp_path / "again", base=base, rule="average").add(tmp_path / "adapter")
+    second = tensors(again.export(tmp_path / "again-merged", dtype="float32"))
+    for name, tensor in tensors(tmp_path / "exported").items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=1e-5)
 
 
 def test_an_exported_adapter_of_gpt2(models: dict[str, Path], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from folds import fold
+from loras import lora
 from mergekit.config import MergeConfiguration
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from toys import perturbed, toy_llama
 from transformers import AutoModelForCausalLM
@@ -102,17 +102,8 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 def adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two adapters of the base: one on all linear maps, one on some."""
     home = tmp_path_factory.mktemp("adapters")
-    folders = []
-    for seed, modules in enumerate(("all-linear", ["q_proj", "down_proj"])):
-        model = AutoModelForCausalLM.from_pretrained(base_folder)
-        lora = get_peft_model(model, LoraConfig(r=2 + seed, target_modules=modules))
-        draw = torch.Generator().manual_seed(seed)
-        for name, parameter in lora.named_parameters():
-            if "lora_" in name:
-                parameter.data = 0.1 * torch.randn(parameter.shape, generator=draw)
-        lora.save_pretrained(str(home / str(seed)))
-        folders.append(home / str(seed))
-    return folders
+    some = lora(base_folder, home / "some", seed=2, r=3, target_modules=["q_proj", "down_proj"])
+    return [lora(base_folder, home / "all", seed=1), some]
 
 
 @pytest.fixture(scope="module")

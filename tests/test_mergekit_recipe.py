@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError
 from hf_contmerge.merge_rules import get_rule, rule_names
 from hf_contmerge.merge_state import MergeState
-from hf_contmerge.mergekit_recipe import carry_out, mergekit_yaml, read_mergekit_recipe
+from hf_contmerge.mergekit_recipe import carry_out, mergekit_yaml
+from hf_contmerge.mergekit_words import read_mergekit_recipe
 from hf_contmerge.tensor_files import Weights, weights_sha256
 
 PARAMETERS = {"null_space": {"rank": 4}, "ties": {"density": 0.5}, "opcm": {"alpha": 0.4}, "random_mix": {"seed": 3}}

@@ -1,4 +1,7 @@
-"""Jobs shared among threads and ranks: each is done once, memory is bounded, errors reach everybody."""
+"""Jobs shared among the threads of a process: each is done once, memory is bounded, errors are raised.
+
+How ranks share them is in test_merge_ranks.py.
+"""
 
 import os
 import threading
@@ -6,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -14,8 +16,6 @@ import torch
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.work_sharing import MEMORY_SHARE, Crew, Job, OneRank, find_ranks, together
-
-T = TypeVar("T")
 
 
 def jobs(costs: Sequence[float], *, memory: int = 1, groups: Sequence[int] = ()) -> list[Job]:
@@ -30,40 +30,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=count / MEMORY_SHARE))
 
     return allow
-
-
-class ThreadRanks:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, rank: int, size: int, per_host: int, board: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.per_host = rank, size, per_host
-        self._board, self._barrier = board, barrier
-
-    def gather(self, value: T) -> list[T]:
-        self._board[self.rank] = value
-        self._barrier.wait(20)
-        values = list(self._board)
-        self._barrier.wait(20)
-        return values
-
-
-def on_ranks(size: int, do: Callable[[ThreadRanks], Any], *, per_host: int | None = None) -> list[Any]:
-    """Do something on all ranks at the same time; return what each returned or raised."""
-    board, barrier = [None] * size, threading.Barrier(size)
-    outcomes: list[Any] = [None] * size
-
-    def rank(number: int) -> None:
-        try:
-            outcomes[number] = do(ThreadRanks(number, size, per_host or size, board, barrier))
-        except ValueError as error:
-            outcomes[number] = error
-
-    threads = [threading.Thread(target=rank, args=(n,)) for n in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
 
 
 # Threads
@@ -113,8 +79,15 @@ def test_threads_are_as_many_as_the_cores_divided_among_the_ranks_of_a_host() ->
     cores = len(os.sched_getaffinity(0))
     assert Crew().thread_count() == cores
     assert Crew(workers=7).thread_count() == 7
-    ranks = ThreadRanks(0, 2 * cores, 2 * cores, [], threading.Barrier(1))
-    assert Crew(ranks=ranks).thread_count() == 1
+    for ranks in (2, cores, 2 * cores):
+        assert Crew(ranks=SharedHost(ranks)).thread_count() == max(1, cores // ranks)
+
+
+class SharedHost(OneRank):
+    """A rank with others on its host."""
+
+    def __init__(self, ranks: int) -> None:
+        self.per_host = ranks
 
 
 def test_what_comes_next_is_fetched_ahead() -> None:
@@ -221,73 +194,8 @@ def test_an_error_gives_its_memory_back(memory: Callable[[int], None]) -> None:
         Crew(workers=3).run(jobs([3.0, 2.0, 1.0, 1.0], memory=8), raise_at("t0"), what="")
 
 
-# Ranks
-
-
 def test_a_process_on_its_own() -> None:
     ranks = find_ranks()
     assert isinstance(ranks, OneRank)
     assert ranks.gather(7) == [7]
     assert together(ranks, lambda: 8) == 8
-
-
-@pytest.mark.parametrize(("size", "per_host"), [(1, 1), (2, 2), (4, 4), (4, 2), (4, 1), (6, 3)])
-def test_ranks_share_the_jobs_by_cost(size: int, per_host: int) -> None:
-    some = jobs([float(i % 7 + 1) for i in range(60)], groups=[i // 10 for i in range(60)])
-    shares = on_ranks(size, lambda ranks: Crew(ranks=ranks).mine(some), per_host=per_host)
-    assert sorted(j.name for share in shares for j in share) == sorted(j.name for j in some)
-    costs = [sum(j.cost for j in share) for share in shares]
-    assert max(costs) <= 1.8 * sum(costs) / size  # whole files are no fine measure
-    if size == per_host:
-        assert max(costs) - min(costs) <= 7
-    for share in shares:
-        assert [j.cost for j in share] == sorted((j.cost for j in share), reverse=True)
-
-
-def test_hosts_share_no_file() -> None:
-    some = jobs([float(i % 5 + 1) for i in range(40)], groups=[i % 8 for i in range(40)])
-    shares = on_ranks(4, lambda ranks: Crew(ranks=ranks).mine(some), per_host=2)
-    one, other = ({j.group for share in shares[i : i + 2] for j in share} for i in (0, 2))
-    assert not one & other
-    assert one | other == set(range(8))
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_rank_has_the_results_of_all(size: int) -> None:
-    some = jobs([3.0, 1.0, 2.0, 5.0, 4.0])
-    found = on_ranks(size, lambda r: Crew(ranks=r, workers=1).run(some, lambda job: (job.name, r.rank), what=""))
-    assert all(f == found[0] for f in found)
-    assert set(found[0]) == {j.name for j in some}
-    assert {rank for _, rank in found[0].values()} == set(range(size))
-
-
-@pytest.mark.parametrize("bad", ["t0", "t4"])
-def test_every_rank_has_the_error_of_one(bad: str) -> None:
-    some = jobs([3.0, 1.0, 2.0, 5.0, 4.0])
-    found = on_ranks(3, lambda r: Crew(ranks=r, workers=1).run(some, raise_at(bad), what=""))
-    assert [str(e) for e in found] == [f"bad {bad}"] * 3
-    assert all(isinstance(e, ModelError) for e in found)
-
-
-def test_together_on_all_or_on_the_first_alone() -> None:
-    asked: list[int] = []
-
-    def ask(ranks: ThreadRanks) -> int:
-        asked.append(ranks.rank)
-        return 10 * ranks.rank
-
-    assert on_ranks(3, lambda r: together(r, lambda: ask(r))) == [0, 10, 20]
-    assert sorted(asked) == [0, 1, 2]
-    asked.clear()
-    assert on_ranks(3, lambda r: together(r, lambda: ask(r), leader_only=True)) == [0, 0, 0]
-    assert asked == [0]
-
-
-@pytest.mark.parametrize("leader_only", [True, False])
-def test_together_fails_everywhere(leader_only: bool) -> None:
-    def fail(ranks: ThreadRanks) -> None:
-        if ranks.rank != 1:
-            raise ModelError("half there")
-
-    found = on_ranks(3, lambda r: together(r, lambda: fail(r), leader_only=leader_only))
-    assert [str(e) for e in found] == ["half there"] * 3
