@@ -40,8 +40,9 @@ def write_adapter(
 
     Args:
         out: the folder; it is made if it is not there.
-        factors: name of a weight (MODULE.weight, as the base stores it) -> left (m, r) and right (r, n), float32. An
-            iterator is drawn from one pair at a time, and memory holds that pair only. Pairs of rank 0 are left out.
+        factors: name of a weight (MODULE.weight, as the model in memory calls it) -> left (m, r) and right (r, n),
+            float32. An iterator is drawn from one pair at a time, and memory holds that pair only. Pairs of rank 0 are
+            left out.
         base_model: what the adapter calls its base: a Hub id or a folder.
         whole: weights that change in another way, with their new values: `modules_to_save`, so give all tensors of a
             module. The bias of a module that is in `factors` may be given alone.
@@ -89,7 +90,7 @@ def _add_whole(file: _Tensors, whole: Mapping[str, Tensor], ranks: Mapping[str, 
     """Add whole weights; return their modules, less those that have factors, whose biases peft takes as they are."""
     saved = set()
     # peft asks for a tied table under both of its names; ensure_weight_tying then makes one module of them.
-    copies = {_HEAD: whole[tied]} if tied in whole else {}
+    copies = {_HEAD: whole[tied]} if tied and tied in whole else {}
     # Wide types first, so that every tensor starts at a multiple of its item size.
     for name, tensor in sorted({**whole, **copies}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         module, _, parameter = name.rpartition(".")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.adapter_files import Adapter, check_base, is_adapter
+from hf_contmerge.adapter_layout import FILE
 from hf_contmerge.errors import ModelError
 from hf_contmerge.model_folder import check_same_layout
 from hf_contmerge.tensor_files import Weights, config, weights_sha256
@@ -73,11 +74,11 @@ def own_values(expert: Expert, name: str) -> Tensor | None:
 
 def expert_sha256(folder: Path) -> str:
     """Return the digest of an expert: of its tensors, and of what an adapter's config makes of them."""
-    digest = weights_sha256(folder)
     if not is_adapter(folder):
-        return digest
+        return weights_sha256(folder)
     import hashlib
 
+    digest = weights_sha256(folder / FILE)  # a merged model may lie beside it
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return hashlib.sha256((digest + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 

@@ -73,10 +73,16 @@ def _command(kinds: Any, name: str, do: Any, text: str, *, state: bool = False, 
 
 def _init(args: argparse.Namespace) -> None:
     from hf_contmerge.merge_state import MergeState
+    from hf_contmerge.merge_words import make_rule
     from hf_contmerge.work_sharing import Crew, find_ranks, together
 
+    def parsed() -> dict[str, Any]:
+        found = _parameters(args.set)
+        make_rule(args.rule, found)  # a setting called `base` is no parameter of a rule, but one of `create`
+        return found
+
     crew = Crew(ranks=find_ranks())
-    parameters = together(crew.ranks, lambda: _parameters(args.set))
+    parameters = together(crew.ranks, parsed)
     state = MergeState.create(args.state, base=args.base, rule=args.rule, crew=crew, **parameters)
     _say(f"{state.folder} is ready. Next: contmerge merge add {state.folder} EXPERT")
 
@@ -179,19 +185,23 @@ def _crew(args: argparse.Namespace) -> Crew:
     from hf_contmerge.work_sharing import Crew, find_ranks, together
 
     ranks = find_ranks()
-    device = together(ranks, lambda: _device(args.device))
+    device = together(ranks, lambda: _device(args.device, args.workers))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", ranks.rank % ranks.per_host % torch.cuda.device_count())
     return Crew(ranks=ranks, workers=args.workers, device=device, bar=progress_bar)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, workers: int) -> torch.device:
     import torch
 
+    if workers < 0:
+        raise RecipeError(f"--workers {workers}: give a number of threads, or leave it out for one for each core.")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"--device {name} is no device: give cpu, cuda or cuda:N.") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"--device {name} is no device: give cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"--device {name}: this machine, or this torch, has no CUDA. Leave it out.")
     return device
@@ -211,7 +221,10 @@ def _parameters(settings: list[str]) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         if not equals:
             raise RecipeError(f"--set {setting}: expected NAME=VALUE, as in --set alpha=0.5.")
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
         if isinstance(parsed, str):  # PyYAML takes 1e-5 for a word
             with suppress(ValueError):
                 parsed = float(parsed)
@@ -225,7 +238,7 @@ def _size(text: str) -> int:
     unit = text.upper()[len(number) :]
     try:
         size = int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError) as error:
         raise RecipeError(f"A size is a number and KB, MB, GB or TB, as in 5GB; got {text!r}.") from error
     if size < 1:
         raise RecipeError(f"A shard of {text} holds nothing. Give a size such as 5GB.")

@@ -72,8 +72,9 @@ class Fold:
         names = self.base.names if merged else sorted(dense | low_rank)
         first = next(iter(writers.values()), None)
         touched = len(self.experts) + len(writers)
+        groups = {n: first.shard_of(n) for n in first.names} if first else {}
         jobs = [
-            stream_job(self.rule, self.base, n, touched, first.shard_of(n) if first and n in first.names else 0)
+            stream_job(self.rule, self.base, n, touched, groups.get(n, 0), whole=n in dense and self._in_one_go(n))
             for n in names
         ]
         with opened(self.crew, list(writers.values()), [model_writer(self.base, later, self.crew)] if later else []):
@@ -118,10 +119,9 @@ class Fold:
         old = flat_slots(self.rule, before) if before is not None else None
         owners = self._owners(name, before, base) if "owners" in writers else None
         vectors = [task_vector(expert, name, base) for expert in self.experts]
-        whole = any(isinstance(e, Adapter) and name in e.names for e in self.experts)  # B @ A comes in one go
         squares, running_square = [0.0] * len(vectors), 0.0
         weight = weight_of(self.base, name, self.stages_before)
-        for piece in pieces(self.rule, weight, base.shape, device, whole=whole):
+        for piece in pieces(self.rule, weight, base.shape, device, whole=self._in_one_go(name)):
             part = piece.of(base.reshape(-1)).to(device)
             wide = part.float()
             state = zeros(self.rule, wide) if old is None else piece.of(old).to(device)
@@ -158,6 +158,10 @@ class Fold:
         if model:
             model.write(name, state.dense())
         return _Squares(tuple(n**2 for n in norms), state.norm() ** 2)
+
+    def _in_one_go(self, name: str) -> bool:
+        """Say whether a weight must be worked on as a whole: an adapter's B @ A comes in one piece."""
+        return any(isinstance(e, Adapter) and name in e.names for e in self.experts)
 
     def _owners(self, name: str, before: Tensor | None, base: Tensor) -> Tensor:
         owners = self.before.owners(name) if self.before and before is not None else None

@@ -42,6 +42,7 @@ from hf_contmerge.state_log import (
     read_log,
     refuse_twins,
     require_kept,
+    require_new,
     stage_names,
     write_log,
 )
@@ -71,8 +72,7 @@ class MergeState:
         def make() -> None:
             checked, found = make_rule(rule, parameters), resolve_model(str(base))
             check_mergeable(found)
-            if state.folder.exists() and any(state.folder.iterdir()):
-                raise RunError(f"{folder} is not empty. Name a new folder for the state, or add to it if it is one.")
+            require_new(state.folder)
             state.folder.mkdir(parents=True, exist_ok=True)
             log = Log(
                 rule, checked.parameters(), name_of(base), str(found.resolve()), weights_sha256(found),
@@ -102,10 +102,8 @@ class MergeState:
     def running(self, log: Log | None = None) -> Path | None:
         """Return the folder of the running state; None before the first expert. Raises RunError if it is gone."""
         log = log or self.log()
-        if not log.running:
-            return None
-        running = self.folder / log.running
-        if log.running_norm and not any(running.rglob("*.safetensors")):  # an empty folder would pass for zeros
+        running = self.folder / log.running if log.running else None
+        if running and log.running_norm and not any(running.rglob("*.safetensors")):  # it would pass for zeros
             raise RunError(f"{running}, which holds the state, is gone. Restore it, or start the state anew.")
         return running
 
@@ -257,7 +255,7 @@ class MergeState:
         with ExitStack() as stack:
 
             def begin() -> Log:
-                self.log()  # a folder without a state is not to be locked
+                self.rule()  # neither a folder without a state is locked, nor one with a rule that is not here
                 stack.enter_context(FolderLock(self.folder))
                 log = self.log()  # what another process has added since
                 self._clear_all_but({log.running})

@@ -112,15 +112,25 @@ def square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
-def job_of(rule: MergeRule, weight: Weight, shape: Sequence[int], nbytes: int, *, touched: int, group: int = 0) -> Job:
+def job_of(
+    rule: MergeRule,
+    weight: Weight,
+    shape: Sequence[int],
+    nbytes: int,
+    *,
+    touched: int,
+    group: int = 0,
+    whole: bool = False,
+) -> Job:
     """Estimate the work on one weight.
 
-    `nbytes`: the size of the base's tensor. `touched`: how many more of that size are read or written.
+    `nbytes`: the size of the base's tensor. `touched`: how many more of that size are read or written. `whole`: it is
+    worked on in one piece, though the rule would not ask for that.
     """
     numel, moved = math.prod(shape), nbytes * (1 + touched)
-    whole = needs_whole(rule, weight.is_matrix)
+    whole = whole or needs_whole(rule, weight.is_matrix)
     seconds, memory = moved / _BYTES_PER_SECOND, 4 * (numel if whole else PIECE) * (2 * rule.slots + 4)
-    if whole and rule.unit == "matrix" and numel:
+    if rule.unit == "matrix" and weight.is_matrix and numel:
         small, large = sorted(shape[-2:])
         seconds += touched * (numel // (small * large)) * (6 * small**2 * large + 30 * small**3) / _FLOPS
         memory += 8 * (3 * small * large + 6 * small**2)

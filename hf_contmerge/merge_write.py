@@ -124,6 +124,7 @@ def weight_of(base: Weights, name: str, stage: int) -> Weight:
     return Weight(name, is_matrix(name, base.shape(name), base.vocabulary), stage)
 
 
-def stream_job(rule: MergeRule, base: Weights, name: str, touched: int, group: int) -> Job:
-    """Estimate the work on one weight. `touched`: how many more tensors of its size are read or written."""
-    return job_of(rule, weight_of(base, name, 1), base.shape(name), base.nbytes(name), touched=touched, group=group)
+def stream_job(rule: MergeRule, base: Weights, name: str, touched: int, group: int, *, whole: bool = False) -> Job:
+    """Estimate the work on one weight. `touched`, `whole`: as `merge_tensor.job_of` has them."""
+    weight, shape, nbytes = weight_of(base, name, 1), base.shape(name), base.nbytes(name)
+    return job_of(rule, weight, shape, nbytes, touched=touched, group=group, whole=whole)

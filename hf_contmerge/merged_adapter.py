@@ -18,6 +18,7 @@ from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merge_state import MergeState
 from hf_contmerge.merge_tensor import merged_tensor
 from hf_contmerge.merge_write import weight_of
+from hf_contmerge.model_in_memory import model_in_memory
 from hf_contmerge.running_state import Running
 from hf_contmerge.state_log import Log
 from hf_contmerge.tensor_files import Weights
@@ -53,19 +54,19 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
     dense = [n for n in low_rank if running.rank(n) is None]
     if dense and rank is None:
         raise RecipeError(_why_dense(log, rule, dense))
-    stages, errors = len(log.experts), dict[str, float]()
+    stages, errors, model = len(log.experts), dict[str, float](), model_in_memory(base)
 
     def factors() -> Iterator[tuple[str, Factors]]:
         for name in low_rank:
             left, right, errors[name] = _approximation(rule, base, running, name, stages, rank)
-            yield name, (left * scale, right)
+            yield model.name(name), (left * scale, right)
 
     whole = _whole(rule, base, running, set(low_rank), scale, stages)
-    tables = [n for n in low_rank if base.shape(n)[0] == base.vocabulary]
     with new_folder(out, Crew()) as scratch:
         write_adapter(
-            scratch, factors(), base_model=log.base, whole=whole, embeddings=[n for n in tables if "lm_head" not in n],
-            conv1d=_stored_transposed(base, low_rank), tied=tied,
+            scratch, factors(), base_model=log.base, whole={model.name(n): t for n, t in whole.items()},
+            embeddings=model.tables, conv1d=model.conv1d & {model.name(n) for n in low_rank},
+            tied=model.name(tied) if tied else None,
         )  # fmt: skip
         (scratch / "reconstruction.json").write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
     return errors
@@ -119,18 +120,3 @@ def _whole(
         read = rule.read_out(state, weight_of(base, name, stages))
         found[name] = merged_tensor(before, read, scale, before.dtype)
     return found
-
-
-def _stored_transposed(base: Weights, names: list[str]) -> list[str]:
-    """Return which linear maps are stored (in, out), as GPT-2's: their biases have the length of the second axis."""
-
-    def bias_axis(name: str) -> int | None:
-        bias = name.removesuffix("weight") + "bias"
-        shape = base.shape(name)
-        if bias not in base.names or shape[0] == shape[1]:
-            return None
-        return list(shape).index(base.shape(bias)[0])
-
-    if 1 not in [bias_axis(n) for n in base.names if n.endswith(".weight") and len(base.shape(n)) == 2]:
-        return []
-    return [n for n in names if n.removesuffix("weight") + "bias" in base.names and bias_axis(n) in (1, None)]

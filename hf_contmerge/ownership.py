@@ -20,6 +20,7 @@ from hf_contmerge.running_state import Running
 from hf_contmerge.tensor_files import Weights
 
 BASE = "base"
+_COLUMNS_WITH_NUMBERS = 45
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -53,30 +54,50 @@ def write_ownership(state: MergeState, out: Path) -> tuple[Path, Path]:
     table, picture = out / "owners.json", out / "owners.png"
     found: dict[str, Any] = {"rule": log.rule, "base": log.base, "stages": stages, "layers": shares}
     table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw_ownership(shares, [BASE, *stages], picture)
+    draw_ownership(shares, row_names(stages), picture)
     return table, picture
+
+
+def row_names(stages: Sequence[str]) -> list[str]:
+    """Return what owners are called: the base, then the stages, of which one may be called base too."""
+    return [BASE, *(f"{stage} (stage)" if stage == BASE else stage for stage in stages)]
 
 
 def draw_ownership(shares: Mapping[str, Mapping[str, float]], rows: Sequence[str], path: Path) -> None:
     """Draw the shares as a heat map: a row for each stage, a column for each layer."""
     from matplotlib.figure import Figure
 
-    values = [[layer[row] for layer in shares.values()] for row in rows]
-    figure = Figure(figsize=(max(6.0, 0.42 * len(shares) + 2), 0.45 * len(rows) + 1.9), layout="constrained")
+    layers, few = list(shares), len(shares) <= _COLUMNS_WITH_NUMBERS
+    values = [[shares[layer][row] for layer in layers] for row in rows]
+    width, height = len(layers) * (0.42 if few else 0.22), len(rows) * (0.45 if few else 0.3)
+    figure = Figure(figsize=(max(6.0, width + 3), height + 1.6), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=max(map(max, values)), aspect="auto")
-    axes.set_xticks(range(len(shares)), [layer.removeprefix("layer ") for layer in shares], rotation=90)
     axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(layers)), [layer.removeprefix("layer ") for layer in layers])
+    for label in axes.get_xticklabels():
+        if not few:
+            label.set(rotation=90, fontsize=7)
+        elif not label.get_text().isdigit():
+            label.set(rotation=40, ha="right", rotation_mode="anchor")
+    for x in range(1, len(layers)):
+        if _place(layers[x])[0] != _place(layers[x - 1])[0]:  # what is no layer, and the sum, stand apart
+            axes.axvline(x - 0.5, color="white", linewidth=4)
     axes.set_xlabel("layer")
-    axes.set_title("Share of the weights that each stage owns", loc="left")
-    if len(shares) <= 40:
-        middle = max(map(max, values)) / 2
-        for y, line in enumerate(values):
-            for x, share in enumerate(line):
-                color = "black" if share > middle else "white"
-                axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:.0f} %")
+    axes.set_title("Share of the weights that each stage owns, in %", loc="left")
+    if few:
+        _write_numbers(axes, image, values)
+    figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:.0f} %", pad=0.02)
     figure.savefig(path, dpi=150)
+
+
+def _write_numbers(axes: Any, image: Any, values: Sequence[Sequence[float]]) -> None:
+    for y, line in enumerate(values):
+        for x, share in enumerate(line):
+            red, green, blue, _ = image.to_rgba(share)
+            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.45
+            color = "white" if dark else "black"
+            axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
 
 
 def _layer(name: str) -> str:
@@ -93,4 +114,4 @@ def _place(layer: str) -> tuple[int, int, str]:
 
 def _shares(counts: torch.Tensor, stages: Sequence[str]) -> dict[str, float]:
     total = max(1, int(counts.sum()))
-    return {name: int(count) / total for name, count in zip([BASE, *stages], counts, strict=True)}
+    return {name: int(count) / total for name, count in zip(row_names(stages), counts, strict=True)}

@@ -23,7 +23,8 @@ class Running:
         self.folder = folder
         self._dense = _weights(folder)
         self._owners = _weights(folder / "owners")
-        self._factors = {path.stem: Weights(path) for path in sorted((folder / "factors").glob("*.safetensors"))}
+        # Opened when they are read: a large model has more of them than a process may have files open.
+        self._factors = {path.stem: path for path in sorted((folder / "factors").glob("*.safetensors"))}
 
     def names(self) -> set[str]:
         """Return the names of the weights that are not all zero."""
@@ -32,7 +33,7 @@ class Running:
     def rank(self, name: str) -> int | None:
         """Return the rank of a weight that is kept as factors; 0 for one that is zero; None for a dense one."""
         if name in self._factors:
-            return max(self._factors[name].shape("core"))
+            return max(Weights(self._factors[name]).shape("core"))
         return None if name in self.names() else 0
 
     def tensor(self, name: str) -> Tensor | None:
@@ -42,7 +43,8 @@ class Running:
         return self._dense.tensor(name) if self._dense and name in self._dense.names else None
 
     def factored(self, name: str) -> Factored:
-        return Factored(*(self._factors[name].tensor(part) for part in ("left", "core", "right")))
+        file = Weights(self._factors[name])
+        return Factored(*(file.tensor(part) for part in ("left", "core", "right")))
 
     def owners(self, name: str) -> Tensor:
         """Return the stage that each element of a weight is of (uint8; 0: still the base's)."""

@@ -75,6 +75,12 @@ def write_log(folder: Path, log: Log) -> None:
     write_atomically(folder / "state.json", json.dumps(asdict(log), indent=1) + "\n")
 
 
+def require_new(folder: Path) -> None:
+    """Raise RunError if a folder holds anything, but for what a crash in its first `write_log` has left."""
+    if folder.exists() and (not folder.is_dir() or any(p.name != ".state.json.new" for p in folder.iterdir())):
+        raise RunError(f"{folder} is not empty. Name a new folder for the state, or add to it if it is one.")
+
+
 def refuse_twins(log: Log, models: Sequence[str | Path], digests: Sequence[str]) -> None:
     """Raise ModelError if an expert has been folded already."""
     seen = {e.sha256: e.stage for e in log.experts}

@@ -19,7 +19,7 @@ LAYERS = (
     ("run_folder", "progress", "merge_files", "merge_words", "adapter_base", "factored", "merge_tensor"),
     # parts of a phase
     ("corpus", "forgetting", "model_folder", "train_strategies"),
-    ("running_state", "adapter_layout", "mergekit_words"),
+    ("running_state", "adapter_layout", "mergekit_words", "model_in_memory"),
     ("model_card", "report_findings", "adapter_files", "adapter_writer"),
     ("report_pages", "report_pictures", "experts"),
     ("merge_write",),
@@ -36,7 +36,7 @@ LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 # Heavy or fast-moving libraries, and the modules that know them.
 TRAINING = {"corpus", "finetune", "model_folder", "scoring", "train_strategies"}
 KNOWN_BY = {
-    "transformers": TRAINING,
+    "transformers": TRAINING | {"model_in_memory"},
     "trl": TRAINING,
     "peft": {"train_strategies"},  # adapters are read and written without it
     "lm_eval": {"scoring"},

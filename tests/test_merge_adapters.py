@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -306,6 +308,49 @@ def test_an_exported_adapter_of_gpt2(models: dict[str, Path], tmp_path: Path) ->
     assert_same_model(state, tmp_path / "adapter", tmp_path)
 
 
+def test_names_that_are_stored_without_what_stands_in_front(models: dict[str, Path], tmp_path: Path) -> None:
+    """The stock gpt2 on the Hub stores h.0.attn..., and is transformer.h.0.attn... in memory, which peft goes by."""
+    base = tmp_path / "base"
+    shutil.copytree(models["gpt2"], base)
+    bare = {n.removeprefix("transformer."): t for n, t in load_file(base / "model.safetensors").items()}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    expert = lora(base, tmp_path / "x", seed=0, target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True)
+    state = MergeState.create(tmp_path / "state", base=base, rule="average").add(expert)
+    assert "h.0.attn.c_attn.weight" in export_adapter(state, tmp_path / "adapter")
+    before, wrapped = (
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64),
+        loaded(base, tmp_path / "adapter"),
+    )
+    whole = AutoModelForCausalLM.from_pretrained(state.export(tmp_path / "out"), dtype=torch.float64)
+    assert torch.dist(logits(whole), logits(before)) > 0.01
+    torch.testing.assert_close(logits(wrapped), logits(whole), atol=1e-5, rtol=0)
+
+
+def test_an_architecture_that_transformers_does_not_know(models: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(models["base"], base)
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "architectures": ["OwnModel"]}
+    (base / "config.json").write_text(json.dumps(config))
+    state = MergeState.create(tmp_path / "state", base=base, rule="average").add(models["a1"], force=True)
+    with pytest.raises(ModelError, match=r"does not know the architecture of .* without --as-adapter"):
+        export_adapter(state, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_more_factors_than_a_process_may_have_files_open(tmp_path: Path) -> None:
+    base = toy_llama(tmp_path / "base", seed=0, hidden=64, tied=False, layers=8)
+    experts = [lora(base, tmp_path / f"x{i}", seed=i) for i in (1, 2)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 25, before[1]))
+    try:
+        state = MergeState.create(tmp_path / "state", base=base, rule="opcm").add(experts[0]).add(experts[1])
+        assert len(factor_files(state)) == 8 * 7
+        state.export(tmp_path / "out")
+        export_adapter(state, tmp_path / "adapter")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_an_exported_adapter_is_an_expert_again(models: dict[str, Path], tmp_path: Path) -> None:
     state = MergeState.create(tmp_path / "state", base=models["base"], rule="average").add(models["a1"], models["a2"])
     export_adapter(state, tmp_path / "adapter")
@@ -407,6 +452,15 @@ def test_twins_and_what_only_looks_like_one(models: dict[str, Path], tmp_path: P
     assert first.sha256 != second.sha256
     assert second.norm == pytest.approx(2 * first.norm, rel=1e-6)
     assert_merged(state, models["base"], [models["a1"], louder], tmp_path / "out")
+
+
+def test_a_model_beside_an_adapter_is_not_the_expert(models: dict[str, Path], tmp_path: Path) -> None:
+    """Some training scripts leave the merged model, or the base, in the adapter's own folder."""
+    experts = [edited(models[a], tmp_path / a) for a in ("a1", "a2")]
+    for expert in experts:
+        shutil.copy(models["full"] / "model.safetensors", expert)
+    state = MergeState.create(tmp_path / "state", base=models["base"], rule="average").add(*experts)
+    assert_merged(state, models["base"], [models["a1"], models["a2"]], tmp_path / "out")
 
 
 def test_dropping_an_adapter_is_never_having_had_it(models: dict[str, Path], tmp_path: Path) -> None:

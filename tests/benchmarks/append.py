@@ -4,13 +4,12 @@
     python tests/benchmarks/append.py --quick     4 tiny ones
 
 Each expert is made, added with `contmerge merge add` in a process of its own, and deleted. The first append of a
-projection rule has nothing to keep off from, so the second is the first to compare with. Seconds waver: the 2nd stands
+projection rule has nothing to keep off from, so the second is the first to compare with. Figures waver: the 2nd stands
 for the median of the 2nd to the 6th, the last for the median of the last five.
 """
 
 import argparse
 import shutil
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import models
 
 RULES = {"magmax": ["--set", "lambda=0.5"], "opcm": ["--set", "alpha=0.5"]}
 NEAR = 5
+FIGURES = (measure.peak, measure.wall, measure.cpu)
 
 
 def main() -> None:
@@ -62,12 +62,13 @@ def report(rule: str, costs: Sequence[measure.Cost]) -> None:
     shown = [n for n in (1, 2, 3, 4, 8, 16, 32, 48, 63, 64) if n <= len(costs)]
     print(f"{rule}:\n\n| append | {' | '.join(map(str, shown))} |\n|{'---|' * (len(shown) + 1)}")
     print(f"| wall, s | {' | '.join(f'{costs[n - 1].wall:.2f}' for n in shown)} |")
+    print(f"| processor, s | {' | '.join(f'{costs[n - 1].cpu:.2f}' for n in shown)} |")
     print(f"| peak memory, MiB | {' | '.join(f'{costs[n - 1].peak / 2**20:.0f}' for n in shown)} |\n")
     early, late = costs[1 : 1 + NEAR], costs[-NEAR:]
-    memory = max(c.peak for c in late) / statistics.median(c.peak for c in early)
-    seconds = statistics.median(c.wall for c in late) / statistics.median(c.wall for c in early)
+    memory, seconds, cpu = (measure.median(late, w) / measure.median(early, w) for w in FIGURES)
     print(measure.verdict(f"{rule}: peak memory of the {len(costs)}th append / of the 2nd", memory, 1.05))
-    print(measure.verdict(f"{rule}: seconds of the {len(costs)}th append / of the 2nd", seconds, 1.15), end="\n\n")
+    print(measure.verdict(f"{rule}: seconds of the {len(costs)}th append / of the 2nd", seconds, 1.15))
+    print(f"- {rule}: processor seconds, the same: {cpu:.3g}\n")
 
 
 if __name__ == "__main__":
