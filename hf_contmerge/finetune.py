@@ -24,8 +24,9 @@ from hf_contmerge.corpus import StageData, require_chat_template
 from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
 from hf_contmerge.model_folder import bf16_pays, copy_companions, cpu_only
 from hf_contmerge.recipe import Train
+from hf_contmerge.stage_trainer import StrategySteps, trainer_class
 from hf_contmerge.tensor_files import Weights
-from hf_contmerge.train_strategies import TrainStrategy, get_strategy, strategy_names
+from hf_contmerge.train_strategies import Combined, combine, strategy_names
 
 LOG = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ def finetune_stage(
     seed: int,
     out: Path,
     checkpoints: Path,
+    memory: Path | None = None,
+    memory_out: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Train one expert. All ranks call this together; the main one writes.
@@ -53,6 +56,8 @@ def finetune_stage(
         seed: of the data order and dropout.
         out: an empty folder for the expert, written by the main process.
         checkpoints: where half-trained states lie; training goes on from the newest whole one.
+        memory: what the strategies remembered of earlier stages, if there are any.
+        memory_out: where they write what later stages need, a folder that is not there yet; or None, to keep nothing.
         trust_remote_code: let the model run code of its own.
 
     Returns:
@@ -60,20 +65,25 @@ def finetune_stage(
     """
     from trl.trainer.sft_trainer import SFTTrainer
 
-    strategy = make_strategy(train)
+    strategies = make_strategies(train)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     settings = sft_settings(train, data, tokenizer, numel=Weights(start).numel())
     init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
     model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=trust_remote_code, **init)
     set_seed(seed)  # before the strategy draws what it adds; the trainer sets it only later
-    trainer = SFTTrainer(
-        model=_open(strategy, model, train),
+    trainer = trainer_class(SFTTrainer, strategies)(
+        model=_open(strategies, model, memory, train),
         args=_sft_config(**settings, output_dir=str(checkpoints), seed=seed),
-        train_dataset=data.train,
+        train_dataset=strategies.mix(data.train, memory, seed=seed),
         processing_class=tokenizer,
+        callbacks=[StrategySteps(strategies)],
     )
+    _check_ranks(trainer, strategies)
     _train_on(trainer, _newest_checkpoint(checkpoints))
-    _save_expert(trainer, strategy, base, out)
+    if memory_out:
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        strategies.remember(unwrapped, data.train, memory, memory_out, main=trainer.accelerator.is_main_process)
+    _save_expert(trainer, strategies, base, out)
     log = trainer.state.log_history
     # The closing summary's mean is of this process's steps only, so it counts only where nothing was logged before.
     losses = [e["loss"] for e in log if "loss" in e] or [e["train_loss"] for e in log if "train_loss" in e]
@@ -91,30 +101,47 @@ def finetune_stage(
     return record
 
 
-def make_strategy(train: Train) -> TrainStrategy:
-    """Return the strategy that the recipe names. Raises RecipeError if there is none such or a parameter is unknown."""
+def make_strategies(train: Train) -> Combined:
+    """Return the strategies that the recipe names. Raises RecipeError for an unknown name, parameter or union."""
+    for name in train.strategy:
+        if name not in strategy_names():
+            raise RecipeError(unknown("strategy", name, strategy_names(), where="train"))
     try:
-        return get_strategy(train.strategy, **train.parameters)
-    except KeyError as error:
-        raise RecipeError(unknown("strategy", train.strategy, strategy_names(), where="train")) from error
+        return combine(train.strategy, train.parameters_of())
     except (TypeError, ValueError) as error:
         raise _bad_parameters(train, error) from error
 
 
-def _open(strategy: TrainStrategy, model: PreTrainedModel, train: Train) -> Any:
+def _open(strategies: Combined, model: PreTrainedModel, memory: Path | None, train: Train) -> Any:
     try:
-        return strategy.open(model)
+        return strategies.open(model, memory)
     except (ValueError, NotImplementedError) as error:  # what peft says of values that do not fit this model
         raise _bad_parameters(train, error) from error
 
 
 def _bad_parameters(train: Train, error: Exception) -> RecipeError:
-    return RecipeError(f"train.parameters: {error} (strategy {train.strategy})")
+    return RecipeError(f"train.parameters: {error} (strategy {' + '.join(train.strategy)})")
+
+
+def _check_ranks(trainer: Any, strategies: Combined) -> None:
+    """Raise RecipeError where the launcher shares out the weights and a strategy needs them whole."""
+    names = strategies.not_sharded()
+    if trainer.is_fsdp_enabled and names:
+        raise RecipeError(
+            f"train.strategy: {' and '.join(names)} cannot work where the weights are shared out among ranks (FSDP). "
+            "Use another strategy, or DDP."
+        )
+    others = [name for name in strategies.parts if not strategies.parts[name].carrier and name != "replay"]
+    if trainer.is_deepspeed_enabled and others:
+        raise RecipeError(
+            f"train.strategy: {' and '.join(others)} cannot work under DeepSpeed, which keeps gradients and weights to "
+            "itself. Use FSDP2 or DDP."
+        )
 
 
 def check_training(train: Train, start: Path) -> None:
     """Raise before any work is spent: unknown fields (RecipeError), or too little memory (ResourceError)."""
-    strategy = make_strategy(train)
+    strategies = make_strategies(train)
     known = {f.name: f.default for f in dataclasses.fields(_config_class())}
     for field, value in train.sft_fields.items():
         if field in _OURS:
@@ -127,7 +154,7 @@ def check_training(train: Train, start: Path) -> None:
         _sft_config(**{**_defaults(numel=0), **train.sft_fields}, output_dir="unused")
     except (ValueError, TypeError) as error:
         raise RecipeError(f"train: {error}") from error
-    need = Weights(start).numel() * strategy.bytes_per_parameter
+    need = Weights(start).numel() * strategies.bytes_per_parameter
     have = (
         torch.cuda.mem_get_info()[1] * torch.cuda.device_count()
         if torch.cuda.is_available()
@@ -135,7 +162,7 @@ def check_training(train: Train, start: Path) -> None:
     )
     if need > have:
         raise ResourceError(
-            f"Training {start} with strategy {train.strategy} needs about {size(need)} and this machine has "
+            f"Training {start} with {' + '.join(train.strategy)} needs about {size(need)} and this machine has "
             f"{size(have)}. Use `strategy: lora`, a smaller model, or more GPUs."
         )
 
@@ -214,9 +241,9 @@ def _train_on(trainer: Any, checkpoint: Path | None) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _save_expert(trainer: Any, strategy: TrainStrategy, base: Path, out: Path) -> None:
+def _save_expert(trainer: Any, strategies: Combined, base: Path, out: Path) -> None:
     accelerator = trainer.accelerator
-    model = strategy.close(accelerator.unwrap_model(trainer.model))
+    model = strategies.close(accelerator.unwrap_model(trainer.model))
     state = (
         accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
     )

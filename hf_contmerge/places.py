@@ -87,12 +87,17 @@ class ExpertPlace(Place):
         return Path(given) if given else self.folder / "expert"
 
     @property
+    def memory(self) -> Path:
+        """What the stage's strategies keep for later ones (examples, a Fisher diagonal, ...), if anything."""
+        return self.folder / "memory"
+
+    @property
     def checkpoints(self) -> Path:
         """Half-trained states, to resume from; removed once the expert is there."""
         return self.folder / "checkpoints"
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
-        return {"train": ("expert", ".expert", "checkpoints")}.get(phase, ())
+        return {"train": ("expert", ".expert", "memory", ".memory", "checkpoints")}.get(phase, ())
 
 
 @dataclass(frozen=True)

@@ -120,13 +120,36 @@ class Stage(_Part):
         return self
 
 
+def _as_names(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class Train(BaseModel):
     """How experts are trained: `strategy`, its `parameters`, and any field of TRL's SFTConfig by its own name."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    strategy: str = "full"
+    strategy: Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)] = ("full",)
+    """One name, or several that are combined: [lora, replay]."""
     parameters: dict[str, Any] = {}
+    """Of the strategy; of several, under the name of each: {lora: {r: 8}, replay: {examples: 100}}."""
+
+    def parameters_of(self) -> dict[str, dict[str, Any]]:
+        """Return the parameters under the name of the strategy that they belong to."""
+        if len(self.strategy) == 1 and set(self.parameters) != set(self.strategy):
+            return {self.strategy[0]: self.parameters}
+        return self.parameters
+
+    @model_validator(mode="after")
+    def _parameters_have_an_owner(self) -> Train:
+        if len(self.strategy) > 1:
+            for name, value in self.parameters.items():
+                if name not in self.strategy or not isinstance(value, dict):
+                    raise ValueError(
+                        f"parameters.{name}: with several strategies each one's parameters go under its name, such as "
+                        f"`parameters: {{{self.strategy[0]}: {{...}}}}`"
+                    )
+        return self
 
     @property
     def sft_fields(self) -> dict[str, Any]:

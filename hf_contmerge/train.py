@@ -177,13 +177,17 @@ class Loop:
         recipe = self.run.recipe
         if self.ranks.is_main_process:
             place.scratch("expert")
+            remove(place.folder / ".memory")
         self.ranks.wait_for_everyone()
+        memory = self._memory_of(t, place.kind)
         outcome = finetune_stage(
             start=start, base=self.prepared.base, data=self.prepared.data[stage.name], train=recipe.train,
             seed=recipe.seed, out=place.folder / ".expert", checkpoints=place.checkpoints,
-            trust_remote_code=recipe.trust_remote_code,
+            memory=memory, memory_out=place.folder / ".memory", trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
         if self.ranks.is_main_process:
+            if (place.folder / ".memory").exists():
+                place.publish("memory")
             place.publish("expert")
             outcome["model_sha256"] = weights_sha256(place.folder / "expert")
         return {"start": str(start), "settings": recipe.train.model_dump(mode="json"), "seed": recipe.seed, **outcome}
@@ -216,6 +220,13 @@ class Loop:
             return self.run.expert(t - 1, kind).model
         entry = next(e for e in self.run.recipe.merge if f"merged-{e.name}" == kind)
         return self.run.merged(t - 1, entry).model
+
+    def _memory_of(self, t: int, kind: str) -> Path | None:
+        """Return what the stages before t remember; independent experts (kind base) know of none."""
+        if kind == "base":
+            return None
+        folders = (self.run.expert(i, kind).memory for i in range(t - 1, 0, -1))
+        return next((folder for folder in folders if folder.is_dir()), None)
 
     def _merge(self, t: int, entry: Merge) -> None:
         place = self.run.merged(t, entry)

@@ -20,7 +20,7 @@ LAYERS = (
     # parts of a phase
     ("corpus", "forgetting", "model_folder", "train_strategies"),
     ("running_state", "adapter_layout", "mergekit_words", "model_in_memory"),
-    ("model_card", "report_findings", "adapter_files", "adapter_writer"),
+    ("model_card", "report_findings", "adapter_files", "adapter_writer", "stage_trainer"),
     ("report_pages", "report_pictures", "experts"),
     ("merge_write",),
     ("merge_fold",),
@@ -34,7 +34,7 @@ LAYERS = (
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 
 # Heavy or fast-moving libraries, and the modules that know them.
-TRAINING = {"corpus", "finetune", "model_folder", "scoring", "train_strategies"}
+TRAINING = {"corpus", "finetune", "model_folder", "scoring", "stage_trainer", "train_strategies"}
 KNOWN_BY = {
     "transformers": TRAINING | {"model_in_memory"},
     "trl": TRAINING,

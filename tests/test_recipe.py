@@ -63,7 +63,7 @@ def test_every_shipped_recipe_is_read(path: Path) -> None:
 def test_the_defaults_of_the_smallest_recipe() -> None:
     recipe = parse_recipe(smallest())
     assert recipe.seed == 0
-    assert recipe.train.strategy == "full"
+    assert recipe.train.strategy == ("full",)
     assert recipe.merge == (Merge(name="magmax", rule="magmax"),)
     assert recipe.run_folder() == Path("runs/law")
     assert recipe.stages[0].task_names() == ("law_heldout",)

@@ -1,39 +1,161 @@
-"""Training strategies: how an expert is trained, on top of TRL's SFTTrainer; one strategy a file.
+"""Training strategies: how an expert is trained, on top of TRL's trainers; one strategy a file.
 
-A strategy is a frozen dataclass whose fields are its parameters, as with merge rules: `train_strategies/lora.py` with a
-class `Lora` is `strategy: lora` in the recipe.
+A strategy is a dataclass whose fields are its parameters, as with merge rules: `train_strategies/lora.py` with a class
+`Lora` is `strategy: lora` in the recipe. One object trains one stage. Several can be combined (`strategy: [lora,
+replay]`): one *carrier* says which tensors are trained (full, lora, ...; without one, full), the others add what keeps
+old knowledge (replay, anchor, ...).
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+Inputs = Mapping[str, Any]
+"""A micro-batch as the trainer's collator makes it: input_ids, labels (-100: does not count), ..."""
 
-@dataclass(frozen=True)
-class TrainStrategy(ABC):
-    """What differs from plain fine-tuning."""
 
-    bytes_per_parameter: ClassVar[int] = 16
-    """Of memory while training in float32: weights, gradients and Adam's two moments."""
+@dataclass
+class TrainStrategy:
+    """What differs from plain fine-tuning. Every hook does nothing unless a strategy overrides it."""
 
-    @abstractmethod
-    def open(self, model: PreTrainedModel) -> Any:
-        """Return what SFTTrainer trains, made from the model that the stage starts from."""
+    carrier: ClassVar[bool] = False
+    """Whether it says which tensors are trained. A stage has exactly one such strategy."""
+    bytes_per_parameter: ClassVar[int] = 0
+    """Of memory while training, for each of the model's parameters: weights, gradients and Adam's two moments (of
+    carriers), or what the strategy adds to them (of others)."""
+    carriers: ClassVar[tuple[str, ...] | None] = None
+    """The carriers that it can be combined with; None: any."""
+    sharded: ClassVar[bool] = True
+    """Whether it is right where the weights are shared out among the ranks by FSDP2."""
 
-    @abstractmethod
-    def close(self, model: Any) -> PreTrainedModel:
-        """Return the trained model with the tensors that it started with: same names, same shapes."""
+    def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
+        """Return the examples to train on.
+
+        Args:
+            fresh: a datasets.Dataset of the stage's own examples.
+            memory: what this strategy remembered of earlier stages; None where there are none.
+            seed: of whatever is drawn.
+        """
+        return fresh
+
+    def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
+        """Return what is trained, made from the model that the stage starts from."""
+        return model
+
+    def loss(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
+        """Return what to add to a micro-batch's loss, summed over the tokens that count; the trainer divides.
+
+        Called after the forward pass whose loss it joins.
+        """
+        return None
+
+    def adjust_gradients(self, model: nn.Module) -> None:
+        """Change the gradients (averaged over ranks, clipped) just before the optimizer's step."""
+
+    def adjust_weights(self, model: nn.Module) -> None:
+        """Change the weights just after the optimizer's step."""
+
+    def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
+        """Write what later stages need into the folder `out`, which exists; called after training, on all ranks.
+
+        Args:
+            model: the trained model, as `open` made it.
+            data: the stage's own examples, a datasets.Dataset.
+            memory: what was remembered before this stage, or None.
+            out: an empty folder; only the main process may write. Left empty, it is removed.
+        """
+
+    def close(self, model: Any) -> Any:
+        """Return the model to save: with the tensors that it started with, same names and shapes."""
+        return model
+
+
+@dataclass
+class Combined:
+    """The strategies of one stage, by name, the carrier first; each hook calls all of them."""
+
+    parts: Mapping[str, TrainStrategy]
+
+    @property
+    def carrier(self) -> TrainStrategy:
+        return next(iter(self.parts.values()))
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        return sum(part.bytes_per_parameter for part in self.parts.values())
+
+    def not_sharded(self) -> list[str]:
+        """Return the names of those that FSDP2 would break."""
+        return [name for name, part in self.parts.items() if not part.sharded]
+
+    def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
+        for name, part in self.parts.items():
+            fresh = part.mix(fresh, _own(memory, name), seed=seed)
+        return fresh
+
+    def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
+        opened: Any = model
+        for name, part in self.parts.items():
+            opened = part.open(opened, _own(memory, name))
+        return opened
+
+    def loss(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
+        added = [loss for part in self.parts.values() if (loss := part.loss(model, inputs)) is not None]
+        return sum(added[1:], added[0]) if added else None
+
+    def has_loss(self) -> bool:
+        """Say whether any part adds to the loss."""
+        return any(type(part).loss is not TrainStrategy.loss for part in self.parts.values())
+
+    def adjust_gradients(self, model: nn.Module) -> None:
+        for part in self.parts.values():
+            part.adjust_gradients(model)
+
+    def adjust_weights(self, model: nn.Module) -> None:
+        for part in self.parts.values():
+            part.adjust_weights(model)
+
+    def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path, *, main: bool) -> None:
+        """Let each part write into its own folder below `out`; without anything to remember there is no `out`."""
+        for name, part in self.parts.items():
+            folder = out / name
+            if main:
+                folder.mkdir(parents=True)
+            part.remember(model, data, _own(memory, name), folder)
+            if main and not any(folder.iterdir()):
+                folder.rmdir()
+        if main and not any(out.iterdir()):
+            out.rmdir()
+
+    def close(self, model: Any) -> Any:
+        for part in reversed(list(self.parts.values())):
+            model = part.close(model)
+        return model
+
+
+def _own(memory: Path | None, name: str) -> Path | None:
+    return memory / name if memory and (memory / name).is_dir() else None
 
 
 def strategy_names() -> tuple[str, ...]:
     """Return the names of all strategies, which are the names of the files in this folder."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+
+
+def strategy_class(name: str) -> type[TrainStrategy]:
+    """Return the class of a strategy. Raises KeyError if there is none such."""
+    if name not in strategy_names():
+        raise KeyError(name)
+    module = importlib.import_module(f"{__name__}.{name}")
+    return next(c for n, c in vars(module).items() if n.lower() == name.replace("_", ""))
 
 
 def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:
@@ -42,9 +164,29 @@ def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:
     Raises:
         KeyError: no such strategy.
         TypeError: a parameter that it does not have.
+        ValueError: a value that it cannot have.
     """
-    if name not in strategy_names():
-        raise KeyError(name)
-    module = importlib.import_module(f"{__name__}.{name}")
-    cls = next(c for n, c in vars(module).items() if n.lower() == name.replace("_", ""))
-    return cls(**parameters)
+    return strategy_class(name)(**parameters)
+
+
+def combine(names: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> Combined:
+    """Make the strategies of a stage, from their names and the parameters of each.
+
+    Raises as `get_strategy`, and ValueError for strategies that cannot be combined.
+    """
+    if len(set(names)) < len(names):
+        raise ValueError(f"the same strategy twice: {', '.join(names)}")
+    parts = {name: get_strategy(name, **parameters.get(name, {})) for name in names}
+    carriers = [name for name, part in parts.items() if part.carrier]
+    if len(carriers) > 1:
+        raise ValueError(f"{' and '.join(carriers)} cannot be combined: each says which tensors are trained; keep one")
+    carrier = carriers[0] if carriers else "full"
+    parts = {carrier: parts[carrier] if carriers else get_strategy(carrier)} | parts
+    for name, part in _others(parts, carrier):
+        if part.carriers is not None and carrier not in part.carriers:
+            raise ValueError(f"{name} works with {' or '.join(part.carriers)}, not with {carrier}")
+    return Combined(parts)
+
+
+def _others(parts: Mapping[str, TrainStrategy], carrier: str) -> Iterator[tuple[str, TrainStrategy]]:
+    return ((name, part) for name, part in parts.items() if name != carrier)

@@ -4,18 +4,20 @@ Hu et al., ICLR 2022, arXiv 2106.09685.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from hf_contmerge.train_strategies import TrainStrategy
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(init=False)
 class Lora(TrainStrategy):
     """W <- W + (alpha / r) B A. Parameters: any field of peft's LoraConfig, by its own name."""
 
-    bytes_per_parameter: ClassVar[int] = 5
+    carrier = True
+    bytes_per_parameter = 5
 
     config: dict[str, Any]
 
@@ -24,9 +26,9 @@ class Lora(TrainStrategy):
 
         chosen = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
         LoraConfig(**chosen)  # says at once what it does not know
-        object.__setattr__(self, "config", chosen)
+        self.config = chosen
 
-    def open(self, model: PreTrainedModel) -> Any:
+    def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         from peft import LoraConfig, get_peft_model
 
         return get_peft_model(model, LoraConfig(**self.config))

@@ -1,25 +1,26 @@
-"""Appending experts one by one: what the last of many costs against the second.
+"""Appending experts one by one: what the 64th costs against the 2nd.
 
     python tests/benchmarks/append.py             64 experts of 60M parameters, magmax and opcm
     python tests/benchmarks/append.py --quick     4 tiny ones
 
-Each expert is made, added with `contmerge merge add` in a process of its own, and deleted. The first append of a
-projection rule has nothing to keep off from, so the second is the first to compare with. Figures waver: the 2nd stands
-for the median of the 2nd to the 6th, the last for the median of the last five.
+Two states of each rule are made, one of 1 expert and one of 63; each expert is deleted once it has been added. Then one
+and the same new expert is added to a copy of either, by `contmerge merge add` in a process of its own, in turns: a
+machine that grows slower while 64 experts come slows both. (The first append of a projection rule has nothing to keep
+off from, so the second is the first to compare with.)
 """
 
 import argparse
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import measure
 import models
 
-RULES = {"magmax": ["--set", "lambda=0.5"], "opcm": ["--set", "alpha=0.5"]}
-NEAR = 5
-FIGURES = (measure.peak, measure.wall, measure.cpu)
+from hf_contmerge import MergeState
+
+RULES: dict[str, dict[str, float]] = {"magmax": {"lambda": 0.5}, "opcm": {"alpha": 0.5}}
+Costs = dict[str, list[measure.Cost]]
 
 
 def main() -> None:
@@ -27,48 +28,56 @@ def main() -> None:
     models.add_arguments(parser)
     parser.add_argument("--size", choices=models.SIZES, default="60M")
     parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     size, count = ("tiny", 4) if args.quick else (args.size, args.experts)
-    for command in ("init", "add"):
-        measure.contmerge("merge", command)
+    measure.contmerge("merge", "add")
     base = models.base_model(args.models, size)
+    print(f"{count} appends, {models.SIZES[size].parameters(tied=True):,} parameters in bf16; {args.repeats} rounds.")
+    print(measure.machine(args.models), end="\n\n")
+    print("| rule | append | wall, s | processor, s | peak memory, MiB |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.models) as scratch:
         copied = shutil.copytree(base, Path(scratch) / "base")  # its experts come and go beside it
-        costs = append(copied, count)
-    print(f"{count} appends, {models.SIZES[size].parameters(tied=True):,} parameters in bf16.")
-    print(measure.machine(args.models), end="\n\n")
-    for rule, found in costs.items():
-        report(rule, found)
+        found = {rule: compare(copied, rule, count, rounds=args.repeats) for rule in RULES}
+    print()
+    for rule, costs in found.items():
+        report(rule, costs)
 
 
-def append(base: Path, count: int) -> dict[str, list[measure.Cost]]:
-    """Fold `count` experts into a state of each rule; return what each append cost."""
-    states = {rule: base.with_name(f"state-{rule}") for rule in RULES}
-    for rule, state in states.items():
-        words = ["merge", "init", str(state), "--base", str(base), "--rule", rule, *RULES[rule]]
-        measure.run(measure.Command(measure.contmerge(*words)))
-    add = measure.contmerge("merge", "add")
-    costs: dict[str, list[measure.Cost]] = {rule: [] for rule in RULES}
-    for number in range(1, count + 1):
+def compare(base: Path, rule: str, count: int, *, rounds: int) -> Costs:
+    """Measure the 2nd append and the last in turns; print a row of each."""
+    state = MergeState.create(base.with_name(f"{rule}-state"), base=str(base), rule=rule, **RULES[rule])
+    states: dict[str, Path] = {}
+    for number in range(1, count):
         expert = models.expert(base, number)
-        for rule, state in states.items():
-            costs[rule].append(measure.run(measure.Command([*add, str(state), str(expert)])))
+        state.add(str(expert))
         shutil.rmtree(expert)
+        if number == 1:
+            states["2nd"] = shutil.copytree(state.folder, base.with_name(f"{rule}-few"))
+    states[f"{count}th"] = state.folder
+    newest = models.expert(base, count)
+    costs: Costs = {name: [] for name in states}
+    for _ in range(rounds):
+        for name, there in states.items():
+            copied = shutil.copytree(there, base.with_name("copied"))
+            costs[name].append(
+                measure.run(measure.Command(measure.contmerge("merge", "add", str(copied), str(newest))))
+            )
+            shutil.rmtree(copied)
+    shutil.rmtree(newest)
+    for name, rows in costs.items():
+        wall, cpu, peak = (measure.median(rows, what) for what in (measure.wall, measure.cpu, measure.peak))
+        print(f"| {rule} | {name} | {wall:.2f} | {cpu:.2f} | {peak / 2**20:.0f} |", flush=True)
     return costs
 
 
-def report(rule: str, costs: Sequence[measure.Cost]) -> None:
-    """Print one rule's table and verdicts."""
-    shown = [n for n in (1, 2, 3, 4, 8, 16, 32, 48, 63, 64) if n <= len(costs)]
-    print(f"{rule}:\n\n| append | {' | '.join(map(str, shown))} |\n|{'---|' * (len(shown) + 1)}")
-    print(f"| wall, s | {' | '.join(f'{costs[n - 1].wall:.2f}' for n in shown)} |")
-    print(f"| processor, s | {' | '.join(f'{costs[n - 1].cpu:.2f}' for n in shown)} |")
-    print(f"| peak memory, MiB | {' | '.join(f'{costs[n - 1].peak / 2**20:.0f}' for n in shown)} |\n")
-    early, late = costs[1 : 1 + NEAR], costs[-NEAR:]
-    memory, seconds, cpu = (measure.median(late, w) / measure.median(early, w) for w in FIGURES)
-    print(measure.verdict(f"{rule}: peak memory of the {len(costs)}th append / of the 2nd", memory, 1.05))
-    print(measure.verdict(f"{rule}: seconds of the {len(costs)}th append / of the 2nd", seconds, 1.15))
-    print(f"- {rule}: processor seconds, the same: {cpu:.3g}\n")
+def report(rule: str, costs: Costs) -> None:
+    """Print one rule's verdicts."""
+    (early, few), (late, many) = costs.items()
+    what = f"of the {late} append / of the {early}"
+    print(measure.verdict(f"{rule}: peak memory {what}", measure.ratio(many, few, measure.peak), 1.05))
+    print(measure.verdict(f"{rule}: seconds {what}", measure.ratio(many, few), 1.15))
+    print(f"- {rule}: processor seconds, the same: {measure.ratio(many, few, measure.cpu):.3g}\n")
 
 
 if __name__ == "__main__":
