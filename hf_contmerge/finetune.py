@@ -162,8 +162,8 @@ def check_training(train: Train, start: Path) -> None:
     )
     if need > have:
         raise ResourceError(
-            f"Training {start} with {' + '.join(train.strategy)} needs about {size(need)} and this machine has "
-            f"{size(have)}. Use `strategy: lora`, a smaller model, or more GPUs."
+            f"Training {start} with strategy {' + '.join(train.strategy)} needs about {size(need)} and this "
+            f"machine has {size(have)}. Use `strategy: lora`, a smaller model, or more GPUs."
         )
 
 

@@ -84,7 +84,7 @@ def test_a_string_stands_for_the_mapping_with_its_main_field() -> None:
 
 def test_train_takes_the_fields_of_sft_config_by_their_own_names() -> None:
     train = parse_recipe(smallest() | {"train": {"strategy": "lora", "max_steps": 5, "packing": True}}).train
-    assert train.strategy == "lora"
+    assert train.strategy == ("lora",)
     assert train.sft_fields == {"max_steps": 5, "packing": True}
 
 
