@@ -1,6 +1,8 @@
 """The `contmerge` command.
 
 contmerge run RECIPE [--run DIR] [--set A.B=C] [--until PHASE]    start or resume a run
+contmerge new [RECIPE] [--base MODEL --stage NAME=SOURCE ...]     write a commented recipe
+contmerge plan RECIPE [--run DIR] [--set A.B=C] [--json]          check all of it; memory, disk and time of each phase
 contmerge status RUN                                              what is done, what is next
 contmerge report RUN                                              write the report again, print the table
 contmerge redo RUN PHASE [--stage NAME]                           drop a phase and what follows from it
@@ -15,12 +17,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from hf_contmerge import new_recipe, plan
 from hf_contmerge.errors import clear_errors
 from hf_contmerge.merge_cli import add_merge_command
 from hf_contmerge.places import FolderLock
 from hf_contmerge.recipe import PHASES
 from hf_contmerge.run_folder import Run
-from hf_contmerge.train import add_arguments, run_command, show_report
+from hf_contmerge.train import add_arguments, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="start or resume a run")
     add_arguments(run)
     run.set_defaults(do=run_command)
+    new_recipe.add_arguments(commands.add_parser("new", help="write a commented recipe"))
+    plan.add_arguments(commands.add_parser("plan", help="check a recipe; estimate memory, disk and time"))
     for name, do, text in (
         ("status", _status, "what is done, what is next"),
         ("report", _report, "write the report again, print the table"),
@@ -86,7 +91,7 @@ def _status(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from hf_contmerge.report import write_report
+    from hf_contmerge.report import show_report, write_report
 
     run = Run.load(args.run)
     write_report(run)

@@ -82,7 +82,8 @@ def merge_experts(
 def write_sum(base: Path, expert: Path, minus: Path, out: Path) -> None:
     """Write base + (expert - minus) in float32: the model whose task vector is the difference of two others.
 
-    So an instruction vector (instruct - its base) becomes a stage like any other (arXiv 2310.04799, 2409.19854).
+    So an instruction vector (instruct - its base) becomes a stage like any other (arXiv 2310.04799, 2409.19854). The
+    tokenizer, chat template and generation config are the instruct model's.
     """
     weights, plus, less = Weights(base), Weights(expert), Weights(minus)
     floating = set(weights.floating())
@@ -98,4 +99,4 @@ def write_sum(base: Path, expert: Path, minus: Path, out: Path) -> None:
                         "damaged, or its training diverged: fetch or train it again."
                     )
             writer.write(name, tensor)
-    copy_companions(base, out, dtype=torch.float32)
+    copy_companions(base, out, dtype=torch.float32, tokenizer_from=expert)

@@ -7,7 +7,6 @@ first merges into a model of the base's dtype, to that rounding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from hf_contmerge.merge_words import dtype_named, make_rule
 from hf_contmerge.merge_write import Merged, Output
 from hf_contmerge.mergekit_words import MERGEKITS_OWN, MergekitRecipe
 from hf_contmerge.model_folder import resolve_model
+from hf_contmerge.model_names import tokens_of
 from hf_contmerge.tensor_files import SHARD_SIZE, Weights
 from hf_contmerge.work_sharing import Crew
 
@@ -125,7 +125,7 @@ def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expe
 
 def _require_same_tokens(source: Path, base: Weights, folders: Sequence[Path]) -> None:
     """Refuse a tokenizer with which mergekit would cut or reorder the vocabulary tables' rows."""
-    tokens = _tokens(source)
+    tokens = tokens_of(source)
     cure = "Leave the tokenizer setting out: the base's is copied then. Or use `mergekit-yaml`."
     if tokens is None:
         raise RecipeError(f"{source} has no tokenizer.json, so that its tokens cannot be compared. {cure}")
@@ -135,26 +135,11 @@ def _require_same_tokens(source: Path, base: Weights, folders: Sequence[Path]) -
             f"rows: mergekit would resize them. {cure}"
         )
     for folder in folders:
-        theirs = _tokens(folder)
+        theirs = tokens_of(folder)
         if theirs is None and not (folder / "tokenizer_config.json").is_file():
             continue  # mergekit takes it to be the base's
         if theirs != tokens:
             raise RecipeError(f"The tokenizers of {source} and {folder} differ: mergekit would reorder rows. {cure}")
-
-
-def _tokens(folder: Path) -> dict[str, int] | None:
-    """Return token -> number of a fast tokenizer, added ones too; None if there is no tokenizer.json."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    try:
-        values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = values["model"]["vocab"]
-        added = {token["content"]: token["id"] for token in values.get("added_tokens") or ()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"Cannot read {folder / 'tokenizer.json'}: {error!r}. Fetch it again.") from error
-    if isinstance(vocabulary, list):  # Unigram: pairs of token and score
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **added}
 
 
 def _spelled(model: Path, adapter: Path | None = None) -> Any:

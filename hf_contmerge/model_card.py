@@ -119,6 +119,9 @@ def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
     }
 
     def public(key: str, value: str) -> str:
+        if key == "model" and "+" in value:  # mergekit's word for a model and an adapter of it
+            model, _, adapter = value.partition("+")
+            return f"{public('base_model', model)}+{public(key, adapter)}"
         path = Path(value).resolve()
         if key == "base_model":
             return _public_word(key, run.recipe.base_model)

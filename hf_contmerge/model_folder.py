@@ -16,6 +16,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ LOG = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _COMPANIONS = {".json", ".jinja", ".model", ".txt"}
 
 
@@ -40,11 +43,7 @@ def resolve_model(name: str, *, adapters: bool = False) -> Path:
         ModelError: there is no such folder, or it holds no safetensors.
         ResourceError: the Hub cannot be reached.
     """
-    path = Path(name).expanduser()
-    if name.startswith("quickstart:"):
-        from hf_contmerge.quickstart_texts import quickstart_model
-
-        path = quickstart_model()
+    path = model_path(name)
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path)
     if path.is_dir():
@@ -52,9 +51,23 @@ def resolve_model(name: str, *, adapters: bool = False) -> Path:
         if not (path / "config.json").is_file() and not (adapters and (path / "adapter_config.json").is_file()):
             raise ModelError(f"{path} has no config.json. A model is a folder as `save_pretrained` writes it.")
         return path
+    check_hub_id(name)
+    return _from_hub(name)
+
+
+def model_path(name: str) -> Path:
+    """Return where a model would lie that is named by a path, or the quickstart's, which comes with a package."""
+    if name.startswith("quickstart:"):
+        from hf_contmerge.quickstart_texts import quickstart_model
+
+        return quickstart_model()
+    return Path(name).expanduser()
+
+
+def check_hub_id(name: str) -> None:
+    """Raise ModelError unless a name, at which nothing lies here, can be one on the Hub."""
     if not _HUB_ID.match(name):
         raise ModelError(f"There is no model at {name}. Give a folder, a .gguf file, or a Hub id (owner/model).")
-    return _from_hub(name)
 
 
 def check_same_layout(base: Path, other: Path) -> None:
@@ -90,15 +103,18 @@ def copy_companions(
 ) -> None:
     """Copy what makes weights a model (config, tokenizer, chat template, generation config); set config's dtype.
 
-    `tokenizer_from`: take all of it but config.json from another model.
+    `tokenizer_from`: take all of it from another model, and of its config.json which tokens begin, end and pad a text.
     """
     for path in sorted((tokenizer_from or source).iterdir()):
         if path.suffix in _COMPANIONS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
     shutil.copyfile(source / "config.json", target / "config.json")
+    values = config(target)
     if dtype is not None:
-        values = config(target)
         values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
+    if tokenizer_from is not None and (tokenizer_from / "config.json").is_file():
+        values |= {word: value for word, value in config(tokenizer_from).items() if word in _ENDS}
+    if values != config(target):
         (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -109,11 +125,20 @@ def _some(names: set[str]) -> str:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repo, _, revision = name.partition("@")
-    try:
+    with hub_errors(name):
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES))
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Say what is wrong when a model cannot be had from the Hub: ModelError if it is not there, else ResourceError."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repo = name.partition("@")[0]
+    try:
+        yield
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"There is no model {repo} on the Hub, or you may not read it. Check the name, or `hf auth login`."
@@ -127,10 +152,7 @@ def _from_hub(name: str) -> Path:
 
 def _from_gguf(path: Path) -> Path:
     """Return the folder of a dequantised GGUF model, converted into bfloat16 once and kept in HF_HOME."""
-    from huggingface_hub.constants import HF_HOME
-
-    source = hashlib.sha256(path.read_bytes()).hexdigest()
-    folder = Path(HF_HOME) / "contmerge" / f"{path.stem}-{source[:12]}"
+    source, folder = converted_folder(path)
     record = folder / "converted.json"
     if record.is_file() and json.loads(record.read_text())["weights_sha256"] == weights_sha256(folder):
         return folder
@@ -142,6 +164,14 @@ def _from_gguf(path: Path) -> Path:
     scratch.rename(folder)
     write_atomically(record, json.dumps({"source_sha256": source, "weights_sha256": weights_sha256(folder)}))
     return folder
+
+
+def converted_folder(path: Path) -> tuple[str, Path]:
+    """Return the digest of a GGUF file, and the folder for what it is converted into, which need not be there yet."""
+    from huggingface_hub.constants import HF_HOME
+
+    source = hashlib.sha256(path.read_bytes()).hexdigest()
+    return source, Path(HF_HOME) / "contmerge" / f"{path.stem}-{source[:12]}"
 
 
 def _dequantise(path: Path, folder: Path) -> None:

@@ -7,7 +7,6 @@ the base's. With experts trained one after the other, a later stage owns only wh
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.merge_state import MergeState
+from hf_contmerge.model_names import layer_of, layer_order
 from hf_contmerge.running_state import Running
 from hf_contmerge.tensor_files import Weights
 
 BASE = "base"
 _COLUMNS_WITH_NUMBERS = 45
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def ownership(base: Weights, running: Path, stages: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -37,9 +36,9 @@ def ownership(base: Weights, running: Path, stages: Sequence[str]) -> dict[str, 
             found += torch.bincount(state.owners(name).reshape(-1), minlength=len(stages) + 1)
         else:
             found[0] = torch.Size(base.shape(name)).numel()
-        for layer in (_layer(name), "all"):
+        for layer in (layer_of(name), "all"):
             counts[layer] = counts.get(layer, torch.zeros_like(found)) + found
-    order = sorted(counts, key=_place)
+    order = sorted(counts, key=layer_order)
     return {layer: _shares(counts[layer], stages) for layer in order}
 
 
@@ -81,7 +80,7 @@ def draw_ownership(shares: Mapping[str, Mapping[str, float]], rows: Sequence[str
         elif not label.get_text().isdigit():
             label.set(rotation=40, ha="right", rotation_mode="anchor")
     for x in range(1, len(layers)):
-        if _place(layers[x])[0] != _place(layers[x - 1])[0]:  # what is no layer, and the sum, stand apart
+        if layer_order(layers[x])[0] != layer_order(layers[x - 1])[0]:  # what is no layer, and the sum, stand apart
             axes.axvline(x - 0.5, color="white", linewidth=4)
     axes.set_xlabel("layer")
     axes.set_title("Share of the weights that each stage owns, in %", loc="left")
@@ -98,18 +97,6 @@ def _write_numbers(axes: Any, image: Any, values: Sequence[Sequence[float]]) -> 
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.45
             color = "white" if dark else "black"
             axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
-
-
-def _layer(name: str) -> str:
-    number = _LAYER.search(name)
-    return f"layer {number.group(1)}" if number else name.removesuffix(".weight").rsplit(".", 1)[-1]
-
-
-def _place(layer: str) -> tuple[int, int, str]:
-    number = layer.removeprefix("layer ")
-    if number.isdigit():
-        return (1, int(number), "")
-    return (3, 0, "") if layer == "all" else (0 if "embed" in layer else 2, 0, layer)
 
 
 def _shares(counts: torch.Tensor, stages: Sequence[str]) -> dict[str, float]:

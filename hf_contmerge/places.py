@@ -63,8 +63,13 @@ class Place:
     def undo(self, phase: Phase) -> None:
         """Forget that a phase was done, then remove what it wrote."""
         self._record_file(phase).unlink(missing_ok=True)
+        self.logged(phase).unlink(missing_ok=True)
         for name in self.outputs(phase):
             remove(self.folder / name)
+
+    def logged(self, phase: Phase) -> Path:
+        """Return the file that says up to which step trackers have been told of a phase."""
+        return self.folder / f".{phase}.logged"
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         """Return the names of what a phase writes beside its record."""

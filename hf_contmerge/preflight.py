@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hf_contmerge import corpus, experts, finetune, model_folder, scoring, tensor_files
+from hf_contmerge import corpus, experts, finetune, model_folder, scoring, vector_guards
+from hf_contmerge.adapter_files import Adapter, is_adapter
+from hf_contmerge.adapter_settings import is_same_base
 from hf_contmerge.corpus import StageData
-from hf_contmerge.errors import ResourceError, size
+from hf_contmerge.errors import ModelError, RecipeError, ResourceError, size
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merge_words import make_rule
-from hf_contmerge.recipe import Merge
+from hf_contmerge.model_folder import resolve_model
+from hf_contmerge.recipe import Recipe
 from hf_contmerge.run_folder import Run
+from hf_contmerge.run_phases import Trained, disk_use, peak_disk, run_steps
+from hf_contmerge.tensor_files import Weights
+from hf_contmerge.train_strategies.full import Full
+from hf_contmerge.train_strategies.replay import in_form_of
+from hf_contmerge.work_sharing import Ranks, main_first
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,38 +47,139 @@ class Prepared:
         return list(dict.fromkeys(self.kinds.values()))
 
 
-def prepare(run: Run, ranks: Any) -> Prepared:
+def prepare(run: Run, ranks: Ranks) -> Prepared:
     """Resolve and check all that the recipe names, so that bad input is told before hours are spent."""
     recipe = run.recipe
     rules = {e.name: make_rule(e.rule, e.parameters, where=f"merge entry {e.name}") for e in recipe.merge}
-    kinds = {entry.name: _kind(entry, rules[entry.name]) for entry in recipe.merge}
-    with ranks.main_process_first():
-        base = model_folder.resolve_model(recipe.base_model)
+    kinds = merge_kinds(recipe, rules)
+
+    def look_up() -> tuple[Path, dict[str, Path], dict[str, StageData]]:
+        base = resolve_model(recipe.base_model)
         experts.check_mergeable(base)
         model_folder.check_tokenizer(base)
-        names = {n for s in recipe.stages for n in (s.expert, s.minus) if n}
-        given = {name: model_folder.resolve_model(name) for name in sorted(names)}
-        for path in given.values():
-            model_folder.check_same_layout(base, path)
-            experts.check_mergeable(path)
+        given = given_models(recipe, base)
+        if ranks.rank == 0:
+            check_vectors(recipe, base, given)
         if any(s.dataset for s in recipe.stages):
             finetune.check_training(recipe.train, base)
-        data = _load_data(run, base, write=ranks.is_main_process)
-    ranks.wait_for_everyone()
+            check_kept_adapters(recipe, kinds, given)
+        data = load_data(run, base, write=ranks.rank == 0)
+        finetune.check_stages(recipe, data)
+        check_replay(recipe, data)
+        return base, given, data
+
+    base, given, data = main_first(ranks, look_up)
     folders = [run.tasks, *([Path(recipe.evaluate.include_path)] if recipe.evaluate.include_path else [])]
     scoring.check_tasks([t.name for t in recipe.measured(run.stage_numbers())], folders)
-    if ranks.is_main_process:
-        _check_disk(run, tensor_files.Weights(base).numel(), kinds)
+    if ranks.rank == 0:
+        check_disk(run, Weights(base), rules, kinds)
         run.link_base(base)
     return Prepared(base, rules, kinds, given, data)
 
 
-def _kind(entry: Merge, rule: MergeRule) -> str:
-    start = entry.start_from or rule.start_from
-    return f"merged-{entry.name}" if start == "merged" else start
+def given_models(recipe: Recipe, base: Path, *, resolve: Callable[..., Path] = resolve_model) -> dict[str, Path]:
+    """Find the models and adapters that stages name, and check that they fit the base.
+
+    `resolve`: finds them, as `model_folder.resolve_model` does.
+
+    Raises ModelError or RecipeError for one that does not, or an adapter where a difference of two models is asked for.
+    """
+    names = {n for s in recipe.stages for n in (s.expert, s.minus) if n}
+    given = {name: resolve(name, adapters=True) for name in sorted(names)}
+    for stage in recipe.stages:
+        for name in (stage.expert, stage.minus):
+            if name and stage.minus and is_adapter(given[name]):
+                raise RecipeError(
+                    f"Stage {stage.name} takes the difference of two models, and {name} is an adapter, which is a "
+                    "difference already. Name it as `expert`, without `minus`; or merge it into its base first."
+                )
+    for path in given.values():
+        if is_adapter(path):
+            _check_adapter(path, base, recipe.base_model)
+        else:
+            model_folder.check_same_layout(base, path)
+            experts.check_mergeable(path)
+    for stage in recipe.stages:
+        if stage.expert and stage.minus:
+            _log(vector_guards.check_vector(base, given[stage.expert], given[stage.minus]))
+    for entry in recipe.merge:
+        source = given.get(recipe.tokenizer_model(len(recipe.stages), entry) or "")
+        if source:
+            check_companions(source, entry.tokenizer_from)
+    return given
 
 
-def _load_data(run: Run, base: Path, *, write: bool) -> dict[str, StageData]:
+def check_companions(folder: Path, stage: str | None) -> None:
+    """Raise an error unless a given model has a tokenizer for merged ones. `stage`: as the recipe names it."""
+    if is_adapter(folder):
+        raise RecipeError(
+            f"tokenizer_from: {stage} is given as an adapter ({folder}), which is no whole model. Name another stage, "
+            "or merge the adapter into its base first."
+        )
+    model_folder.check_tokenizer(folder)
+
+
+def check_vectors(recipe: Recipe, base: Path, given: Mapping[str, Path]) -> None:
+    """Look at the weights of models whose difference a stage takes. Raises ModelError for two of different origin."""
+    for stage in recipe.stages:
+        if stage.expert and stage.minus:
+            _log(vector_guards.check_origin(base, given[stage.expert], given[stage.minus]))
+
+
+def _log(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        LOG.warning(sentence)
+
+
+def _check_adapter(folder: Path, base: Path, name: str) -> None:
+    adapter = Adapter(folder, Weights(base))
+    if adapter.base_model and not is_same_base(adapter.base_model, {name, str(base.resolve())}):
+        raise ModelError(
+            f"{folder} was trained on {adapter.base_model}, and `base_model` is {name}: it would change weights that "
+            "it does not belong to. Give an adapter of this base; if the two are copies of one model, write the name "
+            f"in the recipe into base_model_name_or_path of {folder / 'adapter_config.json'}."
+        )
+
+
+def check_kept_adapters(recipe: Recipe, kinds: Mapping[str, str], given: Mapping[str, Path]) -> None:
+    """Raise RecipeError where experts are to be kept as adapters of the base, and one would start from elsewhere.
+
+    Args:
+        recipe: of the run.
+        kinds: merge entry -> the kind of expert that it folds.
+        given: name of a given model -> its folder.
+    """
+    if not finetune.make_strategies(recipe.train).carrier.keeps_adapter():
+        return
+    cure = "Remove `keep`, so that each LoRA is folded into a whole model; or set the entry's `start_from: base`"
+    for before, stage in itertools.pairwise(recipe.stages):
+        for entry, kind in kinds.items() if stage.dataset else ():
+            start = f"train.parameters.keep: merge entry {entry} has stage {stage.name} start from"
+            if kind.startswith("merged-"):
+                raise RecipeError(
+                    f"{start} the merged model, and an adapter trained there is none of the base. {cure} or `previous`."
+                )
+            if kind == "previous" and before.expert and (before.minus or not is_adapter(given[before.expert])):
+                raise RecipeError(
+                    f"{start} that of stage {before.name}, which is a whole model, and an adapter trained there is "
+                    f"none of the base. {cure}."
+                )
+
+
+def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
+    """Raise DataError where a stage's examples could not be replayed among those of a later one."""
+    stages = [(s.dataset.path, data[s.name].train.select([0])) for s in recipe.stages if s.dataset]
+    for (path, old), (_, fresh) in itertools.combinations(stages, 2) if "replay" in recipe.train.strategy else ():
+        in_form_of(fresh, old, path)
+
+
+def merge_kinds(recipe: Recipe, rules: Mapping[str, MergeRule]) -> dict[str, str]:
+    """Return merge entry name -> the kind of expert that it folds."""
+    starts = {entry.name: entry.start_from or rules[entry.name].start_from for entry in recipe.merge}
+    return {name: f"merged-{name}" if start == "merged" else start for name, start in starts.items()}
+
+
+def load_data(run: Run, base: Path, *, write: bool) -> dict[str, StageData]:
     """Load the stages' datasets, and write the tasks that are made from datasets."""
     data = {}
     for stage in run.recipe.stages:
@@ -82,14 +195,14 @@ def _load_data(run: Run, base: Path, *, write: bool) -> dict[str, StageData]:
     return data
 
 
-def _check_disk(run: Run, parameters: int, kinds: dict[str, str]) -> None:
+def check_disk(run: Run, base: Weights, rules: Mapping[str, MergeRule], kinds: Mapping[str, str]) -> None:
     """Raise ResourceError if what is still to be written does not fit on the disk."""
-    need = 0
-    for t in run.stage_numbers():
-        trained = [run.expert(t, kind) for kind in dict.fromkeys(kinds.values())]
-        need += sum(4 * parameters for place in {p.folder: p for p in trained}.values() if not place.is_done("train"))
-        need += sum(2 * parameters for e in run.recipe.merge if not run.merged(t, e).is_done("merge"))
-    need += 2 * 4 * parameters * len(kinds)  # the running states: the last one and the one being written
+    carrier = finetune.make_strategies(run.recipe.train).carrier
+    # How much an adapter holds is not known without the model; it is little.
+    whole = carrier.bytes_per_parameter >= Full.bytes_per_parameter
+    trained = Trained(base.numel() if whole else 0, carrier.keeps_adapter())
+    uses = (disk_use(s, run, base, rules, trained) for s in run_steps(run, kinds) if not s.done)
+    need = peak_disk(uses)[1]
     free = shutil.disk_usage(run.folder).free
     if need > free:
         raise ResourceError(

@@ -26,78 +26,23 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hf_contmerge.errors import RecipeError, unknown
+from hf_contmerge.recipe_data import Dataset, DatasetField, Name, Part, Task, TaskField
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
-"""A name that becomes a folder's or a task's name."""
 StartFrom = Literal["base", "previous", "merged"]
 Phase = Literal["train", "merge", "score", "report"]
 PHASES: tuple[Phase, ...] = ("train", "merge", "score", "report")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Dataset(_Part):
-    """Texts or conversations, and which part of them is held out to measure forgetting."""
-
-    path: str
-    """A .json/.jsonl/.parquet/.csv/.txt/.arrow file or a folder of them, a Hub id, or quickstart:<name>."""
-    config: str | None = None
-    revision: str | None = None
-    split: str = "train"
-    text: str | None = None
-    """The column with plain text, or a format string over columns such as "{question}\\n{answer}"."""
-    max_examples: Annotated[int, Field(ge=1)] | None = None
-    heldout: Annotated[int, Field(ge=0)] = 32
-    """How many examples are set aside, never trained on, to measure what later stages forget of this one."""
-    heldout_split: str | None = None
-    """Take them from this split instead (`test`, say)."""
-    heldout_chars: Annotated[int, Field(ge=1)] = 4000
-    """Longer held-out documents are cut here, so that a row of scores costs a known time."""
-
-
-def _as_dataset(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-DatasetField = Annotated[Dataset, BeforeValidator(_as_dataset)]
-
-
-class Task(_Part):
-    """One thing to measure: a task that lm-eval knows by name, or one made from a dataset."""
-
-    name: Name
-    dataset: DatasetField | None = None
-    kind: Literal["perplexity", "multiple_choice"] | None = None
-    """What to make of the dataset; without it, `name` is lm-eval's."""
-    question: str = "query"
-    choices: str = "choices"
-    answer: str = "gold"
-    """The columns of a multiple_choice dataset: the prompt, the list of continuations, the index of the right one."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-
-    @model_validator(mode="after")
-    def _dataset_with_kind(self) -> Task:
-        if (self.dataset is None) != (self.kind is None):
-            raise ValueError("a task needs both `dataset` and `kind` (perplexity or multiple_choice), or neither")
-        return self
-
-
-def _as_task(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-TaskField = Annotated[Task, BeforeValidator(_as_task)]
-
-
-class Stage(_Part):
+class Stage(Part):
     """One thing to learn: from a dataset, from a given expert, or from the difference of two models."""
 
     name: Name
     dataset: DatasetField | None = None
     expert: str | None = None
     minus: str | None = None
+    train: dict[str, Any] = Field(default={})
+    """SFTConfig fields that this stage has otherwise than the run: learning_rate, max_steps, ...; with preference pairs
+    those of DPOConfig."""
     tasks: tuple[TaskField, ...] = ()
     """Measured beside the perplexity of the stage's held-out text."""
 
@@ -117,6 +62,11 @@ class Stage(_Part):
             raise ValueError("a stage needs either `dataset` (to train on) or `expert` (a trained model)")
         if self.minus is not None and self.expert is None:
             raise ValueError("`minus` needs `expert`: the stage's task vector is expert - minus")
+        if self.train and self.dataset is None:
+            raise ValueError("`train` needs `dataset`: a given expert is not trained")
+        for word in ("strategy", "parameters"):
+            if word in self.train:
+                raise ValueError(f"train.{word} is that of the whole run; set it in `train` of the recipe")
         return self
 
 
@@ -157,18 +107,21 @@ class Train(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Merge(_Part):
+class Merge(Part):
     """One merge rule of the run, applied after each stage. Several can run side by side on the same experts."""
 
     name: Name = ""
     rule: str
-    parameters: dict[str, bool | int | float | str] = {}
+    parameters: dict[str, bool | int | float | str] = Field(default={})
     start_from: StartFrom | None = None
     """Which experts it folds; without it, those that the rule's paper uses."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the merged model's weights; auto is the base model's own."""
     shard_size: Annotated[int, Field(ge=1)] = 5_000_000_000
     """Bytes in a file of weights, as in `save_pretrained(max_shard_size=...)`."""
+    tokenizer_from: Name | None = None
+    """Whose tokenizer, chat template and generation config the merged model gets, once it holds that stage: a stage's
+    with `expert`, or `base`. Without it, those of the newest `expert` that has a `minus`, else the base's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -180,7 +133,7 @@ class Merge(_Part):
         return value
 
 
-class Evaluate(_Part):
+class Evaluate(Part):
     """What is measured after each stage, for experts and merged models alike."""
 
     general_tasks: tuple[TaskField, ...] = ()
@@ -196,7 +149,7 @@ class Evaluate(_Part):
     """Of the weights while scoring. auto: bfloat16 on a GPU and on processors with bfloat16 units, else float32."""
 
 
-class Publish(_Part):
+class Publish(Part):
     """Where the result goes."""
 
     repo_id: str
@@ -206,7 +159,7 @@ class Publish(_Part):
     license: str | None = None
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """A whole run."""
 
     name: Name
@@ -233,6 +186,24 @@ class Recipe(_Part):
                 raise ValueError(f"two {what} are named {', '.join(twice)}; give each a `name` of its own")
         return self
 
+    @model_validator(mode="after")
+    def _tokenizers_have_a_stage(self) -> Recipe:
+        given = [s.name for s in self.stages if s.expert]
+        for entry in self.merge:
+            if entry.tokenizer_from not in (None, "base", *given):
+                raise ValueError(
+                    f"tokenizer_from of merge entry {entry.name} must be `base` or a stage with `expert` "
+                    f"({', '.join(given) or 'there is none'}); got {entry.tokenizer_from}"
+                )
+        return self
+
+    def tokenizer_model(self, t: int, entry: Merge) -> str | None:
+        """Return the model whose tokenizer and settings the merge of the first t stages gets; None: the base's."""
+        seen = [s for s in self.stages[:t] if s.expert]
+        if entry.tokenizer_from:
+            return next((s.expert for s in seen if s.name == entry.tokenizer_from), None)
+        return next((s.expert for s in reversed(seen) if s.minus), None)
+
     def tasks(self) -> Iterator[Task]:
         """Yield the tasks that the recipe names, without the stages' held-out texts."""
         for stage in self.stages:
@@ -248,6 +219,10 @@ class Recipe(_Part):
             yield from stage.tasks
         if general:
             yield from self.evaluate.general_tasks
+
+    def train_of(self, stage: Stage) -> Train:
+        """Return how a stage is trained: as the run says, with the fields that the stage has otherwise."""
+        return Train.model_validate({**self.train.model_dump(), **stage.train})
 
     def run_folder(self) -> Path:
         """Return the folder that the run writes to, unless the command line names another."""

@@ -9,6 +9,8 @@ from typing import Any
 from hf_contmerge.recipe import Phase, Recipe
 
 _NOT_SET = "(not set)"
+_ONLY_TOLD = ("train.report_to", "train.run_name", "train.disable_tqdm", "train.ddp_timeout")
+"""What changes how a training is watched, and nothing of its result."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def changes(old: Recipe, new: Recipe) -> Iterator[Change]:
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, leaf)."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         for key, item in value.items():
             yield from _flat(item, f"{path}.{key}" if path else key)
     elif isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value):
@@ -66,7 +68,7 @@ def _piece(field: str) -> str:
 
 def _first_phase(field: str) -> Phase | None:
     parts = field.split(".")
-    if parts[0] in ("name", "output", "publish") or field == "evaluate.matrix":
+    if parts[0] in ("name", "output", "publish") or field == "evaluate.matrix" or ".".join(parts[:2]) in _ONLY_TOLD:
         return None
     if parts[0] == "merge":
         return "merge"

@@ -5,6 +5,10 @@
              forgetting.png   the picture
              summary.json     for scripts: matrices of utilities, metrics, tasks; null where not measured
              scores.csv       every score, a row each
+             costs.html       seconds and memory of each phase
+             costs.csv        the same for scripts
+
+All but the costs is the same, byte for byte, whenever and however often a run was interrupted.
 
 A verdict claims a change only beyond two standard errors of the paired difference over documents.
 """
@@ -14,12 +18,25 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import os
+import sys
+import webbrowser
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.forgetting import Line, load_lines
 from hf_contmerge.report_findings import UNITS, Results, task_facts, verdict
-from hf_contmerge.report_pages import costs, final_table, heat_maps, markdown, metric_tables, page, rich_table
+from hf_contmerge.report_pages import (
+    costs,
+    costs_page,
+    final_table,
+    heat_maps,
+    markdown,
+    metric_tables,
+    page,
+    rich_table,
+    vectors,
+)
 from hf_contmerge.report_pictures import draw_forgetting
 from hf_contmerge.run_folder import Run
 
@@ -34,11 +51,24 @@ def write_report(run: Run) -> Path:
     (folder / "summary.json").write_text(json.dumps(summary(run, results), indent=1) + "\n", encoding="utf-8")
     with (folder / "scores.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([_COLUMNS, *_score_rows(results)])
-    tables = [*heat_maps(results), *metric_tables(results), costs(run)]
+    spent = costs(run)
+    (folder / "costs.html").write_text(costs_page(run, spent), encoding="utf-8")
+    with (folder / "costs.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([spent.header, *([cell.text for cell in row] for row in spent.rows)])
+    tables = [*heat_maps(results), *metric_tables(results), *vectors(run)]
     (folder / "report.md").write_text(markdown(run, results, tables), encoding="utf-8")
     picture = base64.b64encode((folder / "forgetting.png").read_bytes()).decode()
     (folder / "index.html").write_text(page(run, results, tables, picture), encoding="utf-8")
     return run.report.publish("report") / "forgetting.png"
+
+
+def show_report(run: Run, *, browser: bool = False) -> None:
+    """Print the table of scores and where the report lies; open it, if asked and if there is a browser."""
+    folder = run.folder / "report"
+    print_table(run)
+    print(f"Report:  {folder / 'index.html'}\nPicture: {folder / 'forgetting.png'}")
+    if browser and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
+        webbrowser.open((folder / "index.html").resolve().as_uri())
 
 
 def print_table(run: Run) -> None:

@@ -123,6 +123,26 @@ def final_table(results: Results, block: Block) -> Table:
     return Table(f"{block} at the end (metrics in {'nats' if block == 'perplexity' else 'shares'})", header, rows)
 
 
+def vectors(run: Run) -> list[Table]:
+    """Return, for each stage that is the difference of two models, how it lies to what the stage before had learnt."""
+    tables = []
+    for t, place in run.places():
+        found = place.record("train").get("vector", {}) if place.is_done("train") else {}
+        if "layers" in found:
+            rows = [
+                [Cell(layer), Cell(f"{x['cosine']:+.3f}".replace("-", "−")), Cell(f"{x['norm_ratio']:.3g}")]
+                for layer, x in found["layers"].items()
+            ]
+            against = f"cosine with {run.stage(t - 1).name}"
+            title = f"Vector {run.stage(t).name} ({place.folder.name})"
+            tables.append(Table(title, ("layer", against, "length over that one's"), rows))
+        if found.get("special_tokens"):
+            moved = [[Cell(token), Cell(f"{100 * x:.1f} %")] for token, x in found["special_tokens"].items()]
+            title = f"Special tokens of {run.stage(t).name} ({place.folder.name})"
+            tables.append(Table(title, ("token", "its embedding moved by"), moved))
+    return tables
+
+
 def costs(run: Run) -> Table:
     """Return seconds and peak memory of each phase."""
     rows = []
@@ -157,7 +177,7 @@ def markdown(run: Run, results: Results, tables: Sequence[Table]) -> str:
     parts = [
         f"# {_plain(run.recipe.name)}", _plain(headline(results)) + ".", verdicts,
         f"![{_plain(headline(results))}](forgetting.png)", *map(_markdown_table, tables), f"## How to read\n\n{notes}",
-        f"## Recipe\n\n~~~yaml\n{frozen_recipe(run)}~~~",
+        f"## Recipe\n\n~~~yaml\n{frozen_recipe(run)}~~~", "Time and memory of each phase: [costs.csv](costs.csv).",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -215,7 +235,17 @@ def page(run: Run, results: Results, tables: Sequence[Table], picture: str) -> s
 Point at a number for its utility and two standard errors.</p><div class="maps">{maps}</div>
 {rest}<h2>How to read</h2><ul class="notes">{notes}</ul>
 <h2>Recipe</h2><details open><summary>as frozen in the run folder</summary><pre>{escape(frozen_recipe(run))}</pre>
-</details></body></html>
+</details><p><a href="costs.html">Time and memory of each phase</a></p></body></html>
+"""
+
+
+def costs_page(run: Run, table: Table) -> str:
+    """Return costs.html: what depends on the machine and on interruptions, apart from what must not."""
+    name = html.escape(run.recipe.name)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}: costs</title><style>{_CSS}</style></head><body>
+<header><p><a href="index.html">{name}</a></p></header>{_html_table(table, html.escape)}</body></html>
 """
 
 

@@ -45,12 +45,7 @@ class Run:
             ResourceError: the folder cannot be written.
         """
         run = cls(Path(folder) if folder else recipe.run_folder(), recipe)
-        if run.folder.exists() and not run.folder.is_dir():
-            raise RunError(f"{run.folder} is a file. Name a folder with --run.")
-        if run._recipe_file.exists():
-            run._refuse_changes(load_recipe(run._recipe_file))
-        elif run.folder.exists() and any(not _is_left_by_a_start(p) for p in run.folder.iterdir()):
-            raise RunError(f"{run.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
+        run.check_folder()
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             with FolderLock(run.folder):
@@ -60,6 +55,15 @@ class Run:
                 f"Cannot write the run folder {run.folder}: {error.strerror}. Name another with --run."
             ) from error
         return run
+
+    def check_folder(self) -> None:
+        """Raise RunError if the run cannot be started or resumed in its folder. Writes nothing."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"{self.folder} is a file. Name a folder with --run.")
+        if self._recipe_file.exists():
+            self._refuse_changes(load_recipe(self._recipe_file))
+        elif self.folder.exists() and any(not _is_left_by_a_start(p) for p in self.folder.iterdir()):
+            raise RunError(f"{self.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -118,6 +122,13 @@ class Run:
 
     def merged(self, t: int, entry: Merge) -> MergePlace:
         return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry)
+
+    def memory_before(self, t: int, kind: str) -> Path | None:
+        """Return what the stages before t remember; independent experts (kind base) know of none."""
+        if kind == "base":
+            return None
+        folders = (self.expert(i, kind).memory for i in range(t - 1, 0, -1))
+        return next((folder for folder in folders if folder.is_dir()), None)
 
     def expert_kinds(self) -> tuple[str, ...]:
         """Return the kinds of expert that this run has trained, as far as it has come."""

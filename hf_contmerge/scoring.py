@@ -13,17 +13,20 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hf_contmerge import corpus
+from hf_contmerge.adapter_files import is_adapter
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.forgetting import Block, Sample, TaskScore
+from hf_contmerge.loaded_model import load_model
 from hf_contmerge.model_folder import bf16_pays
 from hf_contmerge.recipe import Evaluate, Task
 from hf_contmerge.tensor_files import Weights, tensor_bytes
@@ -31,7 +34,17 @@ from hf_contmerge.tensor_files import Weights, tensor_bytes
 LOG = logging.getLogger(__name__)
 
 _ACCURACIES = ("acc", "exact_match", "f1", "acc_norm")
+_SAMPLED = 32  # documents of a task, to tell how long its requests are
 _PERPLEXITIES = ("word_perplexity", "perplexity", "byte_perplexity")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a task asks of a model: how often, some of the texts, and whether it wants text back."""
+
+    count: int
+    texts: tuple[str, ...]
+    generates: bool
 
 
 def write_perplexity_task(folder: Path, name: str, documents: Sequence[str]) -> None:
@@ -91,6 +104,32 @@ def check_tasks(names: Sequence[str], folders: Sequence[Path]) -> None:
         _load_task(manager, name)
 
 
+def load_libraries() -> None:
+    """Import what scoring imports when it begins, so that the memory of a process that has them can be measured."""
+    import lm_eval.evaluator
+    import lm_eval.models.huggingface  # noqa: F401
+
+
+def sample_requests(name: str, folders: Sequence[Path], *, few_shot: int | None, limit: int | None) -> Requests:
+    """Return what a task will ask of a model, from its first documents. Raises as `check_tasks`.
+
+    `few_shot`, `limit`: as the recipe has them; None: as the task does.
+    """
+    loaded = _load_task(_task_manager([name], folders), name)
+    leaves: Mapping[str, Any] = loaded["tasks"]
+    count, sampled = 0, []
+    for leaf in leaves.values():
+        if few_shot is not None:
+            leaf.set_config(key="num_fewshot", value=few_shot)
+        documents = min(len(leaf.eval_docs), limit or len(leaf.eval_docs))
+        leaf.build_all_requests(limit=min(documents, _SAMPLED))
+        asked = [tuple(word for word in i.args if isinstance(word, str)) for i in leaf.instances]
+        count += round(len(asked) * documents / min(documents, _SAMPLED)) if documents else 0
+        sampled += asked
+    generates = any(leaf.OUTPUT_TYPE == "generate_until" for leaf in leaves.values())
+    return Requests(count, tuple("".join(words) for words in sampled), generates)
+
+
 def score_model(
     folder: Path,
     tasks: Sequence[Task],
@@ -98,17 +137,19 @@ def score_model(
     task_folder: Path,
     evaluate: Evaluate,
     ranks: Any,
+    base: Path | None = None,
     known: Callable[[str], Mapping[str, TaskScore]] = lambda _: {},
     trust_remote_code: bool = False,
 ) -> tuple[str, dict[str, TaskScore]]:
     """Measure a model on tasks. All ranks call this together; the result is whole on the main process only.
 
     Args:
-        folder: the model.
+        folder: the model, or an adapter of `base`.
         tasks: what to measure; those made from datasets have been written to `task_folder`.
         task_folder: where they lie.
         evaluate: batch size, dtype, limits.
         ranks: accelerate's PartialState: device, rank and world size, over all nodes.
+        base: the model that an adapter belongs to; a whole model needs none.
         known: what is known already of weights with this digest; those tasks are not measured again.
         trust_remote_code: let the model run code of its own.
 
@@ -118,14 +159,15 @@ def score_model(
     Raises:
         DataError: a task gave no number.
     """
-    dtype = _dtype(folder, evaluate)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    whole = base if base and is_adapter(folder) else folder
+    dtype = _dtype(whole, evaluate)
+    model = load_model(folder, whole, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     digest = _loaded_sha256(model)
     have = {t.name: known(digest)[t.name] for t in tasks if t.name in known(digest)}
     missing = [t for t in tasks if t.name not in have]
     scores: dict[str, TaskScore] = {}
     if missing:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(whole, trust_remote_code=trust_remote_code)
         scores = _measure(model.to(ranks.device), tokenizer, missing, task_folder, evaluate)
     del model
     gc.collect()

@@ -12,30 +12,24 @@ writes records, all ranks train and score together.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import resource
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # A script's own folder comes first on sys.path, where our modules would shadow others of the same name.
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from safetensors import SafetensorError
-
-from hf_contmerge.errors import ModelError, ResourceError, clear_errors
+from hf_contmerge.errors import ModelError, clear_errors
 from hf_contmerge.places import ExpertPlace, FolderLock, MergePlace, Place, remove
 from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, Task, load_recipe
 from hf_contmerge.run_folder import Run
 
-LOG = logging.getLogger("hf_contmerge")
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,24 +56,16 @@ def run_command(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe or quickstart_recipe(), args.set)
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
     if not run.is_complete():  # answered before torch is loaded
+        from hf_contmerge.launching import leave_ranks
+
         run = run_recipe(recipe, args.run, until=args.until)
+        leave_ranks()
     elif int(os.environ.get("RANK", "0")) == 0:
         print(f"All of {run.folder} is done.")
     if int(os.environ.get("RANK", "0")) == 0 and run.is_complete():
+        from hf_contmerge.report import show_report
+
         show_report(run, browser=args.open)
-
-
-def show_report(run: Run, *, browser: bool = False) -> None:
-    """Print the table of scores and where the report lies; open it, if asked and if there is a browser."""
-    import webbrowser
-
-    from hf_contmerge.report import print_table
-
-    folder = run.folder / "report"
-    print_table(run)
-    print(f"Report:  {folder / 'index.html'}\nPicture: {folder / 'forgetting.png'}")
-    if browser and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
-        webbrowser.open((folder / "index.html").resolve().as_uri())
 
 
 def quickstart_recipe() -> Path:
@@ -94,25 +80,23 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
 
     Raises ContmergeError, with all that is done kept, for whatever a user can mend.
     """
-    import torch
-    from accelerate import PartialState
-
-    from hf_contmerge.model_folder import cpu_only
+    from hf_contmerge.launching import join_ranks
     from hf_contmerge.preflight import prepare
-    from hf_contmerge.progress import progress_bar
-    from hf_contmerge.work_sharing import Crew, find_ranks
+    from hf_contmerge.trackers import Trackers, check_trackers
+    from hf_contmerge.work_sharing import together
 
-    ranks = PartialState(cpu=cpu_only())
-    run = _together(ranks, lambda: Run.open(recipe, folder))
+    check_trackers(recipe.train)
+    ranks, crew = join_ranks(recipe.train)
+    run = together(crew.ranks, lambda: Run.open(recipe, folder), leader_only=True)
     with FolderLock(run.folder) if ranks.is_main_process else nullcontext():
-        ranks.wait_for_everyone()
-        device = torch.device("cpu") if cpu_only() else torch.device(str(ranks.device))
-        crew = Crew(ranks=find_ranks(), device=device, bar=progress_bar)
-        loop = Loop(run, ranks, PHASES.index(until), prepare(run, ranks), crew)
+        prepared = prepare(run, crew.ranks)
+        trackers = Trackers.open(run) if ranks.is_main_process else Trackers()
+        loop = Loop(run, ranks, PHASES.index(until), prepared, crew, trackers)
         for t in run.stage_numbers():
             loop.stage(t)
         loop.finish()
-    ranks.wait_for_everyone()
+        trackers.close()
+    crew.ranks.gather(None)
     return run
 
 
@@ -125,6 +109,7 @@ class Loop:
     last_phase: int
     prepared: Any
     crew: Any
+    trackers: Any
 
     def stage(self, t: int) -> None:
         """Train, merge and score one stage."""
@@ -160,42 +145,53 @@ class Loop:
         if self._done(place, "train"):
             if self.ranks.is_main_process:
                 remove(place.checkpoints)  # left by a kill right after the record
-            return
-        with self._phase("train", place) as record:
-            if stage.dataset:
-                record.update(self._finetune(t, place, stage))
-            elif stage.minus:
-                record.update(self._add_vector(place, stage))
-            else:
-                record.update(self._give(stage))
+        else:
+            with self._phase("train", place) as record:
+                if stage.dataset:
+                    record.update(self._finetune(t, place, stage))
+                elif stage.minus:
+                    record.update(self._add_vector(t, place, stage))
+                else:
+                    record.update(self._give(stage))
+        if self.ranks.is_main_process:
+            self.trackers.stage_is_over(place, place.record("train").get("steps", 0))
 
     def _finetune(self, t: int, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
+        from hf_contmerge.experts import expert_sha256
         from hf_contmerge.finetune import finetune_stage
-        from hf_contmerge.tensor_files import weights_sha256
 
         start = self._start_of(t, place.kind)
-        recipe = self.run.recipe
+        recipe, train = self.run.recipe, self.run.recipe.train_of(stage)
         if self.ranks.is_main_process:
             place.scratch("expert")
             remove(place.folder / ".memory")
-        self.ranks.wait_for_everyone()
-        memory = self._memory_of(t, place.kind)
+        self.crew.ranks.gather(None)
+        memory = self.run.memory_before(t, place.kind)
+        alone = place.kind == "base" and t > 1  # an independent expert: nobody learns on from it
         outcome = finetune_stage(
-            start=start, base=self.prepared.base, data=self.prepared.data[stage.name], train=recipe.train,
+            start=start, base=self.prepared.base, data=self.prepared.data[stage.name], train=train,
             seed=recipe.seed, out=place.folder / ".expert", checkpoints=place.checkpoints,
-            memory=memory, memory_out=place.folder / ".memory", trust_remote_code=recipe.trust_remote_code,
+            memory=memory, memory_out=None if alone else place.folder / ".memory",
+            trust_remote_code=recipe.trust_remote_code,
+            on_log=self.trackers.of(place, "train"),
         )  # fmt: skip
         if self.ranks.is_main_process:
             if (place.folder / ".memory").exists():
                 place.publish("memory")
             place.publish("expert")
-            outcome["model_sha256"] = weights_sha256(place.folder / "expert")
-        return {"start": str(start), "settings": recipe.train.model_dump(mode="json"), "seed": recipe.seed, **outcome}
+            outcome["model_sha256"] = expert_sha256(place.folder / "expert")
+        return {
+            "start": str(start),
+            "settings": train.model_dump(mode="json"),
+            "seed": recipe.seed,
+            **outcome,
+        }
 
-    def _add_vector(self, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
+    def _add_vector(self, t: int, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
         """Write base + (expert - minus), the model whose task vector is the difference of the two."""
         from hf_contmerge.merge_stream import write_sum
         from hf_contmerge.tensor_files import weights_sha256
+        from hf_contmerge.vector_guards import vector_record
 
         assert stage.expert
         assert stage.minus
@@ -203,15 +199,17 @@ class Loop:
         if not self.ranks.is_main_process:
             return {}
         write_sum(self.prepared.base, expert, minus, place.scratch("expert"))
-        folder = place.publish("expert")
-        return {"expert": stage.expert, "minus": stage.minus, "model_sha256": weights_sha256(folder)}
+        before = self.run.expert(t - 1, place.kind).model if t > 1 else None
+        vector = vector_record(self.prepared.base, before, expert, minus)
+        digest = weights_sha256(place.publish("expert"))
+        return {"expert": stage.expert, "minus": stage.minus, "vector": vector, "model_sha256": digest}
 
     def _give(self, stage: Stage) -> dict[str, Any]:
-        from hf_contmerge.tensor_files import weights_sha256
+        from hf_contmerge.experts import expert_sha256
 
         assert stage.expert
         folder = self.prepared.given[stage.expert]
-        return {"expert": stage.expert, "given": str(folder), "model_sha256": weights_sha256(folder)}
+        return {"expert": stage.expert, "given": str(folder), "model_sha256": expert_sha256(folder)}
 
     def _start_of(self, t: int, kind: str) -> Path:
         if t == 1 or kind == "base":
@@ -221,13 +219,6 @@ class Loop:
         entry = next(e for e in self.run.recipe.merge if f"merged-{e.name}" == kind)
         return self.run.merged(t - 1, entry).model
 
-    def _memory_of(self, t: int, kind: str) -> Path | None:
-        """Return what the stages before t remember; independent experts (kind base) know of none."""
-        if kind == "base":
-            return None
-        folders = (self.run.expert(i, kind).memory for i in range(t - 1, 0, -1))
-        return next((folder for folder in folders if folder.is_dir()), None)
-
     def _merge(self, t: int, entry: Merge) -> None:
         place = self.run.merged(t, entry)
         starts_next = self.prepared.kinds[entry.name].startswith("merged") and t < len(self.run.recipe.stages)
@@ -236,6 +227,8 @@ class Loop:
         if not self._done(place, "merge"):
             with self._phase("merge", place) as record:
                 record.update(self._merge_stage(t, place))
+                if self.ranks.is_main_process:
+                    self.trackers.merged(place, record)
         if t > 1 and self.ranks.is_main_process:
             self.run.merged(t - 1, entry).prune()
 
@@ -260,13 +253,14 @@ class Loop:
         scratches = [place.folder / ".running", place.folder / ".merged"]
         if self.ranks.is_main_process:
             scratches = [place.scratch("running"), place.scratch("merged")]
-        self.ranks.wait_for_everyone()
+        self.crew.ranks.gather(None)
         base = Weights(self.prepared.base)
+        companions = self.prepared.given.get(self.run.recipe.tokenizer_model(t, entry) or "")
         merged = merge_experts(
-            rule, base, [open_expert(experts[-1].model, base)], crew=self.crew,
+            rule, base, [open_expert(experts[-1].model, base, force=True)], crew=self.crew,  # preflight knows its base
             running=before.running if before else None,
             earlier=before.record("merge")["norms"]["experts"] if before else (),
-            running_out=scratches[0], merged_out=Output(scratches[1], dtype, entry.shard_size),
+            running_out=scratches[0], merged_out=Output(scratches[1], dtype, entry.shard_size, companions),
         )  # fmt: skip
         if not self.ranks.is_main_process:
             return {}
@@ -296,7 +290,7 @@ class Loop:
 
         have = load_scores(place)
         missing = [task for task in tasks if task.name not in have]
-        if not self._wanted("score") or not _together(self.ranks, lambda: missing):
+        if not self._wanted("score") or not self._from_main(lambda: missing):
             return
         from hf_contmerge.scoring import score_model
 
@@ -304,10 +298,11 @@ class Loop:
         with self._phase("score", place) as record:
             digest, scores = score_model(
                 model, missing, task_folder=self.run.tasks, evaluate=recipe.evaluate, ranks=self.ranks,
-                known=self._scores_of, trust_remote_code=recipe.trust_remote_code,
+                base=self.prepared.base, known=self._scores_of, trust_remote_code=recipe.trust_remote_code,
             )  # fmt: skip
             record["scored_sha256"] = digest
             record["tasks"] = {name: score.to_json() for name, score in {**have, **scores}.items()}
+            self.trackers.of(place, "score")(len(have), {f"{n}/{s.metric}": s.value for n, s in scores.items()})
 
     def _scores_of(self, digest: str) -> dict[str, Any]:
         """Return what this run has measured of the very same weights under another name."""
@@ -329,46 +324,23 @@ class Loop:
         return PHASES.index(phase) <= self.last_phase
 
     def _done(self, place: Place, phase: Phase) -> bool:
-        return _together(self.ranks, lambda: place.is_done(phase))
+        return self._from_main(lambda: place.is_done(phase))
+
+    def _from_main(self, ask: Callable[[], T]) -> T:
+        """Return the main process's answer on all ranks: they must never disagree on what is done."""
+        from hf_contmerge.work_sharing import together
+
+        return together(self.crew.ranks, ask, leader_only=True)
 
     @contextmanager
     def _phase(self, phase: Phase, place: Place) -> Iterator[dict[str, Any]]:
-        """Say what begins, let the caller fill the record, and write it as the last thing."""
-        name = place.folder.relative_to(self.run.folder / "stages")
-        if self.ranks.is_main_process:
-            LOG.info("%s %s ...", phase, name)
-        record: dict[str, Any] = {}
-        start = time.monotonic()
-        try:
+        """Let the caller fill the record of a phase, write it as the last thing, and wait for all ranks."""
+        from hf_contmerge.phase_record import recorded_phase
+
+        with recorded_phase(self.run, place, phase, main=self.ranks.is_main_process) as record:
             yield record
-        except (OSError, RuntimeError, SafetensorError) as error:  # libraries say "disk full" in many ways
-            if shutil.disk_usage(self.run.folder).free < 2**24:
-                raise ResourceError(
-                    f"The disk of {self.run.folder} is full ({phase} {name}). What is done is kept: free some room and "
-                    "give the same command again."
-                ) from error
-            raise
-        if self.ranks.is_main_process:
-            record["seconds"] = round(time.monotonic() - start, 1)
-            record["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            record["device"] = str(self.ranks.device)
-            record["processes"] = self.ranks.num_processes
-            place.finish(phase, record)
-            if isinstance(place, ExpertPlace) and phase == "train":
-                remove(place.checkpoints)
-            LOG.info("%s %s: %.0f s", phase, name, record["seconds"])
-        self.ranks.wait_for_everyone()
-
-
-def _together(ranks: Any, ask: Callable[[], Any]) -> Any:
-    """Return the main process's answer on all ranks: they must never disagree on what is done."""
-    from accelerate.utils import broadcast_object_list
-
-    if ranks.num_processes == 1:
-        return ask()
-    answer = [ask() if ranks.is_main_process else None]
-    broadcast_object_list(answer)
-    return answer[0]
+            record["device"], record["processes"] = str(self.ranks.device), self.ranks.num_processes
+        self.crew.ranks.gather(None)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,14 @@ def together(ranks: Ranks, do: Callable[[], T], *, leader_only: bool = False) ->
     return cast(T, outcomes[0][0] if leader_only else value)
 
 
+def main_first(ranks: Ranks, do: Callable[[], T]) -> T:
+    """Do something on the first rank of all, then on the others, which find what it has fetched or written."""
+    if ranks.size == 1:
+        return do()
+    found = [together(ranks, do if (ranks.rank == 0) == first else lambda: None) for first in (True, False)]
+    return cast(T, found[0] if ranks.rank == 0 else found[1])
+
+
 def in_turn(ranks: Ranks, do: Callable[[], T]) -> T:
     """Do something on the first rank of each host, then on the others: what it fetches or converts, they find."""
     if ranks.per_host > 1:

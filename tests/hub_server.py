@@ -1,4 +1,5 @@
-"""A Hub on this machine: enough of its HTTP protocol to create a model repository, push it and download it again.
+"""A Hub on this machine: enough of its HTTP protocol to create a model repository, push it and download it again,
+and to load a dataset.
 
 Blobs lie as files under their SHA-256; a commit maps paths to blobs. Written against huggingface_hub 2.4 with
 HF_HUB_DISABLE_XET=1. A request is refused if its token does not suffice, or by order: `hub.fail["/commit/"] = 403`, or
@@ -12,7 +13,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,6 +55,8 @@ class Hub:
     repos: dict[str, Repo] = field(default_factory=dict)
     fail: dict[str, int | str] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes that were sent, by address."""
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         """Return path -> contents at the newest commit."""
@@ -72,6 +75,11 @@ class Hub:
         oid = hashlib.sha1(f"{repo_id} {len(commits)} {message}".encode()).hexdigest()
         commits.append(Commit(oid, message, files))
         return oid
+
+
+def _key(kind: str | None, repo: str) -> str:
+    """Return the name under which a repository is held: of a dataset, datasets/owner/name."""
+    return f"datasets/{repo}" if kind == "datasets" else repo
 
 
 class Refusal(Exception):
@@ -122,22 +130,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, path: str, body: bytes) -> tuple[Any, dict[str, str]]:
         """Return the answer, as bytes or for JSON, and its headers."""
-        for pattern, handle in (
+        for pattern, handle in self._routes():
+            if found := re.fullmatch(pattern, f"{self.command} {path}"):
+                return handle(body, **found.groupdict()), {}
+        if found := re.fullmatch(rf"(?:/(?P<kind>datasets))?{REPO}/resolve{AT}", path):
+            return self._resolve(**found.groupdict())
+        raise Refusal(404, f"no such address: {path}")
+
+    def _routes(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        return (
             (r"POST /api/repos/create", self._create),
             (r"POST /api/validate-yaml", lambda _: {}),
-            (rf"GET /api/models{REPO}(?:/revision{AT})?", self._info),
-            (rf"GET /api/models{REPO}/tree{AT}", self._tree),
+            (rf"GET /api/(?P<kind>models|datasets){REPO}(?:/revision{AT})?", self._info),
+            (rf"GET /api/(?P<kind>models|datasets){REPO}/tree{AT}", self._tree),
             (rf"POST /api/models{REPO}/preupload{AT}", self._preupload),
             (rf"POST /api/models{REPO}/commit{AT}", self._commit),
             (rf"POST {REPO}\.git/info/lfs/objects/batch", self._batch),
             (rf"POST {REPO}\.git/info/lfs/verify", lambda _, repo: {}),
             (r"PUT /lfs/(?P<oid>\w+)", self._upload),
-        ):
-            if found := re.fullmatch(pattern, f"{self.command} {path}"):
-                return handle(body, **found.groupdict()), {}
-        if found := re.fullmatch(rf"{REPO}/resolve{AT}", path):
-            return self._resolve(**found.groupdict())
-        raise Refusal(404, f"no such address: {path}")
+        )
 
     def _create(self, body: bytes) -> Any:
         self._require(write=True)
@@ -152,11 +163,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.commit(repo, "initial commit", {".gitattributes": attributes})
         return {"url": f"{self.hub.url}/{repo}"}
 
-    def _info(self, _: bytes, repo: str, revision: str | None, path: None) -> Any:
+    def _info(self, _: bytes, kind: str, repo: str, revision: str | None, path: None) -> Any:
+        repo = _key(kind, repo)
         commit, private = self._at(repo, revision or "main"), self.hub.repos[repo].private
         return {"id": repo, "sha": commit.oid, "private": private, "siblings": [{"rfilename": p} for p in commit.files]}
 
-    def _tree(self, _: bytes, repo: str, revision: str, path: str | None) -> Any:
+    def _tree(self, _: bytes, kind: str, repo: str, revision: str, path: str | None) -> Any:
+        repo = _key(kind, repo)
         files = {p: b for p, b in self._at(repo, revision).files.items() if path is None or p.startswith(f"{path}/")}
         if not files:
             raise Refusal(404, f"{path} does not exist", "EntryNotFound")
@@ -198,7 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
         oid = self.hub.commit(repo, header["value"]["summary"], files)
         return {"commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}"}
 
-    def _resolve(self, repo: str, revision: str, path: str) -> tuple[bytes, dict[str, str]]:
+    def _resolve(self, kind: str | None, repo: str, revision: str, path: str) -> tuple[bytes, dict[str, str]]:
+        repo = _key(kind, repo)
         commit = self._at(repo, revision)
         if path not in commit.files:
             raise Refusal(404, f"{path} does not exist", "EntryNotFound")
@@ -221,9 +235,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, content: Any, headers: dict[str, str], status: int = 200) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if status == 200 and (part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
+            first, last = int(part[1]), min(int(part[2]), len(data) - 1)
+            headers = {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"}
+            data, status = data[first : last + 1], 206
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.hub.sent[self.path] = self.hub.sent.get(self.path, 0) + len(data)
             self.wfile.write(data)

@@ -2,12 +2,16 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from hub_server import Hub, Repo, hub_server
 from toys import write_jsonl
 
 from hf_contmerge.corpus import StageData, documents, load_stage_data, task_rows
@@ -113,6 +117,26 @@ def test_messages(tmp_path: Path) -> None:
     assert data.train[0]["messages"] in [row["messages"] for row in rows]
 
 
+def test_messages_in_a_column_of_another_name(tmp_path: Path) -> None:
+    rows = [{"talk": [{**TURNS[0], "content": f"say {i}"}, TURNS[1]], "text": "other"} for i in range(6)]
+    data = load(write_jsonl(tmp_path / "x.jsonl", rows), messages="talk")
+    assert data.form == "messages"
+    assert data.train.column_names == ["messages"]
+    both = [{"messages": TURNS, "chosen": TURNS, "rejected": TURNS, "prompt": str(i)} for i in range(6)]
+    path = write_jsonl(tmp_path / "both.jsonl", both)
+    assert load(path, heldout=0, messages="messages").form == "messages"
+    assert load(path, heldout=0).form == "preference"
+
+
+@pytest.mark.parametrize("column", ["x", [{"from": "human", "value": "x"}]])
+def test_messages_that_are_none(column: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"talk": column}])
+    message = refused(DataError, lambda: load(path, messages="talk"), tmp_path)
+    assert message.startswith(
+        "FOLDER/x.jsonl: the column talk must hold conversations, lists of turns with `role` and "
+    )
+
+
 def test_prompt_and_completion(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} and {i}?", "completion": f" {2 * i}", "text": "other"} for i in range(6)]
     data = load(write_jsonl(tmp_path / "x.jsonl", rows))
@@ -210,6 +234,122 @@ def test_part_of_a_file(tmp_path: Path) -> None:
     assert {*texts(data.train), *texts(data.heldout)} == {row["text"] for row in ROWS[:6]}
 
 
+# Length and streams
+
+
+def test_examples_that_are_too_short_or_too_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"body": "x" * n} for n in range(1, 21)])
+    with caplog.at_level(logging.WARNING, logger="hf_contmerge"):
+        data = load(path, text="body", min_chars=5, max_chars=12)
+    assert sorted(map(len, [*texts(data.train), *texts(data.heldout)])) == list(range(5, 13))
+    assert caplog.messages == [
+        f"{path}: 12 of 20 rows are left out, for they have not at least 5 and at most 12 characters"
+    ]
+
+
+def test_length_is_that_of_prompt_and_answer(tmp_path: Path) -> None:
+    """Of conversations that of all turns, of pairs that of the longer answer; templates add nothing."""
+    talk = [{"messages": [TURNS[0], {**TURNS[1], "content": "x" * n}]} for n in range(10)]
+    longest = len(TURNS[0]["content"]) + 6
+    data = load(write_jsonl(tmp_path / "m.jsonl", talk), max_chars=longest, heldout=0)
+    assert sorted(len(row["messages"][1]["content"]) for row in data.train.to_list()) == list(range(7))
+    asked = [{"prompt": "1234", "completion": "x" * n} for n in range(10)]
+    assert len(load(write_jsonl(tmp_path / "p.jsonl", asked), min_chars=10, heldout=0).train) == 4
+    rivals = [{"prompt": "1234", "chosen": "x", "rejected": "x" * n} for n in range(1, 10)]
+    assert len(load(write_jsonl(tmp_path / "r.jsonl", rivals), max_chars=8, heldout=0).train) == 4
+
+
+def test_nothing_is_long_enough(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    assert refused(DataError, lambda: load(path, min_chars=500), tmp_path) == (
+        "FOLDER/x.jsonl (split train) has no example that is left: 12 have not at least 500 characters."
+    )
+
+
+@pytest.mark.parametrize("name", [*KINDS])
+def test_stream_of_any_kind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # at the end of a Parquet stream
+    KINDS[name](tmp_path / name)
+    data = load(tmp_path / name, streaming=True, max_examples=6)
+    assert (len(data.train), len(data.heldout)) == (6, 3)
+    assert len({*texts(data.train), *texts(data.heldout)} & TEXTS) == 9
+    again, other = (load(tmp_path / name, streaming=True, max_examples=6, seed=seed) for seed in (0, 1))
+    assert texts(again.train) == texts(data.train) != texts(other.train)
+    assert texts(again.heldout) == texts(data.heldout)
+
+
+def test_stream_goes_on_until_there_are_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows that are left out do not count; where there are fewer than asked for, all are taken."""
+    rows = [{"text": f"{i:05d} long enough" if i % 3 == 0 else "short" if i % 3 == 1 else None} for i in range(6000)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    with caplog.at_level(logging.WARNING, logger="hf_contmerge"):
+        data = load(path, streaming=True, max_examples=1500, min_chars=10, heldout=100)
+    assert (len(data.train), len(data.heldout)) == (1500, 100)
+    assert all(text.endswith("long enough") for text in (*texts(data.train), *texts(data.heldout)))
+    assert [m.split(" of ")[1] for m in caplog.messages] == [
+        "5000 rows are left out, for they lack text",
+        "5000 rows are left out, for they have not at least 10 characters",
+    ]
+    assert len(load(path, streaming=True, max_examples=9999, min_chars=10, heldout=100).train) == 1900
+
+
+def test_stream_with_a_split_of_its_own(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", [{"text": f"test {i}", "n": i} for i in range(9)])
+    data = load(tmp_path, streaming=True, max_examples=5, heldout=4, heldout_split="test")
+    assert (len(data.train), len(data.heldout)) == (5, 4)
+    assert set(texts(data.train)) < TEXTS
+    assert all(text.startswith("test") for text in texts(data.heldout))
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "broken.jsonl", "columns.csv", "near.csv", "number.csv", "book.epub"])
+def test_wrong_stream(name: str, tmp_path: Path) -> None:
+    contents, fields, message = WRONG[name]
+    (tmp_path / name).write_text(contents)
+    ask = {**fields, "streaming": True, "max_examples": 3}
+    assert refused(DataError, lambda: load(tmp_path / name, **ask), tmp_path) == message
+
+
+FROM_HUB = """
+import json, sys
+from hf_contmerge.corpus import load_stage_data
+from hf_contmerge.recipe import Dataset
+for fields in json.loads(sys.argv[1]):
+    data = load_stage_data(Dataset(path="me/law", heldout=3, **fields), seed=0)
+    print(json.dumps([data.train["text"][:], data.heldout["text"][:]]))
+"""
+
+
+def from_hub(hub: Hub, *entries: Row) -> list[tuple[list[str], list[str]]]:
+    """Load a dataset of the Hub in a process that may reach it; return each entry's training and held-out texts."""
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder / "home"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", FROM_HUB, json.dumps(entries)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def test_dataset_of_the_hub(tmp_path: Path) -> None:
+    """Whole, a slice, another split; a stream leaves files where they are once it has enough."""
+    with hub_server(tmp_path / "hub") as hub:
+        hub.repos["datasets/me/law"] = Repo(private=False)
+        shards = {
+            f"train-{i:05d}-of-00080.jsonl": "".join(f'{{"text": "document {i} {j}"}}\n' for j in range(500))
+            for i in range(80)
+        }
+        files = {**shards, "test-00000-of-00001.jsonl": "".join(f'{{"text": "test {i}"}}\n' for i in range(5))}
+        hub.commit("datasets/me/law", "data", {path: hub.store(text.encode()) for path, text in files.items()})
+        [(stream, held)] = from_hub(hub, {"streaming": True, "max_examples": 20})
+        fetched = {r.rpartition("/")[2] for r in hub.requests if r.startswith("GET /datasets")}
+        assert (len(stream), len(held)) == (20, 3)
+        assert len(fetched) < 80
+        whole, part = from_hub(hub, {"max_examples": 20}, {"split": "train[:10]", "heldout_split": "test"})
+    assert len(whole[0]) == 20
+    assert sorted(part[0]) == sorted(f"document 0 {i}" for i in range(10))
+    assert len(part[1]) == 3
+    assert all(text.startswith("test") for text in part[1])
+
+
 # What is wrong
 
 
@@ -262,7 +402,8 @@ WRONG: dict[str, tuple[str, Row, str]] = {
         "body,n\nx,1\n",
         {},
         "FOLDER/columns.csv has the columns body, n; a stage needs `messages`, or `prompt` and `completion`, or "
-        "`text`. Name the text's column, or a format such as '{question}\\n{answer}', with `text`.",
+        "`prompt`, `chosen` and `rejected`, or `text`. Name the text's column, or a format such as "
+        "'{question}\\n{answer}', with `text`; that of conversations with `messages`.",
     ),
     "near.csv": (
         "body,n\nx,1\n",

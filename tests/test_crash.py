@@ -8,10 +8,10 @@ libraries load, the processes are forked from one that has loaded them.
 import hashlib
 import json
 import random
-import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import pytest
 import yaml
 from toys import toy_llama, write_jsonl
 
-# Reads orders from stdin, one JSON a line: argv, the run folder, which change to die before, where to log.
+# Reads orders from stdin, one JSON a line: argv, the run folder, which change to die before, or after how many seconds,
+# where to log.
 FORKS = r"""
-import json, os, re, signal, sys
+import json, os, re, signal, sys, time
 import lm_eval.models.huggingface, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama
 import hf_contmerge.preflight, hf_contmerge.report
 from hf_contmerge.cli import main
@@ -65,7 +66,14 @@ for line in sys.stdin:
         finally:
             sys.stderr.flush()
             os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    end, ended = time.monotonic() + order["seconds"], 0
+    while not ended and time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.001)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        ended, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 # A constant rate: with one that falls to zero, a step too many after resuming would not show in the weights.
@@ -80,11 +88,14 @@ class Runner:
     def __init__(self, process: subprocess.Popen[str], recipe: Path) -> None:
         self._process, self.recipe = process, recipe
 
-    def run(self, folder: Path, *, die_before: str | None = None, count: int = 1) -> int:
-        """Return the exit code; -9 if it was killed before the change numbered `count` that matches the pattern."""
+    def run(self, folder: Path, *, die_before: str | None = None, count: int = 1, seconds: float = 600) -> int:
+        """Return the exit code; -9 if it was killed before the change numbered `count` that matches the pattern.
+
+        Or after so many seconds.
+        """
         order = {
             "argv": ["run", str(self.recipe), "--run", str(folder)], "folder": str(folder), "pattern": die_before,
-            "count": count, "log": f"{folder}.log",
+            "count": count, "log": f"{folder}.log", "seconds": seconds,
         }  # fmt: skip
         assert self._process.stdin
         assert self._process.stdout
@@ -122,31 +133,36 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 @pytest.fixture(scope="module")
 def unbroken(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken") / "run"
+    begun = time.monotonic()
     assert runner.run(folder) == 0, Path(f"{folder}.log").read_text()
+    Path(f"{folder}.seconds").write_text(str(time.monotonic() - begun))
     return folder
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Return all that a run leaves behind, apart from times and memory."""
+    """Return all that a run leaves behind: the bytes of its files, and its records without times and memory."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.suffix == ".safetensors":
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        elif path.name == "score.json":
-            found[name] = json.loads(path.read_text())["tasks"]
-        elif path.name == "merge.json":
-            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k in ("norms", "scale")}
-        elif path.name == "summary.json":
+        if path.name in RECORDS:
             found[name] = _timeless(json.loads(path.read_text()), folder)
-        elif path.name != "train.json":
+        elif path.is_file() and path.parent.name != "model" and path.stem != "costs":
+            found[name] = hashlib.sha256(path.read_bytes().replace(str(folder).encode(), b"RUN")).hexdigest()
+        else:
             found[name] = None  # it must be there, and nothing else
     return found
 
 
+RECORDS = ("train.json", "merge.json", "score.json", "report.json")
+
+
 def _timeless(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
-        return {k: _timeless(v, folder) for k, v in value.items() if not re.search("second|memory|finished|minute", k)}
+        return {
+            k: _timeless(v, folder)
+            for k, v in value.items()
+            if k not in ("seconds", "train_seconds", "peak_memory_bytes", "finished")
+        }
     if isinstance(value, list):
         return [_timeless(v, folder) for v in value]
     return value.replace(str(folder), "RUN") if isinstance(value, str) else value
@@ -171,6 +187,11 @@ MOMENTS = {
 SOME = ("a checkpoint is half written", "the expert is in place, its record is not", "a score is put in place")
 
 
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    assert {name: what for name, what in found.items() if what != wanted[name]} == {}
+
+
 def killed_and_resumed(runner: Runner, folder: Path, die_before: str, count: int = 1) -> dict[str, Any]:
     """Return what a run leaves that was killed once, then started again."""
     assert runner.run(folder, die_before=die_before, count=count) == -signal.SIGKILL
@@ -185,12 +206,12 @@ def test_killed_at_every_moment_in_turn(runner: Runner, unbroken: Path, tmp_path
             f"{moment}: {Path(f'{folder}.log').read_text()}"
         )
     assert runner.run(folder) == 0, Path(f"{folder}.log").read_text()
-    assert outcome(folder) == outcome(unbroken)
+    assert_same(outcome(folder), outcome(unbroken))
 
 
 @pytest.mark.parametrize("moment", [m if m in SOME else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS])
 def test_killed_when(moment: str, runner: Runner, unbroken: Path, tmp_path: Path) -> None:
-    assert killed_and_resumed(runner, tmp_path / "run", MOMENTS[moment]) == outcome(unbroken)
+    assert_same(killed_and_resumed(runner, tmp_path / "run", MOMENTS[moment]), outcome(unbroken))
 
 
 @pytest.mark.slow
@@ -198,7 +219,23 @@ def test_killed_when(moment: str, runner: Runner, unbroken: Path, tmp_path: Path
 def test_killed_after_a_share_of_all_changes(share: float, runner: Runner, unbroken: Path, tmp_path: Path) -> None:
     changes = json.loads(Path(f"{unbroken}.log.changes").read_text())
     number = 1 + int(share * len(changes))
-    assert killed_and_resumed(runner, tmp_path / "run", ".", number) == outcome(unbroken)
+    assert_same(killed_and_resumed(runner, tmp_path / "run", ".", number), outcome(unbroken))
+
+
+def shares(seed: int, count: int) -> list[float]:
+    draw = random.Random(seed)
+    return [round(draw.random(), 3) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "share", [*shares(0, 2), *(pytest.param(share, marks=pytest.mark.slow) for share in shares(1, 30))]
+)
+def test_killed_at_a_random_time(share: float, runner: Runner, unbroken: Path, tmp_path: Path) -> None:
+    """Between two changes to the disk as well as within one. A machine that is suddenly faster ends the run first."""
+    folder, seconds = tmp_path / "run", float(Path(f"{unbroken}.seconds").read_text())
+    assert runner.run(folder, seconds=share * seconds) in (-signal.SIGKILL, 0)
+    assert runner.run(folder) == 0, Path(f"{folder}.log").read_text()
+    assert_same(outcome(folder), outcome(unbroken))
 
 
 @pytest.mark.slow
@@ -208,4 +245,4 @@ def test_killed_again_and_again(runner: Runner, unbroken: Path, tmp_path: Path) 
         if runner.run(tmp_path / "run", die_before=".", count=80) == 0:
             break
     assert runner.run(tmp_path / "run") == 0
-    assert outcome(tmp_path / "run") == outcome(unbroken)
+    assert_same(outcome(tmp_path / "run"), outcome(unbroken))

@@ -14,34 +14,36 @@ PACKAGE = TESTS.parent / "hf_contmerge"
 # A module imports from the rows above its own only, so that the modules of a row never import each other.
 LAYERS = (
     ("errors", "merge_rules"),  # the speech, the maths
+    ("recipe_data", "model_names"),
     ("recipe", "quickstart_texts"),  # the nouns
     ("recipe_changes", "places", "tensor_files", "work_sharing", "adapter_settings"),
     ("run_folder", "progress", "merge_files", "merge_words", "adapter_base", "factored", "merge_tensor"),
+    ("corpus_files", "corpus_forms"),
     # parts of a phase
     ("corpus", "forgetting", "model_folder", "train_strategies"),
-    ("running_state", "adapter_layout", "mergekit_words", "model_in_memory"),
-    ("model_card", "report_findings", "adapter_files", "adapter_writer", "stage_trainer"),
-    ("report_pages", "report_pictures", "experts"),
+    ("running_state", "adapter_layout", "mergekit_words", "model_in_memory", "launching", "trackers", "phase_record"),
+    ("model_card", "report_findings", "adapter_files", "adapter_writer", "stage_trainer", "training_log"),
+    ("report_pages", "report_pictures", "experts", "loaded_model", "model_headers", "dry_step", "plan_machine"),
     ("merge_write",),
-    ("merge_fold",),
+    ("merge_fold", "run_phases", "preference", "vector_guards"),
     ("finetune", "merge_stream", "scoring", "report", "publish"),  # the phases, which talk through the run folder
     ("mergekit_tensors", "mergekit_recipe", "state_log", "preflight"),
-    ("merge_state", "mergekit_plugin"),  # merging without a run
+    ("merge_state", "mergekit_plugin", "plan_estimates"),  # merging without a run
     ("merged_adapter", "ownership"),
-    ("_autoload", "train", "merge_cli"),  # the entry points
+    ("_autoload", "train", "merge_cli", "new_recipe", "plan"),  # the entry points
     ("cli", "__init__"),
 )
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 
 # Heavy or fast-moving libraries, and the modules that know them.
-TRAINING = {"corpus", "finetune", "model_folder", "scoring", "stage_trainer", "train_strategies"}
+TRAINING = {"corpus_forms", "finetune", "model_folder", "scoring", "stage_trainer", "train_strategies", "training_log"}
 KNOWN_BY = {
-    "transformers": TRAINING | {"model_in_memory"},
-    "trl": TRAINING,
-    "peft": {"train_strategies"},  # adapters are read and written without it
+    "transformers": TRAINING | {"dry_step", "model_headers", "plan_estimates", "loaded_model", "model_in_memory"},
+    "trl": TRAINING | {"dry_step", "plan", "preference"},
+    "peft": {"loaded_model", "preference", "train_strategies"},  # adapters are merged and written without it
     "lm_eval": {"scoring"},
     "mergekit": {"mergekit_plugin", "mergekit_tensors", "cli"},  # cli: `contmerge yaml` is mergekit's own command
-    "huggingface_hub": {"model_card", "model_folder", "publish"},
+    "huggingface_hub": {"model_card", "model_folder", "model_headers", "publish"},
     "matplotlib": {"ownership", "report", "report_pictures"},
 }
 
@@ -50,6 +52,7 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "errors": set(),
     "merge_rules": {"torch"},
     "recipe": {"pydantic", "yaml"},  # these and run_folder answer "is all of this done?" at once: no torch
+    "recipe_data": {"pydantic"},
     "recipe_changes": set(),
     "places": set(),
     "factored": {"torch"},

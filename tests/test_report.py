@@ -92,7 +92,8 @@ def summary(run: Run) -> dict:
 
 def test_all_files_are_there_and_no_record(run):
     names = {p.name for p in (run.folder / "report").iterdir()}
-    assert names == {"index.html", "report.md", "scores.csv", "summary.json", "forgetting.png"}
+    costs = {"costs.html", "costs.csv"}
+    assert names == {"index.html", "report.md", "scores.csv", "summary.json", "forgetting.png", *costs}
     assert not run.report.is_done("report")
 
 
@@ -260,12 +261,25 @@ def test_the_page_is_whole_and_loads_nothing(run):
     page.feed(text)
     page.close()
     assert page.open == []
-    assert len(page.addresses) == 1
+    assert len(page.addresses) == 2
     assert page.addresses[0].startswith("data:image/png;base64,")
+    assert page.addresses[1] == "costs.html"
     for loads in ("http://", "https://", "url(", "@import", "<script", "<link"):
         assert loads not in text
-    assert "1.5 min" in text
-    assert "3.0 GiB" in text
+
+
+def test_costs_lie_apart(run):
+    """What differs from machine to machine is in files of its own; the rest of the report is the same everywhere."""
+    folder = run.folder / "report"
+    spent = folder / "costs.html"
+    assert "1.5 min" in spent.read_text()
+    assert "3.0 GiB" in spent.read_text()
+    assert "peak memory" in spent.read_text()
+    with (folder / "costs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["what"] for row in rows} == {str(place.folder.relative_to(run.folder)) for _, place in run.places()}
+    for name in ("index.html", "report.md", "summary.json", "scores.csv"):
+        assert "peak memory" not in (folder / name).read_text()
 
 
 def test_the_page_escapes_and_hides_tokens(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from toys import toy_llama, write_jsonl
+from toys import perturbed, toy_llama, write_jsonl
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.experts import open_expert
@@ -41,8 +41,9 @@ ENTRIES = ("average", "ema", "magmax", "opcm")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, two experts, three texts and a few questions."""
     home, draw = tmp_path_factory.mktemp("home"), random.Random(0)
-    for seed, name in enumerate(("base", "expert", "minus")):
-        toy_llama(home / name, seed=seed)
+    base = toy_llama(home / "base", seed=0)
+    for seed, name in enumerate(("expert", "minus"), 1):
+        perturbed(base, home / name, seed=seed, size=0.005)
     words = WORDS.split()
     for i, name in enumerate("abc"):
         own = words[6 * i : 6 * i + 8]

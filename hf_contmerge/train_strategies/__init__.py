@@ -8,18 +8,23 @@ old knowledge (replay, anchor, ...).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Inputs = Mapping[str, Any]
 """A micro-batch as the trainer's collator makes it: input_ids, labels (-100: does not count), ..."""
+Likelihoods = Callable[[int], Iterator[tuple[Tensor, int]]]
+"""Gives, for a seeded sample of so many of the stage's examples, this rank's share of them: the log likelihood of each
+(a scalar with its graph, summed over the tokens that count) and the number of those tokens."""
 
 
 @dataclass
@@ -35,6 +40,12 @@ class TrainStrategy:
     """The carriers that it can be combined with; None: any."""
     sharded: ClassVar[bool] = True
     """Whether it is right where the weights are shared out among the ranks by FSDP2."""
+    texts_only: ClassVar[bool] = False
+    """Whether it needs tokens with labels, which texts have and preference pairs do not."""
+
+    def keeps_adapter(self) -> bool:
+        """Say whether the expert is saved as a peft adapter of the base, instead of a whole model."""
+        return False
 
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
         """Return the examples to train on.
@@ -62,6 +73,9 @@ class TrainStrategy:
 
     def adjust_weights(self, model: nn.Module) -> None:
         """Change the weights just after the optimizer's step."""
+
+    def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
+        """Look at the trained model and the stage's examples once more; called before `remember`, on all ranks."""
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
         """Write what later stages need into the folder `out`, which exists; called after training, on all ranks.
@@ -96,6 +110,10 @@ class Combined:
         """Return the names of those that FSDP2 would break."""
         return [name for name, part in self.parts.items() if not part.sharded]
 
+    def texts_only(self) -> list[str]:
+        """Return the names of those that cannot learn from preference pairs."""
+        return [name for name, part in self.parts.items() if part.texts_only]
+
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
         for name, part in self.parts.items():
             fresh = part.mix(fresh, _own(memory, name), seed=seed)
@@ -122,6 +140,10 @@ class Combined:
     def adjust_weights(self, model: nn.Module) -> None:
         for part in self.parts.values():
             part.adjust_weights(model)
+
+    def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
+        for part in self.parts.values():
+            part.review(model, likelihoods)
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path, *, main: bool) -> None:
         """Let each part write into its own folder below `out`; without anything to remember there is no `out`."""
@@ -166,7 +188,20 @@ def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:
         TypeError: a parameter that it does not have.
         ValueError: a value that it cannot have.
     """
-    return strategy_class(name)(**parameters)
+    cls = strategy_class(name)
+    hints = get_type_hints(cls, include_extras=True)
+    kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+    return cls(**{word: _checked(f"{name}'s {word}", v, kinds.get(word, Any)) for word, v in parameters.items()})
+
+
+def _checked(what: str, value: Any, kind: Any) -> Any:
+    """Return a parameter's value as its field is annotated: float, Annotated[int, Field(ge=1)], list[str], ..."""
+    try:
+        strict = ConfigDict(strict=True, allow_inf_nan=False)
+        return TypeAdapter(kind, config=strict).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{what} {problem}; got {value!r}") from error
 
 
 def combine(names: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> Combined:

@@ -1,37 +1,64 @@
-"""LoRA: train low-rank additions to the linear layers, and fold them in at the end.
+"""LoRA: train low-rank additions to the linear layers, and fold them in at the end, or keep them as an adapter.
 
 Hu et al., ICLR 2022, arXiv 2106.09685.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_contmerge.train_strategies import TrainStrategy
+from hf_contmerge.train_strategies._weights import trained
 
 
 @dataclass(init=False)
 class Lora(TrainStrategy):
-    """W <- W + (alpha / r) B A. Parameters: any field of peft's LoraConfig, by its own name."""
+    """W <- W + (alpha / r) B A. Parameters: any field of peft's LoraConfig, by its own name, and `keep`.
+
+    With `keep` the expert is a peft adapter of the base, not a whole model, and a stage that starts from the one before
+    goes on training that same adapter, with the settings that it has.
+    """
 
     carrier = True
     bytes_per_parameter = 5
 
     config: dict[str, Any]
+    keep: bool
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, keep: bool = False, **config: Any) -> None:
         from peft import LoraConfig
 
         chosen = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
         LoraConfig(**chosen)  # says at once what it does not know
-        self.config = chosen
+        self.config, self.keep = chosen, keep
+
+    def keeps_adapter(self) -> bool:
+        return self.keep
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
 
-        return get_peft_model(model, LoraConfig(**self.config))
+        return model if isinstance(model, PeftModel) else get_peft_model(model, LoraConfig(**self.config))
 
     def close(self, model: Any) -> PreTrainedModel:
-        return model.merge_and_unload()
+        return model if self.keep else model.merge_and_unload()
+
+
+def trained_a(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield each linear layer's name and its A (r, in), which has a gradient after a backward pass."""
+    for name, weight in trained(model):
+        module, found, _ = name.partition(".lora_A.")
+        if found:
+            yield module, weight
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight as it is on a single machine, on the processor; under FSDP2 all ranks call this together."""
+    full = getattr(weight.detach(), "full_tensor", None)  # of a DTensor
+    return (full() if full else weight.detach()).float().cpu().contiguous()

@@ -105,7 +105,7 @@ def theirs(home: Path, base: Path, shared: dict) -> measure.Command:
 def recorded(run: Path | None) -> float | None:
     """Return the seconds of training that our record holds, if the folder is a run of ours."""
     for path in run.glob("stages/*/experts/*/train.json") if run else ():
-        return json.loads(path.read_text(encoding="utf-8"))["log"][-1]["train_runtime"]
+        return json.loads(path.read_text(encoding="utf-8"))["train_seconds"]
     return None
 
 

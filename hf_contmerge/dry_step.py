@@ -1,0 +1,204 @@
+"""One step of training, or one batch of scoring, on tensors without data: what it would take, for any architecture.
+
+The model is made from its config under PyTorch's FakeTensorMode, whose tensors know shape, dtype and storage and hold
+nothing. A dispatch mode follows each operation: bytes that are alive, bytes moved, floating-point operations. So the
+memory of activations, logits, checkpointing and adapters is counted, not guessed at from a formula per architecture.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.train_strategies import Combined
+from hf_contmerge.train_strategies.full import Full
+from hf_contmerge.train_strategies.lora import Lora
+
+_ADAM_BYTES = 8  # the two moments of a trained parameter, float32
+_FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of its head
+
+
+@dataclass
+class Work:
+    """What was done. `flops`: by dtype of the factors; `moved`: bytes read and written by all other operations."""
+
+    flops: Counter[torch.dtype] = field(default_factory=Counter)
+    moved: int = 0
+    calls: int = 0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step takes. `held`: weights and the optimizer's state; `peak`: with gradients and activations. Bytes."""
+
+    held: int
+    peak: int
+    trained: int
+    """Parameters that are trained."""
+    work: Work
+
+
+def training_step(
+    folder: Path, strategies: Combined, settings: Any, *, batch: int, length: int, init: dict[str, Any]
+) -> StepCost:
+    """Return what a step of training takes.
+
+    Args:
+        folder: has config.json; the weights are not read.
+        strategies: of the stage. The carrier says what is trained; the others count with their bytes per parameter.
+        settings: the stage's SFTConfig, of which dtype, accumulation and checkpointing are taken.
+        batch: rows of a micro-batch.
+        length: tokens of the longest example of a batch.
+        init: keyword arguments of `from_pretrained`.
+
+    Raises:
+        ModelError: transformers cannot make a model of this config.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.bf16 or settings.fp16)
+    model = _model(folder, init).train()
+    if settings.gradient_checkpointing:
+        _checkpoint(model, settings.gradient_checkpointing_kwargs)
+    add_fused_lm_head(model, outputs=_FUSED_OUTPUTS)
+    numel = sum(p.numel() for p in model.parameters())
+    opened = _opened(strategies, model)
+    with FakeTensorMode(), _Meter() as meter:
+        _materialise(opened)
+        weights = meter.restart()
+        inputs = torch.zeros((batch, length), dtype=torch.long)
+        for _ in range(min(settings.gradient_accumulation_steps, 2)):  # from the second on, gradients are there already
+            meter.work = Work()
+            with autocast:
+                out = opened(input_ids=inputs, labels=inputs, fused_lm_head=True, use_cache=False)
+                loss = -out.log_probs.sum()
+            loss.backward()
+            del out, loss
+    trained = sum(p.numel() for p in opened.parameters() if p.requires_grad)
+    held = weights + trained * _moments(str(settings.optim)) + numel * _added_bytes(strategies)
+    return StepCost(held, held + meter.peak - weights, trained, meter.work)
+
+
+def scoring_batch(folder: Path, *, batch: int, length: int, dtype: torch.dtype) -> StepCost:
+    """Return what lm-eval's scoring of one batch takes: a forward pass, and a float32 softmax over all logits."""
+    model = _model(folder, {"dtype": dtype}).eval()
+    with FakeTensorMode(), _Meter() as meter, torch.no_grad():
+        _materialise(model)
+        weights = meter.restart()
+        logits = model(input_ids=torch.zeros((batch, length), dtype=torch.long)).logits
+        scores = torch.nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+        del logits, scores
+    return StepCost(weights, meter.peak, 0, meter.work)
+
+
+def _model(folder: Path, init: dict[str, Any]) -> Any:
+    """Return a model on the meta device, where peft can change it; fake tensors refuse to be moved."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **init)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise ModelError(f"transformers cannot make a model of {folder / 'config.json'}: {error}") from error
+
+
+def _materialise(model: torch.nn.Module) -> None:
+    """Put tensors of the current mode in place of those on the meta device; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    made[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                own[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
+
+
+def _checkpoint(model: Any, options: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **(options or {})})
+
+
+def _opened(strategies: Combined, model: Any) -> Any:
+    """Return what is trained. Carriers that train all weights may decompose them at the start, which has no data here.
+
+    What those add is in their bytes per parameter. QLoRA is LoRA on weights that take less.
+    """
+    carrier = strategies.carrier
+    return Lora.open(carrier, model, None) if isinstance(carrier, Lora) else model
+
+
+def _added_bytes(strategies: Combined) -> int:
+    """Return the bytes per parameter that the dry step does not see."""
+    seen = Lora if isinstance(strategies.carrier, Lora) else Full
+    return strategies.bytes_per_parameter - seen.bytes_per_parameter
+
+
+def _moments(optimizer: str) -> int:
+    """Return an optimizer's bytes for each trained parameter."""
+    name = optimizer.lower()
+    if "8bit" in name:
+        return 2
+    return 0 if "sgd" in name or "adafactor" in name else _ADAM_BYTES
+
+
+class _Meter(TorchDispatchMode):
+    """Follows all operations: which storages are alive, what is moved and computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.work = Work()
+        self._sizes: dict[int, int] = {}
+
+    def restart(self) -> int:
+        """Count anew from here; return the bytes that are alive."""
+        self.peak, self.work = self.live, Work()
+        return self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        known = {t.untyped_storage()._cdata for t in given}
+        fresh = [t for t in made if t.untyped_storage()._cdata not in known]
+        for tensor in fresh:
+            self._watch(tensor.untyped_storage())
+        if fresh or func._schema.is_mutable:
+            self._count(func, args, kwargs, out, [*given, *made])
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
+        self.work.calls += 1
+        packet = func._overloadpacket
+        name = str(packet).rpartition(".")[2]
+        flops = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))
+        if flops:
+            self.work.flops[tensors[0].dtype] += flops(*args, **kwargs, out_val=out)
+        else:
+            self.work.moved += sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,55 @@
+"""How this process joins the others of its job: torchrun's, accelerate launch's, or a cluster's launcher."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from hf_contmerge.errors import ResourceError
+from hf_contmerge.model_folder import cpu_only
+from hf_contmerge.progress import progress_bar
+from hf_contmerge.recipe import Train
+from hf_contmerge.work_sharing import Crew, find_ranks
+
+_PATIENCE = 7200  # seconds; saving a large model takes the first rank longer than NCCL's ten minutes
+
+
+def join_ranks(train: Train) -> tuple[PartialState, Crew]:
+    """Meet the other ranks; return them as accelerate knows them, and as our own work is shared among them.
+
+    A rank that dies takes the others with it: the launcher ends those on its machine, and connections that break end
+    those on others. Time limits are for machines that freeze: `ddp_timeout` of the recipe, or two hours, where ranks
+    compute together, and days where they wait for the first to look things up, hash or publish.
+
+    Raises ResourceError if DeepSpeed is asked for and not installed.
+    """
+    _check_deepspeed(train)
+    patience = timedelta(seconds=float(train.sft_fields.get("ddp_timeout") or _PATIENCE))
+    joined = PartialState(cpu=cpu_only(), timeout=patience)
+    device = torch.device("cpu") if cpu_only() else torch.device(str(joined.device))
+    return joined, Crew(ranks=find_ranks(), device=device, bar=progress_bar)
+
+
+def leave_ranks() -> None:
+    """Part from the other ranks at the end of all work: their connections' threads would abort a process that ends.
+
+    Not after a failure, where it might wait for ranks that are gone.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _check_deepspeed(train: Train) -> None:
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    asked: Any = train.sft_fields.get("deepspeed")
+    if (launched or asked) and importlib.util.find_spec("deepspeed") is None:
+        where = "the launcher (ACCELERATE_USE_DEEPSPEED)" if launched else f"train.deepspeed ({asked})"
+        raise ResourceError(
+            f"{where} asks for DeepSpeed, which is not installed. Install it with "
+            "`pip install 'hf_contmerge[deepspeed]'`, or launch with FSDP2 (recipes/accelerate/fsdp2.yaml) or DDP."
+        )

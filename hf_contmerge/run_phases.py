@@ -1,0 +1,131 @@
+"""The phases of a run in the order in which the loop carries them out, and what each writes to the disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.places import ExpertPlace, MergePlace, Place
+from hf_contmerge.recipe import Phase, Task
+from hf_contmerge.run_folder import Run
+from hf_contmerge.tensor_files import Weights
+
+_CHECKPOINTS = 2
+_ADAM = 8  # bytes per trained parameter
+
+
+@dataclass(frozen=True)
+class Step:
+    """One phase at one place. `t`: the stage, 0 for the base model."""
+
+    phase: Phase
+    t: int
+    place: Place
+    tasks: tuple[Task, ...] = ()
+    """What a score phase measures."""
+
+    @property
+    def done(self) -> bool:
+        return self.place.is_done(self.phase)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of the model is trained: so many parameters, and whether the expert is kept as an adapter of these alone."""
+
+    count: int
+    as_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes that a phase adds: what is kept once it is done, and how much more there is while it works."""
+
+    kept: int
+    at_work: int
+
+
+def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
+    """Yield the phases of a run as `train.Loop` does them. `kinds`: merge entry -> the kind of expert that it folds."""
+    recipe, every = run.recipe, run.stage_numbers()
+    yield Step("score", 0, run.base, tuple(recipe.measured(every)))
+    for t in every:
+        experts = {run.expert(t, kind).folder: run.expert(t, kind) for kind in kinds.values()}
+        merges = [run.merged(t, entry) for entry in recipe.merge]
+        yield from (Step("train", t, place) for place in experts.values())
+        yield from (Step("merge", t, place) for place in merges)
+        seen = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
+        for place in experts.values():
+            alone = place.kind == "base" and t > 1
+            yield Step("score", t, place, tuple(recipe.measured([t] if alone else seen, general=not alone)))
+        yield from (Step("score", t, place, tuple(recipe.measured(seen))) for place in merges)
+
+
+def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule], trained: Trained) -> DiskUse:
+    """Return what a phase writes, from the sizes of the tensors.
+
+    Args:
+        step: the phase.
+        run: its run.
+        base: the base model, of which headers are read.
+        rules: of the merge entries, by name.
+        trained: what checkpoints hold, with the optimizer's state.
+    """
+    companions = _companions_bytes(base)
+    if step.phase == "train" and isinstance(step.place, ExpertPlace):
+        stage = run.stage(step.t)
+        if stage.expert and not stage.minus:
+            return DiskUse(0, 0)
+        whole = stage.minus or not trained.as_adapter
+        expert = model_bytes(base, torch.float32) + companions if whole else 4 * trained.count
+        fields = run.recipe.train_of(stage).sft_fields
+        saved = stage.dataset and fields.get("save_strategy", "steps") != "no"
+        return DiskUse(expert, _checkpoint_bytes(trained.count, fields) if saved else 0)
+    if step.phase == "merge" and isinstance(step.place, MergePlace):
+        entry, rule = step.place.entry, rules[step.place.entry.name]
+        dtype = None if entry.dtype == "auto" else getattr(torch, entry.dtype)
+        state = state_bytes(base, rule)
+        kept_before = state if step.t > 1 else 0  # pruned as soon as this stage's is recorded
+        return DiskUse(model_bytes(base, dtype) + companions + state - kept_before, kept_before)
+    return DiskUse(0, 0)
+
+
+def peak_disk(uses: Iterable[DiskUse]) -> tuple[int, int]:
+    """Return (what is left at the end, the most that is there at any time) of phases in their order, in bytes."""
+    kept = most = 0
+    for use in uses:
+        kept += use.kept
+        most = max(most, kept + use.at_work)
+    return kept, most
+
+
+def model_bytes(base: Weights, dtype: torch.dtype | None) -> int:
+    """Return the bytes of a model's tensors with the floating ones in `dtype` (None: as the base stores them)."""
+    floating = set(base.floating())
+    return sum(
+        math.prod(base.shape(n)) * (dtype.itemsize if dtype and n in floating else base.dtype(n).itemsize)
+        for n in base.names
+    )
+
+
+def state_bytes(base: Weights, rule: MergeRule) -> int:
+    """Return the bytes of a rule's running state: float32 for each slot, and a byte for the owner where it selects."""
+    each = 4 * rule.slots + (1 if rule.selects else 0)
+    return each * sum(math.prod(base.shape(n)) for n in base.floating())
+
+
+def _checkpoint_bytes(count: int, fields: Mapping[str, Any]) -> int:
+    """Return the bytes of the checkpoints that lie there at a time: trained weights in float32, and Adam's moments."""
+    copies = min(_CHECKPOINTS, int(fields.get("save_total_limit") or 1) + 1)
+    return copies * (4 if fields.get("save_only_model") else 4 + _ADAM) * count
+
+
+def _companions_bytes(base: Weights) -> int:
+    """Return the bytes of config, tokenizer, ... which go with every model."""
+    files = (p for p in base.folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
+    return sum(p.stat().st_size for p in files if not p.name.endswith(".index.json"))

@@ -1,0 +1,120 @@
+"""Replay: train on some examples of earlier stages among the new ones.
+
+Experience replay, Rolnick et al., NeurIPS 2019, arXiv 1811.11682. A fixed random number of each example says which are
+remembered, so that the sample never depends on how it was drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import pyarrow
+from datasets.table import InMemoryTable
+from pyarrow import parquet
+from pydantic import Field
+from torch import nn
+from transformers import AutoTokenizer
+
+from hf_contmerge.errors import DataError
+from hf_contmerge.train_strategies import TrainStrategy
+from hf_contmerge.train_strategies._ranks import is_main
+
+_KEY, _SIZE = "replay_key", "replay_size"
+_EXAMPLES = 1000
+
+
+@dataclass
+class Replay(TrainStrategy):
+    """Of the examples trained on, `share` are old: drawn from the memory, from its start again where it is too small.
+
+    The memory holds `examples` in all (1000, if nothing is said), or as many as have `tokens` in all. The stages so far
+    share it equally: each keeps the examples with its lowest keys, and fewer with every stage. Held-out examples are
+    none of a stage's own. Earlier datasets are not read again and may be gone.
+    """
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    examples: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.examples and self.tokens:
+            raise ValueError("replay has both `examples` and `tokens`; give the memory one size, and remove the other")
+
+    def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
+        if not memory or not self.share:
+            return fresh
+        olds = [in_form_of(fresh, old.remove_columns([_KEY, _SIZE]), path) for path, old in _remembered(memory)]
+        old = datasets.concatenate_datasets(olds).shuffle(seed=seed, keep_in_memory=True)
+        count = round(len(fresh) * self.share / (1 - self.share))
+        drawn = old.select([i % len(old) for i in range(count)])
+        return datasets.concatenate_datasets([fresh, drawn]).shuffle(seed=seed, keep_in_memory=True)
+
+    def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
+        if not is_main():
+            return
+        olds = list(_remembered(memory)) if memory else []
+        budget = (self.tokens or self.examples or _EXAMPLES) // (len(olds) + 1)
+        keys = [_key(row) for row in data]
+        order = sorted(range(len(keys)), key=lambda i: keys[i])
+        order = order[:budget]  # each example has a token at least
+        own = datasets.Dataset.from_dict(data[order], features=data.features)
+        sizes = _token_counts(own, model) if self.tokens else [1] * len(own)
+        own = own.add_column(_KEY, [keys[i] for i in order]).add_column(_SIZE, sizes)
+        for number, (_, rows) in enumerate([*olds, (out, own)]):
+            kept = sum(total <= budget for total in accumulate(rows[_SIZE]))
+            if kept:
+                rows.select(range(kept)).to_parquet(out / f"{number:03d}.parquet")
+
+
+def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) -> datasets.Dataset:
+    """Return old examples in the columns of fresh ones, with which they are to be mixed.
+
+    Raises DataError where one cannot be made of the other: conversations and plain text.
+    """
+    mine, theirs = set(fresh.column_names), set(old.column_names)
+    if mine == {"text"} and theirs == {"prompt", "completion"} and isinstance(old[0]["prompt"], str):
+        old = old.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=old.column_names)
+    elif mine == {"prompt", "completion"} and theirs == {"text"} and isinstance(fresh[0]["prompt"], str):
+        old = old.map(lambda row: {"prompt": "", "completion": row["text"]}, remove_columns=["text"])
+    try:
+        return old.select_columns(fresh.column_names).cast(fresh.features)
+    except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
+        raise DataError(
+            f"replay cannot mix the examples of {where} ({_form(old)}) with new ones ({_form(fresh)}). Give all stages "
+            "one form (text, messages, or prompt and completion), or leave replay out."
+        ) from error
+
+
+def _form(data: datasets.Dataset) -> str:
+    return ", ".join(f"{name}: {type(data[0][name]).__name__}" for name in data.column_names)
+
+
+def _remembered(memory: Path) -> list[tuple[Path, datasets.Dataset]]:
+    """Return each stage's file and examples, in stage order, those with the lowest keys first."""
+    tables = ((path, parquet.read_table(path)) for path in sorted(memory.glob("*.parquet")))
+    return [(path, datasets.Dataset(InMemoryTable(table))) for path, table in tables]
+
+
+def _key(row: Any) -> str:
+    """Return an example's random number, which depends on nothing but its words."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _token_counts(data: datasets.Dataset, model: Any) -> list[int]:
+    """Return the length of each example's words in tokens of the model, without what a chat template adds."""
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    return [max(1, sum(len(tokenizer(text)["input_ids"]) for text in _texts(row))) for row in data]
+
+
+def _texts(value: Any) -> list[str]:
+    """Return all strings in an example."""
+    if isinstance(value, str):
+        return [value]
+    items = [item for key, item in value.items() if key not in (_KEY, "role")] if isinstance(value, dict) else value
+    return [text for item in items for text in _texts(item)] if isinstance(items, list) else []
