@@ -6,9 +6,11 @@ import logging
 import re
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -41,11 +43,24 @@ def recorded_phase(run: Run, place: Place, phase: Phase, *, main: bool) -> Itera
         raise _explained(error, f"{phase} {name}", run) or error from error
     if main:
         record["seconds"] = round(time.monotonic() - start, 1)
-        record["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        record["peak_memory_bytes"] = peak_memory()
         place.finish(phase, record)
         if isinstance(place, ExpertPlace) and phase == "train":
             remove(place.checkpoints)
         LOG.info("%s %s: %.0f s", phase, name, record["seconds"])
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has had at once.
+
+    Linux's ru_maxrss begins at the mark of whoever started the process, so its own page of the kernel is asked first.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):  # another system
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
 
 
 def _explained(error: Exception, what: str, run: Run) -> ResourceError | None:

@@ -112,7 +112,7 @@ WORDS = {
     "merge.0.parameters.lamda=0.5": "merge entry magmax: magmax has no parameter 'lamda'; it has: lambda",
     "merge.0.parameters.lambda=high": "merge entry magmax: magmax's lambda must be a finite float; got 'high'",
     "merge.0.parameters.lambda=.nan": "merge entry magmax: magmax's lambda must be a finite float; got nan",
-    "train.strategy=lorra": "Unknown strategy 'lorra' in train. Did you mean 'lora'? "
+    "train.strategy=lorra": "Unknown strategy 'lorra' in train. Did you mean 'lora' or 'qlora'? "
     f"Known: {', '.join(strategy_names())}.",
     "train.seed=1": "train.seed is set by `seed` of the recipe; remove it from `train`.",
     "train.save_strategy=sometimes": "train: sometimes is not a valid SaveStrategy, please select one of "
@@ -460,25 +460,30 @@ def test_folder_without_permission(refused: Refused, tmp_path: Path) -> None:
     )
 
 
+CLI = [sys.executable, "-m", "hf_contmerge.cli"]
+
+
 def command(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "hf_contmerge.cli", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True)
+    return subprocess.run([*CLI, *map(str, words)], capture_output=True, text=True)
 
 
 def test_disk_that_fills_up(recipe: Data, home: Path, disk: Path, tmp_path: Path) -> None:
-    """A checkpoint does not fit any more; with room, the same command ends what it began."""
-    recipe["train"] |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    """Somebody else fills it while a stage is trained; with room, the same command ends what it began."""
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     recipe["stages"][1] = {**recipe["stages"][0], "name": "b"}
     path = tmp_path / "recipe.yml"
     path.write_text(yaml.safe_dump(recipe))
-    full = command("run", path, "--run", disk / "run", "--until", "merge")
-    assert full.returncode == 2, full.stderr[-2000:]
-    last = full.stderr.strip().splitlines()[-1]
+    words = [*CLI, "run", str(path), "--run", str(disk / "run"), "--until", "merge"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        next(line for line in process.stderr if line.startswith("train 01-"))
+        (disk / "theirs").write_bytes(bytes(shutil.disk_usage(disk).free))
+        last = process.stderr.read().strip().splitlines()[-1]
+    assert process.returncode == 2, last
     assert last.startswith("Error: ")
     assert "is full" in last
     assert "give the same command again" in last
-    assert "give the same command again" in last
-    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    (disk / "theirs").unlink()
     done = command("run", path, "--run", disk / "run", "--until", "merge")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (disk / "run/stages/02-b/merges/magmax/merge.json").exists()
