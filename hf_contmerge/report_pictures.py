@@ -10,7 +10,6 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from hf_contmerge.report_findings import (
     mean_change,
     natural,
 )
+from hf_contmerge.report_labels import LETTER, Label, label_dots, label_ends
 
 # Okabe & Ito's colours, told apart by all kinds of colour vision; their yellow is too pale for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -39,8 +39,6 @@ _STYLE: Any = {
 }  # fmt: skip
 _BOLD = 0.68
 _FINE = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3, 3.3, 3.6, 4, 4.5, 5, 5.5, 6, 7, 8, 9)
-_WIDE = 0.55
-"""Mean width of a letter, as a share of the font size."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,6 @@ class _Drawn:
     colour: str
     marker: str
     dash: str
-
-
-@dataclass(frozen=True)
-class _Label:
-    """A text at the right end of a panel, at a height in data units."""
-
-    at: float
-    text: str
-    colour: str
 
 
 def draw_forgetting(results: Results, path: Path) -> None:
@@ -86,7 +75,7 @@ def draw_forgetting(results: Results, path: Path) -> None:
             draw = {"stage": _stage_panel, "general": _general_panel, "plane": _plane_panel}[kind]
             ends.append((axes, draw(axes, results, what)))
         wrapped = textwrap.fill(headline(results), int(figure.get_figwidth() * 72 / (14 * _BOLD)))
-        foot = textwrap.fill(caption(results), int(figure.get_figwidth() * 72 / (8.5 * _WIDE)))
+        foot = textwrap.fill(caption(results), int(figure.get_figwidth() * 72 / (8.5 * LETTER)))
         figure.supxlabel(foot, x=0.012, ha="left", fontsize=8.5, color=_GREY)
         figure.suptitle(wrapped, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
         _finish(figure, ends)
@@ -132,7 +121,7 @@ def _shown_task(results: Results, j: int) -> str | None:
     return next((t for t in results.stages[j - 1].task_names() if any(t in row for x in lines for row in x.rows)), None)
 
 
-def _stage_panel(axes: Any, results: Results, j: int) -> list[_Label]:
+def _stage_panel(axes: Any, results: Results, j: int) -> list[Label]:
     task = _shown_task(results, j)
     assert task
     every = [row[task] for x in (*results.experts, *results.merges) for row in x.rows if task in row]
@@ -140,12 +129,12 @@ def _stage_panel(axes: Any, results: Results, j: int) -> list[_Label]:
     if task in results.base:
         score = results.base[task]
         axes.plot([0, results.last], [score.utility] * 2, color=_GREY, lw=1.1, ls=":", zorder=1)
-        labels.append(_Label(score.utility, f"base {natural(score.value, block)}", _GREY))
+        labels.append(Label(score.utility, f"base {natural(score.value, block)}", _GREY))
     alone = next((x.rows[j][task] for x in results.experts if x.name == "base" and j < len(x.rows)), None)
     if alone and j > 1:
         axes.plot([j], [alone.utility], "*", ms=13, color="#F0E442", mec=_INK, mew=0.8, zorder=6)
         axes.plot([j, results.last], [alone.utility] * 2, color=_GREY, lw=0.7, zorder=1)
-        labels.append(_Label(alone.utility, f"★ trained alone {natural(alone.value, block)}", _INK))
+        labels.append(Label(alone.utility, f"★ trained alone {natural(alone.value, block)}", _INK))
     for i, d in enumerate(drawn := _drawn(results)):
         shift = 0.05 * (i - (len(drawn) - 1) / 2)
         points = [(t + shift, s.utility, 2 * (s.stderr or 0))
@@ -153,7 +142,7 @@ def _stage_panel(axes: Any, results: Results, j: int) -> list[_Label]:
         if points:
             _trace(axes, d, points, (0, results.base[task].utility) if task in results.base else None)
             end = d.line.rows[-1].get(task)
-            labels += [_Label(end.utility, f"{d.label} {natural(end.value, block)}", d.colour)] if end else []
+            labels += [Label(end.utility, f"{d.label} {natural(end.value, block)}", d.colour)] if end else []
     name = {"perplexity": "perplexity", "accuracy": "accuracy"}[block]
     _stage_axis(axes, results, learnt=j)
     _value_axis(axes, block, f"{name} of {task}, up is better")
@@ -186,8 +175,8 @@ def _stage_finding(results: Results, j: int, task: str, block: Block) -> str:
     return ("then " if j < results.last else "learnt last: ") + "; ".join(told) if told else ""
 
 
-def _general_panel(axes: Any, results: Results, block: Block) -> list[_Label]:
-    labels, told, ends = [_Label(0.0, "base", _GREY)], [], []
+def _general_panel(axes: Any, results: Results, block: Block) -> list[Label]:
+    labels, told, ends = [Label(0.0, "base", _GREY)], [], []
     axes.plot([0, results.last], [0, 0], color=_GREY, lw=1.1, ls=":", zorder=1)
     tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
     for i, d in enumerate(drawn := _drawn(results)):
@@ -196,7 +185,7 @@ def _general_panel(axes: Any, results: Results, block: Block) -> list[_Label]:
         points = [(t + shift, c.mean, 2 * (c.stderr or 0)) for t, c in found if c]
         if points and (last := found[-1][1]):
             _trace(axes, d, points, (0, 0.0))
-            labels.append(_Label(last.mean, f"{d.label} {amount(last.mean, block).split()[0]}", d.colour))
+            labels.append(Label(last.mean, f"{d.label} {amount(last.mean, block).split()[0]}", d.colour))
             ends.append((last.mean, d, last))
     plain = [e for e in ends if e[1].line is results.baseline]
     merged = max((e for e in ends if e[1].line is not results.baseline), key=lambda e: e[0], default=None)
@@ -217,7 +206,7 @@ def _dots(results: Results, block: Block) -> list[tuple[_Drawn, Change, Change]]
     return [(d, learnt, kept) for d, learnt, kept in found if learnt and kept]
 
 
-def _plane_panel(axes: Any, results: Results, block: Block) -> list[_Label]:
+def _plane_panel(axes: Any, results: Results, block: Block) -> list[Label]:
     """Draw BWT over what was learnt. Where all is measured, final average = learnt + BWT (T-1)/T: the slanted lines."""
     dots, per_unit = _dots(results, block), 100 if block == "accuracy" else 1
     unit = "points" if block == "accuracy" else "nats"
@@ -285,13 +274,13 @@ def _title(axes: Any, title: str, finding: str) -> None:
     axes.contmerge_title = (title, finding)
 
 
-def _finish(figure: Any, ends: Sequence[tuple[Any, list[_Label]]]) -> None:
+def _finish(figure: Any, ends: Sequence[tuple[Any, list[Label]]]) -> None:
     """Set what needs the panels' final sizes: wrapped titles, room for the labels, their heights."""
     figure.draw_without_rendering()
     wrapped = []
     for axes, _ in ends:
         width = axes.get_window_extent().width * 72 / figure.dpi
-        wrapped.append(textwrap.wrap(axes.contmerge_title[1], max(20, int(width / (8.5 * _WIDE)))))
+        wrapped.append(textwrap.wrap(axes.contmerge_title[1], max(20, int(width / (8.5 * LETTER)))))
     room = 11.5 * max(map(len, wrapped), default=0)
     for (axes, _), lines in zip(ends, wrapped, strict=True):
         title = axes.contmerge_title[0]
@@ -301,84 +290,8 @@ def _finish(figure: Any, ends: Sequence[tuple[Any, list[_Label]]]) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes, labels in ends:
-        _label_ends(axes, labels)
+        label_ends(axes, labels)
         if dots := getattr(axes, "contmerge_dots", None):
-            _label_dots(axes, dots)
+            label_dots(axes, dots)
             stages = max(len(axes.contmerge_stages) - 1, 2)
             _slants(axes, (stages - 1) / stages)
-
-
-def _label_ends(axes: Any, labels: Sequence[_Label]) -> None:
-    """Write the labels to the right of the lines' ends, pushed apart, each with a leader to its line."""
-    if not labels:
-        return
-    axes.autoscale(False)
-    size = 8.5
-    points = axes.get_window_extent().width * 72 / axes.figure.dpi
-    room = max(len(x.text) for x in labels) * size * _WIDE + 18
-    (left, last), (low, high) = axes.get_xlim(), axes.get_ylim()
-    axes.set_xlim(left, left + (last - left) * points / max(points - room, 0.3 * points))
-    scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
-    _name_ticks(axes)
-    ordered = sorted(labels, key=lambda x: x.at)
-    heights = spread([(x.at - low) * scale for x in ordered], 1.25 * size, (high - low) * scale)
-    per_point = (axes.get_xlim()[1] - left) / points
-    for label, height in zip(ordered, heights, strict=True):
-        y = low + height / scale
-        axes.plot([last, last + 12 * per_point], [label.at, y], color=label.colour, lw=0.6, alpha=0.6, clip_on=False)
-        axes.text(last + 15 * per_point, y, label.text, color=label.colour, fontsize=size, va="center")
-
-
-def _name_ticks(axes: Any) -> None:
-    """Write the stages' names under the ticks where they fit; else numbers, which the panels' titles explain."""
-    names = axes.contmerge_stages
-    span = axes.get_xlim()[1] - axes.get_xlim()[0]
-    step = axes.get_window_extent().width * 72 / axes.figure.dpi / span
-    width = 8.5 * _WIDE
-    if all((len(a) + len(b)) / 2 * width + 6 <= step for a, b in pairwise(names)):
-        axes.set_xticks(range(len(names)), names)
-    else:
-        every = math.ceil(2.5 * width / step)
-        axes.set_xticks(range(0, len(names), every))
-
-
-def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Return ascending heights moved as little as needed to lie `gap` apart, between 0 and `top` if they fit."""
-    up, down = list(heights), list(heights)
-    for i in range(1, len(up)):
-        up[i] = max(up[i], up[i - 1] + gap)
-    for i in reversed(range(len(down) - 1)):
-        down[i] = min(down[i], down[i + 1] - gap)
-    mid = [(a + b) / 2 for a, b in zip(up, down, strict=True)]
-    for i in reversed(range(len(mid))):
-        mid[i] = min(mid[i], top - gap * (len(mid) - 1 - i))
-    for i in range(len(mid)):
-        mid[i] = max(mid[i], gap * i)
-    assert all(b - a > gap * 0.999 for a, b in pairwise(mid))
-    return mid
-
-
-def _label_dots(axes: Any, dots: Sequence[tuple[float, float, str, str]]) -> None:
-    """Name the dots, each to the right of its own; where two are close, the lower name goes lower."""
-    from matplotlib.patheffects import withStroke
-
-    axes.autoscale(False)
-    halo = [withStroke(linewidth=2.5, foreground="white")]
-    size, (low, high) = 9.5, axes.get_ylim()
-    box = axes.get_window_extent()
-    scale = box.height * 72 / axes.figure.dpi / (high - low)
-    ordered = sorted(dots, key=lambda d: d[1])
-    heights = spread([(d[1] - low) * scale for d in ordered], 1.3 * size, (high - low) * scale - 14)
-    left, right = axes.get_xlim()
-    points = box.width * 72 / axes.figure.dpi
-    widths = [16 + len(text) * size * _BOLD for _, _, text, _ in ordered]
-    right = max(right, *(left + (x - left) * points / max(points - w, 0.3 * points)
-                         for (x, *_), w in zip(ordered, widths, strict=True)))  # fmt: skip
-    axes.set_xlim(left, right)
-    per_point = (right - left) / points
-    for (x, y, text, colour), height in zip(ordered, heights, strict=True):
-        at = low + (height + 7) / scale
-        if abs(at - y) * scale > 12:
-            axes.plot([x, x + 8 * per_point], [y, at], color=colour, lw=0.6, alpha=0.7)
-        axes.text(x + 9 * per_point, at, text, color=colour, fontsize=size, va="center", fontweight="bold",
-                  path_effects=halo, zorder=6)  # fmt: skip

@@ -22,7 +22,15 @@ LAYERS = (
     # parts of a phase
     ("corpus", "forgetting", "model_folder", "train_strategies"),
     ("running_state", "adapter_layout", "mergekit_words", "model_in_memory", "launching", "trackers", "phase_record"),
-    ("model_card", "report_findings", "adapter_files", "adapter_writer", "stage_trainer", "training_log"),
+    (
+        "model_card",
+        "report_findings",
+        "report_labels",
+        "adapter_files",
+        "adapter_writer",
+        "stage_trainer",
+        "training_log",
+    ),
     ("report_pages", "report_pictures", "experts", "loaded_model", "model_headers", "dry_step", "plan_machine"),
     ("merge_write",),
     ("merge_fold", "run_phases", "preference", "vector_guards"),

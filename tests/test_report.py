@@ -20,7 +20,7 @@ from hf_contmerge.places import Place
 from hf_contmerge.recipe import parse_recipe
 from hf_contmerge.report import load_results, print_table, write_report
 from hf_contmerge.report_findings import Change, amount, headline, mean_change, verdict
-from hf_contmerge.report_pictures import spread
+from hf_contmerge.report_labels import spread
 from hf_contmerge.run_folder import Run
 
 KEPT = {"previous": 0.6, "magmax": 0.1, "opcm": 0.02, "average": 0.3}

@@ -1,0 +1,98 @@
+"""Names in a picture, beside what they name and off each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+LETTER = 0.55
+"""Mean width of a letter, as a share of the font size."""
+_BOLD = 0.68
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text at the right end of a panel, at a height in data units."""
+
+    at: float
+    text: str
+    colour: str
+
+
+def label_ends(axes: Any, labels: Sequence[Label]) -> None:
+    """Write the labels to the right of the lines' ends, pushed apart, each with a leader to its line."""
+    if not labels:
+        return
+    axes.autoscale(False)
+    size = 8.5
+    points = axes.get_window_extent().width * 72 / axes.figure.dpi
+    room = max(len(x.text) for x in labels) * size * LETTER + 18
+    (left, last), (low, high) = axes.get_xlim(), axes.get_ylim()
+    axes.set_xlim(left, left + (last - left) * points / max(points - room, 0.3 * points))
+    scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
+    _name_ticks(axes)
+    ordered = sorted(labels, key=lambda x: x.at)
+    heights = spread([(x.at - low) * scale for x in ordered], 1.25 * size, (high - low) * scale)
+    per_point = (axes.get_xlim()[1] - left) / points
+    for label, height in zip(ordered, heights, strict=True):
+        y = low + height / scale
+        axes.plot([last, last + 12 * per_point], [label.at, y], color=label.colour, lw=0.6, alpha=0.6, clip_on=False)
+        axes.text(last + 15 * per_point, y, label.text, color=label.colour, fontsize=size, va="center")
+
+
+def _name_ticks(axes: Any) -> None:
+    """Write the stages' names under the ticks where they fit; else numbers, which the panels' titles explain."""
+    names = axes.contmerge_stages
+    span = axes.get_xlim()[1] - axes.get_xlim()[0]
+    step = axes.get_window_extent().width * 72 / axes.figure.dpi / span
+    width = 8.5 * LETTER
+    if all((len(a) + len(b)) / 2 * width + 6 <= step for a, b in pairwise(names)):
+        axes.set_xticks(range(len(names)), names)
+    else:
+        every = math.ceil(2.5 * width / step)
+        axes.set_xticks(range(0, len(names), every))
+
+
+def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Return ascending heights moved as little as needed to lie `gap` apart, between 0 and `top` if they fit."""
+    up, down = list(heights), list(heights)
+    for i in range(1, len(up)):
+        up[i] = max(up[i], up[i - 1] + gap)
+    for i in reversed(range(len(down) - 1)):
+        down[i] = min(down[i], down[i + 1] - gap)
+    mid = [(a + b) / 2 for a, b in zip(up, down, strict=True)]
+    for i in reversed(range(len(mid))):
+        mid[i] = min(mid[i], top - gap * (len(mid) - 1 - i))
+    for i in range(len(mid)):
+        mid[i] = max(mid[i], gap * i)
+    assert all(b - a > gap * 0.999 for a, b in pairwise(mid))
+    return mid
+
+
+def label_dots(axes: Any, dots: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name the dots, each to the right of its own; where two are close, the lower name goes lower."""
+    from matplotlib.patheffects import withStroke
+
+    axes.autoscale(False)
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    size, (low, high) = 9.5, axes.get_ylim()
+    box = axes.get_window_extent()
+    scale = box.height * 72 / axes.figure.dpi / (high - low)
+    ordered = sorted(dots, key=lambda d: d[1])
+    heights = spread([(d[1] - low) * scale for d in ordered], 1.3 * size, (high - low) * scale - 14)
+    left, right = axes.get_xlim()
+    points = box.width * 72 / axes.figure.dpi
+    widths = [16 + len(text) * size * _BOLD for _, _, text, _ in ordered]
+    right = max(right, *(left + (x - left) * points / max(points - w, 0.3 * points)
+                         for (x, *_), w in zip(ordered, widths, strict=True)))  # fmt: skip
+    axes.set_xlim(left, right)
+    per_point = (right - left) / points
+    for (x, y, text, colour), height in zip(ordered, heights, strict=True):
+        at = low + (height + 7) / scale
+        if abs(at - y) * scale > 12:
+            axes.plot([x, x + 8 * per_point], [y, at], color=colour, lw=0.6, alpha=0.7)
+        axes.text(x + 9 * per_point, at, text, color=colour, fontsize=size, va="center", fontweight="bold",
+                  path_effects=halo, zorder=6)  # fmt: skip
