@@ -1,4 +1,4 @@
-"""The picture of a run: what each stage left of the earlier ones. The only module that draws.
+"""The picture of a run: what each stage left of the earlier ones.
 
 One panel per stage (up is better, one line per way of learning), one for general ability, and the plane of what was
 learnt against what was kept. Panels speak of a change only where it exceeds two standard errors.

@@ -52,7 +52,7 @@ KNOWN_BY = {
     "lm_eval": {"scoring"},
     "mergekit": {"mergekit_plugin", "mergekit_tensors", "cli"},  # cli: `contmerge yaml` is mergekit's own command
     "huggingface_hub": {"model_card", "model_folder", "model_headers", "publish"},
-    "matplotlib": {"ownership", "report", "report_pictures"},
+    "matplotlib": {"ownership", "report", "report_labels", "report_pictures"},
 }
 
 # Modules whose imports from outside are few on purpose, beside the standard library.
