@@ -7,17 +7,13 @@ each makes a block, with a matrix and metrics of its own.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hf_contmerge.places import Place
 from hf_contmerge.recipe import Stage
 from hf_contmerge.run_folder import Run
-
-Block = Literal["accuracy", "perplexity"]
-BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")
+from hf_contmerge.task_scores import Block, Scores, load_scores
 
 Row = tuple[float | None, ...]
 
@@ -92,57 +88,6 @@ def general_delta(first: Sequence[float | None], last: Sequence[float | None]) -
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A task's per-document results: utility = sum(gains) / sum(weights).
-
-    Accuracy: gain 0 or 1, weight 1. Perplexity per word: gain the document's log-likelihood (nats), weight its words.
-    """
-
-    gains: tuple[float, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def utility(self) -> float:
-        return sum(self.gains) / sum(self.weights)
-
-    def stderr(self) -> float | None:
-        """Return the standard error of the utility over documents (ratio estimator); None for one document."""
-        return _ratio_stderr(self.gains, self.weights)
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task's score for one model, as a score record keeps it."""
-
-    block: Block
-    metric: str
-    value: float
-    """The metric as lm-eval reports it: an accuracy, or a perplexity per word."""
-    utility: float
-    stderr: float | None
-    """Of the utility."""
-    gains: tuple[float, ...]
-    weights: tuple[float, ...]
-    details: Mapping[str, Any]
-    """The task's other metrics, its version and the digest of its documents."""
-
-    @property
-    def sample(self) -> Sample:
-        return Sample(self.gains, self.weights)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TaskScore:
-        return cls(**{**data, "gains": tuple(data["gains"]), "weights": tuple(data["weights"])})
-
-
-Scores = Mapping[str, TaskScore]
-"""Task name -> score of one model."""
-
-
-@dataclass(frozen=True)
 class Line:
     """The scores of one way of learning, stage after stage: an expert kind or a merge entry. Row 0 is the base."""
 
@@ -167,13 +112,6 @@ class Line:
         return {**self.matrix(stages, block).metrics(), "general_delta": delta}
 
 
-def load_scores(place: Place) -> Scores:
-    """Return what has been measured of the model at a place; nothing, if nothing has."""
-    if not place.is_done("score"):
-        return {}
-    return {name: TaskScore.from_json(task) for name, task in place.record("score")["tasks"].items()}
-
-
 def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[Line]]:
     """Return the lines of the expert kinds and of the merge entries, as far as they have been measured."""
     base = load_scores(run.base)
@@ -187,27 +125,6 @@ def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[
     experts = [line(kind, [run.expert(t, kind) for t in run.stage_numbers()]) for kind in expert_kinds]
     merges = [line(e.name, [run.merged(t, e) for t in run.stage_numbers()]) for e in run.recipe.merge]
     return experts, merges
-
-
-def paired_difference(new: Sample, old: Sample) -> tuple[float, float | None]:
-    """Return utility(new) - utility(old) and its standard error, both measured on the same documents.
-
-    Pairing removes what the documents have in common, so that far smaller changes can be told from noise than by
-    comparing two separate standard errors.
-    """
-    if new.weights != old.weights:
-        raise ValueError("the two samples were not measured on the same documents")
-    gains = [a - b for a, b in zip(new.gains, old.gains, strict=True)]
-    return sum(gains) / sum(new.weights), _ratio_stderr(gains, new.weights)
-
-
-def _ratio_stderr(gains: Sequence[float], weights: Sequence[float]) -> float | None:
-    n, total = len(gains), sum(weights)
-    if n < 2:
-        return None
-    ratio = sum(gains) / total
-    squares = sum((g - ratio * w) ** 2 for g, w in zip(gains, weights, strict=True))
-    return math.sqrt(n / (n - 1) * squares) / total
 
 
 def _utility(scores: Scores, tasks: Sequence[str], block: Block) -> float | None:

@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 
 from hf_contmerge.errors import RunError
-from hf_contmerge.forgetting import BLOCKS, Block, Line, Scores, TaskScore, load_lines, load_scores
+from hf_contmerge.forgetting import Line, load_lines
 from hf_contmerge.merge_rules import rule_class
 from hf_contmerge.places import ExpertPlace
 from hf_contmerge.recipe import Merge, Recipe
 from hf_contmerge.run_folder import Run
+from hf_contmerge.task_scores import BLOCKS, Block, Scores, TaskScore, load_scores
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _FILE = re.compile(r"\.(jsonl?|parquet|csv|txt|arrow|gguf|ya?ml)$")

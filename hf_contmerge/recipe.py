@@ -26,7 +26,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.recipe_data import Dataset, DatasetField, Name, Part, Task, TaskField
+from hf_contmerge.recipe_data import Dataset, DatasetField, Name, Part
+from hf_contmerge.recipe_measure import Evaluate, Task, TaskField
 
 StartFrom = Literal["base", "previous", "merged"]
 Phase = Literal["train", "merge", "score", "report"]
@@ -131,22 +132,6 @@ class Merge(Part):
         if isinstance(value, dict) and "rule" in value and not value.get("name"):
             value = {**value, "name": value["rule"]}
         return value
-
-
-class Evaluate(Part):
-    """What is measured after each stage, for experts and merged models alike."""
-
-    general_tasks: tuple[TaskField, ...] = ()
-    """Abilities that no stage teaches: what the base could do and should still do at the end."""
-    matrix: Literal["lower", "full"] = "lower"
-    """lower: the stages seen so far. full: also the ones to come, which forward transfer needs."""
-    include_path: str | None = None
-    """A folder of lm-eval task YAML files."""
-    limit: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights while scoring. auto: bfloat16 on a GPU and on processors with bfloat16 units, else float32."""
 
 
 class Publish(Part):

@@ -1,8 +1,8 @@
-"""What recipes say of data: a dataset, and a task that measures something."""
+"""What recipes say of data."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -64,32 +64,3 @@ def _as_dataset(value: Any) -> Any:
 
 
 DatasetField = Annotated[Dataset, BeforeValidator(_as_dataset)]
-
-
-class Task(Part):
-    """One thing to measure: a task that lm-eval knows by name, or one made from a dataset."""
-
-    name: Name
-    dataset: DatasetField | None = None
-    kind: Literal["perplexity", "multiple_choice"] | None = None
-    """What to make of the dataset; without it, `name` is lm-eval's."""
-    question: str = "query"
-    choices: str = "choices"
-    answer: str = "gold"
-    """The columns of a multiple_choice dataset: the prompt, the list of continuations, the index of the right one."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-
-    @model_validator(mode="after")
-    def _dataset_with_kind(self) -> Task:
-        if (self.dataset is None) != (self.kind is None):
-            raise ValueError("a task needs both `dataset` and `kind` (perplexity or multiple_choice), or neither")
-        if self.dataset and self.dataset.streaming and self.kind == "multiple_choice":
-            raise ValueError("the dataset of a multiple_choice task is read whole; remove `streaming`")
-        return self
-
-
-def _as_task(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-TaskField = Annotated[Task, BeforeValidator(_as_task)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_contmerge.forgetting import Block, Line, TaskScore
+from hf_contmerge.forgetting import Line
 from hf_contmerge.recipe import PHASES, recipe_yaml
 from hf_contmerge.report_findings import (
     METRICS,
@@ -25,6 +25,7 @@ from hf_contmerge.report_findings import (
     verdict,
 )
 from hf_contmerge.run_folder import Run
+from hf_contmerge.task_scores import Block, TaskScore
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

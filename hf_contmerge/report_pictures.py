@@ -13,20 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.forgetting import Block, Line
-from hf_contmerge.report_findings import (
-    Change,
-    Results,
-    amount,
-    caption,
-    fate,
-    gained,
-    headline,
-    line_label,
-    mean_change,
-    natural,
-)
+from hf_contmerge.forgetting import Line
+from hf_contmerge.report_findings import Results, amount, caption, fate, gained, headline, line_label, natural
 from hf_contmerge.report_labels import LETTER, Label, label_dots, label_ends
+from hf_contmerge.task_scores import Block
+from hf_contmerge.uncertainty import Change, mean_change
 
 # Okabe & Ito's colours, told apart by all kinds of colour vision; their yellow is too pale for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -25,10 +25,10 @@ from transformers import AutoTokenizer
 from hf_contmerge import corpus
 from hf_contmerge.adapter_files import is_adapter
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
-from hf_contmerge.forgetting import Block, Sample, TaskScore
 from hf_contmerge.loaded_model import load_model
 from hf_contmerge.model_folder import bf16_pays
 from hf_contmerge.recipe import Evaluate, Task
+from hf_contmerge.task_scores import Block, Sample, TaskScore
 from hf_contmerge.tensor_files import Weights, tensor_bytes
 
 LOG = logging.getLogger(__name__)

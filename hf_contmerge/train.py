@@ -286,7 +286,7 @@ class Loop:
             )
 
     def _score(self, place: Place, model: Path, tasks: list[Task]) -> None:
-        from hf_contmerge.forgetting import load_scores
+        from hf_contmerge.task_scores import load_scores
 
         have = load_scores(place)
         missing = [task for task in tasks if task.name not in have]
@@ -306,7 +306,7 @@ class Loop:
 
     def _scores_of(self, digest: str) -> dict[str, Any]:
         """Return what this run has measured of the very same weights under another name."""
-        from hf_contmerge.forgetting import load_scores
+        from hf_contmerge.task_scores import load_scores
 
         found: dict[str, Any] = {}
         for _, place in self.run.places():

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM
 from hf_contmerge.adapter_files import is_adapter
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError
 from hf_contmerge.finetune import check_training
-from hf_contmerge.forgetting import load_scores
 from hf_contmerge.loaded_model import load_model
 from hf_contmerge.model_card import public_mergekit_recipe
 from hf_contmerge.recipe import Evaluate, Task, Train, parse_recipe
 from hf_contmerge.run_folder import Run
 from hf_contmerge.scoring import score_model
+from hf_contmerge.task_scores import load_scores
 from hf_contmerge.train import run_recipe
 
 Data = dict[str, Any]

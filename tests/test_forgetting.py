@@ -6,8 +6,10 @@ import statistics
 
 import pytest
 
-from hf_contmerge.forgetting import Line, Sample, ScoreMatrix, TaskScore, general_delta, paired_difference
+from hf_contmerge.forgetting import Line, ScoreMatrix, general_delta
 from hf_contmerge.recipe import Stage
+from hf_contmerge.task_scores import Sample, TaskScore
+from hf_contmerge.uncertainty import paired_difference
 
 TWO = ScoreMatrix(("a", "b"), ((0.2, 0.3), (0.98, 0.5), (0.5, 0.98)))
 

@@ -15,12 +15,13 @@ PACKAGE = TESTS.parent / "hf_contmerge"
 LAYERS = (
     ("errors", "merge_rules"),  # the speech, the maths
     ("recipe_data", "model_names"),
+    ("recipe_measure",),
     ("recipe", "quickstart_texts"),  # the nouns
     ("recipe_changes", "places", "tensor_files", "work_sharing", "adapter_settings"),
     ("run_folder", "progress", "merge_files", "merge_words", "adapter_base", "factored", "merge_tensor"),
-    ("corpus_files", "corpus_forms"),
+    ("corpus_files", "corpus_forms", "task_scores"),
     # parts of a phase
-    ("corpus", "forgetting", "model_folder", "train_strategies"),
+    ("corpus", "forgetting", "uncertainty", "model_folder", "train_strategies"),
     ("running_state", "adapter_layout", "mergekit_words", "model_in_memory", "launching", "trackers", "phase_record"),
     (
         "model_card",
@@ -61,6 +62,7 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "merge_rules": {"torch"},
     "recipe": {"pydantic", "yaml"},  # these and run_folder answer "is all of this done?" at once: no torch
     "recipe_data": {"pydantic"},
+    "recipe_measure": {"pydantic"},
     "recipe_changes": set(),
     "places": set(),
     "factored": {"torch"},

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_contmerge.errors import ModelError, RecipeError, RunError
-from hf_contmerge.forgetting import Sample, TaskScore
 from hf_contmerge.model_card import model_card
 from hf_contmerge.publish import push_merged
 from hf_contmerge.recipe import parse_recipe
 from hf_contmerge.run_folder import Run
+from hf_contmerge.task_scores import Sample, TaskScore
 
 REPO = "me/law-chat"
 PUSH = """

@@ -22,13 +22,13 @@ from toys import TEXT, perturbed, write_jsonl
 from hf_contmerge.corpus import load_stage_data
 from hf_contmerge.experts import open_expert
 from hf_contmerge.finetune import finetune_stage
-from hf_contmerge.forgetting import TaskScore, load_scores
 from hf_contmerge.merge_rules import get_rule
 from hf_contmerge.merge_stream import merge_experts
 from hf_contmerge.merge_write import Output
 from hf_contmerge.recipe import Evaluate, Task, Train
 from hf_contmerge.run_folder import Run
 from hf_contmerge.scoring import score_model, write_choice_task, write_perplexity_task
+from hf_contmerge.task_scores import TaskScore, load_scores
 from hf_contmerge.tensor_files import Weights, weights_sha256
 
 Row = dict[str, Any]

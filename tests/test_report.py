@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from hf_contmerge.errors import RunError
-from hf_contmerge.forgetting import Block, Sample, TaskScore
 from hf_contmerge.places import Place
 from hf_contmerge.recipe import parse_recipe
 from hf_contmerge.report import load_results, print_table, write_report
-from hf_contmerge.report_findings import Change, amount, headline, mean_change, verdict
+from hf_contmerge.report_findings import amount, headline, verdict
 from hf_contmerge.report_labels import spread
 from hf_contmerge.run_folder import Run
+from hf_contmerge.task_scores import Block, Sample, TaskScore
+from hf_contmerge.uncertainty import Change, mean_change
 
 KEPT = {"previous": 0.6, "magmax": 0.1, "opcm": 0.02, "average": 0.3}
 """How much of a stage a line forgets with each later one, in nats."""

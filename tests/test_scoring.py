@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge.corpus import load_stage_data
 from hf_contmerge.errors import ContmergeError, DataError, RecipeError, ResourceError
-from hf_contmerge.forgetting import TaskScore
 from hf_contmerge.recipe import Dataset, Evaluate, Task
 from hf_contmerge.scoring import (
     check_tasks,
@@ -29,6 +28,7 @@ from hf_contmerge.scoring import (
     write_perplexity_task,
     write_task,
 )
+from hf_contmerge.task_scores import TaskScore
 
 DOCUMENTS = (*TEXT.strip().splitlines(), "Ein Wort: naïve — 漢字.\nAnd a second line.", "one")
 SUBJECTS = ("fox", "dog", "law", "hen", "claim", "court", "pulse", "nurse", "list")

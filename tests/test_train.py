@@ -19,12 +19,13 @@ from toys import perturbed, toy_llama, write_jsonl
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.experts import open_expert
-from hf_contmerge.forgetting import BLOCKS, load_lines, load_scores
+from hf_contmerge.forgetting import load_lines
 from hf_contmerge.merge_rules import get_rule
 from hf_contmerge.merge_stream import merge_experts
 from hf_contmerge.merge_write import Output
 from hf_contmerge.recipe import load_recipe, parse_recipe
 from hf_contmerge.run_folder import Run
+from hf_contmerge.task_scores import BLOCKS, load_scores
 from hf_contmerge.tensor_files import Weights, weights_sha256
 from hf_contmerge.train import run_recipe
 

@@ -4,10 +4,10 @@
     python tests/benchmarks/strategies.py --data DIR    classification: DIR/<stage>/{train.jsonl,test.jsonl,meta.json}
     python tests/benchmarks/strategies.py --strategies full replay --steps 5
 
-Every strategy trains the whole sequence by the loop (`experts/previous`) and independent experts (`experts/base`, which
-strategies that rely on memory cannot help); magmax folds the former, opcm the latter. All is kept under --runs, and the
-same command goes on where it was stopped. ACC, LA and BWT are means over both orders; the difference to plain
-fine-tuning (`full`, nothing merged) is paired over the same documents, with one standard error.
+Every strategy trains the whole sequence by the loop, and both rules fold these experts: strategies that rely on memory
+cannot help independent ones. `full` is also merged by opcm from independent experts (`opcm-base`), as its paper has it.
+All is kept under --runs, and the same command goes on where it was stopped. ACC, LA and BWT are means over both orders;
+the difference to plain fine-tuning (`full`, nothing merged) is paired over the same documents, with one standard error.
 """
 
 import argparse
@@ -22,12 +22,14 @@ from pathlib import Path
 import measure
 import models
 
-from hf_contmerge.forgetting import Block, Line
+from hf_contmerge.forgetting import Line
 from hf_contmerge.recipe import parse_recipe
 from hf_contmerge.report import load_results
-from hf_contmerge.report_findings import Results, mean_change
+from hf_contmerge.report_findings import Results
 from hf_contmerge.run_folder import Run
+from hf_contmerge.task_scores import Block
 from hf_contmerge.train import run_recipe
+from hf_contmerge.uncertainty import mean_change
 
 STRATEGIES: dict[str, dict] = {
     "full": {},
@@ -39,9 +41,9 @@ STRATEGIES: dict[str, dict] = {
     "migu": {"strategy": ["full", "migu"]},
 }
 """Each with its own defaults. Adapters learn at a higher rate, as is usual with them."""
-MERGES = ("magmax", "opcm")
+MERGES: dict[str, dict] = {"magmax": {"rule": "magmax"}, "opcm": {"rule": "opcm", "start_from": "previous"}}
+INDEPENDENT = {"opcm-base": {"rule": "opcm", "start_from": "base"}}
 TEXTS = ("bible", "pydocs", "recipes", "bank_policies")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,15 @@ def each_order(name: str, stages: Sequence[dict], args: argparse.Namespace) -> I
         general = [{"name": "general_knowledge", "kind": "multiple_choice", "dataset": "quickstart:general_knowledge"}]
         recipe = {
             "name": f"{name}-{number}", "base_model": args.base, "stages": list(order), "train": train,
-            "merge": list(MERGES), "evaluate": {"general_tasks": general},
+            "merge": [{"name": n, **entry} for n, entry in merges_of(name).items()],
+            "evaluate": {"general_tasks": general},
         }  # fmt: skip
         yield run_recipe(parse_recipe(recipe), args.runs / f"{name}-{number}")
+
+
+def merges_of(strategy: str) -> dict[str, dict]:
+    """Return the merge entries of a strategy's runs."""
+    return {**MERGES, **INDEPENDENT} if strategy == "full" else MERGES
 
 
 def report(found: dict[str, list[Run]], block: Block) -> None:
@@ -129,7 +137,7 @@ def report(found: dict[str, list[Run]], block: Block) -> None:
     print(f"Utility in {unit}; means over two orders.\n")
     print("| strategy | merged by | ACC | better than plain by | LA | BWT | general delta | seconds |\n|" + "---|" * 8)
     for name, runs in found.items():
-        for way in ("", *MERGES):
+        for way in ("", *merges_of(name)):
             rows = [row_of(run, way, block, base) for run, base in zip(runs, plain, strict=True)]
             acc, la, bwt, general = (mean([getattr(r, k) for r in rows]) for k in ("acc", "la", "bwt", "general"))
             gain = statistics.mean(r.gain for r in rows)
@@ -156,7 +164,7 @@ def row_of(run: Run, way: str, block: Block, plain: Results) -> Row:
 def seconds_of(run: Run, line: Line) -> float:
     """Return what training, and merging if the line is a merge's, took in all."""
     entry = next((e for e in run.recipe.merge if e.name == line.name), None)
-    kind = "base" if line.name == "opcm" else "previous"
+    kind = "base" if line.name in INDEPENDENT else "previous"
     total = 0.0
     for t in run.stage_numbers():
         total += run.expert(t, kind).record("train")["seconds"]
