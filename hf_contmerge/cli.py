@@ -4,7 +4,9 @@ contmerge run RECIPE [--run DIR] [--set A.B=C] [--until PHASE]    start or resum
 contmerge new [RECIPE] [--base MODEL --stage NAME=SOURCE ...]     write a commented recipe
 contmerge plan RECIPE [--run DIR] [--set A.B=C] [--json]          check all of it; memory, disk and time of each phase
 contmerge status RUN                                              what is done, what is next
+contmerge score MODEL [--tasks A,B] [--run RUN] ...               measure a model; at once, where it was before
 contmerge report RUN                                              write the report again, print the table
+contmerge compare RUN RUN... [--out DIR]                          several runs side by side, on the same documents
 contmerge redo RUN PHASE [--stage NAME]                           drop a phase and what follows from it
 contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         put a merged model on the Hub, with its lineage
 contmerge merge init|add|export|log|drop|owners|from-recipe ...   merge without a run; see `contmerge merge --help`
@@ -16,8 +18,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from hf_contmerge import new_recipe, plan
+from hf_contmerge import new_recipe, plan, score_cli
 from hf_contmerge.errors import clear_errors
 from hf_contmerge.merge_cli import add_merge_command
 from hf_contmerge.places import FolderLock
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(do=run_command)
     new_recipe.add_arguments(commands.add_parser("new", help="write a commented recipe"))
     plan.add_arguments(commands.add_parser("plan", help="check a recipe; estimate memory, disk and time"))
+    score_cli.add_arguments(commands.add_parser("score", help="measure a model; at once, where it was before"))
     for name, do, text in (
         ("status", _status, "what is done, what is next"),
         ("report", _report, "write the report again, print the table"),
@@ -56,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(do=do)
         if name == "report":
             command.add_argument("--open", action="store_true", help="show it in a browser")
+    compare = commands.add_parser("compare", help="several runs side by side, on the same documents")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is the reference")
+    compare.add_argument("--out", metavar="DIR", help="write index.html, compare.md and compare.csv there")
+    compare.set_defaults(do=_compare)
     redo = commands.add_parser("redo", help="drop a phase and what follows from it")
     redo.add_argument("run", metavar="RUN")
     redo.add_argument("phase", choices=PHASES)
@@ -96,6 +104,15 @@ def _report(args: argparse.Namespace) -> None:
     run = Run.load(args.run)
     write_report(run)
     show_report(run, browser=args.open)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from hf_contmerge.compare import compare_runs, print_comparison, write_comparison
+
+    comparison = compare_runs([Run.load(folder) for folder in args.runs])
+    page = write_comparison(comparison, Path(args.out)) if args.out else None
+    print_comparison(comparison)
+    print(f"Page: {page}" if page else "--out DIR writes this as a page, as Markdown and as CSV.")
 
 
 def _redo(args: argparse.Namespace) -> None:

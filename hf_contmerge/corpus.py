@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from hf_contmerge.corpus_files import empty, load_rows, stream_rows
-from hf_contmerge.corpus_forms import COLUMNS, Form, Row, fit_rows, require_columns, rows_of
+from hf_contmerge.corpus_forms import COLUMNS, Form, Row, fit_rows, format_columns, require_columns, rows_of
 from hf_contmerge.errors import DataError, ModelError
 from hf_contmerge.recipe import Dataset, Task
 
@@ -89,14 +89,28 @@ def task_rows(task: Task) -> list[Row]:
             raise DataError(f"{task.dataset.path}: a perplexity task needs text; name its column with `text`.")
         chosen = rows.select(range(min(task.dataset.heldout or len(rows), len(rows))))
         return [{"text": r["text"][: task.dataset.heldout_chars]} for r in rows_of(chosen)]
-    rows = load_rows(task.dataset)
-    require_columns(rows, (task.question, task.choices, task.answer), task.dataset.path)
-    if not isinstance(rows[0][task.choices], list):
-        raise DataError(
-            f"{task.dataset.path}: {task.choices} must be a list of continuations; got {rows[0][task.choices]!r:.60}."
-        )
+    rows = _some(load_rows(task.dataset), task.dataset)
+    asked = format_columns(task.question, f"`question` of {task.dataset.path}")
+    if task.kind == "exact_match":
+        require_columns(rows, (*asked, task.answer), task.dataset.path)
+        return [{"query": _filled(task.question, r), "gold": str(r[task.answer]).strip()} for r in rows_of(rows)]
+    return _choice_rows(task, rows, asked)
+
+
+def _choice_rows(task: Task, rows: datasets.Dataset, asked: tuple[str, ...]) -> list[Row]:
+    """Return the rows of a multiple_choice task. `asked`: the columns that its question is made of."""
+    assert task.dataset is not None
+    words = task.choices
+    require_columns(rows, (*asked, *((words,) if isinstance(words, str) else ()), task.answer), task.dataset.path)
+    if isinstance(words, str) and not isinstance(rows[0][words], list):
+        raise DataError(f"{task.dataset.path}: {words} must be a list of continuations; got {rows[0][words]!r:.60}.")
     found = [
-        {"query": r[task.question], "choices": list(r[task.choices]), "gold": r[task.answer]} for r in rows_of(rows)
+        {
+            "query": _filled(task.question, r),
+            "choices": list(r[words] if isinstance(words, str) else words),
+            "gold": r[task.answer],
+        }
+        for r in rows_of(rows)
     ]
     bad = next((r for r in found if not isinstance(r["gold"], int) or not 0 <= r["gold"] < len(r["choices"])), None)
     if bad:
@@ -105,6 +119,18 @@ def task_rows(task: Task) -> list[Row]:
             f"{len(bad['choices'])} choices."
         )
     return found
+
+
+def _some(rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
+    """Return `max_examples` rows drawn at random, always the same; without that word, all in their order."""
+    if not spec.max_examples or len(rows) <= spec.max_examples:
+        return rows
+    return rows.shuffle(seed=0, keep_in_memory=True).select(range(spec.max_examples))
+
+
+def _filled(question: str, row: Row) -> str:
+    """Return a prompt: the value of a column, or a format over columns."""
+    return row[question] if question in row else question.format(**row)
 
 
 def _examples(spec: Dataset, *, seed: int, at_most: int) -> tuple[Form, datasets.Dataset]:

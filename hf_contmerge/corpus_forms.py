@@ -46,7 +46,7 @@ def fit_rows(rows: datasets.Dataset, spec: Dataset) -> Fit:
 
     Raises DataError for columns that make no form, or that hold something else.
     """
-    form, rows, words = _in_form(rows, spec)
+    form, rows, words = _in_form(_worded(rows, spec), spec)
     left_out: Counter[str] = Counter()
     whole = _where(rows, lambda row: not any(_lacks(value, alone=len(words) == 1) for value in row.values()))
     left_out[f"lack {' or '.join(words)}"] = len(rows) - len(whole)
@@ -74,7 +74,7 @@ def require_columns(rows: datasets.Dataset, columns: list[str] | tuple[str, ...]
 def _in_form(rows: datasets.Dataset, spec: Dataset) -> tuple[Form, datasets.Dataset, tuple[str, ...]]:
     """Return the form, the columns that it is made of, and their names."""
     if spec.text is not None:
-        columns = _format_columns(spec.text, spec)
+        columns = format_columns(spec.text, f"`text` of {spec.path}")
         require_columns(rows, columns, spec.path)
         return "text", rows.select_columns(list(columns)), columns
     if spec.messages is not None:
@@ -126,12 +126,27 @@ def _with_prompt(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.select_columns(["chosen", "rejected"]).map(answers).select_columns(list(COLUMNS["preference"]))
 
 
-def _format_columns(text: str, spec: Dataset) -> tuple[str, ...]:
-    """Return the columns that a format string names, or the one that it is."""
+def _worded(rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
+    """Return rows with words in the place of class numbers. Raises DataError for a number that has none."""
+    require_columns(rows, tuple(spec.labels), spec.path)
+    for column, words in spec.labels.items():
+        numbers = rows[column]
+        bad = next((n for n in numbers if not isinstance(n, int) or not 0 <= n < len(words)), None)
+        if bad is not None:
+            raise DataError(
+                f"{spec.path}: the column {column} holds {bad!r}, and `labels` has words for the classes 0 to "
+                f"{len(words) - 1}. Give each class a word, in the order of their numbers."
+            )
+        rows = rows.remove_columns([column]).add_column(column, [words[n] for n in numbers])  # pyright: ignore
+    return rows
+
+
+def format_columns(text: str, where: str) -> tuple[str, ...]:
+    """Return the columns that a format string names, or the one that it is. `where`: it stands, for errors."""
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(text) if name]
     except ValueError as error:
-        raise DataError(f"`text` of {spec.path} is no format string: {text!r} ({error}).") from error
+        raise DataError(f"{where} is no format string: {text!r} ({error}).") from error
     return tuple(dict.fromkeys(fields)) or (text,)
 
 

@@ -27,14 +27,18 @@ from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.lora import Lora
 
 _ADAM_BYTES = 8  # the two moments of a trained parameter, float32
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")  # whose last two factors are matrices, or stacks of them
 _FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of its head
 
 
 @dataclass
 class Work:
-    """What was done. `flops`: by dtype of the factors; `moved`: bytes read and written by all other operations."""
+    """What was done. `moved`: bytes read and written by operations that have no entry in the other two."""
 
+    products: Counter[tuple[int, int, int, torch.dtype]] = field(default_factory=Counter)
+    """Floating-point operations of matrix products, by (rows, inner, columns, dtype of the factors)."""
     flops: Counter[torch.dtype] = field(default_factory=Counter)
+    """Those of all else that has some (attention), by the dtype of the factors."""
     moved: int = 0
     calls: int = 0
 
@@ -48,6 +52,8 @@ class StepCost:
     trained: int
     """Parameters that are trained."""
     work: Work
+    lora_a: int = 0
+    """Of these, those in the A's of a LoRA."""
 
 
 def training_step(
@@ -86,9 +92,10 @@ def training_step(
                 loss = -out.log_probs.sum()
             loss.backward()
             del out, loss
-    trained = sum(p.numel() for p in opened.parameters() if p.requires_grad)
+    counts = {name: p.numel() for name, p in opened.named_parameters() if p.requires_grad}
+    trained, lora_a = sum(counts.values()), sum(count for name, count in counts.items() if ".lora_A." in name)
     held = weights + trained * _moments(str(settings.optim)) + numel * _added_bytes(strategies)
-    return StepCost(held, held + meter.peak - weights, trained, meter.work)
+    return StepCost(held, held + meter.peak - weights, trained, meter.work, lora_a)
 
 
 def scoring_batch(folder: Path, *, batch: int, length: int, dtype: torch.dtype) -> StepCost:
@@ -198,7 +205,11 @@ class _Meter(TorchDispatchMode):
         packet = func._overloadpacket
         name = str(packet).rpartition(".")[2]
         flops = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))
-        if flops:
+        if flops and name in _PRODUCTS:
+            left, right = [t for t in args if isinstance(t, Tensor)][-2:]
+            shape = (left.shape[-2], left.shape[-1], right.shape[-1], left.dtype)
+            self.work.products[shape] += flops(*args, **kwargs, out_val=out)
+        elif flops:
             self.work.flops[tensors[0].dtype] += flops(*args, **kwargs, out_val=out)
         else:
             self.work.moved += sum(t.numel() * t.element_size() for t in tensors)

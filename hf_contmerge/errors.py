@@ -1,10 +1,12 @@
-"""What goes wrong for a user, as a tree. Everything here ends the program with exit code 2 and one message.
+"""What goes wrong for a user, as a tree. Everything here ends the program with one message and exit code 2, or 3 where
+no merge holds the recipe's forgetting budget.
 
     ContmergeError
     ├── RecipeError       a word in the YAML: unknown field, rule, strategy, parameter, task   (also a ValueError)
     ├── DataError         a dataset: missing, empty, without the column that the recipe names   (also a ValueError)
     ├── ModelError        weights: names, shapes, vocabulary, truncated or non-finite tensors   (also a ValueError)
     ├── RunError          the run folder: made by another recipe, in use, or half there
+    ├── BudgetError       the guard: whatever was tried, the merge forgets too much   (exit code 3)
     └── ResourceError     the machine: disk, memory, network, permissions
 
 A message says what was found, where, what was expected and what to do.
@@ -46,6 +48,12 @@ class RunError(ContmergeError):
     """A run folder cannot be continued as asked."""
 
 
+class BudgetError(ContmergeError):
+    """No merge that the guard's ladder allows holds the forgetting budget. All that was done before is kept."""
+
+    exit_code = 3
+
+
 class ResourceError(ContmergeError):
     """The machine lacks disk, memory, network or permission."""
 
@@ -78,7 +86,7 @@ class _Outcome:
 
 @contextmanager
 def clear_errors() -> Iterator[_Outcome]:
-    """Turn what a user can mend into one message and exit code 2; let everything else through with its traceback."""
+    """Turn what a user can mend into one message and its exit code; let everything else through with its traceback."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our own lines tell the progress
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_contmerge").setLevel(logging.INFO)

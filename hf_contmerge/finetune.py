@@ -39,9 +39,10 @@ from hf_contmerge.training_log import OnLog, TrainingLog, curve
 LOG = logging.getLogger(__name__)
 
 _OURS = {"output_dir": "the run folder", "seed": "`seed` of the recipe", "resume_from_checkpoint": "the run folder"}
+_SFT_LOSSES = ("nll", "dft", "chunked_nll")  # values of `loss_type` that SFTTrainer has, and DPOTrainer has not
 
 
-def finetune_stage(
+def train_expert(
     *,
     start: Path,
     base: Path,
@@ -90,7 +91,7 @@ def finetune_stage(
         callbacks=[StrategySteps(strategies)],
         **reference_model(data.form, opened, start, base, **init),
     )
-    _share_out_on_processors(trainer)
+    share_out_on_processors(trainer)
     _check_ranks(trainer, strategies)
     _tell(trainer, on_log)
     _train_on(trainer, _newest_checkpoint(checkpoints))
@@ -139,7 +140,7 @@ def _bad_parameters(train: Train, error: Exception) -> RecipeError:
     return RecipeError(f"train.parameters: {error} (strategy {' + '.join(train.strategy)})")
 
 
-def _share_out_on_processors(trainer: Any) -> None:
+def share_out_on_processors(trainer: Any) -> None:
     """Let FSDP do on processors what it does on GPUs, where accelerate (1.15) takes no notice of it."""
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -195,6 +196,8 @@ def check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
         if stage.dataset:
             form, train = forms[stage.name], recipe.train_of(stage)
             where = f"train of stage {stage.name}"
+            if form == "preference" and stage.train.get("loss_type") in _SFT_LOSSES:
+                raise RecipeError(f"{where}: loss_type {stage.train['loss_type']} is for texts, not pairs.")
             _check_fields(stage.train, config_fields(form), where)
             _check_values(train, form, where)
             trainer_class(trl_classes(form)[0], make_strategies(train))
@@ -221,7 +224,10 @@ def _check_values(train: Train, form: Form, where: str) -> None:
 
 def _fields_for(form: Form, train: Train) -> dict[str, Any]:
     """Return those of a stage's fields that its trainer knows: `packing` means nothing to pairs, `beta` to texts."""
-    return {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
+    fields = {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
+    if form == "preference" and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
+        del fields["loss_type"]
+    return fields
 
 
 def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBase, *, numel: int) -> dict[str, Any]:
@@ -300,7 +306,7 @@ def _save_expert(trainer: Any, strategies: Combined, base: Path, out: Path) -> N
     model, main = strategies.close(accelerator.unwrap_model(trainer.model)), accelerator.is_main_process
     state = None
     if trainer.is_fsdp_enabled:
-        state = _whole_state(model, keep=main)
+        state = whole_state(model, keep=main)
     elif trainer.is_deepspeed_enabled:
         state = accelerator.get_state_dict(trainer.model)  # gathers
     if main:
@@ -312,7 +318,7 @@ def _save_expert(trainer: Any, strategies: Combined, base: Path, out: Path) -> N
     accelerator.wait_for_everyone()
 
 
-def _whole_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
+def whole_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
     """Return the weights of a model that is shared out (FSDP2), on the processor; all ranks call this together.
 
     `keep`: whether this rank wants them. Tied weights stay one tensor, so that they are saved once.

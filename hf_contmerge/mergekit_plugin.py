@@ -51,8 +51,9 @@ class RuleMethod(GroupMergeMethod):
             ParameterSpec(word, kind, ParameterScope.SHARED, default)
             for word, (kind, default) in parameter_types(self.rule).items()
         ]
-        if self.rule.whole_model_scale:
-            parameters.append(ParameterSpec("scale", float | str, ParameterScope.SHARED, "model"))
+        if not self.rule.tunable:  # a number in place of the rule's own scale
+            own = "model" if self.rule.whole_model_scale else "tensor"
+            parameters.append(ParameterSpec("scale", float | str, ParameterScope.SHARED, own))
         self.spec = MergeMethodSpec(
             name=name,
             pretty_name=name,

@@ -60,13 +60,23 @@ def carry_out(
 
 
 def mergekit_yaml(
-    rule_name: str, rule: MergeRule, *, base: Path, experts: Sequence[Path], dtype: torch.dtype | None
+    rule_name: str,
+    rule: MergeRule,
+    *,
+    base: Path,
+    experts: Sequence[Path],
+    dtype: torch.dtype | None,
+    scale: float | None = None,
 ) -> str:
     """Return the recipe with which the stock `mergekit-yaml` makes the same merge from the experts.
+
+    `scale`: in place of the rule's own.
 
     Where an expert is an adapter, `mergekit-yaml` needs `--lora-merge-cache`.
     """
     parameters = {**rule.parameters(), **MERGEKITS_OWN.get(rule_name, {})}
+    if scale is not None:
+        parameters["scale"] = scale
     recipe = {
         "merge_method": rule_name,
         "base_model": _spelled(base),

@@ -186,7 +186,7 @@ def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str,
                 raise RecipeError(
                     f"{path}: {word} must be {theirs[word]!r} here; `mergekit-yaml {path} OUT` takes {value!r}."
                 )
-        elif word == "scale" and rule_class(rule).whole_model_scale:
+        elif word == "scale" and not rule_class(rule).tunable:
             if value != "model":
                 raise RecipeError(f"{path}: scale must be `model` here; `mergekit-yaml {path} OUT` takes {value!r}.")
         elif word not in known:

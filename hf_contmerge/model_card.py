@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ LOCAL_PATH = re.compile(r"/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\|file:")
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(?<=://)[^/\s@]+@")
 _NAMED = ("base_model", "expert", "minus", "path", "include_path", "output")
 NOT_MEASURED = "not measured"
+_WHERE_KNOWN = {
+    "normalised": (
+        "of expert",
+        "what is there at the end of all that experts of each stage alone gain over the base; 1 is all",
+    ),
+    "fuar": ("FUAR", "right answers lost on earlier stages and general tasks, for each that was won on the stages"),
+}
+"""Metrics that need more than most runs measure."""
 
 
 def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
@@ -251,15 +260,22 @@ def _summary(run: Run, lines: Sequence[Line], general: Sequence[str], t: int) ->
     stages = [run.stage(s) for s in range(1, t + 1)]
     found = {score.block for line in lines for row in line.rows for score in row.values()}
 
-    def row(line: Line, block: Block) -> tuple[str, ...]:
-        values = line.metrics(stages, general, block)
-        # One stage has no earlier ones: there BWT is undefined, which is not the same as not measured.
-        bwt = "-" if t == 1 else _signed(values["bwt"])
-        delta = _signed(values["general_delta"]) if general else "-"
-        return (line.name, block, _signed(values["acc"]), _signed(values["la"]), bwt, delta)
+    measured: list[Block] = [b for b in BLOCKS if b in found]
+    values = {(b, x.name): x.metrics(stages, general, b) for b in measured for x in lines}
+    more = [metric for metric in _WHERE_KNOWN if any(v[metric] is not None for v in values.values())]
 
-    rows = [row(line, block) for block in BLOCKS if block in found for line in lines]
-    return _table(("model", "kind", "ACC", "LA", "BWT", "general"), rows) if rows else f"Metrics: {NOT_MEASURED}."
+    def row(block: Block, name: str) -> tuple[str, ...]:
+        v = values[block, name]
+        # One stage has no earlier ones: there BWT is undefined, which is not the same as not measured.
+        bwt = "-" if t == 1 else _signed(v["bwt"])
+        delta = _signed(v["general_delta"]) if general else "-"
+        rest = ("-" if v[m] is None else f"{v[m]:.2f}" for m in more)
+        return (name, block, _signed(v["acc"]), _signed(v["la"]), bwt, delta, *rest)
+
+    head = ("model", "kind", "ACC", "LA", "BWT", "general", *(_WHERE_KNOWN[metric][0] for metric in more))
+    told = "\n".join(f"{short}: {means}." for short, means in (_WHERE_KNOWN[metric] for metric in more))
+    rows = [row(block, line.name) for block in measured for line in lines]
+    return "\n\n".join(filter(None, (_table(head, rows), told))) if rows else f"Metrics: {NOT_MEASURED}."
 
 
 def _lines(run: Run, entry: Merge, t: int) -> list[Line]:
@@ -268,8 +284,8 @@ def _lines(run: Run, entry: Merge, t: int) -> list[Line]:
     names[f"merged-{entry.name}"] = "fine-tuning from the merged model"
     experts, merges = load_lines(run, [kind for kind in run.expert_kinds() if kind in names])
     ours = next(line for line in merges if line.name == entry.name)
-    named = [Line(names[line.name], line.rows) for line in experts] + [Line(f"this merge ({entry.name})", ours.rows)]
-    return [Line(line.name, (*line.rows[: t + 1], *({} for _ in range(t + 1 - len(line.rows))))) for line in named]
+    named = [replace(x, name=names[x.name]) for x in experts] + [replace(ours, name=f"this merge ({entry.name})")]
+    return [replace(x, rows=(*x.rows[: t + 1], *({} for _ in range(t + 1 - len(x.rows))))) for x in named]
 
 
 def _expert(run: Run, entry: Merge, t: int) -> ExpertPlace:

@@ -4,7 +4,10 @@
     contmerge new mine.yml --base Qwen/Qwen3-0.6B --stage law=data/law.jsonl --stage code=model:me/coder --gpus 8
 
 A source is a dataset (a file, a folder, a Hub id) or, with `model:` before it, a model that is trained already. A local
-folder that holds a config.json or an adapter_config.json is known to be one without that word.
+folder that holds a config.json or an adapter_config.json is known to be one without that word. A benchmark's stages
+come in one of its published orders:
+
+    contmerge new bench.yml --base Qwen/Qwen3-0.6B --suite cl-standard --order 2
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import TypeVar
 from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.places import write_atomically
 from hf_contmerge.recipe import parse_recipe, read_yaml
+from hf_contmerge.task_suites import StreamStage, stream_names, stream_stages
 
 T = TypeVar("T")
 _DEFAULT_RULE = "magmax"
@@ -46,6 +50,8 @@ class Answers:
     sources: tuple[Source, ...]
     gpus: int
     rules: tuple[str, ...] = (_DEFAULT_RULE,)
+    stream: tuple[StreamStage, ...] = ()
+    """The stages of a benchmark, instead of sources."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage", action="append", default=[], metavar="NAME=SOURCE",
         help="what to learn, in order: a dataset, or model:OWNER/MODEL for one that is trained already",
     )  # fmt: skip
+    parser.add_argument(
+        "--suite", metavar="NAME", help=f"the stages of a benchmark instead: {', '.join(stream_names())}"
+    )
+    parser.add_argument("--order", type=int, default=1, metavar="N", help="which of its published orders (default: 1)")
     parser.add_argument("--gpus", type=int, metavar="N", help="how many GPUs it runs on; 0: the processor alone")
     parser.add_argument(
         "--rule", action="append", default=[], metavar="RULE", help="how to merge; several side by side"
@@ -96,10 +106,13 @@ def recipe_text(answers: Answers, path: str) -> str:
 
 def _answers(args: argparse.Namespace, path: Path) -> Answers:
     base, stages = args.base, list(args.stage)
-    if not (base and stages):
+    if args.suite and stages:
+        raise RecipeError("`--suite` brings its own stages; leave out either it or `--stage`.")
+    stream = stream_stages(args.suite, args.order) if args.suite else ()
+    if not (base and (stages or stream)):
         _require_terminal(args)
         base = base or _ask("Which base model? (a Hub id, a folder, a .gguf file)", str)
-        stages = stages or _ask_stages()
+        stages = stages or ([] if stream else _ask_stages())
         if args.gpus is None:
             args.gpus = _ask("Where will it run? (0: this processor, 1: one GPU, n: so many GPUs)", int)
     if args.gpus is None:
@@ -110,7 +123,7 @@ def _answers(args: argparse.Namespace, path: Path) -> Answers:
         raise RecipeError(f"--gpus must be 0 or more; got {args.gpus}.")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._") or "mine"
     sources = tuple(parse_source(stage) for stage in stages)
-    return Answers(name, base, sources, args.gpus, tuple(args.rule) or (_DEFAULT_RULE,))
+    return Answers(name, base, sources, args.gpus, tuple(args.rule) or (_DEFAULT_RULE,), stream)
 
 
 def parse_source(words: str) -> Source:
@@ -129,7 +142,7 @@ def parse_source(words: str) -> Source:
 def _require_terminal(args: argparse.Namespace) -> None:
     if sys.stdin.isatty():
         return
-    missing = [flag for flag, given in (("--base", args.base), ("--stage", args.stage)) if not given]
+    missing = [flag for flag, given in (("--base", args.base), ("--stage", args.stage or args.suite)) if not given]
     raise RecipeError(
         f"`contmerge new` asks its questions on a terminal, and there is none; {' and '.join(missing)} missing. Give "
         "`--base MODEL --stage NAME=SOURCE [--stage ...] [--gpus N]`."
@@ -197,6 +210,8 @@ def _head(answers: Answers, path: str) -> str:
 
 def _stages(answers: Answers) -> str:
     lines = ["stages:    # learnt in this order; each is merged with all before it"]
+    if answers.stream:
+        return "\n".join([*lines, *(line for stage in answers.stream for line in _stream_lines(stage))]) + "\n"
     for source in answers.sources:
         if source.is_model:
             lines.append(f"  - {{name: {_scalar(source.stage)}, expert: {_scalar(source.path)}}}    # trained already")
@@ -212,13 +227,35 @@ def _stages(answers: Answers) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _stream_lines(stage: StreamStage) -> list[str]:
+    """Return a stage of a benchmark: what it learns from, and the multiple choice among the names of its classes."""
+    question, words = json.dumps(stage.question), ", ".join(map(_scalar, stage.words))
+    text = json.dumps(f"{stage.question} {{{stage.label}}}")
+    return [
+        f"  - name: {stage.name}",
+        "    dataset:",
+        f"      path: {stage.path}",
+        f"      text: {text}",
+        f"      labels: {{{stage.label}: &{stage.name} [{words}]}}",
+        "      max_examples: 1000    # drawn at random, as are those of the test",
+        "      heldout: 0",
+        "    tasks:",
+        f"      - name: {stage.name}_class",
+        "        kind: multiple_choice",
+        f"        dataset: {{path: {stage.path}, split: test, max_examples: 500}}",
+        f"        question: {question}",
+        f"        choices: *{stage.name}",
+        f"        answer: {stage.label}",
+    ]
+
+
 def _train(answers: Answers) -> str:
     steps, batch, length, note = (
         (500, 8, 2048, "fill the memory of a GPU; `contmerge plan` tells how much it takes")
         if answers.gpus
         else (50, 2, 256, "small, for a processor")
     )
-    trained = any(not s.is_model for s in answers.sources)
+    trained = bool(answers.stream) or any(not s.is_model for s in answers.sources)
     lines = [
         "train:    # any field of TRL's SFTConfig, by its own name"
         + ("" if trained else "; unused: all stages are given"),
@@ -250,7 +287,7 @@ def _merge(answers: Answers) -> str:
 def _evaluate() -> str:
     return (
         "evaluate:\n"
-        "  general_tasks: []    # what it could do and should still do; lm-eval's names: [hellaswag, arc_easy]\n"
-        "  batch_size: 8\n"
+        "  general_tasks: []    # what it could do and should still do: lm-eval's names, or a suite such as general\n"
+        "  batch_size: auto\n"
         "# publish: {repo_id: me/my-model}    # then: contmerge push RUN\n"
     )

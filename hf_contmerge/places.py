@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # merging on its own needs neither recipes nor what checks th
 
 Record = dict[str, Any]
 
+_SCORED = ("score.parquet", ".score.parquet")  # what each document added to the scores
 _RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
 
 
@@ -60,6 +61,11 @@ class Place:
         stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
         write_atomically(self._record_file(phase), json.dumps({**record, **stamp}, indent=1) + "\n")
 
+    @property
+    def validation(self) -> Place:
+        """Where the scores on validation documents lie, which a guard and `auto` parameters go by."""
+        return Place(self.folder / "validation")
+
     def undo(self, phase: Phase) -> None:
         """Forget that a phase was done, then remove what it wrote."""
         self._record_file(phase).unlink(missing_ok=True)
@@ -73,7 +79,7 @@ class Place:
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         """Return the names of what a phase writes beside its record."""
-        return {"report": ("report", ".report")}.get(phase, ())
+        return {"report": ("report", ".report"), "score": (*_SCORED, "validation")}.get(phase, ())
 
     def _record_file(self, phase: Phase) -> Path:
         return self.folder / f"{phase}.json"
@@ -102,7 +108,8 @@ class ExpertPlace(Place):
         return self.folder / "checkpoints"
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
-        return {"train": ("expert", ".expert", "memory", ".memory", "checkpoints")}.get(phase, ())
+        trained = ("expert", ".expert", "memory", ".memory", "checkpoints")
+        return {"train": trained, "score": (*_SCORED, "validation")}.get(phase, ())
 
 
 @dataclass(frozen=True)
@@ -124,12 +131,24 @@ class MergePlace(Place):
     def mergekit_recipe(self) -> Path:
         return self.folder / "merge.yml"
 
+    @property
+    def guard_file(self) -> Path:
+        """What was tried in vain, where no merge held the forgetting budget."""
+        return self.folder / "guard.json"
+
+    @property
+    def replayed(self) -> ExpertPlace:
+        """The stage's expert as the guard trained it again, with examples of earlier stages."""
+        return ExpertPlace(self.folder / "replay", "replay")
+
     def prune(self) -> None:
         """Drop the running state, which a later stage's record has made needless."""
         remove(self.running)
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
-        return {"merge": ("merged", ".merged", "running", ".running", "merge.yml")}.get(phase, ())
+        merged = ("merged", ".merged", "running", ".running", "merge.yml")
+        chosen = ("guard.json", "validation", ".validation", "replay", ".replay-memory")
+        return {"merge": merged + chosen, "score": _SCORED}.get(phase, ())
 
 
 class FolderLock:

@@ -115,6 +115,11 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
         found = findings.ask(lambda: list(costs(estimates, list(run_steps(run, subject.kinds)))))
         if found is None:
             return {}
+        if run.recipe.tunes:
+            findings.notes.append(
+                "What a guard or an `auto` parameter tries comes on top: each try writes a merged model beside the "
+                "merge and scores it on the validation slices."
+            )
         _judge(found, machine, run, findings)
         _suggest(found, machine, estimates, subject, findings)
         return _as_json(found, machine, count, run)
@@ -124,9 +129,9 @@ def _load_libraries() -> None:
     """Import what training and scoring import when they begin."""
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from hf_contmerge import scoring
+    from hf_contmerge import lm_tasks
 
-    scoring.load_libraries()
+    lm_tasks.load_libraries()
     assert SFTTrainer
 
 
@@ -136,17 +141,17 @@ def _load_libraries() -> None:
 def _checked(run: Run, findings: Findings, scratch: Path) -> Any:
     """Check all that a run's preflight checks, each by itself; return a Subject, or None if the base is no good."""
     from hf_contmerge import experts, finetune, model_folder, preflight
-    from hf_contmerge.merge_words import make_rule
+    from hf_contmerge.merge_words import make_entry_rule
     from hf_contmerge.model_headers import needs_converting, resolve_headers
     from hf_contmerge.plan_estimates import Subject
+    from hf_contmerge.trackers import check_trackers
 
     recipe = run.recipe
     findings.ask(run.check_folder)
+    findings.ask(lambda: check_trackers(recipe.train))
     resolve = functools.partial(resolve_headers, scratch=scratch / "models")
-    made = {
-        e.name: findings.ask(functools.partial(make_rule, e.rule, e.parameters, where=f"merge entry {e.name}"))
-        for e in recipe.merge
-    }
+    made = {e.name: findings.ask(functools.partial(make_entry_rule, e)) for e in recipe.merge}
+    findings.ask(lambda: preflight.check_ladder(recipe))
     rules = {name: rule for name, rule in made.items() if rule}
     base = findings.ask(lambda: resolve(recipe.base_model))
     if base is None:
@@ -172,7 +177,6 @@ def _checked(run: Run, findings: Findings, scratch: Path) -> Any:
         findings.ask(lambda: preflight.check_kept_adapters(recipe, kinds, given))
         findings.ask(lambda: finetune.check_stages(recipe, data))
         findings.ask(lambda: preflight.check_replay(recipe, data))
-        findings.ask(lambda: finetune.check_stages(recipe, data))
     return None if findings.errors else Subject(run, base, rules, kinds, given, data, scratch / "tasks")
 
 
@@ -205,18 +209,18 @@ def _checked_data(recipe: Recipe, base: Path, findings: Findings, scratch: Path)
 
 def _check_tasks(recipe: Recipe, findings: Findings, tasks: Path) -> None:
     """Check lm-eval's own tasks, together first: indexing them takes seconds."""
-    from hf_contmerge import scoring
+    from hf_contmerge.lm_tasks import check_tasks
 
     made = {s.heldout_task for s in recipe.stages} | {t.name for t in recipe.tasks() if t.dataset}
-    names = [t.name for t in recipe.measured(range(1, len(recipe.stages) + 1)) if t.name not in made]
+    ours = [t for t in recipe.measured(range(1, len(recipe.stages) + 1)) if t.name not in made]
     folders = [tasks, *([Path(recipe.evaluate.include_path)] if recipe.evaluate.include_path else [])]
     trial = Findings()
-    if names:
-        trial.ask(lambda: scoring.check_tasks(names, folders))
-    if len(names) == 1:
+    if ours:
+        trial.ask(lambda: check_tasks(ours, folders, split=recipe.tunes))
+    if len(ours) == 1:
         findings.errors += trial.errors
-    for name in names if trial.errors and len(names) > 1 else ():
-        findings.ask(functools.partial(scoring.check_tasks, [name], folders))
+    for task in ours if trial.errors and len(ours) > 1 else ():
+        findings.ask(functools.partial(check_tasks, [task], folders, split=recipe.tunes))
 
 
 # What cannot fit

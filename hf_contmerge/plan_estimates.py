@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from hf_contmerge import finetune, scoring
+from hf_contmerge import finetune
 from hf_contmerge.corpus import StageData
 from hf_contmerge.dry_step import StepCost, Work, scoring_batch, training_step
+from hf_contmerge.lm_tasks import sample_requests
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merge_write import stream_job
 from hf_contmerge.model_folder import bf16_pays
@@ -34,10 +36,12 @@ from hf_contmerge.recipe import Recipe, Train
 from hf_contmerge.run_folder import Run
 from hf_contmerge.run_phases import DiskUse, Step, Trained, disk_use, model_bytes, state_bytes
 from hf_contmerge.tensor_files import Weights
+from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies.lora import Lora
 
 _SAMPLED = 256  # examples of which the tokens are counted
 _ADAM_MOVES = 40  # bytes per trained parameter and step: p, g, m, v read, p, m, v written; the norm and clipping of g
+_WITH_REFERENCE = 4 / 3  # of a preference pair: the reference's forward pass beside the model's forward and backward
 _HELD_BY_MALLOC = 1.2
 """On the processor, resident memory over the bytes alive at the peak of a step: freed blocks of a few megabytes stay
 with the allocator. 1.24 in two runs of a model of 19M parameters, full and lora."""
@@ -126,7 +130,21 @@ class Estimates:
         first = next(iter(self._of.data), None)
         trained = self._dry(first, self._of.recipe.train).trained if first else 0
         keeps = bool(first) and finetune.make_strategies(self._of.recipe.train).carrier.keeps_adapter()
-        return disk_use(step, self._of.run, self._of.weights, self._of.rules, Trained(trained, keeps))
+        use = disk_use(step, self._of.run, self._of.weights, self._of.rules, Trained(trained, keeps))
+        return replace(use, kept=use.kept + self._remembered(step))
+
+    def _remembered(self, step: Step) -> int:
+        """Return the bytes that a stage's strategies keep for later ones. An independent expert has no later ones."""
+        stage = self._of.run.stage(step.t) if step.t else None
+        alone = isinstance(step.place, ExpertPlace) and step.place.kind == "base" and step.t > 1
+        if step.phase != "train" or not stage or not stage.dataset or alone:
+            return 0
+        train, data = self._of.recipe.train_of(stage), self._of.data[stage.name].train
+        dry = self._dry(stage.name, train)
+        rows = [dict(row) for row in data.select(range(min(len(data), _SAMPLED)))]  # pyright: ignore
+        mean = sum(len(json.dumps(row).encode()) for row in rows) / len(rows)
+        size = StageSize(step.t, dry.trained, dry.lora_a, len(data), mean)
+        return finetune.make_strategies(train).memory_bytes(size)
 
     def training_memory(self, stage: str, train: Train) -> tuple[int, int]:
         """Return the main memory and each GPU's memory that a stage takes with these settings, in bytes."""
@@ -178,6 +196,8 @@ class Estimates:
         if steps <= 0:
             steps = math.ceil(math.ceil(shape.examples / at_once) * settings.num_train_epochs)
         each = settings.gradient_accumulation_steps * self._seconds(dry.work)
+        if self._of.data[stage].form == "preference":
+            each *= _WITH_REFERENCE
         each += _ADAM_MOVES * dry.trained / self._speeds.moved
         seconds = steps * each + self._loading(weights) + self._saving(weights)
         buckets = 4 * dry.trained if self._processes > 1 else 0  # DDP's own copy of the gradients
@@ -287,7 +307,7 @@ class Estimates:
         """Return how many requests a task makes, and the mean and the largest number of their tokens."""
         evaluate = self._of.recipe.evaluate
         folders = [self._of.tasks, *([Path(evaluate.include_path)] if evaluate.include_path else [])]
-        asked = scoring.sample_requests(task, folders, few_shot=few_shot, limit=evaluate.limit)
+        asked = sample_requests(task, folders, few_shot=few_shot, limit=evaluate.limit)
         lengths = [len(self._tokenizer(text, verbose=False)["input_ids"]) for text in asked.texts] or [1]
         mean, longest = sum(lengths) / len(lengths), max(lengths)
         if evaluate.max_length:
@@ -297,8 +317,13 @@ class Estimates:
     # Seconds
 
     def _seconds(self, work: Work) -> float:
-        products = sum(n / self._speeds.flops.get(d, self._speeds.flops[torch.float32]) for d, n in work.flops.items())
-        return products + work.moved / self._speeds.moved + work.calls * self._speeds.call
+        others = sum(n / self._speeds.flops.get(d, self._speeds.flops[torch.float32]) for d, n in work.flops.items())
+        return (
+            self._speeds.products(work.products)
+            + others
+            + work.moved / self._speeds.moved
+            + work.calls * self._speeds.call
+        )
 
     def _loading(self, nbytes: int) -> float:
         return 2 * nbytes / self._speeds.moved * self._machine.cores

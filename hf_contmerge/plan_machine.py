@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,13 @@ import torch
 
 from hf_contmerge.model_folder import cpu_only
 
+Shape = tuple[int, int, int, torch.dtype]
+"""Of a matrix product: (rows, inner, columns) and the dtype of the factors."""
+
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _DISK_PROBE = 2**26
+_TRIED = 8  # shapes of matrix products, of a step or a batch
+_SIDE = 16384  # elements; of a wider matrix, as many are tried
 _TURNS = 3  # of each measurement; the fastest counts, for what disturbs only ever slows down
 
 
@@ -38,7 +44,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What it does in a second."""
+    """What it does in a second. It was measured on a machine as quiet as processor seconds tell."""
 
     flops: dict[torch.dtype, float]
     """Of matrix products, by the dtype of the factors; all threads, or one GPU."""
@@ -52,6 +58,17 @@ class Speeds:
     """Bytes of SHA-256, one thread."""
     written: float
     """Bytes to the disk of the run folder, with fsync."""
+
+    def products(self, work: Mapping[Shape, int]) -> float:
+        """Return the seconds of matrix products: shapes that make up most of the work are tried, for a skinny matrix
+        or a wide one can be several times slower than a square one. The others go as fast as those on average.
+
+        `work`: floating-point operations by shape.
+        """
+        done = seconds = 0.0
+        for shape, flops in sorted(work.items(), key=lambda item: -item[1])[:_TRIED]:
+            done, seconds = done + flops, seconds + flops / product_speed(shape)
+        return seconds * sum(work.values()) / done if done else 0.0
 
 
 def this_machine(folder: Path) -> Machine:
@@ -82,17 +99,35 @@ def _existing(folder: Path) -> Path:
     return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
 
 
-def _fastest(work: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of a few turns, after one to warm up."""
+def _fastest(work: Callable[[], object], *, waits: bool = False) -> float:
+    """Return the seconds of the fastest of a few turns, after one to warm up.
+
+    Other programs make a turn longer on the clock, not in processor seconds, so that the smaller of the two counts;
+    but where `work` waits for a device, the clock.
+    """
+    waits = waits or not cpu_only()
     work()
     found = []
     for _ in range(_TURNS):
-        start = time.perf_counter()
+        start, own = time.perf_counter(), time.process_time()
         work()
         if torch.cuda.is_available() and not cpu_only():
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
+        on_the_clock, own = time.perf_counter() - start, time.process_time() - own
+        found.append(on_the_clock if waits or own <= 0 else min(on_the_clock, own))
     return min(found)
+
+
+@functools.cache
+def product_speed(shape: Shape) -> float:
+    """Measure the floating-point operations a second of products of a shape; of larger ones, of a part of them."""
+    device = torch.device("cpu" if cpu_only() else "cuda")
+    most = 2e9 if device.type == "cpu" else 2e12
+    rows, inner, columns, dtype = shape
+    inner, columns = min(inner, _SIDE), min(columns, _SIDE)
+    rows = min(rows, max(64, round(most / (2 * inner * columns))))
+    a, b = torch.ones(rows, inner, dtype=dtype, device=device), torch.ones(columns, inner, dtype=dtype, device=device)
+    return 2 * rows * inner * columns / _fastest(lambda: a @ b.T)
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -146,4 +181,4 @@ def _written(folder: Path) -> float:
             file.flush()
             os.fsync(file.fileno())
 
-        return _DISK_PROBE / _fastest(work)
+        return _DISK_PROBE / _fastest(work, waits=True)

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_contmerge import corpus, experts, finetune, model_folder, scoring, vector_guards
+from hf_contmerge import corpus, experts, finetune, lm_tasks, model_folder, scoring_setup, task_files, vector_guards
 from hf_contmerge.adapter_files import Adapter, is_adapter
 from hf_contmerge.adapter_settings import is_same_base
 from hf_contmerge.corpus import StageData
 from hf_contmerge.errors import ModelError, RecipeError, ResourceError, size
 from hf_contmerge.merge_rules import MergeRule
-from hf_contmerge.merge_words import make_rule
+from hf_contmerge.merge_words import make_entry_rule, make_rule
 from hf_contmerge.model_folder import resolve_model
-from hf_contmerge.recipe import Recipe
+from hf_contmerge.recipe import Recipe, Train
+from hf_contmerge.recipe_measure import Rung
 from hf_contmerge.run_folder import Run
 from hf_contmerge.run_phases import Trained, disk_use, peak_disk, run_steps
 from hf_contmerge.tensor_files import Weights
@@ -50,7 +51,8 @@ class Prepared:
 def prepare(run: Run, ranks: Ranks) -> Prepared:
     """Resolve and check all that the recipe names, so that bad input is told before hours are spent."""
     recipe = run.recipe
-    rules = {e.name: make_rule(e.rule, e.parameters, where=f"merge entry {e.name}") for e in recipe.merge}
+    rules = {e.name: make_entry_rule(e) for e in recipe.merge}
+    check_ladder(recipe)
     kinds = merge_kinds(recipe, rules)
 
     def look_up() -> tuple[Path, dict[str, Path], dict[str, StageData]]:
@@ -58,6 +60,7 @@ def prepare(run: Run, ranks: Ranks) -> Prepared:
         experts.check_mergeable(base)
         model_folder.check_tokenizer(base)
         given = given_models(recipe, base)
+        check_scoring(recipe, base, given, ranks)
         if ranks.rank == 0:
             check_vectors(recipe, base, given)
         if any(s.dataset for s in recipe.stages):
@@ -68,9 +71,10 @@ def prepare(run: Run, ranks: Ranks) -> Prepared:
         check_replay(recipe, data)
         return base, given, data
 
+    scoring_setup.check_versions(ranks)
     base, given, data = main_first(ranks, look_up)
     folders = [run.tasks, *([Path(recipe.evaluate.include_path)] if recipe.evaluate.include_path else [])]
-    scoring.check_tasks([t.name for t in recipe.measured(run.stage_numbers())], folders)
+    lm_tasks.check_tasks(list(recipe.measured(run.stage_numbers())), folders, split=recipe.tunes)
     if ranks.rank == 0:
         check_disk(run, Weights(base), rules, kinds)
         run.link_base(base)
@@ -107,6 +111,15 @@ def given_models(recipe: Recipe, base: Path, *, resolve: Callable[..., Path] = r
         if source:
             check_companions(source, entry.tokenizer_from)
     return given
+
+
+def check_scoring(recipe: Recipe, base: Path, given: Mapping[str, Path], ranks: Ranks) -> None:
+    """Raise an error unless this job can score models in the way that `evaluate` asks for."""
+    trained = any(s.dataset for s in recipe.stages) and finetune.make_strategies(recipe.train).carrier.keeps_adapter()
+    adapter = trained or any(is_adapter(folder) for folder in given.values())
+    scoring_setup.check_evaluate(recipe.evaluate, processes=ranks.size, per_machine=ranks.per_host, adapter=adapter)
+    if recipe.evaluate.chat_template:
+        scoring_setup.check_template(base)
 
 
 def check_companions(folder: Path, stage: str | None) -> None:
@@ -166,10 +179,29 @@ def check_kept_adapters(recipe: Recipe, kinds: Mapping[str, str], given: Mapping
                 )
 
 
+def check_ladder(recipe: Recipe) -> None:
+    """Raise RecipeError for a rung of the guard's ladder with an unknown rule, or a parameter that does not fit."""
+    for number, rung in enumerate(recipe.guard.ladder if recipe.guard else ()):
+        if rung.rule:
+            make_rule(rung.rule, rung.parameters, where=f"guard.ladder.{number}")
+        if rung.do == "replay":
+            finetune.make_strategies(with_replay(recipe.train, rung))
+
+
+def with_replay(train: Train, rung: Rung) -> Train:
+    """Return how a stage is trained when a guard has it trained again with examples of earlier stages."""
+    own = train.parameters_of()
+    strategies = (*train.strategy, *(() if "replay" in train.strategy else ("replay",)))
+    parameters = {**own, "replay": {**own.get("replay", {}), **rung.parameters}}
+    return Train.model_validate({**train.model_dump(), "strategy": strategies, "parameters": parameters})
+
+
 def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
     """Raise DataError where a stage's examples could not be replayed among those of a later one."""
     stages = [(s.dataset.path, data[s.name].train.select([0])) for s in recipe.stages if s.dataset]
-    for (path, old), (_, fresh) in itertools.combinations(stages, 2) if "replay" in recipe.train.strategy else ():
+    ladder = recipe.guard.ladder if recipe.guard else ()
+    replays = "replay" in recipe.train.strategy or any(rung.do == "replay" for rung in ladder)
+    for (path, old), (_, fresh) in itertools.combinations(stages, 2) if replays else ():
         in_form_of(fresh, old, path)
 
 
@@ -187,11 +219,11 @@ def load_data(run: Run, base: Path, *, write: bool) -> dict[str, StageData]:
             data[stage.name] = corpus.load_stage_data(stage.dataset, seed=run.recipe.seed)
         if stage.dataset and stage.heldout_task and write:
             chars = stage.dataset.heldout_chars
-            documents = scoring.heldout_documents(data[stage.name], chars=chars, tokenizer_folder=base)
-            scoring.write_perplexity_task(run.tasks, stage.heldout_task, documents)
+            documents = task_files.heldout_documents(data[stage.name], chars=chars, tokenizer_folder=base)
+            task_files.write_perplexity_task(run.tasks, stage.heldout_task, documents)
     for task in run.recipe.tasks():
         if task.dataset and write:
-            scoring.write_task(run.tasks, task)
+            task_files.write_task(run.tasks, task)
     return data
 
 

@@ -9,6 +9,7 @@
     train:    {max_steps: 500, learning_rate: 1.0e-5}             # any field of TRL's SFTConfig, plus `strategy`
     merge:    [{rule: magmax, parameters: {lambda: 0.5}}, {rule: opcm}]
     evaluate: {general_tasks: [hellaswag]}
+    guard:    {max_forgetting: 0.01, on: [general, stages], ladder: [shrink, keep_previous]}
     publish:  {repo_id: me/law-code, merge: opcm}
 
 Imports neither torch nor transformers, so that "is all of this done?" is answered at once. Whether a rule, a
@@ -27,7 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.recipe_data import Dataset, DatasetField, Name, Part
-from hf_contmerge.recipe_measure import Evaluate, Task, TaskField
+from hf_contmerge.recipe_measure import Evaluate, Guard, Rung, Task, TasksField
 
 StartFrom = Literal["base", "previous", "merged"]
 Phase = Literal["train", "merge", "score", "report"]
@@ -44,7 +45,7 @@ class Stage(Part):
     train: dict[str, Any] = Field(default={})
     """SFTConfig fields that this stage has otherwise than the run: learning_rate, max_steps, ...; with preference pairs
     those of DPOConfig."""
-    tasks: tuple[TaskField, ...] = ()
+    tasks: TasksField = ()
     """Measured beside the perplexity of the stage's held-out text."""
 
     @property
@@ -114,6 +115,7 @@ class Merge(Part):
     name: Name = ""
     rule: str
     parameters: dict[str, bool | int | float | str] = Field(default={})
+    """`auto` for one that only enters the scale: searched after each stage, on validation documents."""
     start_from: StartFrom | None = None
     """Which experts it folds; without it, those that the rule's paper uses."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -132,6 +134,11 @@ class Merge(Part):
         if isinstance(value, dict) and "rule" in value and not value.get("name"):
             value = {**value, "name": value["rule"]}
         return value
+
+    @property
+    def auto(self) -> str | None:
+        """The parameter that is `auto`, if one is."""
+        return next((word for word, value in self.parameters.items() if value == "auto"), None)
 
 
 class Publish(Part):
@@ -157,6 +164,7 @@ class Recipe(Part):
     train: Train = Train()
     merge: Annotated[tuple[Merge, ...], Field(min_length=1)]
     evaluate: Evaluate = Evaluate()
+    guard: Guard | None = None
     publish: Publish | None = None
 
     @model_validator(mode="after")
@@ -181,6 +189,27 @@ class Recipe(Part):
                     f"({', '.join(given) or 'there is none'}); got {entry.tokenizer_from}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _something_to_watch(self) -> Recipe:
+        staged = any(s.task_names() for s in self.stages)
+        watched = {"general": bool(self.evaluate.general_tasks), "stages": staged}
+        if self.guard and not any(watched[what] for what in self.guard.on):
+            raise ValueError(
+                f"guard.on ({', '.join(self.guard.on)}) has nothing to watch: give evaluate.general_tasks, or give "
+                "stages `heldout` text or `tasks`"
+            )
+        if any(m.auto for m in self.merge) and not staged:
+            raise ValueError("an `auto` parameter needs stages that are measured: give them `heldout` text or `tasks`")
+        return self
+
+    @property
+    def tunes(self) -> bool:
+        """Whether something is chosen by scores (a guard, an `auto` parameter), for which documents are set aside.
+
+        Then choices see only each task's validation documents, and results are told of the others.
+        """
+        return self.guard is not None or any(m.auto for m in self.merge)
 
     def tokenizer_model(self, t: int, entry: Merge) -> str | None:
         """Return the model whose tokenizer and settings the merge of the first t stages gets; None: the base's."""
@@ -319,8 +348,8 @@ def _explain(error: ValidationError, where: str) -> str:
 
 
 _PARTS: dict[str, type[BaseModel]] = {
-    "stages": Stage, "train": Train, "merge": Merge, "evaluate": Evaluate, "publish": Publish,
-    "dataset": Dataset, "tasks": Task, "general_tasks": Task,
+    "stages": Stage, "train": Train, "merge": Merge, "evaluate": Evaluate, "guard": Guard, "ladder": Rung,
+    "publish": Publish, "dataset": Dataset, "tasks": Task, "general_tasks": Task,
 }  # fmt: skip
 
 

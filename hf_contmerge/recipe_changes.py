@@ -9,8 +9,11 @@ from typing import Any
 from hf_contmerge.recipe import Phase, Recipe
 
 _NOT_SET = "(not set)"
-_ONLY_TOLD = ("train.report_to", "train.run_name", "train.disable_tqdm", "train.ddp_timeout")
-"""What changes how a training is watched, and nothing of its result."""
+_ONLY_TOLD = (
+    "train.report_to", "train.run_name", "train.disable_tqdm", "train.ddp_timeout", "evaluate.matrix", "evaluate.cache",
+    "evaluate.batch_size", "evaluate.parallel",
+)  # fmt: skip
+"""What changes how a training is watched, what is measured, how fast or whether again, and nothing of a result."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,12 @@ class Change:
 
 def changes(old: Recipe, new: Recipe) -> Iterator[Change]:
     """Yield what differs, apart from fields that no phase uses and from stages, merge entries and tasks added."""
-    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    if old.tunes != new.tunes:  # then other documents are measured
+        parts = {False: "all", True: "all but those set aside"}
+        yield Change("documents measured (guard, auto)", parts[old.tunes], parts[new.tunes], "score")
+    before, after = dict(flat_fields(old.model_dump(mode="json"))), dict(flat_fields(new.model_dump(mode="json")))
+    if not (old.tunes and new.tunes):
+        after["evaluate.validation"] = before["evaluate.validation"]  # nothing was set aside that could still be
     added = {_piece(f) for f in after} - {_piece(f) for f in before}
     for field in before | after:
         phase = _first_phase(field)
@@ -45,15 +53,15 @@ def changes(old: Recipe, new: Recipe) -> Iterator[Change]:
             yield Change(field, before.get(field, _NOT_SET), after.get(field, _NOT_SET), phase)
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, leaf)."""
+def flat_fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, leaf) of a recipe dumped as JSON: stages by number, merge entries and tasks by name."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else key)
+            yield from flat_fields(item, f"{path}.{key}" if path else key)
     elif isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value):
         for number, item in enumerate(value, 1):
             key = str(number) if path == "stages" else item["name"]
-            yield from _flat(item, f"{path}.{key}")
+            yield from flat_fields(item, f"{path}.{key}")
     else:
         yield path, value
 
@@ -67,9 +75,12 @@ def _piece(field: str) -> str:
 
 
 def _first_phase(field: str) -> Phase | None:
+    """Return the first phase that uses a field. A guard that is mended counts from the next merge on."""
     parts = field.split(".")
-    if parts[0] in ("name", "output", "publish") or field == "evaluate.matrix" or ".".join(parts[:2]) in _ONLY_TOLD:
+    if parts[0] in ("name", "output", "publish", "guard") or ".".join(parts[:2]) in _ONLY_TOLD:
         return None
-    if parts[0] == "merge":
+    if parts[-1] == "suite":  # who brought a task in
+        return None
+    if parts[0] == "merge" or field == "evaluate.validation":
         return "merge"
     return "score" if parts[0] == "evaluate" or "tasks" in parts else "train"

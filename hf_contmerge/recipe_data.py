@@ -28,6 +28,8 @@ class Dataset(Part):
     """The column with plain text, or a format string over columns such as "{question}\\n{answer}"."""
     messages: str | None = None
     """The column with conversations."""
+    labels: dict[str, tuple[str, ...]] = Field(default={})
+    """Columns of class numbers -> the words that stand for 0, 1, ... in `text`."""
     min_chars: Annotated[int, Field(ge=0)] | None = None
     max_chars: Annotated[int, Field(ge=1)] | None = None
     """Shorter and longer examples are left out: prompt and answer together, of a pair the longer answer."""

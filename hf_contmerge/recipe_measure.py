@@ -7,6 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from hf_contmerge.recipe_data import DatasetField, Name, Part
+from hf_contmerge.task_suites import expand_suites
+
+_KINDS = "perplexity, multiple_choice or exact_match"
+
+
+def _as_words(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Task(Part):
@@ -14,20 +21,29 @@ class Task(Part):
 
     name: Name
     dataset: DatasetField | None = None
-    kind: Literal["perplexity", "multiple_choice"] | None = None
+    kind: Literal["perplexity", "multiple_choice", "exact_match"] | None = None
     """What to make of the dataset; without it, `name` is lm-eval's."""
     question: str = "query"
-    choices: str = "choices"
+    """The column with the prompt of a multiple_choice or exact_match dataset, or a format over columns such as
+    "{title}\\n{text}\\nTopic:"."""
+    choices: Annotated[str | tuple[str, ...], BeforeValidator(_as_words)] = "choices"
+    """The column with the lists of continuations of a multiple_choice dataset, or the list that all rows share."""
     answer: str = "gold"
-    """The columns of a multiple_choice dataset: the prompt, the list of continuations, the index of the right one."""
+    """The column with the index of the right choice, or with the text that exact_match expects."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    """The most that a model may write for exact_match."""
+    stop: tuple[str, ...] = ("\n",)
+    """Where its answer ends, if any of these comes first."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    suite: str | None = None
+    """The suite that brought the task in."""
 
     @model_validator(mode="after")
     def _dataset_with_kind(self) -> Task:
         if (self.dataset is None) != (self.kind is None):
-            raise ValueError("a task needs both `dataset` and `kind` (perplexity or multiple_choice), or neither")
-        if self.dataset and self.dataset.streaming and self.kind == "multiple_choice":
-            raise ValueError("the dataset of a multiple_choice task is read whole; remove `streaming`")
+            raise ValueError(f"a task needs both `dataset` and `kind` ({_KINDS}), or neither")
+        if self.dataset and self.dataset.streaming and self.kind != "perplexity":
+            raise ValueError(f"the dataset of a {self.kind} task is read whole; remove `streaming`")
         return self
 
 
@@ -36,19 +52,87 @@ def _as_task(value: Any) -> Any:
 
 
 TaskField = Annotated[Task, BeforeValidator(_as_task)]
+TasksField = Annotated[tuple[TaskField, ...], BeforeValidator(expand_suites)]
+"""Tasks, and names of suites, which become the tasks in them."""
 
 
 class Evaluate(Part):
     """What is measured after each stage, for experts and merged models alike."""
 
-    general_tasks: tuple[TaskField, ...] = ()
+    general_tasks: TasksField = ()
     """Abilities that no stage teaches: what the base could do and should still do at the end."""
     matrix: Literal["lower", "full"] = "lower"
     """lower: the stages seen so far. full: also the ones to come, which forward transfer needs."""
     include_path: str | None = None
     """A folder of lm-eval task YAML files."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """auto: as many as a GPU's memory holds, found by trying; 8 on processors."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights while scoring. auto: bfloat16 on a GPU and on processors with bfloat16 units, else float32."""
+    cache: bool = True
+    """Whether scores of earlier runs on this machine may be taken, and kept for later ones (score_cache.py)."""
+    chat_template: bool = False
+    """Put prompts into the tokenizer's chat template, few-shot examples as turns of their own."""
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """The share of each task's documents that a guard and `auto` parameters see; the others alone are reported then."""
+    parallel: Literal["data", "layers", "tensor"] = "data"
+    """How ranks share a model: each has it whole and reads other documents; its layers are spread over the GPUs of a
+    machine, on which one process runs; or each matrix is spread over the ranks' GPUs (the model's own `tp_plan`)."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What runs the model: transformers, or vLLM in one process (GPUs only)."""
+
+
+class Rung(Part):
+    """One thing to try when a merge forgets too much: `shrink`, `replay`, `keep_previous`, or `{rule: name}`."""
+
+    do: Literal["shrink", "rule", "replay", "keep_previous"]
+    """shrink: a smaller scale. rule: all experts so far, folded by another rule. replay: the stage trained again with
+    examples of the earlier ones among its own. keep_previous: the merge of the stage before, without this expert."""
+    rule: str | None = None
+    parameters: dict[str, bool | int | float | str] = Field(default={})
+    """Of the rule, or of the replay strategy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"do": value}
+        if isinstance(value, dict) and value.get("rule") and "do" not in value:
+            return {**value, "do": "rule"}
+        return value
+
+    @model_validator(mode="after")
+    def _parameters_have_a_use(self) -> Rung:
+        if (self.do == "rule") != (self.rule is not None):
+            raise ValueError("a rung with another rule is `{rule: name}`; the others have no `rule`")
+        if self.parameters and self.do not in ("rule", "replay"):
+            raise ValueError(f"`{self.do}` has no parameters")
+        return self
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Guard(Part):
+    """A forgetting budget: what no merge may lose, and what is tried where one would."""
+
+    max_forgetting: Annotated[float, Field(ge=0)] = 0.01
+    """The drop that is tolerated, in each block of tasks: a share of accuracy, nats of -ln(perplexity)."""
+    on: Annotated[tuple[Literal["general", "stages"], ...], BeforeValidator(_as_list), Field(min_length=1)] = (
+        "general", "stages",
+    )  # fmt: skip
+    """general: the general tasks, against the base. stages: earlier stages, each against the merge that learnt it."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """How sure a drop beyond `max_forgetting` must be to break the budget: noise does so in 1 - confidence of cases."""
+    ladder: tuple[Rung, ...] = (Rung(do="shrink"), Rung(do="keep_previous"))
+    """What is tried, in this order, until one holds. If none does, the run stops with exit code 3."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_is_a_word(cls, value: Any) -> Any:
+        if isinstance(value, dict) and True in value:  # YAML 1.1 takes the key `on` for a truth value
+            return {("on" if key is True else key): item for key, item in value.items()}
+        return value

@@ -10,34 +10,40 @@
 
 All but the costs is the same, byte for byte, whenever and however often a run was interrupted.
 
-A verdict claims a change only beyond two standard errors of the paired difference over documents.
+A verdict claims a change only where 0 lies outside the 95 % interval of the paired difference over documents.
 """
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import os
 import sys
 import webbrowser
+from collections.abc import Iterable
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.forgetting import Line, load_lines
+from hf_contmerge.report_choices import choice_tables, choices_intro, curves
+from hf_contmerge.report_examples import examples
 from hf_contmerge.report_findings import UNITS, Results, task_facts, verdict
-from hf_contmerge.report_pages import (
+from hf_contmerge.report_merges import geometry_section
+from hf_contmerge.report_pages import costs_page, markdown, page, rich_table
+from hf_contmerge.report_panels import panels
+from hf_contmerge.report_pictures import draw_alone, draw_curve, draw_forgetting
+from hf_contmerge.report_tables import (
+    Cost,
+    Picture,
+    Section,
+    cost_tables,
     costs,
-    costs_page,
     final_table,
     heat_maps,
-    markdown,
     metric_tables,
-    page,
-    rich_table,
-    vectors,
+    task_tables,
 )
-from hf_contmerge.report_pictures import draw_forgetting
 from hf_contmerge.run_folder import Run
 
 _COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", "utility", "stderr", "documents")
@@ -49,17 +55,48 @@ def write_report(run: Run) -> Path:
     folder = run.report.scratch("report")
     draw_forgetting(results, folder / "forgetting.png")
     (folder / "summary.json").write_text(json.dumps(summary(run, results), indent=1) + "\n", encoding="utf-8")
-    with (folder / "scores.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([_COLUMNS, *_score_rows(results)])
+    _write_csv(folder / "scores.csv", [_COLUMNS, *_score_rows(results)])
     spent = costs(run)
-    (folder / "costs.html").write_text(costs_page(run, spent), encoding="utf-8")
-    with (folder / "costs.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([spent.header, *([cell.text for cell in row] for row in spent.rows)])
-    tables = [*heat_maps(results), *metric_tables(results), *vectors(run)]
-    (folder / "report.md").write_text(markdown(run, results, tables), encoding="utf-8")
-    picture = base64.b64encode((folder / "forgetting.png").read_bytes()).decode()
-    (folder / "index.html").write_text(page(run, results, tables, picture), encoding="utf-8")
+    (folder / "costs.html").write_text(costs_page(run, cost_tables(spent)), encoding="utf-8")
+    _write_csv(folder / "costs.csv", [[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)])
+    shown = [section for section in sections(run, results) if not section.empty]
+    (folder / "report.md").write_text(markdown(run, results, shown), encoding="utf-8")
+    pictures = [Picture(draw_alone(results, panel), panel.told(results)) for panel in panels(results)]
+    (folder / "index.html").write_text(page(run, results, pictures, shown), encoding="utf-8")
     return run.report.publish("report") / "forgetting.png"
+
+
+def sections(run: Run, results: Results) -> list[Section]:
+    """Return the parts of the report below its picture; those with nothing to show are empty."""
+    seen = (
+        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change seen, the 95 % interval holds 0. A "
+        "frame marks the stage just learnt. Point at a number for more."
+    )
+    by_task = (
+        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change seen. The last column is the "
+        "smallest true change that such documents would have shown in four of five samples: a smaller one may have "
+        "happened unseen."
+    )
+    return [
+        Section("Scores after each stage", seen, tables=heat_maps(results)),
+        Section("Metrics", tables=metric_tables(results)),
+        Section("Task by task", by_task, tables=task_tables(results)),
+        examples(results),
+        _choices(run),
+        geometry_section(run),
+    ]
+
+
+def _choices(run: Run) -> Section:
+    """Return what a guard tried and what `auto` found, with the curves; empty where nothing was chosen."""
+    pictures = [Picture(draw_curve(curve), f"{curve.entry}: search of {curve.word}") for curve in curves(run)]
+    hint = " In the curves a ring marks what was taken, a hollow mark what cost general ability." * bool(pictures)
+    return Section("Choosing the merges", choices_intro(run) + hint, choice_tables(run), pictures=pictures)
+
+
+def _write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
 
 
 def show_report(run: Run, *, browser: bool = False) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,21 @@ UNITS = {
 }
 METRICS = {
     "acc": ("ACC", "mean utility over the stages learnt so far, at the end"),
+    "aia": ("AIA", "ACC after each stage, averaged over the run"),
     "la": ("LA", "mean utility of each stage right after it was learnt"),
     "bwt": ("BWT", "mean change of the earlier stages since they were learnt; negative is forgetting"),
+    "bwt_per_stage": ("BWT/T", "the same sum divided by all stages, the last one's 0 included, as TRACE has it"),
     "forgetting": ("F", "mean drop of the earlier stages from their best; higher is worse"),
     "fwt": ("FWT", "mean gain over the base on a stage before it is learnt; needs `matrix: full`"),
+    "intransigence": ("I", "mean lack against an expert of that stage alone, when it was learnt; higher is worse"),
+    "normalised": (
+        "of expert",
+        "what is there at the end of all that experts of each stage alone gain over the base; 1 is all",
+    ),
     "general_delta": ("general Δ", "mean change of the general tasks against the base"),
+    "fuar": ("FUAR", "right answers lost on earlier stages and general tasks, for each that was won on the stages"),
 }
+_ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 is nothing to boast of where nothing was learnt
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Results:
         return mean_change(own, block)
 
     def kept(self, line: Line, block: Block) -> Change | None:
-        """Return BWT, with its standard error."""
+        """Return BWT, with its interval."""
         last = line.rows[-1]
         later = [(last, line.rows[j], self.stages[j - 1].task_names()) for j in range(1, len(line.rows) - 1)]
         return mean_change(later, block)
@@ -88,6 +98,12 @@ class Results:
         return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
+def known_metrics(found: Iterable[Mapping[str, float | None]]) -> list[str]:
+    """Return the metrics that some line has, as METRICS orders them; ACC, LA and BWT always stand together."""
+    lines = list(found)
+    return [name for name in METRICS if name in _ALWAYS or any(values[name] is not None for values in lines)]
+
+
 def line_label(kind: str) -> str:
     """Return what to call an expert kind."""
     names = {"previous": "fine-tuning alone", "base": "independent experts"}
@@ -99,6 +115,21 @@ def amount(value: float, block: Block, *, sign: bool = True) -> str:
     number, digits, unit = (value, 2, "nats") if block == "perplexity" else (100 * value, 1, "points")
     rounded = round(number, digits) + 0.0  # no "-0.00"
     return f"{rounded:{'+' if sign and rounded else ''}.{digits}f} {unit}".replace("-", "−")
+
+
+def relative(value: float, block: Block) -> str:
+    """Return a difference of utilities as people feel it: by what the perplexity was multiplied, or points."""
+    if block == "accuracy":
+        return amount(value, block)
+    ratio = math.exp(-value)
+    return f"× {ratio:.1f}" if ratio >= 1.95 else f"× {ratio:.2f}"
+
+
+def interval(change: Change, block: Block) -> str:
+    """Return where the true change lies, with the interval's confidence (95 % by default); its unit is the change's."""
+    if change.low is None or change.high is None:
+        return "unknown"
+    return " to ".join(amount(limit, block).split()[0] for limit in (change.low, change.high))
 
 
 def natural(value: float, block: Block) -> str:
@@ -119,17 +150,26 @@ def fate(change: Change | None, block: Block) -> str:
     return f"{'gained' if change.sign > 0 else 'forgot'} {amount(abs(change.mean), block, sign=False)}"
 
 
+def outcome(change: Change | None, block: Block, what: str) -> str:
+    """Say what became of something learnt, so that a stranger sees how much that is."""
+    if change is None:
+        return "was not measured"
+    found = ("shows no change on", "got better on", "forgot")[change.sign]
+    return f"{found} {what} ({'perplexity ' * (block == 'perplexity')}{relative(change.mean, block)})"
+
+
 def headline(results: Results) -> str:
     """Return the finding of the whole run in one sentence."""
     stages = f"After {results.last} stage{'s' * (results.last != 1)}"
+    what = "the earlier ones" if results.last > 2 else "the first"
     for block in results.stage_blocks():
         if results.last > 1:
-            told = compared(results, lambda line, b=block: fate(results.kept(line, b), b))
-            where = "on the earlier ones" if results.last > 2 else "on the first"
+            told = compared(results, lambda line, b=block: outcome(results.kept(line, b), b, what))
         else:
-            told, where = compared(results, lambda line, b=block: "gained " + gained(results.learnt(line, b), b)), ""
+            told = compared(results, lambda line, b=block: "gained " + gained(results.learnt(line, b), b))
         if told:
-            return f"{stages}, " + "; ".join([f"{told[0]} {where}".rstrip(), *told[1:]])
+            again = [t.replace(f" {what} (", " them (" if results.last > 2 else " it (") for t in told[1:]]
+            return f"{stages}, " + "; ".join([told[0], *again])
     return f"{stages}, there is nothing to compare yet" if results.last else "Nothing has been learnt yet"
 
 
@@ -140,8 +180,9 @@ def caption(results: Results) -> str:
         told = compared(results, lambda line, b=block: gained(results.learnt(line, b), b))
         found.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(told)}. " if told else "")
     return (
-        "".join(found) + "Bars: two standard errors over documents. ★: an expert trained on that stage alone. "
-        "0.1 nats is about a tenth of the perplexity."
+        "".join(found) + "Bars: 95 % intervals of the change on the same documents; a hollow marker: no change seen "
+        "(of a stage since it was learnt, of general ability against the base). ★: an expert trained on that stage "
+        "alone. 0.1 nats is about a tenth of the perplexity."
     )
 
 
@@ -220,9 +261,8 @@ def _overall(results: Results, new: Scores, old: Scores, t: int, block: Block) -
 def _told(change: Change, block: Block, where: str) -> str:
     if change.stderr is None:
         return f"too few documents to tell {where} ({amount(change.mean, block)})"
-    number, unit = amount(change.mean, block).split()
-    error = amount(2 * change.stderr, block, sign=False).split()[0]
-    return f"{('no change seen', 'better', 'worse')[change.sign]} {where} ({number} ± {error} {unit})"
+    seen = ("no change seen", "better", "worse")[change.sign]
+    return f"{seen} {where} ({amount(change.mean, block)}, {interval(change, block)})"
 
 
 def badge(results: Results, line: Line) -> str:

@@ -43,13 +43,22 @@ def label_ends(axes: Any, labels: Sequence[Label]) -> None:
         axes.text(last + 15 * per_point, y, label.text, color=label.colour, fontsize=size, va="center")
 
 
+def name_region(axes: Any, text: str) -> None:
+    """Say at the bottom on the right what it means to lie there, if no label is in the way."""
+    size, (low, high) = 8.0, axes.get_ylim()
+    scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
+    if all((label.get_position()[1] - low) * scale > 2.2 * size for label in axes.texts if label.get_text() != text):
+        axes.annotate(text, (1, 0), (-4, 4), xycoords="axes fraction", textcoords="offset points", fontsize=size,
+                      color="#a3603a", ha="right", va="bottom")  # fmt: skip
+
+
 def _name_ticks(axes: Any) -> None:
     """Write the stages' names under the ticks where they fit; else numbers, which the panels' titles explain."""
     names = axes.contmerge_stages
     span = axes.get_xlim()[1] - axes.get_xlim()[0]
     step = axes.get_window_extent().width * 72 / axes.figure.dpi / span
     width = 8.5 * LETTER
-    if all((len(a) + len(b)) / 2 * width + 6 <= step for a, b in pairwise(names)):
+    if all((len(a) + len(b)) / 2 * width + 3 <= step for a, b in pairwise(names)):
         axes.set_xticks(range(len(names)), names)
     else:
         every = math.ceil(2.5 * width / step)

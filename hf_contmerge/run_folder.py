@@ -4,9 +4,13 @@
       recipe.yml                                   the recipe with every default, frozen at the first start
       tasks/<task>.yaml <task>.jsonl               what lm-eval measures, usable by the stock `lm_eval` command too
       stages/00-base/  model score.json            a link to the base model; its scores are row 0
+                       score.parquet               beside each score.json: what every document added
       stages/01-law/
         experts/<kind>/  expert/ train.json score.json         kind: base, previous, or merged-<merge entry>
         merges/<entry>/  running/ merged/ merge.yml merge.json score.json
+                         validation/  with a guard or `auto`: the scores that it was chosen by
+                         replay/      the stage's expert as a guard had it trained again
+                         guard.json   what was tried in vain, where no merge held the budget
       report/ index.html report.md scores.csv summary.json forgetting.png
       report.json                                  written when everything above is done
 

@@ -91,7 +91,9 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
         dtype = None if entry.dtype == "auto" else getattr(torch, entry.dtype)
         state = state_bytes(base, rule)
         kept_before = state if step.t > 1 else 0  # pruned as soon as this stage's is recorded
-        return DiskUse(model_bytes(base, dtype) + companions + state - kept_before, kept_before)
+        ladder = run.recipe.guard.ladder if run.recipe.guard else ()
+        again = model_bytes(base, torch.float32) if any(rung.do == "replay" for rung in ladder) and step.t > 1 else 0
+        return DiskUse(model_bytes(base, dtype) + companions + state - kept_before, kept_before + again)
     return DiskUse(0, 0)
 
 

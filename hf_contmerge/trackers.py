@@ -70,7 +70,8 @@ class Trackers:
     def merged(self, place: Place, record: Mapping[str, Any]) -> None:
         """Log the scale and the norms of a merge."""
         norms = record["norms"]
-        point = {"scale": record["scale"], "running_norm": norms["running"], "expert_norm": norms["experts"][-1]}
+        newest = norms["experts"][-1:] or [0.0]  # none, where a guard has left the first one out
+        point = {"scale": record["scale"], "running_norm": norms["running"], "expert_norm": newest[0]}
         self.of(place, "merge")(0, point)
 
     def close(self) -> None:

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from hf_contmerge.errors import ModelError, clear_errors
-from hf_contmerge.places import ExpertPlace, FolderLock, MergePlace, Place, remove
+from hf_contmerge.errors import clear_errors
+from hf_contmerge.places import ExpertPlace, FolderLock, Place, remove
 from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, Task, load_recipe
 from hf_contmerge.run_folder import Run
 
@@ -158,7 +158,7 @@ class Loop:
 
     def _finetune(self, t: int, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
         from hf_contmerge.experts import expert_sha256
-        from hf_contmerge.finetune import finetune_stage
+        from hf_contmerge.finetune import train_expert
 
         start = self._start_of(t, place.kind)
         recipe, train = self.run.recipe, self.run.recipe.train_of(stage)
@@ -168,7 +168,7 @@ class Loop:
         self.crew.ranks.gather(None)
         memory = self.run.memory_before(t, place.kind)
         alone = place.kind == "base" and t > 1  # an independent expert: nobody learns on from it
-        outcome = finetune_stage(
+        outcome = train_expert(
             start=start, base=self.prepared.base, data=self.prepared.data[stage.name], train=train,
             seed=recipe.seed, out=place.folder / ".expert", checkpoints=place.checkpoints,
             memory=memory, memory_out=None if alone else place.folder / ".memory",
@@ -225,94 +225,50 @@ class Loop:
         if not self._wanted("merge") and not starts_next:
             return
         if not self._done(place, "merge"):
+            from hf_contmerge.merge_bench import Bench
+            from hf_contmerge.merge_phase import merge_stage_of
+
             with self._phase("merge", place) as record:
-                record.update(self._merge_stage(t, place))
+                record.update(merge_stage_of(Bench(self.run, self.ranks, self.prepared, self.crew, t, place)))
                 if self.ranks.is_main_process:
                     self.trackers.merged(place, record)
         if t > 1 and self.ranks.is_main_process:
             self.run.merged(t - 1, entry).prune()
 
-    def _merge_stage(self, t: int, place: MergePlace) -> dict[str, Any]:
-        """Fold stage t's expert into the state of the stage before, all ranks together; return the record."""
-        import torch
-
-        from hf_contmerge.experts import open_expert
-        from hf_contmerge.merge_stream import merge_experts
-        from hf_contmerge.merge_write import Output
-        from hf_contmerge.mergekit_recipe import mergekit_yaml
-        from hf_contmerge.ownership import ownership
-        from hf_contmerge.tensor_files import Weights, weights_sha256
-
-        entry, rule = place.entry, self.prepared.rules[place.entry.name]
-        kind = self.prepared.kinds[entry.name]
-        experts = [self.run.expert(i, kind) for i in range(1, t + 1)]
-        digests = [e.record("train")["model_sha256"] for e in experts]
-        self._refuse_twin(t, digests)
-        before = self.run.merged(t - 1, entry) if t > 1 else None
-        dtype = None if entry.dtype == "auto" else getattr(torch, entry.dtype)
-        scratches = [place.folder / ".running", place.folder / ".merged"]
-        if self.ranks.is_main_process:
-            scratches = [place.scratch("running"), place.scratch("merged")]
-        self.crew.ranks.gather(None)
-        base = Weights(self.prepared.base)
-        companions = self.prepared.given.get(self.run.recipe.tokenizer_model(t, entry) or "")
-        merged = merge_experts(
-            rule, base, [open_expert(experts[-1].model, base, force=True)], crew=self.crew,  # preflight knows its base
-            running=before.running if before else None,
-            earlier=before.record("merge")["norms"]["experts"] if before else (),
-            running_out=scratches[0], merged_out=Output(scratches[1], dtype, entry.shard_size, companions),
-        )  # fmt: skip
-        if not self.ranks.is_main_process:
-            return {}
-        running, folder = place.publish("running"), place.publish("merged")
-        place.mergekit_recipe.write_text(
-            mergekit_yaml(entry.rule, rule, base=self.run.base_model, experts=[e.model for e in experts], dtype=dtype),
-            encoding="utf-8",
-        )
-        stages = [self.run.stage(i).name for i in range(1, t + 1)]
-        return {
-            "rule": entry.rule, "parameters": rule.parameters(), "reference": rule.reference, "start_from": kind,
-            "scale": merged.scale, "norms": {"experts": list(merged.norms.experts), "running": merged.norms.running},
-            "expert_sha256": digests, "model_sha256": weights_sha256(folder),
-            **({"ownership": ownership(base, running, stages)} if rule.selects else {}),
-        }  # fmt: skip
-
-    def _refuse_twin(self, t: int, digests: Sequence[str]) -> None:
-        if digests[-1] in digests[:-1]:
-            twin = self.run.stage(digests.index(digests[-1]) + 1).name
-            raise ModelError(
-                f"The expert of stage {self.run.stage(t).name} has the same weights as that of stage {twin}, and an "
-                "expert must not be folded twice. Remove the stage, or train it with other data."
-            )
-
     def _score(self, place: Place, model: Path, tasks: list[Task]) -> None:
-        from hf_contmerge.task_scores import load_scores
+        from hf_contmerge.task_scores import load_scores, scored_tasks, write_scores
 
-        have = load_scores(place)
+        have = scored_tasks(place)
         missing = [task for task in tasks if task.name not in have]
         if not self._wanted("score") or not self._from_main(lambda: missing):
             return
+        from hf_contmerge.score_cache import ScoreCache
         from hf_contmerge.scoring import score_model
 
         recipe = self.run.recipe
         with self._phase("score", place) as record:
             digest, scores = score_model(
                 model, missing, task_folder=self.run.tasks, evaluate=recipe.evaluate, ranks=self.ranks,
-                base=self.prepared.base, known=self._scores_of, trust_remote_code=recipe.trust_remote_code,
+                base=self.prepared.base, cache=ScoreCache.open(use=recipe.evaluate.cache, here=self._score_of),
+                trust_remote_code=recipe.trust_remote_code, part="test" if recipe.tunes else "all",
             )  # fmt: skip
-            record["scored_sha256"] = digest
-            record["tasks"] = {name: score.to_json() for name, score in {**have, **scores}.items()}
+            if self.ranks.is_main_process:
+                record["scored_sha256"] = digest
+                whole = {**load_scores(place), **scores}
+                # The base has every task, so it alone keeps the texts.
+                record["tasks"] = write_scores(place, whole, texts=place.folder == self.run.base.folder)
             self.trackers.of(place, "score")(len(have), {f"{n}/{s.metric}": s.value for n, s in scores.items()})
 
-    def _scores_of(self, digest: str) -> dict[str, Any]:
-        """Return what this run has measured of the very same weights under another name."""
+    def _score_of(self, key: str) -> Any:
+        """Return what this run has measured under a key: the very same weights may have another name in it."""
         from hf_contmerge.task_scores import load_scores
 
-        found: dict[str, Any] = {}
         for _, place in self.run.places():
-            if place.is_done("score") and place.record("score")["scored_sha256"] == digest:
-                found.update(load_scores(place))
-        return found
+            tasks = place.record("score")["tasks"] if place.is_done("score") else {}
+            for name, task in tasks.items():
+                if task["details"].get("key") == key:
+                    return load_scores(place)[name]
+        return None
 
     def _report(self) -> None:
         if self._wanted("report") and self.ranks.is_main_process:

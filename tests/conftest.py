@@ -10,6 +10,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What a test scores is really scored, and nothing goes into the user's cache. Tests of the cache name a folder.
+os.environ["HF_CONTMERGE_CACHE"] = "off"
 
 
 @pytest.fixture(scope="session")

@@ -97,11 +97,10 @@ def test_scores_are_those_of_base_and_adapter(home: Path, tmp_path: Path) -> Non
     shutil.copytree(base, tmp_path / "whole")
     merged.save_pretrained(tmp_path / "whole")
     tasks = [Task(name="a_heldout")]
-    digest, scores = score_model(
+    _, scores = score_model(
         tmp_path / "whole", tasks, task_folder=run.tasks, evaluate=Evaluate(), ranks=PartialState(cpu=True)
     )
     assert load_scores(place)["a_heldout"].value == scores["a_heldout"].value
-    assert place.record("score")["scored_sha256"] == digest
 
 
 def test_merges_are_those_of_the_folded_adapters(run: Run) -> None:

@@ -54,6 +54,7 @@ for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
     if child == 0:
+        os.environ["HF_CONTMERGE_CACHE"] = order["folder"] + ".cache"  # its own: no run takes another one's scores
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1); os.dup2(log, 2)
         changes = []
@@ -180,6 +181,7 @@ MOMENTS = {
     "the merge's record is put in place": r"rename stages/02-b/merges/magmax/\.merge\.json",
     "the old running state is half pruned": r"rmdir stages/01-a/merges/magmax/running",
     "running is in place, merged is not": r"rename stages/02-b/merges/opcm/\.merged",
+    "what each document scored is put in place": r"rename stages/02-b/merges/magmax/\.score\.parquet",
     "a score is put in place": r"rename stages/02-b/merges/magmax/\.score\.json",
     "the report is half written": r"open .*summary\.json",
     "the run's record is put in place": r"rename \.report\.json",

@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from hf_contmerge.corpus import StageData, load_stage_data
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError
-from hf_contmerge.finetune import check_training, finetune_stage, sft_settings
+from hf_contmerge.finetune import check_training, sft_settings, train_expert
 from hf_contmerge.model_folder import check_same_layout
 from hf_contmerge.recipe import Dataset, Train
 from hf_contmerge.tensor_files import Weights
@@ -68,7 +68,7 @@ def train(base_folder: Path, data: StageData, tmp_path: Path) -> Callable[..., d
         on_log: OnLog = lambda _step, _point: None, **fields: Any,
     ) -> dict[str, Any]:  # fmt: skip
         (tmp_path / name).mkdir()
-        return finetune_stage(
+        return train_expert(
             start=start or base, base=base, data=rows, train=Train(**{**LIGHT, **fields}), seed=seed,
             out=tmp_path / name, checkpoints=tmp_path / f"{name}_checkpoints", on_log=on_log,
         )  # fmt: skip
@@ -265,7 +265,7 @@ KILLED = """
 import json, os, re, signal, sys
 from pathlib import Path
 from hf_contmerge.corpus import load_stage_data
-from hf_contmerge.finetune import finetune_stage
+from hf_contmerge.finetune import train_expert
 from hf_contmerge.recipe import Dataset, Train
 
 order = json.loads(sys.stdin.read())
@@ -276,7 +276,7 @@ def hook(event, args):
 
 sys.addaudithook(hook)
 base, out = Path(order["base"]), Path(order["out"])
-finetune_stage(
+train_expert(
     start=base, base=base, data=load_stage_data(Dataset(path=order["data"], heldout=2), seed=0),
     train=Train(**order["train"]), seed=0, out=out, checkpoints=out.with_name(out.name + "_checkpoints"),
 )

@@ -25,7 +25,7 @@ from toys import TEXT, write_jsonl
 
 from hf_contmerge.corpus import load_stage_data
 from hf_contmerge.errors import RecipeError, ResourceError
-from hf_contmerge.finetune import finetune_stage
+from hf_contmerge.finetune import train_expert
 from hf_contmerge.launching import join_ranks
 from hf_contmerge.recipe import Train, load_recipe
 from hf_contmerge.recipe_changes import changes
@@ -116,7 +116,7 @@ def alone(recipe: Path, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
     spec = fields.stages[0].dataset
     assert spec
     (folder / "expert").mkdir(parents=True)
-    finetune_stage(
+    train_expert(
         start=Path(fields.base_model), base=Path(fields.base_model), data=load_stage_data(spec, seed=0), seed=0,
         train=fields.train, out=folder / "expert", checkpoints=folder / "checkpoints",
     )  # fmt: skip

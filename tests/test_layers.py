@@ -14,43 +14,69 @@ PACKAGE = TESTS.parent / "hf_contmerge"
 # A module imports from the rows above its own only, so that the modules of a row never import each other.
 LAYERS = (
     ("errors", "merge_rules"),  # the speech, the maths
-    ("recipe_data", "model_names"),
+    ("recipe_data", "model_names", "task_suites"),
     ("recipe_measure",),
     ("recipe", "quickstart_texts"),  # the nouns
     ("recipe_changes", "places", "tensor_files", "work_sharing", "adapter_settings"),
     ("run_folder", "progress", "merge_files", "merge_words", "adapter_base", "factored", "merge_tensor"),
     ("corpus_files", "corpus_forms", "task_scores"),
     # parts of a phase
-    ("corpus", "forgetting", "uncertainty", "model_folder", "train_strategies"),
-    ("running_state", "adapter_layout", "mergekit_words", "model_in_memory", "launching", "trackers", "phase_record"),
+    ("corpus", "forgetting", "uncertainty", "score_cache", "model_folder", "train_strategies"),
+    (
+        "running_state",
+        "task_digest",
+        "adapter_layout",
+        "mergekit_words",
+        "model_in_memory",
+        "launching",
+        "trackers",
+        "phase_record",
+        "guard",
+    ),
     (
         "model_card",
         "report_findings",
         "report_labels",
+        "report_style",
         "adapter_files",
         "adapter_writer",
         "stage_trainer",
         "training_log",
+        "tuning",
     ),
-    ("report_pages", "report_pictures", "experts", "loaded_model", "model_headers", "dry_step", "plan_machine"),
-    ("merge_write",),
-    ("merge_fold", "run_phases", "preference", "vector_guards"),
+    ("report_tables", "report_panels", "experts", "loaded_model", "model_headers", "dry_step", "plan_machine"),
+    ("report_examples", "report_merges", "report_choices", "geometry"),
+    ("report_pages", "report_pictures"),
+    ("merge_write", "score_key", "lm_results", "lm_model", "scoring_setup"),
+    ("merge_fold", "run_phases", "preference", "vector_guards", "task_files", "lm_tasks"),
     ("finetune", "merge_stream", "scoring", "report", "publish"),  # the phases, which talk through the run folder
-    ("mergekit_tensors", "mergekit_recipe", "state_log", "preflight"),
-    ("merge_state", "mergekit_plugin", "plan_estimates"),  # merging without a run
-    ("merged_adapter", "ownership"),
-    ("_autoload", "train", "merge_cli", "new_recipe", "plan"),  # the entry points
+    ("mergekit_tensors", "mergekit_recipe", "state_log", "preflight", "compare"),
+    ("merge_state", "mergekit_plugin", "plan_estimates", "merge_bench"),  # merging without a run
+    ("merged_adapter", "ownership", "stage_training", "stage_scores", "trained_layout", "merge_choice"),
+    ("stage_functions", "merge_phase"),  # the phases, for scripts that have no recipe
+    ("merge_callback",),
+    ("_autoload", "train", "merge_cli", "score_cli", "new_recipe", "plan"),  # the entry points
     ("cli", "__init__"),
 )
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 
 # Heavy or fast-moving libraries, and the modules that know them.
-TRAINING = {"corpus_forms", "finetune", "model_folder", "scoring", "stage_trainer", "train_strategies", "training_log"}
+TRAINING = {"corpus_forms", "finetune", "model_folder", "scoring", "stage_trainer", "task_files", "train_strategies"}
 KNOWN_BY = {
-    "transformers": TRAINING | {"dry_step", "model_headers", "plan_estimates", "loaded_model", "model_in_memory"},
+    "transformers": TRAINING
+    | {
+        "scoring_setup",
+        "training_log",
+        "dry_step",
+        "model_headers",
+        "plan_estimates",
+        "loaded_model",
+        "model_in_memory",
+        "merge_callback",
+    },
     "trl": TRAINING | {"dry_step", "plan", "preference"},
     "peft": {"loaded_model", "preference", "train_strategies"},  # adapters are merged and written without it
-    "lm_eval": {"scoring"},
+    "lm_eval": {"lm_model", "lm_tasks", "scoring"},
     "mergekit": {"mergekit_plugin", "mergekit_tensors", "cli"},  # cli: `contmerge yaml` is mergekit's own command
     "huggingface_hub": {"model_card", "model_folder", "model_headers", "publish"},
     "matplotlib": {"ownership", "report", "report_labels", "report_pictures"},
@@ -62,12 +88,16 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "merge_rules": {"torch"},
     "recipe": {"pydantic", "yaml"},  # these and run_folder answer "is all of this done?" at once: no torch
     "recipe_data": {"pydantic"},
+    "task_suites": {"yaml"},
     "recipe_measure": {"pydantic"},
     "recipe_changes": set(),
     "places": set(),
     "factored": {"torch"},
     "merge_tensor": {"torch"},
     "run_folder": set(),
+    "score_cache": set(),  # these answer "has it been measured?" at once
+    "score_key": set(),
+    "task_digest": {"yaml"},
     "_autoload": set(),  # runs at every `import torch`
     "__init__": set(),
 }

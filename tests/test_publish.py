@@ -251,7 +251,7 @@ def test_card_of_a_difference_between_two_models(run: Run) -> None:
 def test_card_shows_natural_metrics_and_forgetting(run: Run) -> None:
     card = model_card(run, magmax(run))
     rows = {cells[0]: cells[1:] for line in card.splitlines() if line.startswith("|") and (cells := _cells(line))}
-    assert rows["model"] == ["kind", "ACC", "LA", "BWT", "general"]
+    assert rows["model"] == ["kind", "ACC", "LA", "BWT", "general", "of expert", "FUAR"]
     assert "law_heldout (word perplexity, lower is better)" in card
     alone, merged = "fine-tuning alone, in sequence", "this merge (magmax)"
     assert rows["base model"] == ["20.09 ± 0.00", "0.250 ± 0.164", "0.500 ± 0.189"]
@@ -260,9 +260,9 @@ def test_card_shows_natural_metrics_and_forgetting(run: Run) -> None:
     assert rows[f"{alone}, after law"][0] == "7.39 ± 0.00"
     assert rows[f"{alone}, after chat"] == ["not measured"] * 3
     # ACC = R[2][1], LA = R[1][1] and BWT = R[2][1] - R[1][1] of the perplexity, R = -ln
-    assert f"| {merged} | perplexity | -2.5000 | -2.2500 | -0.2500 | not measured |" in card
-    assert f"| {merged} | accuracy | +0.5000 | +0.5000 | not measured | -0.1250 |" in card
-    assert f"| {alone} | accuracy | not measured | not measured | not measured | not measured |" in card
+    assert f"| {merged} | perplexity | -2.5000 | -2.2500 | -0.2500 | not measured | 0.50 | - |" in card
+    assert f"| {merged} | accuracy | +0.5000 | +0.5000 | not measured | -0.1250 | - | 0.50 |" in card
+    assert f"| {alone} | accuracy | not measured | not measured | not measured | not measured | - | - |" in card
 
 
 def _cells(line: str) -> list[str]:

@@ -21,13 +21,14 @@ from toys import TEXT, perturbed, write_jsonl
 
 from hf_contmerge.corpus import load_stage_data
 from hf_contmerge.experts import open_expert
-from hf_contmerge.finetune import finetune_stage
+from hf_contmerge.finetune import train_expert
 from hf_contmerge.merge_rules import get_rule
 from hf_contmerge.merge_stream import merge_experts
 from hf_contmerge.merge_write import Output
 from hf_contmerge.recipe import Evaluate, Task, Train
 from hf_contmerge.run_folder import Run
-from hf_contmerge.scoring import score_model, write_choice_task, write_perplexity_task
+from hf_contmerge.scoring import score_model
+from hf_contmerge.task_files import write_answer_task, write_choice_task, write_perplexity_task
 from hf_contmerge.task_scores import TaskScore, load_scores
 from hf_contmerge.tensor_files import Weights, weights_sha256
 
@@ -55,8 +56,9 @@ import json, sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_contmerge.recipe import Evaluate, Task
-from hf_contmerge.scoring import score_model
+from hf_contmerge.scoring import score_loaded, score_model
 
 read = []  # the size of each batch that the model reads
 
@@ -67,17 +69,21 @@ def count(module, args, output):
 torch.nn.modules.module.register_module_forward_hook(count)
 order = json.loads(Path(sys.argv[1]).read_text())
 ranks = PartialState(cpu=True)
-digest, scores = score_model(
-    Path(order["model"]), [Task(**t) for t in order["tasks"]], task_folder=Path(order["task_folder"]),
-    evaluate=Evaluate(**order["evaluate"]), ranks=ranks,
-)
+tasks = [Task(**t) for t in order["tasks"]]
+how = {"task_folder": Path(order["task_folder"]), "evaluate": Evaluate(**order["evaluate"]), "ranks": ranks}
+if order["in_memory"]:
+    model = AutoModelForCausalLM.from_pretrained(order["model"], dtype=torch.float32).train()
+    digest, scores = "", score_loaded(model, AutoTokenizer.from_pretrained(order["model"]), tasks, **how)
+    assert model.training
+else:
+    digest, scores = score_model(Path(order["model"]), tasks, **how)
 Path(f"{sys.argv[1]}.{ranks.process_index}of{ranks.num_processes}").write_text(
     json.dumps([digest, {n: s.to_json() for n, s in scores.items()}, sum(read)])
 )
 """
 SUBJECTS = ("fox", "dog", "law", "hen", "claim", "court", "pulse", "nurse", "list")
 COUNTS = {"odd": 7, "even": 4, "one": 1}
-"""Task name -> number of documents. One cannot be shared: lm-eval fails on a rank that gets none."""
+"""Task name -> number of documents: some not divisible by the ranks, one fewer than them."""
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +98,16 @@ def order(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Row:
     rows = [{"query": f"A court may refuse the {s}", "choices": list("abc"), "gold": i % 3}
             for i, s in enumerate(SUBJECTS)]  # fmt: skip
     write_choice_task(folder, "choice", rows)
+    written = [{"query": f"The nurse and the {s}", "gold": "end"} for s in SUBJECTS]
+    write_answer_task(folder, "written", written, max_new_tokens=4, stop=["."])
     group = {"group": "both", "task": ["odd", "one"]}
     (folder / "both.yaml").write_text(yaml.safe_dump(group))
-    tasks = [*({"name": n} for n in (*COUNTS, "both")), {"name": "choice", "num_fewshot": 1}]
+    names = (*COUNTS, "both", "written")
+    tasks = [*({"name": n} for n in names), {"name": "choice", "num_fewshot": 1}, {"name": "fewer", "num_fewshot": 0}]
+    (folder / "fewer.yaml").write_text(yaml.safe_dump({"group": "fewer", "task": ["choice"]}))
     return {
         "model": str(base_folder), "task_folder": str(folder), "tasks": tasks,
-        "evaluate": {"dtype": "float32", "batch_size": 2},
+        "evaluate": {"dtype": "float32", "batch_size": 2, "cache": False},
     }  # fmt: skip
 
 
@@ -108,20 +118,31 @@ def on_one_rank(order: Row) -> tuple[str, dict[str, TaskScore]]:
     )  # fmt: skip
 
 
-def test_scores_on_two_ranks(order: Row, tmp_path: Path) -> None:
-    """The ranks share the documents; the main process has all of their results, in order."""
+@pytest.fixture(scope="module")
+def alone(order: Row) -> tuple[str, dict[str, TaskScore]]:
+    return on_one_rank(order)
+
+
+@pytest.mark.parametrize(("size", "in_memory"), [(2, False), (3, True)])
+def test_scores_on_ranks(
+    size: int, in_memory: bool, order: Row, alone: tuple[str, dict[str, TaskScore]], tmp_path: Path
+) -> None:
+    """The ranks share the batches; the main process has all answers, in order, and each is one process's to the bit."""
     (tmp_path / "score.py").write_text(SCORE)
-    (tmp_path / "order").write_text(json.dumps(order))
-    torchrun(tmp_path / "score.py", tmp_path / "order")
-    digest, found, read = json.loads((tmp_path / "order.0of2").read_text())
-    other_digest, others, other_read = json.loads((tmp_path / "order.1of2").read_text())
-    alone_digest, alone = on_one_rank(order)
-    assert digest == other_digest == alone_digest
-    assert others == {}
-    assert_same_scores({n: TaskScore.from_json(s) for n, s in found.items()}, alone)
-    assert {n: len(found[n]["gains"]) for n in COUNTS} == COUNTS
-    whole = sum(COUNTS.values()) + COUNTS["odd"] + COUNTS["one"] + len(SUBJECTS)  # a question is read once
-    assert max(read, other_read) <= 0.75 * whole
+    (tmp_path / "order").write_text(json.dumps({**order, "in_memory": in_memory}))
+    torchrun(tmp_path / "score.py", tmp_path / "order", ranks=size)
+    every = [json.loads((tmp_path / f"order.{rank}of{size}").read_text()) for rank in range(size)]
+    assert {digest for digest, _, _ in every} == {"" if in_memory else alone[0]}
+    assert [scores for _, scores, _ in every[1:]] == [{}] * (size - 1)
+    found = {n: TaskScore.from_json(s) for n, s in every[0][1].items()}
+    assert_same_scores(found, alone[1])
+    for name, score in alone[1].items():
+        assert (found[name].gains, found[name].answers) == (score.gains, score.answers), name
+    assert {n: len(found[n].gains) for n in COUNTS} == COUNTS
+    assert len(found["both"].gains) == COUNTS["odd"] + COUNTS["one"]
+    assert len(set(found["written"].answers)) > 1
+    work = [read for _, _, read in every]
+    assert max(work) <= 1.5 * sum(work) / size
 
 
 def assert_same_scores(found: Mapping[str, TaskScore], wanted: Mapping[str, TaskScore]) -> None:
@@ -242,7 +263,7 @@ def test_expert_is_that_of_one_rank_with_twice_the_batch(run: Run, base_folder: 
     spec = run.stage(1).dataset
     assert spec
     (tmp_path / "expert").mkdir()
-    record = finetune_stage(
+    record = train_expert(
         start=base_folder, base=base_folder, data=load_stage_data(spec, seed=0), seed=0, out=tmp_path / "expert",
         train=Train(**{**TRAIN, "per_device_train_batch_size": 4}), checkpoints=tmp_path / "checkpoints",
     )  # fmt: skip

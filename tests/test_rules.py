@@ -177,6 +177,19 @@ def test_an_unknown_rule_is_a_key_error() -> None:
 
 @every_rule
 @every_shape
+def test_tunable_parameters_enter_the_scale_alone(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
+    """So that `auto` and a guard can try other values of them on a state that is there."""
+    rule, vectors, norms = get_rule(name), draw(shape, 2), Norms((1.0, 2.0), 3.0)
+    state = fold(rule, vectors, is_matrix=is_matrix)
+    for field in rule.tunable:
+        other = dataclasses.replace(rule, **{field: 3 * getattr(rule, field)})
+        assert torch.equal(fold(other, vectors, is_matrix=is_matrix), state)
+        assert torch.equal(*(r.read_out(state, weight(is_matrix, 2)) for r in (rule, other)))
+        assert other.scale(norms) == pytest.approx(3 * rule.scale(norms))
+
+
+@every_rule
+@every_shape
 def test_inputs_are_left_alone(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
     rule, (first, task_vector) = get_rule(name), draw(shape, 2)
     running = fold(rule, [first], is_matrix=is_matrix).clone()

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from hf_contmerge.corpus import StageData, documents, load_stage_data
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, RunError
-from hf_contmerge.finetune import check_stages, finetune_stage
+from hf_contmerge.finetune import check_stages, train_expert
 from hf_contmerge.recipe import Dataset, Recipe, Train, parse_recipe
 from hf_contmerge.report import write_report
 from hf_contmerge.run_folder import Run
@@ -63,7 +63,7 @@ def train(base_folder: Path, tmp_path: Path) -> Callable[..., Data]:
 
     def train(name: str, *, start: Path = base_folder, **fields: Any) -> Data:
         (tmp_path / name).mkdir()
-        return finetune_stage(
+        return train_expert(
             start=start, base=base_folder, data=load(pairs(tmp_path / "pairs.jsonl")), seed=0, out=tmp_path / name,
             train=Train(**{**LIGHT, **fields}), checkpoints=tmp_path / f"{name}_checkpoints",
         )  # fmt: skip
@@ -159,8 +159,11 @@ def recipe(base: Path, folder: Path, **changes: Any) -> Data:
 
 
 def test_stages_with_settings_of_their_own(base_folder: Path, tmp_path: Path) -> None:
-    """They are trained with them, recorded, and a change of one names its stage; a packed run takes pairs too."""
-    asked = recipe(base_folder, tmp_path, train={**LIGHT, "packing": True})
+    """They are trained with them, recorded, and a change of one names its stage.
+
+    What a run says of texts alone, packing and a loss of theirs, does not reach its pairs.
+    """
+    asked = recipe(base_folder, tmp_path, train={**LIGHT, "packing": True, "loss_type": "dft"})
     run = run_recipe(parse_recipe(asked), tmp_path / "run", until="train")
     first, second = run.expert(1, "previous").record("train"), run.expert(2, "previous").record("train")
     assert (first["settings"]["learning_rate"], second["settings"]["learning_rate"]) == (1e-2, 2e-3)
@@ -192,6 +195,15 @@ def test_settings_that_cannot_be(name: str, tmp_path: Path) -> None:
     parsed = parse_recipe(asked)
     data = {s.name: load(Path(s.dataset.path)) for s in parsed.stages if s.dataset}
     assert message in refused(RecipeError, lambda: check_stages(parsed, data), tmp_path)
+
+
+def test_a_loss_of_texts_for_pairs(tmp_path: Path) -> None:
+    asked = recipe(Path("base"), tmp_path)
+    asked["stages"][1]["train"] = {"loss_type": "dft"}
+    parsed = parse_recipe(asked)
+    data = {s.name: load(Path(s.dataset.path)) for s in parsed.stages if s.dataset}
+    said = refused(RecipeError, lambda: check_stages(parsed, data), tmp_path)
+    assert "train of stage pairs: loss_type dft is for texts, not pairs." in said
 
 
 def test_setting_that_no_stage_uses(tmp_path: Path) -> None:

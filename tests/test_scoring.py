@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -14,20 +15,16 @@ import torch
 import yaml
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from toys import TEXT, toy_llama, write_jsonl
+from toys import TEXT, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge.corpus import load_stage_data
-from hf_contmerge.errors import ContmergeError, DataError, RecipeError, ResourceError
+from hf_contmerge.errors import ContmergeError, DataError, ModelError, RecipeError, ResourceError
+from hf_contmerge.lm_tasks import check_tasks, load_task, part_indices, task_manager
 from hf_contmerge.recipe import Dataset, Evaluate, Task
-from hf_contmerge.scoring import (
-    check_tasks,
-    heldout_documents,
-    score_model,
-    write_choice_task,
-    write_perplexity_task,
-    write_task,
-)
+from hf_contmerge.scoring import score_loaded, score_model
+from hf_contmerge.scoring_setup import check_template
+from hf_contmerge.task_files import heldout_documents, write_choice_task, write_perplexity_task, write_task
 from hf_contmerge.task_scores import TaskScore
 
 DOCUMENTS = (*TEXT.strip().splitlines(), "Ein Wort: naïve — 漢字.\nAnd a second line.", "one")
@@ -78,10 +75,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score(base_folder: Path, tasks: Path) -> Callable[..., dict[str, TaskScore]]:
     """Return a function that measures the base model, in float32 unless told otherwise."""
 
-    def score(*names: str | Task, **evaluate: Any) -> dict[str, TaskScore]:
+    def score(*names: str | Task, part: Any = "all", **evaluate: Any) -> dict[str, TaskScore]:
         wanted = [n if isinstance(n, Task) else Task(name=n) for n in names]
         how = Evaluate.model_validate({"dtype": "float32", "batch_size": 4, **evaluate})
-        return score_model(base_folder, wanted, task_folder=tasks, evaluate=how, ranks=PartialState(cpu=True))[1]
+        ranks = PartialState(cpu=True)
+        return score_model(base_folder, wanted, task_folder=tasks, evaluate=how, ranks=ranks, part=part)[1]
 
     return score
 
@@ -122,10 +120,13 @@ def of_continuation(folder: Path, prompt: str, continuation: str) -> float:
     return logits[begin - 1 : -1].gather(1, ids[begin:, None]).sum().item()
 
 
+def likeliest(folder: Path, question: Mapping[str, Any]) -> str:
+    return max(question["choices"], key=lambda choice: of_continuation(folder, question["query"], choice))
+
+
 def right(folder: Path, question: Mapping[str, Any]) -> float:
     """Return 1 if the likeliest choice is the right one, else 0."""
-    sums = [of_continuation(folder, question["query"], c) for c in question["choices"]]
-    return float(max(range(len(sums)), key=sums.__getitem__) == question["gold"])
+    return float(likeliest(folder, question) == question["choices"][question["gold"]])
 
 
 @pytest.mark.parametrize("i", range(len(DOCUMENTS)))
@@ -229,8 +230,8 @@ def test_group_is_scored_over_all_its_documents(score: Callable[..., Any]) -> No
 
 def test_group_of_different_metrics(score: Callable[..., Any]) -> None:
     assert refused(DataError, lambda: score("mixed")) == (
-        "The task mixed reports none of acc, exact_match, f1, acc_norm, word_perplexity, perplexity, byte_perplexity "
-        "for every document; use another."
+        "The task mixed reports none of acc, exact_match, f1, acc_norm, prompt_level_strict_acc, word_perplexity, "
+        "perplexity, byte_perplexity for every document; use another."
     )
 
 
@@ -245,40 +246,109 @@ def test_first_of_several_filters_counts(score: Callable[..., Any]) -> None:
     assert len(found.gains) == len(QUESTIONS)
 
 
+# Which documents, and what is kept of them
+
+
+def test_what_is_kept_of_a_document(base_folder: Path, scores: Mapping[str, TaskScore]) -> None:
+    texts, choice = scores["texts"], scores["choice"]
+    assert texts.texts == tuple(d.strip()[:300] for d in DOCUMENTS)
+    assert texts.answers == ()
+    assert len(set(texts.documents)) == len(DOCUMENTS)
+    assert choice.texts == tuple(q["query"] for q in QUESTIONS)
+    assert choice.answers == tuple(likeliest(base_folder, q) for q in QUESTIONS)
+
+
+def test_parts_share_out_the_documents(score: Callable[..., Any], scores: Mapping[str, TaskScore]) -> None:
+    found = {part: score("texts", "choice", part=part) for part in ("test", "validation")}
+    for name, whole in scores.items():
+        gains = dict(zip(whole.documents, whole.gains, strict=True))
+        parts = [found[part][name] for part in ("test", "validation")]
+        assert sorted(d for p in parts for d in p.documents) == sorted(whole.documents)
+        for part in parts:
+            assert list(part.gains) == pytest.approx([gains[d] for d in part.documents], rel=1e-5)
+            assert list(part.documents) == [d for d in whole.documents if d in part.documents]
+            assert len(part.documents) >= 1
+    few = score("choice", part="test", limit=6)["choice"]
+    assert set(few.documents) <= set(found["test"]["choice"].documents)  # on the same side as without the limit
+
+
+def test_one_document_has_no_parts(score: Callable[..., Any]) -> None:
+    assert refused(DataError, lambda: score("texts", part="test", limit=1)).startswith("One document cannot be split")
+
+
+def test_documents_below_a_share_are_for_validation(tmp_path: Path) -> None:
+    write_perplexity_task(tmp_path, "many", [f"document {i}" for i in range(400)])
+    leaf = load_task(task_manager(["many"], [tmp_path]), Task(name="many")).leaves["many"]
+    counts = [len(part_indices(leaf, "validation", Evaluate(validation=share))) for share in (0.0001, 0.25, 0.5, 0.999)]
+    assert counts[0] == 1
+    assert 75 <= counts[1] <= 125
+    assert 170 <= counts[2] <= 230
+    assert 390 <= counts[3] <= 399
+
+
+def test_questions_with_answers_of_one_token_are_read_once(base_folder: Path, tasks: Path) -> None:
+    read: list[int] = []
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(len(args[0])))
+    found = loaded(model, base_folder, tasks)
+    assert sum(read) == len(found["choice"].gains) == len(QUESTIONS)
+
+
+def test_a_model_in_training_is_left_as_it_was(base_folder: Path, tasks: Path, scores: Mapping[str, TaskScore]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).train()
+    random.seed(3)
+    torch.manual_seed(3)
+    states = random.getstate(), torch.get_rng_state()
+    assert loaded(model, base_folder, tasks)["choice"].gains == scores["choice"].gains
+    assert model.training
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def loaded(model: Any, folder: Path, tasks: Path) -> dict[str, TaskScore]:
+    how = Evaluate(batch_size=4)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return score_loaded(
+        model, tokenizer, [Task(name="choice")], task_folder=tasks, evaluate=how, ranks=PartialState(cpu=True)
+    )
+
+
+def test_chat_template(base_folder: Path, score: Callable[..., Any], scores: Mapping[str, TaskScore]) -> None:
+    found = score("choice", "texts", chat_template=True)
+    turn = "<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
+    question = QUESTIONS[0]
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
+    prompt = tokens_of(base_folder, turn.format(**question))
+    answers = [tokens_of(base_folder, choice)[0] for choice in question["choices"]]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1, answers]
+    assert found["choice"].answers[0] == question["choices"][int(logits.argmax())]
+    assert found["texts"].gains == pytest.approx(scores["texts"].gains, rel=1e-5)  # a text is no prompt
+
+
+def test_chat_template_that_is_not_there(base_folder: Path, tasks: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    message = refused(ModelError, lambda: check_template(tmp_path / "plain"))
+    assert message.startswith(f"The tokenizer of {tmp_path / 'plain'} has no chat template, which `evaluate.chat_temp")
+    how, ranks = Evaluate(chat_template=True), PartialState(cpu=True)
+    refused(
+        ModelError,
+        lambda: score_model(tmp_path / "plain", [Task(name="choice")], task_folder=tasks, evaluate=how, ranks=ranks),
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without GPUs refuses")
+@pytest.mark.parametrize("way", [{"parallel": "layers"}, {"parallel": "tensor"}, {"backend": "vllm"}])
+def test_ways_that_need_a_gpu(way: dict[str, str], base_folder: Path, tasks: Path) -> None:
+    ((name, value),) = way.items()
+    how, ranks = Evaluate.model_validate(way), PartialState(cpu=True)
+    nothing = tasks / "no model is looked for here"
+    message = refused(ResourceError, lambda: score_model(nothing, [], task_folder=tasks, evaluate=how, ranks=ranks))
+    assert message.startswith(f"`evaluate.{name}: {value}` needs GPUs (CUDA), and there is none here.")
+
+
 # Which weights were scored
-
-
-def test_known_scores_are_not_measured_again(base_folder: Path, tasks: Path, scores: Mapping[str, TaskScore]) -> None:
-    asked = []
-
-    def known(digest: str) -> Mapping[str, TaskScore]:
-        asked.append(digest)
-        return {"texts": scores["texts"], "elsewhere": scores["choice"]}
-
-    kept = {"evaluate": Evaluate(dtype="float32"), "ranks": PartialState(cpu=True), "known": known}
-    nowhere = tasks / "nowhere"  # no task can be read from there
-    digest, found = score_model(base_folder, [Task(name="texts")], task_folder=nowhere, **kept)
-    assert found == {"texts": scores["texts"]}
-    assert set(asked) == {digest}
-    _, found = score_model(base_folder, [Task(name="choice"), Task(name="texts")], task_folder=tasks, **kept)
-    assert found["texts"] is scores["texts"]
-    assert found["choice"].gains == scores["choice"].gains
-
-
-def test_digest_is_of_the_weights_as_they_are_scored(base_folder: Path, tmp_path: Path) -> None:
-    half = toy_llama(tmp_path / "half", seed=0, dtype=torch.bfloat16)
-    full = tmp_path / "full"
-    AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).save_pretrained(full)
-
-    def digest(folder: Path, dtype: str) -> str:
-        how = Evaluate.model_validate({"dtype": dtype})
-        return score_model(folder, [], task_folder=tmp_path, evaluate=how, ranks=PartialState(cpu=True))[0]
-
-    assert load_file(full / "model.safetensors")["model.norm.weight"].dtype is torch.float32
-    assert digest(half, "bfloat16") == digest(full, "bfloat16")
-    assert digest(half, "float32") == digest(full, "float32") != digest(full, "bfloat16")
-    assert digest(half, "bfloat16") == digest(base_folder, "bfloat16")  # the same model, rounded while it is loaded
-    assert digest(half, "float32") != digest(base_folder, "float32")
 
 
 def test_bfloat16_scores_are_near_and_summed_in_float32(
@@ -320,13 +390,70 @@ def test_write_task(tmp_path: Path, score: Callable[..., Any], base_folder: Path
     made = [Task.model_validate(f) for f in fields]
     for task in made:
         write_task(tmp_path / "tasks", task)
-    check_tasks(["t", "c"], [tmp_path / "tasks"])
+    check_tasks(made, [tmp_path / "tasks"])
     how, ranks = Evaluate(dtype="float32"), PartialState(cpu=True)
     found = score_model(base_folder, made, task_folder=tmp_path / "tasks", evaluate=how, ranks=ranks)[1]
     by_hand = log_likelihoods(base_folder, tokens_of(base_folder, "the quick")).sum().item()
     assert found["t"].gains == (pytest.approx(by_hand, rel=1e-5),) * 3
     assert found["t"].weights == (2.0,) * 3
     assert set(found["c"].gains) == {right(base_folder, {"query": "which?", "choices": ["a", "b"], "gold": 1})}
+
+
+def test_exact_match_is_what_the_model_writes(base_folder: Path, tmp_path: Path) -> None:
+    prompts = ["The nurse and the hen", "A court may refuse the claim", "red, green and blue"]
+    written = [greedy(base_folder, prompt, 3) for prompt in prompts]
+    rows = [{"ask": p, "says": w if i else "other"} for i, (p, w) in enumerate(zip(prompts, written, strict=True))]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    task = Task.model_validate({"name": "x", "kind": "exact_match", "dataset": str(path), "question": "ask",
+                                "answer": "says", "max_new_tokens": 3})  # fmt: skip
+    write_task(tmp_path / "tasks", task)
+    how, ranks = Evaluate(dtype="float32"), PartialState(cpu=True)
+    found = score_model(base_folder, [task], task_folder=tmp_path / "tasks", evaluate=how, ranks=ranks)[1]["x"]
+    assert found.metric == "exact_match"
+    assert found.answers == tuple(written)
+    assert found.gains == (0.0, 1.0, 1.0)
+
+
+def greedy(folder: Path, prompt: str, count: int) -> str:
+    """Return what a model writes, token by token; it stops at no line's end, so the caller's prompts must not."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokens_of(folder, prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokenizer.decode(tokens[-count:], skip_special_tokens=True).partition("\n")[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"question": "{ask}?", "choices": ["a", "b"]}, "Unknown column 'gold' in "),
+        ({"question": "{aks}?", "choices": ["a", "b"], "answer": "right"}, "Unknown column 'aks' in "),
+        ({"question": "ask", "answer": "right"}, "Unknown column 'choices' in "),
+        ({"question": "ask", "choices": ["a", "b"], "answer": "ask"}, " ask must be the index of the right choice; "),
+        ({"question": "{ask", "choices": ["a"], "answer": "right"}, "`question` of "),
+        ({"kind": "exact_match", "question": "ask", "answer": "said"}, "Unknown column 'said' in "),
+    ],
+)
+def test_columns_of_a_task_that_are_missing(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [{"ask": "which", "right": 1}] * 3)
+    task = Task.model_validate({"name": "c", "kind": "multiple_choice", "dataset": str(path), **fields})
+    assert message in refused(DataError, lambda: write_task(tmp_path / "tasks", task))
+
+
+def test_choices_that_all_rows_share(tmp_path: Path) -> None:
+    """As classes are given: a number in a column, words for all of them, and the question as a format."""
+    path = write_jsonl(tmp_path / "c.jsonl", [{"text": f"news {i}", "label": i % 3} for i in range(30)])
+    fields = {"question": "{text}\nTopic:", "choices": ["World", "Sports", "Business"], "answer": "label"}
+    data = {"path": str(path), "max_examples": 12}
+    task = Task.model_validate({"name": "c", "kind": "multiple_choice", "dataset": data, **fields})
+    write_task(tmp_path / "tasks", task)
+    rows = [json.loads(line) for line in (tmp_path / "tasks" / "c.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    assert {r["gold"] for r in rows} == {0, 1, 2}  # drawn from all of it
+    assert all(int(r["query"].removeprefix("news ").partition("\n")[0]) % 3 == r["gold"] for r in rows)
+    assert rows[0]["choices"] == ["World", "Sports", "Business"]
 
 
 def test_heldout_documents_of_conversations(base_folder: Path, tmp_path: Path) -> None:
@@ -346,16 +473,27 @@ def refused(kind: type[ContmergeError], ask: Callable[[], Any]) -> str:
 
 
 def test_unknown_task(tasks: Path) -> None:
-    message = refused(RecipeError, lambda: check_tasks(["texts", "hellaswog"], [tasks]))
+    message = refused(RecipeError, lambda: check_tasks([Task(name="texts"), Task(name="hellaswog")], [tasks]))
     assert message.startswith("Unknown task 'hellaswog'. Did you mean 'hellaswag' or 'hellaswag_")
     assert len(message) < 400
 
 
 def test_task_whose_data_is_on_the_hub(tasks: Path) -> None:
     """conftest.py has set HF_HUB_OFFLINE."""
-    message = refused(ResourceError, lambda: check_tasks(["hellaswag"], [tasks]))
-    assert message.startswith("The dataset of the task hellaswag is not here, and the Hub cannot be reached: ")
-    assert message.endswith(" Check the network and HF_HUB_OFFLINE, or leave the task out.")
+    wanted = [Task(name="texts"), Task(name="hellaswag"), Task(name="piqa", suite="general")]
+    assert refused(ResourceError, lambda: check_tasks(wanted, [tasks])) == (
+        "The datasets of 2 tasks are not here, and the Hub cannot be reached: hellaswag, piqa (of the suite general). "
+        "Check the network and HF_HUB_OFFLINE, or leave these tasks out."
+    )
+
+
+def test_task_with_too_few_documents(tmp_path: Path) -> None:
+    write_perplexity_task(tmp_path, "single", ["a"])
+    check_tasks([Task(name="single")], [tmp_path])
+    message = refused(DataError, lambda: check_tasks([Task(name="single")], [tmp_path], split=True))
+    assert message.startswith(
+        "The task single has 1 document to measure. A guard or an `auto` parameter needs at least"
+    )
 
 
 @pytest.mark.parametrize("contents", [None, '{"text": \n'])
@@ -364,5 +502,5 @@ def test_task_whose_data_is_missing_or_broken(contents: str | None, tmp_path: Pa
     (tmp_path / "lost.jsonl").unlink()
     if contents:
         (tmp_path / "lost.jsonl").write_text(contents)
-    message = refused(DataError, lambda: check_tasks(["lost"], [tmp_path]))
+    message = refused(DataError, lambda: check_tasks([Task(name="lost")], [tmp_path]))
     assert message.startswith("The dataset of the task lost cannot be read: ")

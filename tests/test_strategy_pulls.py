@@ -15,7 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from hf_contmerge.corpus import StageData, load_stage_data
 from hf_contmerge.errors import RecipeError
-from hf_contmerge.finetune import finetune_stage
+from hf_contmerge.finetune import train_expert
 from hf_contmerge.recipe import Dataset, Train
 from hf_contmerge.train_strategies import combine, distill
 from hf_contmerge.train_strategies.anchor import Anchor
@@ -51,7 +51,7 @@ def train(base_folder: Path, data: StageData, tmp_path: Path) -> Callable[..., d
         **fields: Any,
     ) -> dict[str, Tensor]:
         (tmp_path / name).mkdir()
-        finetune_stage(
+        train_expert(
             start=base_folder, base=base_folder, data=data, seed=0, out=tmp_path / name,
             train=Train(**{**LIGHT, "strategy": strategy, "parameters": parameters or {}, **fields}),
             checkpoints=tmp_path / f"{name}-checkpoints", memory=memory, memory_out=tmp_path / f"{name}-memory",

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge.corpus import StageData, load_stage_data
 from hf_contmerge.errors import DataError
-from hf_contmerge.finetune import finetune_stage
+from hf_contmerge.finetune import train_expert
 from hf_contmerge.preflight import check_replay
 from hf_contmerge.recipe import Dataset, Train, parse_recipe
 from hf_contmerge.train_strategies import get_strategy
@@ -132,7 +132,7 @@ def test_heldout_documents_never_get_in(base_folder: Path, tmp_path: Path) -> No
     light = {"max_steps": 1, "per_device_train_batch_size": 2, "max_length": 16, "save_strategy": "no"}
     train = Train.model_validate({"strategy": "replay", **light})
     (tmp_path / "out").mkdir()
-    finetune_stage(
+    train_expert(
         start=base_folder, base=base_folder, data=data, train=train, seed=0, out=tmp_path / "out",
         checkpoints=tmp_path / "checkpoints", memory_out=tmp_path / "memory",
     )  # fmt: skip

@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_contmerge.corpus import StageData, load_stage_data
 from hf_contmerge.errors import ContmergeError, RecipeError
-from hf_contmerge.finetune import check_training, finetune_stage
+from hf_contmerge.finetune import check_training, train_expert
 from hf_contmerge.recipe import Dataset, Train
 from hf_contmerge.train_strategies import Combined, TrainStrategy, combine, strategy_class, strategy_names
 
@@ -73,7 +73,7 @@ def learn(case: str, stage: int, home: Path, name: str, **more: Any) -> Row:
 
 def train(case: str, stage: int, home: Path, name: str, data: StageData, **more: Any) -> Row:
     memory = home / "first-memory" if stage else None
-    return finetune_stage(
+    return train_expert(
         start=home / "first" if stage else home / "base", base=home / "base", data=data, train=settings(case, **more),
         seed=0, out=home / name, checkpoints=home / f"{name}-checkpoints",
         memory=memory if memory and memory.exists() else None, memory_out=home / f"{name}-memory",

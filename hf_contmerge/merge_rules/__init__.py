@@ -70,6 +70,10 @@ class MergeRule(ABC):
     selects: ClassVar[bool] = False
     """True when each element of the state is one expert's value, so that every element has an owner."""
 
+    tunable: ClassVar[tuple[str, ...]] = ()
+    """Fields that only multiply the scale: neither `update` nor `read_out` looks at them, so that another value costs
+    one pass over a state that is there. Recipes may say `auto` for them."""
+
     @abstractmethod
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         """Fold one expert into the running tensor. All is float32; float64 where factors are folded as small cores.

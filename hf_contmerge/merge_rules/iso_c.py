@@ -18,6 +18,7 @@ class IsoC(MergeRule):
     reference = "https://arxiv.org/abs/2502.04959"
     start_from = "base"
     unit = "matrix"
+    tunable = ("alpha",)
 
     alpha: float = 1.5
 

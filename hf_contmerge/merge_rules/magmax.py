@@ -23,6 +23,7 @@ class Magmax(MergeRule):
     start_from = "previous"
     unit = "element"
     selects = True
+    tunable = ("lambda_",)
 
     lambda_: float = 0.5
 

@@ -19,6 +19,7 @@ class Ties(MergeRule):
     reference = "https://arxiv.org/abs/2306.01708"
     start_from = "base"
     slots = 4
+    tunable = ("lambda_",)
 
     density: float = 0.2
     lambda_: float = 1.0

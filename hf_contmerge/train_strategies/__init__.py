@@ -27,6 +27,21 @@ Likelihoods = Callable[[int], Iterator[tuple[Tensor, int]]]
 (a scalar with its graph, summed over the tokens that count) and the number of those tokens."""
 
 
+@dataclass(frozen=True)
+class StageSize:
+    """How much a stage is trained on, for those who ask what it will leave behind."""
+
+    number: int
+    """Counted from 1."""
+    trained: int
+    """Parameters that are trained."""
+    lora_a: int
+    """Of these, those in the A's of a LoRA."""
+    examples: int
+    example_bytes: float
+    """Of one, on average."""
+
+
 @dataclass
 class TrainStrategy:
     """What differs from plain fine-tuning. Every hook does nothing unless a strategy overrides it."""
@@ -86,6 +101,10 @@ class TrainStrategy:
             memory: what was remembered before this stage, or None.
             out: an empty folder; only the main process may write. Left empty, it is removed.
         """
+
+    def memory_bytes(self, stage: StageSize) -> int:
+        """Return about how many bytes `remember` will write."""
+        return 0
 
     def close(self, model: Any) -> Any:
         """Return the model to save: with the tensors that it started with, same names and shapes."""
@@ -156,6 +175,9 @@ class Combined:
                 folder.rmdir()
         if main and not any(out.iterdir()):
             out.rmdir()
+
+    def memory_bytes(self, stage: StageSize) -> int:
+        return sum(part.memory_bytes(stage) for part in self.parts.values())
 
     def close(self, model: Any) -> Any:
         for part in reversed(list(self.parts.values())):

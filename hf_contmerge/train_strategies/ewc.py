@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_contmerge.train_strategies import Likelihoods, TrainStrategy
+from hf_contmerge.train_strategies import Likelihoods, StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
 from hf_contmerge.train_strategies._weights import Start, trained
 
@@ -79,6 +79,9 @@ class Ewc(TrainStrategy):
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
         if is_main():
             save_file({n: f.cpu().contiguous() for n, f in self._fisher.items()}, out / _FILE)
+
+    def memory_bytes(self, stage: StageSize) -> int:
+        return 4 * stage.trained
 
 
 def _require_same(shapes: dict[str, tuple[int, ...]], fisher: dict[str, Tensor], path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
 from transformers import PreTrainedModel
 
+from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies._ranks import is_main
 from hf_contmerge.train_strategies.lora import Lora, trained_a, whole
 
@@ -67,3 +68,6 @@ class Olora(Lora):
         kept = {n: torch.cat([self._old[n].cpu(), a]) if n in self._old else a for n, a in fresh.items()}
         if is_main():
             save_file(kept, out / _FILE)
+
+    def memory_bytes(self, stage: StageSize) -> int:
+        return 4 * stage.lora_a * stage.number

@@ -22,11 +22,12 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hf_contmerge.errors import DataError
-from hf_contmerge.train_strategies import TrainStrategy
+from hf_contmerge.train_strategies import StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main
 
 _KEY, _SIZE = "replay_key", "replay_size"
 _EXAMPLES = 1000
+_BYTES_PER_TOKEN = 4
 
 
 @dataclass
@@ -70,6 +71,11 @@ class Replay(TrainStrategy):
             kept = sum(total <= budget for total in accumulate(rows[_SIZE]))
             if kept:
                 rows.select(range(kept)).to_parquet(out / f"{number:03d}.parquet")
+
+    def memory_bytes(self, stage: StageSize) -> int:
+        if self.tokens:
+            return _BYTES_PER_TOKEN * self.tokens
+        return round(stage.example_bytes * min(self.examples or _EXAMPLES, stage.examples * stage.number))
 
 
 def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) -> datasets.Dataset:

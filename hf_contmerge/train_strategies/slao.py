@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies._ranks import is_main
 from hf_contmerge.train_strategies.lora import Lora, trained_a, whole
 
@@ -46,6 +47,9 @@ class Slao(Lora):
         last = {name: whole(a) for name, a in trained_a(model)}
         if is_main():
             save_file(last, out / _FILE)
+
+    def memory_bytes(self, stage: StageSize) -> int:
+        return 4 * stage.lora_a
 
 
 def orthonormal_rows(a: Tensor) -> Tensor:

@@ -1,0 +1,192 @@
+"""lm-eval's view of a model: the requests of all tasks sorted by length, in batches that the ranks share.
+
+HFLM takes the local rank for the rank, ignores ranks on CPUs and forgoes them for a model in memory. Here every rank
+sees all requests, forms the same batches and computes every n-th of them; then all have all answers. So the answers are
+those of one process to the last bit, with any number of documents and ranks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import find_executable_batch_size, gather_object
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch.distributed.tensor import DTensor
+
+from hf_contmerge.errors import DataError, ResourceError
+
+T = TypeVar("T")
+Tokens = tuple[int, ...]
+
+_CPU_BATCH = 8
+_LARGEST_BATCH = 128  # that `auto` tries on a GPU
+_Parent: Any = HFLM  # its registration hides its type
+
+
+class SharedLM(_Parent):
+    """HFLM whose ranks share the batches; to lm-eval, they are one process each."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        batch_size: int | str = "auto",
+        max_length: int | None = None,
+    ) -> None:
+        """Wrap a loaded model. `rank`, `size`: among the processes that share its work.
+
+        Without a float32 softmax, a bfloat16 model's log-likelihoods would be rounded to two digits before they are
+        summed.
+        """
+        batch = _CPU_BATCH if batch_size == "auto" and model.device.type == "cpu" else batch_size
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", softmax_dtype="float32", batch_size=batch,
+            max_length=max_length,
+        )  # fmt: skip
+        self._sharing = (rank, size)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
+        self._takes = inspect.signature(inner.forward).parameters.keys()
+        # A forward pass of weights that are shared out is one of all ranks together.
+        self._in_step = size > 1 and any(isinstance(p, DTensor) for p in model.parameters())
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
+        """Return (log-likelihood in nats, whether it is what the model would say) of each continuation."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
+        """Return the log-likelihood (nats) of each text: the sum over its windows, which all are sorted together."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            parts = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            for context, continuation in map(make_disjoint_window, parts):
+                windows.append((None, context, continuation))
+                owners.append(i)
+        sums = [0.0] * len(requests)
+        for i, (found, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[i] += found
+        return sums
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
+        """Return what the model writes after each prompt. Raises ResourceError for weights that are shared out."""
+        if self._in_step:
+            raise ResourceError(
+                "A model whose weights are shared out over the ranks cannot write texts here, which end at different "
+                "times. Score it without tasks that generate, or from its folder."
+            )
+        lengths = [len(self.tok_encode(r.args[0])) for r in requests]
+        settings = [json.dumps(r.args[1], sort_keys=True, default=str) for r in requests]
+        order = sorted(range(len(requests)), key=lambda i: (settings[i], -lengths[i], requests[i].args[0]))
+        rows, asked = self._rows(max(lengths) + self.max_gen_toks), self.batch_size_per_gpu
+        batches: list[list[int]] = []
+        for i in order:  # a batch is of one kind of settings
+            if not batches or len(batches[-1]) == rows or settings[batches[-1][-1]] != settings[i]:
+                batches.append([])
+            batches[-1].append(i)
+        write, self.batch_size_per_gpu = super().generate_until, rows
+        texts = self._shared(batches, lambda batch: write([requests[i] for i in batch], disable_tqdm=True))
+        self.batch_size_per_gpu = asked
+        found = dict(zip((i for batch in batches for i in batch), (t for part in texts for t in part), strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None  # noqa: ARG002
+    ) -> list[tuple[float, bool]]:  # fmt: skip
+        """Return (log-likelihood, greedy) of (name, context, continuation) requests, which are lists of tokens.
+
+        Requests that read the same tokens share a forward pass: answers of one token to one question, for example.
+        """
+        readers: dict[Tokens, list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise DataError(
+                    f"An answer to measure has {len(continuation)} tokens, and {self.max_length} are the most that "
+                    "the model reads. Give answers that are neither empty nor that long, or a larger max_length."
+                )
+            # From the left, where it is too long; the last token is only predicted.
+            readers.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
+        if not readers:
+            return []
+        order = sorted(readers, key=lambda tokens: (-len(tokens), tokens))
+        rows = self._rows(len(order[0]))
+        batches = [order[i : i + rows] for i in range(0, len(order), rows)]
+
+        def read(batch: Sequence[Tokens]) -> list[list[tuple[float, bool]]]:
+            return self._read(batch, [[requests[i][2] for i in readers[tokens]] for tokens in batch])
+
+        found: dict[int, tuple[float, bool]] = {}
+        for batch, answers in zip(batches, self._shared(batches, read), strict=True):
+            for tokens, ours in zip(batch, answers, strict=True):
+                found |= dict(zip(readers[tokens], ours, strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _read(self, batch: Sequence[Tokens], wanted: Sequence[Sequence[list[int]]]) -> list[list[tuple[float, bool]]]:
+        """Return the answers to a batch: for each row, one for each continuation that it ends with but for a token."""
+        length = len(batch[0])
+        tokens = torch.zeros((len(batch), length), dtype=torch.long)
+        for row, words in enumerate(batch):
+            tokens[row, : len(words)] = torch.tensor(words)
+        longest = [max(map(len, w)) for w in wanted]
+        # Of logits over a whole vocabulary, none are computed before the first continuation begins.
+        keep = max(length - len(words) + n for words, n in zip(batch, longest, strict=True))
+        logits = self._logits(tokens.to(self.device), keep)
+        skipped = length - logits.shape[1]
+        answers = []
+        for row, (words, n, continuations) in enumerate(zip(batch, longest, wanted, strict=True)):
+            end = len(words) - skipped
+            answers.append(_likelihoods(logits[row, end - n : end], continuations))
+        return answers
+
+    def _logits(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+        """Return logits [rows, positions, vocabulary] of tokens [rows, length], of the last `keep` positions or all."""
+        asked = {"use_cache": False, "logits_to_keep": keep}
+        logits = self.model(tokens, **{k: v for k, v in asked.items() if k in self._takes}).logits
+        return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+    def _rows(self, length: int) -> int:
+        """Return how many rows of a length fit into a batch, on every rank."""
+        if self.batch_size_per_gpu != "auto":
+            return self.batch_size_per_gpu
+
+        words = [0] * min(length, self.max_length)
+
+        @find_executable_batch_size(starting_batch_size=_LARGEST_BATCH)
+        def largest(batch_size: int) -> int:
+            self._read([tuple(words)] * batch_size, [[words]] * batch_size)
+            return batch_size
+
+        found: int = largest()  # pyright: ignore[reportCallIssue]
+        return min(gather_object([found])) if self._sharing[1] > 1 else found
+
+    def _shared(self, batches: Sequence[T], work: Callable[[T], Any]) -> list[Any]:
+        """Return what `work` makes of each batch, on all ranks, each of which does every n-th."""
+        rank, size = self._sharing
+        found = [work(batch) for batch in batches[rank::size]]
+        if self._in_step and len(found) < math.ceil(len(batches) / size):
+            work(batches[0])
+        every = gather_object([found]) if size > 1 else [found]
+        return [every[i % size][i // size] for i in range(len(batches))]
+
+
+def _likelihoods(logits: torch.Tensor, continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
+    """Return (log-likelihood, greedy) of continuations that logits [positions, vocabulary] end with."""
+    logits = logits.float()
+    total, likeliest = logits.logsumexp(-1), logits.argmax(-1)
+    answers = []
+    for continuation in continuations:
+        n, words = len(continuation), torch.tensor(continuation, device=logits.device)
+        likelihood = logits[-n:].gather(1, words[:, None])[:, 0] - total[-n:]
+        answers.append((likelihood.sum().item(), bool((likeliest[-n:] == words).all())))
+    return answers
