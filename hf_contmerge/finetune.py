@@ -101,21 +101,27 @@ def train_expert(
         strategies.review(unwrapped, likelihoods(trainer, seed=seed))
         strategies.remember(unwrapped, data.train, memory, memory_out, main=trainer.accelerator.is_main_process)
     _save_expert(trainer, strategies, base, out)
-    log = curve(trainer.state.log_history)
-    losses = [e["loss"] for e in log if "loss" in e]
-    record = {
-        "loss": losses[-1] if losses else None,
-        "steps": trainer.state.global_step,
-        "examples": len(data.train),
-        "tokens": trainer.state.num_input_tokens_seen or None,
-        "log": log,
-        "train_seconds": trainer.state.log_history[-1].get("train_runtime") if trainer.state.log_history else None,
-    }
+    record = _record(trainer, data)
     del trainer, model, opened, unwrapped
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return record
+
+
+def _record(trainer: Any, data: StageData) -> dict[str, Any]:
+    """Return what the stage's record keeps of a training that is over."""
+    history = trainer.state.log_history
+    log = curve(history)
+    losses = [e["loss"] for e in log if "loss" in e]
+    return {
+        "loss": losses[-1] if losses else None,
+        "steps": trainer.state.global_step,
+        "examples": len(data.train),
+        "tokens": trainer.state.num_input_tokens_seen or None,
+        "log": log,
+        "train_seconds": history[-1].get("train_runtime") if history else None,
+    }
 
 
 def make_strategies(train: Train) -> Combined:

@@ -24,7 +24,8 @@ from typing import TypeVar
 
 from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.places import write_atomically
-from hf_contmerge.recipe import parse_recipe, read_yaml
+from hf_contmerge.recipe import parse_recipe
+from hf_contmerge.recipe_text import read_yaml
 from hf_contmerge.task_suites import StreamStage, stream_names, stream_stages
 
 T = TypeVar("T")

@@ -18,7 +18,6 @@ strategy, a task or a column exists is asked by the phase that needs it, before 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.recipe_data import Dataset, DatasetField, Name, Part
 from hf_contmerge.recipe_measure import Evaluate, Guard, Rung, Task, TasksField
+from hf_contmerge.recipe_text import apply_override, read_yaml
 
 StartFrom = Literal["base", "previous", "merged"]
 Phase = Literal["train", "merge", "score", "report"]
@@ -261,7 +261,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     return parse_recipe(data, where=str(path))
 
 
@@ -280,52 +280,9 @@ def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
         raise RecipeError(_explain(error, where)) from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-5 is a number, as it is in YAML 1.2 and in everybody's recipes."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """Return what YAML text means. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
-
-
 def recipe_yaml(recipe: Recipe) -> str:
     """Return the recipe with every default written out, as the run folder keeps it."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _override(data: Any, override: str) -> None:
-    dotted, equals, value = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise RecipeError(f"--set wants path=value, such as merge.0.rule=opcm; got {override!r}")
-    try:
-        new = read_yaml(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: {value!r} is not a YAML value; put it in double quotes") from error
-    at: Any = data
-    try:
-        for i, key in enumerate(keys[:-1]):
-            if isinstance(at, list):
-                at = at[int(key)]
-            else:
-                if at.get(key) is None:
-                    at[key] = {}
-                at = at[key]
-            if isinstance(at, str):  # a shorthand such as `dataset: file.jsonl` has no fields to set
-                place = ".".join(keys[: i + 1])
-                raise RecipeError(f"--set {override}: {place} is {at!r}; write it out as a mapping first")
-        last: Any = int(keys[-1]) if isinstance(at, list) else keys[-1]
-        at[last] = new
-    except RecipeError:  # a ValueError too
-        raise
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise RecipeError(f"--set {override}: the recipe has no place {dotted!r}") from error
 
 
 def _explain(error: ValidationError, where: str) -> str:

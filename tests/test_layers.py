@@ -15,7 +15,7 @@ PACKAGE = TESTS.parent / "hf_contmerge"
 LAYERS = (
     ("errors", "merge_rules"),  # the speech, the maths
     ("recipe_data", "model_names", "task_suites"),
-    ("recipe_measure",),
+    ("recipe_measure", "recipe_text"),
     ("recipe", "quickstart_texts"),  # the nouns
     ("recipe_changes", "places", "tensor_files", "work_sharing", "adapter_settings"),
     ("run_folder", "progress", "merge_files", "merge_words", "adapter_base", "factored", "merge_tensor"),
@@ -90,6 +90,7 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "recipe_data": {"pydantic"},
     "task_suites": {"yaml"},
     "recipe_measure": {"pydantic"},
+    "recipe_text": {"yaml"},
     "recipe_changes": set(),
     "places": set(),
     "factored": {"torch"},
