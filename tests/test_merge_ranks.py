@@ -403,7 +403,7 @@ def commands(out: Path, models: dict[str, Path]) -> list[list[str]]:
     return found
 
 
-def torchrun(*words: str | Path, ranks: int, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def torchrun(*words: str | Path, ranks: int, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     start = [BIN / "torchrun", "--standalone", "--nproc-per-node", str(ranks), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(start, capture_output=True, text=True, env=environment, timeout=timeout)

@@ -123,7 +123,7 @@ def alone(order: Row) -> tuple[str, dict[str, TaskScore]]:
     return on_one_rank(order)
 
 
-@pytest.mark.parametrize(("size", "in_memory"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("size", "in_memory"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
 def test_scores_on_ranks(
     size: int, in_memory: bool, order: Row, alone: tuple[str, dict[str, TaskScore]], tmp_path: Path
 ) -> None:

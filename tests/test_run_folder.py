@@ -152,7 +152,7 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(run: Run) -> None:
 def test_undo_forgets_the_phase_and_removes_its_outputs_only(done: Run) -> None:
     place = done.expert(1, "base")
     place.undo("train")
-    assert {p.name for p in place.folder.iterdir()} == {"score.json"}
+    assert {p.name for p in place.folder.iterdir()} == {"score.json", "validation"}
     place.undo("train")  # again, as after a crash
     place.undo("score")
     assert list(place.folder.iterdir()) == []
