@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import socket
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 
 from hf_contmerge.errors import ModelError, RecipeError, ResourceError, mark_shared
 from hf_contmerge.recipe import Evaluate
+from hf_contmerge.score_cache import version
 from hf_contmerge.work_sharing import Ranks
 
 _MUST_AGREE = ("hf_contmerge", "torch", "transformers", "tokenizers", "datasets", "accelerate", "lm_eval")
@@ -94,7 +94,7 @@ def check_versions(ranks: Ranks) -> None:
     """Raise ResourceError unless all ranks have the same versions of what scores depend on."""
     if ranks.size == 1:
         return
-    ours = {name: importlib.metadata.version(name) for name in _MUST_AGREE}
+    ours = {name: version(name) for name in _MUST_AGREE}
     every = ranks.gather((socket.gethostname(), ours))
     host, first = every[0]
     for rank, (other_host, other) in enumerate(every):
