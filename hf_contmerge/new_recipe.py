@@ -260,7 +260,7 @@ def _train(answers: Answers) -> str:
     lines = [
         "train:    # any field of TRL's SFTConfig, by its own name"
         + ("" if trained else "; unused: all stages are given"),
-        "  strategy: full    # or lora, where memory is short: strategy: lora, with parameters: {r: 16} below it",
+        "  strategy: [full, anchor]    # or, where memory is short, lora, with parameters: {r: 16} below it",
         f"  max_steps: {steps}    # of each stage; or num_train_epochs: 1",
         f"  per_device_train_batch_size: {batch}    # {note}",
         "  gradient_accumulation_steps: 1    # a larger batch without more memory",
