@@ -123,7 +123,8 @@ def alone(recipe: Path, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "expert" / "model.safetensors")
 
 
-@pytest.mark.parametrize("strategy", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_fsdp2_trains_the_expert_of_one_process(strategy: str, recipe: Path, base_folder: Path, tmp_path: Path) -> None:
     """Also when it is killed after a checkpoint, and goes on from there. (DDP: see test_ranks.)"""
     command = launched("fsdp2", recipe, tmp_path / "run", "--set", f"train.strategy={strategy}")

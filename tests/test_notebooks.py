@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("CONTMERGE_NOTEBOOK_FOLDER", str(tmp_path))

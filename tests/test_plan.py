@@ -85,6 +85,7 @@ def planned_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Pat
     return found, home
 
 
+@pytest.mark.slow
 def test_memory_is_what_each_phase_took(planned_and_run: tuple[Data, Path]) -> None:
     found, home = planned_and_run
     ratios = {}
@@ -95,6 +96,7 @@ def test_memory_is_what_each_phase_took(planned_and_run: tuple[Data, Path]) -> N
     assert all(ratio == NEAR for ratio in ratios.values()), ratios
 
 
+@pytest.mark.slow
 def test_disk_is_what_the_run_left(planned_and_run: tuple[Data, Path]) -> None:
     found, home = planned_and_run
     files = [p for p in (home / "run/stages").rglob("*") if p.is_file() and not p.is_symlink()]
@@ -102,6 +104,7 @@ def test_disk_is_what_the_run_left(planned_and_run: tuple[Data, Path]) -> None:
     assert found["total"]["disk_kept_bytes"] == pytest.approx(took, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_counted(planned_and_run: tuple[Data, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, home = planned_and_run
     assert main(["plan", str(home / "plan.yml"), "--run", str(home / "run")]) == 0

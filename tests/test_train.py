@@ -454,6 +454,7 @@ def test_redo_merge_takes_the_new_lambda(go_on: Callable[..., Run]) -> None:
     assert run.is_complete()
 
 
+@pytest.mark.slow
 def test_redo_merge_drops_experts_that_started_from_the_merged_model(home: Path, small: Data, tmp_path: Path) -> None:
     recipe = {**small, "merge": ["ema"]}
     run = run_recipe(parse_recipe(recipe), tmp_path / "run")
