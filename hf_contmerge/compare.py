@@ -20,9 +20,9 @@ from hf_contmerge.errors import ResourceError, RunError
 from hf_contmerge.forgetting import Line
 from hf_contmerge.recipe_changes import flat_fields
 from hf_contmerge.report import load_results
-from hf_contmerge.report_findings import METRICS, Results, amount, interval, known_metrics, line_label, natural
+from hf_contmerge.report_findings import Results, amount, interval, natural
 from hf_contmerge.report_pages import rich_table, sections_markdown, sections_page
-from hf_contmerge.report_tables import Cell, Section, Table, change_cell, metric_cell
+from hf_contmerge.report_tables import Cell, Section, Table, change_cell, metric_table
 from hf_contmerge.run_folder import Run
 from hf_contmerge.task_scores import BLOCKS, Block, Scores
 from hf_contmerge.uncertainty import Change, mean_change, same_documents
@@ -45,8 +45,7 @@ class Contestant:
 
     def lines(self) -> list[tuple[str, Line]]:
         """Return the lines of which something was measured, by their names."""
-        named = [(line_label(x.name), x) for x in self.results.experts] + [(x.name, x) for x in self.results.merges]
-        return [(name, line) for name, line in named if len(line.rows) > 1]
+        return [(name, line) for name, line in self.results.named_lines() if len(line.rows) > 1]
 
 
 @dataclass(frozen=True)
@@ -143,9 +142,8 @@ def _verdict(duel: Duel) -> str:
         tasks = duel.comparable(block)
         change = duel.change(tasks, block)
         if change:
-            seen = ("no change seen", "better", "worse")[change.sign]
             where = f"on {len(tasks)} task{'s' * (len(tasks) != 1)} of {block}"
-            parts.append(f"{seen} {where} ({amount(change.mean, block)}, {interval(change, block)})")
+            parts.append(f"{change.seen} {where} ({amount(change.mean, block)}, {interval(change, block)})")
     others = len(duel.tasks) - sum(len(duel.comparable(block)) for block in BLOCKS)
     if others:
         parts.append(f"{others} measured on other documents, and not compared")
@@ -197,10 +195,8 @@ def _metric_tables(comparison: Comparison) -> list[Table]:
             f"{c.label}: {name}": line.metrics(c.results.stages, c.results.general_tasks, block)
             for c in comparison.contestants if block in c.results.blocks() for name, line in c.lines()
         }  # fmt: skip
-        names = known_metrics(found.values())
-        rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in found.items()]
-        if rows:
-            tables.append(Table(f"Metrics, {block}", ("line", *(METRICS[m][0] for m in names)), rows))
+        if found:
+            tables.append(metric_table(f"Metrics, {block}", found, block))
     return tables
 
 
@@ -251,7 +247,7 @@ def _rows(comparison: Comparison) -> Iterator[tuple[Any, ...]]:
         for task in duel.tasks:
             new, old = (scores[task] for scores in duel.scores)
             change = duel.change([task], new.block) if same_documents(new, old) else None
-            seen = ("no change seen", "better", "worse")[change.sign] if change else "other documents"
+            seen = change.seen if change else "other documents"
             told = (change.mean, change.low, change.high, change.confidence, change.stderr, change.detectable,
                     len(new.gains)) if change else (None,) * 7  # fmt: skip
             where = (duel.old.label, duel.new.label, *reversed(duel.names), task, new.block)

@@ -21,7 +21,7 @@ from hf_contmerge.experts import expert_sha256, open_expert
 from hf_contmerge.finetune import train_expert
 from hf_contmerge.merge_rules import MergeRule, Norms
 from hf_contmerge.merge_stream import merge_experts
-from hf_contmerge.merge_words import make_rule
+from hf_contmerge.merge_words import make_rule, merged_dtype
 from hf_contmerge.merge_write import Merged, Output, write_merged
 from hf_contmerge.places import ExpertPlace, MergePlace, Place, remove
 from hf_contmerge.preflight import Prepared, with_replay
@@ -32,9 +32,6 @@ from hf_contmerge.task_scores import Scores, load_scores, write_scores
 from hf_contmerge.tensor_files import Weights
 from hf_contmerge.train_strategies.replay import Replay
 from hf_contmerge.work_sharing import Crew, together
-
-_MEASURED_BY = ("limit", "max_length", "dtype", "chat_template", "validation", "backend")
-"""What of `evaluate` scores must have in common to be compared."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,7 @@ class Bench:
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the merged model's weights; None: as in the base."""
-        entry = self.place.entry
-        return None if entry.dtype == "auto" else getattr(torch, entry.dtype)
+        return merged_dtype(self.place.entry)
 
     @property
     def before(self) -> MergePlace | None:
@@ -221,15 +217,13 @@ class Bench:
 
     def keep(self, place: Place, scores: Scores) -> None:
         """Write scores on validation documents into a place of their own."""
-        place.finish("score", {"tasks": write_scores(place, scores), "measured_by": self._measured_by()})
+        measured_by = self.run.recipe.evaluate.measured_by()
+        place.finish("score", {"tasks": write_scores(place, scores), "measured_by": measured_by})
 
     def _kept(self, place: Place) -> Scores:
-        kept = place.validation
-        same = kept.is_done("score") and kept.record("score").get("measured_by") == self._measured_by()
+        kept, measured_by = place.validation, self.run.recipe.evaluate.measured_by()
+        same = kept.is_done("score") and kept.record("score").get("measured_by") == measured_by
         return load_scores(kept) if same else {}
-
-    def _measured_by(self) -> dict[str, Any]:
-        return self.run.recipe.evaluate.model_dump(mode="json", include=set(_MEASURED_BY))
 
     # Training once more
 
@@ -256,8 +250,9 @@ class Bench:
             remove(memory)
             self._remember(memory, rung)
         self.crew.ranks.gather(None)
+        start = run.start_of(self.t, self.kind) or self.prepared.base
         outcome = train_expert(
-            start=self._start(), base=self.prepared.base, data=self.prepared.data[stage.name],
+            start=start, base=self.prepared.base, data=self.prepared.data[stage.name],
             train=with_replay(run.recipe.train_of(stage), rung), seed=run.recipe.seed, out=place.folder / ".expert",
             checkpoints=place.checkpoints, memory=memory, trust_remote_code=run.recipe.trust_remote_code,
         )  # fmt: skip
@@ -267,12 +262,6 @@ class Bench:
             remove(place.checkpoints)
             remove(memory)
         self.crew.ranks.gather(None)
-
-    def _start(self) -> Path:
-        """Return the model that the stage's training starts from."""
-        if self.before is None or self.kind == "base":
-            return self.prepared.base
-        return self.run.expert(self.t - 1, self.kind).model if self.kind == "previous" else self.before.model
 
     def _remember(self, memory: Path, rung: Rung) -> None:
         """Write what the replay strategy would have kept of the earlier stages, beside what others have kept."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -111,7 +110,7 @@ class ContinualMergeCallback(TrainerCallback):
         self._export = Path(export) if export else None
         fields = dict(score or {})
         folder = fields.pop("tasks_folder", None)
-        self._evaluate = evaluate_of({**fields, **({"include_path": os.fspath(folder)} if folder else {})})
+        self._evaluate = evaluate_of(fields, folder)
         self._tasks, self._parameters = tasks_of(tasks), parameters
         self._stage: _Stage | None = None
 

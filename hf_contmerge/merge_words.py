@@ -48,6 +48,11 @@ def make_entry_rule(entry: Merge) -> MergeRule:
     return rule
 
 
+def merged_dtype(entry: Merge) -> torch.dtype | None:
+    """Return the dtype of an entry's merged models; None: as in the base."""
+    return dtype_named(None if entry.dtype == "auto" else entry.dtype)
+
+
 def dtype_named(name: str | None) -> torch.dtype | None:
     """Return a floating dtype by its name in config.json. Raises RecipeError for any other word."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -213,7 +213,7 @@ def _check_tasks(recipe: Recipe, findings: Findings, tasks: Path) -> None:
 
     made = {s.heldout_task for s in recipe.stages} | {t.name for t in recipe.tasks() if t.dataset}
     ours = [t for t in recipe.measured(range(1, len(recipe.stages) + 1)) if t.name not in made]
-    folders = [tasks, *([Path(recipe.evaluate.include_path)] if recipe.evaluate.include_path else [])]
+    folders = recipe.evaluate.task_folders(tasks)
     trial = Findings()
     if ours:
         trial.ask(lambda: check_tasks(ours, folders, split=recipe.tunes))

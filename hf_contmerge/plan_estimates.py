@@ -27,6 +27,7 @@ from hf_contmerge.corpus import StageData
 from hf_contmerge.dry_step import StepCost, Work, scoring_batch, training_step
 from hf_contmerge.lm_tasks import sample_requests
 from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merge_words import merged_dtype
 from hf_contmerge.merge_write import stream_job
 from hf_contmerge.model_folder import bf16_pays
 from hf_contmerge.places import ExpertPlace, MergePlace
@@ -228,8 +229,7 @@ class Estimates:
         threads = max(1, self._machine.cores // self._processes)
         ordered = [memory for _, memory in sorted(need, reverse=True)]
         flight = max(sum(ordered[i : i + threads]) for i in range(len(ordered)))
-        dtype = None if entry.dtype == "auto" else getattr(torch, entry.dtype)
-        merged, state = model_bytes(weights, dtype), state_bytes(weights, rule)
+        merged, state = model_bytes(weights, merged_dtype(entry)), state_bytes(weights, rule)
         # While the result's digest is taken, as many tensors as there are cores are mapped.
         digest = sum(heapq.nlargest(os.cpu_count() or 1, (weights.nbytes(n) for n in weights.names)))
         seconds = self._folding(rule, later=later) / threads + self._saving(merged) + self._written(state)
@@ -291,8 +291,8 @@ class Estimates:
         """Return the bytes of the file of the model that is scored."""
         if isinstance(step.place, ExpertPlace):
             return model_bytes(self._of.weights, self._expert_dtype(step.t))
-        dtype = step.place.entry.dtype if isinstance(step.place, MergePlace) else "auto"
-        return model_bytes(self._of.weights, None if dtype == "auto" else getattr(torch, dtype))
+        dtype = merged_dtype(step.place.entry) if isinstance(step.place, MergePlace) else None
+        return model_bytes(self._of.weights, dtype)
 
     def _scoring_dtype(self) -> torch.dtype:
         chosen = self._of.recipe.evaluate.dtype
@@ -306,8 +306,7 @@ class Estimates:
     def _requests_of(self, task: str, few_shot: int | None) -> tuple[int, int, int]:
         """Return how many requests a task makes, and the mean and the largest number of their tokens."""
         evaluate = self._of.recipe.evaluate
-        folders = [self._of.tasks, *([Path(evaluate.include_path)] if evaluate.include_path else [])]
-        asked = sample_requests(task, folders, few_shot=few_shot, limit=evaluate.limit)
+        asked = sample_requests(task, evaluate.task_folders(self._of.tasks), few_shot=few_shot, limit=evaluate.limit)
         lengths = [len(self._tokenizer(text, verbose=False)["input_ids"]) for text in asked.texts] or [1]
         mean, longest = sum(lengths) / len(lengths), max(lengths)
         if evaluate.max_length:

@@ -43,10 +43,6 @@ class Prepared:
     data: dict[str, StageData]
     """Stage name -> StageData."""
 
-    def expert_kinds(self) -> list[str]:
-        """Return each kind of expert that some entry asks for, once."""
-        return list(dict.fromkeys(self.kinds.values()))
-
 
 def prepare(run: Run, ranks: Ranks) -> Prepared:
     """Resolve and check all that the recipe names, so that bad input is told before hours are spent."""
@@ -73,7 +69,7 @@ def prepare(run: Run, ranks: Ranks) -> Prepared:
 
     scoring_setup.check_versions(ranks)
     base, given, data = main_first(ranks, look_up)
-    folders = [run.tasks, *([Path(recipe.evaluate.include_path)] if recipe.evaluate.include_path else [])]
+    folders = recipe.evaluate.task_folders(run.tasks)
     lm_tasks.check_tasks(list(recipe.measured(run.stage_numbers())), folders, split=recipe.tunes)
     if ranks.rank == 0:
         check_disk(run, Weights(base), rules, kinds)

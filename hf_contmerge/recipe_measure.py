@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -9,6 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from hf_contmerge.recipe_data import DatasetField, Name, Part
 from hf_contmerge.task_suites import expand_suites
 
+_NOT_MEASURED_BY = {"general_tasks", "matrix", "include_path", "batch_size", "cache", "parallel"}
+"""Fields of `evaluate` that say what is measured, or how fast, and not how; all others do."""
 _KINDS = "perplexity, multiple_choice or exact_match"
 
 
@@ -82,6 +85,14 @@ class Evaluate(Part):
     machine, on which one process runs; or each matrix is spread over the ranks' GPUs (the model's own `tp_plan`)."""
     backend: Literal["hf", "vllm"] = "hf"
     """What runs the model: transformers, or vLLM in one process (GPUs only)."""
+
+    def task_folders(self, own: Path) -> list[Path]:
+        """Return where task files lie, `own` among them; the last counts first."""
+        return [own, *([Path(self.include_path)] if self.include_path else [])]
+
+    def measured_by(self) -> dict[str, Any]:
+        """Return the fields on which a score depends: two that differ in one of them cannot be compared."""
+        return self.model_dump(mode="json", exclude=_NOT_MEASURED_BY)
 
 
 class Rung(Part):

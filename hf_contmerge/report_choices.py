@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_contmerge.places import MergePlace
-from hf_contmerge.report_findings import amount
+from hf_contmerge.report_findings import amount, interval
 from hf_contmerge.report_tables import Cell, Table
 from hf_contmerge.run_folder import Run
+from hf_contmerge.uncertainty import Change
 
 _WHAT = {
     "fold": "as the recipe says", "auto": "a coefficient", "shrink": "a smaller share of the merge",
@@ -123,8 +124,5 @@ def _gain(gains: Sequence[Mapping[str, Any]]) -> Cell:
 
 
 def _told(shift: Mapping[str, Any]) -> str:
-    told = amount(shift["mean"], shift["block"])
-    if shift["low"] is None or shift["high"] is None:
-        return told
-    low, high = (amount(shift[end], shift["block"]).split()[0] for end in ("low", "high"))
-    return f"{told} ({low} to {high})"
+    change, block = Change(shift["mean"], None, shift["low"], shift["high"]), shift["block"]
+    return amount(change.mean, block) + ("" if change.low is None else f" ({interval(change, block)})")

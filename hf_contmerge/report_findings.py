@@ -60,6 +60,10 @@ class Results:
         """Plain sequential fine-tuning, if this run trains it."""
         return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
 
+    def named_lines(self) -> list[tuple[str, Line]]:
+        """Return all lines by the names that people read."""
+        return [(line_label(x.name), x) for x in self.experts] + [(x.name, x) for x in self.merges]
+
     def blocks(self) -> list[Block]:
         """Return the blocks in which anything was measured, perplexity first: every held-out text has it."""
         lines = (*self.experts, *self.merges)
@@ -261,8 +265,7 @@ def _overall(results: Results, new: Scores, old: Scores, t: int, block: Block) -
 def _told(change: Change, block: Block, where: str) -> str:
     if change.stderr is None:
         return f"too few documents to tell {where} ({amount(change.mean, block)})"
-    seen = ("no change seen", "better", "worse")[change.sign]
-    return f"{seen} {where} ({amount(change.mean, block)}, {interval(change, block)})"
+    return f"{change.seen} {where} ({amount(change.mean, block)}, {interval(change, block)})"
 
 
 def badge(results: Results, line: Line) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hf_contmerge.forgetting import Line
@@ -136,16 +136,17 @@ def metric_tables(results: Results) -> list[Table]:
     """Return one table per block: the metrics that some line has, of each line."""
     tables = []
     for block in results.blocks():
-        found = {name: line.metrics(results.stages, results.general_tasks, block) for name, line in _lines(results)}
-        names = known_metrics(found.values())
-        rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in found.items()]
+        found = {n: x.metrics(results.stages, results.general_tasks, block) for n, x in results.named_lines()}
         unit = {"perplexity": "nats", "accuracy": "shares"}[block]
-        tables.append(Table(f"Metrics, {block}, in {unit}", ("line", *(METRICS[m][0] for m in names)), rows))
+        tables.append(metric_table(f"Metrics, {block}, in {unit}", found, block))
     return tables
 
 
-def _lines(results: Results) -> list[tuple[str, Line]]:
-    return [(line_label(x.name), x) for x in results.experts] + [(x.name, x) for x in results.merges]
+def metric_table(title: str, found: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
+    """Return a table of the metrics that some line has. `found`: line -> its metrics in a block."""
+    names = known_metrics(found.values())
+    rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in found.items()]
+    return Table(title, ("line", *(METRICS[m][0] for m in names)), rows)
 
 
 def metric_cell(value: float | None, block: Block, name: str) -> Cell:
@@ -163,7 +164,7 @@ def final_table(results: Results, block: Block) -> Table:
     tasks, base = tasks if len(tasks) <= 4 else [], results.base
     largest = _largest(results, tasks)
     rows = [[Cell("base"), *(score_cell(base, base, t, 0) for t in tasks), *[Cell()] * 4]]
-    for name, line in _lines(results):
+    for name, line in results.named_lines():
         values = line.metrics(results.stages, results.general_tasks, block)
         last = [score_cell(line.rows[-1], base, t, largest) for t in tasks]
         rows.append(
@@ -186,7 +187,7 @@ def _task_table(results: Results, task: str, block: Block, stage: str | None) ->
     learnt = next((t for t, s in enumerate(results.stages, 1) if s.name == stage), 0)
     after = ["base", *(s.name for s in results.stages[: results.last])]
     largest, rows = _largest(results, [task]), []
-    for name, line in _lines(results):
+    for name, line in results.named_lines():
         if not any(task in row for row in line.rows[1:]):
             continue
         cells = [score_cell(row, results.base, task, largest, own=t == learnt > 0) for t, row in enumerate(line.rows)]

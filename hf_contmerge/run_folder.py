@@ -127,6 +127,15 @@ class Run:
     def merged(self, t: int, entry: Merge) -> MergePlace:
         return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry)
 
+    def start_of(self, t: int, kind: str) -> Path | None:
+        """Return the model that stage t's expert of a kind is trained from; None for the base."""
+        if t == 1 or kind == "base":
+            return None
+        if kind == "previous":
+            return self.expert(t - 1, kind).model
+        entry = next(e for e in self.recipe.merge if f"merged-{e.name}" == kind)
+        return self.merged(t - 1, entry).model
+
     def memory_before(self, t: int, kind: str) -> Path | None:
         """Return what the stages before t remember; independent experts (kind base) know of none."""
         if kind == "base":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merge_words import merged_dtype
 from hf_contmerge.places import ExpertPlace, MergePlace, Place
 from hf_contmerge.recipe import Phase, Task
 from hf_contmerge.run_folder import Run
@@ -61,7 +62,7 @@ def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
         yield from (Step("merge", t, place) for place in merges)
         seen = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
         for place in experts.values():
-            alone = place.kind == "base" and t > 1
+            alone = place.kind == "base" and t > 1  # an independent expert: only its own stage can be expected of it
             yield Step("score", t, place, tuple(recipe.measured([t] if alone else seen, general=not alone)))
         yield from (Step("score", t, place, tuple(recipe.measured(seen))) for place in merges)
 
@@ -88,12 +89,11 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
         return DiskUse(expert, _checkpoint_bytes(trained.count, fields) if saved else 0)
     if step.phase == "merge" and isinstance(step.place, MergePlace):
         entry, rule = step.place.entry, rules[step.place.entry.name]
-        dtype = None if entry.dtype == "auto" else getattr(torch, entry.dtype)
         state = state_bytes(base, rule)
         kept_before = state if step.t > 1 else 0  # pruned as soon as this stage's is recorded
         ladder = run.recipe.guard.ladder if run.recipe.guard else ()
         again = model_bytes(base, torch.float32) if any(rung.do == "replay" for rung in ladder) and step.t > 1 else 0
-        return DiskUse(model_bytes(base, dtype) + companions + state - kept_before, kept_before + again)
+        return DiskUse(model_bytes(base, merged_dtype(entry)) + companions + state - kept_before, kept_before + again)
     return DiskUse(0, 0)
 
 

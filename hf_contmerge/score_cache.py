@@ -44,8 +44,7 @@ class Shelf:
         named = os.environ.get(VARIABLE, "")
         if not use or named == _OFF:
             return cls(None)
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cls(Path(named).expanduser() if named else home / "hf_contmerge" / "scores")
+        return cls(Path(named).expanduser() if named else user_cache() / "hf_contmerge" / "scores")
 
     def find(self, key: str) -> Any | None:
         """Return what is kept under a digest; None, which is never kept, if it is absent or damaged."""
@@ -160,6 +159,16 @@ class ScoreCache:
     def keep(self, key: str, score: TaskScore) -> None:
         """Keep a score for all runs to come."""
         self.shelf.keep(key, score.to_json())
+
+
+def user_cache() -> Path:
+    """Return the user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def hugging_face_home() -> Path:
+    """Return where the Hub's libraries keep what they fetch, without importing them."""
+    return Path(os.environ.get("HF_HOME") or user_cache() / "huggingface")
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from hf_contmerge.errors import ModelError, RecipeError, ResourceError
 from hf_contmerge.places import versions, write_atomically
 from hf_contmerge.recipe_measure import Evaluate, Task
 from hf_contmerge.run_folder import Run
-from hf_contmerge.score_cache import ScoreCache, Shelf, digest, remembered, stamp
+from hf_contmerge.score_cache import ScoreCache, Shelf, digest, hugging_face_home, remembered, stamp
 from hf_contmerge.score_key import Asked, Lookup, look_up
 from hf_contmerge.task_scores import TaskScore
 
@@ -142,7 +142,7 @@ def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answ
         base = _base_name(args, folder)
         whole = replace(asked, folder=folder, base=_found_folder(base, cache.shelf) if base else None)
         check_tokenizer(whole.whole)
-        check_tasks(asked.tasks, whole.task_folders, split=asked.part != "all")
+        check_tasks(asked.tasks, asked.evaluate.task_folders(asked.task_folder), split=asked.part != "all")
         return whole
 
     seen, scores = score_asked(in_turn(crew.ranks, look), ranks=ranks, cache=cache)
@@ -199,9 +199,7 @@ def _seen_folder(name: str, shelf: Shelf) -> Path | None:
 def _snapshot(name: str) -> Path | None:
     """Return the folder of a model in the Hub's cache."""
     repo, _, revision = name.partition("@")
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    root = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    root = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
     place = root / f"models--{repo.replace('/', '--')}"
     reference = place / "refs" / (revision or "main")
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision

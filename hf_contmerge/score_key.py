@@ -24,10 +24,8 @@ from hf_contmerge.task_digest import Listing, TaskDigests
 from hf_contmerge.task_scores import TaskScore
 
 _FORMAT = 1  # of what is measured and how: raise it when scores of the same inputs change
-_NOT_MEASURED_BY = {
-    "general_tasks", "matrix", "include_path", "batch_size", "dtype", "cache", "validation", "parallel",
-}  # fmt: skip
-"""Fields of `evaluate` that are no part of a key, or are in it otherwise. A field that is not named here is a part."""
+_IN_KEY_OTHERWISE = {"dtype", "validation"}
+"""Fields of `evaluate` that decide a score: the dtype is known as the model's, `validation` counts for a part only."""
 _NOT_OF_A_TASK = {
     "name", "suite", "dataset", "kind", "question", "choices", "answer", "max_new_tokens", "stop",
 }  # fmt: skip
@@ -54,12 +52,6 @@ class Asked:
     def whole(self) -> Path:
         """The folder of a whole model: that of the config and the tokenizer."""
         return self.base if self.base and self._is_adapter else self.folder
-
-    @property
-    def task_folders(self) -> list[Path]:
-        """Where task files lie; the last counts first."""
-        include = self.evaluate.include_path
-        return [self.task_folder, *([Path(include)] if include else [])]
 
     @property
     def _is_adapter(self) -> bool:
@@ -95,7 +87,7 @@ def score_keys(asked: Asked, model: ModelKey, shelf: Shelf, own: Listing | None 
 
     `own`: the tasks that lm-eval brings, where it has been loaded; else those that were listed once.
     """
-    digests = TaskDigests.open(asked.task_folders, shelf, own)
+    digests = TaskDigests.open(asked.evaluate.task_folders(asked.task_folder), shelf, own)
     found: dict[str, str | None] = {}
     for task in asked.tasks:
         measured = digests.sha256(task.name)
@@ -146,15 +138,15 @@ def keep_scores(
 
 def _settings(asked: Asked, task: Task) -> Mapping[str, Any]:
     """Return how a task is measured."""
-    values = asked.evaluate.model_dump(mode="json")
+    values = asked.evaluate.measured_by()
     versions = [version("lm_eval"), version("torch", 2), version("transformers", 2), version("datasets", 1)]
     if asked.evaluate.backend != "hf":
         versions.append(version(asked.evaluate.backend, 2))
     return {
         "format": _FORMAT,
         "task": task.model_dump(mode="json", exclude=_NOT_OF_A_TASK),
-        "evaluate": {field: value for field, value in values.items() if field not in _NOT_MEASURED_BY},
-        "part": [asked.part, values.get("validation") if asked.part != "all" else None],
+        "evaluate": {field: value for field, value in values.items() if field not in _IN_KEY_OTHERWISE},
+        "part": [asked.part, values["validation"] if asked.part != "all" else None],
         "versions": versions,
     }
 

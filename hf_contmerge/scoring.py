@@ -177,8 +177,7 @@ def _measure(
     own, so the same one with other few-shot examples waits for a second call.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what we do on purpose
-    folders = [task_folder, *([Path(evaluate.include_path)] if evaluate.include_path else [])]
-    manager = task_manager([t.name for t in tasks], folders)
+    manager = task_manager([t.name for t in tasks], evaluate.task_folders(task_folder))
     rounds: list[list[LoadedTask]] = []
     for task in tasks:
         loaded = load_task(manager, task)

@@ -240,7 +240,7 @@ def score_stage(
         ModelError: the model is missing or damaged.
         ResourceError: the Hub, where a task's data lie, cannot be reached.
     """
-    how = evaluate_of({**evaluate, **({"include_path": os.fspath(tasks_folder)} if tasks_folder else {})})
+    how = evaluate_of(evaluate, tasks_folder)
     wanted = tasks_of(tasks)
     ranks, crew = _join(Train())
     check_versions(crew.ranks)
@@ -270,7 +270,7 @@ def write_tasks(tasks: Sequence[Task], folder: Path, evaluate: Evaluate) -> None
     for task in tasks:
         if task.dataset:
             write_task(folder, task)
-    check_tasks(tasks, [folder, *([Path(evaluate.include_path)] if evaluate.include_path else [])])
+    check_tasks(tasks, evaluate.task_folders(folder))
 
 
 def tasks_of(tasks: Sequence[str | Mapping[str, Any] | Task]) -> list[Task]:
@@ -278,8 +278,9 @@ def tasks_of(tasks: Sequence[str | Mapping[str, Any] | Task]) -> list[Task]:
     return list(_checked({"general_tasks": list(tasks)}).general_tasks)
 
 
-def evaluate_of(fields: Mapping[str, Any]) -> Evaluate:
-    """Return how to measure. Raises RecipeError for an unknown field or a bad value."""
+def evaluate_of(fields: Mapping[str, Any], tasks_folder: ModelName | None) -> Evaluate:
+    """Return how to measure; `tasks_folder` has more task files. Raises RecipeError for what is no field or value."""
+    fields = {**fields, "include_path": os.fspath(tasks_folder)} if tasks_folder else fields
     known = [name for name in Evaluate.model_fields if name not in ("general_tasks", "matrix", "validation")]
     for word in fields:
         if word not in known:

@@ -21,8 +21,6 @@ from hf_contmerge.recipe_measure import Evaluate, Task
 from hf_contmerge.task_scores import Scores, load_scores, write_scores
 from hf_contmerge.uncertainty import mean_change, same_documents
 
-_SEEN = {1: "better", 0: "no change seen", -1: "worse"}
-
 
 @dataclass(frozen=True)
 class StageScores:
@@ -53,11 +51,12 @@ class StageScores:
         before, known = Evaluate.model_validate(there["evaluate"]), {t["name"]: Task(**t) for t in there["tasks"]}
         if evaluate.include_path is None:
             evaluate = evaluate.model_copy(update={"include_path": before.include_path})
-        for word in ("limit", "max_length", "dtype", "chat_template"):
-            if getattr(evaluate, word) != getattr(before, word):
+        then, now = before.measured_by(), evaluate.measured_by()
+        for word in now:
+            if now[word] != then[word]:
                 raise RecipeError(
-                    f"The earlier stages of {self.folder} were measured with {word} {getattr(before, word)}, and now "
-                    f"it is {getattr(evaluate, word)}: their scores could not be compared. Give the same, or remove "
+                    f"The earlier stages of {self.folder} were measured with {word} {then[word]}, and now "
+                    f"it is {now[word]}: their scores could not be compared. Give the same, or remove "
                     f"{file.parent} to begin anew."
                 )
         for task in tasks:
@@ -129,5 +128,5 @@ def _row(task: str, now: Scores, earlier: Sequence[tuple[str, Scores]]) -> dict[
         return row
     return row | {
         "best": best[task].value, "best_after": after, "change": change.mean, "low": change.low, "high": change.high,
-        "seen": _SEEN[change.sign],
+        "seen": change.seen,
     }  # fmt: skip

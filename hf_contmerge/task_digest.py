@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from hf_contmerge.score_cache import Shelf, digest, file_sha256, version
+from hf_contmerge.score_cache import Shelf, digest, file_sha256, hugging_face_home, version
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FILES = {"json", "csv", "parquet", "text", "arrow", "xml"}  # readers of `datasets` for local files
@@ -211,9 +211,7 @@ def _hub_commit(path: str, name: str | None, revision: str | None) -> str:
     """Return the commit of a Hub dataset that has been prepared on this machine, if it is only one."""
     if revision and _COMMIT.fullmatch(revision):
         return revision
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    root = Path(os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets").expanduser()
+    root = Path(os.environ.get("HF_DATASETS_CACHE") or hugging_face_home() / "datasets").expanduser()
     owner, _, own = path.rpartition("/")
     own = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", own)).lower()
     prepared = (root / (f"{owner}___{own}" if owner else own)).glob("*/*/*")

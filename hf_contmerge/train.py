@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +26,8 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
 from hf_contmerge.errors import clear_errors
-from hf_contmerge.places import ExpertPlace, FolderLock, Place, remove
-from hf_contmerge.recipe import PHASES, Merge, Phase, Recipe, Stage, Task, load_recipe
+from hf_contmerge.places import ExpertPlace, FolderLock, MergePlace, Place, remove
+from hf_contmerge.recipe import PHASES, Phase, Recipe, Stage, Task, load_recipe
 from hf_contmerge.run_folder import Run
 
 T = TypeVar("T")
@@ -92,9 +93,7 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
         prepared = prepare(run, crew.ranks)
         trackers = Trackers.open(run) if ranks.is_main_process else Trackers()
         loop = Loop(run, ranks, PHASES.index(until), prepared, crew, trackers)
-        for t in run.stage_numbers():
-            loop.stage(t)
-        loop.finish()
+        loop.carry_out()
         trackers.close()
     crew.ranks.gather(None)
     return run
@@ -111,35 +110,31 @@ class Loop:
     crew: Any
     trackers: Any
 
-    def stage(self, t: int) -> None:
-        """Train, merge and score one stage."""
-        if t == 1:
-            self._score(self.run.base, self.prepared.base, list(self.run.recipe.measured(self._columns(t, whole=True))))
-        for kind in self.prepared.expert_kinds():
-            self._train(t, kind)
-        for entry in self.run.recipe.merge:
-            self._merge(t, entry)
-        for kind in self.prepared.expert_kinds():
-            alone = kind == "base" and t > 1  # an independent expert: only its own stage can be expected of it
-            columns = [t] if alone else self._columns(t)
-            place = self.run.expert(t, kind)
-            self._score(place, place.model, list(self.run.recipe.measured(columns, general=not alone)))
-        for entry in self.run.recipe.merge:
-            place = self.run.merged(t, entry)
-            self._score(place, place.model, list(self.run.recipe.measured(self._columns(t))))
-        self._report()
+    def carry_out(self) -> None:
+        """Train, merge and score, stage after stage; report after each."""
+        from hf_contmerge.run_phases import run_steps
 
-    def finish(self) -> None:
+        for t, steps in groupby(run_steps(self.run, self.prepared.kinds), key=lambda step: step.t):
+            for step in steps:
+                place = step.place
+                if step.phase == "score":
+                    model = place.model if isinstance(place, ExpertPlace | MergePlace) else self.prepared.base
+                    self._score(place, model, step.tasks)
+                elif isinstance(place, ExpertPlace):
+                    self._train(t, place)
+                elif isinstance(place, MergePlace):
+                    self._merge(t, place)
+            if t:
+                self._report()
+        self._finish()
+
+    def _finish(self) -> None:
         """Record that all is done, if it is."""
         if self._wanted("report") and self.ranks.is_main_process:
             self.run.report.finish("report", {"recipe_sha256": self.run.recipe_sha256()})
 
-    def _columns(self, t: int, *, whole: bool = False) -> Sequence[int]:
-        every = whole or self.run.recipe.evaluate.matrix == "full"
-        return self.run.stage_numbers() if every else range(1, t + 1)
-
-    def _train(self, t: int, kind: str) -> None:
-        place, stage = self.run.expert(t, kind), self.run.stage(t)
+    def _train(self, t: int, place: ExpertPlace) -> None:
+        stage = self.run.stage(t)
         if not self._wanted("train"):
             return
         if self._done(place, "train"):
@@ -160,7 +155,7 @@ class Loop:
         from hf_contmerge.experts import expert_sha256
         from hf_contmerge.finetune import train_expert
 
-        start = self._start_of(t, place.kind)
+        start = self.run.start_of(t, place.kind) or self.prepared.base
         recipe, train = self.run.recipe, self.run.recipe.train_of(stage)
         if self.ranks.is_main_process:
             place.scratch("expert")
@@ -211,16 +206,8 @@ class Loop:
         folder = self.prepared.given[stage.expert]
         return {"expert": stage.expert, "given": str(folder), "model_sha256": expert_sha256(folder)}
 
-    def _start_of(self, t: int, kind: str) -> Path:
-        if t == 1 or kind == "base":
-            return self.prepared.base
-        if kind == "previous":
-            return self.run.expert(t - 1, kind).model
-        entry = next(e for e in self.run.recipe.merge if f"merged-{e.name}" == kind)
-        return self.run.merged(t - 1, entry).model
-
-    def _merge(self, t: int, entry: Merge) -> None:
-        place = self.run.merged(t, entry)
+    def _merge(self, t: int, place: MergePlace) -> None:
+        entry = place.entry
         starts_next = self.prepared.kinds[entry.name].startswith("merged") and t < len(self.run.recipe.stages)
         if not self._wanted("merge") and not starts_next:
             return
@@ -235,7 +222,7 @@ class Loop:
         if t > 1 and self.ranks.is_main_process:
             self.run.merged(t - 1, entry).prune()
 
-    def _score(self, place: Place, model: Path, tasks: list[Task]) -> None:
+    def _score(self, place: Place, model: Path, tasks: Sequence[Task]) -> None:
         from hf_contmerge.task_scores import load_scores, scored_tasks, write_scores
 
         have = scored_tasks(place)

@@ -65,6 +65,11 @@ class Change:
         return int(math.copysign(1, self.mean))
 
     @property
+    def seen(self) -> str:
+        """What the interval lets one say."""
+        return ("no change seen", "better", "worse")[self.sign]
+
+    @property
     def detectable(self) -> float | None:
         """The smallest true difference that such documents, as noisy as here, mostly show: in four of five samples."""
         if self.low is None or self.high is None or self.low == self.high:
