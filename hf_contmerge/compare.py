@@ -221,7 +221,7 @@ def print_comparison(comparison: Comparison) -> None:
     console = Console()
     shown = sections(comparison)
     for table in (*shown[0].tables, *shown[1].tables, *shown[2].tables):
-        console.print(rich_table(table))
+        console.print(rich_table(table), "")
     for sentence in findings(comparison):
         console.print(sentence, highlight=False, markup=False)
 

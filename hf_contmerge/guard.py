@@ -6,6 +6,7 @@ Accuracies (shares) and perplexities (nats) are never averaged: each group of ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ class Shift:
     block: Block
     change: Change
     """Utility now - then, paired on the same documents."""
+
+    @property
+    def where(self) -> str:
+        return "the general tasks" if self.group == GENERAL else f"stage {self.group}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the change as records keep it. `mean`, `low`, `high`: below zero where something was lost."""
@@ -57,6 +62,11 @@ class Judgement:
         """The largest drop that was measured, noise or not, to tell which of two merges is better; 0 without any."""
         return max((-s.change.mean for s in self.losses), default=0.0)
 
+    @property
+    def doubtful(self) -> Shift | None:
+        """The loss that may be the largest for all that its interval says; None where nothing could be compared."""
+        return min(self.losses, key=lambda s: -math.inf if s.change.low is None else s.change.low, default=None)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "held": self.held,
@@ -66,14 +76,18 @@ class Judgement:
 
     def in_words(self, guard: Guard) -> str:
         """Say which loss stands out, how large it is and how sure that is."""
-        worst = self.worst
-        if worst is None:
+        worst, doubtful = self.worst, self.doubtful
+        if worst is None or doubtful is None:
             return "nothing could be compared"
-        sure = _sure_drop(worst)
-        known = f", at least {sure:.4g} with {guard.confidence:.0%} confidence" if sure > 0 else ", within the noise"
-        what = "the general tasks" if worst.group == GENERAL else f"stage {worst.group}"
-        verb = "gained" if worst.change.mean > 0 else "lost"
-        return f"{what} {verb} {abs(worst.change.mean):.4g} {_UNITS[worst.block]}{known}"
+        sure, verb = _sure_drop(worst), "gained" if worst.change.mean > 0 else "lost"
+        known = f"at least {sure:.4g} with {guard.confidence:.0%} confidence" if sure > 0 else "within the noise"
+        words = f"{worst.where} {verb} {abs(worst.change.mean):.4g} {_UNITS[worst.block]}, {known}"
+        if doubtful.change.low is None:
+            return f"{words}; of {doubtful.where} too few documents are known to say what was lost"
+        if sure <= 0 and doubtful.change.low < 0:
+            lost = f"{-doubtful.change.low:.4g} {_UNITS[doubtful.block]} by {doubtful.where}"
+            return f"{words}; a loss of {lost} cannot be ruled out"
+        return words
 
 
 def judge(
@@ -117,4 +131,4 @@ def shifts(group: str, now: Scores, then: Scores, tasks: Sequence[str]) -> list[
 
 def _sure_drop(shift: Shift) -> float:
     """Return the drop that the interval is sure of; below zero where it is not sure of any."""
-    return -shift.change.high if shift.change.high is not None else -float("inf")
+    return -shift.change.high if shift.change.high is not None else -math.inf

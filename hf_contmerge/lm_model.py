@@ -1,7 +1,7 @@
 """lm-eval's view of a model: the requests of all tasks sorted by length, in batches that the ranks share.
 
 HFLM takes the local rank for the rank, ignores ranks on CPUs and forgoes them for a model in memory. Here every rank
-sees all requests, forms the same batches and computes every n-th of them; then all have all answers. So the answers are
+sees all requests, forms the same batches and computes its share of them; then all have all answers. So the answers are
 those of one process to the last bit, with any number of documents and ranks.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,8 @@ Tokens = tuple[int, ...]
 
 _CPU_BATCH = 8
 _LARGEST_BATCH = 128  # that `auto` tries on a GPU
+_CPU_PIECE, _GPU_PIECE = 2**19, 2**26
+"""Logits that are made float32 at a time: on a CPU as many as its cache holds, twice as fast as all at once."""
 _Parent: Any = HFLM  # its registration hides its type
 
 
@@ -95,7 +96,8 @@ class SharedLM(_Parent):
                 batches.append([])
             batches[-1].append(i)
         write, self.batch_size_per_gpu = super().generate_until, rows
-        texts = self._shared(batches, lambda batch: write([requests[i] for i in batch], disable_tqdm=True))
+        costs = [len(batch) * (lengths[batch[0]] + self.max_gen_toks) for batch in batches]
+        texts = self._shared(batches, costs, lambda batch: write([requests[i] for i in batch], disable_tqdm=True))
         self.batch_size_per_gpu = asked
         found = dict(zip((i for batch in batches for i in batch), (t for part in texts for t in part), strict=True))
         return [found[i] for i in range(len(requests))]
@@ -126,7 +128,8 @@ class SharedLM(_Parent):
             return self._read(batch, [[requests[i][2] for i in readers[tokens]] for tokens in batch])
 
         found: dict[int, tuple[float, bool]] = {}
-        for batch, answers in zip(batches, self._shared(batches, read), strict=True):
+        costs = [len(batch) * len(batch[0]) for batch in batches]
+        for batch, answers in zip(batches, self._shared(batches, costs, read), strict=True):
             for tokens, ours in zip(batch, answers, strict=True):
                 found |= dict(zip(readers[tokens], ours, strict=True))
         return [found[i] for i in range(len(requests))]
@@ -170,23 +173,44 @@ class SharedLM(_Parent):
         found: int = largest()  # pyright: ignore[reportCallIssue]
         return min(gather_object([found])) if self._sharing[1] > 1 else found
 
-    def _shared(self, batches: Sequence[T], work: Callable[[T], Any]) -> list[Any]:
-        """Return what `work` makes of each batch, on all ranks, each of which does every n-th."""
+    def _shared(self, batches: Sequence[T], costs: Sequence[int], work: Callable[[T], Any]) -> list[Any]:
+        """Return what `work` makes of each batch, on all ranks, which share `costs` evenly."""
         rank, size = self._sharing
-        found = [work(batch) for batch in batches[rank::size]]
-        if self._in_step and len(found) < math.ceil(len(batches) / size):
+        shares = self._shares(costs)
+        found = [work(batches[i]) for i in shares[rank]]
+        for _ in range(len(shares[0]) - len(found) if self._in_step else 0):
             work(batches[0])
         every = gather_object([found]) if size > 1 else [found]
-        return [every[i % size][i // size] for i in range(len(batches))]
+        answers = {
+            i: answer for share, own in zip(shares, every, strict=True) for i, answer in zip(share, own, strict=True)
+        }
+        return [answers[i] for i in range(len(batches))]
+
+    def _shares(self, costs: Sequence[int]) -> list[list[int]]:
+        """Return which batches each rank computes: the next one goes to the rank that has the least to do."""
+        size = self._sharing[1]
+        if self._in_step:  # all wait for each other in each batch: those of like lengths go together
+            return [list(range(rank, len(costs), size)) for rank in range(size)]
+        shares, loads = [list[int]() for _ in range(size)], [0] * size
+        for i, cost in enumerate(costs):
+            least = loads.index(min(loads))
+            shares[least].append(i)
+            loads[least] += cost
+        return shares
 
 
 def _likelihoods(logits: torch.Tensor, continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
     """Return (log-likelihood, greedy) of continuations that logits [positions, vocabulary] end with."""
-    logits = logits.float()
-    total, likeliest = logits.logsumexp(-1), logits.argmax(-1)
+    positions = max(1, (_CPU_PIECE if logits.device.type == "cpu" else _GPU_PIECE) // logits.shape[1])
+    totals, best = [], []
+    for piece in logits.split(positions):
+        exact = piece.float()
+        totals.append(exact.logsumexp(-1))
+        best.append(exact.argmax(-1))
+    total, likeliest = torch.cat(totals), torch.cat(best)
     answers = []
     for continuation in continuations:
         n, words = len(continuation), torch.tensor(continuation, device=logits.device)
-        likelihood = logits[-n:].gather(1, words[:, None])[:, 0] - total[-n:]
+        likelihood = logits[-n:].gather(1, words[:, None])[:, 0].float() - total[-n:]
         answers.append((likelihood.sum().item(), bool((likeliest[-n:] == words).all())))
     return answers

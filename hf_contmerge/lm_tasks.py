@@ -41,13 +41,16 @@ class LoadedTask:
     groups: Mapping[str, Any]
 
 
-def check_tasks(tasks: Sequence[Task], folders: Sequence[Path], *, split: bool = False) -> None:
+def check_tasks(
+    tasks: Sequence[Task], folders: Sequence[Path], *, split: bool = False, limit: int | None = None
+) -> None:
     """Load all tasks, to see that they and their data are there.
 
     Args:
         tasks: what will be measured.
         folders: where tasks of our own lie.
         split: whether their documents will be split into a validation and a test part.
+        limit: how many documents of each will be measured; None for all.
 
     Raises:
         RecipeError: a task is neither in the folders nor known to lm-eval, or runs what a model writes.
@@ -62,7 +65,7 @@ def check_tasks(tasks: Sequence[Task], folders: Sequence[Path], *, split: bool =
     absent: dict[str, ResourceError] = {}
     for task in tasks:
         try:
-            _check_documents(load_task(manager, task), split=split)
+            _check_documents(load_task(manager, task), limit, split=split)
         except ResourceError as error:
             absent[f"{task.name} (of the suite {task.suite})" if task.suite else task.name] = error
     if len(absent) == 1:
@@ -144,7 +147,8 @@ def part_indices(leaf: Any, part: DocumentPart, evaluate: Evaluate) -> list[int]
 
     A document belongs to the validation part if its digest, as a fraction of all digests, is below
     `evaluate.validation`: on every machine, in every task and at every `limit` the same; so two copies of a document
-    never lie on different sides. Where that leaves a side empty, it gets the nearest one.
+    never lie on different sides. A side that this leaves with less than two gets the nearest ones, if there are four:
+    one document says nothing of the noise.
     """
     documents = list(leaf.eval_docs)[: evaluate.limit]
     everything = range(len(documents))
@@ -155,7 +159,8 @@ def part_indices(leaf: Any, part: DocumentPart, evaluate: Evaluate) -> list[int]
     places = [_place(document) for document in documents]
     order = sorted(everything, key=places.__getitem__)
     below = sum(place < evaluate.validation for place in places)
-    below = min(max(below, 1), len(order) - 1)
+    least = min(2, len(order) // 2)
+    below = min(max(below, least), len(order) - least)
     return sorted(order[:below] if part == "validation" else order[below:])
 
 
@@ -167,9 +172,9 @@ def _place(document: Any) -> float:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
 
 
-def _check_documents(task: LoadedTask, *, split: bool) -> None:
+def _check_documents(task: LoadedTask, limit: int | None, *, split: bool) -> None:
     for name, leaf in task.leaves.items():
-        count = len(leaf.eval_docs)
+        count = len(list(leaf.eval_docs)[:limit])
         if count < 1 + split:
             need = "A guard or an `auto` parameter needs at least two, to choose on one and judge by another." * split
             raise DataError(

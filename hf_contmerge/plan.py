@@ -73,9 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_command(args: argparse.Namespace) -> None:
     """Print the plan of a recipe. Raises PlanError if anything is wrong with it."""
+    from hf_contmerge.launching import keep_freed_memory
+
     recipe = load_recipe(args.recipe, args.set)
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
     findings = Findings()
+    keep_freed_memory()  # as the run will, whose steps are timed here
     plan = make_plan(run, findings, processes=args.processes)
     if args.json:
         print(json.dumps({**plan, "notes": findings.notes, "errors": findings.errors}, indent=1))
@@ -216,7 +219,7 @@ def _check_tasks(recipe: Recipe, findings: Findings, tasks: Path) -> None:
     folders = recipe.evaluate.task_folders(tasks)
     trial = Findings()
     if ours:
-        trial.ask(lambda: check_tasks(ours, folders, split=recipe.tunes))
+        trial.ask(lambda: check_tasks(ours, folders, split=recipe.tunes, limit=recipe.evaluate.limit))
     if len(ours) == 1:
         findings.errors += trial.errors
     for task in ours if trial.errors and len(ours) > 1 else ():

@@ -70,7 +70,8 @@ def prepare(run: Run, ranks: Ranks) -> Prepared:
     scoring_setup.check_versions(ranks)
     base, given, data = main_first(ranks, look_up)
     folders = recipe.evaluate.task_folders(run.tasks)
-    lm_tasks.check_tasks(list(recipe.measured(run.stage_numbers())), folders, split=recipe.tunes)
+    tasks = list(recipe.measured(run.stage_numbers()))
+    lm_tasks.check_tasks(tasks, folders, split=recipe.tunes, limit=recipe.evaluate.limit)
     if ranks.rank == 0:
         check_disk(run, Weights(base), rules, kinds)
         run.link_base(base)

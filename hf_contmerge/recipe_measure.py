@@ -100,7 +100,8 @@ class Rung(Part):
 
     do: Literal["shrink", "rule", "replay", "keep_previous"]
     """shrink: a smaller scale. rule: all experts so far, folded by another rule. replay: the stage trained again with
-    examples of the earlier ones among its own. keep_previous: the merge of the stage before, without this expert."""
+    examples of the earlier ones among its own. keep_previous: the merge of the stage before, without this expert; where
+    stages start from each other (`start_from: previous`), later experts still descend from it."""
     rule: str | None = None
     parameters: dict[str, bool | int | float | str] = Field(default={})
     """Of the rule, or of the replay strategy."""

@@ -114,7 +114,7 @@ def print_table(run: Run) -> None:
 
     results, console = load_results(run), Console()
     for block in results.blocks():
-        console.print(rich_table(final_table(results, block)))
+        console.print(rich_table(final_table(results, block)), "")
     for line in results.merges:
         console.print(f"[bold]{line.name}[/bold]: {verdict(results, line)}", highlight=False)
 

@@ -18,6 +18,10 @@ _WHAT = {
     "rule": "another rule", "replay": "trained again, with replay", "keep_previous": "the merge before, unchanged",
 }  # fmt: skip
 
+_HEAD = (
+    "try", "rule", "scale", "largest loss", "not ruled out", "gain on the newest", "of the experts' gain", "holds"
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Point:
@@ -61,8 +65,7 @@ def choice_tables(run: Run) -> list[Table]:
     """Return one table per merge that was chosen, or for which nothing held: a try each row."""
     return [
         Table(f"{place.entry.name} of {run.stage(t).name}{'' if done else ': nothing held, the run stopped'}",
-              ("try", "rule", "scale", "largest loss", "gain on the newest", "of the experts' gain", "holds"),
-              [_row(found, done) for found in tries])
+              _HEAD, [_row(found, done) for found in tries])
         for t, place, tries, done in _chosen(run)
     ]  # fmt: skip
 
@@ -108,7 +111,7 @@ def _row(found: Mapping[str, Any], done: bool) -> list[Cell]:
     what = _WHAT[found["what"]] + " ← taken" * (done and bool(found.get("taken")))
     rule = f"{found['rule']} ({parameters})" if parameters else found["rule"]
     return [Cell(what), Cell(rule), Cell(f"{found['scale']:.3g}"), _worst(found.get("losses", ())),
-            _gain(found.get("gains", ())), share, held]  # fmt: skip
+            _doubtful(found.get("losses", ())), _gain(found.get("gains", ())), share, held]  # fmt: skip
 
 
 def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
@@ -117,6 +120,16 @@ def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
         return Cell()
     worst = min(losses, key=lambda x: x["mean"] if x["high"] is None else x["high"])
     return Cell(f"{worst['group']} {_told(worst)}")
+
+
+def _doubtful(losses: Sequence[Mapping[str, Any]]) -> Cell:
+    """Return the largest loss that its interval still holds: what so few validation documents cannot show."""
+    if not losses:
+        return Cell()
+    if any(x["low"] is None for x in losses):
+        return Cell("too few documents")
+    most = min(losses, key=lambda x: x["low"])
+    return Cell(f"{most['group']} {amount(most['low'], most['block'])}" if most["low"] < 0 else "")
 
 
 def _gain(gains: Sequence[Mapping[str, Any]]) -> Cell:

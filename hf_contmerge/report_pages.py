@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 _KEPT = 300  # characters of a document; of a longer one the scores keep only the beginning
+_WORD = 12  # characters: longer ones may be broken
 _TOKEN = re.compile(r"(?m)^(\s*hub_token: ).+")
 
 
@@ -65,12 +66,16 @@ def _plain(text: str) -> str:
 
 
 def rich_table(table: Table) -> RichTable:
-    """Return a table for the terminal."""
+    """Return a table for the terminal. Where that is narrow, lines are broken, numbers never."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
 
-    rich = RichTable(title=table.title, title_justify="left")
+    rich = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     for i, name in enumerate(table.header):
-        rich.add_column(name, justify="right" if i else "left")
+        longest = max((len(word) for cells in table.rows for word in cells[i].text.split()), default=0)
+        rich.add_column(
+            re.sub("[ _]", "\n", name), justify="right" if i else "left", overflow="fold", min_width=min(longest, _WORD)
+        )
     for cells in table.rows:
         rich.add_row(*(_coloured(c) for c in cells))
     return rich

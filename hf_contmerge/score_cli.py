@@ -128,13 +128,14 @@ def _known(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer 
 
 def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
     """Measure what the cache does not know, on all ranks; return the answer on the main one, else None."""
-    from hf_contmerge.launching import join_ranks, leave_ranks
+    from hf_contmerge.launching import join_ranks, keep_freed_memory, leave_ranks
     from hf_contmerge.lm_tasks import check_tasks
     from hf_contmerge.model_folder import check_tokenizer
     from hf_contmerge.recipe import Train
     from hf_contmerge.scoring import score_asked
     from hf_contmerge.work_sharing import in_turn
 
+    keep_freed_memory()
     ranks, crew = join_ranks(Train())
 
     def look() -> Asked:
@@ -142,7 +143,8 @@ def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answ
         base = _base_name(args, folder)
         whole = replace(asked, folder=folder, base=_found_folder(base, cache.shelf) if base else None)
         check_tokenizer(whole.whole)
-        check_tasks(asked.tasks, asked.evaluate.task_folders(asked.task_folder), split=asked.part != "all")
+        folders = asked.evaluate.task_folders(asked.task_folder)
+        check_tasks(asked.tasks, folders, split=asked.part != "all", limit=asked.evaluate.limit)
         return whole
 
     seen, scores = score_asked(in_turn(crew.ranks, look), ranks=ranks, cache=cache)

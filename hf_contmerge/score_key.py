@@ -23,7 +23,7 @@ from hf_contmerge.score_cache import ScoreCache, Shelf, digest, file_sha256, rem
 from hf_contmerge.task_digest import Listing, TaskDigests
 from hf_contmerge.task_scores import TaskScore
 
-_FORMAT = 1  # of what is measured and how: raise it when scores of the same inputs change
+_FORMAT = 2  # of what is measured and how: raise it when scores of the same inputs change
 _IN_KEY_OTHERWISE = {"dtype", "validation"}
 """Fields of `evaluate` that decide a score: the dtype is known as the model's, `validation` counts for a part only."""
 _NOT_OF_A_TASK = {

@@ -270,7 +270,7 @@ def write_tasks(tasks: Sequence[Task], folder: Path, evaluate: Evaluate) -> None
     for task in tasks:
         if task.dataset:
             write_task(folder, task)
-    check_tasks(tasks, evaluate.task_folders(folder))
+    check_tasks(tasks, evaluate.task_folders(folder), limit=evaluate.limit)
 
 
 def tasks_of(tasks: Sequence[str | Mapping[str, Any] | Task]) -> list[Task]:

@@ -57,8 +57,9 @@ def run_command(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe or quickstart_recipe(), args.set)
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
     if not run.is_complete():  # answered before torch is loaded
-        from hf_contmerge.launching import leave_ranks
+        from hf_contmerge.launching import keep_freed_memory, leave_ranks
 
+        keep_freed_memory()
         run = run_recipe(recipe, args.run, until=args.until)
         leave_ranks()
     elif int(os.environ.get("RANK", "0")) == 0:

@@ -321,7 +321,11 @@ def test_blocks_are_judged_apart() -> None:
 
 def test_a_drop_within_the_noise_breaks_nothing() -> None:
     now = {**BASE, "quiz": 0.5 - 1 / 24}
-    assert judged(now, BASE, BASE, {"max_forgetting": 0}).held
+    found = judged(now, BASE, BASE, {"max_forgetting": 0})
+    assert found.held
+    low = min(s.change.low for s in found.losses)
+    told = f"within the noise; a loss of {-low:.4g} of accuracy by the general tasks cannot be ruled out"
+    assert found.in_words(Guard(max_forgetting=0)).endswith(told)
 
 
 def test_a_budget_error_is_one_of_ours() -> None:

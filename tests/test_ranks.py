@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def torchrun(*words: str | Path, ranks: int = 2) -> str:
     done = subprocess.run([*start, *words], capture_output=True, text=True, env=RANKS, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def refused(*words: str | Path) -> str:
+    """Run a script on two ranks, see it fail, and return the one line that says why."""
+    start = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2", "--"]
+    done = subprocess.run([*start, *words], capture_output=True, text=True, env=RANKS, timeout=120)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
 
 
 # Scores
@@ -231,15 +242,33 @@ def test_an_expert_that_is_damaged_ends_all_ranks(
     stages = [{"name": "a", "expert": str(expert_folders[0])}, {"name": "b", "expert": str(broken)}]
     recipe = {"name": "bad", "base_model": str(base_folder), "stages": stages, "merge": ["magmax"]}
     (tmp_path / "bad.yml").write_text(yaml.safe_dump(recipe))
-    words = ["--", SCRIPT, tmp_path / "bad.yml", "--run", tmp_path / "run", "--until", "merge"]
-    start = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*start, *words], capture_output=True, text=True, env=RANKS, timeout=120)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
-    assert len(lines) == 1, done.stderr
-    assert f"model.norm.weight in {broken} has 1 values that are NaN or infinite" in lines[0]
+    told = refused(SCRIPT, tmp_path / "bad.yml", "--run", tmp_path / "run", "--until", "merge")
+    assert f"model.norm.weight in {broken} has 1 values that are NaN or infinite" in told
     run = Run.load(tmp_path / "run")
     assert [run.merged(t, run.recipe.merge[0]).is_done("merge") for t in (1, 2)] == [True, False]
+
+
+OTHER = """
+import os, sys
+from pathlib import Path
+
+if os.environ["RANK"] == "1":  # as on a machine that was installed on another day
+    sys.path.insert(0, str(Path(__file__).parent / "other"))
+from hf_contmerge.train import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ranks_of_unequal_versions_end_before_the_start(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(OTHER)
+    installed = tmp_path / "other" / "lm_eval-0.0.7.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 0.0.7\n")
+    told = refused(tmp_path / "other.py", recipe, "--run", tmp_path / "run")
+    assert "Rank 1 (on " in told
+    assert f"have lm_eval 0.0.7 and {version('lm_eval')}; their scores could not be compared." in told
+    assert not list((tmp_path / "run" / "stages").rglob("*.json"))
 
 
 def test_scores_of_the_loop(run: Run) -> None:

@@ -3,8 +3,9 @@
     python tests/benchmarks/scoring.py             SmolLM2-135M on the quickstart's tasks
     python tests/benchmarks/scoring.py --quick     a tiny model and few documents
 
-(a) The same script on one rank and, by torchrun, on two, one thread each: seconds from start to end of the process, and
-of scoring alone; each document's score must be the same. (b) A row is what is measured of a model after the last stage:
+(a) The same script on one rank and, by torchrun, on two, one thread each. As the loop does, it scores one model after
+another; the first one's seconds have imports in them, which no rank can share. Each document's score must be the same.
+(b) A row is what is measured of a model after the last stage:
 the held-out texts of three stages and the two general tasks. Ours is one process, the stock command is started for each
 task, as people do by hand, with the same batch size and dtype. Both read and write the same files, and both start
 Python. (c) Five tasks of three kinds (perplexity, multiple choice, exact match): the stock command's values in float32.
@@ -43,22 +44,27 @@ SCORE = """
 import json, sys, time
 from pathlib import Path
 from accelerate import PartialState
+from hf_contmerge.launching import keep_freed_memory
 from hf_contmerge.recipe import Evaluate, Task
 from hf_contmerge.scoring import score_model
 
-model, tasks, dtype, out, *names = sys.argv[1:]
-ranks = PartialState(cpu=True)
-start = time.perf_counter()
-_, scores = score_model(
-    Path(model), [Task(name=name) for name in names], task_folder=Path(tasks), ranks=ranks,
-    evaluate=Evaluate(dtype=dtype, batch_size=8),
-)
+model, tasks, dtype, out, models, *names = sys.argv[1:]
+keep_freed_memory()
+ranks, seconds = PartialState(cpu=True), []
+for _ in range(int(models)):
+    ranks.wait_for_everyone()
+    start = time.perf_counter()
+    _, scores = score_model(
+        Path(model), [Task(name=name) for name in names], task_folder=Path(tasks), ranks=ranks,
+        evaluate=Evaluate(dtype=dtype, batch_size=8),
+    )
+    seconds.append(time.perf_counter() - start)
 if ranks.is_main_process:
     found = {n: {"value": s.value, "gains": s.gains} for n, s in scores.items()}
-    Path(out).write_text(json.dumps({"seconds": time.perf_counter() - start, "tasks": found}))
+    Path(out).write_text(json.dumps({"seconds": seconds, "tasks": found}))
 """
 Found = dict[str, Any]
-"""`seconds` of scoring, and `tasks`: value and gains of each."""
+"""`seconds` of scoring each model, and `tasks`: value and gains of each."""
 
 
 def main() -> None:
@@ -100,10 +106,12 @@ def write_tasks(folder: Path, *, few: bool) -> None:
         write_choice_task(folder, ROW[4], list(rows_of(load_rows(Dataset(path=f"quickstart:{ROW[4]}")))))
 
 
-def ours(home: Path, base: Path, dtype: str, names: tuple[str, ...], ranks: int = 1) -> tuple[measure.Cost, Found]:
-    """Score with us; return the cost of the process and what it found."""
+def ours(
+    home: Path, base: Path, dtype: str, names: tuple[str, ...], *, ranks: int = 1, models: int = 1
+) -> tuple[measure.Cost, Found]:
+    """Score with us so many models in a process; return its cost and what it found."""
     out = home / f"ours-{ranks}.json"
-    script = [str(home / "score.py"), str(base), str(home / "tasks"), dtype, str(out), *names]
+    script = [str(home / "score.py"), str(base), str(home / "tasks"), dtype, str(out), str(models), *names]
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", str(ranks), "--"]
     words = [sys.executable, *script] if ranks == 1 else [*torchrun, *script]
     cost = measure.run(measure.Command(words, env=ONE_THREAD))
@@ -127,19 +135,22 @@ def stock(home: Path, base: Path, dtype: str, name: str) -> tuple[measure.Cost, 
 def two_ranks(home: Path, base: Path, dtype: str, repeats: int) -> None:
     """(a)"""
     costs: dict[int, list[measure.Cost]] = {1: [], 2: []}
-    seconds: dict[int, list[float]] = {1: [], 2: []}
+    seconds: dict[int, list[list[float]]] = {1: [], 2: []}
     gains = {}
     for _ in range(repeats):
         for ranks in costs:
-            cost, found = ours(home, base, dtype, ROW, ranks)
+            cost, found = ours(home, base, dtype, ROW, ranks=ranks, models=2)
             costs[ranks].append(cost)
             seconds[ranks].append(found["seconds"])
             gains[ranks] = {name: task["gains"] for name, task in found["tasks"].items()}
-    print(f"\n(a) {len(ROW)} tasks, {sum(map(len, gains[1].values()))} documents, {dtype}\n")
+    print(f"\n(a) {len(ROW)} tasks, {sum(map(len, gains[1].values()))} documents, {dtype}; two models in a process\n")
     print("\n".join(measure.cost_rows({f"{n} rank{'s' * (n > 1)}": c for n, c in costs.items()})))
-    alone = sorted(a / b for a, b in zip(seconds[1], seconds[2], strict=True))[repeats // 2]
+    first, later = (
+        sorted(one[i] / two[i] for one, two in zip(*seconds.values(), strict=True))[repeats // 2] for i in (0, 1)
+    )
     print()
-    print(measure.verdict("1 rank / 2 ranks, scoring", alone, 1.7, at_least=True))
+    print(measure.verdict("1 rank / 2 ranks, scoring a model", later, 1.7, at_least=True))
+    print(f"- of the first model, imports included: {first:.2f}; seconds of the two: {seconds}")
     print(f"- 1 rank / 2 ranks, whole process: {measure.ratio(costs[1], costs[2]):.2f}")
     pairs = [pair for name in ROW for pair in zip(gains[1][name], gains[2][name], strict=True)]
     print(f"- documents whose scores differ: {sum(a != b for a, b in pairs)}")
