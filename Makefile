@@ -38,7 +38,8 @@ lint: install
 	$(BIN)/pyright
 
 # About an hour on two quiet cores; each script says with --help what it compares, and takes --quick.
-BENCHMARKS := parity svd_routes against_mergekit append ranks lora_stream cost_model against_fusionbench training
+BENCHMARKS := parity svd_routes against_mergekit append ranks lora_stream cost_model against_fusionbench training \
+	coverage scoring score_again against_avalanche
 bench: install
 	for name in $(BENCHMARKS); do echo; echo "## $$name"; $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 

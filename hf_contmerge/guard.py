@@ -80,8 +80,11 @@ class Judgement:
         if worst is None or doubtful is None:
             return "nothing could be compared"
         sure, verb = _sure_drop(worst), "gained" if worst.change.mean > 0 else "lost"
-        known = f"at least {sure:.4g} with {guard.confidence:.0%} confidence" if sure > 0 else "within the noise"
-        words = f"{worst.where} {verb} {abs(worst.change.mean):.4g} {_UNITS[worst.block]}, {known}"
+        words = f"{worst.where} {verb} {abs(worst.change.mean):.4g} {_UNITS[worst.block]}"
+        if sure > 0:
+            words += f", at least {sure:.4g} with {guard.confidence:.0%} confidence"
+        elif worst.change.sign == 0:
+            words += ", within the noise"
         if doubtful.change.low is None:
             return f"{words}; of {doubtful.where} too few documents are known to say what was lost"
         if sure <= 0 and doubtful.change.low < 0:

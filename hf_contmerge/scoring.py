@@ -158,6 +158,7 @@ def score_loaded(
 
     if evaluate.chat_template:
         require_template(tokenizer)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what we do on purpose
     alone = evaluate.parallel == "tensor"  # all ranks are one model
     sharing = {} if alone else {"rank": ranks.process_index, "size": ranks.num_processes}
     with _as_it_was(model):
@@ -176,7 +177,6 @@ def _measure(
     All are measured in one call, whose batches are of like lengths across tasks. Its parts must have names of their
     own, so the same one with other few-shot examples waits for a second call.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what we do on purpose
     manager = task_manager([t.name for t in tasks], evaluate.task_folders(task_folder))
     rounds: list[list[LoadedTask]] = []
     for task in tasks:

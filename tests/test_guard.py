@@ -328,5 +328,10 @@ def test_a_drop_within_the_noise_breaks_nothing() -> None:
     assert found.in_words(Guard(max_forgetting=0)).endswith(told)
 
 
+def test_a_gain_is_called_one() -> None:
+    better = judged({**BASE, "one_heldout": -3.5}, BASE, BASE, {"max_forgetting": 0, "on": "stages"})
+    assert better.in_words(Guard(max_forgetting=0)) == "stage one gained 0.5 nats"
+
+
 def test_a_budget_error_is_one_of_ours() -> None:
     assert BudgetError.exit_code == 3
