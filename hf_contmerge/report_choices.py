@@ -19,7 +19,7 @@ _WHAT = {
 }  # fmt: skip
 
 _HEAD = (
-    "try", "rule", "scale", "largest loss", "not ruled out", "gain on the newest", "of the experts' gain", "holds"
+    "try", "scale", "holds", "largest loss", "not ruled out", "gain on the newest", "of the experts' gain", "rule"
 )  # fmt: skip
 
 
@@ -110,8 +110,9 @@ def _row(found: Mapping[str, Any], done: bool) -> list[Cell]:
     held = {None: Cell(), True: Cell("yes", shade=0.4), False: Cell("no", shade=-0.4)}[found.get("held")]
     what = _WHAT[found["what"]] + " ← taken" * (done and bool(found.get("taken")))
     rule = f"{found['rule']} ({parameters})" if parameters else found["rule"]
-    return [Cell(what), Cell(rule), Cell(f"{found['scale']:.3g}"), _worst(found.get("losses", ())),
-            _doubtful(found.get("losses", ())), _gain(found.get("gains", ())), share, held]  # fmt: skip
+    losses = found.get("losses", ())
+    return [Cell(what), Cell(f"{found['scale']:.3g}"), held, _worst(losses), _doubtful(losses),
+            _gain(found.get("gains", ())), share, Cell(rule)]  # fmt: skip
 
 
 def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
