@@ -27,7 +27,7 @@ quickstart: install
 	$(BIN)/contmerge run recipes/quickstart.yml --open
 
 test: install
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: install
 	$(BIN)/pytest -m slow

@@ -432,6 +432,7 @@ def test_torchrun_gives_the_bytes_of_one_process(
     assert process.stdout.count("is ready. Next:") == len(RULES) + 1
 
 
+@pytest.mark.slow
 def test_the_command_under_torchrun(models: dict[str, Path], tmp_path: Path) -> None:
     """The real command ends well, ends all ranks within seconds where it cannot, and says why in one line."""
     contmerge = ["--no-python", BIN / "contmerge", "merge"]
