@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
-from hf_contmerge import new_recipe, plan, score_cli
 from hf_contmerge.errors import clear_errors
-from hf_contmerge.merge_cli import add_merge_command
-from hf_contmerge.places import FolderLock
-from hf_contmerge.recipe import PHASES
-from hf_contmerge.run_folder import Run
-from hf_contmerge.train import add_arguments, run_command
+
+Add = Callable[[argparse.ArgumentParser], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,55 +31,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["yaml"]:  # mergekit has options of its own
         return _yaml(words[1:])
-    args = _parser().parse_args(words)
+    args = _parse(words)
     with clear_errors() as outcome:
         args.do(args)
     return outcome.code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return what the words say. Only the named command's module is loaded, for its answer may take no longer."""
     parser = argparse.ArgumentParser(
         prog="contmerge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="start or resume a run")
-    add_arguments(run)
-    run.set_defaults(do=run_command)
-    new_recipe.add_arguments(commands.add_parser("new", help="write a commented recipe"))
-    plan.add_arguments(commands.add_parser("plan", help="check a recipe; estimate memory, disk and time"))
-    score_cli.add_arguments(commands.add_parser("score", help="measure a model; at once, where it was before"))
-    for name, do, text in (
-        ("status", _status, "what is done, what is next"),
-        ("report", _report, "write the report again, print the table"),
-    ):
+    for name, (text, add) in _COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        command.add_argument("run", metavar="RUN")
-        command.set_defaults(do=do)
-        if name == "report":
-            command.add_argument("--open", action="store_true", help="show it in a browser")
-    compare = commands.add_parser("compare", help="several runs side by side, on the same documents")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is the reference")
-    compare.add_argument("--out", metavar="DIR", help="write index.html, compare.md and compare.csv there")
-    compare.set_defaults(do=_compare)
-    redo = commands.add_parser("redo", help="drop a phase and what follows from it")
-    redo.add_argument("run", metavar="RUN")
-    redo.add_argument("phase", choices=PHASES)
-    redo.add_argument("--stage", help="from this stage on (default: all)")
-    redo.set_defaults(do=_redo)
-    push = commands.add_parser("push", help="put a merged model on the Hub, with its lineage")
-    push.add_argument("run", metavar="RUN")
-    push.add_argument("--merge", metavar="ENTRY", help="which merge entry of the run")
-    push.add_argument("--repo-id", metavar="OWNER/NAME")
-    push.add_argument("--public", action="store_true", help="anybody may read it")
-    push.set_defaults(do=_push)
-    add_merge_command(commands)
-    commands.add_parser("yaml", help="mergekit-yaml, with our merge methods", add_help=False)
-    return parser
+        if name in words[:1]:
+            add(command)
+    return parser.parse_args(words)
+
+
+def _of(module: str) -> Add:
+    return lambda parser: import_module(f"hf_contmerge.{module}").add_arguments(parser)
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+    parser.set_defaults(do=_status)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--open", action="store_true", help="show it in a browser")
+    parser.set_defaults(do=_report)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is the reference")
+    parser.add_argument("--out", metavar="DIR", help="write index.html, compare.md and compare.csv there")
+    parser.set_defaults(do=_compare)
+
+
+def _add_redo(parser: argparse.ArgumentParser) -> None:
+    from hf_contmerge.recipe import PHASES
+
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--stage", help="from this stage on (default: all)")
+    parser.set_defaults(do=_redo)
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--merge", metavar="ENTRY", help="which merge entry of the run")
+    parser.add_argument("--repo-id", metavar="OWNER/NAME")
+    parser.add_argument("--public", action="store_true", help="anybody may read it")
+    parser.set_defaults(do=_push)
 
 
 def _status(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from hf_contmerge.recipe import PHASES
+    from hf_contmerge.run_folder import Run
 
     run = Run.load(args.run)
     table = Table("stage", "what", *PHASES[:-1], title=str(run.folder))
@@ -100,6 +111,7 @@ def _status(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from hf_contmerge.report import show_report, write_report
+    from hf_contmerge.run_folder import Run
 
     run = Run.load(args.run)
     write_report(run)
@@ -108,6 +120,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from hf_contmerge.compare import compare_runs, print_comparison, write_comparison
+    from hf_contmerge.run_folder import Run
 
     comparison = compare_runs([Run.load(folder) for folder in args.runs])
     page = write_comparison(comparison, Path(args.out)) if args.out else None
@@ -116,6 +129,9 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _redo(args: argparse.Namespace) -> None:
+    from hf_contmerge.places import FolderLock
+    from hf_contmerge.run_folder import Run
+
     run = Run.load(args.run)
     with FolderLock(run.folder):
         undone = run.redo(args.phase, stage=args.stage)
@@ -124,6 +140,7 @@ def _redo(args: argparse.Namespace) -> None:
 
 def _push(args: argparse.Namespace) -> None:
     from hf_contmerge.publish import push_merged
+    from hf_contmerge.run_folder import Run
 
     print(
         push_merged(Run.load(args.run), repo_id=args.repo_id, entry=args.merge, private=False if args.public else None)
@@ -138,6 +155,22 @@ def _yaml(words: list[str]) -> int:
     plugin.guard_planner()
     mergekit_yaml(args=words, prog_name="contmerge yaml")
     return 0
+
+
+_COMMANDS: dict[str, tuple[str, Add]] = {
+    "run": ("start or resume a run", _of("train")),
+    "new": ("write a commented recipe", _of("new_recipe")),
+    "plan": ("check a recipe; estimate memory, disk and time", _of("plan")),
+    "status": ("what is done, what is next", _add_status),
+    "score": ("measure a model; at once, where it was before", _of("score_cli")),
+    "report": ("write the report again, print the table", _add_report),
+    "compare": ("several runs side by side, on the same documents", _add_compare),
+    "redo": ("drop a phase and what follows from it", _add_redo),
+    "push": ("put a merged model on the Hub, with its lineage", _add_push),
+    "merge": ("merge without a run: init, add, export, log, drop, owners, from-recipe", _of("merge_cli")),
+    "yaml": ("mergekit-yaml, with our merge methods", lambda _: None),
+}
+"""Name -> (what it does, what adds its arguments)."""
 
 
 if __name__ == "__main__":

@@ -178,12 +178,10 @@ class SharedLM(_Parent):
         rank, size = self._sharing
         shares = self._shares(costs)
         found = [work(batches[i]) for i in shares[rank]]
-        for _ in range(len(shares[0]) - len(found) if self._in_step else 0):
+        if self._in_step and len(found) < len(shares[0]):
             work(batches[0])
         every = gather_object([found]) if size > 1 else [found]
-        answers = {
-            i: answer for share, own in zip(shares, every, strict=True) for i, answer in zip(share, own, strict=True)
-        }
+        answers = dict(pair for share, own in zip(shares, every, strict=True) for pair in zip(share, own, strict=True))
         return [answers[i] for i in range(len(batches))]
 
     def _shares(self, costs: Sequence[int]) -> list[list[int]]:

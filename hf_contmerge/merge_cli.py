@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def add_merge_command(commands: Any) -> None:
-    """Add `contmerge merge` and its commands to the parser."""
-    merge = commands.add_parser("merge", help="merge without a run: init, add, export, log, drop, owners, from-recipe")
-    kinds = merge.add_subparsers(required=True, metavar="WHAT")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the commands of `contmerge merge`."""
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
 
     init = _command(kinds, "init", _init, "start a state: no expert yet", state=True)
     init.add_argument("--base", required=True, metavar="MODEL", help="a folder, a Hub id[@revision] or a .gguf file")

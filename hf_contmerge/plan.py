@@ -73,9 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_command(args: argparse.Namespace) -> None:
     """Print the plan of a recipe. Raises PlanError if anything is wrong with it."""
+    recipe = load_recipe(args.recipe, args.set)  # refused, if it must be, before torch is loaded
     from hf_contmerge.launching import keep_freed_memory
 
-    recipe = load_recipe(args.recipe, args.set)
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
     findings = Findings()
     keep_freed_memory()  # as the run will, whose steps are timed here

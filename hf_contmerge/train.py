@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
     parser.add_argument("--until", choices=PHASES, default="report", help="stop after this phase")
     parser.add_argument("--open", action="store_true", help="show the report in a browser, where there is one")
+    parser.set_defaults(do=run_command)
 
 
 def run_command(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,21 @@ TRAIN = {
 }  # fmt: skip
 
 
+def launched(words: Sequence[str | Path], ranks: int, timeout: float) -> subprocess.CompletedProcess[str]:
+    start = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", str(ranks), "--"]
+    return subprocess.run([*start, *words], capture_output=True, text=True, env=RANKS, timeout=timeout)
+
+
 def torchrun(*words: str | Path, ranks: int = 2) -> str:
     """Run a script on some ranks; return what they printed."""
-    start = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", str(ranks), "--"]
-    done = subprocess.run([*start, *words], capture_output=True, text=True, env=RANKS, timeout=300)
+    done = launched(words, ranks, 300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def refused(*words: str | Path) -> str:
     """Run a script on two ranks, see it fail, and return the one line that says why."""
-    start = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2", "--"]
-    done = subprocess.run([*start, *words], capture_output=True, text=True, env=RANKS, timeout=120)
+    done = launched(words, 2, 120)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
     assert len(lines) == 1, done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_contmerge.cli import _parser
+from hf_contmerge.cli import _parse
 from hf_contmerge.merge_rules import get_rule, rule_names
 from hf_contmerge.recipe import load_recipe, parse_recipe
 
@@ -37,7 +37,7 @@ def test_commands_exist(capsys):
         if words[0] == "make":
             assert words[1] in targets
         elif words[0] == "contmerge":
-            _parser().parse_args(words[1:])
+            _parse(words[1:])
         elif words[0] == "mergekit-yaml":
             assert (ROOT / words[1]).is_file()
         elif words[:2] == ["accelerate", "launch"]:
