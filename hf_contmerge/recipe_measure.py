@@ -82,9 +82,9 @@ class Evaluate(Part):
     """The share of each task's documents that a guard and `auto` parameters see; the others alone are reported then."""
     parallel: Literal["data", "layers", "tensor"] = "data"
     """How ranks share a model: each has it whole and reads other documents; its layers are spread over the GPUs of a
-    machine, on which one process runs; or each matrix is spread over the ranks' GPUs (the model's own `tp_plan`)."""
+    machine, on which one process runs; or each matrix is spread over the ranks (the model's own `tp_plan`)."""
     backend: Literal["hf", "vllm"] = "hf"
-    """What runs the model: transformers, or vLLM in one process (GPUs only)."""
+    """What runs the model: transformers, or vLLM in one process."""
 
     def task_folders(self, own: Path) -> list[Path]:
         """Return where task files lie, `own` among them; the last counts first."""

@@ -15,6 +15,7 @@ import numpy
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_contmerge.errors import ContmergeError, mark_shared
 from hf_contmerge.lm_results import task_score
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 _SEEDS = 0, 1234
 """Of Python, and of numpy, torch and few-shot examples: those of the stock command."""
+_ALL = 2**30
 
 
 def score_model(
@@ -237,21 +239,24 @@ def _as_it_was(model: Any) -> Iterator[None]:
 
 
 def _load(folder: Path, whole: Path, evaluate: Evaluate, ranks: Any, **init: Any) -> Any:
-    """Return a model where it will run. Layers over a machine's GPUs, and matrices over the ranks', were not tried."""
+    """Return a model where it will run."""
     if evaluate.parallel == "layers":
         return load_model(folder, whole, device_map="auto", **init)
     if evaluate.parallel == "tensor":
-        return load_model(folder, whole, tp_plan="auto", **init)
+        return load_model(folder, whole, distributed_config=DistributedConfig(tp_plan="auto"), **init)
     return load_model(folder, whole, **init).to(ranks.device)
 
 
 def _vllm(folder: Path, dtype: torch.dtype, evaluate: Evaluate) -> Any:
-    """Return lm-eval's view of a model that vLLM loads. Not tried: there was no GPU to try it on."""
+    """Return lm-eval's view of a model that vLLM loads."""
     from lm_eval.models.vllm_causallms import VLLM
 
     make: Any = VLLM  # its registration hides its type
+    gpus = torch.cuda.device_count()
+    # vLLM forms batches itself. To lm-eval "auto" means a bar as well, by whose time vLLM divides: 0, if bars are off.
+    batch_size = _ALL if evaluate.batch_size == "auto" else evaluate.batch_size
     return make(
-        pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), batch_size=evaluate.batch_size,
-        max_model_len=evaluate.max_length,
-        tensor_parallel_size=torch.cuda.device_count() if evaluate.parallel == "tensor" else 1,
+        pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), batch_size=batch_size,
+        max_model_len=evaluate.max_length, tensor_parallel_size=max(1, gpus) if evaluate.parallel == "tensor" else 1,
+        gpu_memory_utilization=0.9 if gpus else 0.2,  # of main memory, where others live too
     )  # fmt: skip

@@ -7,7 +7,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 from hf_contmerge.errors import ModelError, RecipeError, ResourceError, mark_shared
@@ -28,17 +27,9 @@ def check_evaluate(evaluate: Evaluate, *, processes: int, per_machine: int = 1, 
         adapter: whether adapters, which are no whole models, will be scored.
 
     Raises:
-        ResourceError: there is no GPU, no vLLM, or the wrong number of processes for it.
+        ResourceError: there is no vLLM, nothing that it can compute on, or the wrong number of processes.
         RecipeError: two words contradict each other.
     """
-    ways = [f"evaluate.{n}: {v}" for n, v in (("parallel", evaluate.parallel), ("backend", evaluate.backend))]
-    asked = [way for way in ways if way not in ("evaluate.parallel: data", "evaluate.backend: hf")]
-    if not asked:
-        return
-    if not torch.cuda.is_available():
-        raise ResourceError(
-            f"`{asked[0]}` needs GPUs (CUDA), and there is none here. Remove it to score on this machine."
-        )
     if evaluate.backend == "vllm":
         _check_vllm(evaluate, processes=processes, adapter=adapter)
     if evaluate.parallel == "layers" and per_machine > 1:
@@ -63,6 +54,13 @@ def _check_vllm(evaluate: Evaluate, *, processes: int, adapter: bool) -> None:
         raise ResourceError(
             "`evaluate.backend: vllm` needs vLLM, which is not installed. Install it with "
             "`pip install 'lm_eval[vllm]'`, or remove the line."
+        )
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    if current_platform.is_unspecified():
+        raise ResourceError(
+            "`evaluate.backend: vllm`: the vLLM that is installed finds nothing here to compute on; mostly it is built "
+            "for GPUs, and this machine has none. Remove the line."
         )
     if processes > 1:
         raise ResourceError(

@@ -292,7 +292,9 @@ MOMENTS = {
     ("strategy", "moment", "left", "lost"),
     [
         pytest.param({}, "the third checkpoint is begun", {"checkpoint-4"}, 4, marks=pytest.mark.slow),
-        (LORA, "the third checkpoint is half written", {"checkpoint-4", "checkpoint-6"}, 4),
+        pytest.param(
+            LORA, "the third checkpoint is half written", {"checkpoint-4", "checkpoint-6"}, 4, marks=pytest.mark.slow
+        ),
         (LORA, "nothing is left but to save the expert", {"checkpoint-8"}, 0),
     ],
 )

@@ -133,7 +133,7 @@ def test_every_rule_gives_the_same_weights(models, rule, tmp_path):
         assert_same(theirs, ours)
 
 
-@pytest.mark.parametrize("rule", ["iso_c", pytest.param("ties", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rule", [pytest.param(rule, marks=pytest.mark.slow) for rule in ("iso_c", "ties")])
 def test_the_command_itself(half, rule, tmp_path):
     file = write(tmp_path, recipe_of(half, rule))
     done = by_command("mergekit-yaml", file, tmp_path / "theirs")

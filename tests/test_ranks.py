@@ -81,19 +81,21 @@ def count(module, args, output):
         read.append(len(args[0]))
 
 torch.nn.modules.module.register_module_forward_hook(count)
-order = json.loads(Path(sys.argv[1]).read_text())
 ranks = PartialState(cpu=True)
-tasks = [Task(**t) for t in order["tasks"]]
-how = {"task_folder": Path(order["task_folder"]), "evaluate": Evaluate(**order["evaluate"]), "ranks": ranks}
-if order["in_memory"]:
-    model = AutoModelForCausalLM.from_pretrained(order["model"], dtype=torch.float32).train()
-    digest, scores = "", score_loaded(model, AutoTokenizer.from_pretrained(order["model"]), tasks, **how)
-    assert model.training
-else:
-    digest, scores = score_model(Path(order["model"]), tasks, **how)
-Path(f"{sys.argv[1]}.{ranks.process_index}of{ranks.num_processes}").write_text(
-    json.dumps([digest, {n: s.to_json() for n, s in scores.items()}, sum(read)])
-)
+for path in sys.argv[1:]:
+    read.clear()
+    order = json.loads(Path(path).read_text())
+    tasks = [Task(**t) for t in order["tasks"]]
+    how = {"task_folder": Path(order["task_folder"]), "evaluate": Evaluate(**order["evaluate"]), "ranks": ranks}
+    if order.get("in_memory"):
+        model = AutoModelForCausalLM.from_pretrained(order["model"], dtype=torch.float32).train()
+        digest, scores = "", score_loaded(model, AutoTokenizer.from_pretrained(order["model"]), tasks, **how)
+        assert model.training
+    else:
+        digest, scores = score_model(Path(order["model"]), tasks, **how)
+    Path(f"{path}.{ranks.process_index}").write_text(
+        json.dumps([digest, {n: s.to_json() for n, s in scores.items()}, sum(read)])
+    )
 """
 SUBJECTS = ("fox", "dog", "law", "hen", "claim", "court", "pulse", "nurse", "list")
 COUNTS = {"odd": 7, "even": 4, "one": 1}
@@ -137,26 +139,57 @@ def alone(order: Row) -> tuple[str, dict[str, TaskScore]]:
     return on_one_rank(order)
 
 
-@pytest.mark.parametrize(("size", "in_memory"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
-def test_scores_on_ranks(
-    size: int, in_memory: bool, order: Row, alone: tuple[str, dict[str, TaskScore]], tmp_path: Path
-) -> None:
-    """The ranks share the batches; the main process has all answers, in order, and each is one process's to the bit."""
-    (tmp_path / "score.py").write_text(SCORE)
-    (tmp_path / "order").write_text(json.dumps({**order, "in_memory": in_memory}))
-    torchrun(tmp_path / "score.py", tmp_path / "order", ranks=size)
-    every = [json.loads((tmp_path / f"order.{rank}of{size}").read_text()) for rank in range(size)]
-    assert {digest for digest, _, _ in every} == {"" if in_memory else alone[0]}
-    assert [scores for _, scores, _ in every[1:]] == [{}] * (size - 1)
-    found = {n: TaskScore.from_json(s) for n, s in every[0][1].items()}
+def measured(folder: Path, *orders: Row, ranks: int) -> list[list[tuple[str, dict[str, TaskScore], int]]]:
+    """Return each rank's digest, scores and number of texts read, for each of some orders."""
+    (folder / "score.py").write_text(SCORE)
+    paths = [folder / f"order{i}" for i in range(len(orders))]
+    for path, one in zip(paths, orders, strict=True):
+        path.write_text(json.dumps(one))
+    torchrun(folder / "score.py", *paths, ranks=ranks)
+    every = [[json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(ranks)] for path in paths]
+    return [[(digest, {n: TaskScore.from_json(s) for n, s in scores.items()}, read) for digest, scores, read in one]
+            for one in every]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(order: Row, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tasks measured by two ranks that share the documents, and by two that share each matrix."""
+    tensor = {**order, "evaluate": {**order["evaluate"], "parallel": "tensor"}}
+    return measured(tmp_path_factory.mktemp("two"), order, tensor, ranks=2)
+
+
+def test_scores_on_two_ranks(on_two_ranks: Any, alone: tuple[str, dict[str, TaskScore]]) -> None:
+    assert_shared(on_two_ranks[0], alone[1], digest=alone[0])
+
+
+@pytest.mark.slow
+def test_scores_in_memory_on_three_ranks(order: Row, alone: tuple[str, dict[str, TaskScore]], tmp_path: Path) -> None:
+    assert_shared(measured(tmp_path, {**order, "in_memory": True}, ranks=3)[0], alone[1], digest="")
+
+
+def test_scores_of_matrices_on_two_ranks(on_two_ranks: Any, alone: tuple[str, dict[str, TaskScore]]) -> None:
+    """Each rank has half of each matrix and reads all that one process reads; only the order of sums differs."""
+    (digest, found, read), (other_digest, nothing, other_read) = on_two_ranks[1]
+    assert digest == other_digest == alone[0]
+    assert not nothing
     assert_same_scores(found, alone[1])
-    for name, score in alone[1].items():
+    assert found["written"].answers == alone[1]["written"].answers
+    assert read == other_read == sum(read for _, _, read in on_two_ranks[0])
+
+
+def assert_shared(every: Any, wanted: Mapping[str, TaskScore], *, digest: str) -> None:
+    """The ranks share the batches; the main process has all answers, in order, and each is one process's to the bit."""
+    assert {d for d, _, _ in every} == {digest}
+    assert [scores for _, scores, _ in every[1:]] == [{}] * (len(every) - 1)
+    found = every[0][1]
+    assert_same_scores(found, wanted)
+    for name, score in wanted.items():
         assert (found[name].gains, found[name].answers) == (score.gains, score.answers), name
     assert {n: len(found[n].gains) for n in COUNTS} == COUNTS
     assert len(found["both"].gains) == COUNTS["odd"] + COUNTS["one"]
     assert len(set(found["written"].answers)) > 1
     work = [read for _, _, read in every]
-    assert max(work) <= 1.5 * sum(work) / size
+    assert max(work) <= 1.5 * sum(work) / len(work)
 
 
 def assert_same_scores(found: Mapping[str, TaskScore], wanted: Mapping[str, TaskScore]) -> None:

@@ -74,10 +74,10 @@ def test_what_the_recipes_are_for() -> None:
     [
         ("magmax-llama", None),
         ("opcm-llama", None),
-        ("continual-pretrain", 2),
+        pytest.param("continual-pretrain", 2, marks=pytest.mark.slow),
         pytest.param("continual-pretrain", None, marks=pytest.mark.slow),
         pytest.param("lora-stream", None, marks=pytest.mark.slow),
-        ("lora-stream", 2),
+        pytest.param("lora-stream", 2, marks=pytest.mark.slow),
     ],
 )
 def test_recipe_runs(name: str, stages: int | None, home: Path, tmp_path: Path) -> None:

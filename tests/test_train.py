@@ -360,7 +360,7 @@ def test_second_run_does_nothing_and_loads_no_torch(run: Run, recipe: Data, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"All of {run.folder} is done.\n")
     assert times(run.folder, "*") == before
-    assert seconds < 3
+    assert seconds < 10  # 1 on a quiet machine
 
 
 def test_run_again_in_process_does_nothing(run: Run, recipe: Data) -> None:
