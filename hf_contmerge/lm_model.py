@@ -23,7 +23,7 @@ from hf_contmerge.errors import DataError, ResourceError
 T = TypeVar("T")
 Tokens = tuple[int, ...]
 
-_CPU_BATCH = 8
+_BATCH = 8
 _LARGEST_BATCH = 128  # that `auto` tries on a GPU
 _CPU_PIECE, _GPU_PIECE = 2**19, 2**26
 """Logits that are made float32 at a time: on a CPU as many as its cache holds, twice as fast as all at once."""
@@ -48,7 +48,10 @@ class SharedLM(_Parent):
         Without a float32 softmax, a bfloat16 model's log-likelihoods would be rounded to two digits before they are
         summed.
         """
-        batch = _CPU_BATCH if batch_size == "auto" and model.device.type == "cpu" else batch_size
+        shared_out = any(isinstance(p, DTensor) for p in model.parameters())
+        # Where ranks compute together, one that found its memory full would leave the others waiting for it.
+        fixed = model.device.type == "cpu" or shared_out
+        batch = _BATCH if batch_size == "auto" and fixed else batch_size
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", softmax_dtype="float32", batch_size=batch,
             max_length=max_length,
@@ -57,7 +60,7 @@ class SharedLM(_Parent):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
         self._takes = inspect.signature(inner.forward).parameters.keys()
         # A forward pass of weights that are shared out is one of all ranks together.
-        self._in_step = size > 1 and any(isinstance(p, DTensor) for p in model.parameters())
+        self._in_step = size > 1 and shared_out
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
         """Return (log-likelihood in nats, whether it is what the model would say) of each continuation."""

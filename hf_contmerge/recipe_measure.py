@@ -70,7 +70,7 @@ class Evaluate(Part):
     """A folder of lm-eval task YAML files."""
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """auto: as many as a GPU's memory holds, found by trying; 8 on processors."""
+    """auto: as many as a GPU's memory holds, found by trying; 8 on processors, and where ranks share the weights."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights while scoring. auto: bfloat16 on a GPU and on processors with bfloat16 units, else float32."""

@@ -354,6 +354,31 @@ def test_ways_that_this_job_does_not_have(way: dict[str, str], base_folder: Path
     assert ("this one has one" if name == "parallel" else "is not installed") in message
 
 
+def test_batch_size_auto_is_what_memory_holds(base_folder: Path) -> None:
+    """As on a GPU, played here: above a number of rows, this model's memory is full."""
+    from hf_contmerge.lm_model import SharedLM
+
+    room, read = 20, list[int]()
+
+    def refuse(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if len(args[0]) > room:
+            raise RuntimeError("CUDA out of memory.")
+        read.append(len(args[0]))
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    requests = [(None, [1], [5 + i, *range(10, 20 + i % 7)]) for i in range(64)]
+    wanted = SharedLM(model, tokenizer, batch_size=4)._loglikelihood_tokens(requests)
+    played = SharedLM(model, tokenizer, batch_size="auto")
+    played.batch_size_per_gpu = "auto"
+    model.register_forward_pre_hook(refuse)
+    found = played._loglikelihood_tokens(requests)
+    assert room / 2 < max(read) <= room
+    assert len(read) == 1 + math.ceil(64 / max(read))  # the one that fitted, then the work
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert [likelihood for likelihood, _ in found] == pytest.approx([likelihood for likelihood, _ in wanted], rel=1e-5)
+
+
 # Which weights were scored
 
 
