@@ -229,9 +229,8 @@ def shares(seed: int, count: int) -> list[float]:
     return [round(draw.random(), 3) for _ in range(count)]
 
 
-@pytest.mark.parametrize(
-    "share", [*shares(0, 1), *(pytest.param(share, marks=pytest.mark.slow) for share in shares(1, 30))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("share", shares(1, 30))
 def test_killed_at_a_random_time(share: float, runner: Runner, unbroken: Path, tmp_path: Path) -> None:
     """Between two changes to the disk as well as within one. A machine that is suddenly faster ends the run first."""
     folder, seconds = tmp_path / "run", float(Path(f"{unbroken}.seconds").read_text())

@@ -283,6 +283,7 @@ def test_trackers_can_be_changed_in_the_middle(recipe: Path) -> None:
 # Trackers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 def test_tensorboard_shows_one_run(recipe: Path, tmp_path: Path) -> None:
     """Stopped after training and started again, it goes on; undone, it starts anew."""

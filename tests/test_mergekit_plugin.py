@@ -307,6 +307,7 @@ def test_a_whole_model_scale_takes_one_vocabulary(base_folder, expert_folders, t
     assert merge_here(recipe, tmp_path / "out2")["model.embed_tokens.weight"].shape[0] == 385
 
 
+@pytest.mark.slow
 def test_adapters_that_mergekit_has_not_merged(base_folder, tmp_path):
     adapter = tmp_path / "adapter"
     get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), LoraConfig(r=2)).save_pretrained(adapter)

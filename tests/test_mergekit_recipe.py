@@ -275,6 +275,7 @@ def edit_vocabulary(folder, change):
     file.write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 def test_two_documents_one_after_the_other(half, tmp_path):
     base, first, second, third = half
     early = recipe_of([base, first, second], "magmax")

@@ -200,9 +200,9 @@ def test_lora_and_given_adapters(recipe: Data, plan: Callable[..., tuple[int, st
     ("strategy", "parameters"),
     [
         (["full", "ewc"], {}),
-        (["full", "replay"], {"replay": {"examples": 20}}),
-        ("olora", {"r": 4}),
-        ("slao", {"r": 4}),
+        pytest.param(["full", "replay"], {"replay": {"examples": 20}}, marks=pytest.mark.slow),
+        pytest.param("olora", {"r": 4}, marks=pytest.mark.slow),
+        pytest.param("slao", {"r": 4}, marks=pytest.mark.slow),
     ],
     ids=["ewc", "replay", "olora", "slao"],
 )

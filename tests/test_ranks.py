@@ -267,6 +267,7 @@ def test_merges_are_those_of_one_process(run: Run, tmp_path: Path) -> None:
             assert record["processes"] == 2
 
 
+@pytest.mark.slow
 def test_an_expert_that_is_damaged_ends_all_ranks(
     base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path
 ) -> None:

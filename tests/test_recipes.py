@@ -73,7 +73,7 @@ def test_what_the_recipes_are_for() -> None:
     ("name", "stages"),
     [
         ("magmax-llama", None),
-        ("opcm-llama", None),
+        pytest.param("opcm-llama", None, marks=pytest.mark.slow),
         pytest.param("continual-pretrain", 2, marks=pytest.mark.slow),
         pytest.param("continual-pretrain", None, marks=pytest.mark.slow),
         pytest.param("lora-stream", None, marks=pytest.mark.slow),

@@ -304,7 +304,7 @@ def test_the_page_escapes_and_hides_tokens(tmp_path):
     assert "<script" not in (run.folder / "report" / "index.html").read_text()
 
 
-@pytest.mark.parametrize("stages", [1, 2, 8])
+@pytest.mark.parametrize("stages", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_pictures_of_any_length(tmp_path, stages):
     picture = write_report(make_run(tmp_path / "run", stages=stages))
     check_picture(picture)

@@ -503,6 +503,7 @@ def refused(kind: type[ContmergeError], ask: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_unknown_task(tasks: Path) -> None:
     message = refused(RecipeError, lambda: check_tasks([Task(name="texts"), Task(name="hellaswog")], [tasks]))
     assert message.startswith("Unknown task 'hellaswog'. Did you mean 'hellaswag' or 'hellaswag_")

@@ -15,7 +15,7 @@ become wrong, another of the reverse.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -171,6 +171,10 @@ def _mean(drawn: list[Drawn]) -> Change:
     return Change(float(np.mean([p.mean for p in each])), None, parts=parts).at(0.95)
 
 
+def _cells(shares: Iterable[float]) -> str:
+    return " | ".join(f"{100 * share:.1f} %" for share in shares) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=500)
@@ -180,11 +184,13 @@ def main() -> None:
     print(f"{args.trials} trials: share of 95 % intervals that hold the true drop; false alarms without a change\n")
     print("| documents | " + " | ".join(("n", *methods, "guard, allows 0", f"allows {TOLERATED}")) + " |")
     print("|---" * (4 + len(methods)) + "|")
+    rows = []
     for name, shape in SHAPES.items():
         for n in SIZES:
             found = measure(shape, n, args.trials, methods)
-            cells = [f"{100 * share:.1f} %" for share in (*found.covered.values(), *found.wolf.values())]
-            print(f"| {name} | {n} | " + " | ".join(cells) + " |", flush=True)
+            rows.append((*found.covered.values(), *found.wolf.values()))
+            print(f"| {name} | {n} | " + _cells(rows[-1]), flush=True)
+    print("| the mean of these | | " + _cells(np.mean(rows, axis=0)))
     covered, wolf = means(args.trials)
     print(f"\nMean over four stages of 20 texts each: {100 * covered:.1f} % of the intervals hold the truth.")
     print(f"A guard over eight tasks of 20 documents each that allows 0: {100 * wolf:.1f} % false alarms.")
