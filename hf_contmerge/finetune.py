@@ -277,7 +277,7 @@ def _marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end: trainer_state.json comes last."""
+    """Return the newest checkpoint that was written to its end: trainer_state.json comes last, after all ranks."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

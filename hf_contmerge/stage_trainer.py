@@ -1,7 +1,7 @@
-"""Where training strategies join TRL's trainers: a term of the loss, the gradients, the weights, a look back.
+"""Where we join TRL's trainers: checkpoints that are whole, and for training strategies a term of the loss, the
+gradients, the weights, a look back.
 
-Gradients and weights are a callback's business. TRL asks for a subclass where the loss changes, so there is one, made
-only then.
+Gradients and weights are a callback's business. TRL asks for a subclass where the loss changes.
 """
 
 from __future__ import annotations
@@ -33,15 +33,26 @@ class StrategySteps(TrainerCallback):
 
 
 def trainer_class(plain: type, strategies: Combined) -> type:
-    """Return a trainer that adds the strategies' loss to its own, or the trainer itself if they have none.
+    """Return a trainer that adds the strategies' loss to its own, and whose checkpoints are whole.
 
     Raises RecipeError for strategies that cannot learn what this trainer teaches.
     """
     _refuse_pairs(plain, strategies)
-    if not strategies.has_loss():
-        return plain
 
     class StageTrainer(plain):
+        def _save_rng_state(self, output_dir: str) -> None:
+            """Let all ranks write their part of a checkpoint.
+
+            Next, the main process writes trainer_state.json and deletes the checkpoint before: by then, no other rank
+            may be half-way, or a kill would leave nothing to resume from.
+            """
+            super()._save_rng_state(output_dir)
+            self.accelerator.wait_for_everyone()
+
+    if not strategies.has_loss():
+        return StageTrainer
+
+    class StrategyTrainer(StageTrainer):
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
@@ -60,7 +71,7 @@ def trainer_class(plain: type, strategies: Combined) -> type:
                     added = added * self.accelerator.num_processes
             return (found[0] + added, *found[1:]) if return_outputs else found + added
 
-    return StageTrainer
+    return StrategyTrainer
 
 
 def likelihoods(trainer: Any, *, seed: int) -> Likelihoods:

@@ -152,6 +152,41 @@ def test_a_resumed_run_of_two_ranks_is_the_unbroken_one(
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
 
 
+# Rank 1 is slow to write its part of the second checkpoint, and killed in the middle of it.
+SLOW = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from hf_contmerge.train import main
+
+save = torch.save
+
+def slow(what, file, *more, **options):
+    if str(file).endswith("checkpoint-4/rng_state_1.pth"):
+        open(file, "w").close()
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(what, file, *more, **options)
+
+torch.save = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_whole_when_all_ranks_have_written_theirs(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = [recipe, "--run", tmp_path / "run", "--until", "train", "--set", "train.max_steps=6"]
+    done(torchrun(tmp_path / "slow.py", *words), code=1)
+    checkpoints = tmp_path / "run/stages/01-a/experts/base/checkpoints"
+    assert sorted(p.parent.name for p in checkpoints.glob("*/trainer_state.json")) == ["checkpoint-2"]
+    assert (checkpoints / "checkpoint-4/rng_state_1.pth").stat().st_size == 0
+    done(torchrun(SCRIPT, *words))
+    done(torchrun(SCRIPT, recipe, "--run", tmp_path / "unbroken", *words[3:]))
+    unbroken, resumed = expert(tmp_path / "unbroken"), expert(tmp_path / "run")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
+
+
 # Ranks that die
 
 
