@@ -22,6 +22,9 @@ from importlib import import_module
 from pathlib import Path
 
 from hf_contmerge.errors import clear_errors
+from hf_contmerge.places import FolderLock
+from hf_contmerge.recipe import PHASES
+from hf_contmerge.run_folder import Run
 
 Add = Callable[[argparse.ArgumentParser], None]
 
@@ -72,8 +75,6 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_redo(parser: argparse.ArgumentParser) -> None:
-    from hf_contmerge.recipe import PHASES
-
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--stage", help="from this stage on (default: all)")
@@ -92,9 +93,6 @@ def _status(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hf_contmerge.recipe import PHASES
-    from hf_contmerge.run_folder import Run
-
     run = Run.load(args.run)
     table = Table("stage", "what", *PHASES[:-1], title=str(run.folder))
     for t, place in run.places():
@@ -111,7 +109,6 @@ def _status(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from hf_contmerge.report import show_report, write_report
-    from hf_contmerge.run_folder import Run
 
     run = Run.load(args.run)
     write_report(run)
@@ -120,7 +117,6 @@ def _report(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from hf_contmerge.compare import compare_runs, print_comparison, write_comparison
-    from hf_contmerge.run_folder import Run
 
     comparison = compare_runs([Run.load(folder) for folder in args.runs])
     page = write_comparison(comparison, Path(args.out)) if args.out else None
@@ -129,9 +125,6 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _redo(args: argparse.Namespace) -> None:
-    from hf_contmerge.places import FolderLock
-    from hf_contmerge.run_folder import Run
-
     run = Run.load(args.run)
     with FolderLock(run.folder):
         undone = run.redo(args.phase, stage=args.stage)
@@ -140,7 +133,6 @@ def _redo(args: argparse.Namespace) -> None:
 
 def _push(args: argparse.Namespace) -> None:
     from hf_contmerge.publish import push_merged
-    from hf_contmerge.run_folder import Run
 
     print(
         push_merged(Run.load(args.run), repo_id=args.repo_id, entry=args.merge, private=False if args.public else None)

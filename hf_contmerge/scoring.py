@@ -250,13 +250,14 @@ def _load(folder: Path, whole: Path, evaluate: Evaluate, ranks: Any, **init: Any
 def _vllm(folder: Path, dtype: torch.dtype, evaluate: Evaluate) -> Any:
     """Return lm-eval's view of a model that vLLM loads."""
     from lm_eval.models.vllm_causallms import VLLM
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     make: Any = VLLM  # its registration hides its type
-    gpus = torch.cuda.device_count()
+    gpus = max(1, torch.cuda.device_count())
     # vLLM forms batches itself. To lm-eval "auto" means a bar as well, by whose time vLLM divides: 0, if bars are off.
     batch_size = _ALL if evaluate.batch_size == "auto" else evaluate.batch_size
     return make(
         pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), batch_size=batch_size,
-        max_model_len=evaluate.max_length, tensor_parallel_size=max(1, gpus) if evaluate.parallel == "tensor" else 1,
-        gpu_memory_utilization=0.9 if gpus else 0.2,  # of main memory, where others live too
+        max_model_len=evaluate.max_length, tensor_parallel_size=gpus if evaluate.parallel == "tensor" else 1,
+        gpu_memory_utilization=0.2 if current_platform.is_cpu() else 0.9,  # others live in main memory too
     )  # fmt: skip
