@@ -90,6 +90,7 @@ def clear_errors() -> Iterator[_Outcome]:
     os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our own lines tell the progress
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_contmerge").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
     outcome = _Outcome()
     try:
         yield outcome

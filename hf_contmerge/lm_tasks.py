@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants
 
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.recipe import Evaluate, Task
@@ -63,11 +64,16 @@ def check_tasks(
             what = f"task of the suite {task.suite}," if task.suite else "task"
             raise RecipeError(unknown(what, task.name, _near(task.name, manager.all_tasks)))
     absent: dict[str, ResourceError] = {}
-    for task in tasks:
-        try:
-            _check_documents(load_task(manager, task), limit, split=split)
-        except ResourceError as error:
-            absent[f"{task.name} (of the suite {task.suite})" if task.suite else task.name] = error
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        for task in tasks:
+            try:
+                _check_documents(load_task(manager, task), limit, split=split)
+            except ResourceError as error:
+                absent[f"{task.name} (of the suite {task.suite})" if task.suite else task.name] = error
+                constants.HF_HUB_OFFLINE = True  # one task's retries of 20 seconds tell enough
+    finally:
+        constants.HF_HUB_OFFLINE = offline
     if len(absent) == 1:
         raise next(iter(absent.values()))
     if absent:

@@ -464,8 +464,8 @@ def test_folder_without_permission(refused: Refused, tmp_path: Path) -> None:
 CLI = [sys.executable, "-m", "hf_contmerge.cli"]
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLI, *map(str, words)], capture_output=True, text=True)
+def command(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *map(str, words)], capture_output=True, text=True, env={**os.environ, **env})
 
 
 def test_disk_that_fills_up(recipe: Data, home: Path, disk: Path, tmp_path: Path) -> None:
@@ -488,6 +488,21 @@ def test_disk_that_fills_up(recipe: Data, home: Path, disk: Path, tmp_path: Path
     done = command("run", path, "--run", disk / "run", "--until", "merge")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (disk / "run/stages/02-b/merges/magmax/merge.json").exists()
+
+
+@pytest.mark.slow
+def test_tasks_of_a_hub_that_does_not_answer(recipe: Data, tmp_path: Path) -> None:
+    """The first one is asked for again and again, for some 20 seconds; that must do for all."""
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump({**recipe, "evaluate": {"general_tasks": ["hellaswag", "piqa", "arc_easy"]}}))
+    silent = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = command("run", path, "--run", tmp_path / "run", **silent)
+    assert done.returncode == 2
+    assert done.stderr.count("Retrying") == 5
+    assert done.stderr.splitlines()[-1] == (
+        "Error: The datasets of 3 tasks are not here, and the Hub cannot be reached: hellaswag, piqa, arc_easy. "
+        "Check the network and HF_HUB_OFFLINE, or leave these tasks out."
+    )
 
 
 def test_hub_without_network(recipe: Data, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ KNOWN_BY = {
     "peft": {"loaded_model", "preference", "train_strategies"},  # adapters are merged and written without it
     "lm_eval": {"lm_model", "lm_tasks", "scoring"},
     "mergekit": {"mergekit_plugin", "mergekit_tensors", "cli"},  # cli: `contmerge yaml` is mergekit's own command
-    "huggingface_hub": {"model_card", "model_folder", "model_headers", "publish"},
+    "huggingface_hub": {"lm_tasks", "model_card", "model_folder", "model_headers", "publish"},
     "matplotlib": {"ownership", "report", "report_labels", "report_pictures"},
 }
 
