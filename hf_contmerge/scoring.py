@@ -33,6 +33,7 @@ T = TypeVar("T")
 _SEEDS = 0, 1234
 """Of Python, and of numpy, torch and few-shot examples: those of the stock command."""
 _ALL = 2**30
+"""More requests than any task makes."""
 
 
 def score_model(

@@ -55,13 +55,6 @@ def _check_vllm(evaluate: Evaluate, *, processes: int, adapter: bool) -> None:
             "`evaluate.backend: vllm` needs vLLM, which is not installed. Install it with "
             "`pip install 'lm_eval[vllm]'`, or remove the line."
         )
-    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
-
-    if current_platform.is_unspecified():
-        raise ResourceError(
-            "`evaluate.backend: vllm`: the vLLM that is installed finds nothing here to compute on; mostly it is built "
-            "for GPUs, and this machine has none. Remove the line."
-        )
     if processes > 1:
         raise ResourceError(
             f"`evaluate.backend: vllm` starts processes of its own, and this job has {processes}. Score in a job of "
@@ -71,6 +64,14 @@ def _check_vllm(evaluate: Evaluate, *, processes: int, adapter: bool) -> None:
         raise RecipeError(
             "`evaluate.backend: vllm` loads whole models, by `parallel: data` (one GPU) or `parallel: tensor` (all of "
             "them); neither `layers` nor adapters. Set `backend: hf`."
+        )
+    # Last: it takes seconds to load.
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    if current_platform.is_unspecified():
+        raise ResourceError(
+            "`evaluate.backend: vllm`: the vLLM that is installed finds nothing here to compute on; mostly it is built "
+            "for GPUs, and this machine has none. Remove the line."
         )
 
 

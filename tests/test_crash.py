@@ -230,7 +230,7 @@ def shares(seed: int, count: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", shares(1, 30))
+@pytest.mark.parametrize("share", [*shares(0, 1), *shares(1, 30)])
 def test_killed_at_a_random_time(share: float, runner: Runner, unbroken: Path, tmp_path: Path) -> None:
     """Between two changes to the disk as well as within one. A machine that is suddenly faster ends the run first."""
     folder, seconds = tmp_path / "run", float(Path(f"{unbroken}.seconds").read_text())
