@@ -142,9 +142,9 @@ def _push(args: argparse.Namespace) -> None:
 def _yaml(words: list[str]) -> int:
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-    import hf_contmerge.mergekit_plugin as plugin
+    from hf_contmerge.mergekit_plugin import install
 
-    plugin.guard_planner()
+    install()
     mergekit_yaml(args=words, prog_name="contmerge yaml")
     return 0
 

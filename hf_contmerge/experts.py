@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from hf_contmerge.adapter_files import Adapter, check_base, is_adapter
 from hf_contmerge.adapter_layout import FILE
 from hf_contmerge.errors import ModelError
 from hf_contmerge.model_folder import check_same_layout
-from hf_contmerge.tensor_files import Weights, config, weights_sha256
+from hf_contmerge.tensor_files import Weights, config, tensor_bytes, weights_sha256
 
 Part = Callable[[int, int, Tensor], Tensor]
 """(start, stop, base's elements start:stop in float32) -> the task vector's elements, float32, all flat."""
@@ -76,11 +77,40 @@ def expert_sha256(folder: Path) -> str:
     """Return the digest of an expert: of its tensors, and of what an adapter's config makes of them."""
     if not is_adapter(folder):
         return weights_sha256(folder)
-    import hashlib
-
     digest = weights_sha256(folder / FILE)  # a merged model may lie beside it
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return hashlib.sha256((digest + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+
+
+def first_twin(folders: Sequence[Path]) -> tuple[int, int] | None:
+    """Return the first expert with an earlier one's weights, and that one, by their places in the list.
+
+    Of experts that differ in the first bytes of any tensor, no more is read.
+    """
+    alike: dict[str, list[int]] = {}
+    for i, folder in enumerate(folders):
+        alike.setdefault(_first_bytes(folder), []).append(i)
+    digests: dict[str, int] = {}
+    for i in sorted(i for group in alike.values() if len(group) > 1 for i in group):
+        first = digests.setdefault(expert_sha256(folders[i]), i)
+        if first != i:
+            return i, first
+    return None
+
+
+def twins_refused(model: str, twin: str) -> str:
+    """Return the message for an expert with the weights of another one in the same merge."""
+    same = "is listed twice" if Path(model).resolve() == Path(twin).resolve() else f"has the same weights as {twin}"
+    return f"{model} {same}; an expert must not be folded twice. Remove one of them."
+
+
+def _first_bytes(folder: Path) -> str:
+    """Return a digest of each tensor's name, type, shape and first bytes."""
+    weights, digest = Weights(folder / FILE if is_adapter(folder) else folder), hashlib.sha256()
+    for name in weights.names:
+        start = tensor_bytes(weights.tensor(name).reshape(-1)[:64])
+        digest.update(f"{name} {weights.dtype(name)} {weights.shape(name)}".encode() + start)
+    return digest.hexdigest()
 
 
 def check_mergeable(folder: Path) -> None:

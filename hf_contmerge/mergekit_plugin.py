@@ -31,6 +31,7 @@ from torch import Tensor
 
 from hf_contmerge.adapter_files import is_adapter
 from hf_contmerge.errors import ContmergeError, RecipeError, unknown
+from hf_contmerge.experts import first_twin, twins_refused
 from hf_contmerge.merge_rules import get_rule, parameter_types, rule_class, rule_names
 from hf_contmerge.mergekit_tensors import from_this_tensor, from_whole_model
 
@@ -122,6 +123,13 @@ class RuleMethod(GroupMergeMethod):
         )
 
 
+def install() -> None:
+    """Make mergekit know our rules and refuse what they cannot do right. Calling it again does no harm."""
+    register_rules()
+    guard_planner()
+    guard_merge()
+
+
 def register_rules() -> None:
     """Make every rule known to mergekit, but for names that it has already."""
     from mergekit.merge_methods import registry
@@ -159,6 +167,7 @@ def guard_merge() -> None:
     def get_architecture_info(config: Any, options: Any) -> Any:
         if config.merge_method in rule_names():
             _refuse_adapters(config, options)
+            _refuse_twins(config)
         return original(config, options)
 
     merge.get_architecture_info = get_architecture_info
@@ -176,6 +185,22 @@ def _refuse_adapters(config: Any, options: Any) -> None:
                 f"{model} is an adapter. Write `model: BASE+{model}` and give --lora-merge-cache DIR, or use "
                 "`contmerge merge from-recipe`, which reads adapters as they are."
             )
+
+
+def _refuse_twins(config: Any) -> None:
+    """Raise MergekitRecipeError for a model listed twice, or listed with a copy of itself on this machine."""
+    for part in (config, *(config.modules or {}).values()):
+        models = [m.model for m in part.models or () if m.model != config.base_model]
+        folders = [Path((m.lora or m.model).path) for m in models]
+        there = [i for i, folder in enumerate(folders) if folder.is_dir()]
+        twin = first_twin([folders[i] for i in there])
+        pair = tuple(there[i] for i in twin) if twin else _listed_twice(models)
+        if pair:
+            raise MergekitRecipeError(twins_refused(*(str(models[i]) for i in pair)))
+
+
+def _listed_twice(models: list[Any]) -> tuple[int, int] | None:
+    return next(((i, models.index(m)) for i, m in enumerate(models) if models.index(m) != i), None)
 
 
 _TOP = "the recipe"

@@ -16,7 +16,7 @@ import yaml
 
 from hf_contmerge.adapter_files import is_adapter
 from hf_contmerge.errors import ModelError, RecipeError
-from hf_contmerge.experts import DenseExpert, Expert, check_mergeable, open_expert
+from hf_contmerge.experts import DenseExpert, Expert, check_mergeable, first_twin, open_expert, twins_refused
 from hf_contmerge.merge_files import new_folder
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merge_stream import merge_experts
@@ -46,9 +46,9 @@ def carry_out(
     check_mergeable(folder)
     base = Weights(folder)
     folders = [resolve_model(m, adapters=True) for m in recipe.models]
-    for i, path in enumerate(folders):
-        if path.resolve() in [f.resolve() for f in folders[:i]]:
-            raise ModelError(f"{recipe.models[i]} is listed twice; an expert must not be folded twice. Remove one.")
+    twin = first_twin(folders)
+    if twin:
+        raise ModelError(twins_refused(*(recipe.models[i] for i in twin)))
     names = {recipe.base, str(folder.resolve())}
     experts = [open_expert(f, base, base_names=names, force=force) for f in folders]
     dtype = _written_dtype(recipe, base, experts)

@@ -107,13 +107,13 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
     from hf_contmerge.run_phases import run_steps
 
     with tempfile.TemporaryDirectory() as scratch:
-        subject = _checked(run, findings, Path(scratch))
+        count = processes or _processes(run.recipe)
+        subject = _checked(run, findings, Path(scratch), count)
         if subject is None:
             return {}
         _load_libraries()
         start = psutil.Process().memory_info().rss  # this process has loaded what a run loads
         machine, speeds = this_machine(run.folder), measure_speeds(run.folder)
-        count = processes or int(os.environ.get("WORLD_SIZE", "0")) or max(1, len(machine.gpus))
         estimates = Estimates(subject, machine, speeds, start=start, processes=count)
         found = findings.ask(lambda: list(costs(estimates, list(run_steps(run, subject.kinds)))))
         if found is None:
@@ -126,6 +126,16 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
         _judge(found, machine, run, findings)
         _suggest(found, machine, estimates, subject, findings)
         return _as_json(found, machine, count, run)
+
+
+def _processes(recipe: Recipe) -> int:
+    """Return the processes of the job: those of the launcher; else one a GPU, or one for all of them."""
+    import torch
+
+    from hf_contmerge.model_folder import cpu_only
+
+    one = recipe.evaluate.backend == "vllm" or recipe.evaluate.parallel == "layers"
+    return int(os.environ.get("WORLD_SIZE", "0")) or (1 if one or cpu_only() else max(1, torch.cuda.device_count()))
 
 
 def _load_libraries() -> None:
@@ -141,7 +151,7 @@ def _load_libraries() -> None:
 # Checks
 
 
-def _checked(run: Run, findings: Findings, scratch: Path) -> Any:
+def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> Any:
     """Check all that a run's preflight checks, each by itself; return a Subject, or None if the base is no good."""
     from hf_contmerge import experts, finetune, model_folder, preflight
     from hf_contmerge.merge_words import make_entry_rule
@@ -170,6 +180,8 @@ def _checked(run: Run, findings: Findings, scratch: Path) -> Any:
     for stage in recipe.stages:
         one = recipe.model_copy(update={"stages": (stage,)})
         given |= findings.ask(functools.partial(preflight.given_models, one, base, resolve=resolve)) or {}
+    machine = {"processes": processes, "per_machine": int(os.environ.get("LOCAL_WORLD_SIZE", processes))}
+    findings.ask(lambda: preflight.check_scoring(recipe, base, given, **machine))
     if any(s.dataset for s in recipe.stages):
         _check_training(recipe, base, findings)
     known = len(rules) == len(recipe.merge)

@@ -56,7 +56,7 @@ def prepare(run: Run, ranks: Ranks) -> Prepared:
         experts.check_mergeable(base)
         model_folder.check_tokenizer(base)
         given = given_models(recipe, base)
-        check_scoring(recipe, base, given, ranks)
+        check_scoring(recipe, base, given, processes=ranks.size, per_machine=ranks.per_host)
         if ranks.rank == 0:
             check_vectors(recipe, base, given)
         if any(s.dataset for s in recipe.stages):
@@ -110,11 +110,11 @@ def given_models(recipe: Recipe, base: Path, *, resolve: Callable[..., Path] = r
     return given
 
 
-def check_scoring(recipe: Recipe, base: Path, given: Mapping[str, Path], ranks: Ranks) -> None:
-    """Raise an error unless this job can score models in the way that `evaluate` asks for."""
+def check_scoring(recipe: Recipe, base: Path, given: Mapping[str, Path], *, processes: int, per_machine: int) -> None:
+    """Raise an error unless a job of `processes` ranks can score models in the way that `evaluate` asks for."""
     trained = any(s.dataset for s in recipe.stages) and finetune.make_strategies(recipe.train).carrier.keeps_adapter()
     adapter = trained or any(is_adapter(folder) for folder in given.values())
-    scoring_setup.check_evaluate(recipe.evaluate, processes=ranks.size, per_machine=ranks.per_host, adapter=adapter)
+    scoring_setup.check_evaluate(recipe.evaluate, processes=processes, per_machine=per_machine, adapter=adapter)
     if recipe.evaluate.chat_template:
         scoring_setup.check_template(base)
 

@@ -14,6 +14,7 @@ from toys import toy_llama, write_jsonl
 from hf_contmerge.cli import main
 from hf_contmerge.recipe import load_recipe, parse_recipe
 from hf_contmerge.run_folder import Run
+from hf_contmerge.tensor_files import weights_sha256
 from hf_contmerge.train import quickstart_recipe, run_recipe
 
 Data = dict[str, Any]
@@ -46,8 +47,8 @@ def run(recipe: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_recipe(parse_recipe(recipe), tmp_path_factory.mktemp("cli") / "run")
 
 
-def shell(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(w) for w in words], cwd=cwd, env=ENV, capture_output=True, text=True)
+def shell(*words: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(w) for w in words], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
 
 
 def test_status_of_a_complete_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,9 +138,17 @@ def test_yaml_is_mergekit_with_our_methods(recipe: Data, tmp_path: Path) -> None
     pytest.importorskip("hf_contmerge.mergekit_plugin")
     models = {"base_model": recipe["base_model"], "models": [{"model": recipe["stages"][1]["expert"]}]}
     (tmp_path / "merge.yml").write_text(yaml.safe_dump({"merge_method": "magmax", **models, "dtype": "float32"}))
-    done = shell(BIN / "contmerge", "yaml", tmp_path / "merge.yml", tmp_path / "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "out/config.json").is_file()
+    for autoload in "01":
+        words = ("yaml", tmp_path / "merge.yml", tmp_path / f"out{autoload}")
+        done = shell(BIN / "contmerge", *words, cwd=tmp_path, HF_CONTMERGE_AUTOLOAD=autoload)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert weights_sha256(tmp_path / "out0") == weights_sha256(tmp_path / "out1")
+    models["models"] *= 2
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump({"merge_method": "magmax", **models, "dtype": "float32"}))
+    done = shell(
+        BIN / "contmerge", "yaml", tmp_path / "merge.yml", tmp_path / "out", cwd=tmp_path, HF_CONTMERGE_AUTOLOAD="0"
+    )
+    assert "is listed twice" in done.stderr  # by our guards, which the command sets up without autoload too
 
 
 def test_quickstart_recipe_is_the_default() -> None:

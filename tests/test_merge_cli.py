@@ -19,6 +19,7 @@ from toys import perturbed, toy_llama
 from transformers import AutoModelForCausalLM
 
 from hf_contmerge.cli import main
+from hf_contmerge.experts import first_twin
 from hf_contmerge.places import FolderLock
 from hf_contmerge.tensor_files import Weights
 
@@ -471,6 +472,20 @@ def test_the_same_expert_twice(home: Path, state: Path, tmp_path: Path, refused:
     assert digests(state) == before
     recipe = write_recipe(home, tmp_path, "magmax", ("law", "code", "law"))
     assert "is listed twice; an expert must not be folded twice" in refused("from-recipe", recipe, tmp_path / "out")
+    recipe.write_text(recipe.read_text().replace(str(home / "law"), str(copy), 1))
+    message = refused("from-recipe", recipe, tmp_path / "out")
+    assert f"{home / 'law'} has the same weights as {copy}; an expert must not be folded twice" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_nearly_the_same_expert_is_no_twin(home: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(home / "law", tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    last = list(tensors)[-1]
+    tensors[last].view(-1)[-1] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert first_twin([home / "law", home / "code", copy]) is None
+    assert first_twin([copy, home / "code", home / "law", home / "law"]) == (3, 2)
 
 
 def test_an_expert_of_another_size(home: Path, state: Path, tmp_path: Path, refused: Run) -> None:

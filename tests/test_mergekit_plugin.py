@@ -395,6 +395,15 @@ def test_a_damaged_expert_is_named_and_leaves_no_running_tensors(base_folder, ex
     assert not list((tmp_path / "tmp").glob("contmerge-*"))
 
 
+def test_an_expert_listed_twice_is_refused(base_folder, expert_folders, tmp_path):
+    copy = shutil.copytree(expert_folders[0], tmp_path / "copy")
+    for twin, said in ((copy, "has the same weights as"), (expert_folders[0], "is listed twice")):
+        recipe = recipe_of([base_folder, *expert_folders, twin], "magmax")
+        done = mergekit(recipe, tmp_path / "out")
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
 def test_autoload_can_be_turned_off(base_folder, expert_folders, tmp_path):
     done = mergekit(recipe_of([base_folder, *expert_folders], "magmax"), tmp_path / "out", HF_CONTMERGE_AUTOLOAD="0")
     assert done.returncode != 0

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,37 @@ def test_what_strategies_remember_is_counted(
             took = sum(p.stat().st_size for name in ("expert", "memory") for p in (place / name).rglob("*.*"))
             assert (place / "memory").is_dir()
             assert phase["disk_kept_bytes"] == pytest.approx(took, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "said"),
+    [
+        pytest.param(
+            {"backend": "vllm"}, "needs vLLM, which is not installed",
+            marks=pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed"),
+        ),
+        ({"parallel": "tensor"}, "spreads each matrix over the ranks of a job, and this one has one"),
+    ],
+)  # fmt: skip
+def test_plan_and_run_refuse_the_same_scoring(
+    evaluate: Data, said: str, recipe: Data, plan: Callable[..., tuple[int, str, str]],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    recipe["evaluate"] |= evaluate
+    code, out, planned = plan(recipe)
+    assert (code, "in order" in out) == (2, False)
+    assert main(["run", str(tmp_path / "plan.yml"), "--run", str(tmp_path / "run")]) == 2
+    for message in (planned, capsys.readouterr().err):
+        assert said in message
+
+
+def test_scoring_is_checked_for_the_processes_of_the_job(
+    recipe: Data, plan: Callable[..., tuple[int, str, str]]
+) -> None:
+    recipe["evaluate"]["parallel"] = "tensor"
+    assert plan(recipe, "--processes", "2")[0] == 0
+    recipe["evaluate"]["parallel"] = "layers"
+    assert "Start one a machine" in plan(recipe, "--processes", "2")[2]
 
 
 def test_a_tracker_that_is_unknown(recipe: Data, plan: Callable[..., tuple[int, str, str]]) -> None:
