@@ -3,7 +3,7 @@
 mergekit 0.1.5 reads no entry points, but PyTorch loads those of the group `torch.backends` at the end of
 `import torch`, and mergekit imports torch first. So `register` runs at every `import torch` on the machine: it must
 cost next to nothing and must never break torch. It only puts a finder on sys.meta_path, which waits for three modules
-of mergekit and then lets hf_contmerge.mergekit_plugin do its part. HF_CONTMERGE_AUTOLOAD=0 turns it off.
+of mergekit and then lets merging/in_mergekit/plugin.py do its part. HF_CONTMERGE_AUTOLOAD=0 turns it off.
 """
 
 import os
@@ -63,7 +63,7 @@ def _act(hook):
     if hook is None:
         return
     try:
-        import hf_contmerge.mergekit_plugin as plugin
+        import hf_contmerge.merging.in_mergekit.plugin as plugin
 
         getattr(plugin, hook)()
     except Exception:

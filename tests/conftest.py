@@ -17,7 +17,7 @@ os.environ["HF_CONTMERGE_CACHE"] = "off"
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model with tied embeddings, float32. Not to be written to."""
-    from toys import toy_llama  # transformers takes seconds to load, and most tests do without
+    from toys.models import toy_llama  # transformers takes seconds to load, and most tests do without
 
     return toy_llama(tmp_path_factory.mktemp("models") / "base", seed=0)
 
@@ -25,6 +25,6 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def expert_folders(base_folder: Path) -> tuple[Path, ...]:
     """Three experts of the base model. Not to be written to."""
-    from toys import perturbed
+    from toys.models import perturbed
 
     return tuple(perturbed(base_folder, base_folder.with_name(f"expert{i}"), seed=i, size=0.01) for i in (1, 2, 3))

@@ -1,163 +1,157 @@
-"""Who may import whom, read from the source: imports inside functions count too."""
+"""Who may import whom, read from the source: imports inside functions and for type checkers count too."""
 
 import ast
 import importlib.metadata
 import sys
 from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from toys import ROOT, TESTS
 
-TESTS = Path(__file__).parent
-PACKAGE = TESTS.parent / "hf_contmerge"
+PACKAGE = ROOT / "hf_contmerge"
 
-# A module imports from the rows above its own only, so that the modules of a row never import each other.
+# A wing imports from the rows below its own only, so that the wings of a row never import each other.
 LAYERS = (
-    ("errors", "merge_rules"),  # the speech, the maths
-    ("recipe_data", "model_names", "task_suites"),
-    ("recipe_measure", "recipe_text"),
-    ("recipe", "quickstart_texts"),  # the nouns
-    ("recipe_changes", "places", "tensor_files", "work_sharing", "adapter_settings"),
-    ("run_folder", "progress", "merge_files", "merge_words", "adapter_base", "factored", "merge_tensor"),
-    ("corpus_files", "corpus_forms", "task_scores"),
-    # parts of a phase
-    ("corpus", "forgetting", "uncertainty", "score_cache", "model_folder", "train_strategies"),
-    (
-        "running_state",
-        "task_digest",
-        "adapter_layout",
-        "mergekit_words",
-        "model_in_memory",
-        "launching",
-        "trackers",
-        "phase_record",
-        "guard",
-    ),
-    (
-        "model_card",
-        "report_findings",
-        "report_labels",
-        "report_style",
-        "adapter_files",
-        "adapter_writer",
-        "stage_trainer",
-        "training_log",
-        "tuning",
-    ),
-    ("report_tables", "report_panels", "experts", "loaded_model", "model_headers", "dry_step", "plan_machine"),
-    ("report_examples", "report_merges", "report_choices", "geometry"),
-    ("report_pages", "report_pictures"),
-    ("merge_write", "score_key", "lm_results", "lm_model", "scoring_setup"),
-    ("merge_fold", "run_phases", "preference", "vector_guards", "task_files", "lm_tasks"),
-    ("finetune", "merge_stream", "scoring", "report", "publish"),  # the phases, which talk through the run folder
-    ("mergekit_tensors", "mergekit_recipe", "state_log", "preflight", "compare"),
-    ("merge_state", "mergekit_plugin", "plan_estimates", "merge_bench"),  # merging without a run
-    ("merged_adapter", "ownership", "stage_training", "stage_scores", "trained_layout", "merge_choice"),
-    ("stage_functions", "merge_phase"),  # the phases, for scripts that have no recipe
-    ("merge_callback",),
-    ("_autoload", "train", "merge_cli", "score_cli", "new_recipe", "plan"),  # the entry points
-    ("cli", "__init__"),
+    ("__init__", "train", "_autoload"),
+    ("commands",),
+    ("loop",),
+    ("report",),
+    ("scoring",),
+    ("training",),
+    ("merging", "train_strategies"),
+    ("models",),
+    ("run",),
+    ("runtime",),
+    ("merge_rules", "errors"),
 )
-LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
+LEVEL = {wing: level for level, row in enumerate(reversed(LAYERS)) for wing in row}
 
-# Heavy or fast-moving libraries, and the modules that know them.
-TRAINING = {"corpus_forms", "finetune", "model_folder", "scoring", "stage_trainer", "task_files", "train_strategies"}
-KNOWN_BY = {
-    "transformers": TRAINING
-    | {
-        "scoring_setup",
-        "training_log",
-        "dry_step",
-        "model_headers",
-        "plan_estimates",
-        "loaded_model",
-        "model_in_memory",
-        "merge_callback",
+# Heavy or fast-moving libraries, and the wings, folders and files that know them.
+HOMES = {
+    "trl": {"training", "loop/plan"},
+    "transformers": {
+        "training", "train_strategies", "scoring", "loop/callback", "loop/plan",
+        "models/loading", "models/layout", "models/folder", "models/headers",
     },
-    "trl": TRAINING | {"dry_step", "plan", "preference"},
-    "peft": {"loaded_model", "preference", "train_strategies"},  # adapters are merged and written without it
-    "lm_eval": {"lm_model", "lm_tasks", "scoring"},
-    "mergekit": {"mergekit_plugin", "mergekit_tensors", "cli"},  # cli: `contmerge yaml` is mergekit's own command
-    "huggingface_hub": {"lm_tasks", "model_card", "model_folder", "model_headers", "publish"},
-    "matplotlib": {"ownership", "report", "report_labels", "report_pictures"},
-}
+    "peft": {"training", "train_strategies", "models/loading"},  # adapters are merged and written without it
+    "lm_eval": {"scoring"},
+    "mergekit": {"merging/in_mergekit", "commands"},  # `contmerge yaml` is mergekit's own command
+    "huggingface_hub": {"models", "report", "scoring/tasks"},
+    "matplotlib": {"report", "merging/analysis"},
+    "rich": {"commands", "report", "runtime/progress"},
+}  # fmt: skip
 
-# Modules whose imports from outside are few on purpose, beside the standard library.
+# What answers "is all of this done?" and "has it been measured?" at once: no torch, and little else from outside.
 NEEDS_ONLY: dict[str, set[str]] = {
     "errors": set(),
-    "merge_rules": {"torch"},
-    "recipe": {"pydantic", "yaml"},  # these and run_folder answer "is all of this done?" at once: no torch
-    "recipe_data": {"pydantic"},
-    "task_suites": {"yaml"},
-    "recipe_measure": {"pydantic"},
-    "recipe_text": {"yaml"},
-    "recipe_changes": set(),
-    "places": set(),
-    "factored": {"torch"},
-    "merge_tensor": {"torch"},
-    "run_folder": set(),
-    "score_cache": set(),  # these answer "has it been measured?" at once
-    "score_key": set(),
-    "task_digest": {"yaml"},
     "_autoload": set(),  # runs at every `import torch`
     "__init__": set(),
+    "merge_rules": {"torch"},
+    "run": {"pydantic", "yaml", "pyarrow", "numpy", "gguf"},
+    "runtime/files": set(),
+    "runtime/versions": set(),
+    "runtime/ranks": {"torch"},  # torch.distributed, where there are ranks
+    "scoring/cache": set(),
+    "scoring/keys": set(),
+    "scoring/_task_digest": {"yaml"},
+    "merging/costs": {"torch"},
+    "merging/_factored": {"torch"},
 }
 
 
-def files() -> dict[str, list[Path]]:
-    """Return module -> its files; a folder of rules or strategies counts as one module."""
-    found = {path.stem: [path] for path in PACKAGE.glob("*.py")}
-    return found | {path.parent.name: sorted(path.parent.glob("*.py")) for path in PACKAGE.glob("*/__init__.py")}
+def name_of(path: Path) -> str:
+    """Return a file's place in the package: merging/state; of a folder's face, the folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "/".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield the dotted names of the modules that a file imports."""
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def dotted_names(name: str) -> tuple[tuple[str, ...], ...]:
+    """Return the words of each module, or name of a module, that a file imports."""
+    return tuple(tuple(dotted.split(".")) for dotted in _imports(FILES[name]))
+
+
+def _imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports fail under `accelerate launch hf_contmerge/train.py`"
             assert node.module
-            # Our modules name each other, not the lazy public names of the package, behind which any module may be.
-            names = [alias.name for alias in node.names if alias.name != "__version__"]
-            yield from (f"hf_contmerge.{n}" for n in names) if node.module == "hf_contmerge" else (node.module,)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__")
 
 
-def imported_by(module: str) -> tuple[set[str], set[str]]:
-    """Return the modules of ours and the libraries that a module imports."""
-    dotted = [name.split(".") for path in files()[module] for name in imports(path)]
-    ours = {parts[1] for parts in dotted if parts[0] == "hf_contmerge" and len(parts) > 1} - {module}
-    return ours, {parts[0] for parts in dotted} - {"hf_contmerge"} - sys.stdlib_module_names
+def ours(name: str) -> set[str]:
+    """Return the files of the package that a file imports."""
+    found = set()
+    for _, *parts in (words for words in dotted_names(name) if words[0] == "hf_contmerge"):
+        inside = ("/".join(parts[:end]) for end in range(len(parts), 0, -1))
+        found.add(next((place for place in inside if place in FILES), "__init__"))
+    return found - {name}
 
 
-every_module = pytest.mark.parametrize("module", sorted(files()))
+def libraries(name: str) -> set[str]:
+    """Return the libraries that a file imports."""
+    return {words[0] for words in dotted_names(name)} - {"hf_contmerge"} - sys.stdlib_module_names
 
 
-@every_module
-def test_arrows_go_down(module: str) -> None:
-    assert module in LEVEL, (
-        f"hf_contmerge/{module} is new: add it to LAYERS in tests/test_layers.py, below all that it imports"
-    )
-    ours, _ = imported_by(module)
-    wrong = sorted(other for other in ours if LEVEL.get(other, len(LAYERS)) >= LEVEL[module])
-    assert not wrong, f"hf_contmerge/{module} must not import {', '.join(wrong)}: see LAYERS in tests/test_layers.py"
+def wing(name: str) -> str:
+    return name.split("/")[0]
 
 
-@every_module
-def test_libraries_are_imported_where_they_belong(module: str) -> None:
-    _, libraries = imported_by(module)
-    wrong = sorted(lib for lib in libraries if lib in KNOWN_BY and module not in KNOWN_BY[lib])
-    assert not wrong, f"hf_contmerge/{module} must not import {', '.join(wrong)}: see KNOWN_BY in tests/test_layers.py"
-    if module in NEEDS_ONLY:
-        assert libraries <= NEEDS_ONLY[module]
+def lies_in(name: str, places: set[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}/") for place in places)
 
 
-def test_merge_rules_stand_alone() -> None:
-    assert imported_by("merge_rules")[0] == set()
+every_file = pytest.mark.parametrize("name", FILES)
+
+
+@every_file
+def test_wings_import_from_below(name: str) -> None:
+    assert wing(name) in LEVEL, f"hf_contmerge/{wing(name)} is new: add it to LAYERS, above all that it imports"
+    wings = {wing(other) for other in ours(name)} - {wing(name)}
+    if name == "__init__":
+        return  # the package's face names what is inside
+    wrong = sorted(other for other in wings if LEVEL[other] >= LEVEL[wing(name)])
+    assert not wrong, f"hf_contmerge/{name} must not import from {', '.join(wrong)}: see LAYERS"
+
+
+@every_file
+def test_private_files_stay_in_their_folder(name: str) -> None:
+    """A file `a/_b` is for the files of `a` and of the folders in it."""
+    for other in ours(name):
+        folder, _, file = other.rpartition("/")
+        if file.startswith("_") and folder:
+            assert name.startswith(f"{folder}/") or name == folder, (
+                f"hf_contmerge/{name} imports {other}, which is private"
+            )
+
+
+@every_file
+def test_libraries_are_imported_in_their_homes(name: str) -> None:
+    wrong = sorted(lib for lib in libraries(name) if lib in HOMES and not lies_in(name, HOMES[lib]))
+    assert not wrong, f"hf_contmerge/{name} must not import {', '.join(wrong)}: see HOMES"
+    for place, allowed in NEEDS_ONLY.items():
+        if lies_in(name, {place}):
+            assert libraries(name) <= allowed
+
+
+def test_nothing_goes_in_circles() -> None:
+    list(TopologicalSorter({name: ours(name) for name in FILES if name != "__init__"}).static_order())
+
+
+def test_the_top_level_is_small() -> None:
+    assert len(LEVEL) == len({wing(name) for name in FILES}) <= 15
 
 
 def test_no_module_can_be_imported_in_place_of_another() -> None:
     # `accelerate launch hf_contmerge/train.py` puts hf_contmerge/ first on sys.path, and pytest tests/.
-    ours = {*files(), *(path.stem for path in TESTS.glob("*.py"))} - {"__init__"}
-    taken = ours & (sys.stdlib_module_names | importlib.metadata.packages_distributions().keys())
+    here = {wing(name) for name in FILES} | {path.stem for path in TESTS.iterdir() if path.suffix in ("", ".py")}
+    taken = (here - {"__init__"}) & (sys.stdlib_module_names | importlib.metadata.packages_distributions().keys())
     assert not taken, f"give {', '.join(sorted(taken))} another name: Python or an installed package has a module of it"

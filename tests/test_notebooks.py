@@ -1,12 +1,9 @@
 """Every notebook runs from its first cell to its last."""
 
-from pathlib import Path
-
 import nbformat
 import pytest
 from nbclient import NotebookClient
-
-ROOT = Path(__file__).parents[1]
+from toys import ROOT
 
 
 @pytest.mark.slow

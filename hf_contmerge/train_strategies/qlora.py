@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from hf_contmerge.adapter_settings import CONFIG
 from hf_contmerge.errors import ResourceError
+from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.train_strategies.lora import Lora
 
 

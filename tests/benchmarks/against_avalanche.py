@@ -23,7 +23,7 @@ from pathlib import Path
 import measure
 import models
 
-from hf_contmerge.forgetting import ScoreMatrix
+from hf_contmerge.scoring.forgetting.matrix import ScoreMatrix
 
 NEEDS = "avalanche-lib==0.6.0"
 PEER = Path(__file__).with_name("avalanche_peer.py")

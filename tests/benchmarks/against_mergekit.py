@@ -106,7 +106,7 @@ def report(costs: Mapping[str, Sequence[Cost]]) -> None:
 
 def same_tensors(ours: Path, theirs: Path) -> bool:
     """Return whether two model folders hold the same tensors."""
-    from hf_contmerge.tensor_files import weights_sha256
+    from hf_contmerge.models.weights import weights_sha256
 
     return weights_sha256(ours) == weights_sha256(theirs)
 

@@ -21,8 +21,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hf_contmerge.task_scores import Sample
-from hf_contmerge.uncertainty import Change, Part, exceeds, paired_change
+from hf_contmerge.run.scores import Sample
+from hf_contmerge.scoring.forgetting.paired import Change, Part, exceeds, paired_change
 
 Drawn = tuple[Sample, Sample]
 SIZES = (20, 50, 200)

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_contmerge.factored import Factors, fold_factors
 from hf_contmerge.merge_rules import MergeRule, Weight, get_rule
+from hf_contmerge.merging._factored import Factors, fold_factors
 
 HIDDEN, INTERMEDIATE = 4096, 11008
 LAYER = {

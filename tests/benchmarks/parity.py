@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' toys
-from toys import perturbed, toy_llama
+from toys.models import perturbed, toy_llama
 
-from hf_contmerge.experts import open_expert
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule
 from hf_contmerge.merge_rules.opcm import Opcm
-from hf_contmerge.merge_stream import merge_experts
-from hf_contmerge.merge_tensor import is_matrix
-from hf_contmerge.merge_write import Output
-from hf_contmerge.mergekit_recipe import mergekit_yaml
-from hf_contmerge.run_folder import Run
-from hf_contmerge.tensor_files import Weights
+from hf_contmerge.merging.costs import is_matrix
+from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
+from hf_contmerge.merging.stream import merge_experts
+from hf_contmerge.merging.write import Output
+from hf_contmerge.models.experts import open_expert
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.run.folder import Run
 
 CASES = [
     ("magmax", {}),

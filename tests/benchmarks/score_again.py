@@ -38,12 +38,12 @@ def main() -> None:
 
 def tasks_of(home: Path, *, quick: bool) -> tuple[str, Path]:
     """Write the tasks of the quickstart's recipe, as a run would; return the name of its model and the run folder."""
-    from toy_recipes import toy_recipe
+    from toys.recipes import toy_recipe
 
     from hf_contmerge import Run, load_recipe
-    from hf_contmerge.model_folder import resolve_model
-    from hf_contmerge.preflight import load_data
-    from hf_contmerge.train import quickstart_recipe
+    from hf_contmerge.loop.plan.checks import load_data
+    from hf_contmerge.models.folder import resolve_model
+    from hf_contmerge.run.quickstart import quickstart_recipe
 
     recipe = toy_recipe("quickstart", home) if quick else load_recipe(quickstart_recipe())
     run = Run.open(recipe, home / "run")

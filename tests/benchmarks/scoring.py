@@ -24,14 +24,15 @@ import measure
 import models
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' toys
-from toys import TEXT, toy_llama
+from toys.models import TEXT, toy_llama
 
-from hf_contmerge.corpus_files import load_rows
-from hf_contmerge.corpus_forms import rows_of
-from hf_contmerge.model_folder import bf16_pays, resolve_model
-from hf_contmerge.recipe import Dataset, Task
-from hf_contmerge.task_files import write_answer_task, write_choice_task, write_perplexity_task, write_task
-from hf_contmerge.tensor_files import Weights
+from hf_contmerge.models.folder import resolve_model
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.run.recipe.parts import Dataset, Task
+from hf_contmerge.runtime.device import bf16_pays
+from hf_contmerge.scoring.files import write_answer_task, write_choice_task, write_perplexity_task, write_task
+from hf_contmerge.training._forms import rows_of
+from hf_contmerge.training._rows import load_rows
 
 ROW = ("bible", "pydocs", "recipes", "bank_policies", "general_knowledge")
 AGREE = ("bible", "pydocs", "general_knowledge", "topics", "written")
@@ -44,9 +45,9 @@ SCORE = """
 import json, sys, time
 from pathlib import Path
 from accelerate import PartialState
-from hf_contmerge.launching import keep_freed_memory
-from hf_contmerge.recipe import Evaluate, Task
-from hf_contmerge.scoring import score_model
+from hf_contmerge.runtime.launching import keep_freed_memory
+from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.scoring.score import score_model
 
 model, tasks, dtype, out, models, *names = sys.argv[1:]
 keep_freed_memory()

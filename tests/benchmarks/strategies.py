@@ -22,14 +22,14 @@ from pathlib import Path
 import measure
 import models
 
-from hf_contmerge.forgetting import Line
-from hf_contmerge.recipe import parse_recipe
-from hf_contmerge.report import load_results
-from hf_contmerge.report_findings import Results
-from hf_contmerge.run_folder import Run
-from hf_contmerge.task_scores import Block
-from hf_contmerge.train import run_recipe
-from hf_contmerge.uncertainty import mean_change
+from hf_contmerge.loop.run import run_recipe
+from hf_contmerge.report._findings import Results
+from hf_contmerge.report.write import load_results
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.run.scores import Block
+from hf_contmerge.scoring.forgetting.lines import Line
+from hf_contmerge.scoring.forgetting.paired import mean_change
 
 STRATEGIES: dict[str, dict] = {
     "full": {},

@@ -22,13 +22,14 @@ import models
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' toys
-from toys import toy_llama
+from toys.models import toy_llama
 
-from hf_contmerge.corpus import load_rows
-from hf_contmerge.model_folder import bf16_pays, resolve_model
-from hf_contmerge.recipe import Dataset
-from hf_contmerge.run_folder import Run
-from hf_contmerge.tensor_files import Weights
+from hf_contmerge.models.folder import resolve_model
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.runtime.device import bf16_pays
+from hf_contmerge.training._rows import load_rows
 
 TEXT = "quickstart:bible"
 

@@ -1,0 +1,1 @@
+"""The `contmerge` command."""

@@ -1,0 +1,247 @@
+"""`contmerge merge`: merging without a run, on a state folder that grows, or once from a mergekit recipe."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_contmerge.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_contmerge.merging.state import MergeState
+    from hf_contmerge.runtime.crew import Crew
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the commands of `contmerge merge`."""
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+
+    init = _command(kinds, "init", _init, "start a state: no expert yet", state=True)
+    init.add_argument("--base", required=True, metavar="MODEL", help="a folder, a Hub id[@revision] or a .gguf file")
+    init.add_argument("--rule", required=True, help="magmax, opcm, average ...")
+    init.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the rule")
+
+    add = _command(kinds, "add", _add, "fold experts in, in this order", state=True, works=True)
+    add.add_argument(
+        "experts", nargs="+", metavar="EXPERT", help="a full model or a peft adapter; a folder or a Hub id"
+    )
+    add.add_argument("--as", dest="stages", action="append", default=[], metavar="STAGE", help="its name in the log")
+    add.add_argument("--force", action="store_true", help="accept an adapter of another base")
+
+    export = _command(kinds, "export", _export, "write the merged model", state=True, works=True)
+    export.add_argument("out", metavar="OUT")
+    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the base's)")
+    export.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of each file of weights (default: 5GB)")
+    export.add_argument("--tokenizer-from", metavar="MODEL", help="whose tokenizer and chat template it gets")
+    export.add_argument("--as-adapter", action="store_true", help="write one peft LoRA adapter instead of a model")
+    export.add_argument("--rank", type=int, help="of that adapter (default: what is exact)")
+
+    log = _command(kinds, "log", _log, "what has been folded, in order", state=True)
+    log.add_argument("--json", action="store_true", help="all of it, for programs")
+
+    drop = _command(kinds, "drop", _drop, "rebuild without a stage, from the other experts", state=True, works=True)
+    drop.add_argument("stage", metavar="STAGE")
+
+    owners = _command(kinds, "owners", _owners, "which stage owns which share of the weights, by layer", state=True)
+    owners.add_argument("--out", metavar="DIR", help="where owners.json and owners.png go (default: the state folder)")
+
+    recipe = _command(kinds, "from-recipe", _from_recipe, "merge once, as a mergekit recipe says", works=True)
+    recipe.add_argument("recipe", metavar="RECIPE")
+    recipe.add_argument("out", metavar="OUT")
+    recipe.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of each file of weights (default: 5GB)")
+    recipe.add_argument("--force", action="store_true", help="accept an adapter of another base")
+
+
+def _command(kinds: Any, name: str, do: Any, text: str, *, state: bool = False, works: bool = False) -> Any:
+    parser = kinds.add_parser(name, help=text, description=text)
+    if state:
+        parser.add_argument("state", metavar="STATE")
+    if works:
+        parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one for each core)")
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.set_defaults(do=do)
+    return parser
+
+
+def _init(args: argparse.Namespace) -> None:
+    from hf_contmerge.merging.rules import make_rule
+    from hf_contmerge.merging.state import MergeState
+    from hf_contmerge.runtime.crew import Crew
+    from hf_contmerge.runtime.ranks import find_ranks, together
+
+    def parsed() -> dict[str, Any]:
+        found = _parameters(args.set)
+        make_rule(args.rule, found)  # a setting called `base` is no parameter of a rule, but one of `create`
+        return found
+
+    crew = Crew(ranks=find_ranks())
+    parameters = together(crew.ranks, parsed)
+    state = MergeState.create(args.state, base=args.base, rule=args.rule, crew=crew, **parameters)
+    _say(f"{state.folder} is ready. Next: contmerge merge add {state.folder} EXPERT")
+
+
+def _add(args: argparse.Namespace) -> None:
+    crew = _crew(args)
+    state = _state(args, crew)
+    state.add(*args.experts, stages=args.stages, force=args.force, crew=crew)
+    _print_log(state)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from hf_contmerge.runtime.ranks import together
+
+    crew = _crew(args)
+    state = _state(args, crew)
+    if args.as_adapter:
+        from hf_contmerge.merging.adapter import export_adapter
+
+        errors = export_adapter(state, Path(args.out), rank=args.rank, crew=crew)
+        worst = max(errors, key=lambda name: errors[name])
+        _say(f"{args.out}: {len(errors)} modules; largest relative error {errors[worst]:.1e}, of {worst}")
+        return
+    size = together(crew.ranks, lambda: _model_shard_size(args))
+    state.export(args.out, dtype=args.dtype, shard_size=size, tokenizer_from=args.tokenizer_from, crew=crew)
+    _say(f"{args.out} is written.")
+
+
+def _log(args: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from hf_contmerge.merging.state import MergeState
+
+    state = MergeState.load(args.state)
+    if args.json:
+        _say(json.dumps({**dataclasses.asdict(state.log()), "scale": state.scale()}, indent=1))
+    else:
+        _print_log(state)
+
+
+def _drop(args: argparse.Namespace) -> None:
+    crew = _crew(args)
+    state = _state(args, crew)
+    state.drop(args.stage, crew=crew)
+    _print_log(state)
+
+
+def _owners(args: argparse.Namespace) -> None:
+    from hf_contmerge.merging.analysis import write_ownership
+    from hf_contmerge.runtime.crew import Crew
+    from hf_contmerge.runtime.ranks import find_ranks, together
+
+    crew = Crew(ranks=find_ranks())
+    state = _state(args, crew)
+    out = Path(args.out or args.state)
+    table, picture = together(crew.ranks, lambda: write_ownership(state, out), leader_only=True)
+    _say(f"Shares:  {table}\nPicture: {picture}")
+
+
+def _from_recipe(args: argparse.Namespace) -> None:
+    from hf_contmerge.merging.in_mergekit.recipe import read_mergekit_recipe
+    from hf_contmerge.merging.in_mergekit.replay import carry_out
+    from hf_contmerge.runtime.ranks import together
+
+    crew = _crew(args)
+    recipe, size = together(
+        crew.ranks, lambda: (read_mergekit_recipe(Path(args.recipe)), _size(args.shard_size)), leader_only=True
+    )
+    found = carry_out(recipe, Path(args.out), shard_size=size, crew=crew, force=args.force)
+    if crew.ranks.rank == 0:
+        norms = ", ".join(f"{n:.4g}" for n in found.norms.experts)
+        _say(f"{args.out} is written: {recipe.rule}, scale {found.scale:.6g}, norms of the task vectors {norms}")
+
+
+def _print_log(state: Any) -> None:
+    log, rule = state.log(), state.rule()
+    words = ", ".join(f"{k}={v}" for k, v in log.parameters.items())
+    _say(f"{log.rule}({words}) on {log.base}")
+    for number, e in enumerate(log.experts, 1):
+        _say(f"{number:4d}  {e.stage:20s} {e.kind:8s} |D| {e.norm:10.4f}  {e.sha256[:12]}  {e.model}")
+    _say(f"scale {rule.scale(log.norms()):.6g}, |running| {log.running_norm:.4f}" if log.experts else "no expert yet")
+
+
+def _say(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text)
+
+
+def _state(args: argparse.Namespace, crew: Crew) -> MergeState:
+    from hf_contmerge.merging.state import MergeState
+    from hf_contmerge.runtime.ranks import together
+
+    return together(crew.ranks, lambda: MergeState.load(args.state), leader_only=True)
+
+
+def _crew(args: argparse.Namespace) -> Crew:
+    import torch
+
+    from hf_contmerge.runtime.crew import Crew
+    from hf_contmerge.runtime.progress import progress_bar
+    from hf_contmerge.runtime.ranks import find_ranks, together
+
+    ranks = find_ranks()
+    device = together(ranks, lambda: _device(args.device, args.workers))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", ranks.rank % ranks.per_host % torch.cuda.device_count())
+    return Crew(ranks=ranks, workers=args.workers, device=device, bar=progress_bar)
+
+
+def _device(name: str, workers: int) -> torch.device:
+    import torch
+
+    if workers < 0:
+        raise RecipeError(f"--workers {workers}: give a number of threads, or leave it out for one for each core.")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"--device {name} is no device: give cpu, cuda or cuda:N.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"--device {name}: this machine, or this torch, has no CUDA. Leave it out.")
+    return device
+
+
+def _model_shard_size(args: argparse.Namespace) -> int:
+    if args.rank is not None:
+        raise RecipeError("--rank belongs to --as-adapter: a model has no rank. Give both, or neither.")
+    return _size(args.shard_size)
+
+
+def _parameters(settings: list[str]) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {setting}: expected NAME=VALUE, as in --set alpha=0.5.")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        if isinstance(parsed, str):  # PyYAML takes 1e-5 for a word
+            with suppress(ValueError):
+                parsed = float(parsed)
+        found[name.strip()] = parsed
+    return found
+
+
+def _size(text: str) -> int:
+    """Return a number of bytes: 5GB, 500MB, 1000. Raises RecipeError for anything else."""
+    number = text.upper().rstrip("KMGTB")
+    unit = text.upper()[len(number) :]
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError) as error:
+        raise RecipeError(f"A size is a number and KB, MB, GB or TB, as in 5GB; got {text!r}.") from error
+    if size < 1:
+        raise RecipeError(f"A shard of {text} holds nothing. Give a size such as 5GB.")
+    return size

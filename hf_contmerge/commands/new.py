@@ -1,0 +1,293 @@
+"""`contmerge new`: a commented recipe from three questions, or from flags.
+
+    contmerge new mine.yml                                             asks on a terminal
+    contmerge new mine.yml --base Qwen/Qwen3-0.6B --stage law=data/law.jsonl --stage code=model:me/coder --gpus 8
+
+A source is a dataset (a file, a folder, a Hub id) or, with `model:` before it, a model that is trained already. A local
+folder that holds a config.json or an adapter_config.json is known to be one without that word. A benchmark's stages
+come in one of its published orders:
+
+    contmerge new bench.yml --base Qwen/Qwen3-0.6B --suite cl-standard --order 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from hf_contmerge.errors import RecipeError, ResourceError
+from hf_contmerge.run.recipe.suites import StreamStage, stream_names, stream_stages
+from hf_contmerge.run.recipe.text import parse_recipe, read_yaml
+from hf_contmerge.runtime.files import write_atomically
+
+T = TypeVar("T")
+_DEFAULT_RULE = "magmax"
+_MODEL = "model:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one stage learns from."""
+
+    stage: str
+    path: str
+    is_model: bool
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a new recipe is made of. `gpus`: 0 for a laptop's processor."""
+
+    name: str
+    base: str
+    sources: tuple[Source, ...]
+    gpus: int
+    rules: tuple[str, ...] = (_DEFAULT_RULE,)
+    stream: tuple[StreamStage, ...] = ()
+    """The stages of a benchmark, instead of sources."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `contmerge new`."""
+    parser.add_argument("recipe", nargs="?", default="recipe.yml", help="the file to write (default: recipe.yml)")
+    parser.add_argument("--base", metavar="MODEL", help="the pretrained model: a Hub id, a folder, a .gguf file")
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME=SOURCE",
+        help="what to learn, in order: a dataset, or model:OWNER/MODEL for one that is trained already",
+    )  # fmt: skip
+    parser.add_argument(
+        "--suite", metavar="NAME", help=f"the stages of a benchmark instead: {', '.join(stream_names())}"
+    )
+    parser.add_argument("--order", type=int, default=1, metavar="N", help="which of its published orders (default: 1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="how many GPUs it runs on; 0: the processor alone")
+    parser.add_argument(
+        "--rule", action="append", default=[], metavar="RULE", help="how to merge; several side by side"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
+    parser.set_defaults(do=new_command)
+
+
+def new_command(args: argparse.Namespace) -> None:
+    """Write the recipe that the flags, or the answers, describe; say what to do next.
+
+    Raises:
+        RecipeError: the file exists, a word is wrong, or there is nobody to ask.
+        ResourceError: the file cannot be written.
+    """
+    path = Path(args.recipe)
+    if path.exists() and not args.force:
+        raise RecipeError(f"{path} exists. Name another file, or overwrite it with --force.")
+    text = recipe_text(_answers(args, path), path.as_posix())
+    parse_recipe(read_yaml(text), where=str(path))
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise ResourceError(f"Cannot write {path}: {error.strerror}. Name a file elsewhere.") from error
+    plan = f"contmerge plan {shlex.quote(path.as_posix())}"
+    print(f"Wrote {path}. Look it over, then:\n  {plan}\n  {_launch(args.gpus or 0, path.as_posix())}")
+
+
+def recipe_text(answers: Answers, path: str) -> str:
+    """Return a recipe as YAML, with comments that say what to change. `path`: where it will lie."""
+    from hf_contmerge.merging.rules import make_rule
+
+    for rule in answers.rules:
+        make_rule(rule, {}, where="--rule")
+    parts = (_head(answers, path), _stages(answers), _train(answers), _merge(answers), _evaluate())
+    return "\n".join(parts)
+
+
+def _answers(args: argparse.Namespace, path: Path) -> Answers:
+    base, stages = args.base, list(args.stage)
+    if args.suite and stages:
+        raise RecipeError("`--suite` brings its own stages; leave out either it or `--stage`.")
+    stream = stream_stages(args.suite, args.order) if args.suite else ()
+    if not (base and (stages or stream)):
+        _require_terminal(args)
+        base = base or _ask("Which base model? (a Hub id, a folder, a .gguf file)", str)
+        stages = stages or ([] if stream else _ask_stages())
+        if args.gpus is None:
+            args.gpus = _ask("Where will it run? (0: this processor, 1: one GPU, n: so many GPUs)", int)
+    if args.gpus is None:
+        import torch
+
+        args.gpus = torch.cuda.device_count()
+    if args.gpus < 0:
+        raise RecipeError(f"--gpus must be 0 or more; got {args.gpus}.")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._") or "mine"
+    sources = tuple(parse_source(stage) for stage in stages)
+    return Answers(name, base, sources, args.gpus, tuple(args.rule) or (_DEFAULT_RULE,), stream)
+
+
+def parse_source(words: str) -> Source:
+    """Read NAME=SOURCE. Raises RecipeError for anything else."""
+    name, equals, path = words.partition("=")
+    path = path.strip()
+    is_model = path.startswith(_MODEL)
+    path = path.removeprefix(_MODEL).strip()
+    if not (name.strip() and equals and path):
+        raise RecipeError(f"A stage is NAME=SOURCE, such as law=data/law.jsonl or code=model:me/coder; got {words!r}.")
+    folder = Path(path).expanduser()
+    is_model = is_model or any((folder / f).is_file() for f in ("config.json", "adapter_config.json"))
+    return Source(name.strip(), path, is_model)
+
+
+def _require_terminal(args: argparse.Namespace) -> None:
+    if sys.stdin.isatty():
+        return
+    missing = [flag for flag, given in (("--base", args.base), ("--stage", args.stage or args.suite)) if not given]
+    raise RecipeError(
+        f"`contmerge new` asks its questions on a terminal, and there is none; {' and '.join(missing)} missing. Give "
+        "`--base MODEL --stage NAME=SOURCE [--stage ...] [--gpus N]`."
+    )
+
+
+def _ask(question: str, read: Callable[[str], T]) -> T:
+    """Ask until there is an answer. Raises RecipeError at the end of the input."""
+    while True:
+        try:
+            answer = input(f"{question}\n> ").strip()
+        except EOFError as error:
+            raise RecipeError("The input ended before all questions were answered; nothing was written.") from error
+        try:
+            if answer:
+                return read(answer)
+        except ValueError as error:  # a RecipeError too
+            print(error)
+
+
+def _ask_stages() -> list[str]:
+    print(
+        "What should it learn, in order? One NAME=SOURCE a line, an empty line to end; a source is a dataset\n"
+        "(law=data/law.jsonl, chat=HuggingFaceH4/no_robots) or a trained model (code=model:me/coder)."
+    )
+    stages: list[str] = []
+    while True:
+        try:
+            line = input(f"{len(stages) + 1}> ").strip()
+        except EOFError as error:
+            raise RecipeError("The input ended before all questions were answered; nothing was written.") from error
+        if not line and stages:
+            return stages
+        try:
+            if line:
+                parse_source(line)
+                stages.append(line)
+        except RecipeError as error:
+            print(error)
+
+
+def _scalar(word: str) -> str:
+    """Return a word as YAML reads it back inside a flow mapping: bare where that is safe, else quoted as in JSON."""
+    plain = re.fullmatch(r"[A-Za-z./~][\w./~-]*", word) and read_yaml(word) == word
+    return word if plain else json.dumps(word, ensure_ascii=False)
+
+
+def _launch(gpus: int, path: str) -> str:
+    path = shlex.quote(path)
+    if gpus > 1:
+        return f"accelerate launch --num_processes {gpus} -m hf_contmerge.train {path}"
+    return f"contmerge run {path}"
+
+
+def _head(answers: Answers, path: str) -> str:
+    return (
+        f"# Written by `contmerge new`. What a line means, and what to change, stands behind it; then:\n"
+        f"#   contmerge plan {shlex.quote(path)}      checks all of it, without fetching weights: memory, disk, time\n"
+        f"#   {_launch(answers.gpus, path)}\n\n"
+        f"name: {_scalar(answers.name)}    # the results go to runs/{answers.name}\n"
+        f"base_model: {_scalar(answers.base)}    # a Hub id (owner/model, owner/model@revision), a folder, a .gguf\n"
+        "seed: 0\n"
+    )
+
+
+def _stages(answers: Answers) -> str:
+    lines = ["stages:    # learnt in this order; each is merged with all before it"]
+    if answers.stream:
+        return "\n".join([*lines, *(line for stage in answers.stream for line in _stream_lines(stage))]) + "\n"
+    for source in answers.sources:
+        if source.is_model:
+            lines.append(f"  - {{name: {_scalar(source.stage)}, expert: {_scalar(source.path)}}}    # trained already")
+        else:
+            data = f"{{path: {_scalar(source.path)}, heldout: 32}}"
+            lines.append(f"  - {{name: {_scalar(source.stage)}, dataset: {data}}}")
+    lines += [
+        "  # heldout: so many examples are never trained on, and measure what later stages forget of this one.",
+        "  # A dataset needs a column `text`, or `messages`, or `prompt` and `completion`. Otherwise say which column",
+        '  # or format to read: dataset: {path: ..., text: "{question}\\n{answer}"}. Fewer examples: max_examples: 99.',
+        "  # The vector between two models is a stage too: {name: chat, expert: owner/instruct, minus: owner/base}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _stream_lines(stage: StreamStage) -> list[str]:
+    """Return a stage of a benchmark: what it learns from, and the multiple choice among the names of its classes."""
+    question, words = json.dumps(stage.question), ", ".join(map(_scalar, stage.words))
+    text = json.dumps(f"{stage.question} {{{stage.label}}}")
+    return [
+        f"  - name: {stage.name}",
+        "    dataset:",
+        f"      path: {stage.path}",
+        f"      text: {text}",
+        f"      labels: {{{stage.label}: &{stage.name} [{words}]}}",
+        "      max_examples: 1000    # drawn at random, as are those of the test",
+        "      heldout: 0",
+        "    tasks:",
+        f"      - name: {stage.name}_class",
+        "        kind: multiple_choice",
+        f"        dataset: {{path: {stage.path}, split: test, max_examples: 500}}",
+        f"        question: {question}",
+        f"        choices: *{stage.name}",
+        f"        answer: {stage.label}",
+    ]
+
+
+def _train(answers: Answers) -> str:
+    steps, batch, length, note = (
+        (500, 8, 2048, "fill the memory of a GPU; `contmerge plan` tells how much it takes")
+        if answers.gpus
+        else (50, 2, 256, "small, for a processor")
+    )
+    trained = bool(answers.stream) or any(not s.is_model for s in answers.sources)
+    lines = [
+        "train:    # any field of TRL's SFTConfig, by its own name"
+        + ("" if trained else "; unused: all stages are given"),
+        "  strategy: [full, anchor]    # or, where memory is short, lora, with parameters: {r: 16} below it",
+        f"  max_steps: {steps}    # of each stage; or num_train_epochs: 1",
+        f"  per_device_train_batch_size: {batch}    # {note}",
+        "  gradient_accumulation_steps: 1    # a larger batch without more memory",
+        f"  max_length: {length}    # tokens; longer examples are cut",
+        "  learning_rate: 1.0e-5    # about 1.0e-4 with lora",
+        "  warmup_steps: 5",
+        "  gradient_checkpointing: true    # less memory for a third more time",
+        "  save_strategy: steps    # checkpoints, to resume inside a stage; two of them are on the disk at a time",
+        f"  save_steps: {max(steps // 5, 1)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _merge(answers: Answers) -> str:
+    lines = ["merge:    # all rules share the experts; the report compares them"]
+    lines += [f"  - {{rule: {_scalar(rule)}}}" for rule in answers.rules]
+    from hf_contmerge.merge_rules import rule_names
+
+    others = ", ".join(r for r in rule_names() if r not in answers.rules)
+    lines.append(f"  # Others: {others}.")
+    lines.append("  # Parameters of a rule: {rule: magmax, parameters: {lambda: 0.5}}")
+    return "\n".join(lines) + "\n"
+
+
+def _evaluate() -> str:
+    return (
+        "evaluate:\n"
+        "  general_tasks: []    # what it could do and should still do: lm-eval's names, or a suite such as general\n"
+        "  batch_size: auto\n"
+        "# publish: {repo_id: me/my-model}    # then: contmerge push RUN\n"
+    )

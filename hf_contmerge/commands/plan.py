@@ -1,0 +1,97 @@
+"""`contmerge plan`: everything that can be known of a run before it starts, without fetching weights.
+
+It checks what `contmerge run` would check, and tells all that is wrong instead of the first; then it estimates memory,
+disk and time for each phase on this machine, and refuses what cannot fit, with what would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import ContmergeError, size
+from hf_contmerge.loop.plan.checks import Findings
+from hf_contmerge.loop.plan.plan import make_plan
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.text import load_recipe
+
+
+class PlanError(ContmergeError):
+    """A run cannot be carried out as its recipe says. The message lists all that is wrong."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `contmerge plan`."""
+    parser.add_argument("recipe", help="a YAML file")
+    parser.add_argument("--run", metavar="DIR", help="the run folder; what is done there is not counted")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(do=plan_command)
+
+
+def plan_command(args: argparse.Namespace) -> None:
+    """Print the plan of a recipe. Raises PlanError if anything is wrong with it."""
+    recipe = load_recipe(args.recipe, args.set)  # refused, if it must be, before torch is loaded
+    from hf_contmerge.runtime.launching import keep_freed_memory
+
+    run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
+    findings = Findings()
+    keep_freed_memory()  # as the run will, whose steps are timed here
+    plan = make_plan(run, findings, processes=args.processes)
+    if args.json:
+        print(json.dumps({**plan, "notes": findings.notes, "errors": findings.errors}, indent=1))
+    elif plan:
+        _print_table(plan)
+    if not args.json:
+        print("\n".join(f"Note: {note}" for note in findings.notes), end="\n" if findings.notes else "")
+    if findings.errors:
+        many = len(findings.errors) > 1
+        listed = "".join(f"\n  {i}. {e}" if many else f" {e}" for i, e in enumerate(findings.errors, 1))
+        raise PlanError(f"{args.recipe} cannot be run as it is:{listed}")
+    if not args.json:
+        print("All that could be checked is in order.")
+
+
+def _print_table(plan: dict[str, Any]) -> None:
+    """Print the phases: a table on a terminal, plain lines elsewhere."""
+    rows = [_row(p) for p in plan["phases"]]
+    total, machine = plan["total"], plan["machine"]
+    by_phase = {p["phase"]: 0.0 for p in plan["phases"]}
+    for p in plan["phases"]:
+        by_phase[p["phase"]] += p["seconds"]
+    times = ", ".join(f"{phase} {_duration(seconds)}" for phase, seconds in by_phase.items())
+    last = (
+        f"In all: {size(total['memory_bytes'])} of memory"
+        + (f", {size(total['gpu_bytes'])} of each GPU" if machine["gpu_bytes"] else "")
+        + f"; on the disk up to {size(total['disk_peak_bytes'])}, {size(total['disk_kept_bytes'])} at the end; "
+        f"{_duration(total['seconds'])} ({times}).\n"
+        f"This machine: {machine['cores']} cores, {size(machine['memory_bytes'])} of memory, "
+        f"{len(machine['gpu_bytes'])} GPUs, {size(machine['free_disk_bytes'])} of free disk; "
+        f"{machine['processes']} process{'es' * (machine['processes'] > 1)}."
+    )
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("phase", "place", "memory", "GPU", "disk", "time")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    else:
+        print("\n".join("  ".join(row) for row in rows))
+    print(last if rows else "All of it is done.")
+
+
+def _row(p: dict[str, Any]) -> tuple[str, ...]:
+    gpu = size(p["gpu_bytes"]) if p["gpu_bytes"] else "-"
+    return (p["phase"], p["place"], size(p["memory_bytes"]), gpu, size(p["disk_kept_bytes"]), _duration(p["seconds"]))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,41 @@
+"""`contmerge run` and train.py: carry out a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from hf_contmerge.loop.run import run_recipe
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.quickstart import quickstart_recipe
+from hf_contmerge.run.recipe.schema import PHASES
+from hf_contmerge.run.recipe.text import load_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `train.py` and `contmerge run`."""
+    parser.add_argument("recipe", nargs="?", help="a YAML file; without it, the quickstart")
+    parser.add_argument("--run", metavar="DIR", help="the run folder (default: the recipe's `output`, or runs/<name>)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
+    parser.add_argument("--until", choices=PHASES, default="report", help="stop after this phase")
+    parser.add_argument("--open", action="store_true", help="show the report in a browser, where there is one")
+    parser.set_defaults(do=run_command)
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Do what the parsed arguments say: start, resume, or tell that all is done."""
+    recipe = load_recipe(args.recipe or quickstart_recipe(), args.set)
+    run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
+    if not run.is_complete():  # answered before torch is loaded
+        from hf_contmerge.runtime.launching import keep_freed_memory, leave_ranks
+
+        keep_freed_memory()
+        run = run_recipe(recipe, args.run, until=args.until)
+        leave_ranks()
+    elif int(os.environ.get("RANK", "0")) == 0:
+        print(f"All of {run.folder} is done.")
+    if int(os.environ.get("RANK", "0")) == 0 and run.is_complete():
+        from hf_contmerge.report.write import show_report
+
+        show_report(run, browser=args.open)

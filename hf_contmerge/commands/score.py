@@ -1,0 +1,252 @@
+"""`contmerge score`: measure one model, outside of a run; at once, where it has been measured before.
+
+    contmerge score runs/x/stages/02-code/merges/opcm/merged --run runs/x
+    contmerge score owner/model --tasks arc_easy,piqa --limit 200
+    contmerge score path/to/adapter --base owner/model --tasks law --include-path my_tasks
+    torchrun --nproc-per-node 2 --no-python contmerge score MODEL --tasks arc_easy
+
+What the cache knows is answered without torch, transformers or lm-eval, which take seconds to load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hf_contmerge.errors import ModelError, RecipeError, ResourceError
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.run.scores import TaskScore
+from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.versions import versions
+from hf_contmerge.scoring.cache import ScoreCache, Shelf, digest, hugging_face_home, remembered, stamp
+from hf_contmerge.scoring.keys import Asked, Lookup, look_up
+
+_ON = ("1", "ON", "YES", "TRUE")
+_PER_DOCUMENT = ("gains", "weights", "documents", "texts", "answers")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What there is to tell."""
+
+    model: str
+    """The digest that the scores belong to."""
+    dtype: str
+    scores: dict[str, TaskScore]
+    cached: frozenset[str]
+    """The tasks whose scores were known."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `contmerge score`."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id[@revision], a peft adapter or a .gguf file")
+    parser.add_argument("--tasks", metavar="A,B", help="lm-eval's, those of --include-path, or of --run (all of them)")
+    parser.add_argument("--run", metavar="RUN", help="measure as this run does: its tasks, limits and dtype")
+    parser.add_argument("--base", metavar="MODEL", help="the base of an adapter (default: the one that it names)")
+    parser.add_argument("--include-path", metavar="DIR", help="a folder of lm-eval task YAML files")
+    parser.add_argument("--limit", type=_from(1), metavar="N", help="the first N documents of each task")
+    parser.add_argument("--num-fewshot", type=_from(0), metavar="N", help="examples before each question")
+    parser.add_argument("--batch-size", type=_batch, metavar="N", help="a number or auto (default: 8)")
+    parser.add_argument("--max-length", type=_from(2), metavar="N", help="tokens that the model reads at once")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
+    parser.add_argument("--json", metavar="OUT", help="write the scores into a file as well")
+    parser.add_argument("--no-cache", action="store_true", help="measure again what is known, and keep nothing")
+    parser.add_argument("--cpu", action="store_true", help="compute on the processor")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code of its own")
+    parser.set_defaults(do=score_command)
+
+
+def score_command(args: argparse.Namespace) -> None:
+    """Do what the parsed arguments say. Raises ContmergeError for what a user can mend."""
+    if args.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    out = Path(args.json) if args.json else None
+    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise ResourceError(f"--json {out}: give a file in a folder that is there; nothing was measured.")
+    asked = _asked(args)
+    cache = ScoreCache.open(use=asked.evaluate.cache)
+    answer = None if int(os.environ.get("WORLD_SIZE", "1")) > 1 else _known(args, asked, cache)
+    answer = answer or _measured(args, asked, cache)
+    if answer:  # the other ranks have nothing to tell
+        _show(args.model, asked, answer)
+        if out:
+            write_atomically(out, json.dumps(_summary(args.model, asked, answer), indent=1) + "\n")
+
+
+def _asked(args: argparse.Namespace) -> Asked:
+    """Return what is to be measured, with the model as it was named: where it lies is looked up later."""
+    run = Run.load(args.run) if args.run else None
+    if not args.tasks and not run:
+        raise RecipeError("Nothing to measure: give --tasks (one name, or several with commas), or --run.")
+    given = {field: getattr(args, field) for field in ("include_path", "limit", "batch_size", "max_length", "dtype")}
+    kept = run.recipe.evaluate.model_dump() if run else {}
+    given = {field: value for field, value in given.items() if value is not None}
+    evaluate = Evaluate.model_validate(kept | given | ({"cache": False} if args.no_cache else {}))
+    if evaluate.include_path and not Path(evaluate.include_path).is_dir():
+        raise RecipeError(f"--include-path {evaluate.include_path}: there is no such folder of task YAML files.")
+    here = run.tasks if run else Path(os.devnull)
+    return Asked(
+        Path(args.model), Path(args.base) if args.base else None, _tasks(args, run), here, evaluate,
+        "test" if run and run.recipe.tunes else "all",
+        args.trust_remote_code or bool(run and run.recipe.trust_remote_code),
+    )  # fmt: skip
+
+
+def _tasks(args: argparse.Namespace, run: Run | None) -> list[Task]:
+    """Return the tasks that are named, or else all of the run; a run's own have the run's number of examples."""
+    known = {task.name: task for task in run.recipe.measured(run.stage_numbers())} if run else {}
+    names = list(dict.fromkeys(n.strip() for n in args.tasks.split(",") if n.strip())) if args.tasks else list(known)
+    if not names:
+        raise RecipeError(f"--tasks {args.tasks!r} names no task. Give one name, or several with commas.")
+    try:
+        named = Evaluate.model_validate({"general_tasks": names}).general_tasks  # a suite becomes its tasks
+    except ValidationError as error:
+        wrong = error.errors()[0]["input"]
+        raise RecipeError(f"--tasks: {wrong!r} is no task's name. Put commas between names, and no blanks.") from error
+    tasks = [known.get(task.name, task) for task in named]
+    return [t if args.num_fewshot is None else t.model_copy(update={"num_fewshot": args.num_fewshot}) for t in tasks]
+
+
+def _known(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
+    """Return the answer if the cache has all of it; None if anything has to be fetched, read or measured."""
+    folder = _seen_folder(args.model, cache.shelf)
+    if folder is None:
+        return None
+    base = _base_name(args, folder)
+    found_base = _seen_folder(base, cache.shelf) if base else None
+    if base and found_base is None:
+        return None
+    seen = look_up(replace(asked, folder=folder, base=found_base), cache, read=False)
+    return _answer(seen, {}) if seen and not seen.missing(asked.tasks) else None
+
+
+def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
+    """Measure what the cache does not know, on all ranks; return the answer on the main one, else None."""
+    from hf_contmerge.models.layout import check_tokenizer
+    from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
+    from hf_contmerge.runtime.ranks import in_turn
+    from hf_contmerge.scoring.score import score_asked
+    from hf_contmerge.scoring.tasks import check_tasks
+
+    keep_freed_memory()
+    ranks, crew = join_ranks()
+
+    def look() -> Asked:
+        folder = _found_folder(args.model, cache.shelf)
+        base = _base_name(args, folder)
+        whole = replace(asked, folder=folder, base=_found_folder(base, cache.shelf) if base else None)
+        check_tokenizer(whole.whole)
+        folders = asked.evaluate.task_folders(asked.task_folder)
+        check_tasks(asked.tasks, folders, split=asked.part != "all", limit=asked.evaluate.limit)
+        return whole
+
+    seen, scores = score_asked(in_turn(crew.ranks, look), ranks=ranks, cache=cache)
+    leave_ranks()
+    return _answer(seen, scores) if ranks.is_main_process else None
+
+
+def _answer(seen: Lookup, scores: dict[str, TaskScore]) -> Answer:
+    return Answer(seen.model.sha256, seen.model.dtype, {**seen.found, **scores}, frozenset(seen.found))
+
+
+def _base_name(args: argparse.Namespace, folder: Path) -> str | None:
+    """Return the model that an adapter belongs to, None for a whole model. Raises ModelError if nobody names it."""
+    settings = folder / "adapter_config.json"
+    if not settings.is_file():
+        if args.base:
+            raise ModelError(f"{args.model} is a whole model, and --base is that of an adapter. Leave --base out.")
+        return None
+    try:
+        named = args.base or json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ModelError(f"Cannot read {settings}: {error}. Save or fetch the adapter again.") from error
+    if not named:
+        raise ModelError(f"{args.model} is an adapter that names no base model. Give it with --base.")
+    return named
+
+
+def _found_folder(name: str, shelf: Shelf) -> Path:
+    """Return the folder of a model, fetching or converting it where that is needed. Raises as `resolve_model`."""
+    from hf_contmerge.models.folder import model_path, resolve_model
+
+    path, folder = model_path(name), resolve_model(name, adapters=True)
+    if path.suffix == ".gguf" and path.is_file():
+        remembered(shelf, "converted", [path], lambda: str(folder))
+    return folder
+
+
+def _seen_folder(name: str, shelf: Shelf) -> Path | None:
+    """Return a model's folder if that can be told without reading weights or asking the network."""
+    path = Path(name).expanduser()
+    if name.startswith("quickstart:"):
+        from hf_contmerge.run.quickstart import quickstart_model
+
+        path = quickstart_model()
+    if path.suffix == ".gguf" and path.is_file():
+        found = shelf.find(digest(["converted", stamp([path])[0]]))
+        return Path(found) if found and Path(found).is_dir() else None
+    if path.is_dir():
+        return path if any(path.glob("*.safetensors")) else None
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON  # else the Hub may have a newer one
+    return _snapshot(name) if offline and name.count("/") == 1 else None
+
+
+def _snapshot(name: str) -> Path | None:
+    """Return the folder of a model in the Hub's cache."""
+    repo, _, revision = name.partition("@")
+    root = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
+    place = root / f"models--{repo.replace('/', '--')}"
+    reference = place / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    folder = place / "snapshots" / (commit or "main")
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def _show(name: str, asked: Asked, answer: Answer) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric", "value", "documents", "", title=f"{name} ({answer.dtype})")
+    for task in asked.tasks:
+        score = answer.scores[task.name]
+        error = _stderr(score)
+        value = f"{score.value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+        cached = "from the cache" if task.name in answer.cached else ""
+        table.add_row(task.name, score.metric, value, str(len(score.gains)), cached)
+    Console().print(table)
+
+
+def _stderr(score: TaskScore) -> float | None:
+    """Return the standard error of the value: of a perplexity exp(-u), that of u times the value (delta method)."""
+    return score.stderr if score.stderr is None or score.block == "accuracy" else score.stderr * score.value
+
+
+def _summary(name: str, asked: Asked, answer: Answer) -> dict[str, Any]:
+    tasks = {}
+    for task in asked.tasks:
+        score = answer.scores[task.name]
+        numbers = {field: value for field, value in score.to_json().items() if field not in _PER_DOCUMENT}
+        cached = task.name in answer.cached
+        tasks[task.name] = {**numbers, "value_stderr": _stderr(score), "documents": len(score.gains), "cached": cached}
+    model = {"model": name, "scored_sha256": answer.model, "dtype": answer.dtype}
+    return {**model, "evaluate": asked.evaluate.model_dump(mode="json"), "tasks": tasks, "versions": versions()}
+
+
+def _from(least: int) -> Any:
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {text!r}")
+        return int(text)
+
+    return number
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "auto" else _from(1)(text)

@@ -1,0 +1,1 @@
+"""Runs train, merge and score, stage after stage."""

@@ -1,0 +1,51 @@
+"""What a merge entry of a recipe stands for: its rule, its experts, its dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_contmerge.errors import RecipeError
+from hf_contmerge.merge_rules import MergeRule, yaml_word
+from hf_contmerge.merging.rules import dtype_named, make_rule
+from hf_contmerge.run.recipe.parts import Rung
+from hf_contmerge.run.recipe.schema import Recipe, Train
+
+if TYPE_CHECKING:
+    from hf_contmerge.run.recipe.schema import Merge
+
+
+def with_replay(train: Train, rung: Rung) -> Train:
+    """Return how a stage is trained when a guard has it trained again with examples of earlier stages."""
+    own = train.parameters_of()
+    strategies = (*train.strategy, *(() if "replay" in train.strategy else ("replay",)))
+    parameters = {**own, "replay": {**own.get("replay", {}), **rung.parameters}}
+    return Train.model_validate({**train.model_dump(), "strategy": strategies, "parameters": parameters})
+
+
+def merge_kinds(recipe: Recipe, rules: Mapping[str, MergeRule]) -> dict[str, str]:
+    """Return merge entry name -> the kind of expert that it folds."""
+    starts = {entry.name: entry.start_from or rules[entry.name].start_from for entry in recipe.merge}
+    return {name: f"merged-{name}" if start == "merged" else start for name, start in starts.items()}
+
+
+def make_entry_rule(entry: Merge) -> MergeRule:
+    """Make the rule of a merge entry; an `auto` parameter has the rule's own value, from which its search starts.
+
+    Raises RecipeError as `make_rule` does, and for `auto` where a value cannot be searched: it would change the state.
+    """
+    where = f"merge entry {entry.name}"
+    rule = make_rule(entry.rule, {w: v for w, v in entry.parameters.items() if v != "auto"}, where=where)
+    words = [yaml_word(f) for f in rule.tunable]
+    for word in (w for w, v in entry.parameters.items() if v == "auto"):
+        if word not in words:
+            known = f"`auto` is for {', '.join(words)}" if words else f"{entry.rule} has no parameter for `auto`"
+            raise RecipeError(f"{where}: {word} of {entry.rule} cannot be `auto`; {known}. Give a value.")
+    return rule
+
+
+def merged_dtype(entry: Merge) -> torch.dtype | None:
+    """Return the dtype of an entry's merged models; None: as in the base."""
+    return dtype_named(None if entry.dtype == "auto" else entry.dtype)

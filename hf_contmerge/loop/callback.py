@@ -1,0 +1,316 @@
+"""Continual merging inside anybody's Trainer, SFTTrainer, DPOTrainer ...: one callback in each stage's script.
+
+    from hf_contmerge import ContinualMergeCallback
+
+    callback = ContinualMergeCallback("state", base="owner/base", rule="magmax", export="merged", tasks=["arc_easy"])
+    trainer = SFTTrainer(model, args=SFTConfig("runs/law", ...), train_dataset=law, callbacks=[callback])
+    trainer.train()
+
+When training ends, the model goes as the expert `law` into the state, all stages so far are merged into `merged/law`,
+and the tasks tell what was learnt and what was forgotten: in STATE/stages/law/scores.json, in the trainer's log history
+and in its trackers. The script of the next stage says `runs/code` and the same state, and starts from the base, from
+the expert, or from merged/law.
+
+TRL's MergeModelCallback mixes each checkpoint with one other model through mergekit. This one keeps a state that grows
+with every stage at constant cost, takes any rule of this package, merges adapters as they are, checks everything before
+the first step, and measures the result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, extract_model_from_parallel
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
+
+from hf_contmerge.errors import RecipeError, ResourceError, RunError, size
+from hf_contmerge.loop._history import StageScores, table
+from hf_contmerge.loop.functions import evaluate_of, open_state, score_stage, tasks_of
+from hf_contmerge.loop.plan.disk import model_bytes, state_bytes
+from hf_contmerge.merging.state import MergeState
+from hf_contmerge.models.experts import open_expert
+from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.models.layout import check_layout
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.run.places import Place
+from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.run.scores import scored_tasks
+from hf_contmerge.runtime.crew import Crew
+from hf_contmerge.runtime.files import remove, sync_files, write_atomically
+from hf_contmerge.runtime.ranks import find_ranks, together
+from hf_contmerge.training.job import ModelName
+from hf_contmerge.training.saving import whole_state
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What is known of a stage once its training has begun."""
+
+    name: str
+    state: MergeState
+    crew: Crew
+    tasks: Sequence[Task]
+    evaluate: Evaluate
+
+    @property
+    def folder(self) -> Path:
+        return self.state.folder / "stages" / self.name
+
+    @property
+    def scores(self) -> StageScores:
+        return StageScores(self.state.folder)
+
+
+class ContinualMergeCallback(TrainerCallback):
+    """Folds the model that a trainer trains into a growing merge, writes the merged model, and measures both.
+
+    Args:
+        state: the folder of the state, which is made if it is not there.
+        base: the pretrained model. Needed for the first stage.
+        rule: magmax, opcm, average ... Needed for the first stage.
+        stage: what the stage is called; by default the last word of the trainer's `output_dir`.
+        export: the merged model of each stage is written to a folder of the stage's name in this one.
+        tasks: what to measure, as `score_stage` takes them. Those of earlier stages are measured again.
+        score: how, as `score_stage` takes it: tasks_folder, limit, batch_size, max_length, dtype.
+        parameters: of the rule (`lambda` is written `lambda_`).
+
+    All mistakes are told when training begins: an unknown rule or task, a model that is not of the base's names and
+    shapes, an adapter that cannot be merged, a stage that is there already. Weights that DeepSpeed or FSDP1 shares out
+    are refused; FSDP2, DDP and a single process will do.
+    """
+
+    def __init__(
+        self,
+        state: ModelName,
+        *,
+        base: ModelName | None = None,
+        rule: str | None = None,
+        stage: str | None = None,
+        export: ModelName | None = None,
+        tasks: Sequence[str | Mapping[str, Any] | Task] = (),
+        score: Mapping[str, Any] | None = None,
+        **parameters: Any,
+    ) -> None:
+        self._folder, self._base, self._rule, self._name = Path(state), base, rule, stage
+        self._export = Path(export) if export else None
+        fields = dict(score or {})
+        folder = fields.pop("tasks_folder", None)
+        self._evaluate = evaluate_of(fields, folder)
+        self._tasks, self._parameters = tasks_of(tasks), parameters
+        self._stage: _Stage | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Check all that could fail hours later, and measure the base."""
+        crew = Crew(ranks=find_ranks())
+        together(crew.ranks, _refuse_sharing)
+        with _as_it_was():
+            opened = open_state(
+                self._folder, base=self._base, rule=self._rule, parameters=self._parameters, crew=crew
+            )  # fmt: skip
+            name = self._name or Path(str(args.output_dir)).name
+            together(crew.ranks, lambda: self._check_free(name, opened), leader_only=True)
+            base = opened.base()
+            plain = extract_model_from_parallel(model)
+            _check_model(plain, opened, base, crew)
+            together(crew.ranks, lambda: self._check_disk(plain, opened, base), leader_only=True)
+            scores = StageScores(self._folder)
+            tasks, how = together(crew.ranks, lambda: scores.settings(self._tasks, self._evaluate), leader_only=True)
+            self._stage = _Stage(name, opened, crew, tasks, how)
+            self._measure(self._stage, base.folder, scores.base)
+            together(crew.ranks, lambda: scores.keep_settings(tasks, how), leader_only=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Save the expert, merge it, measure both, and tell the trainer's log and trackers."""
+        assert self._stage
+        stage, crew = self._stage, self._stage.crew
+        plain = extract_model_from_parallel(model)
+        expert = _save(plain, kwargs.get("processing_class"), stage)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        stage.state.add(expert, stages=[stage.name], crew=crew)
+        merged = self._export / stage.name if self._export else stage.folder / ".merged"
+        if self._export or stage.tasks:
+            together(crew.ranks, lambda: remove(stage.folder / ".merged"), leader_only=True)
+            stage.state.export(merged, crew=crew)
+        self._measure(stage, expert, stage.scores.expert(stage.name))
+        self._measure(stage, merged, stage.scores.merged(stage.name))
+        if crew.ranks.rank == 0:
+            remove(stage.folder / ".merged")
+            if stage.tasks:
+                _tell(stage, args, state, control, plain)
+        crew.ranks.gather(None)
+
+    def _check_free(self, name: str, opened: MergeState) -> None:
+        """Raise an error if a stage of this name cannot be added, or its merged model cannot be written."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise RecipeError(f"{name!r} cannot be a stage's name. Give `stage` letters, digits, `.`, `_` and `-`.")
+        if name in [e.stage for e in opened.log().experts]:
+            raise RunError(
+                f"{self._folder} holds a stage {name} already. Give another `stage` (or output_dir), or drop that one "
+                f"first: contmerge merge drop {self._folder} {name}"
+            )
+        out = self._export / name if self._export else None
+        if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(
+                f"{out}, where the merged model would go, is not empty. Remove it, or name another `export`."
+            )
+
+    def _check_disk(self, model: Any, opened: MergeState, base: Weights) -> None:
+        """Raise ResourceError if what is to be written when training ends does not fit on the disk."""
+        expert = 0 if hasattr(model, "peft_config") else sum(p.numel() * p.element_size() for p in model.parameters())
+        need = expert + state_bytes(base, opened.rule()) + model_bytes(base, None)
+        free = shutil.disk_usage(self._folder).free
+        if need > free:
+            raise ResourceError(
+                f"When training ends, this stage will write {size(need)} to {self._folder}, and {size(free)} are free. "
+                "Free some, or name a state on another disk."
+            )
+
+    def _measure(self, stage: _Stage, model: Path, place: Place) -> None:
+        """Measure what is not yet known of a model; on all ranks."""
+        known = together(stage.crew.ranks, lambda: scored_tasks(place), leader_only=True)
+        missing = [task for task in stage.tasks if task.name not in known]
+        if missing:
+            how = stage.evaluate.model_dump(exclude={"include_path"}, exclude_unset=True)
+            found = score_stage(
+                model, missing, tasks_folder=stage.evaluate.include_path, base=stage.state.base().folder, **how
+            )
+            together(stage.crew.ranks, lambda: stage.scores.keep(place, found), leader_only=True)
+
+
+def _refuse_sharing() -> None:
+    """Raise RecipeError where no rank could put the whole weights together."""
+    shared = AcceleratorState._shared_state  # to make an AcceleratorState resets what it says of FSDP (accelerate 1.15)
+    kind = shared.get("distributed_type", DistributedType.NO)
+    version = getattr(shared.get("fsdp_plugin"), "fsdp_version", 2)
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and version < 2
+    ):
+        name = "FSDP1" if kind == DistributedType.FSDP else kind.value
+        raise RecipeError(
+            f"{name} keeps the weights to itself while it trains, so that they cannot be merged here. Launch with "
+            "FSDP2 or DDP; or train without this callback, save the model, and give its folder to merge_stage."
+        )
+
+
+def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> None:
+    """Raise ModelError if what is to be trained could not be merged: an adapter is saved for trial, and opened."""
+    if not hasattr(model, "peft_config"):
+        together(crew.ranks, lambda: check_layout(model, base))
+        return
+    log = state.log()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _write_adapter(model, Path(scratch) / "adapter", crew)
+        names = {log.base, log.base_folder}
+        together(crew.ranks, lambda: open_expert(folder, base, base_names=names) and None, leader_only=True)
+
+
+def _save(model: Any, processing: Any, stage: _Stage) -> Path:
+    """Write what was trained to the stage's `expert`, which appears whole; return it."""
+    scratch, out, ranks = stage.folder / ".expert", stage.folder / "expert", stage.crew.ranks
+    together(ranks, lambda: remove(scratch), leader_only=True)
+    if hasattr(model, "peft_config"):
+        written = _write_adapter(model, scratch, stage.crew)
+    else:
+        written = _write_model(model, processing, scratch, stage)
+
+    def publish() -> None:
+        sync_files(written)
+        remove(out)  # of a training that was not added
+        written.rename(out)
+        remove(scratch)
+
+    together(ranks, publish, leader_only=True)
+    return out
+
+
+def _write_model(model: Any, processing: Any, folder: Path, stage: _Stage) -> Path:
+    state, ranks = _whole_state(model, stage.crew), stage.crew.ranks
+
+    def write() -> None:
+        model.save_pretrained(folder, state_dict=state)
+        if hasattr(processing, "save_pretrained"):
+            processing.save_pretrained(folder)
+        else:
+            copy_companions(stage.state.base().folder, folder, dtype=model.dtype)
+
+    together(ranks, write, leader_only=True)
+    return folder
+
+
+def _write_adapter(model: Any, folder: Path, crew: Crew) -> Path:
+    """Save the active adapter; return its folder, which peft gives any but the first a name of its own."""
+    state, name = _whole_state(model, crew), model.active_adapter
+
+    def write() -> None:
+        model.save_pretrained(folder, state_dict=state, selected_adapters=[name])
+
+    together(crew.ranks, write, leader_only=True)
+    return folder if name == "default" else folder / name
+
+
+def _whole_state(model: Any, crew: Crew) -> dict[str, Any] | None:
+    """Return the weights of a model that is shared out among the ranks (FSDP2); None for one that is whole."""
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return whole_state(model, keep=crew.ranks.rank == 0)
+    return None
+
+
+def _tell(stage: _Stage, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
+    """Write the stage's scores.json; give its scores to the log history, and to the trackers that the trainer has."""
+    summary = stage.scores.summary([e.stage for e in stage.state.log().experts])
+    write_atomically(stage.folder / "scores.json", json.dumps(summary, indent=1) + "\n")
+    for line in table(summary):
+        LOG.info("%s: %s", stage.name, line)
+    logs = {
+        f"{stage.name}/{model_name}/{task}": score["value"]
+        for model_name, scores in summary["scores"].items()
+        for task, score in scores.items()
+    }
+    state.log_history.append({**logs, "step": state.global_step})
+    for kind in get_reporting_integration_callbacks(args.report_to):
+        tracker = kind()  # the trainer's own have ended; these go on in the run that they began
+        if isinstance(tracker, TensorBoardCallback):
+            tracker.logging_dir = tracker.logging_dir or _newest_events(Path(str(args.output_dir)))
+        tracker.on_log(args, state, control, model=model, logs=dict(logs))
+        if isinstance(tracker, TensorBoardCallback):
+            tracker.on_train_end(args, state, control)
+
+
+def _newest_events(folder: Path) -> str:
+    """Return the folder that TensorBoard's events of a training have gone to."""
+    files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    return str(files[-1].parent if files else folder / "runs")
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Leave random states and accelerate's state as they are: training must be what it would be without us."""
+    plain, arrays, shared = random.getstate(), np.random.get_state(), dict(AcceleratorState._shared_state)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+    random.setstate(plain)
+    np.random.set_state(arrays)
+    AcceleratorState._shared_state.update(shared)

@@ -1,0 +1,1 @@
+"""Checks and estimates a run before it starts."""

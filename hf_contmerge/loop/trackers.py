@@ -1,0 +1,122 @@
+"""Losses, merge norms and scores for TensorBoard, Weights & Biases or Trackio: one run there for the whole run here.
+
+`report_to` of the recipe's `train` names them. The trainer's own callbacks would start a run with every stage. Stages
+are groups of charts (`01-law/previous/loss`), and steps go on counting from one stage to the next.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import RecipeError, ResourceError, unknown
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import Place
+from hf_contmerge.run.recipe.schema import Phase, Recipe, Train
+from hf_contmerge.runtime.files import write_atomically
+
+KNOWN = ("tensorboard", "trackio", "wandb")
+
+
+class Trackers:
+    """What a run logs to. Without trackers, or on other ranks than the first, it takes everything and does nothing."""
+
+    def __init__(self, opened: Sequence[Any] = ()) -> None:
+        self._opened, self._before, self._over = opened, 0, set[Path]()
+
+    @classmethod
+    def open(cls, run: Run) -> Trackers:
+        """Start or take up what the recipe names. Raises as `check_trackers`."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        folder, opened = run.folder / "trackers", []
+        for name in check_trackers(run.recipe.train):
+            tracker = LOGGER_TYPE_TO_CLASS[name](run.recipe.name, **_settings(name, folder))
+            tracker.start()
+            opened.append(tracker)
+            if name == "wandb":  # its own steps may not go back, which they do after `contmerge redo`
+                tracker.tracker.define_metric("*", step_metric="step")
+            if name != "tensorboard":
+                tracker.store_init_configuration(_flat(run.recipe))
+        return cls(opened)
+
+    def stage_is_over(self, place: Place, steps: int) -> None:
+        """Let later points come after those of an expert that was trained for so many steps, each expert once."""
+        self._before += steps if place.folder not in self._over else 0
+        self._over.add(place.folder)
+
+    def of(self, place: Place, phase: Phase) -> Callable[[int, Mapping[str, float]], None]:
+        """Return what logs points of a phase: (number of the step in the stage, values by name).
+
+        A point that was logged before the run was resumed is not logged again: it would be the same.
+        """
+        mark = place.logged(phase)
+
+        def log(step: int, values: Mapping[str, float]) -> None:
+            if not self._opened or (mark.exists() and int(mark.read_text(encoding="utf-8")) >= step):
+                return
+            named = {f"{_group(place)}/{name}": value for name, value in values.items()}
+            for tracker in self._opened:
+                if tracker.name == "wandb":
+                    tracker.log({**named, "step": self._before + step})
+                else:
+                    tracker.log(named, step=self._before + step)
+            write_atomically(mark, str(step))
+
+        return log
+
+    def merged(self, place: Place, record: Mapping[str, Any]) -> None:
+        """Log the scale and the norms of a merge."""
+        norms = record["norms"]
+        newest = norms["experts"][-1:] or [0.0]  # none, where a guard has left the first one out
+        point = {"scale": record["scale"], "running_norm": norms["running"], "expert_norm": newest[0]}
+        self.of(place, "merge")(0, point)
+
+    def close(self) -> None:
+        """Send what is still on its way."""
+        for tracker in self._opened:
+            tracker.finish()
+
+
+def check_trackers(train: Train) -> list[str]:
+    """Return the trackers that a recipe names. Raises RecipeError or ResourceError for one not known or here."""
+    words = train.sft_fields.get("report_to") or []
+    names = [words] if isinstance(words, str) else list(words)
+    names = [name for name in names if name != "none"]
+    if "all" in names:
+        return [name for name in KNOWN if importlib.util.find_spec(name)]
+    for name in names:
+        if name not in KNOWN:
+            raise RecipeError(unknown("tracker", str(name), [*KNOWN, "all", "none"], where="train.report_to"))
+        if not importlib.util.find_spec(name):
+            raise ResourceError(
+                f"train.report_to names {name}, which is not installed. Install it with `pip install {name}`, or "
+                "remove it from report_to."
+            )
+    return names
+
+
+def _settings(name: str, folder: Path) -> dict[str, Any]:
+    """Return how to open a tracker such that a run that is resumed goes on there, too."""
+    if name == "tensorboard":
+        return {"logging_dir": folder}
+    file = folder / "id"
+    if not file.exists():
+        write_atomically(file, uuid.uuid4().hex[:12])
+    own = file.read_text(encoding="utf-8")
+    return {"name": own, "resume": "allow"} | ({"id": own, "dir": str(folder)} if name == "wandb" else {})
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's settings in a form that all trackers take."""
+    fields = recipe.model_dump(mode="json")
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in fields.items()}
+
+
+def _group(place: Place) -> str:
+    """Return the stage and what of it is meant: 01-law/previous, 01-law/magmax, 00-base."""
+    parts = place.folder.parts[place.folder.parts.index("stages") + 1 :] if "stages" in place.folder.parts else ()
+    return "/".join(part for part in parts if part not in ("experts", "merges"))

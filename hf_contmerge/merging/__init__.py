@@ -1,0 +1,1 @@
+"""Folds experts into one model at constant memory."""

@@ -1,0 +1,206 @@
+"""Pass 1 of a merge: task vectors into the state, and into the merged model with it where that can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.merge_rules import MergeRule, Norms
+from hf_contmerge.merging._factored import fold_factors, pays
+from hf_contmerge.merging._pieces import Piece, flat_slots, pieces, square, zeros
+from hf_contmerge.merging.costs import stream_job, weight_of
+from hf_contmerge.merging.running import Running, write_factored
+from hf_contmerge.merging.write import MergedModel, Output, model_writer, opened, write_companions
+from hf_contmerge.models.experts import DenseExpert, Expert, task_vector
+from hf_contmerge.models.lora.reader import Adapter
+from hf_contmerge.models.weights import Weights, WeightsWriter
+from hf_contmerge.runtime.crew import Crew, Job
+from hf_contmerge.runtime.files import leads
+
+STATE_SHARD = 2**30
+"""Bytes per file of a state: small enough to be shared evenly among hosts."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Pass 1, and pass 2 with it where that can be."""
+
+    rule: MergeRule
+    base: Weights
+    experts: Sequence[Expert]
+    before: Running | None
+    stages_before: int
+    crew: Crew
+
+    def run(
+        self, earlier: Sequence[float], out: Path | None, merged: Output | None, later: Output | None = None
+    ) -> Norms:
+        """Fold all experts; write the state to `out` and the model to `merged`, as far as they are given.
+
+        `later`: the model that will be written from the state, for which there must be room.
+        """
+        dense, low_rank = self._forms()
+        writers = self._writers(dense, out, merged)
+        stages = self.stages_before + len(self.experts)
+        scale = self.rule.scale(Norms((1.0,) * stages, 1.0)) if merged else 0.0
+        only = self.experts[0] if stages == 1 else None
+        model = MergedModel(self.rule, self.base, scale, stages, writers["merged"], only, self.crew) if merged else None
+
+        def work(job: Job) -> _Squares:
+            name = job.name
+            if name in dense:
+                return self._fold_dense(name, writers, model)
+            if name in low_rank:
+                return self._fold_low_rank(name, out, model)
+            assert model is not None
+            model.write(name, None)
+            return _Squares((0.0,) * len(self.experts), 0.0)
+
+        names = self.base.names if merged else sorted(dense | low_rank)
+        first = next(iter(writers.values()), None)
+        touched = len(self.experts) + len(writers)
+        groups = {n: first.shard_of(n) for n in first.names} if first else {}
+        jobs = [
+            stream_job(self.rule, self.base, n, touched, groups.get(n, 0), whole=n in dense and self._in_one_go(n))
+            for n in names
+        ]
+        with opened(self.crew, list(writers.values()), [model_writer(self.base, later, self.crew)] if later else []):
+            squares = self.crew.run(jobs, work, what="merging", prefetch=lambda job: self._prefetch(job.name))
+        if merged:
+            write_companions(self.base, merged, self.crew)
+        # fsum is exact, so the order in which the ranks' results come does not matter.
+        norms = [math.sqrt(math.fsum(s.experts[i] for s in squares.values())) for i in range(len(self.experts))]
+        return Norms((*earlier, *norms), math.sqrt(math.fsum(s.running for s in squares.values())))
+
+    def _forms(self) -> tuple[set[str], set[str]]:
+        """Return the names of the weights whose new state is dense, and of those that stay in factors."""
+        dense, low_rank = set(), set()
+        for name in self.base.floating():
+            old = self.before.rank(name) if self.before else 0
+            ranks = [_rank(expert, name) for expert in self.experts]
+            if old == 0 and not any(r != 0 for r in ranks):
+                continue
+            total = sum(r for r in (old, *ranks) if r is not None)
+            shape = self.base.shape(name)
+            factors = self.rule.basis_free and None not in (old, *ranks) and len(shape) == 2 and pays(shape, total)
+            (low_rank if factors else dense).add(name)
+        return dense, low_rank
+
+    def _writers(self, dense: set[str], out: Path | None, merged: Output | None) -> dict[str, WeightsWriter]:
+        writers, leader = {}, leads(self.crew)
+        if out and dense:
+            shapes = {n: self.base.shape(n) for n in dense}
+            slots = (self.rule.slots,) if self.rule.slots > 1 else ()
+            plan = [(n, (*slots, *shape), torch.float32) for n, shape in shapes.items()]
+            writers["running"] = WeightsWriter(out, plan, shard_size=STATE_SHARD, leader=leader)
+            if self.rule.selects:
+                plan = [(n, shape, torch.uint8) for n, shape in shapes.items()]
+                writers["owners"] = WeightsWriter(out / "owners", plan, shard_size=STATE_SHARD // 4, leader=leader)
+        if merged:
+            writers["merged"] = model_writer(self.base, merged, self.crew)
+        return writers
+
+    def _fold_dense(self, name: str, writers: Mapping[str, WeightsWriter], model: MergedModel | None) -> _Squares:
+        base, device = self.base.tensor(name), self.crew.device
+        before = self.before.tensor(name) if self.before else None
+        old = flat_slots(self.rule, before) if before is not None else None
+        owners = self._owners(name, before, base) if "owners" in writers else None
+        vectors = [task_vector(expert, name, base) for expert in self.experts]
+        squares, running_square = [0.0] * len(vectors), 0.0
+        weight = weight_of(self.base, name, self.stages_before)
+        for piece in pieces(self.rule, weight, base.shape, device, whole=self._in_one_go(name)):
+            part = piece.of(base.reshape(-1)).to(device)
+            wide = part.float()
+            state = zeros(self.rule, wide) if old is None else piece.of(old).to(device)
+            for i, vector in enumerate(vectors):
+                change = vector(piece.start, piece.stop, wide.reshape(-1)).reshape(wide.shape)
+                squares[i] += square(change)
+                weight = replace(weight, stage=self.stages_before + i + 1)
+                after = self.rule.update(state, change, weight)
+                if owners is not None:
+                    piece.of(owners)[(after != state).cpu()] = min(weight.stage, 255)
+                state = after
+            if not all(map(math.isfinite, squares)):
+                self._refuse_non_finite(name)
+            running_square += square(state)
+            if "running" in writers:
+                _write_state(writers["running"], self.rule, name, piece, state, base.numel())
+            if owners is not None:
+                writers["owners"].write(name, piece.of(owners), start=piece.start)
+            if model:
+                model.write_piece(weight, piece, part, state)
+        return _Squares(tuple(squares), running_square)
+
+    def _fold_low_rank(self, name: str, out: Path | None, model: MergedModel | None) -> _Squares:
+        before = self.before.factored(name) if self.before and self.before.rank(name) else None
+        weight = weight_of(self.base, name, self.stages_before)
+        factors = [e.factors(name) if isinstance(e, Adapter) and name in e.names else None for e in self.experts]
+        if not all(bool(torch.isfinite(f).all()) for pair in factors if pair for f in pair):
+            self._refuse_non_finite(name)
+        state, norms = fold_factors(
+            self.rule, before, factors, name=name, is_matrix=weight.is_matrix, first_stage=self.stages_before + 1,
+            )  # fmt: skip
+        if out:
+            write_factored(out, name, state)
+        if model:
+            model.write(name, state.dense())
+        return _Squares(tuple(n**2 for n in norms), state.norm() ** 2)
+
+    def _in_one_go(self, name: str) -> bool:
+        """Say whether a weight must be worked on as a whole: an adapter's B @ A comes in one piece."""
+        return any(isinstance(e, Adapter) and name in e.names for e in self.experts)
+
+    def _owners(self, name: str, before: Tensor | None, base: Tensor) -> Tensor:
+        owners = self.before.owners(name) if self.before and before is not None else None
+        return torch.zeros(base.numel(), dtype=torch.uint8) if owners is None else owners.reshape(-1)
+
+    def _prefetch(self, name: str) -> None:
+        for weights in (self.base, *(e.weights for e in self.experts if isinstance(e, DenseExpert))):
+            weights.prefetch(name)
+        if self.before:
+            self.before.prefetch(name)
+
+    def _refuse_non_finite(self, name: str) -> NoReturn:
+        for folder, tensor in self._sources(name):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise ModelError(
+                    f"{name} in {folder} has {bad} values that are NaN or infinite. The training diverged or the file "
+                    "is damaged: lower learning_rate and train that stage again, or fetch the model again. Nothing "
+                    "was merged."
+                )
+        raise ModelError(f"{name}: a difference from {self.base.folder} is too large for float32. Nothing was merged.")
+
+    def _sources(self, name: str) -> Iterator[tuple[Path, Tensor]]:
+        base = self.base.tensor(name)
+        yield self.base.folder, base
+        for expert in self.experts:
+            is_adapter = isinstance(expert, Adapter)
+            yield expert.folder, expert.task_vector(name, base) if is_adapter else expert.weights.tensor(name)
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """Squared norms of one weight: of each expert's task vector, and of the new state."""
+
+    experts: tuple[float, ...]
+    running: float
+
+
+def _rank(expert: Expert, name: str) -> int | None:
+    """Return the rank of an expert's change of a weight; 0 for no change; None if it is not known to be low."""
+    if not isinstance(expert, Adapter):
+        return None
+    return expert.rank(name) if name in expert.names else 0
+
+
+def _write_state(writer: WeightsWriter, rule: MergeRule, name: str, piece: Piece, state: Tensor, numel: int) -> None:
+    for slot, tensor in enumerate(state if rule.slots > 1 else [state]):
+        writer.write(name, tensor, start=slot * numel + piece.start)

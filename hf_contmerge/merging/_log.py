@@ -1,0 +1,143 @@
+"""state.json of a merge: what it says, how it is read and written, and what may be added to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import ModelError, RecipeError, RunError
+from hf_contmerge.merge_rules import Norms
+from hf_contmerge.models.experts import expert_sha256
+from hf_contmerge.runtime.files import write_atomically
+
+FORMAT = 1
+"""Raised when an older program could not read a state any more."""
+
+
+@dataclass(frozen=True)
+class FoldedExpert:
+    """An expert that a state holds."""
+
+    stage: str
+    model: str
+    folder: str
+    sha256: str
+    norm: float
+    kind: str
+    seconds: float = 0.0
+    added: str = ""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What state.json says."""
+
+    rule: str
+    parameters: dict[str, Any]
+    base: str
+    base_folder: str
+    base_sha256: str
+    base_stamp: str
+    experts: tuple[FoldedExpert, ...] = ()
+    running: str | None = None
+    running_norm: float = 0.0
+    format: int = FORMAT
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def norms(self) -> Norms:
+        return Norms(tuple(e.norm for e in self.experts), self.running_norm)
+
+
+def read_log(folder: Path) -> Log:
+    """Read state.json. Raises RunError if it is missing, damaged, or of another version."""
+    file = folder / "state.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values.get("format") != FORMAT:
+            raise RunError(
+                f"{file} has format {values.get('format')}, this program reads {FORMAT}. Use the version of "
+                f"hf_contmerge that made it ({values.get('versions', {}).get('hf_contmerge', 'unknown')})."
+            )
+        return Log(**{**values, "experts": tuple(FoldedExpert(**e) for e in values["experts"])})
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{file} is damaged ({error}). Restore it, or start the state anew.") from error
+
+
+def write_log(folder: Path, log: Log) -> None:
+    """Replace state.json, which makes what it says so."""
+    write_atomically(folder / "state.json", json.dumps(asdict(log), indent=1) + "\n")
+
+
+def require_new(folder: Path) -> None:
+    """Raise RunError if a folder holds anything, but for what a crash in its first `write_log` has left."""
+    if folder.exists() and (not folder.is_dir() or any(p.name != ".state.json.new" for p in folder.iterdir())):
+        raise RunError(f"{folder} is not empty. Name a new folder for the state, or add to it if it is one.")
+
+
+def refuse_twins(log: Log, models: Sequence[str | Path], digests: Sequence[str]) -> None:
+    """Raise ModelError if an expert has been folded already."""
+    seen = {e.sha256: e.stage for e in log.experts}
+    for model, digest in zip(models, digests, strict=True):
+        if digest in seen:
+            raise ModelError(
+                f"{model} has the same weights as {seen[digest]}, which has been folded already; an expert must not be "
+                "folded twice. Leave it out, or name the right folder. The state is as it was."
+            )
+        seen[digest] = str(model)
+
+
+def require_kept(kept: Sequence[FoldedExpert], stage: str) -> None:
+    """Raise ModelError unless all experts that a state is to be rebuilt from are where they were, as they were."""
+    gone = [e for e in kept if not Path(e.folder).is_dir()]
+    changed = [e for e in kept if e not in gone and not is_as_it_was(e)]
+    if gone or changed:
+        lines = [f"  {e.stage}: {e.folder} is gone" for e in gone]
+        lines += [f"  {e.stage}: {e.folder} holds other weights now" for e in changed]
+        raise ModelError(
+            f"To drop {stage}, the state is folded again from the other experts, and these are missing:\n"
+            + "\n".join(lines)
+            + "\nPut them back and give the same command again. The state is as it was."
+        )
+
+
+def is_as_it_was(expert: FoldedExpert) -> bool:
+    """Say whether an expert is still where it was, with the weights that were folded."""
+    try:
+        return Path(expert.folder).is_dir() and expert_sha256(Path(expert.folder)) == expert.sha256
+    except ModelError:  # the folder is there, and holds something else now
+        return False
+
+
+def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Sequence[str]) -> list[str]:
+    """Return a name for each expert that no other has: as given, or the last word of the model's name.
+
+    Raises RecipeError for no expert at all, and for names that are too few, too many, or taken.
+    """
+    if not models:
+        raise RecipeError("There is no expert to add: name at least one.")
+    if given and len(given) != len(models):
+        raise RecipeError(f"{len(models)} experts and {len(given)} stage names: give one name for each, or none.")
+    used, names = list(taken), []
+    for i, model in enumerate(models):
+        name = given[i] if given else str(model).rstrip("/").split("/")[-1].partition("@")[0]
+        if given and name in used:
+            raise RecipeError(f"A stage {name} is there already. Stage names must differ: {', '.join(used)}.")
+        number, unique = 2, name
+        while unique in used:
+            number, unique = number + 1, f"{name}-{number}"
+        used.append(unique)
+        names.append(unique)
+    return names
+
+
+def name_of(model: str | Path) -> str:
+    """Return a model's name so that it means the same from another folder."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else str(model)

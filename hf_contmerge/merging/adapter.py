@@ -1,0 +1,123 @@
+"""A merged model as one peft adapter: what the merge changed, as low-rank factors on top of the base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_contmerge.errors import RecipeError
+from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merging._factored import Factored
+from hf_contmerge.merging._log import Log
+from hf_contmerge.merging._pieces import merged_tensor
+from hf_contmerge.merging.costs import weight_of
+from hf_contmerge.merging.running import Running
+from hf_contmerge.merging.state import MergeState
+from hf_contmerge.models.layout import model_in_memory
+from hf_contmerge.models.lora.matching import tied_table
+from hf_contmerge.models.lora.writer import Factors, write_adapter
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.runtime.crew import Crew
+from hf_contmerge.runtime.files import new_folder
+from hf_contmerge.runtime.ranks import together
+
+
+def export_adapter(
+    state: MergeState, out: str | Path, *, rank: int | None = None, crew: Crew | None = None
+) -> dict[str, float]:
+    """Write the merged model as an adapter of the base, with reconstruction.json beside it.
+
+    Args:
+        out: a new folder.
+        rank: of each module at most. None: as much as it takes, which needs a state that only adapters have made.
+        crew: its first rank does it: there is little to do.
+
+    Returns:
+        For each low-rank module |S - left @ right| / |S|, S being what the merge changed there.
+
+    Raises:
+        RecipeError: without a rank, for a weight whose change is not known to be of low rank.
+    """
+    return together((crew or Crew()).ranks, lambda: _export(state, Path(out), rank), leader_only=True)
+
+
+def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
+    if rank is not None and rank < 1:
+        raise RecipeError(f"--rank {rank}: the rank of an adapter is at least 1.")
+    base, running = state.base(), Running(state.require_running())
+    rule, log, scale = state.rule(), state.log(), state.scale()
+    tied = tied_table(base)
+    low_rank = [n for n in sorted(running.names()) if n != tied and _is_low_rank(base, running, n)]
+    dense = [n for n in low_rank if running.rank(n) is None]
+    if dense and rank is None:
+        raise RecipeError(_why_dense(log, rule, dense))
+    stages, errors, model = len(log.experts), dict[str, float](), model_in_memory(base)
+
+    def factors() -> Iterator[tuple[str, Factors]]:
+        for name in low_rank:
+            left, right, errors[name] = _approximation(rule, base, running, name, stages, rank)
+            yield model.name(name), (left * scale, right)
+
+    whole = _whole(rule, base, running, set(low_rank), scale, stages)
+    with new_folder(out, Crew()) as scratch:
+        write_adapter(
+            scratch, factors(), base_model=log.base, whole={model.name(n): t for n, t in whole.items()},
+            embeddings=model.tables, conv1d=model.conv1d & {model.name(n) for n in low_rank},
+            tied=model.name(tied) if tied else None,
+        )  # fmt: skip
+        (scratch / "reconstruction.json").write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
+    return errors
+
+
+def _why_dense(log: Log, rule: MergeRule, dense: list[str]) -> str:
+    """Return the sentence that says why there is no exact adapter of low rank, and what to do."""
+    which = f"{dense[0]} and {len(dense) - 1} more are" if len(dense) > 1 else f"{dense[0]} is"
+    model = next((e.stage for e in log.experts if e.kind == "model"), None)
+    if not rule.basis_free:
+        why = f"the rule {log.rule} does not work on factors"
+    elif model:
+        why = f"{model} is a full model"
+    else:
+        why = "the adapters' ranks add up to so much there that factors would be no smaller"
+    return (
+        f"{which} kept whole, not as low-rank factors: {why}. Give --rank, which writes the nearest adapter of that "
+        "rank and, in reconstruction.json, how near it is; or export a model, without --as-adapter."
+    )
+
+
+def _is_low_rank(base: Weights, running: Running, name: str) -> bool:
+    """Say whether a weight's change leaves as factors: it is kept so, or it is a matrix. The rest leaves whole."""
+    if running.rank(name) is not None:
+        return True
+    return len(base.shape(name)) == 2 and weight_of(base, name, 1).is_matrix
+
+
+def _approximation(
+    rule: MergeRule, base: Weights, running: Running, name: str, stages: int, rank: int | None
+) -> tuple[Tensor, Tensor, float]:
+    if running.rank(name) is not None:
+        return running.factored(name).truncated(rank)
+    tensor = running.tensor(name)
+    assert tensor is not None
+    change = rule.read_out(tensor, weight_of(base, name, stages)).double()
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    return Factored(u.float(), s.diag(), vh.T.contiguous().float()).truncated(rank)
+
+
+def _whole(
+    rule: MergeRule, base: Weights, running: Running, low_rank: set[str], scale: float, stages: int
+) -> dict[str, Tensor]:
+    """Return the new values of the weights that are no matrices, with the other tensors of their modules."""
+    changed = running.names() - low_rank
+    modules = {n.rpartition(".")[0] for n in changed if n.rpartition(".")[0] + ".weight" not in low_rank}
+    found = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}
+    for name in changed:
+        before, state = base.tensor(name), running.tensor(name)
+        assert state is not None
+        read = rule.read_out(state, weight_of(base, name, stages))
+        found[name] = merged_tensor(before, read, scale, before.dtype)
+    return found

@@ -1,0 +1,1 @@
+"""The merge rules as mergekit methods; mergekit recipes, read and written."""

@@ -1,0 +1,250 @@
+"""Every merge rule as a mergekit method of the same name.
+
+mergekit hands a kernel one tensor at a time; tensors.py computes it, after a pass over the whole models where
+a rule's scale needs one. This module declares the methods and looks at recipes before mergekit does.
+
+The results are those of merging/stream.py to the last bit: the same pieces of a tensor, the same name for it, and one
+thread for linear algebra, as each of its workers has (with more, matrix products differ in the last bit). For rules
+that decompose matrices, `contmerge merge from-recipe` is faster by the number of cores.
+
+Names that mergekit has itself (task_arithmetic, ties) stay mergekit's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from torch import Tensor
+
+from hf_contmerge.errors import ContmergeError, RecipeError, unknown
+from hf_contmerge.merge_rules import get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merging.in_mergekit.tensors import from_this_tensor, from_whole_model
+from hf_contmerge.models.experts import first_twin, twins_refused
+from hf_contmerge.models.folder import is_adapter
+
+
+class MergekitRecipeError(RecipeError, click.UsageError):
+    """A mergekit recipe that cannot be carried out: exit code 2 and a line from commands, a ValueError in Python."""
+
+    def __init__(self, message: str) -> None:
+        click.UsageError.__init__(self, message)
+
+
+class RuleMethod(GroupMergeMethod):
+    """One merge rule, as mergekit calls it. The order of `models` is the order of the stages."""
+
+    def __init__(self, name: str) -> None:
+        self.rule = rule_class(name)
+        parameters = [
+            ParameterSpec(word, kind, ParameterScope.SHARED, default)
+            for word, (kind, default) in parameter_types(self.rule).items()
+        ]
+        if not self.rule.tunable:  # a number in place of the rule's own scale
+            own = "model" if self.rule.whole_model_scale else "tensor"
+            parameters.append(ParameterSpec("scale", float | str, ParameterScope.SHARED, own))
+        self.spec = MergeMethodSpec(
+            name=name,
+            pretty_name=name,
+            parameters=tuple(parameters),
+            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+            reference_url=self.rule.reference,
+        )
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor; the result has the inputs' dtype, the arithmetic is float32."""
+        try:
+            scale = parameters.pop("scale", "tensor")
+            rule = get_rule(self.spec.name, **parameters)
+            if _checked_scale(scale) == "model":
+                return from_whole_model(rule, group)
+            return from_this_tensor(rule, group, _checked_scale(scale))
+        except (ContmergeError, ValueError) as error:
+            raise MergekitRecipeError(f"{self.spec.name}: {error}") from error
+
+    def check(self, config: Any) -> None:
+        """Refuse, before any tensor is read, what mergekit would pass over in silence or what cannot be right."""
+        known = [p.name for p in self.spec.parameters]
+        for place, per_model, words in _settings(config):
+            for word, setting in words.items():
+                if word not in known:
+                    where = f"the parameters of {place} for {self.spec.name}"
+                    raise MergekitRecipeError(unknown("parameter", word, known, where=where))
+                if per_model:
+                    raise MergekitRecipeError(
+                        f"{self.spec.name} has no parameter per model; {word} of {place} belongs under `parameters:` "
+                        "at the top of the recipe."
+                    )
+                self._check_values(word, setting)
+        if self.rule.whole_model_scale:
+            self._check_whole(config)
+
+    def _check_values(self, word: str, setting: Any) -> None:
+        try:
+            for value in _values(setting):
+                if word == "scale":
+                    _checked_scale(value)
+                else:
+                    get_rule(self.spec.name, **{word: _as_number(value)})
+        except ValueError as error:
+            raise MergekitRecipeError(str(error)) from error
+
+    def _check_whole(self, config: Any) -> None:
+        """Refuse what has no whole-model scale: slices, and a rule whose parameters differ from tensor to tensor."""
+        scales = [config.parameters.get("scale", "model") if config.parameters else "model"]
+        scales += [words["scale"] for _, _, words in _settings(config) if "scale" in words]
+        if all("model" not in _values(scale) for scale in scales):
+            return
+        uneven = [
+            word
+            for place, _, words in _settings(config)
+            for word, setting in words.items()
+            if word != "scale" and (place != _TOP or len(set(_values(setting))) > 1)
+        ]
+        slices = config.slices or any(m.slices for m in (config.modules or {}).values())
+        if not slices and not uneven:
+            return
+        what = f"for which {uneven[0]} must be one value" if uneven else "which slices do not have"
+        raise MergekitRecipeError(
+            f"{self.spec.name} takes its scale from the norms of whole models, {what}. List whole models under "
+            "`models:` without gradients or filters, or set `scale: tensor` or a number under `parameters:` at the top."
+        )
+
+
+def install() -> None:
+    """Make mergekit know our rules and refuse what they cannot do right. Calling it again does no harm."""
+    register_rules()
+    guard_planner()
+    guard_merge()
+
+
+def register_rules() -> None:
+    """Make every rule known to mergekit, but for names that it has already."""
+    from mergekit.merge_methods import registry
+
+    taken = {method.spec.name for method in registry.registered_methods()}
+    for name in rule_names():
+        if name not in taken:
+            registry.register(RuleMethod(name))
+
+
+def guard_planner() -> None:
+    """Let our methods look at the recipe before mergekit plans. mergekit passes over unknown parameters in silence."""
+    from mergekit.plan import MergePlanner
+
+    original = MergePlanner.normalize_config
+    if original.__module__ == __name__:  # guarded already
+        return
+
+    def normalize_config(self: Any) -> None:
+        if isinstance(self._method, RuleMethod):
+            self._method.check(self.config)
+        original(self)
+
+    MergePlanner.normalize_config = normalize_config
+
+
+def guard_merge() -> None:
+    """Refuse adapters that mergekit cannot read, before it trips over them."""
+    import mergekit.merge as merge
+
+    original = merge.get_architecture_info  # the first thing that run_merge calls
+    if original.__module__ == __name__:  # guarded already
+        return
+
+    def get_architecture_info(config: Any, options: Any) -> Any:
+        if config.merge_method in rule_names():
+            _refuse_adapters(config, options)
+            _refuse_twins(config)
+        return original(config, options)
+
+    merge.get_architecture_info = get_architecture_info
+
+
+def _refuse_adapters(config: Any, options: Any) -> None:
+    for model in config.referenced_models():
+        if model.lora and not options.lora_merge_cache:
+            raise MergekitRecipeError(
+                f"mergekit merges the adapter of {model} into a model first: say where to keep that, with "
+                "--lora-merge-cache DIR. Or use `contmerge merge from-recipe`, which reads adapters as they are."
+            )
+        if not model.lora and is_adapter(Path(model.model.path)) and not Path(model.model.path, "config.json").exists():
+            raise MergekitRecipeError(
+                f"{model} is an adapter. Write `model: BASE+{model}` and give --lora-merge-cache DIR, or use "
+                "`contmerge merge from-recipe`, which reads adapters as they are."
+            )
+
+
+def _refuse_twins(config: Any) -> None:
+    """Raise MergekitRecipeError for a model listed twice, or listed with a copy of itself on this machine."""
+    for part in (config, *(config.modules or {}).values()):
+        models = [m.model for m in part.models or () if m.model != config.base_model]
+        folders = [Path((m.lora or m.model).path) for m in models]
+        there = [i for i, folder in enumerate(folders) if folder.is_dir()]
+        twin = first_twin([folders[i] for i in there])
+        pair = tuple(there[i] for i in twin) if twin else _listed_twice(models)
+        if pair:
+            raise MergekitRecipeError(twins_refused(*(str(models[i]) for i in pair)))
+
+
+def _listed_twice(models: list[Any]) -> tuple[int, int] | None:
+    return next(((i, models.index(m)) for i, m in enumerate(models) if models.index(m) != i), None)
+
+
+_TOP = "the recipe"
+
+
+def _settings(config: Any) -> Iterator[tuple[str, bool, Mapping[str, Any]]]:
+    """Yield (place, whether it is one model's, parameters) of every level of a mergekit recipe."""
+    yield _TOP, False, config.parameters or {}
+    parts: list[tuple[str, Any]] = [
+        ("", config),
+        *((f" of module {name}", module) for name, module in (config.modules or {}).items()),
+    ]
+    for where, part in parts:
+        if where:
+            yield where.removeprefix(" of "), False, part.parameters or {}
+        for model in part.models or ():
+            yield f"model {model.model}{where}", True, model.parameters or {}
+        for number, piece in enumerate(list[Any](part.slices or [])):
+            yield f"slice {number}{where}", False, piece.parameters or {}
+            for source in piece.sources:
+                yield f"model {source.model} in slice {number}{where}", True, source.parameters or {}
+
+
+def _values(setting: Any) -> list[Any]:
+    """Return all values that a mergekit setting can take: a constant, a gradient's points, a filter's choices."""
+    if isinstance(setting, list):
+        return [value for part in setting for value in _values(part)]
+    return _values(setting.value) if hasattr(setting, "value") else [setting]
+
+
+def _as_number(value: Any) -> Any:
+    """Return a string that spells a number as that number: YAML leaves 1e-1 a string. Anything else as it is."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else number
+
+
+def _checked_scale(value: Any) -> float | str:
+    """Return `model`, `tensor` or a finite number. Raises ValueError for anything else."""
+    number = _as_number(value)
+    if number in ("model", "tensor"):
+        return number
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"scale must be model, tensor or a number; got {value!r}")
+    return float(number)

@@ -1,0 +1,237 @@
+"""A mergekit recipe, read: its words, models and parameters, as far as this engine carries them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_contmerge.errors import RecipeError, unknown
+from hf_contmerge.merge_rules import parameter_types, rule_class
+from hf_contmerge.merging.rules import dtype_named, make_rule
+
+_WORDS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer")
+_THEIRS_ALONE = ("slices", "modules", "chat_template")
+MERGEKITS_OWN = {
+    # mergekit has methods of these names itself, with parameters that ours do not have: value that equals ours.
+    "task_arithmetic": {"weight": 1.0, "normalize": False, "rescale": False, "density": 1.0, "int8_mask": False},
+    "ties": {"weight": 1.0, "normalize": True, "rescale": False, "int8_mask": False},
+}
+_THEIR_DEFAULTS = {"task_arithmetic": {"lambda": 1.0}, "ties": {"lambda": 1.0, "density": 1.0}}
+_OF_ONE_MODEL = ("weight", "density")  # of mergekit's own methods: read from each model, else from the top
+
+
+@dataclass(frozen=True)
+class MergekitRecipe:
+    """A mergekit recipe that this engine can carry out: whole models, one rule, one value for each parameter."""
+
+    rule: str
+    parameters: dict[str, Any]
+    base: str
+    models: tuple[str, ...]
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_from: str | None = None
+
+
+def read_mergekit_recipe(path: Path) -> MergekitRecipe:
+    """Read a recipe. Raises RecipeError for what this engine does not do, with what does."""
+    words = _words(path)
+    rule, base = str(words["merge_method"]), _reference(words["base_model"], path)
+    known = parameter_types(type(make_rule(rule, {}, where=str(path))))
+    if base.adapter:
+        raise RecipeError(f"{path}: base_model {base} has an adapter. Merge it into a model first, and name that.")
+    entries = [entry for entry in _entries(words["models"], path) if entry.model != base]  # mergekit passes over it too
+    if not entries:
+        raise RecipeError(f"{path} lists no model beside base_model. A merge needs one expert or more.")
+    models = [entry.model.expert_of(base, path) for entry in entries]
+    given = words.get("parameters") or {}
+    given = {**given, **_shared(entries, given, rule, path)}
+    tokenizer_from = _tokenizer_source(words, path)
+    return MergekitRecipe(
+        rule, _checked_parameters(rule, given, known, path), base.name, tuple(models),
+        _dtype_word(words, "dtype", path), _dtype_word(words, "out_dtype", path),
+        base.name if tokenizer_from == "base" else tokenizer_from,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model as mergekit refers to one: MODEL[@REVISION][+ADAPTER[@REVISION]]."""
+
+    name: str
+    adapter: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}+{self.adapter}" if self.adapter else self.name
+
+    def expert_of(self, base: _Model, path: Path) -> str:
+        """Return what this engine folds: the model, or the adapter if that is the base's."""
+        if self.adapter and self.name != base.name:
+            raise RecipeError(
+                f"{path}: {self} adds an adapter to {self.name}, which is not base_model {base}. Name both alike "
+                "if they are one model; else merge the adapter into its model first, and list that."
+            )
+        return self.adapter or self.name
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An entry of `models`."""
+
+    model: _Model
+    parameters: Mapping[str, Any]
+
+
+def _words(path: Path) -> dict[str, Any]:
+    """Return the recipe's top level, its words known and of the right kind."""
+    try:
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"Cannot read {path}: {error}") from error
+    if len(documents) > 1:
+        raise RecipeError(
+            f"{path} holds {len(documents)} recipes. Put each into a file, or use `mergekit-multi {path}`."
+        )
+    words = documents[0] if documents else None
+    if not isinstance(words, dict):
+        raise RecipeError(f"{path} is no mergekit recipe: expected a mapping with merge_method, base_model and models.")
+    for word in words:
+        if word in _THEIRS_ALONE:
+            raise RecipeError(f"{path} uses {word!r}, which only `mergekit-yaml {path} OUT` carries out. Use that.")
+        if word not in _WORDS:
+            raise RecipeError(unknown("word", str(word), _WORDS, where=str(path)))
+    for word in ("merge_method", "base_model", "models"):
+        if not words.get(word):
+            raise RecipeError(f"{path} lacks {word!r}. A merge needs merge_method, base_model and models.")
+    for word, kind, what in (
+        ("models", list, "a list"),
+        ("parameters", dict, "a mapping"),
+        ("tokenizer", dict, "a mapping"),
+    ):
+        if not isinstance(words.get(word) or kind(), kind):
+            raise RecipeError(f"{path}: {word} must be {what}; got {words[word]!r}.")
+    return words
+
+
+def _entries(listed: Sequence[Any], path: Path) -> list[_Entry]:
+    for entry in listed:
+        parts = set(entry) if isinstance(entry, Mapping) else set()
+        if (
+            "model" not in parts
+            or parts - {"model", "parameters"}
+            or not isinstance(entry.get("parameters") or {}, dict)
+        ):
+            raise RecipeError(f"{path}: an entry of `models` must be `- model: NAME`; got {entry!r}.")
+    return [_Entry(_reference(entry["model"], path), entry.get("parameters") or {}) for entry in listed]
+
+
+def _reference(value: Any, path: Path) -> _Model:
+    """Read `model`, `model@revision`, `model+adapter`, or {model: ..., lora: ...} with {path: ..., revision: ...}."""
+    parts: list[Any] = []
+    if isinstance(value, str):
+        parts = list(value.split("+"))
+    elif isinstance(value, Mapping) and "model" in value and not set(value) - {"model", "lora"}:
+        parts = [value["model"], *([value["lora"]] if value.get("lora") else [])]
+    if not 1 <= len(parts) <= 2:
+        raise RecipeError(
+            f"{path}: a model must be `NAME`, `NAME@REVISION`, `BASE+ADAPTER`, or `{{model: {{path: NAME}}}}` (for a "
+            f"name with + or @ in it); got {value!r}."
+        )
+    return _Model(*(_name(part, path) for part in parts))
+
+
+def _name(value: Any, path: Path) -> str:
+    """Return a folder or Hub id, with @revision for the latter."""
+    name, at, revision = value.partition("@") if isinstance(value, str) else ("", "", None)
+    if isinstance(value, Mapping) and not set(value) - {"path", "revision"}:
+        name, revision = value.get("path"), value.get("revision")
+    if not isinstance(name, str) or not name or "@" in str(revision or "") or (at and not revision):
+        raise RecipeError(f"{path}: a model must be `NAME`, `NAME@REVISION` or `{{path: NAME}}`; got {value!r}.")
+    if revision and Path(name).is_dir():
+        raise RecipeError(
+            f"{path}: {value} asks for revision {revision!r} of {name}, which is a folder here and has none. Name the "
+            "folder alone; one with @ in its name is `{model: {path: NAME}}`."
+        )
+    return f"{name}@{revision}" if revision else name
+
+
+def _shared(entries: Sequence[_Entry], top: Mapping[str, Any], rule: str, path: Path) -> dict[str, Any]:
+    """Return the parameters of the models as parameters of all: refused where they differ."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        for word in entry.parameters:
+            values = [_as_number(e.parameters.get(word, top.get(word))) for e in entries]
+            if rule not in MERGEKITS_OWN or word not in _OF_ONE_MODEL or any(v != values[0] for v in values):
+                raise RecipeError(
+                    f"{path}: {word} of {entry.model} is a parameter of one model; {rule} treats all experts alike. "
+                    f"Remove it, or use `mergekit-yaml {path} OUT` with a method that weighs them."
+                )
+            found[word] = values[0]
+    return found
+
+
+def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = dict(_THEIR_DEFAULTS.get(rule, {}))
+    theirs = MERGEKITS_OWN.get(rule, {})
+    for word, raw in given.items():
+        value = _as_number(raw)
+        if isinstance(value, list | dict):
+            raise RecipeError(f"{path}: {word} must be one value for all tensors; got {value!r}. Use `mergekit-yaml`.")
+        if word in theirs and word not in known:
+            if value != theirs[word] and word != "int8_mask":  # a matter of mergekit's memory, not of the result
+                raise RecipeError(
+                    f"{path}: {word} must be {theirs[word]!r} here; `mergekit-yaml {path} OUT` takes {value!r}."
+                )
+        elif word == "scale" and not rule_class(rule).tunable:
+            if value != "model":
+                raise RecipeError(f"{path}: scale must be `model` here; `mergekit-yaml {path} OUT` takes {value!r}.")
+        elif word not in known:
+            raise RecipeError(unknown("parameter", str(word), known, where=f"{path} for {rule}"))
+        else:
+            found[word] = value
+    make_rule(rule, found, where=str(path))  # says what a value must be
+    return found
+
+
+def _as_number(value: Any) -> Any:
+    """Return a string that spells a number as that number: YAML leaves 1e-1 a string."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else number
+
+
+def _dtype_word(words: Mapping[str, Any], word: str, path: Path) -> str | None:
+    value = words.get(word)
+    name = str(value).removeprefix("torch.") if value else None
+    try:
+        dtype_named(name)
+    except RecipeError as error:
+        raise RecipeError(f"{path}, {word}: {error}") from error
+    return name
+
+
+def _tokenizer_source(words: Mapping[str, Any], path: Path) -> str | None:
+    """Return whose tokenizer the merged model shall have: a model's name, or `base`; None if nothing is said."""
+    tokenizer, source = words.get("tokenizer"), words.get("tokenizer_source")
+    if tokenizer is not None and source:
+        raise RecipeError(f"{path} has both tokenizer and tokenizer_source, which mergekit refuses. Remove one.")
+    if tokenizer is not None:
+        source = tokenizer.get("source", "union")  # as in mergekit
+    extra = sorted(set(tokenizer or {}) - {"source"})
+    if source == "union" or extra:
+        raise RecipeError(
+            f"{path}: the tokenizer setting {'union' if source == 'union' else extra[0]!r} may change the vocabulary, "
+            f"which only `mergekit-yaml {path} OUT` does. Use that, or `source: base`."
+        )
+    if not source or source == "base":
+        return source or None
+    model = _reference(source, path)
+    if model.adapter:
+        raise RecipeError(f"{path}: the tokenizer of {model}, an adapter: name the model alone.")
+    return model.name

@@ -1,0 +1,196 @@
+"""The tensors of a mergekit merge: what a kernel computes from those at hand, or from a pass over whole models.
+
+A scale of the whole model needs the norms of all tensors, and mergekit hands over one at a time. So at the first one
+merging/stream.py's pass 1 runs over the files of the same models and keeps the state in a temporary folder, from which
+each call then reads its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from mergekit.merge_methods.base import TensorEntry, TensorGroup
+from torch import Tensor
+
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
+from hf_contmerge.merging._pieces import Piece, fold_tensor, merged_tensor, pieces
+from hf_contmerge.merging.costs import is_matrix
+from hf_contmerge.merging.running import Running
+from hf_contmerge.merging.stream import merge_experts
+from hf_contmerge.models.experts import open_expert
+from hf_contmerge.models.weights import Weights
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """The outcome of pass 1 over whole models: running tensors on disk, and the scale that their norms give."""
+
+    running: Running
+    scale: float
+
+
+def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) -> Tensor:
+    """Fold the tensors at hand, in order; scale by the rule on this tensor's own norms, or by a given number."""
+    assert group.base is not None
+    base, experts, weight = group.base.tensor, [entry.tensor for entry in group.non_base], _weight(group)
+    if isinstance(scale, str) and not rule.whole_model_scale:
+        scale = rule.scale(Norms((1.0,) * len(experts), 1.0))
+    parts = [Piece(0, base.numel(), tuple(base.shape))]  # its own norms take the whole of it
+    if not isinstance(scale, str):
+        parts = pieces(rule, weight, base.shape, base.device)
+    merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
+    flat = [tensor.reshape(-1) for tensor in (base, *experts)]
+    with _one_thread(base.device):
+        for piece in parts:
+            part = _merged_piece(rule, weight, [piece.of(f) for f in flat], scale, group)
+            merged[piece.start : piece.stop] = part.reshape(-1)
+    return merged.reshape(base.shape)
+
+
+def _merged_piece(
+    rule: MergeRule, weight: Weight, models: Sequence[Tensor], scale: float | str, group: TensorGroup
+) -> Tensor:
+    base, *experts = models
+    running, norms = fold_tensor(rule, base, experts, weight.name, is_matrix=weight.is_matrix)
+    for entry, norm in zip(group.non_base, norms.experts, strict=True):
+        if not math.isfinite(norm):
+            raise ValueError(f"{weight.name} of {entry.id} has values that are NaN or infinite")
+    factor = rule.scale(norms) if isinstance(scale, str) else scale
+    only = experts[0] if len(experts) == 1 and factor == 1.0 else None
+    return merged_tensor(base, rule.read_out(running, weight), factor, base.dtype, expert=only)
+
+
+def from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
+    """Read this tensor's running state of the whole-model pass back, and scale it by the whole model's norms."""
+    assert group.base is not None
+    base, weight = group.base.tensor, replace(_weight(group), name=_stored_name(group))
+    models = tuple(_weights(entry) for entry in (group.base, *group.non_base))
+    whole = _whole_model(rule, models)
+    stored, state = models[0].tensor(weight.name).to(base.device), whole.running.tensor(weight.name)
+    if state is None:  # no expert differs from the base
+        return stored.to(base.dtype)
+    only = models[1].tensor(weight.name).to(base.device) if len(models) == 2 and whole.scale == 1.0 else None
+    with _one_thread(base.device):
+        read = rule.read_out(state.to(base.device), weight)
+    return merged_tensor(stored, read, whole.scale, base.dtype, expert=only)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Compute as merging/stream.py's workers do: the last bit of a matrix product depends on the number of threads."""
+    before = torch.get_num_threads()
+    if device.type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _weight(group: TensorGroup) -> Weight:
+    """Return what a rule is told about this weight elsewhere; the name is that in the base's files, if any."""
+    from mergekit.common import ModelReference
+
+    assert group.base is not None
+    shape, name, vocabulary = group.base.tensor.shape, group.metadata.name or "", None
+    if isinstance(group.base.id, ModelReference):
+        files = _weights(group.base)
+        vocabulary = files.vocabulary
+        others = () if name in files.names else files.names
+        name = next((n for n in others if _holds(group.base, n)), name)
+    matrix = group.metadata.vocabulary_axis is None and is_matrix(name, shape, vocabulary)
+    return Weight(name, matrix, len(group.non_base))
+
+
+_lock = threading.Lock()
+
+
+_latest: dict[tuple[MergeRule, tuple[Weights, ...]], WholeModel] = {}
+
+
+def _whole_model(rule: MergeRule, models: tuple[Weights, ...]) -> WholeModel:
+    """Run pass 1 over whole models (the base first), once per merge whatever the number of tensors and threads.
+
+    The latest outcome alone is kept: a sweep over alpha in one process must not fill the disk with running tensors.
+    """
+    with _lock:
+        if (rule, models) not in _latest:
+            base, *experts = (weights.folder for weights in models)
+            holder = tempfile.TemporaryDirectory(prefix="contmerge-")
+            try:
+                whole = _fold_all(rule, base, tuple(experts), Path(holder.name))
+            except BaseException:
+                holder.cleanup()
+                raise
+            weakref.finalize(whole, holder.cleanup)  # when nobody reads it any more, at the latest at exit
+            _latest.clear()
+            _latest[rule, models] = whole
+        return _latest[rule, models]
+
+
+def _fold_all(rule: MergeRule, base: Path, experts: tuple[Path, ...], scratch: Path) -> WholeModel:
+    weights = Weights(base)
+    found = merge_experts(rule, weights, [open_expert(e, weights) for e in experts], running_out=scratch)
+    return WholeModel(Running(scratch), found.scale)
+
+
+def _stored_name(group: TensorGroup) -> str:
+    """Return the name under which the files of all models hold the tensors that mergekit hands over.
+
+    It is mergekit's own name, or another for an alias and for a tied head that is stored a second time: the
+    whole-model pass counts that once, as the input table. Raises ValueError where there is no such name.
+    """
+    assert group.base is not None
+    asked, files = group.metadata.name or "", _weights(group.base)
+    others = [n for n in files.names if files.shape(n) == tuple(group.base.tensor.shape)]
+    names = [asked] if asked in files.names else others
+    found = next((n for n in names if all(_holds(entry, n) for entry in group.entries)), None)
+    if found is None:
+        odd = next((e for e in group.entries if not any(_holds(e, n) for n in names)), group.base)
+        raise ValueError(
+            f"{asked} of {odd.id} is not what its files hold under that name (slices, a permuted vocabulary or other "
+            "names), so a scale over whole models cannot be right. Set `scale: tensor` or a number under `parameters:`."
+        )
+    return found
+
+
+def _holds(entry: TensorEntry, name: str) -> bool:
+    """Say whether a model's files hold, under this name, the tensor that mergekit hands over."""
+    weights, tensor = _weights(entry), entry.tensor
+    if name not in weights.names or weights.shape(name) != tuple(tensor.shape):
+        return False
+    # NaN equals NaN here: that a weight is not finite is for the whole-model pass to say.
+    return torch.allclose(weights.tensor(name).to(tensor.dtype), tensor.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def _weights(entry: TensorEntry) -> Weights:
+    """Return the files of a model, opened anew when they have changed since: the same object means the same content."""
+    folder = _folder(entry)
+    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors*"))]
+    return _open(folder, tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
+
+
+@functools.lru_cache(maxsize=64)
+def _open(folder: Path, _stamp: tuple[tuple[str, int, int, int], ...]) -> Weights:
+    return Weights(folder)
+
+
+def _folder(entry: TensorEntry) -> Path:
+    """Return the folder from which mergekit reads a model."""
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import LoaderCache
+
+    if not isinstance(entry.id, ModelReference):
+        raise ValueError("tensors without a model folder have no whole-model norms; set `scale: tensor` or a number")
+    return Path(LoaderCache().get(entry.id).index.base_path)

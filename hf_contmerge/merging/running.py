@@ -1,0 +1,68 @@
+"""The state of a rule in a folder: for each weight a tensor, or low-rank factors, or nothing while it is zero.
+
+model.safetensors ...            a float32 tensor for each weight, under its name; (slots, *shape) for some rules
+owners/model.safetensors ...     a uint8 tensor for each, with rules that select: the stage that an element is of
+factors/<weight>.safetensors     left, core, right of a weight that only adapters have changed so far
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_contmerge.merging._factored import Factored
+from hf_contmerge.models.weights import Weights
+
+
+class Running:
+    """The state in a folder, to read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._dense = _weights(folder)
+        self._owners = _weights(folder / "owners")
+        # Opened when they are read: a large model has more of them than a process may have files open.
+        self._factors = {path.stem: path for path in sorted((folder / "factors").glob("*.safetensors"))}
+
+    def names(self) -> set[str]:
+        """Return the names of the weights that are not all zero."""
+        return {*(self._dense.names if self._dense else ()), *self._factors}
+
+    def rank(self, name: str) -> int | None:
+        """Return the rank of a weight that is kept as factors; 0 for one that is zero; None for a dense one."""
+        if name in self._factors:
+            return max(Weights(self._factors[name]).shape("core"))
+        return None if name in self.names() else 0
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Return a weight's state in full, or None while it is zero."""
+        if name in self._factors:
+            return self.factored(name).dense()
+        return self._dense.tensor(name) if self._dense and name in self._dense.names else None
+
+    def factored(self, name: str) -> Factored:
+        file = Weights(self._factors[name])
+        return Factored(*(file.tensor(part) for part in ("left", "core", "right")))
+
+    def owners(self, name: str) -> Tensor:
+        """Return the stage that each element of a weight is of (uint8; 0: still the base's)."""
+        assert self._owners is not None
+        return self._owners.tensor(name)
+
+    def prefetch(self, name: str) -> None:
+        if self._dense and name in self._dense.names:
+            self._dense.prefetch(name)
+
+
+def write_factored(folder: Path, name: str, state: Factored) -> None:
+    """Write the factors of one weight."""
+    out = folder / "factors"
+    out.mkdir(exist_ok=True)
+    parts = {"left": state.left, "core": state.core, "right": state.right}
+    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, out / f"{name}.safetensors")
+
+
+def _weights(folder: Path) -> Weights | None:
+    return Weights(folder) if any(folder.glob("*.safetensors")) else None

@@ -1,0 +1,163 @@
+"""Pass 2 of a merge: base + scale * read_out(running), as a model folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_contmerge.errors import ResourceError, size
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
+from hf_contmerge.merging._pieces import Piece, flat_slots, merged_tensor, pieces
+from hf_contmerge.merging.costs import stream_job, weight_of
+from hf_contmerge.merging.running import Running
+from hf_contmerge.models.experts import Expert, own_values
+from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.models.weights import SHARD_SIZE, Plan, Weights, WeightsWriter
+from hf_contmerge.runtime.crew import Crew, Job
+from hf_contmerge.runtime.files import leads
+from hf_contmerge.runtime.ranks import together
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging found: the norms over all experts so far, and the scale that they gave."""
+
+    norms: Norms
+    scale: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a merged model goes: an empty folder, the dtype of the weights (None: the base's), the bytes per file."""
+
+    folder: Path
+    dtype: torch.dtype | None = None
+    shard_size: int = SHARD_SIZE
+    companions: Path | None = None
+    """Whose config, tokenizer, chat template and generation config it gets: the base's, if not said."""
+
+
+def write_merged(
+    rule: MergeRule,
+    base: Weights,
+    running: Path,
+    found: Merged,
+    out: Output,
+    *,
+    only: Expert | None = None,
+    crew: Crew | None = None,
+) -> None:
+    """Do pass 2: write base + scale * read_out(running) as a model folder. `only`: the expert, if there is but one."""
+    crew, state = crew or Crew(), Running(running)
+    writer = model_writer(base, out, crew)
+    model = MergedModel(rule, base, found.scale, len(found.norms.experts), writer, only, crew)
+
+    def prefetch(job: Job) -> None:
+        base.prefetch(job.name)
+        state.prefetch(job.name)
+
+    with opened(crew, [writer]):
+        jobs = [stream_job(rule, base, name, 2, writer.shard_of(name)) for name in writer.names]
+        crew.run(
+            jobs,
+            lambda job: model.write(job.name, state.tensor(job.name)),
+            what="writing",
+            prefetch=prefetch,
+        )
+    write_companions(base, out, crew)
+
+
+def write_companions(base: Weights, out: Output, crew: Crew) -> None:
+    """Put config, tokenizer, chat template and generation config beside a model's weights."""
+    together(
+        crew.ranks,
+        lambda: copy_companions(base.folder, out.folder, dtype=out.dtype, tokenizer_from=out.companions),
+        leader_only=True,
+    )
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A merged model in the making."""
+
+    rule: MergeRule
+    base: Weights
+    scale: float
+    stages: int
+    writer: WeightsWriter
+    only: Expert | None
+    crew: Crew
+
+    def write(self, name: str, running: Tensor | None) -> None:
+        """Write a tensor from its state, or the base's own where there is none."""
+        tensor = self.base.tensor(name)
+        if running is None:
+            dtype = self.writer.dtype(name)
+            return self.writer.write(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        weight, state = weight_of(self.base, name, self.stages), flat_slots(self.rule, running)
+        for piece in pieces(self.rule, weight, tensor.shape, self.crew.device):
+            part = piece.of(tensor.reshape(-1)).to(self.crew.device)
+            self.write_piece(weight, piece, part, piece.of(state).to(self.crew.device))
+        return None
+
+    def write_piece(self, weight: Weight, piece: Piece, base: Tensor, running: Tensor) -> None:
+        read = self.rule.read_out(running, weight)
+        own = own_values(self.only, weight.name) if self.only and self.scale == 1.0 else None
+        taken = piece.of(own.reshape(-1)).to(base.device) if own is not None else None
+        merged = merged_tensor(base, read, self.scale, self.writer.dtype(weight.name), expert=taken)
+        self.writer.write(weight.name, merged, start=piece.start)
+
+
+def model_writer(base: Weights, out: Output, crew: Crew) -> WeightsWriter:
+    """Return the writer of a merged model."""
+    return WeightsWriter(out.folder, merged_plan(base, out.dtype), shard_size=out.shard_size, leader=leads(crew))
+
+
+def merged_plan(base: Weights, dtype: torch.dtype | None) -> Plan:
+    """Return what a merged model consists of: the base's tensors, the floating ones in `dtype` if one is given."""
+    floating = set(base.floating())
+    return [(n, base.shape(n), dtype if n in floating and dtype else base.dtype(n)) for n in base.names]
+
+
+@contextmanager
+def opened(crew: Crew, writers: Sequence[WeightsWriter], later: Sequence[WeightsWriter] = ()) -> Iterator[None]:
+    """Make and open the files to be written, once there is known to be room for them; close them when all are done.
+
+    `later`: what is to be written after that, for which there must be room too.
+    """
+    with ExitStack() as stack:
+
+        def create() -> None:
+            check_room([*writers, *later])
+            for writer in writers:
+                stack.enter_context(writer)
+
+        def enter() -> None:
+            for writer in writers:
+                stack.enter_context(writer)
+
+        together(crew.ranks, create, leader_only=True)
+        together(crew.ranks, enter if not leads(crew) else lambda: None)
+        yield
+
+
+def check_room(writers: Sequence[WeightsWriter]) -> None:
+    """Raise ResourceError if the disk cannot hold what will be written."""
+    needed: dict[int, tuple[Path, int]] = {}
+    for writer in writers:
+        writer.folder.mkdir(exist_ok=True)
+        device = writer.folder.stat().st_dev
+        needed[device] = (writer.folder, needed.get(device, (writer.folder, 0))[1] + writer.nbytes)
+    for folder, need in needed.values():
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise ResourceError(
+                f"Merging writes {size(need)} to the disk of {folder}, which has {size(free)} free. Free some room, or "
+                "name a folder on another disk. Nothing was written."
+            )

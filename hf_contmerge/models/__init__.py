@@ -1,0 +1,1 @@
+"""Reads and writes model folders tensor by tensor; knows adapters without peft."""

@@ -1,0 +1,65 @@
+"""Names in a model's files: the layers that its weights belong to, the tokens of its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import ModelError
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def layer_of(name: str) -> str:
+    """Return which layer a weight is in; outside the layers, the words of its name (embed_tokens, norm)."""
+    number = _LAYER.search(name)
+    return f"layer {number.group(1)}" if number else name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def layer_order(layer: str) -> tuple[int, int, str]:
+    """Return what to sort layers by, as data goes through them; `all` comes last."""
+    number = layer.removeprefix("layer ")
+    if number.isdigit():
+        return (1, int(number), "")
+    return (3, 0, "") if layer == "all" else (0 if "embed" in layer else 2, 0, layer)
+
+
+def tokens_of(folder: Path) -> dict[str, int] | None:
+    """Return token -> number of a fast tokenizer, added ones too; None if there is no tokenizer.json."""
+    values = _tokenizer(folder)
+    if values is None:
+        return None
+    try:
+        vocabulary = values["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in values.get("added_tokens") or ()}
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"Cannot read {folder / 'tokenizer.json'}: {error!r}. Fetch it again.") from error
+    if isinstance(vocabulary, list):  # Unigram: pairs of token and score
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **added}
+
+
+def special_tokens(folder: Path) -> dict[str, int]:
+    """Return token -> number of a fast tokenizer's special tokens."""
+    added = (_tokenizer(folder) or {}).get("added_tokens") or ()
+    return {token["content"]: token["id"] for token in added if token.get("special")}
+
+
+def _tokenizer(folder: Path) -> Mapping[str, Any] | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {folder / 'tokenizer.json'}: {error!r}. Fetch it again.") from error
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a model folder."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {folder / 'config.json'}: {error}") from error

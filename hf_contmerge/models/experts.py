@@ -1,0 +1,125 @@
+"""Experts as the engine sees them: task vectors, weight by weight, from a full model or from a peft adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.models.config import config
+from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.layout import check_same_layout
+from hf_contmerge.models.lora.layout import FILE
+from hf_contmerge.models.lora.reader import Adapter, check_base
+from hf_contmerge.models.weights import Weights, tensor_bytes, weights_sha256
+
+Part = Callable[[int, int, Tensor], Tensor]
+"""(start, stop, base's elements start:stop in float32) -> the task vector's elements, float32, all flat."""
+
+
+class DenseExpert:
+    """A full model of the base's layout."""
+
+    def __init__(self, folder: Path, base: Weights) -> None:
+        check_mergeable(folder)
+        check_same_layout(base.folder, folder)
+        self.folder = folder
+        self.weights = Weights(folder)
+        self.names = base.floating()
+        for name in self.names:
+            if not self.weights.dtype(name).is_floating_point:
+                raise ModelError(
+                    f"{name} is stored as {self.weights.dtype(name)} in {folder}, as {base.dtype(name)} in "
+                    f"{base.folder}. An expert's weights must be floating: save it again in the base's dtype."
+                )
+        for name in sorted(set(base.names) - set(self.names)):
+            if not torch.equal(base.tensor(name), self.weights.tensor(name)):
+                raise ModelError(
+                    f"The integer tensor {name} differs between {base.folder} and {folder}; only floating weights "
+                    "can be merged. Use experts whose buffers are the base's."
+                )
+
+
+Expert = DenseExpert | Adapter
+
+
+def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = (), force: bool = False) -> Expert:
+    """Open a full model or a peft adapter, and check from its headers that it fits the base.
+
+    `base_names`: under which names an adapter may know its base. `force`: accept an adapter of another base.
+    """
+    if not is_adapter(folder):
+        return DenseExpert(folder, base)
+    adapter = Adapter(folder, base)
+    check_base(adapter, base_names, force=force)
+    return adapter
+
+
+def task_vector(expert: Expert, name: str, base: Tensor) -> Part:
+    """Return the reader of a weight's task vector, which gives any run of its elements."""
+    if isinstance(expert, Adapter):
+        if name not in expert.names:
+            return lambda _start, _stop, wide: torch.zeros_like(wide)
+        return lambda start, stop, wide: expert.task_vector(name, base).reshape(-1)[start:stop].to(wide.device)
+    stored = expert.weights.tensor(name).reshape(-1)
+    return lambda start, stop, wide: torch.sub(stored[start:stop].to(wide.device), wide)
+
+
+def own_values(expert: Expert, name: str) -> Tensor | None:
+    """Return the weight as a full model stores it; None for an adapter, which stores a difference."""
+    return None if isinstance(expert, Adapter) else expert.weights.tensor(name)
+
+
+def expert_sha256(folder: Path) -> str:
+    """Return the digest of an expert: of its tensors, and of what an adapter's config makes of them."""
+    if not is_adapter(folder):
+        return weights_sha256(folder)
+    digest = weights_sha256(folder / FILE)  # a merged model may lie beside it
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return hashlib.sha256((digest + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+
+
+def first_twin(folders: Sequence[Path]) -> tuple[int, int] | None:
+    """Return the first expert with an earlier one's weights, and that one, by their places in the list.
+
+    Of experts that differ in the first bytes of any tensor, no more is read.
+    """
+    alike: dict[str, list[int]] = {}
+    for i, folder in enumerate(folders):
+        alike.setdefault(_first_bytes(folder), []).append(i)
+    digests: dict[str, int] = {}
+    for i in sorted(i for group in alike.values() if len(group) > 1 for i in group):
+        first = digests.setdefault(expert_sha256(folders[i]), i)
+        if first != i:
+            return i, first
+    return None
+
+
+def twins_refused(model: str, twin: str) -> str:
+    """Return the message for an expert with the weights of another one in the same merge."""
+    same = "is listed twice" if Path(model).resolve() == Path(twin).resolve() else f"has the same weights as {twin}"
+    return f"{model} {same}; an expert must not be folded twice. Remove one of them."
+
+
+def _first_bytes(folder: Path) -> str:
+    """Return a digest of each tensor's name, type, shape and first bytes."""
+    weights, digest = Weights(folder / FILE if is_adapter(folder) else folder), hashlib.sha256()
+    for name in weights.names:
+        start = tensor_bytes(weights.tensor(name).reshape(-1)[:64])
+        digest.update(f"{name} {weights.dtype(name)} {weights.shape(name)}".encode() + start)
+    return digest.hexdigest()
+
+
+def check_mergeable(folder: Path) -> None:
+    """Raise ModelError if a folder's weights are quantised. Reads headers only."""
+    if "quantization_config" in config(folder):
+        method = config(folder)["quantization_config"].get("quant_method", "quantised")
+        raise ModelError(f"{folder} is quantised ({method}). Dequantise it and save it as bfloat16 before merging.")
+    weights = Weights(folder)
+    for name in weights.names:
+        weights.dtype(name)

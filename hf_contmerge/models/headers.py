@@ -1,0 +1,128 @@
+"""A model without its weights: a folder with its config, tokenizer and the headers of its safetensors.
+
+The files of weights are there, of their full length, and empty: sparse files that take no room. So whatever reads
+names, shapes and dtypes works on such a folder as on the model, and nothing larger than a header was fetched for it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.models.folder import check_hub_id, converted_folder, hub_errors, model_path, resolve_model
+from hf_contmerge.models.weights import Weights, WeightsWriter
+
+_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt"]
+_INDEX = "model.safetensors.index.json"
+
+
+def resolve_headers(name: str, scratch: Path, *, adapters: bool = False) -> Path:
+    """Return a folder with all of a model but its weights: its own folder if it is here, else one below `scratch`.
+
+    `adapters`: a peft adapter will do as well. Raises as `model_folder.resolve_model`.
+    """
+    path = model_path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        converted = converted_folder(path)[1]
+        return converted if (converted / "converted.json").is_file() else _of_gguf(path, scratch / converted.name)
+    if path.is_dir():
+        return resolve_model(name, adapters=adapters)
+    check_hub_id(name)
+    return _cached(name) or _of_hub(name, scratch / name.replace("/", "--"), adapters=adapters)
+
+
+def needs_converting(name: str) -> bool:
+    """Say whether a model is a GGUF file that has not been dequantised on this machine yet."""
+    path = model_path(name)
+    if path.suffix != ".gguf" or not path.is_file():
+        return False
+    return not (converted_folder(path)[1] / "converted.json").is_file()
+
+
+def _cached(name: str) -> Path | None:
+    """Return the folder of a model of the Hub that was fetched before, with its weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, _, revision = name.partition("@")
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+        Weights(folder)
+    except (LocalEntryNotFoundError, ModelError):  # not there, or not all of it
+        return None
+    return folder
+
+
+def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    repo, _, revision = name.partition("@")
+    at = revision or None
+    api = HfApi()
+    with hub_errors(name):
+        texts = Path(snapshot_download(repo, revision=at, allow_patterns=_TEXTS))
+        files = _weight_files(texts, [f for f in api.list_repo_files(repo, revision=at) if f.endswith(".safetensors")])
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in texts.iterdir():
+            if path.is_file() and not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path.resolve())
+        for file in files:
+            try:
+                found = api.parse_safetensors_file_metadata(repo, file, revision=at)
+            except SafetensorsParsingError as error:
+                raise ModelError(f"{file} of {name} is no safetensors file: {error}") from error
+            _write_empty(folder / file, found)
+    Weights(folder)  # says what is wrong with it
+    config = ("config.json", "adapter_config.json") if adapters else ("config.json",)
+    if not any((folder / c).is_file() for c in config):
+        raise ModelError(f"{name} has no {' or '.join(config)}. A model is what `save_pretrained` writes.")
+    return folder
+
+
+def _weight_files(texts: Path, files: list[str]) -> list[str]:
+    """Return the files of weights among those of a repository."""
+    if (texts / _INDEX).is_file():
+        return sorted(set(json.loads((texts / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [f for f in files if "/" not in f]
+
+
+def _write_empty(path: Path, found: Any) -> None:
+    """Write a safetensors file of the header that huggingface_hub has parsed, its data a hole of the full length."""
+    entries = {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for name, info in found.tensors.items()
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def _of_gguf(path: Path, folder: Path) -> Path:
+    """Return a folder as the conversion to bfloat16 will leave it, from the GGUF file's own header."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"Reading {path} needs the package gguf: pip install 'hf_contmerge[gguf]'.") from error
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if (folder / "model.safetensors").is_file():
+        return folder
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    plan = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in stored.values()]
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    WeightsWriter(folder, plan, shard_size=2**62).create()
+    return folder

@@ -1,0 +1,1 @@
+"""Reads and writes LoRA adapters without peft."""

@@ -1,0 +1,153 @@
+"""Writes low-rank changes as a peft LoRA folder, which the stock `PeftModel.from_pretrained(base, folder)` loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.models.lora.layout import FILE, PREFIX
+from hf_contmerge.models.lora.settings import CONFIG
+from hf_contmerge.models.weights import tensor_bytes
+
+Factors = tuple[Tensor, Tensor]
+
+_HEAD = "lm_head.weight"
+_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+def write_adapter(
+    out: Path,
+    factors: Mapping[str, Factors] | Iterable[tuple[str, Factors]],
+    *,
+    base_model: str,
+    whole: Mapping[str, Tensor] | None = None,
+    embeddings: Collection[str] = (),
+    conv1d: Collection[str] = (),
+    tied: str | None = None,
+) -> None:
+    """Write an adapter that gives base + left @ right; each module has its own rank, and all a scaling of 1.
+
+    Args:
+        out: the folder; it is made if it is not there.
+        factors: name of a weight (MODULE.weight, as the model in memory calls it) -> left (m, r) and right (r, n),
+            float32. An iterator is drawn from one pair at a time, and memory holds that pair only. Pairs of rank 0 are
+            left out.
+        base_model: what the adapter calls its base: a Hub id or a folder.
+        whole: weights that change in another way, with their new values: `modules_to_save`, so give all tensors of a
+            module. The bias of a module that is in `factors` may be given alone.
+        embeddings: which of the names are embedding tables.
+        conv1d: which of the names are linear maps that are stored (in, out).
+        tied: the table that is both the input embedding and the output head, if there is one. Its change must be given
+            whole: peft applies a LoRA of it to one of the two, or twice when it is merged.
+
+    Raises:
+        ModelError: there is nothing to write, which peft could not load; or a name is not that of a module's weight.
+    """
+    pairs = cast(Iterable[tuple[str, Factors]], factors.items() if isinstance(factors, Mapping) else factors)
+    out.mkdir(parents=True, exist_ok=True)
+    ranks: dict[str, int] = {}
+    with tempfile.TemporaryFile(dir=out) as data:
+        file = _Tensors(data)
+        for name, (left, right) in pairs:
+            if left.shape[1]:
+                module = _module(name)
+                ranks[module] = left.shape[1]
+                for part, tensor in _parts(left, right, table=name in embeddings, swapped=name in conv1d):
+                    file.add(f"{PREFIX}{module}.{part}", tensor)
+        if not ranks:
+            raise ModelError(
+                f"No low-rank change is to be written to {out}: the merged model is the base in all of them."
+            )
+        saved = _add_whole(file, whole or {}, ranks, tied)
+        file.finish(out / FILE)
+    settings = _settings(ranks, saved, base_model, lora_bias=any(f"{m}.bias" in (whole or {}) for m in ranks))
+    settings["fan_in_fan_out"] = bool(conv1d)
+    settings["ensure_weight_tying"] = tied in (whole or {})
+    (out / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _parts(left: Tensor, right: Tensor, *, table: bool, swapped: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield peft's A (r, in) and B (out, r), whose product is left @ right, or its transpose for (in, out) weights."""
+    if table:
+        yield from (("lora_embedding_A", left.T), ("lora_embedding_B", right.T))
+    else:
+        a, b = (left.T, right.T) if swapped else (right, left)
+        yield from (("lora_A.weight", a), ("lora_B.weight", b))
+
+
+def _add_whole(file: _Tensors, whole: Mapping[str, Tensor], ranks: Mapping[str, int], tied: str | None) -> list[str]:
+    """Add whole weights; return their modules, less those that have factors, whose biases peft takes as they are."""
+    saved = set()
+    # peft asks for a tied table under both of its names; ensure_weight_tying then makes one module of them.
+    copies = {_HEAD: whole[tied]} if tied and tied in whole else {}
+    # Wide types first, so that every tensor starts at a multiple of its item size.
+    for name, tensor in sorted({**whole, **copies}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        module, _, parameter = name.rpartition(".")
+        if module in ranks and parameter == "weight":
+            raise ModelError(f"{name} is given both by its factors and whole.")
+        file.add(f"{PREFIX}{module}.base_layer.{parameter}" if module in ranks else PREFIX + name, tensor)
+        if module not in ranks and name not in copies:
+            saved.add(module)
+    return sorted(saved)
+
+
+def _module(name: str) -> str:
+    if not name.endswith(".weight"):
+        raise ModelError(f"{name} is no module's weight, so a LoRA cannot hold its change. Export the whole model.")
+    return name.removesuffix(".weight")
+
+
+def _settings(ranks: Mapping[str, int], saved: list[str], base_model: str, *, lora_bias: bool) -> dict[str, Any]:
+    """Return adapter_config.json: alpha is the rank everywhere, which makes every scaling 1."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+        "modules_to_save": saved or None,
+        "bias": "lora_only" if lora_bias else "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+class _Tensors:
+    """A safetensors file in the making. Its data waits in a scratch file: the header before it needs all shapes."""
+
+    def __init__(self, data: BinaryIO) -> None:
+        self._data = data
+        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        begin = self._data.tell()
+        self._data.write(tensor_bytes(tensor))
+        place = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, self._data.tell()]}
+        self._entries[key] = place
+
+    def finish(self, path: Path) -> None:
+        header = json.dumps(self._entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self._data.seek(0)
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            shutil.copyfileobj(self._data, file, 1 << 24)

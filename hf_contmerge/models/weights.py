@@ -1,0 +1,314 @@
+"""Safetensors files, one tensor at a time: read through memory maps, written into shards, fingerprinted."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.models.config import config
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes per file of weights, as `save_pretrained` has it."""
+
+_TIED_HEAD = "lm_head.weight"
+_CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}  # fmt: skip
+_NAMES = {dtype: code for code, dtype in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies."""
+
+    file: str
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Weights:
+    """The tensors of a model folder, memory-mapped: names, shapes and dtypes from headers, data when asked for.
+
+    A tied output table that is stored a second time is left out: it is the input table, and counts once. Each tensor
+    has a mapping of its own, which goes with it: what has been read and dropped does not stay in memory.
+
+    `folder` may also be a single file. Raises ModelError for a missing, truncated or unsafe file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        alone = Path(folder).is_file()
+        self.folder = Path(folder).parent if alone else Path(folder)
+        self._files: dict[str, BinaryIO] = {}
+        self._entries = self._open(Path(folder).name) if alone else self._find()
+        if _TIED_HEAD in self._entries and len(self._entries) > 1 and (self.folder / "config.json").is_file():
+            values = config(self.folder)
+            tied = values.get("tie_word_embeddings", (values.get("text_config") or {}).get("tie_word_embeddings"))
+            if tied:
+                del self._entries[_TIED_HEAD]
+        self.names: tuple[str, ...] = tuple(sorted(self._entries))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        code = self._entries[name].code
+        if code not in _CODES:
+            raise ModelError(
+                f"{self.folder}: {name} is stored as {code}, which cannot be merged. "
+                "Dequantise the model first: load it with dequantisation and save it as bfloat16."
+            )
+        return _CODES[code]
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor over the file's own pages. Writing to it changes neither the file nor what others read."""
+        entry, dtype = self._entries[name], self.dtype(name)
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=dtype)
+        first = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
+        file = self._files[entry.file].fileno()
+        pages = mmap.mmap(file, entry.end - first, offset=first, access=mmap.ACCESS_COPY)
+        offset = entry.begin - first
+        buffer = pages if offset % dtype.itemsize == 0 else bytearray(pages[offset:])
+        flat = torch.frombuffer(buffer, dtype=dtype, offset=offset if buffer is pages else 0)
+        return flat.reshape(entry.shape)
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to read a tensor's pages ahead, without waiting for them."""
+        entry = self._entries[name]
+        if hasattr(os, "posix_fadvise"):
+            file = self._files[entry.file].fileno()
+            os.posix_fadvise(file, entry.begin, entry.end - entry.begin, os.POSIX_FADV_WILLNEED)
+
+    def floating(self) -> tuple[str, ...]:
+        """Return the names of the floating tensors, which are those that merge."""
+        return tuple(n for n in self.names if self.dtype(n).is_floating_point)
+
+    def numel(self) -> int:
+        """Return the number of parameters."""
+        return sum(math.prod(self.shape(n)) for n in self.names)
+
+    @functools.cached_property
+    def vocabulary(self) -> int | None:
+        """The number of rows of the vocabulary tables, where config.json tells it."""
+        values = config(self.folder)
+        return values.get("vocab_size") or (values.get("text_config") or {}).get("vocab_size")
+
+    def nbytes(self, name: str) -> int:
+        """Return the size of a tensor in its file."""
+        return self._entries[name].end - self._entries[name].begin
+
+    def stamp(self) -> str:
+        """Return a word that changes whenever a file of the folder does: names, sizes and times, no contents."""
+        stats = [(name, os.fstat(file.fileno())) for name, file in sorted(self._files.items())]
+        text = "\n".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _find(self) -> dict[str, _Entry]:
+        index = self.folder / "model.safetensors.index.json"
+        weight_map = _weight_map(index) if index.is_file() else {}
+        files = sorted(set(weight_map.values()))
+        if not files:
+            alone = (self.folder / "model.safetensors").is_file()
+            files = ["model.safetensors"] if alone else sorted(p.name for p in self.folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(
+                f"{self.folder} holds no *.safetensors. Pickled weights (.bin, .pt) are not read: load the model "
+                "once with transformers and call save_pretrained."
+            )
+        found = {name: entry for file in files for name, entry in self._open(file).items()}
+        absent = [n for n, file in weight_map.items() if n not in found or found[n].file != file]
+        if absent:
+            raise ModelError(f"{index} places {absent[0]} in {weight_map[absent[0]]}, which lacks it. Fetch it again.")
+        return {n: found[n] for n in weight_map} or found
+
+    def _open(self, file: str) -> dict[str, _Entry]:
+        path = self.folder / file
+        try:
+            with safe_open(path, framework="pt"):  # the format's own library checks the header against the file
+                pass
+            self._files[file] = handle = path.open("rb")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is truncated or no safetensors file ({error}). Fetch or write it again."
+            ) from error
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header, data = json.loads(handle.read(length)), 8 + length
+        return {
+            name: _Entry(file, e["dtype"], tuple(e["shape"]), *(data + offset for offset in e["data_offsets"]))
+            for name, e in header.items()
+            if name != "__metadata__"
+        }
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor name -> file name of a sharded model. Raises ModelError for files that are missing or elsewhere."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = {name: str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"Cannot read {index}: {error!r}. Fetch the model again.") from error
+    files = sorted(set(weight_map.values()))
+    outside = [f for f in files if Path(f).name != f]
+    missing = [f for f in files if not (index.parent / f).is_file()]
+    if outside or missing:
+        what = f"points outside its folder: {outside[0]}" if outside else f"names a missing file: {missing[0]}"
+        raise ModelError(f"{index} {what}. Fetch the model again.")
+    return weight_map
+
+
+Plan = Iterable[tuple[str, Sequence[int], torch.dtype]]
+"""Name, shape and dtype of each tensor to be written."""
+
+
+class WeightsWriter:
+    """Writes safetensors shards tensor by tensor, in any order and from any number of threads and processes.
+
+    The layout is planned from names, shapes and dtypes, so every tensor's place is known before the first one is
+    written, and memory holds the tensors in flight only. Files are named and indexed as `save_pretrained` does.
+
+    Args:
+        folder: where the files go; it exists.
+        plan: what will be written.
+        shard_size: bytes per file.
+        leader: whether this process makes the files; the others open them when they are there.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, *, shard_size: int = SHARD_SIZE, leader: bool = True) -> None:
+        self.folder = folder
+        # Wide types first, so that every tensor starts at a multiple of its item size.
+        items = sorted(plan, key=lambda item: (-item[2].itemsize, item[0]))
+        self.names = tuple(name for name, _, _ in items)
+        self._items = {name: (tuple(shape), dtype) for name, shape, dtype in items}
+        self._shards = list(_shards(items, shard_size))
+        self._shard_of = {name: i for i, shard in enumerate(self._shards) for name, _, _ in shard}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._leader = leader
+        self._handles: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(shape, dtype) for shape, dtype in self._items.values())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._items[name][1]
+
+    def shard_of(self, name: str) -> int:
+        """Return the number of the file that a tensor goes into."""
+        return self._shard_of[name]
+
+    def create(self) -> None:
+        """Make the files, with their headers and full sizes, and the index."""
+        for number, shard in enumerate(self._shards):
+            header = _header(shard)
+            with (self.folder / self._file_name(number)).open("wb") as file:
+                file.write(header)
+                file.truncate(len(header) + sum(_nbytes(shape, dtype) for _, shape, dtype in shard))
+        if len(self._shards) > 1:
+            self._write_index()
+
+    def __enter__(self) -> WeightsWriter:
+        if self._leader:
+            self.create()
+        for number, shard in enumerate(self._shards):
+            self._handles.append(os.open(self.folder / self._file_name(number), os.O_WRONLY))
+            offset = len(_header(shard))
+            for name, shape, dtype in shard:
+                self._places[name] = (number, offset)
+                offset += _nbytes(shape, dtype)
+        return self
+
+    def write(self, name: str, tensor: Tensor, *, start: int = 0) -> None:
+        """Put a tensor, or a run of its elements from the flat index `start` on, in its place."""
+        shape, dtype = self._items[name]
+        whole = start == 0 and tuple(tensor.shape) == shape
+        if tensor.dtype != dtype or not (whole or start + tensor.numel() <= math.prod(shape)):
+            raise ValueError(f"expected {name} {shape} {dtype}; got {tuple(tensor.shape)} {tensor.dtype} at {start}")
+        shard, offset = self._places[name]
+        offset += start * dtype.itemsize
+        data = tensor_bytes(tensor)
+        while len(data):
+            written = os.pwrite(self._handles[shard], data, offset)
+            data, offset = data[written:], offset + written
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            os.close(handle)
+
+    def _file_name(self, number: int) -> str:
+        if len(self._shards) == 1:
+            return "model.safetensors"
+        return f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
+    def _write_index(self) -> None:
+        weight_map = {name: self._file_name(i) for name, i in self._shard_of.items()}
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def weights_sha256(folder: Path, *, workers: int | None = None) -> str:
+    """Return the digest of a model's tensors (names, dtypes, shapes, bytes), however they are sharded.
+
+    It is the digest of the tensors' own digests, which as many threads find as the machine has cores.
+    """
+    weights = Weights(folder)
+
+    def line(name: str) -> str:
+        digest = hashlib.sha256(tensor_bytes(weights.tensor(name))).hexdigest()
+        return f"{name} {weights.dtype(name)} {weights.shape(name)} {digest}\n"
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return hashlib.sha256("".join(pool.map(line, weights.names)).encode()).hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's raw bytes, without a copy where it is contiguous and in main memory."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+
+
+def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _shards(
+    plan: Sequence[tuple[str, Sequence[int], torch.dtype]], size: int
+) -> Iterator[list[tuple[str, Sequence[int], torch.dtype]]]:
+    shard: list[tuple[str, Sequence[int], torch.dtype]] = []
+    used = 0
+    for item in plan:
+        need = _nbytes(item[1], item[2])
+        if shard and used + need > size:
+            yield shard
+            shard, used = [], 0
+        shard.append(item)
+        used += need
+    yield shard
+
+
+def _header(shard: Sequence[tuple[str, Sequence[int], torch.dtype]]) -> bytes:
+    """Return the start of a safetensors file: the length of the JSON, then the JSON, padded to eight bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape, dtype in shard:
+        end = offset + _nbytes(shape, dtype)
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

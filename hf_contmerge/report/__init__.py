@@ -1,0 +1,1 @@
+"""Presents a run: page, pictures, model card, Hub."""

@@ -1,0 +1,142 @@
+"""How merges were chosen: what a forgetting budget tried, and the curve of a coefficient that was `auto`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_contmerge.report._findings import amount, interval
+from hf_contmerge.report._tables import Cell, Table
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import MergePlace
+from hf_contmerge.scoring.forgetting.paired import Change
+
+_WHAT = {
+    "fold": "as the recipe says", "auto": "a coefficient", "shrink": "a smaller share of the merge",
+    "rule": "another rule", "replay": "trained again, with replay", "keep_previous": "the merge before, unchanged",
+}  # fmt: skip
+
+_HEAD = (
+    "try", "scale", "holds", "largest loss", "not ruled out", "gain on the newest", "of the experts' gain", "rule"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """One try of a coefficient: its value, the objective, whether general abilities held, and whether it was taken."""
+
+    value: float
+    objective: float
+    allowed: bool
+    taken: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The tries of one merge entry's coefficient, stage by stage."""
+
+    entry: str
+    word: str
+    stages: Mapping[str, Sequence[Point]]
+
+
+def choices_intro(run: Run) -> str:
+    """Say by what merges were chosen."""
+    recipe, parts = run.recipe, []
+    if recipe.guard:
+        limit, on = f"{recipe.guard.max_forgetting:g}", " and ".join(recipe.guard.on)
+        parts.append(
+            f"The budget: a loss of at most {limit} (as a share of right answers, or in nats) on {on}, at a confidence "
+            f"of {100 * recipe.guard.confidence:g} %. The first try that holds is taken."
+        )
+    if any(entry.auto for entry in recipe.merge):
+        parts.append(
+            "The coefficient is that with the highest share of what the stages' experts had gained over the base, of "
+            "those that keep the general tasks within the noise."
+        )
+    share = f"{100 * recipe.evaluate.validation:g} %"
+    parts.append(f"All of this was decided on validation documents ({share} of each task), which no result here shows.")
+    return " ".join(parts)
+
+
+def choice_tables(run: Run) -> list[Table]:
+    """Return one table per merge that was chosen, or for which nothing held: a try each row."""
+    return [
+        Table(f"{place.entry.name} of {run.stage(t).name}{'' if done else ': nothing held, the run stopped'}",
+              _HEAD, [_row(found, done) for found in tries])
+        for t, place, tries, done in _chosen(run)
+    ]  # fmt: skip
+
+
+def curves(run: Run) -> list[Curve]:
+    """Return the curve of each entry whose coefficient was searched."""
+    found: dict[str, Curve] = {}
+    for t, place, tries, _ in _chosen(run):
+        if not (word := place.entry.auto):
+            continue
+        points = [
+            Point(x["parameters"][word], x["objective"], x["keeps_general"], bool(x.get("taken")))
+            for x in tries
+            if x["what"] == "auto" and x["objective"] is not None
+        ]
+        if points:
+            curve = found.setdefault(place.entry.name, Curve(place.entry.name, word, {}))
+            found[place.entry.name] = Curve(curve.entry, word, {**curve.stages, run.stage(t).name: _sorted(points)})
+    return list(found.values())
+
+
+def _sorted(points: Sequence[Point]) -> list[Point]:
+    return sorted(points, key=lambda p: p.value)
+
+
+def _chosen(run: Run) -> Iterator[tuple[int, MergePlace, list[dict[str, Any]], bool]]:
+    """Yield (stage, place, tries, whether one was taken) of each merge that was chosen or given up."""
+    for t, place in run.places():
+        if not isinstance(place, MergePlace):
+            continue
+        if place.is_done("merge"):
+            if tries := place.record("merge").get("tries"):
+                yield t, place, tries, True
+        elif place.guard_file.exists():
+            yield t, place, json.loads(place.guard_file.read_text(encoding="utf-8"))["tries"], False
+
+
+def _row(found: Mapping[str, Any], done: bool) -> list[Cell]:
+    """Return a try's row; the times that it took are the machine's, and left out."""
+    parameters = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in found["parameters"].items())
+    share = Cell() if found.get("objective") is None else Cell(f"{100 * found['objective']:.0f} %".replace("-", "−"))
+    held = {None: Cell(), True: Cell("yes", shade=0.4), False: Cell("no", shade=-0.4)}[found.get("held")]
+    what = _WHAT[found["what"]] + " ← taken" * (done and bool(found.get("taken")))
+    rule = f"{found['rule']} ({parameters})" if parameters else found["rule"]
+    losses = found.get("losses", ())
+    return [Cell(what), Cell(f"{found['scale']:.3g}"), held, _worst(losses), _doubtful(losses),
+            _gain(found.get("gains", ())), share, Cell(rule)]  # fmt: skip
+
+
+def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
+    """Return the loss that is the largest in its unit beyond the noise, with its interval."""
+    if not losses:
+        return Cell()
+    worst = min(losses, key=lambda x: x["mean"] if x["high"] is None else x["high"])
+    return Cell(f"{worst['group']} {_told(worst)}")
+
+
+def _doubtful(losses: Sequence[Mapping[str, Any]]) -> Cell:
+    """Return the largest loss that its interval still holds: what so few validation documents cannot show."""
+    if not losses:
+        return Cell()
+    if any(x["low"] is None for x in losses):
+        return Cell("too few documents")
+    most = min(losses, key=lambda x: x["low"])
+    return Cell(f"{most['group']} {amount(most['low'], most['block'])}" if most["low"] < 0 else "")
+
+
+def _gain(gains: Sequence[Mapping[str, Any]]) -> Cell:
+    return Cell("; ".join(_told(x) for x in gains)) if gains else Cell()
+
+
+def _told(shift: Mapping[str, Any]) -> str:
+    change, block = Change(shift["mean"], None, shift["low"], shift["high"]), shift["block"]
+    return amount(change.mean, block) + ("" if change.low is None else f" ({interval(change, block)})")

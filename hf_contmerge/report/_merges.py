@@ -1,0 +1,118 @@
+"""What the merges did, from their records: geometry of the task vectors, ownership, vectors of other models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_contmerge.report._tables import Cell, Section, Table
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.schema import Merge
+
+_MERGED = "merged: "
+
+
+def geometry_section(run: Run) -> Section:
+    """Return how the stages' vectors lie to each other and to the merged models, and whose each weight is."""
+    tables: list[Table] = []
+    groups: dict[str, list[tuple[Merge, int, dict[str, Any]]]] = {}
+    for entry in run.recipe.merge:
+        if (t := _last_merged(run, entry)) and (record := run.merged(t, entry).record("merge")).get("geometry"):
+            groups.setdefault(record["start_from"], []).append((entry, t, record))
+    sampled = {f"{100 * r['geometry']['sampled']:.2g} %" for group in groups.values() for _, _, r in group}
+    for kind, group in groups.items():
+        tables += _angles(run, kind, group)
+    tables += ownership_tables(run) + vectors(run)
+    if not groups:
+        return Section("Geometry of the merges", tables=tables)
+    intro = (
+        "A task vector is what training added to the base's weights. Cosine 0: two of them have nothing in common; "
+        "near 1: they go the same way, as experts that were trained one after the other: each holds those before. "
+        "Opposite signs: of the elements that both change, the share that they move in opposite directions; 50 % "
+        f"between strangers. Both were measured on {' or '.join(sorted(sampled))} of the weights, evenly spread; "
+        "lengths of experts are exact."
+    )
+    return Section("Geometry of the merges", intro, tables=tables)
+
+
+def _last_merged(run: Run, entry: Merge) -> int:
+    """Return the last stage that an entry has merged; 0 for none."""
+    return max((t for t in run.stage_numbers() if run.merged(t, entry).is_done("merge")), default=0)
+
+
+def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, Any]]]) -> list[Table]:
+    """Return the tables of cosines and of opposite signs of one kind of expert, and of the models merged from it."""
+    _, far, fullest = max(group, key=lambda found: len(_folded(run, found[1], found[2])))
+    names = _folded(run, far, fullest)
+    tables = []
+    for what, key in (("Cosines", "cosines"), ("Opposite signs", "conflicts")):
+        rows = [
+            [Cell(n), _length(fullest, i), *(_angle(v, key) for v in fullest["geometry"][key][i][:-1])]
+            for i, n in enumerate(names)
+        ]
+        for entry, t, record in group:
+            last = dict(zip(_folded(run, t, record), record["geometry"][key][-1], strict=False))
+            rows.append(
+                [Cell(_MERGED + entry.name), _merged_length(record), *(_angle(last.get(n), key) for n in names)]
+            )
+        told = f"{what}, experts from {'the stage before' if kind == 'previous' else kind}"
+        tables.append(Table(told, ("vector", "length", *names), rows, judged=False))
+    return tables
+
+
+def _folded(run: Run, t: int, record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the stages whose experts are in a merge: all so far, but for a guard's decisions."""
+    folded = record.get("folded", [{"stage": i, "replayed": False} for i in range(1, t + 1)])
+    return [run.stage(x["stage"]).name + " (again, with replay)" * x["replayed"] for x in folded]
+
+
+def _length(record: Mapping[str, Any], i: int) -> Cell:
+    return Cell(f"{record['norms']['experts'][i]:.3g}")
+
+
+def _merged_length(record: Mapping[str, Any]) -> Cell:
+    return Cell(f"{record['geometry']['lengths'][-1]:.3g}", "estimated on the same sample")
+
+
+def _angle(value: float | None, key: str) -> Cell:
+    if value is None:
+        return Cell()
+    if key == "cosines":
+        return Cell(f"{value:+.2f}".replace("-", "−"), shade=value)
+    return Cell(f"{100 * value:.0f} %", shade=max(-1.0, min(1.0, 1 - 2 * value)))
+
+
+def ownership_tables(run: Run) -> list[Table]:
+    """Return, for each rule that selects, the share of each layer's weights that each stage owns."""
+    tables = []
+    for entry in run.recipe.merge:
+        t = _last_merged(run, entry)
+        layers: dict[str, dict[str, float]] = run.merged(t, entry).record("merge").get("ownership", {}) if t else {}
+        if layers:
+            owners = list(next(iter(layers.values())))
+            shares = {owner: [layer[owner] for layer in layers.values()] for owner in owners}
+            rows = [[Cell(owner), *(Cell(f"{100 * x:.0f}", shade=x) for x in shares[owner])] for owner in owners]
+            header = ("owner", *(layer.removeprefix("layer ") for layer in layers))
+            title = f"{entry.name}: share of each layer's weights that a stage owns, in %"
+            tables.append(Table(title, header, rows, judged=False))
+    return tables
+
+
+def vectors(run: Run) -> list[Table]:
+    """Return, for each stage that is the difference of two models, how it lies to what the stage before had learnt."""
+    tables = []
+    for t, place in run.places():
+        found = place.record("train").get("vector", {}) if place.is_done("train") else {}
+        if "layers" in found:
+            rows = [
+                [Cell(layer), Cell(f"{x['cosine']:+.3f}".replace("-", "−")), Cell(f"{x['norm_ratio']:.3g}")]
+                for layer, x in found["layers"].items()
+            ]
+            against = f"cosine with {run.stage(t - 1).name}"
+            title = f"Vector {run.stage(t).name} ({place.folder.name})"
+            tables.append(Table(title, ("layer", against, "length over that one's"), rows))
+        if found.get("special_tokens"):
+            moved = [[Cell(token), Cell(f"{100 * x:.1f} %")] for token, x in found["special_tokens"].items()]
+            title = f"Special tokens of {run.stage(t).name} ({place.folder.name})"
+            tables.append(Table(title, ("token", "its embedding moved by"), moved))
+    return tables

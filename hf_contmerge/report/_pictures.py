@@ -1,0 +1,160 @@
+"""The picture of a run: what each stage left of the earlier ones. Whole, for a README, and in parts, for a phone.
+
+One panel per stage (up is better, one line per way of learning), one for general ability, and the plane of what was
+learnt against what was kept. All panels of one kind of score share their scale.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_contmerge.report._choices import Curve
+from hf_contmerge.report._findings import Results, caption, headline
+from hf_contmerge.report._labels import LETTER, Label, label_dots, label_ends, name_region
+from hf_contmerge.report._panels import COLOURS, FAINT, GREY, INK, MARKERS, Panel, draw_panel, panels
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#b0b0b0", "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "axes.labelsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "text.parse_math": False,
+}  # fmt: skip
+_BOLD = 0.64
+
+
+def draw_forgetting(results: Results, path: Path) -> None:
+    """Write the whole picture as a PNG file; the panels are as many as there is something to show."""
+    shown = panels(results)
+    columns, rows, spots = _layout(sum(p.kind == "stage" for p in shown), len(shown))
+    width = max(7.5, (4.4 if columns <= 3 else 3.5) * columns)
+    with _figure(width, 1.3 + 3.3 * rows) as figure:
+        grid = figure.add_gridspec(*spots[0]) if shown else None
+        ends = []
+        for panel, (r, c) in zip(shown, spots[1], strict=True):
+            axes = figure.add_subplot(grid[r, c])  # pyright: ignore[reportOptionalSubscript]
+            ends.append((axes, draw_panel(axes, results, panel)))
+        wrapped = textwrap.fill(headline(results), int(width * 72 / (15 * _BOLD)))
+        foot = textwrap.fill(caption(results), int(width * 72 / (8.5 * LETTER)))
+        figure.supxlabel(foot, x=0.012, ha="left", fontsize=8.5, color=GREY)
+        figure.suptitle(wrapped, x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK)
+        _finish(figure, ends)
+        figure.savefig(path, facecolor="white")
+
+
+def draw_alone(results: Results, panel: Panel) -> bytes:
+    """Return one panel as a PNG that can be read on a phone."""
+    with _figure(3.8, 3.2, layout=None) as figure:  # fixed margins: a page has many, and a layout takes longer to find
+        figure.subplots_adjust(left=0.165, right=0.975, bottom=0.165)
+        axes = figure.add_subplot()
+        ends = [(axes, draw_panel(axes, results, panel))]
+        room = _write_titles(figure, ends)
+        figure.subplots_adjust(top=1 - (room + 30) / (72 * figure.get_figheight()))
+        _write_labels(ends)
+        return _saved(figure)
+
+
+def draw_curve(curve: Curve) -> bytes:
+    """Return the search of a coefficient as a PNG: what each try kept of the experts' gain, a line per stage."""
+    with _figure(4.4, 3.2) as figure:
+        axes = figure.add_subplot()
+        axes.set_title(
+            f"{curve.entry}: search of {curve.word}", loc="left", fontsize=11.5, fontweight="bold", color=INK
+        )
+        axes.set_xlabel(curve.word)
+        axes.set_ylabel("share of the experts' gain, %   ↑ better")
+        for i, (stage, points) in enumerate(curve.stages.items()):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+            x, y = [p.value for p in points], [100 * p.objective for p in points]
+            axes.plot(x, y, color=colour, lw=1.6, label=f"after {stage}")
+            for p in points:
+                fill = colour if p.allowed else "white"
+                axes.plot([p.value], [100 * p.objective], marker, ms=6, mfc=fill, mec=colour, mew=1.3, zorder=4)
+                if p.taken:
+                    axes.plot([p.value], [100 * p.objective], "o", ms=13, mfc="none", mec=INK, mew=1.3, zorder=5)
+        axes.legend(frameon=False, fontsize=8.5)
+        return _saved(figure)
+
+
+@contextmanager
+def _figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Any:
+    """Give a figure of a size in inches, in the style of the report."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=150, layout=layout)
+        FigureCanvasAgg(figure)
+        if layout:
+            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.06)  # pyright: ignore
+        yield figure
+
+
+def _saved(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, facecolor="white")
+    return file.getvalue()
+
+
+def _layout(stages: int, panels: int) -> tuple[int, int, tuple[tuple[int, int], list[tuple[Any, Any]]]]:
+    """Return columns, rows, and ((grid rows, grid columns), a place in the grid for each panel); two rows at most."""
+    others = panels - stages
+    if panels <= 3:
+        return max(panels, 1), 1, ((1, max(panels, 1)), [(0, i) for i in range(panels)])
+    if stages <= 4 and others:  # stages above, the rest below, each row filled
+        cells = math.lcm(max(stages, 1), others)
+        spans = [(0, i, cells // stages) for i in range(stages)] + [(1, i, cells // others) for i in range(others)]
+        return max(stages, others), 2, ((2, cells), [(r, slice(i * w, (i + 1) * w)) for r, i, w in spans])
+    columns = math.ceil(panels / 2)
+    spots: list[tuple[Any, Any]] = [(i // columns, i % columns) for i in range(panels)]
+    spots[-1] = (1, slice(panels - 1 - columns, columns))  # the last one fills the row
+    return columns, 2, ((2, columns), spots)
+
+
+def _slants(axes: Any, share: float) -> None:
+    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    low, high = x0 + share * y0, x1 + share * y1
+    for k in range(1, 8):
+        total = low + (high - low) * k / 8
+        axes.plot([x0, x1], [(total - x0) / share, (total - x1) / share], color=FAINT, lw=1.2, zorder=0)
+    axes.set(xlim=(x0, x1), ylim=(y0, y1))
+
+
+def _finish(figure: Any, ends: Sequence[tuple[Any, list[Label]]]) -> None:
+    """Set what needs the panels' final sizes: wrapped titles, room for the labels, their heights."""
+    figure.draw_without_rendering()
+    _write_titles(figure, ends)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    _write_labels(ends)
+
+
+def _write_titles(figure: Any, ends: Sequence[tuple[Any, list[Label]]]) -> float:
+    """Write the panels' titles and findings; return the height of the findings in points."""
+    wrapped = []
+    for axes, _ in ends:
+        width = axes.get_window_extent().width * 72 / figure.dpi
+        wrapped.append(textwrap.wrap(axes.contmerge_title[1], max(20, int(width / (8.5 * LETTER)))))
+    room = 11.5 * max(map(len, wrapped), default=0)
+    for (axes, _), lines in zip(ends, wrapped, strict=True):
+        title = axes.contmerge_title[0]
+        axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=12 + room)
+        axes.annotate("\n".join(lines), (0, 1), (0, 7 + room), xycoords="axes fraction", textcoords="offset points",
+                      fontsize=8.5, color=GREY, va="top", linespacing=1.15)  # fmt: skip
+    return room
+
+
+def _write_labels(ends: Sequence[tuple[Any, list[Label]]]) -> None:
+    for axes, labels in ends:
+        label_ends(axes, labels)
+        if worse := getattr(axes, "contmerge_worse", None):
+            name_region(axes, worse)
+        if dots := getattr(axes, "contmerge_dots", None):
+            label_dots(axes, dots)
+            stages = max(len(axes.contmerge_stages) - 1, 2)
+            _slants(axes, (stages - 1) / stages)

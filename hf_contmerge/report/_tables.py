@@ -1,0 +1,259 @@
+"""The report's tables and sections: what is on them. How they look is report_pages' business."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hf_contmerge.report._findings import (
+    METRICS,
+    UNITS,
+    Results,
+    amount,
+    any_score,
+    interval,
+    known_metrics,
+    line_label,
+    natural,
+    task_facts,
+)
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.schema import PHASES
+from hf_contmerge.run.scores import Block, Scores
+from hf_contmerge.scoring.forgetting.lines import Line
+from hf_contmerge.scoring.forgetting.paired import Change, mean_change
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number in words, what to say of it, how good or bad it is (1 to -1, 0 for no change seen), and if marked."""
+
+    text: str = MISSING
+    hint: str = ""
+    shade: float = 0.0
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a heading; cells of the first column are names."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[list[Cell]]
+    judged: bool = True
+    """Whether a shade means better or worse, and not just more or less."""
+
+
+@dataclass(frozen=True)
+class Quote:
+    """A document that shows something: where it is from, its beginning, and what the models made of it."""
+
+    source: str
+    text: str
+    told: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a section, as a PNG file's bytes, and what it shows in words."""
+
+    png: bytes
+    told: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report with a heading of its own; one without contents is left out."""
+
+    title: str
+    intro: str = ""
+    tables: Sequence[Table] = field(default=())
+    quotes: Sequence[Quote] = field(default=())
+    pictures: Sequence[Picture] = field(default=())
+
+    @property
+    def empty(self) -> bool:
+        return not (self.tables or self.quotes or self.pictures)
+
+
+def heat_maps(results: Results) -> list[Table]:
+    """Return one table per line and block: tasks across, stages down."""
+    lines = [(line_label(x.name), x) for x in results.experts if len(x.rows) > 1]
+    lines += [(x.name, x) for x in results.merges]
+    return [_heat_map(results, name, line, b) for b in results.blocks() for name, line in lines]
+
+
+def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
+    learnt = {task: t for t, stage in enumerate(results.stages, 1) for task in stage.task_names()}
+    tasks = [t for t in (*learnt, *results.general_tasks) if (s := any_score(results, t)) and s.block == block]
+    largest = _largest(results, tasks)
+    names = ["base", *(stage.name for stage in results.stages)]
+    rows = []
+    for t, row in enumerate(line.rows):
+        cells = [score_cell(row, results.base, k, largest, own=learnt.get(k) == t) for k in tasks]
+        rows.append([Cell(names[t]), *cells])
+    return Table(f"{name}, {block}", ("after", *tasks), rows)
+
+
+def _largest(results: Results, tasks: Sequence[str]) -> float:
+    """Return the largest change of any of the tasks against the base: the darkest shade."""
+    lines, base = (*results.experts, *results.merges), results.base
+    found = [abs(row[t].utility - base[t].utility) for x in lines for row in x.rows for t in tasks
+             if t in row and t in base]  # fmt: skip
+    return max(found, default=0.0)
+
+
+def score_cell(row: Scores, base: Scores, task: str, largest: float, *, own: bool = False) -> Cell:
+    """Return a score, shaded by its change against the base where that is more than noise."""
+    score = row.get(task)
+    if score is None:
+        return Cell()
+    hint, shade = f"utility {score.utility:.4f}", 0.0
+    change = mean_change([(row, base, [task])], score.block) if task in base else None
+    if change and row is not base:
+        told = f"{amount(change.mean, score.block)} against the base, {interval(change, score.block)}"
+        hint += f"; {told}" + ("; no change seen" if change.sign == 0 else "")
+        shade = change.mean / largest if largest and change.sign else 0.0
+    return Cell(natural(score.value, score.block), hint, shade, own)
+
+
+def change_cell(change: Change | None, block: Block) -> Cell:
+    """Return a change with its interval; shaded if it is more than noise, and else said to be none."""
+    if change is None:
+        return Cell()
+    if change.low is None or change.high is None:
+        return Cell(f"{amount(change.mean, block)} (too few documents)")
+    least = "" if change.detectable is None else f"could have been seen: {amount(change.detectable, block, sign=False)}"
+    hint = least if change.sign else f"no change seen; {least}".rstrip("; ")
+    mark = "" if change.sign else "≈ "
+    return Cell(f"{mark}{amount(change.mean, block)} ({interval(change, block)})", hint, 0.4 * change.sign)
+
+
+def metric_tables(results: Results) -> list[Table]:
+    """Return one table per block: the metrics that some line has, of each line."""
+    tables = []
+    for block in results.blocks():
+        found = {n: x.metrics(results.stages, results.general_tasks, block) for n, x in results.named_lines()}
+        unit = {"perplexity": "nats", "accuracy": "shares"}[block]
+        tables.append(metric_table(f"Metrics, {block}, in {unit}", found, block))
+    return tables
+
+
+def metric_table(title: str, found: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
+    """Return a table of the metrics that some line has. `found`: line -> its metrics in a block."""
+    names = known_metrics(found.values())
+    rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in found.items()]
+    return Table(title, ("line", *(METRICS[m][0] for m in names)), rows)
+
+
+def metric_cell(value: float | None, block: Block, name: str) -> Cell:
+    """Return a metric; `name`: as METRICS has it."""
+    if value is None:
+        return Cell()
+    signed = "+" if name in ("bwt", "bwt_per_stage", "fwt", "general_delta") else ""
+    text = f"{value + 0.0:{signed}.3f}".replace("-", "−")
+    return Cell(text, METRICS[name][1] if name in ("normalised", "fuar") else f"{METRICS[name][1]}; {UNITS[block]}")
+
+
+def final_table(results: Results, block: Block) -> Table:
+    """Return metrics and last scores of all lines; with many tasks only the metrics, to fit a terminal."""
+    tasks = [t for t in task_facts(results) if (s := any_score(results, t)) and s.block == block]
+    tasks, base = tasks if len(tasks) <= 4 else [], results.base
+    largest = _largest(results, tasks)
+    rows = [[Cell("base"), *(score_cell(base, base, t, 0) for t in tasks), *[Cell()] * 4]]
+    for name, line in results.named_lines():
+        values = line.metrics(results.stages, results.general_tasks, block)
+        last = [score_cell(line.rows[-1], base, t, largest) for t in tasks]
+        rows.append(
+            [Cell(name), *last, *(metric_cell(values[m], block, m) for m in ("acc", "la", "bwt", "general_delta"))]
+        )
+    header = ("", *tasks, "ACC", "LA", "BWT", "general Δ")
+    return Table(f"{block} at the end (metrics in {'nats' if block == 'perplexity' else 'shares'})", header, rows)
+
+
+def task_tables(results: Results) -> list[Table]:
+    """Return one table per task: each line's score after each stage, and what became of it, with intervals."""
+    found = []
+    for task, facts in task_facts(results).items():
+        if facts["block"] and task in results.base:
+            found.append(_task_table(results, task, facts["block"], facts["stage"]))
+    return found
+
+
+def _task_table(results: Results, task: str, block: Block, stage: str | None) -> Table:
+    learnt = next((t for t, s in enumerate(results.stages, 1) if s.name == stage), 0)
+    after = ["base", *(s.name for s in results.stages[: results.last])]
+    largest, rows = _largest(results, [task]), []
+    for name, line in results.named_lines():
+        if not any(task in row for row in line.rows[1:]):
+            continue
+        cells = [score_cell(row, results.base, task, largest, own=t == learnt > 0) for t, row in enumerate(line.rows)]
+        cells += [Cell()] * (len(after) - len(cells))
+        last = line.rows[-1] if task in line.rows[-1] else {}
+        changes = [mean_change([(last, results.base, [task])], block) if last else None]
+        if 0 < learnt < results.last:
+            there = last and len(line.rows) > learnt + 1 and task in line.rows[learnt]
+            changes.append(mean_change([(last, line.rows[learnt], [task])], block) if there else None)
+        rows.append([Cell(name), *cells, *(change_cell(c, block) for c in changes), _detectable(changes[-1], block)])
+    since = ("since it was learnt",) if 0 < learnt < results.last else ()
+    told = f"{task} ({'stage ' + stage if stage else 'general'}, {len(results.base[task].gains)} documents)"
+    return Table(told, ("line", *after, "against the base", *since, "could have been seen"), rows)
+
+
+def _detectable(change: Change | None, block: Block) -> Cell:
+    """Return the smallest true change that such documents would have shown in four of five samples."""
+    if change is None or change.detectable is None:
+        return Cell()
+    return Cell(amount(change.detectable, block, sign=False))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase took at a place."""
+
+    what: str
+    """The place's folder in the run."""
+    phase: str
+    seconds: float | None
+    peak_memory: int | None
+    """Bytes."""
+    device: str
+    processes: int | None
+
+
+def costs(run: Run) -> list[Cost]:
+    """Return seconds and peak memory of each phase that is done."""
+    found = []
+    for _, place in run.places():
+        for phase in PHASES[:-1]:
+            if place.is_done(phase):
+                r = place.record(phase)
+                where = str(place.folder.relative_to(run.folder))
+                found.append(Cost(where, phase, r.get("seconds"), r.get("peak_memory_bytes"),
+                                  r.get("device", ""), r.get("processes")))  # fmt: skip
+    return found
+
+
+def cost_tables(spent: Sequence[Cost]) -> list[Table]:
+    """Return the sum of each phase, and each phase of each place."""
+    rows = []
+    for phase in [p for p in PHASES if any(c.phase == p for c in spent)]:
+        these = [c for c in spent if c.phase == phase]
+        rows.append([Cell(phase), Cell(str(len(these))), *_spent(these)])
+    rows.append([Cell("all"), Cell(str(len(spent))), *_spent(spent)])
+    total = sum(c.seconds or 0.0 for c in spent)
+    each = [[Cell(c.what), Cell(c.phase), *_spent([c], total)] for c in spent]
+    header = ("phase", "how often", "time", "peak memory")
+    return [Table("Time and memory per phase", header, rows),
+            Table("One by one", ("what", "phase", "time", "peak memory"), each)]  # fmt: skip
+
+
+def _spent(these: Sequence[Cost], total: float = 0.0) -> list[Cell]:
+    seconds = sum(c.seconds or 0.0 for c in these)
+    peaks = [c.peak_memory for c in these if c.peak_memory is not None]
+    time = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+    share = f"{100 * seconds / total:.0f} % of all" if total else ""
+    return [Cell(time, share), Cell(f"{max(peaks) / 2**30:.1f} GiB") if peaks else Cell()]

@@ -1,0 +1,254 @@
+"""Several runs side by side: where their recipes differ, their metrics, and their models on the same documents.
+
+    contmerge compare RUN RUN... [--out DIR]        DIR/ index.html  compare.md  compare.csv
+
+The first run is the reference: each line of another run (a way of learning: a merge entry, plain fine-tuning ...) is
+held against the line of that name there, as both are at the end. Where no merge entry has a name in common, the best
+ones meet. Differences are paired, document by document, so they are there only for tasks that both measured on the same
+documents; of other tasks the report says so.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import ResourceError, RunError
+from hf_contmerge.report._findings import Results, amount, interval, natural
+from hf_contmerge.report._pages import rich_table, sections_markdown, sections_page
+from hf_contmerge.report._tables import Cell, Section, Table, change_cell, metric_table
+from hf_contmerge.report.write import load_results
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.changes import flat_fields
+from hf_contmerge.run.scores import BLOCKS, Block, Scores
+from hf_contmerge.scoring.forgetting.lines import Line
+from hf_contmerge.scoring.forgetting.paired import Change, mean_change, same_documents
+
+_COLUMNS = (
+    "reference", "run", "reference_line", "line", "task", "block", "reference_value", "value", "difference", "low",
+    "high", "confidence", "stderr", "detectable", "documents", "seen",
+)  # fmt: skip
+_SHOWN = 60
+"""Characters of a recipe's field that a table shows."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A run, what it has found, and what to call it."""
+
+    label: str
+    run: Run
+    results: Results
+
+    def lines(self) -> list[tuple[str, Line]]:
+        """Return the lines of which something was measured, by their names."""
+        return [(name, line) for name, line in self.results.named_lines() if len(line.rows) > 1]
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A line of a run against one of the reference's, both at the end, on the tasks that they have in common."""
+
+    new: Contestant
+    old: Contestant
+    names: tuple[str, str]
+    """Of the new line and of the old one."""
+    scores: tuple[Scores, Scores]
+    tasks: tuple[str, ...]
+
+    @property
+    def told(self) -> str:
+        new, old = self.names
+        return f"{self.new.label}: {new}" + ("" if new == old else f" (against {old})")
+
+    def comparable(self, block: Block) -> list[str]:
+        """Return the tasks of a block that both have measured on the same documents."""
+        new, old = self.scores
+        return [t for t in self.tasks if new[t].block == block and same_documents(new[t], old[t])]
+
+    def change(self, tasks: Sequence[str], block: Block) -> Change | None:
+        """Return the mean paired difference over tasks that are comparable; None where there is none."""
+        return mean_change([(*self.scores, tasks)], block) if tasks else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that there is to tell of some runs."""
+
+    contestants: tuple[Contestant, ...]
+    duels: tuple[Duel, ...]
+
+    @property
+    def title(self) -> str:
+        return " against ".join([", ".join(c.label for c in self.contestants[1:]), self.contestants[0].label])
+
+
+def compare_runs(runs: Sequence[Run]) -> Comparison:
+    """Compare runs; the first is the reference.
+
+    Raises:
+        RunError: there is only one, or the others have no task in common with the first.
+    """
+    if len({run.folder.resolve() for run in runs}) < 2:
+        raise RunError("There is nothing to compare: name at least two different runs, the reference first.")
+    names = [run.folder.resolve().name for run in runs]
+    labels = [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
+    found = [Contestant(label, run, load_results(run)) for label, run in zip(labels, runs, strict=True)]
+    duels = [duel for other in found[1:] for duel in _duels(other, found[0])]
+    if not any(duel.tasks for duel in duels):
+        measured = "; ".join(f"{c.label} has {', '.join(sorted(_tasks(c))) or 'measured nothing yet'}" for c in found)
+        raise RunError(
+            f"These runs have no task in common, so there is nothing to compare: {measured}. Give their recipes a "
+            "common general task (`evaluate.general_tasks`) and run them again: only what is missing is measured."
+        )
+    return Comparison(tuple(found), tuple(duels))
+
+
+def _duels(new: Contestant, old: Contestant) -> Iterator[Duel]:
+    there = dict(old.lines())
+    pairs = [((name, line), (name, there[name])) for name, line in new.lines() if name in there]
+    entries = {line.name for line in new.results.merges} & {line.name for line in old.results.merges}
+    if not entries & {name for (name, _), _ in pairs}:
+        best = _best(new), _best(old)
+        pairs += [((best[0].name, best[0]), (best[1].name, best[1]))] if best[0] and best[1] else []
+    for (name, line), (other, reference) in pairs:
+        last, base = line.rows[-1], reference.rows[-1]
+        common = [t for t in last if t in base and last[t].block == base[t].block]
+        if common:
+            yield Duel(new, old, (name, other), (last, base), tuple(common))
+
+
+def _best(contestant: Contestant) -> Line | None:
+    results = contestant.results
+    found = (results.best(block) for block in results.stage_blocks())
+    return next((line for line in found if line), None) or next((x for x in results.merges if len(x.rows) > 1), None)
+
+
+def _tasks(contestant: Contestant) -> set[str]:
+    return {task for _, line in contestant.lines() for row in line.rows for task in row}
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """Return a sentence for each line of each run."""
+    return [f"{duel.told}: {_verdict(duel)}." for duel in comparison.duels]
+
+
+def _verdict(duel: Duel) -> str:
+    parts = []
+    for block in reversed(BLOCKS):  # perplexity first: every held-out text has it
+        tasks = duel.comparable(block)
+        change = duel.change(tasks, block)
+        if change:
+            where = f"on {len(tasks)} task{'s' * (len(tasks) != 1)} of {block}"
+            parts.append(f"{change.seen} {where} ({amount(change.mean, block)}, {interval(change, block)})")
+    others = len(duel.tasks) - sum(len(duel.comparable(block)) for block in BLOCKS)
+    if others:
+        parts.append(f"{others} measured on other documents, and not compared")
+    return "; ".join(parts)
+
+
+def sections(comparison: Comparison) -> list[Section]:
+    """Return the parts of the page."""
+    paired = (
+        f"Each against {comparison.contestants[0].label}, after the last stage of both, on the same documents; 95 % "
+        "intervals; ≈ is no change seen."
+    )
+    return [
+        Section("Differences", paired, tables=_difference_tables(comparison)),
+        Section("Metrics", "Over each run's own stages.", tables=_metric_tables(comparison)),
+        Section("Recipes", "The fields that differ, with their defaults.", tables=[_recipe_table(comparison)]),
+    ]
+
+
+def _difference_tables(comparison: Comparison) -> list[Table]:
+    """Return one table per block: tasks down, lines of the other runs across."""
+    tables = []
+    for block in reversed(BLOCKS):
+        duels = [d for d in comparison.duels if any(d.scores[0][t].block == block for t in d.tasks)]
+        tasks = dict.fromkeys(t for d in duels for t in d.tasks if d.scores[0][t].block == block)
+        rows = [[Cell(task), *(_difference_cell(d, task, block) for d in duels)] for task in tasks]
+        means = [change_cell(d.change(d.comparable(block), block), block) for d in duels]
+        rows += [[Cell("mean"), *means]] if len(rows) > 1 else []
+        if rows:
+            tables.append(Table(f"{block}, task by task", ("task", *(d.told for d in duels)), rows))
+    return tables
+
+
+def _difference_cell(duel: Duel, task: str, block: Block) -> Cell:
+    if task not in duel.tasks:
+        return Cell()
+    new, old = (scores[task] for scores in duel.scores)
+    values = f"{natural(new.value, block)} against {natural(old.value, block)}"
+    if not same_documents(new, old):
+        return Cell("other documents", values)
+    cell = change_cell(duel.change([task], block), block)
+    return Cell(cell.text, f"{values}; {cell.hint}".rstrip("; "), cell.shade)
+
+
+def _metric_tables(comparison: Comparison) -> list[Table]:
+    tables = []
+    for block in reversed(BLOCKS):
+        found = {
+            f"{c.label}: {name}": line.metrics(c.results.stages, c.results.general_tasks, block)
+            for c in comparison.contestants if block in c.results.blocks() for name, line in c.lines()
+        }  # fmt: skip
+        if found:
+            tables.append(metric_table(f"Metrics, {block}", found, block))
+    return tables
+
+
+def _recipe_table(comparison: Comparison) -> Table:
+    """Return the fields in which not all recipes are alike; a token must not be shown."""
+    dumped = [dict(flat_fields(c.run.recipe.model_dump(mode="json"))) for c in comparison.contestants]
+    names = dict.fromkeys(name for fields in dumped for name in fields if not name.endswith("hub_token"))
+    rows = []
+    for name in names:
+        values = [fields.get(name, "–") for fields in dumped]
+        if any(value != values[0] for value in values):
+            shown = [str(v) if len(str(v)) <= _SHOWN else str(v)[:_SHOWN] + " …" for v in values]
+            rows.append([Cell(name), *(Cell(text) for text in shown)])
+    header = ("field", *(c.label for c in comparison.contestants))
+    return Table("What differs", header, rows or [[Cell("nothing"), *[Cell() for _ in dumped]]])
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print the differences, the metrics and a sentence for each line."""
+    from rich.console import Console
+
+    console = Console()
+    shown = sections(comparison)
+    for table in (*shown[0].tables, *shown[1].tables, *shown[2].tables):
+        console.print(rich_table(table), "")
+    for sentence in findings(comparison):
+        console.print(sentence, highlight=False, markup=False)
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> Path:
+    """Write index.html, compare.md and compare.csv; return the page's path. Raises ResourceError if it cannot."""
+    title, told, parts = comparison.title, findings(comparison), sections(comparison)
+    page = folder / "index.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        page.write_text(sections_page(title, told, parts), encoding="utf-8")
+        (folder / "compare.md").write_text(sections_markdown(title, told, parts), encoding="utf-8")
+        with (folder / "compare.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([_COLUMNS, *_rows(comparison)])
+    except OSError as error:
+        raise ResourceError(f"Cannot write {folder}: {error.strerror}. Name another folder with --out.") from error
+    return page
+
+
+def _rows(comparison: Comparison) -> Iterator[tuple[Any, ...]]:
+    """Yield a row for each task of each duel; the difference is empty where the documents are others."""
+    for duel in comparison.duels:
+        for task in duel.tasks:
+            new, old = (scores[task] for scores in duel.scores)
+            change = duel.change([task], new.block) if same_documents(new, old) else None
+            seen = change.seen if change else "other documents"
+            told = (change.mean, change.low, change.high, change.confidence, change.stderr, change.detectable,
+                    len(new.gains)) if change else (None,) * 7  # fmt: skip
+            where = (duel.old.label, duel.new.label, *reversed(duel.names), task, new.block)
+            yield (*where, old.value, new.value, *told, seen)

@@ -1,0 +1,195 @@
+"""From a run folder to a model on the Hub: a card that tells how the model came about, and one commit with all of it.
+
+What leaves the machine: the merged weights, config and tokenizer, and three files written here: README.md (the card),
+recipe.yml and merge.yml. Paths of this machine are reduced to names in all of them, secrets in a recipe are blanked,
+and a file of any other type in the merged folder stops the push. Tokens are huggingface_hub's business: it takes them
+from HF_TOKEN or from `hf auth login`; they are never read here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError, RunError, unknown
+from hf_contmerge.report.card import (
+    HUB_ID,
+    LOCAL_PATH,
+    last_merged,
+    mapped,
+    model_card,
+    public_mergekit_recipe,
+    public_name,
+    public_recipe,
+)
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.schema import Merge, Recipe
+
+Contents = Path | bytes
+_UPLOADED = {".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".yml"}
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = None, private: bool | None = None) -> str:
+    """Push a merged model, as it is after the last merged stage, to the Hub in one commit; return the commit's URL.
+
+    Args:
+        run: with at least one stage merged.
+        repo_id: owner/name; the recipe's `publish.repo_id` by default.
+        entry: name of the merge entry; the recipe's `publish.merge`, or its only one, by default.
+        private: of a repository made by this push; the recipe's `publish.private` by default, else True.
+
+    Raises:
+        RecipeError: it is not said what to push or where to, or a public repository is there where a private is wanted.
+        RunError: no stage has been merged.
+        ModelError: the merged folder holds files of a type that is never uploaded.
+        ResourceError: no network, no token, or no permission to write there.
+    """
+    from huggingface_hub import HfApi
+
+    wish = run.recipe.publish
+    chosen = _chosen_entry(run.recipe, entry)
+    repo_id = _checked_repo_id(repo_id or (wish.repo_id if wish else None))
+    private = (wish.private if wish else True) if private is None else private
+    t = last_merged(run, chosen)
+    files = _files(run, chosen, t, repo_id)
+    api = HfApi()
+    message = f"{run.recipe.name}: {chosen.name} after stage {t} of {len(run.recipe.stages)}"
+    with _hub_errors(repo_id, api.endpoint):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and api.model_info(repo_id).private is False:
+            raise RecipeError(
+                f"{repo_id} at {api.endpoint} is public, but this push is to be private. Make it private in its "
+                "settings, push to another repository, or agree with `--public`. Nothing was uploaded."
+            )
+        return _commit(api, repo_id, files, message)
+
+
+def _chosen_entry(recipe: Recipe, name: str | None) -> Merge:
+    entries = {e.name: e for e in recipe.merge}
+    name = name or (recipe.publish.merge if recipe.publish else None)
+    if name is None and len(entries) == 1:
+        return recipe.merge[0]
+    if name is None:
+        raise RecipeError(
+            f"The run has {len(entries)} merges ({', '.join(entries)}), and it is not said which to push. "
+            f"Name one with `--merge {recipe.merge[0].name}`, or `publish: {{merge: ...}}` in the recipe."
+        )
+    if name not in entries:
+        raise RecipeError(unknown("merge entry", name, entries, where="publish.merge"))
+    return entries[name]
+
+
+def _checked_repo_id(repo_id: str | None) -> str:
+    if repo_id is None:
+        raise RecipeError(
+            "It is not said where to push to. Give `--repo-id owner/name`, or `publish: {repo_id: ...}` in the recipe."
+        )
+    if not HUB_ID.fullmatch(repo_id) or repo_id.count("/") != 1 or "@" in repo_id:
+        raise RecipeError(f"The repository to push to must be named owner/name, as on the Hub; got {repo_id!r}.")
+    return repo_id
+
+
+def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
+    """Return path in the repository -> contents of all that is pushed."""
+    folder = run.merged(t, entry).model
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    refused = [name for name, path in found.items() if path.suffix not in _UPLOADED]
+    if refused:
+        raise ModelError(
+            f"{folder} holds {', '.join(refused)}. Only {', '.join(sorted(_UPLOADED))} files are ever uploaded: move "
+            "the others away and push again. Nothing was uploaded."
+        )
+    if not any(path.suffix == ".safetensors" for path in found.values()):
+        raise RunError(f"{folder} holds no weights. Merge again: `contmerge redo {run.folder} merge`, then run.")
+    files: dict[str, Contents] = {name: _cleaned(path) for name, path in found.items()}
+    files["README.md"] = model_card(run, entry, repo_id=repo_id).encode()
+    files["recipe.yml"] = public_recipe(run.recipe).encode()
+    mergekit = public_mergekit_recipe(run, entry, t)
+    return files | ({"merge.yml": mergekit.encode()} if mergekit else {})
+
+
+def _commit(api: Any, repo_id: str, files: dict[str, Contents], message: str) -> str:
+    """Make one commit of all files, see that they are there, and return the commit's URL."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    # An earlier push may have been cut into other shards: transformers would go on reading those.
+    stale = [n for n in api.list_repo_files(repo_id) if _WEIGHTS.fullmatch(n) and n not in files]
+    operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=c) for n, c in files.items()]
+    operations += [CommitOperationDelete(path_in_repo=n) for n in stale]
+    commit = api.create_commit(repo_id, operations, commit_message=message)
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit.oid)
+    sizes = {item.path: getattr(item, "size", None) for item in tree}
+    missing = [n for n, c in files.items() if sizes.get(n) != (len(c) if isinstance(c, bytes) else c.stat().st_size)]
+    if missing:
+        raise ResourceError(
+            f"{', '.join(missing)} did not arrive whole at {commit.commit_url}. Push again; what is there is not "
+            "sent twice."
+        )
+    return commit.commit_url
+
+
+@contextmanager
+def _hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises into one sentence."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  (httpx's, any version)
+
+    try:
+        yield
+    except ContmergeError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: an upload thread's or hf_xet's
+        raise ResourceError(_explanation(error, repo_id, endpoint)) from error
+
+
+def _explanation(error: BaseException, repo_id: str, endpoint: str) -> str:
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        OfflineModeIsEnabled,
+    )
+
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"Cannot push {repo_id}: HF_HUB_OFFLINE is set. Unset it and push again."
+    if not isinstance(error, HTTPError):
+        return f"Pushing {repo_id} to {endpoint} failed: {' '.join(str(error).split()) or type(error).__name__}"
+    if not isinstance(error, HfHubHTTPError):
+        return (
+            f"Cannot reach {endpoint} to push {repo_id} ({type(error).__name__}). Check the network, the proxy and "
+            "HF_ENDPOINT, then push again; what has arrived is not sent twice."
+        )
+    status = error.response.status_code
+    if status == 401:
+        return (
+            f"{endpoint} asks who you are (401): there is no token here, or it is not valid any more. Log in with "
+            f"`hf auth login`, or set HF_TOKEN, then push {repo_id} again."
+        )
+    if status == 403:
+        return (
+            f"{endpoint} does not let this token write to {repo_id} (403). Make one with write permission for "
+            f"{repo_id.split('/')[0]} at {endpoint}/settings/tokens, give it to `hf auth login`, and push again."
+        )
+    told = error.server_message or error.response.reason_phrase
+    return f"{endpoint} answered {status} to the push of {repo_id}: {told}. Push again later or mend what it names."
+
+
+# What must not leave the machine
+
+
+def _cleaned(path: Path) -> Contents:
+    """Return a file, or the contents of a config without the paths that some versions of transformers leave in it."""
+    if path.suffix != ".json" or "config" not in path.name:  # a vocabulary may hold "/home" as a token: leave it alone
+        return path
+    data = json.loads(path.read_text(encoding="utf-8"))
+
+    def public(key: str, value: str) -> str:
+        return public_name(value) if key.endswith(("path", "file", "dir")) and LOCAL_PATH.match(value) else value
+
+    cleaned = mapped(data, public)
+    return path if cleaned == data else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,164 @@
+"""The report of a run, whole or half done: what was learnt, what was forgotten, what each merge rule made of it.
+
+    report/  index.html       one file to look at, on a phone and on paper too; the picture is inside
+             report.md        the same as Markdown
+             forgetting.png   the picture
+             summary.json     for scripts: matrices of utilities, metrics, tasks; null where not measured
+             scores.csv       every score, a row each
+             costs.html       seconds and memory of each phase
+             costs.csv        the same for scripts
+
+All but the costs is the same, byte for byte, whenever and however often a run was interrupted.
+
+A verdict claims a change only where 0 lies outside the 95 % interval of the paired difference over documents.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import webbrowser
+from collections.abc import Iterable
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.report._choices import choice_tables, choices_intro, curves
+from hf_contmerge.report._examples import examples
+from hf_contmerge.report._findings import UNITS, Results, task_facts, verdict
+from hf_contmerge.report._merges import geometry_section
+from hf_contmerge.report._pages import costs_page, markdown, page, rich_table
+from hf_contmerge.report._panels import panels
+from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
+from hf_contmerge.report._tables import (
+    Cost,
+    Picture,
+    Section,
+    cost_tables,
+    costs,
+    final_table,
+    heat_maps,
+    metric_tables,
+    task_tables,
+)
+from hf_contmerge.run.folder import Run
+from hf_contmerge.scoring.forgetting.lines import Line, load_lines
+
+_COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", "utility", "stderr", "documents")
+
+
+def write_report(run: Run) -> Path:
+    """Write the report of what there is; return the path of the picture. Leaves the report's record to the caller."""
+    results = load_results(run)
+    folder = run.report.scratch("report")
+    draw_forgetting(results, folder / "forgetting.png")
+    (folder / "summary.json").write_text(json.dumps(summary(run, results), indent=1) + "\n", encoding="utf-8")
+    _write_csv(folder / "scores.csv", [_COLUMNS, *_score_rows(results)])
+    spent = costs(run)
+    (folder / "costs.html").write_text(costs_page(run, cost_tables(spent)), encoding="utf-8")
+    _write_csv(folder / "costs.csv", [[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)])
+    shown = [section for section in sections(run, results) if not section.empty]
+    (folder / "report.md").write_text(markdown(run, results, shown), encoding="utf-8")
+    pictures = [Picture(draw_alone(results, panel), panel.told(results)) for panel in panels(results)]
+    (folder / "index.html").write_text(page(run, results, pictures, shown), encoding="utf-8")
+    return run.report.publish("report") / "forgetting.png"
+
+
+def sections(run: Run, results: Results) -> list[Section]:
+    """Return the parts of the report below its picture; those with nothing to show are empty."""
+    seen = (
+        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change seen, the 95 % interval holds 0. A "
+        "frame marks the stage just learnt. Point at a number for more."
+    )
+    by_task = (
+        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change seen. The last column is the "
+        "smallest true change that such documents would have shown in four of five samples: a smaller one may have "
+        "happened unseen."
+    )
+    return [
+        Section("Scores after each stage", seen, tables=heat_maps(results)),
+        Section("Metrics", tables=metric_tables(results)),
+        Section("Task by task", by_task, tables=task_tables(results)),
+        examples(results),
+        _choices(run),
+        geometry_section(run),
+    ]
+
+
+def _choices(run: Run) -> Section:
+    """Return what a guard tried and what `auto` found, with the curves; empty where nothing was chosen."""
+    pictures = [Picture(draw_curve(curve), f"{curve.entry}: search of {curve.word}") for curve in curves(run)]
+    hint = " In the curves a ring marks what was taken, a hollow mark what cost general ability." * bool(pictures)
+    return Section("Choosing the merges", choices_intro(run) + hint, choice_tables(run), pictures=pictures)
+
+
+def _write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def show_report(run: Run, *, browser: bool = False) -> None:
+    """Print the table of scores and where the report lies; open it, if asked and if there is a browser."""
+    folder = run.folder / "report"
+    print_table(run)
+    print(f"Report:  {folder / 'index.html'}\nPicture: {folder / 'forgetting.png'}")
+    if browser and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
+        webbrowser.open((folder / "index.html").resolve().as_uri())
+
+
+def print_table(run: Run) -> None:
+    """Print what a user wants to see at the end: metrics and final scores of each line, then the verdicts."""
+    from rich.console import Console
+
+    results, console = load_results(run), Console()
+    for block in results.blocks():
+        console.print(rich_table(final_table(results, block)), "")
+    for line in results.merges:
+        console.print(f"[bold]{line.name}[/bold]: {verdict(results, line)}", highlight=False)
+
+
+def load_results(run: Run) -> Results:
+    """Read what has been measured of a run. The first stage's expert is plain fine-tuning, whatever its kind."""
+    experts, merges = load_lines(run, tuple(dict.fromkeys(("previous", *run.expert_kinds()))))
+    seen = max(len(line.rows) for line in (*experts, *merges)) - 1
+    if seen > 1 and "previous" not in run.expert_kinds():  # this run does not train it
+        experts = [line for line in experts if line.name != "previous"]
+    general = tuple(task.name for task in run.recipe.evaluate.general_tasks)
+    mean = next((entry.name for entry in run.recipe.merge if entry.rule == "average"), None)
+    return Results(run.recipe.stages, general, tuple(experts), tuple(merges), mean)
+
+
+def summary(run: Run, results: Results) -> dict[str, Any]:
+    """Return summary.json."""
+    return {
+        "base_model": run.recipe.base_model,
+        "seed": run.recipe.seed,
+        "stages": [stage.name for stage in results.stages],
+        "units": UNITS,
+        "tasks": task_facts(results),
+        "experts": {line.name: _line_summary(results, line) for line in results.experts},
+        "merges": {line.name: _line_summary(results, line) for line in results.merges},
+    }
+
+
+def _line_summary(results: Results, line: Line) -> dict[str, Any]:
+    blocks = results.blocks()
+    general = {b: m for b in blocks if (m := line.general(results.general_tasks, b))}
+    return {
+        "matrix": {b: line.matrix(results.stages, b).rows for b in results.stage_blocks()},
+        "metrics": {b: line.metrics(results.stages, results.general_tasks, b) for b in blocks},
+        "general": {b: {"tasks": m.stages, "rows": m.rows} for b, m in general.items()},
+    }
+
+
+def _score_rows(results: Results) -> list[tuple[Any, ...]]:
+    names = ["base", *(stage.name for stage in results.stages)]
+    return [
+        (f"{kind}/{line.name}", t, names[t], task, s.block, s.metric, s.value, s.utility, s.stderr, len(s.gains))
+        for kind, lines in (("experts", results.experts), ("merges", results.merges))
+        for line in lines
+        for t, row in enumerate(line.rows)
+        for task, s in row.items()
+    ]

@@ -1,0 +1,250 @@
+"""A run is a folder; a phase is done when its record exists; the record is written last.
+
+    runs/<name>/
+      recipe.yml                                   the recipe with every default, frozen at the first start
+      tasks/<task>.yaml <task>.jsonl               what lm-eval measures, usable by the stock `lm_eval` command too
+      stages/00-base/  model score.json            a link to the base model; its scores are row 0
+                       score.parquet               beside each score.json: what every document added
+      stages/01-law/
+        experts/<kind>/  expert/ train.json score.json         kind: base, previous, or merged-<merge entry>
+        merges/<entry>/  running/ merged/ merge.yml merge.json score.json
+                         validation/  with a guard or `auto`: the scores that it was chosen by
+                         replay/      the stage's expert as a guard had it trained again
+                         guard.json   what was tried in vain, where no merge held the budget
+      report/ index.html report.md scores.csv summary.json forgetting.png
+      report.json                                  written when everything above is done
+
+A phase (train, merge, score, report) writes into a hidden scratch folder, which is renamed, and then its record
+`<phase>.json`. A crash anywhere means that this phase runs again and nothing else does. Only this module
+and places.py know these names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_contmerge.errors import ResourceError, RunError, unknown
+from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
+from hf_contmerge.run.recipe.changes import Change, changes
+from hf_contmerge.run.recipe.schema import PHASES, Merge, Phase, Recipe, Stage
+from hf_contmerge.run.recipe.text import load_recipe, recipe_yaml
+from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and the folder in which it is carried out. Stages count from 1; 0 is the base model."""
+
+    folder: Path
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, recipe: Recipe, folder: str | Path | None = None) -> Run:
+        """Start a run, or resume the one that is there.
+
+        Raises:
+            RunError: the folder was made by a recipe that differs where work has been done already.
+            ResourceError: the folder cannot be written.
+        """
+        run = cls(Path(folder) if folder else recipe.run_folder(), recipe)
+        run.check_folder()
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            with FolderLock(run.folder):
+                write_atomically(run._recipe_file, recipe_yaml(recipe))
+        except OSError as error:
+            raise ResourceError(
+                f"Cannot write the run folder {run.folder}: {error.strerror}. Name another with --run."
+            ) from error
+        return run
+
+    def check_folder(self) -> None:
+        """Raise RunError if the run cannot be started or resumed in its folder. Writes nothing."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"{self.folder} is a file. Name a folder with --run.")
+        if self._recipe_file.exists():
+            self._refuse_changes(load_recipe(self._recipe_file))
+        elif self.folder.exists() and any(not _is_left_by_a_start(p) for p in self.folder.iterdir()):
+            raise RunError(f"{self.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Return the run in a folder with the recipe that is frozen there, to look at it."""
+        recipe_file = Path(folder) / "recipe.yml"
+        if not recipe_file.exists():
+            raise RunError(
+                f"{folder} holds no run (no recipe.yml). Give the folder that `contmerge run` wrote, such as "
+                "runs/quickstart."
+            )
+        return cls(Path(folder), load_recipe(recipe_file))
+
+    def is_complete(self) -> bool:
+        """Say whether all that this very recipe asks for has been done, without looking at more than two files."""
+        place = self.report
+        return place.is_done("report") and place.record("report").get("recipe_sha256") == self.recipe_sha256()
+
+    def recipe_sha256(self) -> str:
+        fields = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(fields.encode()).hexdigest()
+
+    @property
+    def report(self) -> Place:
+        """Where the report folder and its record lie."""
+        return Place(self.folder)
+
+    @property
+    def tasks(self) -> Path:
+        return self.folder / "tasks"
+
+    @property
+    def base(self) -> Place:
+        return Place(self.folder / "stages" / "00-base")
+
+    @property
+    def base_model(self) -> Path:
+        """A link to the base model's folder, so that mergekit recipes can name it."""
+        return self.base.folder / "model"
+
+    def link_base(self, folder: Path) -> None:
+        """Point the link at the base model."""
+        self.base_model.parent.mkdir(parents=True, exist_ok=True)
+        remove(self.base_model)
+        self.base_model.symlink_to(folder.resolve())
+
+    def stage_numbers(self) -> range:
+        return range(1, len(self.recipe.stages) + 1)
+
+    def stage(self, t: int) -> Stage:
+        return self.recipe.stages[t - 1]
+
+    def expert(self, t: int, kind: str) -> ExpertPlace:
+        """Return the place of stage t's expert. In the first stage every kind starts from the base: one expert."""
+        kind = kind if t > 1 else "base"
+        return ExpertPlace(self._stage_folder(t) / "experts" / kind, kind)
+
+    def merged(self, t: int, entry: Merge) -> MergePlace:
+        return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry)
+
+    def start_of(self, t: int, kind: str) -> Path | None:
+        """Return the model that stage t's expert of a kind is trained from; None for the base."""
+        if t == 1 or kind == "base":
+            return None
+        if kind == "previous":
+            return self.expert(t - 1, kind).model
+        entry = next(e for e in self.recipe.merge if f"merged-{e.name}" == kind)
+        return self.merged(t - 1, entry).model
+
+    def memory_before(self, t: int, kind: str) -> Path | None:
+        """Return what the stages before t remember; independent experts (kind base) know of none."""
+        if kind == "base":
+            return None
+        folders = (self.expert(i, kind).memory for i in range(t - 1, 0, -1))
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+    def expert_kinds(self) -> tuple[str, ...]:
+        """Return the kinds of expert that this run has trained, as far as it has come."""
+        later = {f.name for t in self.stage_numbers()[1:] for f in self._stage_folder(t).glob("experts/*")}
+        return tuple(sorted(later)) or ("base",)
+
+    def places(self) -> Iterator[tuple[int, Place]]:
+        """Yield (stage, place) of all that exists on disk, the base first."""
+        yield 0, self.base
+        for t in self.stage_numbers():
+            for folder in sorted(self._stage_folder(t).glob("experts/*")):
+                yield t, ExpertPlace(folder, folder.name)
+            for entry in self.recipe.merge:
+                if self.merged(t, entry).folder.exists():
+                    yield t, self.merged(t, entry)
+
+    def redo(self, phase: str, *, stage: str | None = None) -> list[str]:
+        """Undo a phase and all that follow from it, for a stage and the later ones; return what was undone."""
+        if phase not in PHASES:
+            raise RunError(unknown("phase", phase, PHASES))
+        first = self._first_to_redo(phase, stage)
+        undone = ["the report"] if self.report.is_done("report") else []
+        self.report.undo("report")
+        # The last comes first, so that a crash halfway leaves the start of a run and not a run with a gap.
+        for t, place in reversed(list(self.places())):
+            for each in reversed(_following(phase, t, place, first, whole_run=stage is None)):
+                if place.is_done(each):
+                    undone.append(f"{each} of {place.folder.relative_to(self.folder)}")
+                place.undo(each)
+        return undone[::-1]
+
+    def _first_to_redo(self, phase: str, stage: str | None) -> int:
+        if stage is None:
+            return 1
+        names = [s.name for s in self.recipe.stages]
+        if stage not in names:
+            raise RunError(unknown("stage", stage, names))
+        first = names.index(stage) + 1
+        if phase in ("train", "merge") and first > 1:
+            before = [self.merged(first - 1, e) for e in self.recipe.merge]
+            pruned = [p.entry.name for p in before if p.is_done("merge") and not p.running.exists()]
+            if pruned:
+                raise RunError(
+                    f"The running state after {names[first - 2]} is gone for {', '.join(pruned)}: it was pruned when "
+                    f"{stage} was merged. Use `contmerge redo {self.folder} {phase}` to redo all stages."
+                )
+        return first
+
+    def _stage_folder(self, t: int) -> Path:
+        return self.folder / "stages" / f"{t:02d}-{self.stage(t).name}"
+
+    @property
+    def _recipe_file(self) -> Path:
+        return self.folder / "recipe.yml"
+
+    def _refuse_changes(self, frozen: Recipe) -> None:
+        """Raise if a field differs that a phase which is done has used."""
+        before = Run(self.folder, frozen)
+        done = [(t, place, phase) for t, place in before.places() for phase in PHASES if place.is_done(phase)]
+        found = list(changes(frozen, self.recipe))
+        renamed = {change.stage for change in found if change.field == f"stages.{change.stage}.name"}
+        lines, redo = [], set()
+        for change in found:
+            users: dict[str, list[str]] = {}
+            for t, place, phase in done:
+                if _has_used(change, phase, t, place, renamed):
+                    users.setdefault(phase, []).append(str(place.folder.relative_to(self.folder / "stages")))
+            if users:
+                redo.update(users)
+                names = "; ".join(f"{phase} of {', '.join(folders)}" for phase, folders in users.items())
+                lines.append(f"  {change.field}: {change.old!r} -> {change.new!r}   used by {names}")
+        if lines:
+            first = min(redo, key=PHASES.index)
+            raise RunError(
+                f"{self.folder} was made by another recipe:\n" + "\n".join(lines) + "\n"
+                f"To apply the change, drop what used it with `contmerge redo {self.folder} {first}` and run again; "
+                "to keep both, name another folder with --run."
+            )
+
+
+def _is_left_by_a_start(path: Path) -> bool:
+    """Say whether a file in a folder without recipe.yml is what a first start leaves that was killed."""
+    return path.name.startswith((".recipe.yml.", ".lock"))
+
+
+def _following(phase: str, t: int, place: Place, first: int, *, whole_run: bool) -> tuple[Phase, ...]:
+    """Return the phases at the place of stage t that follow from `phase` of the stages from `first` on."""
+    if t == 0:  # the scores of the base: no merge changes them
+        return ("score",) if whole_run and phase in ("train", "score") else ()
+    if phase == "merge" and isinstance(place, ExpertPlace):
+        return ("train", "score") if place.kind.startswith("merged-") and t > first else ()
+    return PHASES[PHASES.index(phase) :] if t >= first else ()
+
+
+def _has_used(change: Change, done: str, t: int, place: Place, renamed: Container[int | None]) -> bool:
+    """Say whether a phase that is done at the place of stage t used a field that has changed."""
+    if t == 0 and done == "score":  # row 0: the base model on what all stages measure
+        measured = change.phase == "score" or ".dataset." in change.field
+        return change.field == "base_model" or (measured and change.stage not in renamed)
+    if done != change.phase:
+        return False
+    if change.merge_entry is not None:
+        return isinstance(place, MergePlace) and place.entry.name == change.merge_entry
+    return change.stage is None or t >= change.stage

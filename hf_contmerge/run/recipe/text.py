@@ -1,0 +1,138 @@
+"""A recipe's text: the YAML that we read, and changes to it from the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hf_contmerge.errors import RecipeError, unknown
+from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Guard, Rung, Task
+from hf_contmerge.run.recipe.schema import Merge, Publish, Recipe, Stage, Train
+
+if TYPE_CHECKING or not yaml.__with_libyaml__:
+    from yaml import SafeLoader
+else:
+    from yaml import CSafeLoader as SafeLoader  # ten times faster
+
+
+class _Loader(SafeLoader):
+    """Safe YAML in which 1e-5 is a number, as it is in YAML 1.2 and in everybody's recipes."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Return what YAML text means. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def apply_override(data: Any, override: str) -> None:
+    """Change what YAML text meant as `--set a.b=c` says. Raises RecipeError if there is no such place."""
+    dotted, equals, value = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set wants path=value, such as merge.0.rule=opcm; got {override!r}")
+    try:
+        new = read_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {value!r} is not a YAML value; put it in double quotes") from error
+    at: Any = data
+    try:
+        for i, key in enumerate(keys[:-1]):
+            if isinstance(at, list):
+                at = at[int(key)]
+            else:
+                if at.get(key) is None:
+                    at[key] = {}
+                at = at[key]
+            if isinstance(at, str):  # a shorthand such as `dataset: file.jsonl` has no fields to set
+                place = ".".join(keys[: i + 1])
+                raise RecipeError(f"--set {override}: {place} is {at!r}; write it out as a mapping first")
+        last: Any = int(keys[-1]) if isinstance(at, list) else keys[-1]
+        at[last] = new
+    except RecipeError:  # a ValueError too
+        raise
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise RecipeError(f"--set {override}: the recipe has no place {dotted!r}") from error
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `a.b=c` as after `--set`: a dotted path (numbers index lists) and a YAML value.
+
+    Raises:
+        RecipeError: the file is missing or no YAML, or a field is unknown, missing or of the wrong type.
+    """
+    path = Path(path)
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    for override in overrides:
+        apply_override(data, override)
+    return parse_recipe(data, where=str(path))
+
+
+def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
+    """Check the contents of a recipe. Raises RecipeError as `load_recipe` does."""
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where} must hold a mapping with name, base_model, stages and merge; got {data!r:.80}")
+    if "merge_method" in data:
+        raise RecipeError(
+            f"{where} is a mergekit recipe (it has `merge_method`). Run it with `mergekit-yaml {where} OUT`; "
+            "a recipe for contmerge has `stages` and `merge`."
+        )
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where)) from error
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return the recipe with every default written out, as the run folder keeps it."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """Turn pydantic's list into one sentence a field, with the nearest known names."""
+    lines = []
+    for item in error.errors():
+        if item["type"] == "too_short" and item["input"]:  # of a list whose items are wrong, which is told already
+            continue
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(item["loc"][:-1])
+            parent = ".".join(str(part) for part in item["loc"][:-1]) or "the recipe"
+            lines.append(unknown("field", str(item["loc"][-1]), fields, where=parent))
+        elif item["type"] == "missing":
+            lines.append(f"{place} is missing.")
+        else:
+            shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r:.60})"
+            lines.append(f"{place}{': ' * bool(place)}{item['msg'].removeprefix('Value error, ')}{shown}")
+    return f"{where}: " + "\n  ".join(lines)
+
+
+_PARTS: dict[str, type[BaseModel]] = {
+    "stages": Stage, "train": Train, "merge": Merge, "evaluate": Evaluate, "guard": Guard, "ladder": Rung,
+    "publish": Publish, "dataset": Dataset, "tasks": Task, "general_tasks": Task,
+}  # fmt: skip
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        model = _PARTS.get(str(part), model)
+    return list(model.model_fields)

@@ -1,0 +1,161 @@
+"""What was measured of one model: a score for each task, with what each document added to it.
+
+Utilities are higher-is-better: an accuracy as it is, a perplexity as -ln(perplexity) (nats).
+
+A place's record holds each task's numbers, and score.parquet beside it one row a document: task, document (its digest),
+gain, weight, answer, text. Only `write_scores` and `load_scores` know that.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_contmerge.errors import RunError
+from hf_contmerge.run.places import Place
+from hf_contmerge.runtime.files import sync_folder
+
+Block = Literal["accuracy", "perplexity"]
+BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")
+
+DOCUMENTS_FILE = "score.parquet"
+_COLUMNS = {"documents": "document", "gains": "gain", "weights": "weight", "answers": "answer", "texts": "text"}
+"""What a TaskScore has for each document -> the column that it is kept in."""
+_CURE = "Put the file back, or measure anew with `contmerge redo RUN score`, then `contmerge run`."
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A task's per-document results: utility = sum(gains) / sum(weights).
+
+    Accuracy: gain 0 or 1, weight 1. Perplexity per word: gain the document's log-likelihood (nats), weight its words.
+    """
+
+    gains: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def utility(self) -> float:
+        return sum(self.gains) / sum(self.weights)
+
+    def stderr(self) -> float | None:
+        """Return the standard error of the utility over documents (ratio estimator); None for one document."""
+        return ratio_stderr(self.gains, self.weights)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's score for one model, as a score record keeps it."""
+
+    block: Block
+    metric: str
+    value: float
+    """The metric as lm-eval reports it: an accuracy, or a perplexity per word."""
+    utility: float
+    stderr: float | None
+    """Of the utility."""
+    gains: tuple[float, ...]
+    weights: tuple[float, ...]
+    details: Mapping[str, Any]
+    """The task's other metrics, its version and the digest of its documents."""
+    documents: tuple[str, ...] = ()
+    """Digest of each document, in the order of `gains`; () where it was not kept."""
+    texts: tuple[str, ...] = ()
+    """The beginning of each document (a question, a text), to show it; () where it was not kept."""
+    answers: tuple[str, ...] = ()
+    """What the model chose or wrote for each document; () for a perplexity."""
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.gains, self.weights)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskScore:
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
+        return cls(**fields)
+
+
+Scores = Mapping[str, TaskScore]
+"""Task name -> score of one model."""
+
+
+def write_scores(place: Place, scores: Scores, *, texts: bool = False) -> dict[str, Any]:
+    """Write what each document added into score.parquet; return what the record, to be written next, keeps of a task.
+
+    `texts`: keep the beginnings of the documents as well. One place that has every task is enough for a run.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kept = {name: score if texts else replace(score, texts=()) for name, score in scores.items()}
+    columns: dict[str, list[Any]] = {"task": [name for name, score in kept.items() for _ in score.gains]}
+    for field, column in _COLUMNS.items():
+        columns[column] = [v for score in kept.values() for v in getattr(score, field) or [None] * len(score.gains)]
+    types = {"task": pa.dictionary(pa.int32(), pa.string()), "gain": pa.float64(), "weight": pa.float64()}
+    fields = [pa.field(name, types.get(name, pa.string())) for name in columns]
+    scratch = place.folder / f".{DOCUMENTS_FILE}"
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with scratch.open("wb") as file:
+        parquet.write_table(pa.table(columns, schema=pa.schema(fields)), file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(place.folder / DOCUMENTS_FILE)
+    sync_folder(place.folder)
+    return {name: {k: v for k, v in score.to_json().items() if k not in _COLUMNS} for name, score in kept.items()}
+
+
+def scored_tasks(place: Place) -> tuple[str, ...]:
+    """Return the names of the tasks that have been measured at a place, without reading what each document added."""
+    return tuple(place.record("score")["tasks"]) if place.is_done("score") else ()
+
+
+def load_scores(place: Place) -> Scores:
+    """Return what has been measured of the model at a place; nothing, if nothing has.
+
+    Raises RunError if score.parquet is missing, damaged, or not that of the record.
+    """
+    if not place.is_done("score"):
+        return {}
+    tasks: Mapping[str, Any] = place.record("score")["tasks"]
+    if all("gains" in task for task in tasks.values()):  # as older versions kept them
+        return {name: TaskScore.from_json(task) for name, task in tasks.items()}
+    documents = _read_documents(place.folder / DOCUMENTS_FILE)
+    absent = [name for name in tasks if name not in documents]
+    if absent:
+        raise RunError(f"{place.folder / DOCUMENTS_FILE} has no document of the task {absent[0]}. {_CURE}")
+    return {name: TaskScore.from_json({**task, **documents[name]}) for name, task in tasks.items()}
+
+
+def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:
+    """Return task -> field of TaskScore -> values, in the order of the documents."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(path).to_pydict()
+        columns = {field: table[column] for field, column in _COLUMNS.items()}
+    except (OSError, ArrowException, KeyError) as error:
+        raise RunError(f"Cannot read {path}: {error}. {_CURE}") from error
+    rows: dict[str, list[int]] = {}
+    for row, task in enumerate(table["task"]):
+        rows.setdefault(task, []).append(row)
+    return {
+        task: {field: [values[i] for i in of] if values[of[0]] is not None else [] for field, values in columns.items()}
+        for task, of in rows.items()
+    }
+
+
+def ratio_stderr(gains: Sequence[float], weights: Sequence[float]) -> float | None:
+    """Return the standard error of sum(gains) / sum(weights) over documents; None for fewer than two."""
+    n, total = len(gains), sum(weights)
+    if n < 2:
+        return None
+    ratio = sum(gains) / total
+    squares = sum((g - ratio * w) ** 2 for g, w in zip(gains, weights, strict=True))
+    return math.sqrt(n / (n - 1) * squares) / total

@@ -1,0 +1,42 @@
+"""The phases of a run in the order in which the loop carries them out, and what each writes to the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import Place
+from hf_contmerge.run.recipe.parts import Task
+from hf_contmerge.run.recipe.schema import Phase
+
+
+@dataclass(frozen=True)
+class Step:
+    """One phase at one place. `t`: the stage, 0 for the base model."""
+
+    phase: Phase
+    t: int
+    place: Place
+    tasks: tuple[Task, ...] = ()
+    """What a score phase measures."""
+
+    @property
+    def done(self) -> bool:
+        return self.place.is_done(self.phase)
+
+
+def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
+    """Yield the phases of a run as `train.Loop` does them. `kinds`: merge entry -> the kind of expert that it folds."""
+    recipe, every = run.recipe, run.stage_numbers()
+    yield Step("score", 0, run.base, tuple(recipe.measured(every)))
+    for t in every:
+        experts = {run.expert(t, kind).folder: run.expert(t, kind) for kind in kinds.values()}
+        merges = [run.merged(t, entry) for entry in recipe.merge]
+        yield from (Step("train", t, place) for place in experts.values())
+        yield from (Step("merge", t, place) for place in merges)
+        seen = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
+        for place in experts.values():
+            alone = place.kind == "base" and t > 1  # an independent expert: only its own stage can be expected of it
+            yield Step("score", t, place, tuple(recipe.measured([t] if alone else seen, general=not alone)))
+        yield from (Step("score", t, place, tuple(recipe.measured(seen))) for place in merges)

@@ -1,0 +1,1 @@
+"""Ranks, threads, devices, atomic files."""

@@ -1,0 +1,163 @@
+"""Work on many tensors, shared among the ranks of a job and the threads of a rank, at a bounded use of memory.
+
+Each tensor is worked on by one thread, whose linear algebra has one thread too. So the result of a tensor depends
+neither on how many threads and ranks there are nor on which of them it falls to, and all cores are busy although the
+decomposition of a single matrix scales badly.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_contmerge.runtime.ranks import OneRank, Ranks, T, together
+
+MEMORY_SHARE = 0.5
+"""Of the memory that is free at the start, what the tensors in flight may take."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work on one tensor."""
+
+    name: str
+    cost: float
+    """Seconds, roughly: what counts is the ratio to other jobs."""
+    memory: int
+    """Bytes in flight while it is worked on."""
+    nbytes: int
+    """Bytes read and written, for the progress bar."""
+    group: int = 0
+    """The number of the file that it writes into; hosts share whole files."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who works: the threads of this process, among the ranks of its job.
+
+    `workers`: threads of this process; by default one for each of the cores that it may use, fairly divided among the
+    ranks of the host. `device`: where the arithmetic is done. `progress`: called with the bytes of each finished job.
+    """
+
+    ranks: Ranks = field(default_factory=OneRank)
+    workers: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    bar: Callable[[Sequence[Job], str], Any] = lambda _jobs, _what: nullcontext(lambda _job: None)
+
+    def thread_count(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.workers or max(1, cores // self.ranks.per_host)
+
+    def mine(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return this rank's share of the jobs, the costliest first."""
+        hosts = max(1, self.ranks.size // self.ranks.per_host)
+        host, local = divmod(self.ranks.rank, self.ranks.per_host)
+        if hosts > 1:  # two hosts must not write into the same pages of a file
+            files: dict[int, float] = {}
+            for job in jobs:
+                files[job.group] = files.get(job.group, 0.0) + job.cost
+            ours = set(_fair_shares(sorted(files), files.__getitem__, hosts)[host])
+            jobs = [job for job in jobs if job.group in ours]
+        return _fair_shares(jobs, lambda job: job.cost, self.ranks.per_host)[local]
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        work: Callable[[Job], T],
+        *,
+        what: str,
+        prefetch: Callable[[Job], None] = lambda _job: None,
+    ) -> dict[str, T]:
+        """Do this rank's jobs; return the results of all ranks by name.
+
+        `prefetch` is called with the jobs that come next, so that reading overlaps with computing. Raises the first
+        error of any rank on all of them.
+        """
+        done = together(self.ranks, lambda: self._run_mine(self.mine(jobs), work, what, prefetch))
+        return {name: result for part in self.ranks.gather(done) for name, result in part.items()}
+
+    def _run_mine(
+        self, jobs: Sequence[Job], work: Callable[[Job], T], what: str, prefetch: Callable[[Job], None]
+    ) -> dict[str, T]:
+        count = min(self.thread_count(), len(jobs))
+        queue, results, errors = iter(range(len(jobs))), {}, []
+        lock, room = threading.Lock(), _Room(_free_memory(self.device) / self.ranks.per_host * MEMORY_SHARE)
+
+        def worker() -> None:
+            torch.set_num_threads(1)  # a setting of each thread
+            while not errors:
+                with lock:
+                    number = next(queue, None)
+                if number is None:
+                    return
+                job = jobs[number]
+                try:
+                    for ahead in jobs[number + count : number + count + 1]:
+                        prefetch(ahead)
+                    with room.of(job.memory):
+                        result = work(job)
+                    with lock:
+                        results[job.name] = result
+                        advance(job)
+                except BaseException as error:  # raised again below, in the thread that waits
+                    errors.append(error)
+                    return
+
+        threads_before = torch.get_num_threads()
+        try:
+            with self.bar(jobs, what) as advance:
+                threads = [threading.Thread(target=worker, daemon=True) for _ in range(count)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+        finally:
+            torch.set_num_threads(threads_before)  # the threads' setting is in part the process's
+        if errors:
+            raise errors[0]
+        return results
+
+
+class _Room:
+    """Lets threads in while their bytes fit; a single one that fits nowhere goes in alone."""
+
+    def __init__(self, size: float) -> None:
+        self._free, self._inside, self._changed = size, 0, threading.Condition()
+
+    @contextmanager
+    def of(self, need: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: need <= self._free or not self._inside)
+            self._free, self._inside = self._free - need, self._inside + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free, self._inside = self._free + need, self._inside - 1
+                self._changed.notify_all()
+
+
+def _fair_shares(items: Iterable[T], cost: Callable[[T], float], parts: int) -> list[list[T]]:
+    """Divide items so that the parts cost alike: the costliest goes first, always to the part that has least so far."""
+    shares: list[list[T]] = [[] for _ in range(parts)]
+    heap = [(0.0, part) for part in range(parts)]
+    for item in sorted(items, key=cost, reverse=True):
+        total, part = heapq.heappop(heap)
+        shares[part].append(item)
+        heapq.heappush(heap, (total + cost(item), part))
+    return shares
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

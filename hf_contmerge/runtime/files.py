@@ -1,0 +1,109 @@
+"""Files and folders that appear whole, are locked, and reach the disk."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_contmerge.errors import ContmergeError, RunError
+from hf_contmerge.runtime.ranks import together
+
+if TYPE_CHECKING:  # it loads torch
+    from hf_contmerge.runtime.crew import Crew
+
+
+class FolderLock:
+    """Keeps a second process out of a folder; the kernel lets go of it however the holder dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+
+    def __enter__(self) -> FolderLock:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise RunError(
+                f"{self._path.parent} is in use by another process. Wait for it, or name another folder."
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a crash leaves the old text or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.new")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Make the system write a folder's files to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the system write a folder's own entries (names, renames) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(out: Path, crew: Crew) -> Iterator[Path]:
+    """Yield a hidden folder beside `out`, which takes its place when all has been written; after an error, it is gone.
+
+    Raises RunError if `out` exists and is not empty.
+    """
+    out = out.absolute()  # "." has no name of its own
+    scratch = out.with_name(f".{out.name}.partial")
+
+    def make() -> None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists and is not empty. Name a new folder, or remove that one.")
+        remove(scratch)
+        scratch.mkdir(parents=True)
+
+    def publish() -> None:
+        remove(out)
+        scratch.rename(out)
+
+    together(crew.ranks, make, leader_only=True)
+    try:
+        yield scratch
+    except (ContmergeError, OSError, ValueError):
+        if leads(crew):
+            remove(scratch)
+        raise
+    together(crew.ranks, publish, leader_only=True)
+
+
+def leads(crew: Crew) -> bool:
+    """Say whether this is the rank that makes the files."""
+    return crew.ranks.rank == 0

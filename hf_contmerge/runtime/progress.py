@@ -1,0 +1,87 @@
+"""How far work on tensors and trainings are, for whoever looks at a terminal; of trainings, lines for a log too."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from hf_contmerge.runtime.crew import Job
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+LOG = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10
+
+
+@contextmanager
+def progress_bar(jobs: Sequence[Job], what: str) -> Iterator[Callable[[Job], None]]:
+    """Show how far the jobs are, if there is a terminal; yield what is to be called with each that is finished."""
+    if not sys.stderr.isatty():
+        yield lambda _job: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    counter = TextColumn("{task.fields[tensors]}/{task.fields[of]} tensors")
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), counter, TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        # Bytes are what the eye follows, but time goes by cost: a matrix to decompose takes longer than it weighs.
+        total = sum(job.nbytes for job in jobs)
+        per_cost = total / (sum(job.cost for job in jobs) or 1.0)
+        task, done = progress.add_task(what, total=total, tensors=0, of=len(jobs)), [0]
+
+        def advance(job: Job) -> None:
+            done[0] += 1
+            progress.update(task, advance=job.cost * per_cost, tensors=done[0])
+
+        yield advance
+
+
+class StepProgress:
+    """How far a training is: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, step: int, tokens: int) -> None:
+        """`total`: steps in all; `step`, `tokens`: where it starts from, which is not 0 after a resume."""
+        self._total, self._first = total, step
+        self._began = self._told = time.monotonic()
+        self._tokens, self._bar = tokens, _step_bar() if sys.stderr.isatty() else None
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=total, completed=step, told="")
+
+    def step(self, number: int) -> None:
+        """Say that so many steps are done."""
+        if self._bar:
+            self._bar.update(self._task, completed=number)
+
+    def tell(self, number: int, loss: float, tokens: int) -> None:
+        """Show a loss. `tokens`: trained on so far, by all ranks; 0 if nobody counts them."""
+        now = time.monotonic()
+        speed = (tokens - self._tokens) / max(now - self._began, 1e-9)
+        told = f"loss {loss:.4g}" + (f", {speed:,.0f} tokens/s" if tokens > self._tokens else "")
+        if self._bar:
+            self._bar.update(self._task, told=told)
+        elif now - self._told >= _SECONDS_BETWEEN_LINES or number >= self._total:
+            self._told = now
+            left = (now - self._began) / max(number - self._first, 1) * (self._total - number)
+            rest = f", {timedelta(seconds=round(left))} left" if number < self._total else ""
+            LOG.info("  step %d/%d: %s%s", number, self._total, told, rest)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _step_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)

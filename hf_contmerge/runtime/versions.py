@@ -1,0 +1,56 @@
+"""Versions of the packages that results depend on."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import socket
+
+from hf_contmerge.errors import ResourceError, mark_shared
+from hf_contmerge.runtime.ranks import Ranks
+
+_RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    found = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def version(package: str, parts: int | None = None) -> str:
+    """Return an installed package's version, or its first parts; an empty word where it is not installed."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return ".".join(installed(package).split(".")[:parts])
+    except PackageNotFoundError:
+        return ""
+
+
+_MUST_AGREE = ("hf_contmerge", "torch", "transformers", "tokenizers", "datasets", "accelerate", "lm_eval")
+
+
+def check_versions(ranks: Ranks) -> None:
+    """Raise ResourceError unless all ranks have the same versions of what scores depend on."""
+    if ranks.size == 1:
+        return
+    ours = {name: version(name) for name in _MUST_AGREE}
+    every = ranks.gather((socket.gethostname(), ours))
+    host, first = every[0]
+    for rank, (other_host, other) in enumerate(every):
+        differ = [f"{n} {other[n]} and {first[n]}" for n in _MUST_AGREE if other[n] != first[n]]
+        if differ:
+            raise mark_shared(
+                ResourceError(
+                    f"Rank {rank} (on {other_host}) and rank 0 (on {host}) have {', '.join(differ)}; their scores "
+                    "could not be compared. Install the same versions on all machines."
+                )
+            )

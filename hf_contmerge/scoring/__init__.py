@@ -1,0 +1,1 @@
+"""Scores models with lm-eval on all ranks; compares them document by document."""

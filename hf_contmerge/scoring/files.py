@@ -1,0 +1,95 @@
+"""Write what a recipe makes of datasets as lm-eval task files, so that the stock command measures the same:
+
+lm_eval --model hf --model_args pretrained=FOLDER --include_path RUN/tasks --tasks law_heldout
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoTokenizer
+
+from hf_contmerge.run.recipe.parts import Task
+from hf_contmerge.training.data import StageData, documents, require_chat_template, task_rows
+
+
+def write_perplexity_task(folder: Path, name: str, documents: Sequence[str]) -> None:
+    """Write an lm-eval task that measures the perplexity of documents."""
+    data = _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in documents])
+    aggregations = {"word_perplexity": "weighted_perplexity", "byte_perplexity": "weighted_perplexity",
+                    "bits_per_byte": "bits_per_byte"}  # fmt: skip
+    metrics = [{"metric": m, "aggregation": a, "higher_is_better": False} for m, a in aggregations.items()]
+    _write_task(folder, name, data, {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": metrics,
+    })  # fmt: skip
+
+
+def write_choice_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write an lm-eval multiple-choice task. Rows have `query`, `choices` and `gold` (the right one's index)."""
+    data = _write_rows(folder / f"{name}.jsonl", rows)
+    _write_task(folder, name, data, {
+        "output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    })  # fmt: skip
+
+
+def write_answer_task(
+    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, stop: Sequence[str]
+) -> None:
+    """Write an lm-eval task whose answer the model writes, and must write exactly, but for blanks around it.
+
+    Args:
+        folder: where it will lie.
+        name: of the task.
+        rows: `query` (the prompt) and `gold` (the text expected).
+        max_new_tokens: the most that the model may write.
+        stop: where its answer ends.
+    """
+    data = _write_rows(folder / f"{name}.jsonl", rows)
+    _write_task(folder, name, data, {
+        "output_type": "generate_until", "doc_to_text": "{{query}}", "doc_to_target": "{{gold}}",
+        "generation_kwargs": {"until": list(stop), "max_gen_toks": max_new_tokens, "do_sample": False},
+        "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    })  # fmt: skip
+
+
+def write_task(folder: Path, task: Task) -> None:
+    """Write the lm-eval task that a recipe makes from a dataset. Raises DataError as corpus does."""
+    rows = task_rows(task)
+    if task.kind == "perplexity":
+        write_perplexity_task(folder, task.name, [row["text"] for row in rows])
+    elif task.kind == "exact_match":
+        write_answer_task(folder, task.name, rows, max_new_tokens=task.max_new_tokens, stop=task.stop)
+    else:
+        write_choice_task(folder, task.name, rows)
+
+
+def heldout_documents(data: StageData, *, chars: int, tokenizer_folder: Path) -> list[str]:
+    """Return a stage's held-out examples as documents; conversations in the tokenizer's chat template."""
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        require_chat_template(tokenizer)
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    return documents(data.heldout, data.form, chars=chars, render=render)
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _write_task(folder: Path, name: str, data: Path, fields: Mapping[str, Any]) -> None:
+    task = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "test_split": "test", **fields, "metadata": {"version": 1.0},
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")

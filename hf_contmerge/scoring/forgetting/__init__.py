@@ -1,0 +1,1 @@
+"""What was forgotten, with intervals; budgets and searches that go by it."""

@@ -1,0 +1,138 @@
+"""The forgetting budget: what a merge has lost of what was there before it, and whether that is too much.
+
+Judged on validation documents alone, so that the test documents, on which results are told, have decided nothing.
+Accuracies (shares) and perplexities (nats) are never averaged: each group of tasks has one loss per block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_contmerge.run.recipe.parts import Guard
+from hf_contmerge.run.recipe.schema import Recipe
+from hf_contmerge.run.scores import BLOCKS, Block, Scores
+from hf_contmerge.scoring.forgetting.paired import Change, exceeds, mean_change
+
+GENERAL = "general"
+_UNITS: dict[Block, str] = {"accuracy": "of accuracy", "perplexity": "nats"}
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How one block of a group's tasks has changed: the general ones, or one stage's."""
+
+    group: str
+    """`general`, or the stage's name."""
+    block: Block
+    change: Change
+    """Utility now - then, paired on the same documents."""
+
+    @property
+    def where(self) -> str:
+        return "the general tasks" if self.group == GENERAL else f"stage {self.group}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the change as records keep it. `mean`, `low`, `high`: below zero where something was lost."""
+        change = self.change
+        return {
+            "group": self.group, "block": self.block, "mean": change.mean, "low": change.low, "high": change.high,
+            "confidence": change.confidence, "detectable": change.detectable,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a merged model has lost against what was there, and what it has gained on the newest stage."""
+
+    held: bool
+    losses: tuple[Shift, ...]
+    """Their intervals share the guard's confidence: one sided, all together."""
+    gains: tuple[Shift, ...]
+    """Of the newest stage against the base: a merge that keeps all by learning nothing shows here."""
+
+    @property
+    def worst(self) -> Shift | None:
+        """The loss that stands out of the noise the most; None where nothing could be compared."""
+        return max(self.losses, key=_sure_drop, default=None)
+
+    @property
+    def drop(self) -> float:
+        """The largest drop that was measured, noise or not, to tell which of two merges is better; 0 without any."""
+        return max((-s.change.mean for s in self.losses), default=0.0)
+
+    @property
+    def doubtful(self) -> Shift | None:
+        """The loss that may be the largest for all that its interval says; None where nothing could be compared."""
+        return min(self.losses, key=lambda s: -math.inf if s.change.low is None else s.change.low, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "held": self.held,
+            "losses": [s.to_json() for s in self.losses],
+            "gains": [s.to_json() for s in self.gains],
+        }
+
+    def in_words(self, guard: Guard) -> str:
+        """Say which loss stands out, how large it is and how sure that is."""
+        worst, doubtful = self.worst, self.doubtful
+        if worst is None or doubtful is None:
+            return "nothing could be compared"
+        sure, verb = _sure_drop(worst), "gained" if worst.change.mean > 0 else "lost"
+        words = f"{worst.where} {verb} {abs(worst.change.mean):.4g} {_UNITS[worst.block]}"
+        if sure > 0:
+            words += f", at least {sure:.4g} with {guard.confidence:.0%} confidence"
+        elif worst.change.sign == 0:
+            words += ", within the noise"
+        if doubtful.change.low is None:
+            return f"{words}; of {doubtful.where} too few documents are known to say what was lost"
+        if sure <= 0 and doubtful.change.low < 0:
+            lost = f"{-doubtful.change.low:.4g} {_UNITS[doubtful.block]} by {doubtful.where}"
+            return f"{words}; a loss of {lost} cannot be ruled out"
+        return words
+
+
+def judge(
+    now: Scores, base: Scores, references: Mapping[str, Scores], recipe: Recipe, guard: Guard, stages: Sequence[str]
+) -> Judgement:
+    """Judge a merged model on validation documents.
+
+    Args:
+        now: its scores.
+        base: those of the base model, the reference of the general tasks.
+        references: earlier stage -> the scores of this merge right after it was learnt.
+        recipe: says which tasks belong to what.
+        guard: the budget.
+        stages: names of all stages so far, the newest last; it has nothing to forget yet.
+
+    Raises RunError if two scores were measured on different documents.
+    """
+    tasks = {stage.name: stage.task_names() for stage in recipe.stages}
+    watched: list[tuple[str, Scores, Sequence[str]]] = []
+    if "general" in guard.on:
+        watched.append((GENERAL, base, [t.name for t in recipe.evaluate.general_tasks]))
+    if "stages" in guard.on:
+        watched += [(name, references[name], tasks[name]) for name in stages[:-1]]
+    found = [shift for group, then, names in watched for shift in shifts(group, now, then, names)]
+    known = sum(s.change.stderr is not None for s in found)
+    shared = 1 - 2 * (1 - guard.confidence) / max(known, 1)  # as `exceeds` divides it: one side of each interval
+    losses = tuple(Shift(s.group, s.block, s.change.at(shared)) for s in found)
+    held = not exceeds([s.change for s in found], guard.max_forgetting, guard.confidence)
+    return Judgement(held, losses, tuple(shifts(stages[-1], now, base, tasks[stages[-1]])))
+
+
+def shifts(group: str, now: Scores, then: Scores, tasks: Sequence[str]) -> list[Shift]:
+    """Return how the mean over tasks has changed, block by block."""
+    found: list[Shift] = []
+    for block in BLOCKS:
+        change = mean_change([(now, then, tasks)], block)
+        if change is not None:
+            found.append(Shift(group, block, change))
+    return found
+
+
+def _sure_drop(shift: Shift) -> float:
+    """Return the drop that the interval is sure of; below zero where it is not sure of any."""
+    return -shift.change.high if shift.change.high is not None else -math.inf

@@ -1,0 +1,213 @@
+"""The key of a score: a digest of all that the numbers depend on, found without torch where the files were seen before.
+
+    the weights (as stored, and the type that they are scored in), config, tokenizer and template, model code
+    the task (_task_digest.py): its YAML as resolved, its code, its data;  few-shot, limit, length, part
+    the versions of lm-eval, torch and transformers
+
+Batch size, device and number of processes are no part of it: they change a score in its last digits only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.run.scores import TaskScore
+from hf_contmerge.runtime.versions import version
+from hf_contmerge.scoring._task_digest import Listing, TaskDigests
+from hf_contmerge.scoring.cache import ScoreCache, Shelf, digest, file_sha256, remembered, stamp
+
+_FORMAT = 2  # of what is measured and how: raise it when scores of the same inputs change
+_IN_KEY_OTHERWISE = {"dtype", "validation"}
+"""Fields of `evaluate` that decide a score: the dtype is known as the model's, `validation` counts for a part only."""
+_NOT_OF_A_TASK = {
+    "name", "suite", "dataset", "kind", "question", "choices", "answer", "max_new_tokens", "stop",
+}  # fmt: skip
+"""Fields of a task that made its files, which are digested."""
+_COMPANIONS = {".json", ".jinja", ".model", ".txt", ".py"}
+_NO_MATTER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+"""Words of config.json that differ between copies of one model, and change nothing once the dtype is chosen."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured of which model."""
+
+    folder: Path
+    """The model, or an adapter of `base`."""
+    base: Path | None
+    tasks: Sequence[Task]
+    task_folder: Path
+    evaluate: Evaluate
+    part: str = "all"
+    trust_remote_code: bool = False
+
+    @property
+    def whole(self) -> Path:
+        """The folder of a whole model: that of the config and the tokenizer."""
+        return self.base if self.base and self._is_adapter else self.folder
+
+    @property
+    def _is_adapter(self) -> bool:
+        return (self.folder / "adapter_config.json").is_file()
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """A model as it is scored."""
+
+    sha256: str
+    """The digest of its weights as stored, of its companions, and of the dtype."""
+    dtype: str
+    """What the weights are scored in: float32, bfloat16 or float16."""
+
+
+def model_key(asked: Asked, shelf: Shelf, *, read: bool = True) -> ModelKey | None:
+    """Return a model's part of the keys. `read`: whether weights that were not seen before may be read; else None.
+
+    Raises ModelError for a folder that is no model.
+    """
+    folders = list(dict.fromkeys((asked.whole, asked.folder)))
+    weights = [_weights_sha256(folder, shelf, read=read) for folder in folders]
+    dtype = _dtype(asked, shelf, read=read)
+    if dtype is None or None in weights:
+        return None
+    companions = [_companions(folder, shelf) for folder in folders]
+    return ModelKey(digest([weights, companions, dtype, asked.trust_remote_code]), dtype)
+
+
+def score_keys(asked: Asked, model: ModelKey, shelf: Shelf, own: Listing | None = None) -> dict[str, str | None]:
+    """Return task -> key of its score; None where files do not tell what the task is.
+
+    `own`: the tasks that lm-eval brings, where it has been loaded; else those that were listed once.
+    """
+    digests = TaskDigests.open(asked.evaluate.task_folders(asked.task_folder), shelf, own)
+    found: dict[str, str | None] = {}
+    for task in asked.tasks:
+        measured = digests.sha256(task.name)
+        found[task.name] = None if measured is None else digest([model.sha256, measured, _settings(asked, task)])
+    return found
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What is known of a model before it is loaded."""
+
+    model: ModelKey
+    keys: Mapping[str, str | None]
+    """Task -> key of its score; None where it cannot be known without loading the task."""
+    found: Mapping[str, TaskScore]
+    """Task -> score that was measured before."""
+
+    def missing(self, tasks: Sequence[Task]) -> list[Task]:
+        return [task for task in tasks if task.name not in self.found]
+
+
+def look_up(asked: Asked, cache: ScoreCache, *, read: bool = True) -> Lookup | None:
+    """Return what the cache knows of a model. `read`: as in `model_key`; without it, None if the answer needs that."""
+    model = model_key(asked, cache.shelf, read=read)
+    if model is None:
+        return None
+    keys = score_keys(asked, model, cache.shelf)
+    found = {name: cache.find(key) for name, key in keys.items() if key}
+    return Lookup(model, keys, {name: score for name, score in found.items() if score})
+
+
+def keep_scores(
+    asked: Asked, seen: Lookup, scores: Mapping[str, TaskScore], cache: ScoreCache, own: Listing | None = None
+) -> dict[str, TaskScore]:
+    """Keep what has just been measured, and return it with the keys among its details.
+
+    The tasks' files are looked at again: a dataset may have been fetched only now, and what was changed while it was
+    measured has no key. `own`: as in `score_keys`.
+    """
+    keys, marked = score_keys(asked, seen.model, cache.shelf, own), {}
+    for name, score in scores.items():
+        key = keys[name] if seen.keys[name] in (None, keys[name]) else None
+        marked[name] = replace(score, details={**score.details, "key": key})
+        if key:
+            cache.keep(key, marked[name])
+    return marked
+
+
+def _settings(asked: Asked, task: Task) -> Mapping[str, Any]:
+    """Return how a task is measured."""
+    values = asked.evaluate.measured_by()
+    versions = [version("lm_eval"), version("torch", 2), version("transformers", 2), version("datasets", 1)]
+    if asked.evaluate.backend != "hf":
+        versions.append(version(asked.evaluate.backend, 2))
+    return {
+        "format": _FORMAT,
+        "task": task.model_dump(mode="json", exclude=_NOT_OF_A_TASK),
+        "evaluate": {field: value for field, value in values.items() if field not in _IN_KEY_OTHERWISE},
+        "part": [asked.part, values["validation"] if asked.part != "all" else None],
+        "versions": versions,
+    }
+
+
+def _weights_sha256(folder: Path, shelf: Shelf, *, read: bool) -> str | None:
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    files += [path for path in [folder / "adapter_config.json"] if path.is_file()]
+    if not files:
+        raise ModelError(f"{folder} holds no *.safetensors. A model is a folder as `save_pretrained` writes it.")
+
+    def find() -> str | None:
+        if not read:
+            return None
+        from hf_contmerge.models.experts import expert_sha256  # torch is not loaded for what was seen before
+
+        return expert_sha256(folder)
+
+    return remembered(shelf, "weights", files, find)
+
+
+def _companions(folder: Path, shelf: Shelf) -> dict[str, str]:
+    """Return the digests of what makes weights a model: config, tokenizer, template, generation settings, code."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if path.suffix not in _COMPANIONS or name.endswith(".index.json") or name in ("converted.json", "README.txt"):
+            continue
+        if name in ("config.json", "generation_config.json"):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = digest({k: v for k, v in values.items() if k not in _NO_MATTER})
+        elif name != "adapter_config.json":  # a part of the weights' digest
+            found[name] = file_sha256(path, shelf)
+    return found
+
+
+def _dtype(asked: Asked, shelf: Shelf, *, read: bool) -> str | None:
+    """Return the type that the weights are scored in; None where this machine has to be asked, and may not."""
+    if asked.evaluate.dtype != "auto":
+        return asked.evaluate.dtype
+    key = digest(["dtype", _machine(), stamp(asked.whole.glob("*.safetensors"))[0]])
+    known = shelf.find(key)
+    if known is not None or not read:
+        return known
+    from hf_contmerge.models.weights import Weights
+    from hf_contmerge.runtime.device import bf16_pays
+
+    found = "bfloat16" if bf16_pays(Weights(asked.whole).numel()) else "float32"
+    shelf.keep(key, found)
+    return found
+
+
+def _machine() -> list[str]:
+    """Return what decides in which type this machine computes, as far as it can be told without torch."""
+    words = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ACCELERATE_USE_CPU")
+    devices = sorted(str(p) for p in Path("/dev").glob("nvidia*")) + [
+        p for p in ("/dev/kfd", "/dev/dxg") if os.path.exists(p)
+    ]
+    flags: list[str] = []
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = [w for w in next((s for s in lines if s.startswith("flags")), "").split() if "bf16" in w or "amx" in w]
+    environment = [f"{word}={os.environ.get(word, '')}" for word in words]
+    return [version("torch"), platform.node(), platform.machine(), *devices, *flags, *environment]

@@ -1,0 +1,1 @@
+"""Trains one expert with TRL; resumable."""

@@ -1,0 +1,186 @@
+"""A dataset entry of the recipe -> what TRL trains on, and the held-out documents that measure forgetting."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from hf_contmerge.errors import DataError, ModelError
+from hf_contmerge.run.recipe.parts import Dataset, Task
+from hf_contmerge.training._forms import COLUMNS, Form, Row, fit_rows, format_columns, require_columns, rows_of
+from hf_contmerge.training._rows import empty, load_rows, stream_rows
+
+LOG = logging.getLogger(__name__)
+
+_MEASURED: dict[Form, tuple[str, ...]] = {**COLUMNS, "preference": ("prompt", "chosen")}
+"""What of a held-out example is measured."""
+
+
+@dataclass(frozen=True)
+class StageData:
+    """A stage's examples, in a fixed order; `heldout` shares no document with `train`."""
+
+    form: Form
+    train: datasets.Dataset
+    heldout: datasets.Dataset
+
+
+def load_stage_data(spec: Dataset, *, seed: int) -> StageData:
+    """Load a stage's dataset, shuffle it, and set its held-out examples aside.
+
+    Raises:
+        DataError: the dataset is missing or too small, or lacks the columns.
+        ResourceError: the Hub cannot be reached.
+    """
+    own = 0 if spec.heldout_split else spec.heldout
+    form, rows = _examples(spec, seed=seed, at_most=(spec.max_examples or 0) + own)
+    if spec.heldout_split:
+        other = spec.model_copy(update={"split": spec.heldout_split})
+        held = _examples(other, seed=seed, at_most=spec.heldout)[1]
+        heldout, train = held.select(range(min(spec.heldout or len(held), len(held)))), rows
+    else:
+        if len(rows) <= spec.heldout:
+            raise DataError(
+                f"{spec.path} has {len(rows)} examples, but {spec.heldout} are to be held out and none would be "
+                "left to train on. Give more examples, or set `heldout` to a smaller number."
+            )
+        heldout, train = rows.select(range(spec.heldout)), rows.select(range(spec.heldout, len(rows)))
+    train = _without(train, heldout, form)
+    if spec.max_examples:
+        train = train.select(range(min(spec.max_examples, len(train))))
+    if len(train) == 0:
+        raise DataError(f"{spec.path} has no example to train on once the held-out ones are removed.")
+    return StageData(form, train, heldout)
+
+
+def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callable[[list[Row]], str]) -> list[str]:
+    """Return held-out examples as plain documents of at most `chars` characters.
+
+    Args:
+        data: the examples.
+        form: their form.
+        chars: where longer documents are cut.
+        render: makes text of a conversation (the tokenizer's chat template).
+    """
+    return [_as_text(row, form, render)[:chars] for row in rows_of(data)]
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """Raise ModelError if a tokenizer cannot make text of conversations."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, which a stage with `messages` needs. "
+            "Give the base model one, or give the stage `prompt` and `completion`, or `text`."
+        )
+
+
+def task_rows(task: Task) -> list[Row]:
+    """Return the rows of a task that is made from a dataset, in the columns that our task files use."""
+    assert task.dataset is not None
+    if task.kind == "perplexity":
+        form, rows = _examples(task.dataset, seed=0, at_most=task.dataset.heldout)
+        if form != "text":
+            raise DataError(f"{task.dataset.path}: a perplexity task needs text; name its column with `text`.")
+        chosen = rows.select(range(min(task.dataset.heldout or len(rows), len(rows))))
+        return [{"text": r["text"][: task.dataset.heldout_chars]} for r in rows_of(chosen)]
+    rows = _some(load_rows(task.dataset), task.dataset)
+    asked = format_columns(task.question, f"`question` of {task.dataset.path}")
+    if task.kind == "exact_match":
+        require_columns(rows, (*asked, task.answer), task.dataset.path)
+        return [{"query": _filled(task.question, r), "gold": str(r[task.answer]).strip()} for r in rows_of(rows)]
+    return _choice_rows(task, rows, asked)
+
+
+def _choice_rows(task: Task, rows: datasets.Dataset, asked: tuple[str, ...]) -> list[Row]:
+    """Return the rows of a multiple_choice task. `asked`: the columns that its question is made of."""
+    assert task.dataset is not None
+    words = task.choices
+    require_columns(rows, (*asked, *((words,) if isinstance(words, str) else ()), task.answer), task.dataset.path)
+    if isinstance(words, str) and not isinstance(rows[0][words], list):
+        raise DataError(f"{task.dataset.path}: {words} must be a list of continuations; got {rows[0][words]!r:.60}.")
+    found = [
+        {
+            "query": _filled(task.question, r),
+            "choices": list(r[words] if isinstance(words, str) else words),
+            "gold": r[task.answer],
+        }
+        for r in rows_of(rows)
+    ]
+    bad = next((r for r in found if not isinstance(r["gold"], int) or not 0 <= r["gold"] < len(r["choices"])), None)
+    if bad:
+        raise DataError(
+            f"{task.dataset.path}: {task.answer} must be the index of the right choice; got {bad['gold']!r} for "
+            f"{len(bad['choices'])} choices."
+        )
+    return found
+
+
+def _some(rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
+    """Return `max_examples` rows drawn at random, always the same; without that word, all in their order."""
+    if not spec.max_examples or len(rows) <= spec.max_examples:
+        return rows
+    return rows.shuffle(seed=0, keep_in_memory=True).select(range(spec.max_examples))
+
+
+def _filled(question: str, row: Row) -> str:
+    """Return a prompt: the value of a column, or a format over columns."""
+    return row[question] if question in row else question.format(**row)
+
+
+def _examples(spec: Dataset, *, seed: int, at_most: int) -> tuple[Form, datasets.Dataset]:
+    """Return the form of a dataset and its usable examples, shuffled; of a stream, `at_most` (0: all)."""
+    if not spec.streaming:
+        whole = load_rows(spec)
+        fit = fit_rows(whole, spec)
+        _tell_left_out(spec, fit.left_out, len(whole))
+        # In memory, or the order is written beside the user's files.
+        return fit.form, fit.rows.shuffle(seed=seed, keep_in_memory=True)
+    found: list[Row] = []
+    left_out, read, form = Counter[str](), 0, "text"
+    for part in stream_rows(spec, seed=seed):
+        fit = fit_rows(part, spec)
+        found += fit.rows.to_list()
+        left_out, read, form = left_out + fit.left_out, read + len(part), fit.form
+        if at_most and len(found) >= at_most:
+            break
+    _tell_left_out(spec, left_out, read)
+    return form, datasets.Dataset.from_list(found[: at_most or None])
+
+
+def _tell_left_out(spec: Dataset, left_out: Counter[str], read: int) -> None:
+    """Say how many rows cannot be used. Raises DataError if that is all of them."""
+    for reason, count in left_out.items():
+        if count:
+            LOG.warning("%s: %d of %d rows are left out, for they %s", spec.path, count, read, reason)
+    if left_out.total() < read:
+        return
+    lengths = [reason for reason, count in left_out.items() if count and reason.startswith("have not")]
+    if lengths:
+        raise DataError(f"{spec.path} (split {spec.split}) has no example that is left: {read} {lengths[0]}.")
+    raise empty(spec)
+
+
+def _without(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> datasets.Dataset:
+    """Drop training examples that also stand in the held-out ones: a memorised document measures nothing."""
+
+    def key(row: Row) -> str:
+        return json.dumps([row[c] for c in _MEASURED[form]], sort_keys=True)
+
+    held = {key(row) for row in rows_of(heldout)}
+    keep = [i for i, row in enumerate(rows_of(train)) if key(row) not in held]
+    return train if len(keep) == len(train) else train.select(keep)
+
+
+def _as_text(row: Row, form: Form, render: Callable[[list[Row]], str]) -> str:
+    if form == "messages":
+        return render(row["messages"])
+    if form in ("prompt_completion", "preference"):
+        prompt, completion = (row[column] for column in _MEASURED[form])
+        return prompt + completion if isinstance(prompt, str) else render([*prompt, *completion])
+    return row["text"]

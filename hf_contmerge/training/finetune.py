@@ -1,0 +1,179 @@
+"""One stage of fine-tuning: a model folder and a dataset in, a model folder out, by TRL's trainers; resumable."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerState, set_seed
+
+from hf_contmerge.errors import RecipeError
+from hf_contmerge.models.loading import load_model
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.train_strategies import Combined
+from hf_contmerge.training._trainer import (
+    OnLog,
+    StrategySteps,
+    TrainingLog,
+    curve,
+    drop_reference,
+    likelihoods,
+    reference_model,
+    trainer_class,
+)
+from hf_contmerge.training.data import StageData
+from hf_contmerge.training.saving import save_expert
+from hf_contmerge.training.settings import bad_parameters, make_strategies, sft_settings, trl_classes
+
+LOG = logging.getLogger(__name__)
+
+
+def train_expert(
+    *,
+    start: Path,
+    base: Path,
+    data: StageData,
+    train: Train,
+    seed: int,
+    out: Path,
+    checkpoints: Path,
+    memory: Path | None = None,
+    memory_out: Path | None = None,
+    trust_remote_code: bool = False,
+    on_log: OnLog = lambda _step, _point: None,
+) -> dict[str, Any]:
+    """Train one expert. All ranks call this together; the main one writes.
+
+    Args:
+        start: the model to start from.
+        base: the pretrained model; its config and tokenizer go with the expert.
+        data: what to train on.
+        train: strategy and SFTConfig fields.
+        seed: of the data order and dropout.
+        out: an empty folder for the expert, written by the main process.
+        checkpoints: where half-trained states lie; training goes on from the newest whole one.
+        memory: what the strategies remembered of earlier stages, if there are any.
+        memory_out: where they write what later stages need, a folder that is not there yet; or None, to keep nothing.
+        trust_remote_code: let the model run code of its own.
+        on_log: what else to do with each point of the loss curve.
+
+    Returns:
+        What the record should tell: the training loss, steps and tokens.
+    """
+    strategies = make_strategies(train)
+    trainer_type, config_type = trl_classes(data.form)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    settings = sft_settings(train, data, tokenizer, numel=Weights(base).numel())
+    init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
+    init = {**init, "trust_remote_code": trust_remote_code}
+    model = load_model(start, base, as_adapter=strategies.carrier.keeps_adapter(), **init)
+    set_seed(seed)  # before the strategy draws what it adds; the trainer sets it only later
+    opened = _open(strategies, model, memory, train)
+    trainer = trainer_class(trainer_type, strategies)(
+        model=opened,
+        args=config_type(**settings, output_dir=str(checkpoints), seed=seed),
+        train_dataset=strategies.mix(data.train, memory, seed=seed),
+        processing_class=tokenizer,
+        callbacks=[StrategySteps(strategies)],
+        **reference_model(data.form, opened, start, base, **init),
+    )
+    share_out_on_processors(trainer)
+    _check_ranks(trainer, strategies)
+    _tell(trainer, on_log)
+    _train_on(trainer, _newest_checkpoint(checkpoints))
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    drop_reference(unwrapped)
+    if memory_out:
+        strategies.review(unwrapped, likelihoods(trainer, seed=seed))
+        strategies.remember(unwrapped, data.train, memory, memory_out, main=trainer.accelerator.is_main_process)
+    save_expert(trainer, strategies, base, out)
+    record = _record(trainer, data)
+    del trainer, model, opened, unwrapped
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return record
+
+
+def _record(trainer: Any, data: StageData) -> dict[str, Any]:
+    """Return what the stage's record keeps of a training that is over."""
+    history = trainer.state.log_history
+    log = curve(history)
+    losses = [e["loss"] for e in log if "loss" in e]
+    return {
+        "loss": losses[-1] if losses else None,
+        "steps": trainer.state.global_step,
+        "examples": len(data.train),
+        "tokens": trainer.state.num_input_tokens_seen or None,
+        "log": log,
+        "train_seconds": history[-1].get("train_runtime") if history else None,
+    }
+
+
+def _open(strategies: Combined, model: PreTrainedModel, memory: Path | None, train: Train) -> Any:
+    try:
+        return strategies.open(model, memory)
+    except (ValueError, NotImplementedError) as error:  # what peft says of values that do not fit this model
+        raise bad_parameters(train, error) from error
+
+
+def share_out_on_processors(trainer: Any) -> None:
+    """Let FSDP do on processors what it does on GPUs, where accelerate (1.15) takes no notice of it."""
+    state = trainer.accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
+
+
+def _check_ranks(trainer: Any, strategies: Combined) -> None:
+    """Raise RecipeError where the launcher shares out the weights and a strategy needs them whole."""
+    names = strategies.not_sharded()
+    if trainer.is_fsdp_enabled and names:
+        raise RecipeError(
+            f"train.strategy: {' and '.join(names)} cannot work where the weights are shared out among ranks (FSDP). "
+            "Use another strategy, or DDP."
+        )
+    others = [name for name in strategies.parts if name not in ("full", "lora", "replay")]
+    if trainer.is_deepspeed_enabled and others:
+        raise RecipeError(
+            f"train.strategy: {' and '.join(others)} cannot work under DeepSpeed, which keeps gradients and weights to "
+            "itself. Use FSDP2 or DDP."
+        )
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end: trainer_state.json comes last, after all ranks."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def _tell(trainer: Any, on_log: OnLog) -> None:
+    """Have our own lines, bar and trackers in place of the trainer's."""
+    trainer.remove_callback(PrinterCallback)
+    # Weights that are shared out can be loaded only in training, which would do a step more than the last.
+    trainer.add_callback(TrainingLog(on_log, last_checkpoint=not trainer.is_fsdp_enabled))
+
+
+def _train_on(trainer: Any, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one.
+
+    After a kill between the last checkpoint and the record nothing is left to train; Trainer would do one step more.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if state and state.global_step >= state.max_steps and not trainer.is_fsdp_enabled:
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,0 +1,147 @@
+"""A stage to train outside a run: what a call of `finetune_stage` asks for, and whether that has been done before.
+
+An expert's folder has a folder `contmerge` with the record (train.json) and the strategies' memory; it appears whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_contmerge.errors import DataError, ModelError, RecipeError
+from hf_contmerge.models.experts import expert_sha256
+from hf_contmerge.models.folder import is_adapter, resolve_model
+from hf_contmerge.models.layout import check_same_layout, check_tokenizer
+from hf_contmerge.models.lora.settings import read_settings
+from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.schema import Recipe, Train
+from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.training._forms import fit_rows, rows_of
+from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.settings import check_stages, check_training, make_strategies
+
+ModelName = str | os.PathLike[str]
+"""A folder, a Hub id (owner/model, owner/model@revision), a .gguf file, or a TrainedExpert."""
+Data = str | os.PathLike[str] | Mapping[str, Any] | datasets.Dataset
+"""A file or Hub id, the fields of a recipe's `dataset`, or rows in memory."""
+
+OWN = "contmerge"  # the folder in an expert's folder with what is not the model: the record, the strategies' memory
+
+
+@dataclass(frozen=True)
+class TrainedExpert:
+    """What `finetune_stage` has made. It stands for its folder wherever a model is named."""
+
+    folder: Path
+    base: Path
+    """The pretrained model, by whose name and shapes experts are merged."""
+    loss: float | None
+    """Of the last step that was logged."""
+    steps: int
+    examples: int
+    tokens: int | None
+    memory: Path | None
+    """What its strategies keep for the stages to come (replay's examples, ...), if anything."""
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+
+@dataclass(frozen=True)
+class StageTraining:
+    """A stage to train, looked up and checked."""
+
+    start: Path
+    base: Path
+    memory: Path | None
+    data: StageData
+
+    def inputs(self, recipe: Recipe) -> dict[str, Any]:
+        """Return what the expert depends on, for its record."""
+        start = expert_sha256(self.start)
+        return {
+            "start_sha256": start,
+            "base_sha256": start if self.start == self.base else expert_sha256(self.base),
+            "examples_sha256": _rows_sha256(self.data.train),
+            "remembers": self.memory is not None,
+            "seed": recipe.seed,
+            "train": recipe.train.model_dump(mode="json"),
+        }
+
+
+def recipe_of(
+    data: Data, strategy: str | Sequence[str], parameters: Mapping[str, Any], seed: int, training: Mapping[str, Any]
+) -> Recipe:
+    """Return the recipe of one stage, which says of wrong words what it says of those in a file."""
+    fields = dict(training)
+    code = fields.pop("trust_remote_code", False)
+    names = strategy if isinstance(strategy, str) else list(strategy)
+    spec = {"path": os.fspath(data)} if isinstance(data, str | os.PathLike) else data
+    spec = {"path": "data"} if isinstance(spec, datasets.Dataset) else spec
+    return parse_recipe(
+        {
+            "name": "stage", "base_model": "model", "seed": seed, "trust_remote_code": code, "merge": ["average"],
+            "stages": [{"name": "stage", "dataset": {"heldout": 0, **spec}}],
+            "train": {**fields, "strategy": names, "parameters": dict(parameters)},
+        },
+        where="finetune_stage",
+    )  # fmt: skip
+
+
+def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None) -> StageTraining:
+    """Find and check what a stage is trained from and on. Raises as `finetune_stage`."""
+    start = resolve_model(os.fspath(model), adapters=True)
+    known = model.base if isinstance(model, TrainedExpert) else None
+    memory = model.memory if isinstance(model, TrainedExpert) else None
+    pretrained = resolve_model(os.fspath(base)) if base else known or base_of(start)
+    check_tokenizer(pretrained)
+    if not is_adapter(start) and start != pretrained:
+        check_same_layout(pretrained, start)
+    _check_kept_adapter(recipe.train, start, pretrained)
+    check_training(recipe.train, pretrained)
+    spec = recipe.stages[0].dataset
+    assert spec
+    examples = _in_memory(data, spec, recipe.seed) if isinstance(data, datasets.Dataset) else None
+    examples = examples or load_stage_data(spec, seed=recipe.seed)
+    check_stages(recipe, {"stage": examples})
+    return StageTraining(start, pretrained, memory, examples)
+
+
+def base_of(start: Path) -> Path:
+    """Return the base of a model that was given without one: an adapter names its own, a whole model is it."""
+    if not is_adapter(start):
+        return start
+    name = read_settings(start).get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{start} is an adapter that does not say of which model. Name it with `base`.")
+    return resolve_model(name)
+
+
+def _check_kept_adapter(train: Train, start: Path, base: Path) -> None:
+    if make_strategies(train).carrier.keeps_adapter() and not is_adapter(start) and start != base:
+        raise RecipeError(
+            f"parameters.keep: an adapter trained on {start} is none of the base {base}. Start from the base or from "
+            "an adapter of it, or remove `keep`."
+        )
+
+
+def _in_memory(data: datasets.Dataset, spec: Dataset, seed: int) -> StageData:
+    """Return rows that are in memory already as a stage's, shuffled as those of a file are."""
+    fit = fit_rows(data, spec)
+    if not len(fit.rows):
+        raise DataError(f"data has no row to train on: of {len(data)}, all lack something.")
+    rows = fit.rows.shuffle(seed=seed, keep_in_memory=True)
+    return StageData(fit.form, rows, rows.select([]))
+
+
+def _rows_sha256(rows: datasets.Dataset) -> str:
+    """Return the digest of examples, whatever their order, which is the seed's."""
+    each = (hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest() for row in rows_of(rows))
+    return hashlib.sha256(b"".join(sorted(each))).hexdigest()

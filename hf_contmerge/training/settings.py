@@ -1,0 +1,166 @@
+"""What a recipe says of training, checked and turned into fields of TRL's configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.run.recipe.schema import Recipe, Train
+from hf_contmerge.runtime.device import bf16_pays, cpu_only
+from hf_contmerge.train_strategies import Combined, combine, strategy_names
+from hf_contmerge.training._forms import Form
+from hf_contmerge.training._trainer import trainer_class
+from hf_contmerge.training.data import StageData, require_chat_template
+
+LOG = logging.getLogger(__name__)
+
+_OURS = {"output_dir": "the run folder", "seed": "`seed` of the recipe", "resume_from_checkpoint": "the run folder"}
+_SFT_LOSSES = ("nll", "dft", "chunked_nll")  # values of `loss_type` that SFTTrainer has, and DPOTrainer has not
+
+
+def make_strategies(train: Train) -> Combined:
+    """Return the strategies that the recipe names. Raises RecipeError for an unknown name, parameter or union."""
+    for name in train.strategy:
+        if name not in strategy_names():
+            raise RecipeError(unknown("strategy", name, strategy_names(), where="train"))
+    try:
+        return combine(train.strategy, train.parameters_of())
+    except (TypeError, ValueError) as error:
+        raise bad_parameters(train, error) from error
+
+
+def bad_parameters(train: Train, error: Exception) -> RecipeError:
+    """Return the error for parameters that a strategy does not take."""
+    return RecipeError(f"train.parameters: {error} (strategy {' + '.join(train.strategy)})")
+
+
+def check_training(train: Train, start: Path) -> None:
+    """Raise before any work is spent: unknown fields (RecipeError), or too little memory (ResourceError)."""
+    strategies = make_strategies(train)
+    known = {**config_fields("preference"), **config_fields("text")}
+    _check_fields(train.sft_fields, known, "train", others=("strategy", "parameters"))
+    _check_values(train, "text", "train")
+    need = Weights(start).numel() * strategies.bytes_per_parameter
+    have = (
+        torch.cuda.mem_get_info()[1] * torch.cuda.device_count()
+        if torch.cuda.is_available()
+        else psutil.virtual_memory().total
+    )
+    if need > have:
+        raise ResourceError(
+            f"Training {start} with strategy {' + '.join(train.strategy)} needs about {size(need)} and this "
+            f"machine has {size(have)}. Use `strategy: lora`, a smaller model, or more GPUs."
+        )
+
+
+def check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
+    """Raise RecipeError for settings that do not fit the form of a stage's examples, or that no stage uses."""
+    forms: dict[str, Form] = {stage.name: data[stage.name].form for stage in recipe.stages if stage.dataset}
+    used = {name: value for form in forms.values() for name, value in config_fields(form).items()}
+    if not used:
+        return
+    if "preference" not in forms.values():
+        _check_fields(recipe.train.sft_fields, used, "train", others=("strategy", "parameters"))
+    for stage in recipe.stages:
+        if stage.dataset:
+            form, train = forms[stage.name], recipe.train_of(stage)
+            where = f"train of stage {stage.name}"
+            if form == "preference" and stage.train.get("loss_type") in _SFT_LOSSES:
+                raise RecipeError(f"{where}: loss_type {stage.train['loss_type']} is for texts, not pairs.")
+            _check_fields(stage.train, config_fields(form), where)
+            _check_values(train, form, where)
+            trainer_class(trl_classes(form)[0], make_strategies(train))
+
+
+def _check_fields(
+    fields: Mapping[str, Any], known: Mapping[str, Any], where: str, *, others: Sequence[str] = ()
+) -> None:
+    for field, value in fields.items():
+        if field in _OURS:
+            raise RecipeError(f"{where}.{field} is set by {_OURS[field]}; remove it from `train`.")
+        if field not in known:
+            raise RecipeError(unknown("field", field, [*known, *others], where=where))
+        if type(known[field]) in (int, float) and isinstance(value, str):
+            raise RecipeError(f"{where}.{field} must be a number; got {value!r}.")
+
+
+def _check_values(train: Train, form: Form, where: str) -> None:
+    try:
+        trl_classes(form)[1](**{**_defaults(numel=0), **_fields_for(form, train)}, output_dir="unused")
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _fields_for(form: Form, train: Train) -> dict[str, Any]:
+    """Return those of a stage's fields that its trainer knows: `packing` means nothing to pairs, `beta` to texts."""
+    fields = {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
+    if form == "preference" and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
+        del fields["loss_type"]
+    return fields
+
+
+def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBase, *, numel: int) -> dict[str, Any]:
+    """Return the fields of a stage's config, SFTConfig or DPOConfig: our defaults for its form, then the recipe's."""
+    form: dict[str, Any] = {}
+    if data.form == "text":  # pretraining: one stream, cut into blocks
+        form = {"packing": True, "packing_strategy": "wrapped"}
+    if data.form == "messages":
+        form = {"assistant_only_loss": _marks_assistant(tokenizer)}
+    # Trackers are the run's; the trainer would start a run of theirs with every stage.
+    return {**_defaults(numel=numel), **form, **_fields_for(data.form, train), "report_to": "none"}
+
+
+def _defaults(*, numel: int) -> dict[str, Any]:
+    return {
+        "use_cpu": cpu_only(),
+        "bf16": bf16_pays(numel),
+        "save_total_limit": 1,
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_steps": 5,
+        "disable_tqdm": True,  # plain lines, which a log can hold
+    }
+
+
+def _marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether the loss can be kept to the assistant's turns: the chat template marks them, or TRL knows how to."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    require_chat_template(tokenizer)
+    if has_generation_markers(tokenizer.chat_template):
+        return True
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        LOG.warning(
+            "The chat template of %s does not mark the assistant's turns ({%% generation %%}), so the loss covers "
+            "whole conversations", tokenizer.name_or_path,
+        )  # fmt: skip
+        return False
+    return True
+
+
+def trl_classes(form: Form) -> tuple[type, type]:
+    """Return TRL's trainer for examples of a form, and its config."""
+    if form == "preference":
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
+
+        return DPOTrainer, DPOConfig
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    return SFTTrainer, SFTConfig
+
+
+def config_fields(form: Form) -> dict[str, Any]:
+    """Return the fields of the config for examples of a form, with their defaults."""
+    return {f.name: f.default for f in dataclasses.fields(trl_classes(form)[1])}

@@ -1,0 +1,187 @@
+"""The commands, as a user types them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toys.models import toy_llama, write_jsonl
+
+from hf_contmerge.commands.main import main
+from hf_contmerge.loop.run import run_recipe
+from hf_contmerge.models.weights import weights_sha256
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.quickstart import quickstart_recipe
+from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
+
+Data = dict[str, Any]
+PACKAGE = Path(sys.modules["hf_contmerge"].__file__ or "").parent
+BIN = Path(sys.executable).parent
+ENV = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    home = tmp_path_factory.mktemp("home")
+    for seed, name in enumerate(("base", "expert")):
+        toy_llama(home / name, seed=seed)
+    rows = [{"text": f"the quick fox sings song {i} of law and code"} for i in range(20)]
+    write_jsonl(home / "a.jsonl", rows)
+    return {
+        "name": "cli",
+        "base_model": str(home / "base"),
+        "stages": [
+            {"name": "law", "dataset": {"path": str(home / "a.jsonl"), "heldout": 3}},
+            {"name": "code", "expert": str(home / "expert")},
+        ],
+        "train": {"max_steps": 2, "per_device_train_batch_size": 1, "max_length": 32, "save_strategy": "no"},
+        "merge": ["magmax"],
+    }
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Data, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_recipe(parse_recipe(recipe), tmp_path_factory.mktemp("cli") / "run")
+
+
+def shell(*words: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(w) for w in words], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True)
+
+
+def test_status_of_a_complete_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(run.folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "complete"
+    assert [len(re.findall("✓", line)) for line in lines if "02-code" in line] == [2, 2]
+
+
+def test_status_of_half_a_run_tells_how_to_go_on(
+    recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_recipe(parse_recipe(recipe), tmp_path / "run", until="train")
+    assert main(["status", str(run.folder)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"unfinished: `contmerge run {run.folder}/recipe.yml --run {run.folder}` goes on"
+    assert main(["run", f"{run.folder}/recipe.yml", "--run", str(run.folder), "--until", "merge"]) == 0
+    assert run.merged(2, run.recipe.merge[0]).is_done("merge")
+
+
+def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    page = run.folder / "report" / "index.html"
+    page.unlink()
+    assert main(["report", str(run.folder)]) == 0
+    out = capsys.readouterr().out
+    assert page.is_file()
+    assert f"Report:  {page}" in out
+    assert f"Picture: {run.folder / 'report' / 'forgetting.png'}" in out
+    assert "magmax" in out
+
+
+def test_run_of_a_complete_run(run: Run, recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cli.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert main(["run", str(tmp_path / "cli.yml"), "--run", str(run.folder)]) == 0
+    assert capsys.readouterr().out.startswith(f"All of {run.folder} is done.\n")
+
+
+def test_redo(recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_recipe(parse_recipe(recipe), tmp_path / "run", until="merge")
+    capsys.readouterr()
+    assert main(["redo", str(run.folder), "merge"]) == 0
+    merges = {f"dropped merge of stages/{stage}/merges/magmax" for stage in ("01-law", "02-code")}
+    assert set(capsys.readouterr().out.splitlines()) == merges
+    assert not list(run.folder.rglob("merge.json"))
+    assert not list(run.folder.rglob("merged"))
+    assert run.expert(1, "base").is_done("train")
+    assert main(["redo", str(run.folder), "merge"]) == 0
+    assert capsys.readouterr().out == "nothing to drop\n"
+
+
+def test_redo_of_a_stage_whose_state_is_pruned(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["redo", str(run.folder), "merge", "--stage", "code"]) == 2
+    assert capsys.readouterr().err == (
+        "Error: The running state after law is gone for magmax: it was pruned when code was merged. Use "
+        f"`contmerge redo {run.folder} merge` to redo all stages.\n"
+    )
+    assert main(["redo", str(run.folder), "merge", "--stage", "lore"]) == 2
+    assert capsys.readouterr().err == "Error: Unknown stage 'lore'. Known: code, law.\n"
+    assert run.is_complete()
+
+
+def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["rum"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        assert "usage: contmerge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "status", "report", "redo", "push"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: contmerge {command}")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for command in ("run", "status", "report", "redo", "push", "yaml"):
+        assert f"contmerge {command} " in out
+
+
+def test_yaml_is_mergekit_with_our_methods(recipe: Data, tmp_path: Path) -> None:
+    pytest.importorskip("hf_contmerge.merging.in_mergekit.plugin")
+    models = {"base_model": recipe["base_model"], "models": [{"model": recipe["stages"][1]["expert"]}]}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump({"merge_method": "magmax", **models, "dtype": "float32"}))
+    for autoload in "01":
+        words = ("yaml", tmp_path / "merge.yml", tmp_path / f"out{autoload}")
+        done = shell(BIN / "contmerge", *words, cwd=tmp_path, HF_CONTMERGE_AUTOLOAD=autoload)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert weights_sha256(tmp_path / "out0") == weights_sha256(tmp_path / "out1")
+    models["models"] *= 2
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump({"merge_method": "magmax", **models, "dtype": "float32"}))
+    done = shell(
+        BIN / "contmerge", "yaml", tmp_path / "merge.yml", tmp_path / "out", cwd=tmp_path, HF_CONTMERGE_AUTOLOAD="0"
+    )
+    assert "is listed twice" in done.stderr  # by our guards, which the command sets up without autoload too
+
+
+def test_quickstart_recipe_is_the_default() -> None:
+    assert load_recipe(quickstart_recipe()).name == "quickstart"
+
+
+# The script
+
+
+def test_script_from_another_folder(tmp_path: Path) -> None:
+    """Its own folder would come first on sys.path, and our modules would shadow others of the same name."""
+    done = shell(sys.executable, PACKAGE / "train.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: train.py")
+
+
+def test_command_is_installed(tmp_path: Path) -> None:
+    done = shell(BIN / "contmerge", "status", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Error: {tmp_path} holds no run")
+
+
+def test_accelerate_launch(recipe: Data, tmp_path: Path) -> None:
+    (tmp_path / "cli.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    launch = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = shell(*launch, PACKAGE / "train.py", "cli.yml", "--run", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Run.load(tmp_path / "run").is_complete()
+
+
+def test_accelerate_launch_passes_the_exit_code_on(tmp_path: Path) -> None:
+    done = shell(BIN / "accelerate", "launch", "--cpu", PACKAGE / "train.py", "no.yml", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Error: Cannot read the recipe no.yml: No such file or directory." in done.stderr

@@ -1,0 +1,326 @@
+"""`contmerge plan`: what it finds wrong, what it says a run takes, and how near that is to what the run took."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from toys.hub_server import READ_TOKEN, Hub, Repo, hub_server
+from toys.loras import lora
+from toys.models import toy_llama, toy_tokenizer, write_jsonl
+from transformers import LlamaConfig
+
+from hf_contmerge.commands.main import main
+from hf_contmerge.models.weights import WeightsWriter
+
+Data = dict[str, Any]
+CONTMERGE = Path(sys.executable).parent / "contmerge"
+NEAR = pytest.approx(1.0, abs=0.25)
+SENTENCE = "the quick brown fox jumps over the lazy dog while green birds sing songs about law and medicine "
+
+
+def home_of(folder: Path, base: Path) -> Data:
+    """Write two texts; return a recipe of two stages."""
+    for name in "ab":
+        rows = [{"text": f"{name} {i} " + 8 * SENTENCE} for i in range(40)]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return {
+        "name": "plan", "base_model": str(base),
+        "stages": [{"name": n, "dataset": {"path": str(folder / f"{n}.jsonl"), "heldout": 4}} for n in "ab"],
+        "train": {
+            "max_steps": 3, "per_device_train_batch_size": 4, "max_length": 128, "gradient_checkpointing": False,
+            "save_strategy": "no",
+        },
+        "merge": ["magmax", "opcm"], "evaluate": {"batch_size": 4},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def recipe(base_folder: Path, tmp_path: Path) -> Data:
+    return home_of(tmp_path, base_folder)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that plans a recipe in this process: exit code, what was printed, what was said to be wrong."""
+
+    def do(recipe: Data, *words: str) -> tuple[int, str, str]:
+        (tmp_path / "plan.yml").write_text(yaml.safe_dump(recipe))
+        code = main(["plan", str(tmp_path / "plan.yml"), "--run", str(tmp_path / "run"), *words])
+        return code, *capsys.readouterr()
+
+    return do
+
+
+def run_command(*words: object, **env: str) -> str:
+    done = subprocess.run(
+        [CONTMERGE, *map(str, words)], capture_output=True, text=True, env={**os.environ, **env}, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+# Against what a run takes
+
+
+@pytest.fixture(scope="module")
+def planned_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Path]:
+    """A plan, and the run that followed, each phase in a process of its own: peak memory never falls within one."""
+    home = tmp_path_factory.mktemp("planned")
+    recipe = home_of(home, toy_llama(home / "base", seed=0, hidden=512, layers=5))
+    recipe["train"]["max_steps"] = 2
+    recipe["stages"] = recipe["stages"][:1]
+    (home / "plan.yml").write_text(yaml.safe_dump(recipe))
+    found = json.loads(run_command("plan", home / "plan.yml", "--run", home / "run", "--json"))
+    for phase in ("train", "merge", "score"):
+        run_command("run", home / "plan.yml", "--run", home / "run", "--until", phase)
+    return found, home
+
+
+@pytest.mark.slow
+def test_memory_is_what_each_phase_took(planned_and_run: tuple[Data, Path]) -> None:
+    found, home = planned_and_run
+    ratios = {}
+    for phase in found["phases"]:
+        record = json.loads((home / "run/stages" / phase["place"] / f"{phase['phase']}.json").read_text())
+        ratios[phase["phase"], phase["place"]] = phase["memory_bytes"] / record["peak_memory_bytes"]
+    assert len(ratios) == 7
+    assert all(ratio == NEAR for ratio in ratios.values()), ratios
+
+
+@pytest.mark.slow
+def test_disk_is_what_the_run_left(planned_and_run: tuple[Data, Path]) -> None:
+    found, home = planned_and_run
+    files = [p for p in (home / "run/stages").rglob("*") if p.is_file() and not p.is_symlink()]
+    took = sum(p.stat().st_size for p in files if "00-base/model" not in str(p))
+    assert found["total"]["disk_kept_bytes"] == pytest.approx(took, rel=0.01)
+
+
+@pytest.mark.slow
+def test_what_is_done_is_not_counted(planned_and_run: tuple[Data, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, home = planned_and_run
+    assert main(["plan", str(home / "plan.yml"), "--run", str(home / "run")]) == 0
+    assert "All of it is done." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_time_is_what_each_phase_took(tmp_path: Path) -> None:
+    """Processor time of a single thread, for other programs on the machine lengthen the time on the clock."""
+    recipe = home_of(tmp_path, toy_llama(tmp_path / "base", seed=0, hidden=768, layers=8))
+    recipe |= {"stages": recipe["stages"][:1], "merge": ["opcm"]}
+    recipe["train"] |= {"max_steps": 20, "max_length": 256}
+    (tmp_path / "plan.yml").write_text(yaml.safe_dump(recipe))
+    found = json.loads(run_command("plan", tmp_path / "plan.yml", "--run", tmp_path / "run", "--json"))
+
+    def seconds(until: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_command("run", tmp_path / "plan.yml", "--run", tmp_path / "run", "--until", until)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    took = {"train": seconds("train") - seconds("train")}  # the second finds all done: what a start takes
+    expected = sum(p["seconds"] for p in found["phases"] if p["phase"] == "train")
+    assert expected / took["train"] == NEAR, (expected, took)
+
+
+# What is wrong
+
+
+def test_all_errors_are_told_at_once(recipe: Data, plan: Callable[..., tuple[int, str, str]]) -> None:
+    recipe["merge"] = ["magmx", {"rule": "opcm", "parameters": {"alpa": 1}}]
+    recipe["train"]["strategy"] = "fulll"
+    recipe["stages"][0]["dataset"]["path"] = "nowhere.jsonl"
+    recipe["stages"][1]["dataset"]["text"] = "txt"
+    recipe["stages"].append({"name": "c", "expert": "./nothing"})
+    code, _, err = plan(recipe)
+    assert code == 2
+    for part in (
+        "Unknown rule 'magmx'", "opcm has no parameter 'alpa'", "Unknown strategy 'fulll'", "There is no file nowhere",
+        "Unknown column 'txt'", "There is no model at ./nothing",
+    ):  # fmt: skip
+        assert part in err, part
+    assert [n for n in range(1, 9) if f"\n  {n}. " in err] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow  # lm-eval's own tasks take many seconds to index
+def test_an_unknown_task(recipe: Data, plan: Callable[..., tuple[int, str, str]]) -> None:
+    recipe["evaluate"]["general_tasks"] = ["hellaswg"]
+    code, _, err = plan(recipe)
+    assert code == 2
+    assert "Unknown task 'hellaswg'" in err
+
+
+def test_a_base_that_is_no_good(recipe: Data, plan: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = plan({**recipe, "base_model": "./nowhere"})
+    assert code == 2
+    assert "cannot be run as it is: There is no model at ./nowhere" in err
+
+
+def test_nothing_is_written(recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = plan(recipe)
+    assert code == 0
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "plan.yml"])
+    lines = out.splitlines()
+    assert lines[-1] == "All that could be checked is in order."
+    assert [line.split()[0] for line in lines].count("train") == 3  # the first stage's serves both rules
+
+
+def test_a_changed_recipe_is_told(recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letter.txt").write_text("mine")
+    code, _, err = plan(recipe)
+    assert code == 2
+    assert "is not empty and holds no run" in err
+
+
+# Adapters, several strategies, what does not fit
+
+
+def test_lora_and_given_adapters(recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    given = lora(Path(recipe["base_model"]), tmp_path / "adapter", seed=3)
+    recipe["stages"].append({"name": "c", "expert": str(given)})
+    recipe["train"] |= {"strategy": ["lora", "replay"], "parameters": {"lora": {"r": 4}, "replay": {"examples": 4}}}
+    code, out, err = plan(recipe, "--json")
+    assert code == 0, err
+    trained = [p for p in json.loads(out)["phases"] if p["phase"] == "train"]
+    assert trained[-1]["disk_kept_bytes"] == 0
+    assert trained[0]["disk_kept_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parameters"),
+    [
+        (["full", "ewc"], {}),
+        pytest.param(["full", "replay"], {"replay": {"examples": 20}}, marks=pytest.mark.slow),
+        pytest.param("olora", {"r": 4}, marks=pytest.mark.slow),
+        pytest.param("slao", {"r": 4}, marks=pytest.mark.slow),
+    ],
+    ids=["ewc", "replay", "olora", "slao"],
+)
+def test_what_strategies_remember_is_counted(
+    strategy: Any, parameters: Data, recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    recipe["train"] |= {"strategy": strategy, "parameters": parameters, "max_steps": 1}
+    recipe["merge"] = ["magmax"]
+    code, out, err = plan(recipe, "--json")
+    assert code == 0, err
+    assert main(["run", str(tmp_path / "plan.yml"), "--run", str(tmp_path / "run"), "--until", "train"]) == 0
+    for phase in json.loads(out)["phases"]:
+        if phase["phase"] == "train":
+            place = tmp_path / "run/stages" / phase["place"]
+            took = sum(p.stat().st_size for name in ("expert", "memory") for p in (place / name).rglob("*.*"))
+            assert (place / "memory").is_dir()
+            assert phase["disk_kept_bytes"] == pytest.approx(took, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "said"),
+    [
+        pytest.param(
+            {"backend": "vllm"}, "needs vLLM, which is not installed",
+            marks=pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed"),
+        ),
+        ({"parallel": "tensor"}, "spreads each matrix over the ranks of a job, and this one has one"),
+    ],
+)  # fmt: skip
+def test_plan_and_run_refuse_the_same_scoring(
+    evaluate: Data, said: str, recipe: Data, plan: Callable[..., tuple[int, str, str]],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    recipe["evaluate"] |= evaluate
+    code, out, planned = plan(recipe)
+    assert (code, "in order" in out) == (2, False)
+    assert main(["run", str(tmp_path / "plan.yml"), "--run", str(tmp_path / "run")]) == 2
+    for message in (planned, capsys.readouterr().err):
+        assert said in message
+
+
+def test_scoring_is_checked_for_the_processes_of_the_job(
+    recipe: Data, plan: Callable[..., tuple[int, str, str]]
+) -> None:
+    recipe["evaluate"]["parallel"] = "tensor"
+    assert plan(recipe, "--processes", "2")[0] == 0
+    recipe["evaluate"]["parallel"] = "layers"
+    assert "Start one a machine" in plan(recipe, "--processes", "2")[2]
+
+
+def test_a_tracker_that_is_unknown(recipe: Data, plan: Callable[..., tuple[int, str, str]]) -> None:
+    recipe["train"]["report_to"] = "wandby"
+    code, _, err = plan(recipe)
+    assert code == 2
+    assert "Unknown tracker 'wandby'" in err
+
+
+def large_base(folder: Path, parameters: int) -> Path:
+    """Write a model of about so many parameters, as a hole in a file."""
+    hidden, vocabulary = 4096, len(toy_tokenizer())
+    layer = 4 * hidden**2 + 3 * hidden * 2 * hidden
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_attention_heads=32,
+        num_key_value_heads=32, num_hidden_layers=max(1, parameters // layer), tie_word_embeddings=True,
+    )  # fmt: skip
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    plan = [(n, tuple(p.shape), torch.bfloat16) for n, p in model.named_parameters()]
+    WeightsWriter(folder, plan, shard_size=2**62).create()
+    return folder
+
+
+def test_what_cannot_fit_is_refused_with_what_would(
+    recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    recipe["base_model"] = str(large_base(tmp_path / "large", psutil.virtual_memory().total // 8))
+    code, out, err = plan({**recipe, "merge": ["magmax"]})
+    assert code == 2
+    assert "To train stage" in err
+    assert "With `strategy: lora" in err
+    assert "train  01-a/experts/base" in out
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with hub_server(tmp_path / "hub") as hub:
+        yield hub
+
+
+def test_weights_stay_on_the_hub(recipe: Data, hub: Hub, tmp_path: Path) -> None:
+    base = toy_llama(tmp_path / "here", seed=0, hidden=256)
+    hub.repos["me/base"] = Repo(private=False)
+    files = {p.name: hub.store(p.read_bytes(), lfs=p.suffix == ".safetensors") for p in base.iterdir()}
+    hub.commit("me/base", "all", files)
+    weights = (base / "model.safetensors").stat().st_size
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": READ_TOKEN, "HF_HUB_OFFLINE": "0",
+           "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    (tmp_path / "hub.yml").write_text(yaml.safe_dump({**recipe, "base_model": "me/base"}))
+    there = json.loads(run_command("plan", tmp_path / "hub.yml", "--run", tmp_path / "run", "--json", **env))
+    sent = sum(count for path, count in hub.sent.items() if path.endswith("model.safetensors"))
+    assert 0 < sent <= 100_001 < weights
+    kept = [p["disk_kept_bytes"] for p in there["phases"] if p["phase"] == "train"]
+    assert kept[0] == pytest.approx(weights, rel=0.05)
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_gguf_base_needs_converting(recipe: Data, tmp_path: Path) -> None:
+    (tmp_path / "gguf.yml").write_text(yaml.safe_dump({**recipe, "base_model": "quickstart:smollm2"}))
+    out = run_command("plan", tmp_path / "gguf.yml", "--run", tmp_path / "run", HF_HOME=str(tmp_path / "home"))
+    assert "is a GGUF file: the run converts it to bfloat16 first" in out
+    assert not list((tmp_path / "home").rglob("*.safetensors"))

@@ -1,0 +1,352 @@
+"""The card and the push, against a real HTTP server that speaks the Hub's protocol (tests/hub_server.py)."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from toys.hub_server import READ_TOKEN, WRITE_TOKEN, Hub, hub_server
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_contmerge.errors import ModelError, RecipeError, RunError
+from hf_contmerge.report.card import model_card
+from hf_contmerge.report.push import push_merged
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.run.scores import Sample, TaskScore
+
+REPO = "me/law-chat"
+PUSH = """
+import sys
+from hf_contmerge.errors import ContmergeError
+from hf_contmerge.report.push import push_merged
+from hf_contmerge.run.folder import Run
+try:
+    print(push_merged(Run.load(sys.argv[1])))
+except ContmergeError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+LOAD = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, want = AutoModelForCausalLM.from_pretrained(sys.argv[1]), load_file(sys.argv[2])
+got = model.state_dict()
+assert got.keys() == want.keys()
+assert all(torch.equal(got[n].view(torch.int32), want[n].view(torch.int32)) for n in want)
+print(len(want), AutoTokenizer.from_pretrained(sys.argv[1])("b a").input_ids)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with hub_server(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Two stages, the first trained and the second given, merged by two rules; all paths lead through alice's home."""
+    home = tmp_path / "alice"
+    data = {
+        "name": "law-chat",
+        "base_model": str(home / "models" / "tiny-base"),
+        "stages": [
+            {"name": "law", "dataset": str(home / "texts" / "law.jsonl")},
+            {"name": "chat", "expert": "owner/tiny-chat@v2", "tasks": ["arc_easy"]},
+            {"name": "code", "dataset": "owner/code-texts"},
+        ],
+        "train": {
+            "max_steps": 2,
+            "hub_token": WRITE_TOKEN,
+            "deepspeed": str(home / "ds.json"),
+            "run_name": f"as {READ_TOKEN}",
+        },
+        "merge": ["magmax", "opcm"],
+        "evaluate": {"general_tasks": ["piqa"]},
+        "publish": {"repo_id": REPO, "merge": "magmax", "license": "apache-2.0"},
+    }
+    run = Run.open(parse_recipe(data), home / "runs" / "law-chat")
+    given = home / "cache" / "given"
+    run.base.finish("score", {"tasks": scores(law=-3.0, arc=0.25, piqa=0.5)})
+    run.expert(1, "base").finish("train", {"model_sha256": "1a" * 32})
+    run.expert(1, "base").finish("score", {"tasks": scores(law=-2.0, arc=0.25, piqa=0.5)})
+    run.expert(2, "previous").finish("train", {"given": str(given), "model_sha256": "2b" * 32})
+    experts = [run.expert(1, "base").model, given]
+    for t in (1, 2):
+        merge(run, t, experts[:t])
+    run.merged(1, magmax(run)).finish("score", {"tasks": scores(law=-2.25, arc=0.25, piqa=0.5)})
+    run.merged(2, magmax(run)).finish("score", {"tasks": scores(law=-2.5, arc=0.5, piqa=0.375)})
+    return run
+
+
+def magmax(run: Run):
+    return run.recipe.merge[0]
+
+
+def scores(*, law: float, arc: float, piqa: float) -> dict:
+    """Return score records: a perplexity of exp(-law) per word over 2 documents, and accuracies over 8 documents."""
+
+    def accuracy(value: float) -> dict:
+        gains = tuple(float(i < 8 * value) for i in range(8))
+        sample = Sample(gains, (1.0,) * 8)
+        return TaskScore("accuracy", "acc", value, value, sample.stderr(), gains, sample.weights, {}).to_json()
+
+    sample = Sample((5 * law, 5 * law), (5.0, 5.0))
+    perplexity = TaskScore("perplexity", "word_perplexity", float(torch.tensor(-law).exp()), law, sample.stderr(),
+                           sample.gains, sample.weights, {})  # fmt: skip
+    return {"law_heldout": perplexity.to_json(), "arc_easy": accuracy(arc), "piqa": accuracy(piqa)}
+
+
+def merge(run: Run, t: int, experts: list[Path]) -> None:
+    """Write what merging stage t leaves: a tiny model, merge.yml and the record."""
+    torch.manual_seed(t)
+    place, shape = run.merged(t, magmax(run)), {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_attention_heads=2, num_key_value_heads=2, **shape))
+    model.save_pretrained(place.model)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "/home": 1, "b a": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(place.model)
+    config = json.loads((place.model / "config.json").read_text())
+    (place.model / "config.json").write_text(json.dumps({**config, "_name_or_path": run.recipe.base_model}))
+    mergekit = {"merge_method": "magmax", "base_model": run.recipe.base_model,
+                "models": [{"model": str(e)} for e in experts], "parameters": {"lambda": 0.5}}  # fmt: skip
+    place.mergekit_recipe.write_text(f"# {run.folder}\n" + yaml.safe_dump(mergekit))
+    norms, digests = {"experts": [1.5, 2.5][:t], "running": 2.75}, ["1e" * 32, "2e" * 32][:t]
+    record = {"rule": "magmax", "parameters": {"lambda": 0.5}, "scale": 0.5, "norms": norms}
+    place.finish("merge", {**record, "expert_sha256": digests, "model_sha256": f"{t}f" * 32})
+
+
+def python(script: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user would, with the Hub's address and the token in the environment."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    env = {**clean, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **env}
+    return subprocess.run([sys.executable, "-c", script, *map(str, args)], env=env, capture_output=True, text=True)
+
+
+def push(run: Run, hub: Hub, **env: str) -> subprocess.CompletedProcess[str]:
+    home = str(hub.folder.parent / "hf_home")
+    return python(PUSH, run.folder, **{"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_TOKEN": WRITE_TOKEN, **env})
+
+
+def refusal(run: Run, hub: Hub, **env: str) -> str:
+    done = push(run, hub, **env)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1].replace(hub.url, "HUB")
+
+
+def test_a_pushed_model_comes_back_bit_by_bit(run: Run, hub: Hub, tmp_path: Path) -> None:
+    before = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+    done = push(run, hub)
+    assert done.returncode == 0, done.stderr
+
+    first, ours = hub.repos[REPO].commits
+    assert first.message == "initial commit"  # the Hub's own
+    assert ours.message == "law-chat: magmax after stage 2 of 3"
+    assert done.stdout.strip() == f"{hub.url}/{REPO}/commit/{ours.oid}"
+    assert hub.repos[REPO].private
+    assert sorted(hub.files(REPO)) == [
+        ".gitattributes", "README.md", "config.json", "generation_config.json", "merge.yml", "model.safetensors",
+        "recipe.yml", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
+
+    weights = run.merged(2, magmax(run)).model / "model.safetensors"
+    loaded = python(LOAD, REPO, weights, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "other"), HF_TOKEN=READ_TOKEN)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.split(maxsplit=1) == [str(len(load_file(weights))), "[2]\n"]
+
+
+def test_nothing_of_this_machine_is_uploaded(run: Run, hub: Hub, tmp_path: Path) -> None:
+    assert push(run, hub).returncode == 0
+    files = hub.files(REPO)
+    for name, data in files.items():
+        for secret in (str(tmp_path), "alice", WRITE_TOKEN, READ_TOKEN):
+            assert secret.encode() not in data, (secret, name)
+    assert b"/home" in files["tokenizer.json"]  # a word of the vocabulary, not a path
+    assert json.loads(files["config.json"])["_name_or_path"] == "tiny-base"
+    recipe = parse_recipe(yaml.safe_load(files["recipe.yml"]))
+    assert recipe.base_model == "tiny-base"
+    assert recipe.stages[0].dataset
+    assert recipe.stages[0].dataset.path == "law.jsonl"
+    fields = {"max_steps": 2, "hub_token": "(removed)", "deepspeed": "ds.json", "run_name": "as (removed)"}
+    assert recipe.train.sft_fields == fields
+    mergekit = yaml.safe_load(files["merge.yml"])
+    assert mergekit["base_model"] == "tiny-base"
+    assert [m["model"] for m in mergekit["models"]] == ["stages/01-law/experts/base/expert", "owner/tiny-chat@v2"]
+
+
+def test_pushing_again_sends_only_what_changed(run: Run, hub: Hub) -> None:
+    assert push(run, hub).returncode == 0
+    again = push(run, hub)
+    assert again.returncode == 0, again.stderr
+    assert len(hub.repos[REPO].commits) == 2
+    assert again.stdout.strip().endswith(hub.repos[REPO].commits[-1].oid)
+
+    folder = run.merged(2, magmax(run)).model
+    tensors = load_file(folder / "model.safetensors")
+    shard = "model-00001-of-00001.safetensors"
+    save_file(tensors, folder / shard, {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert push(run, hub).returncode == 0
+    assert len(hub.repos[REPO].commits) == 3
+    assert shard in hub.files(REPO)
+    assert "model.safetensors" not in hub.files(REPO)  # transformers would prefer the old weights
+
+
+def test_card_tells_the_whole_lineage(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(model_card(run, magmax(run)))
+    card = ModelCard.load(path)
+    front = card.data.to_dict()
+    assert front["base_model"] == ["tiny-base", "owner/tiny-chat"]
+    assert front["base_model_relation"] == "merge"
+    assert front["tags"] == ["merge", "mergekit", "contmerge", "magmax"]
+    assert (front["library_name"], front["license"]) == ("transformers", "apache-2.0")
+    assert "datasets" not in front  # a local file, and a stage that is still to come
+    results = {r.dataset_name: (r.metric_type, r.metric_value) for r in card.data.eval_results or []}
+    assert results["arc_easy"] == ("accuracy", 0.5)
+    assert results["law_heldout"] == ("perplexity", pytest.approx(12.1825, abs=1e-4))
+
+    text = " ".join(card.text.split())
+    for told in (
+        "after stage 2 of 3",
+        "0. Base model: `tiny-base`.",
+        "1. **law**, trained on `law.jsonl` (split train), starting from the base model.",
+        f"SHA-256 of the expert's weights: `{'1e' * 32}`; of the merged model's: `{'1f' * 32}`.",
+        "2. **chat**, given: `owner/tiny-chat@v2`.",
+        f"`{'2e' * 32}`",
+        "https://arxiv.org/abs/2407.06322), parameters: lambda = 0.5",
+        "merged = base + 0.5 × S, and |S| = 2.75",
+        "| law | 1.5 | | chat | 2.5 |",
+        "merge_method: magmax",
+        f"torch {torch.__version__}",
+        f'AutoModelForCausalLM.from_pretrained("{REPO}", dtype="auto")',
+    ):
+        assert told in text
+
+
+def test_card_of_a_difference_between_two_models(run: Run) -> None:
+    chat = run.stage(2).model_copy(update={"minus": "owner/tiny"})
+    run = Run(run.folder, run.recipe.model_copy(update={"stages": (run.stage(1), chat, run.stage(3))}))
+    run.expert(2, "previous").finish("train", {"expert": "owner/tiny-chat@v2", "minus": "owner/tiny"})
+    merge(run, 2, [run.expert(1, "base").model, run.expert(2, "previous").model])
+    card = model_card(run, magmax(run))
+    assert "2. **chat**, given: `owner/tiny-chat@v2` minus `owner/tiny`." in card
+    assert "- model: stages/02-chat/experts/previous/expert" in card
+    assert "- owner/tiny\n" in card
+
+
+def test_card_shows_natural_metrics_and_forgetting(run: Run) -> None:
+    card = model_card(run, magmax(run))
+    rows = {cells[0]: cells[1:] for line in card.splitlines() if line.startswith("|") and (cells := _cells(line))}
+    assert rows["model"] == ["kind", "ACC", "LA", "BWT", "general", "of expert", "FUAR"]
+    assert "law_heldout (word perplexity, lower is better)" in card
+    alone, merged = "fine-tuning alone, in sequence", "this merge (magmax)"
+    assert rows["base model"] == ["20.09 ± 0.00", "0.250 ± 0.164", "0.500 ± 0.189"]
+    assert rows[f"{merged}, after law"][0] == "9.49 ± 0.00"
+    assert rows[f"{merged}, after chat"] == ["12.18 ± 0.00", "0.500 ± 0.189", "0.375 ± 0.183"]
+    assert rows[f"{alone}, after law"][0] == "7.39 ± 0.00"
+    assert rows[f"{alone}, after chat"] == ["not measured"] * 3
+    # ACC = R[2][1], LA = R[1][1] and BWT = R[2][1] - R[1][1] of the perplexity, R = -ln
+    assert f"| {merged} | perplexity | -2.5000 | -2.2500 | -0.2500 | not measured | 0.50 | - |" in card
+    assert f"| {merged} | accuracy | +0.5000 | +0.5000 | not measured | -0.1250 | - | 0.50 |" in card
+    assert f"| {alone} | accuracy | not measured | not measured | not measured | not measured | - | - |" in card
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_card_says_what_was_not_measured(run: Run) -> None:
+    for place in (run.base, run.expert(1, "base"), run.merged(1, magmax(run)), run.merged(2, magmax(run))):
+        place.undo("score")
+    card = model_card(run, magmax(run))
+    assert "Metrics: not measured." in card
+    assert "model-index" not in card
+    rows = [_cells(line) for line in card.splitlines() if line.startswith("| this merge")]
+    assert [r[1:] for r in rows] == [["not measured"] * 3] * 2
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pkl", "deep/modeling_x.py", "LICENSE"])
+def test_other_files_are_refused_by_name(run: Run, name: str) -> None:
+    path = run.merged(2, magmax(run)).model / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x")
+    with pytest.raises(ModelError, match=rf"merged holds {re.escape(name)}\. Only \.jinja, \.json, .* ever uploaded"):
+        push_merged(run)
+
+
+def test_what_to_push_must_be_said(run: Run) -> None:
+    silent = Run(run.folder, run.recipe.model_copy(update={"publish": None}))
+    with pytest.raises(RecipeError, match=r"2 merges \(magmax, opcm\), and it is not said which to push"):
+        push_merged(silent, repo_id=REPO)
+    with pytest.raises(RecipeError, match=r"Unknown merge entry 'magmx'.* Did you mean 'magmax'"):
+        push_merged(run, entry="magmx")
+    with pytest.raises(RecipeError, match=r"not said where to push to\. Give `--repo-id owner/name`"):
+        push_merged(silent, entry="magmax")
+    with pytest.raises(RecipeError, match=r"must be named owner/name.* got 'law'"):
+        push_merged(run, repo_id="law")
+
+
+def test_an_unfinished_run_names_the_missing_phase(run: Run) -> None:
+    with pytest.raises(RunError, match="no merged model of opcm yet: the phase merge of stage law is not done"):
+        push_merged(run, entry="opcm")
+    run.expert(1, "base").undo("train")
+    with pytest.raises(RunError, match="the phase train of stage law is not done"):
+        push_merged(run, entry="opcm")
+    run.merged(2, magmax(run)).undo("merge")
+    assert "after stage 1 of 3" in model_card(run, magmax(run))
+
+
+def test_tokens_that_do_not_suffice(run: Run, hub: Hub) -> None:
+    for token in ("", "hf_" + "expired123" * 4):
+        assert refusal(run, hub, HF_TOKEN=token) == (
+            "ResourceError: HUB asks who you are (401): there is no token here, or it is not valid any more. "
+            f"Log in with `hf auth login`, or set HF_TOKEN, then push {REPO} again."
+        )
+    assert refusal(run, hub, HF_TOKEN=READ_TOKEN) == (
+        f"ResourceError: HUB does not let this token write to {REPO} (403). Make one with write permission for me at "
+        "HUB/settings/tokens, give it to `hf auth login`, and push again."
+    )
+    assert not hub.repos
+
+
+def test_a_connection_that_breaks_before_the_commit_leaves_nothing_half_pushed(run: Run, hub: Hub) -> None:
+    hub.fail["/commit/"] = "drop"
+    assert refusal(run, hub) == (
+        f"ResourceError: Cannot reach HUB to push {REPO} (RemoteProtocolError). Check the network, the proxy and "
+        "HF_ENDPOINT, then push again; what has arrived is not sent twice."
+    )
+    assert [c.message for c in hub.repos[REPO].commits] == ["initial commit"]
+    hub.fail.clear()
+    hub.requests.clear()
+    assert push(run, hub).returncode == 0
+    assert not [r for r in hub.requests if r.startswith("PUT")]
+
+
+def test_a_refused_upload_and_a_hub_that_is_not_there(run: Run, hub: Hub) -> None:
+    hub.fail["/lfs/"] = 403
+    assert "does not let this token write" in refusal(run, hub)
+    assert "Cannot reach http://127.0.0.1:9 to push me/law-chat (ConnectError)" in refusal(
+        run, hub, HF_ENDPOINT="http://127.0.0.1:9"
+    )
+    assert "HF_HUB_OFFLINE is set" in refusal(run, hub, HF_HUB_OFFLINE="1")
+
+
+def test_a_private_push_does_not_go_to_a_public_repository(run: Run, hub: Hub) -> None:
+    assert push(run, hub).returncode == 0
+    hub.repos[REPO].private = False
+    assert f"RecipeError: {REPO} at HUB is public, but this push is to be private" in refusal(run, hub)
+    assert len(hub.repos[REPO].commits) == 2

@@ -1,0 +1,202 @@
+"""Jobs shared among the threads of a process: each is done once, memory is bounded, errors are raised.
+
+How ranks share them is in test_merge_ranks.py.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.runtime.crew import MEMORY_SHARE, Crew, Job
+from hf_contmerge.runtime.ranks import OneRank, find_ranks, together
+
+
+def jobs(costs: Sequence[float], *, memory: int = 1, groups: Sequence[int] = ()) -> list[Job]:
+    return [Job(f"t{i}", c, memory, 1, groups[i] if groups else 0) for i, c in enumerate(costs)]
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that says how many bytes all jobs in flight may have together."""
+
+    def allow(count: int) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=count / MEMORY_SHARE))
+
+    return allow
+
+
+# Threads
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_each_job_is_done_once_and_its_result_is_kept_under_its_name(workers: int) -> None:
+    done: list[str] = []
+
+    def work(job: Job) -> str:
+        done.append(job.name)
+        return job.name.upper()
+
+    found = Crew(workers=workers).run(jobs([1.0, 5.0, 3.0, 2.0, 4.0]), work, what="")
+    assert found == {f"t{i}": f"T{i}" for i in range(5)}
+    assert sorted(done) == [f"t{i}" for i in range(5)]
+
+
+def test_nothing_to_do() -> None:
+    assert Crew().run([], lambda job: job.name, what="") == {}
+
+
+def test_the_costliest_job_goes_first() -> None:
+    started: list[str] = []
+    Crew(workers=1).run(jobs([1.0, 5.0, 3.0]), lambda job: started.append(job.name), what="")
+    assert started == ["t1", "t2", "t0"]
+
+
+def test_threads_work_at_the_same_time() -> None:
+    """Each of two jobs waits for the other one to have begun."""
+    both = threading.Barrier(2)
+    Crew(workers=2).run(jobs([1.0, 1.0]), lambda job: both.wait(20), what="")
+
+
+def test_linear_algebra_has_one_thread_in_a_job_and_the_former_number_after() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inside = Crew(workers=2).run(jobs([1.0] * 4), lambda job: torch.get_num_threads(), what="")
+        assert set(inside.values()) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_are_as_many_as_the_cores_divided_among_the_ranks_of_a_host() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert Crew().thread_count() == cores
+    assert Crew(workers=7).thread_count() == 7
+    for ranks in (2, cores, 2 * cores):
+        assert Crew(ranks=SharedHost(ranks)).thread_count() == max(1, cores // ranks)
+
+
+class SharedHost(OneRank):
+    """A rank with others on its host."""
+
+    def __init__(self, ranks: int) -> None:
+        self.per_host = ranks
+
+
+def test_what_comes_next_is_fetched_ahead() -> None:
+    asked: list[str] = []
+    Crew(workers=1).run(jobs([3.0, 2.0, 1.0]), lambda job: None, what="", prefetch=lambda job: asked.append(job.name))
+    assert asked == ["t1", "t2"]
+
+
+def test_progress_is_told_of_every_job() -> None:
+    told: list[str] = []
+
+    @contextmanager
+    def bar(all_jobs: Sequence[Job], what: str) -> Iterator[Callable[[Job], None]]:
+        assert (len(all_jobs), what) == (3, "merging")
+        yield lambda job: told.append(job.name)
+
+    Crew(workers=2, bar=bar).run(jobs([1.0, 2.0, 3.0]), lambda job: None, what="merging")
+    assert sorted(told) == ["t0", "t1", "t2"]
+
+
+# Errors
+
+
+def raise_at(name: str) -> Callable[[Job], None]:
+    def work(job: Job) -> None:
+        if job.name == name:
+            raise ModelError(f"bad {name}")
+
+    return work
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_is_raised_and_no_further_job_begun(workers: int) -> None:
+    begun: list[str] = []
+
+    def work(job: Job) -> None:
+        begun.append(job.name)
+        if job.name == "t0":
+            raise ModelError("bad t0")
+        time.sleep(0.01)
+
+    with pytest.raises(ModelError, match="bad t0"):
+        Crew(workers=workers).run(jobs([9.0] + [1.0] * 50), work, what="")
+    assert len(begun) < 25
+
+
+def test_an_error_beside_the_work_is_an_error_too() -> None:
+    """Else the job would be missing from the norms, and nobody would know."""
+    some = jobs([1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(ModelError, match="bad t1"):
+        Crew(workers=1).run(some, lambda job: None, what="", prefetch=raise_at("t1"))
+
+    @contextmanager
+    def bar(_jobs: Sequence[Job], _what: str) -> Iterator[Callable[[Job], None]]:
+        yield raise_at("t2")
+
+    with pytest.raises(ModelError, match="bad t2"):
+        Crew(workers=2, bar=bar).run(some, lambda job: None, what="")
+
+
+# Memory
+
+
+def peak_of(sizes: Sequence[int], *, workers: int) -> tuple[int, int]:
+    """Return the most bytes and the most jobs that were in flight at a time."""
+    lock, inside, peaks = threading.Lock(), list[int](), [(0, 0)]
+
+    def work(job: Job) -> None:
+        with lock:
+            inside.append(job.memory)
+            peaks.append((sum(inside), len(inside)))
+        time.sleep(0.003)
+        with lock:
+            inside.remove(job.memory)
+
+    some = [Job(f"t{i}", float(size), size, size) for i, size in enumerate(sizes)]
+    assert len(Crew(workers=workers).run(some, work, what="")) == len(sizes)
+    assert not inside
+    return max(b for b, _ in peaks), max(n for _, n in peaks)
+
+
+def test_jobs_in_flight_fit_the_memory(memory: Callable[[int], None]) -> None:
+    memory(100)
+    size, count = peak_of([60, 50, 40, 40, 30, 30, 20, 10] * 3, workers=4)
+    assert size <= 100
+    assert count > 1
+
+
+def test_a_job_that_fits_nowhere_goes_in_alone(memory: Callable[[int], None]) -> None:
+    memory(100)
+    size, _ = peak_of([10, 10, 250, 10, 120, 10], workers=3)
+    assert size == 250
+
+
+def test_with_no_memory_at_all_jobs_go_one_by_one(memory: Callable[[int], None]) -> None:
+    memory(0)
+    assert peak_of([10] * 6, workers=3) == (10, 1)
+
+
+def test_an_error_gives_its_memory_back(memory: Callable[[int], None]) -> None:
+    """Or the other threads would wait for ever."""
+    memory(10)
+    with pytest.raises(ModelError, match="bad t0"):
+        Crew(workers=3).run(jobs([3.0, 2.0, 1.0, 1.0], memory=8), raise_at("t0"), what="")
+
+
+def test_a_process_on_its_own() -> None:
+    ranks = find_ranks()
+    assert isinstance(ranks, OneRank)
+    assert ranks.gather(7) == [7]
+    assert together(ranks, lambda: 8) == 8

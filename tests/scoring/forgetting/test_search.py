@@ -1,0 +1,143 @@
+"""`lambda: auto` finds what was planted; line searches with few tries; where `auto` is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys.guarded import make_home, moved, recipe
+from toys.models import perturbed
+from toys.reports import make_score
+
+from hf_contmerge.errors import RecipeError
+from hf_contmerge.loop.run import run_recipe
+from hf_contmerge.merging.rules import make_rule
+from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.run.scores import load_scores
+from hf_contmerge.scoring.forgetting.search import best_coefficient, largest_that_holds, objective
+
+Data = dict[str, Any]
+AUTO = [{"rule": "task_arithmetic", "parameters": {"lambda": "auto"}}]
+PLANTED = 0.625
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that was moved away from what knows the text, and an expert that overshoots the way back."""
+    home = make_home(tmp_path_factory.mktemp("tuned"))
+    (home / "base").rename(home / "knows")
+    perturbed(home / "knows", home / "base", seed=5, size=0.06)
+    moved(home / "base", home / "overshoots", home / "knows", by=1 / PLANTED)
+    return home
+
+
+def test_auto_finds_a_planted_optimum(home: Path, tmp_path: Path) -> None:
+    run = run_recipe(parse_recipe(recipe(home, "overshoots", merge=AUTO)), tmp_path / "run", until="score")
+    place = run.merged(1, run.recipe.merge[0])
+    record = place.record("merge")
+    found = record["parameters"]["lambda"]
+    assert abs(found - PLANTED) <= 1 / 16  # the distance of the last tries
+    assert record["scale"] == found
+    assert f"lambda: {found}" in place.mergekit_recipe.read_text()
+    tries = record["tries"]
+    assert len(tries) <= 8
+    assert {t["what"] for t in tries} == {"auto"}
+    best = max(tries, key=lambda t: t["objective"])
+    assert best["taken"]
+    assert best["parameters"]["lambda"] == found
+    assert best["objective"] > 1  # more than the expert itself, which overshoots
+    assert "guard" not in record
+    result, chosen = load_scores(place)["own"], load_scores(place.validation)["own"]
+    assert not set(result.documents) & set(chosen.documents)
+    assert len(result.documents) + len(chosen.documents) == 24
+
+
+# Searches
+
+
+def searched(best: float, default: float, allowed: float = 9.0) -> tuple[float, list[float]]:
+    tried: list[float] = []
+
+    def attempt(value: float) -> tuple[bool, float]:
+        tried.append(value)
+        return value <= allowed, -((value - best) ** 2)
+
+    return best_coefficient(attempt, default), tried
+
+
+@pytest.mark.parametrize("default", [0.3, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("share", [0.07, 0.2, 0.4375, 0.625, 0.97])
+def test_the_best_of_a_single_peak_is_found_in_eight_tries(default: float, share: float) -> None:
+    top = max(1.0, 2 * default)
+    found, tried = searched(share * top, default)
+    assert abs(found - share * top) <= top / 16 + 1e-9
+    assert len(tried) <= 8
+    assert len(set(tried)) == len(tried)
+
+
+def test_what_costs_general_abilities_is_not_taken() -> None:
+    found, tried = searched(0.9, 0.5, allowed=0.4)
+    assert found == max(v for v in tried if v <= 0.4)
+    assert searched(0.9, 0.5, allowed=0.0)[0] == pytest.approx(0.9, abs=1 / 16)  # none is allowed: the best of all
+
+
+@pytest.mark.parametrize("limit", [0.13, 0.3, 0.5, 0.7, 0.99])
+def test_the_largest_factor_that_holds(limit: float) -> None:
+    tried: list[float] = []
+
+    def attempt(factor: float) -> tuple[bool, float]:
+        tried.append(factor)
+        return factor <= limit, factor
+
+    found = largest_that_holds(attempt)
+    assert found is not None
+    assert found <= limit
+    assert limit - found <= max(0.125, limit / 4)
+    assert len(tried) <= 5
+    assert found in tried
+
+
+def test_shrinking_ends_where_it_loses_more() -> None:
+    """Half of a merge has forgotten its stages already: an eighth of it would know even less."""
+    tried: list[float] = []
+
+    def attempt(factor: float) -> tuple[bool, float]:
+        tried.append(factor)
+        return False, 1 - factor
+
+    assert largest_that_holds(attempt) is None
+    assert tried == [0.5, 0.25]
+
+
+def test_the_objective_is_what_the_merge_has_of_each_experts_gain() -> None:
+    def scores(**utilities: float) -> Data:
+        return {n: make_score(u, "accuracy" if n == "quiz" else "perplexity", seed=n) for n, u in utilities.items()}
+
+    base, now = scores(a=-4.0, quiz=0.25), scores(a=-3.5, quiz=0.5)
+    alone = {"one": scores(a=-3.0), "two": scores(quiz=0.75)}
+    tasks = {"one": ["a"], "two": ["quiz"]}
+    assert objective(now, base, alone, tasks) == pytest.approx((0.5 + 0.5) / 2)
+    assert objective(base, base, alone, tasks) == 0
+    assert objective({**alone["one"], **alone["two"]}, base, alone, tasks) == pytest.approx(1)
+
+
+# Where `auto` may stand
+
+
+def test_auto_is_refused_where_nothing_is_measured() -> None:
+    with pytest.raises(RecipeError, match=r"`lambda: auto` is found by scores .* only `contmerge run` measures"):
+        make_rule("magmax", {"lambda": "auto"})
+    data = {"name": "x", "base_model": "b", "stages": [{"name": "s", "expert": "e"}], "merge": AUTO}
+    with pytest.raises(RecipeError, match="needs stages that are measured"):
+        parse_recipe(data)
+
+
+@pytest.mark.parametrize(
+    ("rule", "word", "known"),
+    [("opcm", "alpha", "opcm has no parameter for `auto`"), ("ties", "density", "`auto` is for lambda")],
+)
+def test_auto_is_refused_for_what_changes_the_state(
+    home: Path, tmp_path: Path, rule: str, word: str, known: str
+) -> None:
+    data = recipe(home, "quiet", merge=[{"rule": rule, "parameters": {word: "auto"}}])
+    with pytest.raises(RecipeError, match=f"merge entry {rule}: {word} of {rule} cannot be `auto`; {known}"):
+        run_recipe(parse_recipe(data), tmp_path / "run")

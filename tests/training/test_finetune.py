@@ -1,0 +1,418 @@
+"""One stage of fine-tuning on a toy Llama: the expert, what the loss covers, training that was killed, bad settings."""
+
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys.models import toy_llama, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError
+from hf_contmerge.models.layout import check_same_layout
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.train_strategies import strategy_names
+from hf_contmerge.training._trainer import OnLog
+from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.settings import check_training, sft_settings
+
+Row = dict[str, Any]
+LIGHT = {
+    "per_device_train_batch_size": 4, "max_steps": 8, "max_length": 32, "learning_rate": 1e-2, "logging_steps": 1,
+    "save_strategy": "no",
+}  # fmt: skip
+LORA = {"strategy": "lora", "parameters": {"r": 4, "lora_dropout": 0.1}}
+MUTE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""A chat template as most models have it: it does not mark the assistant's turns."""
+
+
+def sentences(path: Path, *, count: int = 40) -> Path:
+    draw, words = random.Random(0), ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    return write_jsonl(path, [{"text": " ".join(draw.choices(words, k=20))} for _ in range(count)])
+
+
+def load(path: Path) -> StageData:
+    return load_stage_data(Dataset(path=str(path), heldout=2), seed=0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> StageData:
+    return load(sentences(tmp_path_factory.mktemp("data") / "x.jsonl"))
+
+
+@pytest.fixture
+def train(base_folder: Path, data: StageData, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return a function that trains an expert in `tmp_path/<name>` and returns its record."""
+
+    def train(
+        name: str, *, base: Path = base_folder, start: Path | None = None, seed: int = 0, rows: StageData = data,
+        on_log: OnLog = lambda _step, _point: None, **fields: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        (tmp_path / name).mkdir()
+        return train_expert(
+            start=start or base, base=base, data=rows, train=Train(**{**LIGHT, **fields}), seed=seed,
+            out=tmp_path / name, checkpoints=tmp_path / f"{name}_checkpoints", on_log=on_log,
+        )  # fmt: skip
+
+    return train
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def losses_of(record: Row) -> list[float]:
+    return [entry["loss"] for entry in record["log"] if "loss" in entry]
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# The expert
+
+
+@pytest.mark.parametrize("strategy", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_expert(strategy: Row, tied: bool, train: Callable[..., Row], tmp_path: Path) -> None:
+    base = toy_llama(tmp_path / "base", seed=1, tied=tied, dtype=torch.bfloat16)
+    before = weights(base)
+    record = train("expert", base=base, **strategy)
+    losses = losses_of(record)
+    assert len(losses) == record["steps"] == 8
+    assert record["loss"] == losses[-1]
+    assert sum(losses[-2:]) < sum(losses[:2])
+    assert record["examples"] == 38
+    expert = weights(tmp_path / "expert")
+    assert {n: t.shape for n, t in expert.items()} == {n: t.shape for n, t in before.items()}
+    assert {t.dtype for t in expert.values()} == {torch.float32}
+    check_same_layout(base, tmp_path / "expert")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "expert", dtype="auto")
+    assert model.dtype is torch.float32
+    assert all(torch.equal(t, expert[n]) for n, t in model.state_dict().items() if n in expert)
+    assert same(base, base)
+    changed = {n for n in before if not torch.equal(before[n].float(), expert[n])}
+    assert changed == ({n for n in before if "proj" in n} if strategy else set(before))
+
+
+def test_companions_are_the_base_models(train: Callable[..., Row], tmp_path: Path, base_folder: Path) -> None:
+    """Also where training goes on from another model; only the dtype in the config is the expert's own."""
+    base = toy_llama(tmp_path / "base", seed=1, dtype=torch.bfloat16)
+    train("expert", base=base, start=base_folder)
+    ours, theirs = ({p.name: p for p in f.iterdir()} for f in (tmp_path / "expert", base))
+    assert ours.keys() == theirs.keys()
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} < ours.keys()
+    for name in ours.keys() - {"config.json", "model.safetensors"}:
+        assert ours[name].read_bytes() == theirs[name].read_bytes()
+    values = json.loads(ours["config.json"].read_text())
+    assert values["dtype"] == "float32"
+    assert {**values, "dtype": "bfloat16"} == json.loads(theirs["config.json"].read_text())
+
+
+def test_training_starts_from_the_start(train: Callable[..., Row], tmp_path: Path, base_folder: Path) -> None:
+    """A learning rate of zero gives the model back, not the base's weights."""
+    start = toy_llama(tmp_path / "start", seed=5)
+    train("expert", start=start, learning_rate=0.0, max_steps=1)
+    assert same(tmp_path / "expert", start)
+    assert not same(tmp_path / "expert", base_folder)
+
+
+@pytest.mark.parametrize("strategy", [{}, LORA], ids=["full", "lora"])
+def test_seed(strategy: Row, train: Callable[..., Row], tmp_path: Path) -> None:
+    train("one", **strategy)
+    torch.rand(3)  # whatever was drawn before must not matter
+    train("same", **strategy)
+    train("other", seed=1, **strategy)
+    assert same(tmp_path / "one", tmp_path / "same")
+    assert not same(tmp_path / "one", tmp_path / "other")
+
+
+def test_tokens_are_counted_without_padding(train: Callable[..., Row], base_folder: Path, data: StageData) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    whole = sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in data.train.to_list())  # and its EOS
+    record = train("expert", max_steps=-1, num_train_epochs=2, per_device_train_batch_size=3)
+    assert record["tokens"] == 2 * whole
+    assert record["steps"] == 2 * math.ceil(math.ceil(whole / 32) / 3)
+
+
+def test_loss_of_training_too_short_to_be_logged(train: Callable[..., Row]) -> None:
+    record = train("expert", logging_steps=100)
+    assert losses_of(record) == [record["loss"]]
+    assert record["log"][-1]["step"] == record["steps"]
+    assert 0 < record["loss"] < 10
+
+
+def test_a_step_with_a_checkpoint_is_logged(train: Callable[..., Row]) -> None:
+    """A resumed training cannot know the losses since the last log, so none may be open where it begins."""
+    record = train("expert", logging_steps=3, save_strategy="steps", save_steps=4)
+    assert [point["step"] for point in record["log"]] == [3, 4, 6, 8]
+    assert not [name for point in record["log"] for name in point if name.endswith(("runtime", "per_second"))]
+
+
+# What the loss covers
+
+
+def labels_of(base: Path, path: Path, out: Path, *, template: str | None = "the base's", **fields: Any) -> list[Row]:
+    """Return each training example as SFTTrainer collates it: all of its text, and the text that the loss covers."""
+    data, tokenizer = load(path), AutoTokenizer.from_pretrained(base)
+    if template != "the base's":
+        tokenizer.chat_template = template
+    settings = sft_settings(Train(**{"max_length": 64, **fields}), data, tokenizer, numel=0)
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base),
+        args=SFTConfig(output_dir=str(out), per_device_train_batch_size=2, **settings),
+        train_dataset=data.train,
+        processing_class=tokenizer,
+    )
+    found = []
+    for batch in trainer.get_train_dataloader():
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            assert torch.equal(labels[labels != -100], ids[labels != -100])
+            found.append({"text": tokenizer.decode(ids[mask == 1]), "trained": tokenizer.decode(ids[labels != -100])})
+    return found
+
+
+def talk(path: Path) -> Path:
+    def turn(role: str, content: str) -> Row:
+        return {"role": role, "content": content}
+
+    return write_jsonl(path, [
+        {"messages": [turn("user", f"what lays eggs {i}"), turn("assistant", f"the hen {i}"),
+                      turn("user", "and two"), turn("assistant", "it is four")]}
+        for i in range(6)
+    ])  # fmt: skip
+
+
+def test_all_of_packed_text_is_trained_on(base_folder: Path, tmp_path: Path) -> None:
+    """The documents follow each other without a gap, each with its end; the blocks are shuffled, unless asked."""
+    path = sentences(tmp_path / "x.jsonl")
+    found = labels_of(base_folder, path, tmp_path, train_sampling_strategy="sequential")
+    assert all(row["trained"] == row["text"] for row in found)
+    assert "".join(row["text"] for row in found) == "".join(f"{r['text']}<|eos|>" for r in load(path).train.to_list())
+    shuffled = labels_of(base_folder, path, tmp_path)
+    assert shuffled != found
+    assert sorted(row["trained"] for row in shuffled) == sorted(row["text"] for row in found)
+
+
+def test_loss_covers_the_assistants_turns(base_folder: Path, tmp_path: Path) -> None:
+    found = labels_of(base_folder, talk(tmp_path / "x.jsonl"), tmp_path)
+    assert len(found) == 4
+    for row in found:
+        i = row["text"].split("what lays eggs ")[1][0]
+        assert row["trained"] == f"the hen {i}<|im_end|>it is four<|im_end|>"
+
+
+def test_template_that_does_not_mark_the_assistant(
+    base_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_contmerge"):
+        found = labels_of(base_folder, talk(tmp_path / "x.jsonl"), tmp_path, template=MUTE)
+    assert all(row["trained"] == row["text"] for row in found)
+    assert caplog.messages == [
+        f"The chat template of {base_folder} does not mark the assistant's turns ({{% generation %}}), so the loss "
+        "covers whole conversations"
+    ]
+
+
+def test_conversations_without_a_template(base_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        labels_of(base_folder, talk(tmp_path / "x.jsonl"), tmp_path, template=None)
+    assert str(caught.value) == (
+        f"The tokenizer of {base_folder} has no chat template, which a stage with `messages` needs. Give the base "
+        "model one, or give the stage `prompt` and `completion`, or `text`."
+    )
+
+
+def test_loss_covers_completions(base_folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {i}: what lays eggs? Answer:", "completion": f" the hen {i}"} for i in range(6)]
+    found = labels_of(base_folder, write_jsonl(tmp_path / "x.jsonl", rows), tmp_path)
+    assert len(found) == 4
+    for row in found:
+        prompt, _, completion = row["text"].partition(" the hen")
+        assert prompt.endswith("Answer:")
+        assert row["trained"] == f" the hen{completion}"
+        assert completion.endswith("<|eos|>")
+
+
+def test_recipe_overrides_what_the_form_suggests(base_folder: Path, tmp_path: Path) -> None:
+    found = labels_of(base_folder, talk(tmp_path / "x.jsonl"), tmp_path, assistant_only_loss=False)
+    assert all(row["trained"] == row["text"] for row in found)
+
+
+# Training that was killed
+
+KILLED = """
+import json, os, re, signal, sys
+from pathlib import Path
+from hf_contmerge.training.data import load_stage_data
+from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.schema import Train
+
+order = json.loads(sys.stdin.read())
+
+def hook(event, args):
+    if event in ("open", "os.mkdir") and re.search(order["pattern"], f"{event} {args[0]}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+base, out = Path(order["base"]), Path(order["out"])
+train_expert(
+    start=base, base=base, data=load_stage_data(Dataset(path=order["data"], heldout=2), seed=0),
+    train=Train(**order["train"]), seed=0, out=out, checkpoints=out.with_name(out.name + "_checkpoints"),
+)
+"""
+MOMENTS = {
+    "the third checkpoint is begun": r"os.mkdir.*checkpoint-6",
+    "the third checkpoint is half written": r"open.*checkpoint-6/trainer_state.json",
+    "nothing is left but to save the expert": r"open.*/broken/config.json",
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "moment", "left", "lost"),
+    [
+        pytest.param({}, "the third checkpoint is begun", {"checkpoint-4"}, 4, marks=pytest.mark.slow),
+        pytest.param(
+            LORA, "the third checkpoint is half written", {"checkpoint-4", "checkpoint-6"}, 4, marks=pytest.mark.slow
+        ),
+        (LORA, "nothing is left but to save the expert", {"checkpoint-8"}, 0),
+    ],
+)
+def test_killed_training_goes_on(
+    strategy: Row, moment: str, left: set[str], lost: int, train: Callable[..., Row], base_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The weights are bit for bit those of training that was never broken, and only the lost steps are done again."""
+    path = sentences(tmp_path / "x.jsonl")
+    saving = {"save_strategy": "steps", "save_steps": 2, **strategy}
+    whole = train("whole", rows=load(path), **saving)
+    order = {
+        "pattern": MOMENTS[moment], "base": str(base_folder), "out": str(tmp_path / "broken"), "data": str(path),
+        "train": {**LIGHT, **saving},
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", KILLED], input=json.dumps(order), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    checkpoints = tmp_path / "broken_checkpoints"
+    assert {p.name for p in checkpoints.glob("checkpoint-*")} == left
+    if "half" in moment:
+        (checkpoints / "checkpoint-6/trainer_state.json").write_text('{"best_metric": nu')
+    shutil.rmtree(tmp_path / "broken", ignore_errors=True)  # as the run folder does before it trains again
+    told = list[int]()
+    record = train("broken", rows=load(path), on_log=lambda step, _: told.append(step), **saving)
+    assert told == list(range(record["steps"] - lost + 1, record["steps"] + 1))
+    assert same(tmp_path / "broken", tmp_path / "whole")
+    assert [record[k] for k in ("steps", "tokens", "loss")] == [whole[k] for k in ("steps", "tokens", "loss")]
+    assert record["log"] == whole["log"]
+
+
+# Bad settings
+
+
+def refused(kind: type[ContmergeError], start: Path, **fields: Any) -> str:
+    with pytest.raises(ContmergeError) as caught:
+        check_training(Train(**fields), start)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+SETTINGS: list[tuple[Row, str]] = [
+    (
+        {"strategy": "ful"},
+        f"Unknown strategy 'ful' in train. Did you mean 'full'? Known: {', '.join(strategy_names())}.",
+    ),
+    ({"output_dir": "x"}, "train.output_dir is set by the run folder; remove it from `train`."),
+    ({"seed": 3}, "train.seed is set by `seed` of the recipe; remove it from `train`."),
+    (
+        {"resume_from_checkpoint": "x"},
+        "train.resume_from_checkpoint is set by the run folder; remove it from `train`.",
+    ),
+    (
+        {"parameters": {"r": 4}},
+        "train.parameters: Full.__init__() got an unexpected keyword argument 'r' (strategy full)",
+    ),
+    (
+        {"strategy": "lora", "parameters": {"rank": 4}},
+        "train.parameters: LoraConfig.__init__() got an unexpected keyword argument 'rank' (strategy lora)",
+    ),
+    (
+        {"strategy": "lora", "parameters": {"layers_to_transform": [0]}},
+        "train.parameters: `layers_to_transform` cannot be used when `target_modules` is a str. (strategy lora)",
+    ),
+    (
+        {"save_strategy": "sometimes"},
+        "train: sometimes is not a valid SaveStrategy, please select one of ['no', 'steps', 'epoch', 'best']",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), SETTINGS, ids=[" ".join(f) for f, _ in SETTINGS])
+def test_setting_that_cannot_be(fields: Row, message: str, base_folder: Path) -> None:
+    assert refused(RecipeError, base_folder, **fields) == message
+
+
+def test_unknown_field(base_folder: Path) -> None:
+    message = refused(RecipeError, base_folder, learning_rat=1e-3)
+    assert message.startswith("Unknown field 'learning_rat' in train. Did you mean 'learning_rate'? Known: ")
+    assert "'strategy'" in refused(RecipeError, base_folder, stratgy="lora")
+
+
+def test_good_settings(base_folder: Path) -> None:
+    for fields in ({}, LIGHT, {**LIGHT, **LORA}):
+        check_training(Train(**fields), base_folder)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"r": 0}, "`r` should be a positive integer value but the value passed is 0"),
+        ({"bias": "some"}, "Requested bias: some, is not implemented."),
+        ({"target_modules": ["nope"]}, "Target modules {'nope'} not found in the base model."),
+    ],
+)
+def test_lora_that_does_not_fit_the_model(parameters: Row, message: str, train: Callable[..., Row]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        train("expert", strategy="lora", parameters=parameters)
+    assert str(caught.value).startswith(f"train.parameters: {message}")
+    assert str(caught.value).endswith(" (strategy lora)")
+
+
+def test_too_little_memory(tmp_path: Path) -> None:
+    """A model of which there is only the header, in a sparse file: a tenth as many parameters as memory has bytes."""
+    columns = psutil.virtual_memory().total // 10 // 1024
+    size = 2 * 1024 * columns
+    header = {"w": {"dtype": "BF16", "shape": [1024, columns], "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        os.truncate(file.fileno(), 8 + len(text) + size)
+    assert Weights(tmp_path).numel() == 1024 * columns
+    message = refused(ResourceError, tmp_path)
+    have = psutil.virtual_memory().total / 2**30
+    assert message == (
+        f"Training {tmp_path} with strategy full needs about {16 * 1024 * columns / 2**30:.1f} GiB and this machine "
+        f"has {have:.1f} GiB. Use `strategy: lora`, a smaller model, or more GPUs."
+    )
+    check_training(Train(strategy="lora"), tmp_path)
