@@ -74,7 +74,7 @@ def _init(args: argparse.Namespace) -> None:
     from hf_contmerge.merging.rules import make_rule
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.crew import Crew
-    from hf_contmerge.runtime.ranks import find_ranks, together
+    from hf_contmerge.runtime.ranks import find_ranks
 
     def parsed() -> dict[str, Any]:
         found = _parameters(args.set)
@@ -82,7 +82,7 @@ def _init(args: argparse.Namespace) -> None:
         return found
 
     crew = Crew(ranks=find_ranks())
-    parameters = together(crew.ranks, parsed)
+    parameters = crew.ranks.all(parsed)
     state = MergeState.create(args.state, base=args.base, rule=args.rule, crew=crew, **parameters)
     _say(f"{state.folder} is ready. Next: contmerge merge add {state.folder} EXPERT")
 
@@ -95,7 +95,6 @@ def _add(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hf_contmerge.runtime.ranks import together
 
     crew = _crew(args)
     state = _state(args, crew)
@@ -106,7 +105,7 @@ def _export(args: argparse.Namespace) -> None:
         worst = max(errors, key=lambda name: errors[name])
         _say(f"{args.out}: {len(errors)} modules; largest relative error {errors[worst]:.1e}, of {worst}")
         return
-    size = together(crew.ranks, lambda: _model_shard_size(args))
+    size = crew.ranks.all(_model_shard_size, args)
     state.export(args.out, dtype=args.dtype, shard_size=size, tokenizer_from=args.tokenizer_from, crew=crew)
     _say(f"{args.out} is written.")
 
@@ -134,26 +133,23 @@ def _drop(args: argparse.Namespace) -> None:
 def _owners(args: argparse.Namespace) -> None:
     from hf_contmerge.merging.analysis import write_ownership
     from hf_contmerge.runtime.crew import Crew
-    from hf_contmerge.runtime.ranks import find_ranks, together
+    from hf_contmerge.runtime.ranks import find_ranks
 
     crew = Crew(ranks=find_ranks())
     state = _state(args, crew)
     out = Path(args.out or args.state)
-    table, picture = together(crew.ranks, lambda: write_ownership(state, out), leader_only=True)
+    table, picture = crew.ranks.first(write_ownership, state, out)
     _say(f"Shares:  {table}\nPicture: {picture}")
 
 
 def _from_recipe(args: argparse.Namespace) -> None:
     from hf_contmerge.merging.in_mergekit.recipe import read_mergekit_recipe
     from hf_contmerge.merging.in_mergekit.replay import carry_out
-    from hf_contmerge.runtime.ranks import together
 
     crew = _crew(args)
-    recipe, size = together(
-        crew.ranks, lambda: (read_mergekit_recipe(Path(args.recipe)), _size(args.shard_size)), leader_only=True
-    )
+    recipe, size = crew.ranks.first(lambda: (read_mergekit_recipe(Path(args.recipe)), _size(args.shard_size)))
     found = carry_out(recipe, Path(args.out), shard_size=size, crew=crew, force=args.force)
-    if crew.ranks.rank == 0:
+    if crew.ranks.is_main:
         norms = ", ".join(f"{n:.4g}" for n in found.norms.experts)
         _say(f"{args.out} is written: {recipe.rule}, scale {found.scale:.6g}, norms of the task vectors {norms}")
 
@@ -174,9 +170,8 @@ def _say(text: str) -> None:
 
 def _state(args: argparse.Namespace, crew: Crew) -> MergeState:
     from hf_contmerge.merging.state import MergeState
-    from hf_contmerge.runtime.ranks import together
 
-    return together(crew.ranks, lambda: MergeState.load(args.state), leader_only=True)
+    return crew.ranks.first(MergeState.load, args.state)
 
 
 def _crew(args: argparse.Namespace) -> Crew:
@@ -184,10 +179,10 @@ def _crew(args: argparse.Namespace) -> Crew:
 
     from hf_contmerge.runtime.crew import Crew
     from hf_contmerge.runtime.progress import progress_bar
-    from hf_contmerge.runtime.ranks import find_ranks, together
+    from hf_contmerge.runtime.ranks import find_ranks
 
     ranks = find_ranks()
-    device = together(ranks, lambda: _device(args.device, args.workers))
+    device = ranks.all(_device, args.device, args.workers)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", ranks.rank % ranks.per_host % torch.cuda.device_count())
     return Crew(ranks=ranks, workers=args.workers, device=device, bar=progress_bar)

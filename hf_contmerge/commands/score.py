@@ -131,7 +131,6 @@ def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answ
     """Measure what the cache does not know, on all ranks; return the answer on the main one, else None."""
     from hf_contmerge.models.layout import check_tokenizer
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
-    from hf_contmerge.runtime.ranks import in_turn
     from hf_contmerge.scoring.score import score_asked
     from hf_contmerge.scoring.tasks import check_tasks
 
@@ -147,7 +146,7 @@ def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answ
         check_tasks(asked.tasks, folders, split=asked.part != "all", limit=asked.evaluate.limit)
         return whole
 
-    seen, scores = score_asked(in_turn(crew.ranks, look), ranks=ranks, cache=cache)
+    seen, scores = score_asked(crew.ranks.local_main_first(look), ranks=ranks, cache=cache)
     leave_ranks()
     return _answer(seen, scores) if ranks.is_main_process else None
 

@@ -23,7 +23,6 @@ from hf_contmerge.merging.state import Folded
 from hf_contmerge.run.recipe.parts import Guard, Rung, Task
 from hf_contmerge.run.scores import Scores
 from hf_contmerge.runtime.files import remove, write_atomically
-from hf_contmerge.runtime.ranks import together
 from hf_contmerge.scoring.forgetting.budget import Judgement, judge
 from hf_contmerge.scoring.forgetting.paired import CONFIDENCE
 from hf_contmerge.scoring.forgetting.search import best_coefficient, keeps_general, largest_that_holds, objective
@@ -160,7 +159,7 @@ class Chooser:
 
     def give_up(self) -> None:
         """Raise BudgetError on all ranks, with all scratch removed and what was tried in guard.json."""
-        together(self._bench.crew.ranks, self._raise, leader_only=True)
+        self._bench.crew.ranks.first(self._raise)
 
     # Rungs
 
@@ -220,7 +219,7 @@ class Chooser:
             utilities = {t.name: scores[t.name].utility for t in self._tasks}
             return judgement, share, keeps_general(scores, base, general, confidence), utilities
 
-        judgement, share, allowed, utilities = together(self._bench.crew.ranks, find, leader_only=True)
+        judgement, share, allowed, utilities = self._bench.crew.ranks.first(find)
         seconds = round(time.monotonic() - start, 2)
         at_most = self._guard.max_forgetting if self._guard and what == "shrink" else math.inf
         found = Try(what, folded, judgement, share, allowed, utilities, seconds, scores, at_most)

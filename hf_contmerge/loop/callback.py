@@ -52,7 +52,7 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import scored_tasks
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import remove, sync_files, write_atomically
-from hf_contmerge.runtime.ranks import find_ranks, together
+from hf_contmerge.runtime.ranks import find_ranks
 from hf_contmerge.training.job import ModelName
 from hf_contmerge.training.saving import whole_state
 
@@ -121,22 +121,22 @@ class ContinualMergeCallback(TrainerCallback):
     ) -> None:
         """Check all that could fail hours later, and measure the base."""
         crew = Crew(ranks=find_ranks())
-        together(crew.ranks, _refuse_sharing)
+        crew.ranks.all(_refuse_sharing)
         with _as_it_was():
             opened = open_state(
                 self._folder, base=self._base, rule=self._rule, parameters=self._parameters, crew=crew
             )  # fmt: skip
             name = self._name or Path(str(args.output_dir)).name
-            together(crew.ranks, lambda: self._check_free(name, opened), leader_only=True)
+            crew.ranks.first(self._check_free, name, opened)
             base = opened.base()
             plain = extract_model_from_parallel(model)
             _check_model(plain, opened, base, crew)
-            together(crew.ranks, lambda: self._check_disk(plain, opened, base), leader_only=True)
+            crew.ranks.first(self._check_disk, plain, opened, base)
             scores = StageScores(self._folder)
-            tasks, how = together(crew.ranks, lambda: scores.settings(self._tasks, self._evaluate), leader_only=True)
+            tasks, how = crew.ranks.first(scores.settings, self._tasks, self._evaluate)
             self._stage = _Stage(name, opened, crew, tasks, how)
             self._measure(self._stage, base.folder, scores.base)
-            together(crew.ranks, lambda: scores.keep_settings(tasks, how), leader_only=True)
+            crew.ranks.first(scores.keep_settings, tasks, how)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -151,15 +151,15 @@ class ContinualMergeCallback(TrainerCallback):
         stage.state.add(expert, stages=[stage.name], crew=crew)
         merged = self._export / stage.name if self._export else stage.folder / ".merged"
         if self._export or stage.tasks:
-            together(crew.ranks, lambda: remove(stage.folder / ".merged"), leader_only=True)
+            crew.ranks.first(lambda: remove(stage.folder / ".merged"))
             stage.state.export(merged, crew=crew)
         self._measure(stage, expert, stage.scores.expert(stage.name))
         self._measure(stage, merged, stage.scores.merged(stage.name))
-        if crew.ranks.rank == 0:
+        if crew.ranks.is_main:
             remove(stage.folder / ".merged")
             if stage.tasks:
                 _tell(stage, args, state, control, plain)
-        crew.ranks.gather(None)
+        crew.ranks.barrier()
 
     def _check_free(self, name: str, opened: MergeState) -> None:
         """Raise an error if a stage of this name cannot be added, or its merged model cannot be written."""
@@ -189,14 +189,14 @@ class ContinualMergeCallback(TrainerCallback):
 
     def _measure(self, stage: _Stage, model: Path, place: Place) -> None:
         """Measure what is not yet known of a model; on all ranks."""
-        known = together(stage.crew.ranks, lambda: scored_tasks(place), leader_only=True)
+        known = stage.crew.ranks.first(scored_tasks, place)
         missing = [task for task in stage.tasks if task.name not in known]
         if missing:
             how = stage.evaluate.model_dump(exclude={"include_path"}, exclude_unset=True)
             found = score_stage(
                 model, missing, tasks_folder=stage.evaluate.include_path, base=stage.state.base().folder, **how
             )
-            together(stage.crew.ranks, lambda: stage.scores.keep(place, found), leader_only=True)
+            stage.crew.ranks.first(stage.scores.keep, place, found)
 
 
 def _refuse_sharing() -> None:
@@ -217,19 +217,19 @@ def _refuse_sharing() -> None:
 def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> None:
     """Raise ModelError if what is to be trained could not be merged: an adapter is saved for trial, and opened."""
     if not hasattr(model, "peft_config"):
-        together(crew.ranks, lambda: check_layout(model, base))
+        crew.ranks.all(check_layout, model, base)
         return
     log = state.log()
     with tempfile.TemporaryDirectory() as scratch:
         folder = _write_adapter(model, Path(scratch) / "adapter", crew)
         names = {log.base, log.base_folder}
-        together(crew.ranks, lambda: open_expert(folder, base, base_names=names) and None, leader_only=True)
+        crew.ranks.first(lambda: open_expert(folder, base, base_names=names) and None)
 
 
 def _save(model: Any, processing: Any, stage: _Stage) -> Path:
     """Write what was trained to the stage's `expert`, which appears whole; return it."""
     scratch, out, ranks = stage.folder / ".expert", stage.folder / "expert", stage.crew.ranks
-    together(ranks, lambda: remove(scratch), leader_only=True)
+    ranks.first(remove, scratch)
     if hasattr(model, "peft_config"):
         written = _write_adapter(model, scratch, stage.crew)
     else:
@@ -241,7 +241,7 @@ def _save(model: Any, processing: Any, stage: _Stage) -> Path:
         written.rename(out)
         remove(scratch)
 
-    together(ranks, publish, leader_only=True)
+    ranks.first(publish)
     return out
 
 
@@ -255,7 +255,7 @@ def _write_model(model: Any, processing: Any, folder: Path, stage: _Stage) -> Pa
         else:
             copy_companions(stage.state.base().folder, folder, dtype=model.dtype)
 
-    together(ranks, write, leader_only=True)
+    ranks.first(write)
     return folder
 
 
@@ -266,14 +266,14 @@ def _write_adapter(model: Any, folder: Path, crew: Crew) -> Path:
     def write() -> None:
         model.save_pretrained(folder, state_dict=state, selected_adapters=[name])
 
-    together(crew.ranks, write, leader_only=True)
+    crew.ranks.first(write)
     return folder if name == "default" else folder / name
 
 
 def _whole_state(model: Any, crew: Crew) -> dict[str, Any] | None:
     """Return the weights of a model that is shared out among the ranks (FSDP2); None for one that is whole."""
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
-        return whole_state(model, keep=crew.ranks.rank == 0)
+        return whole_state(model, keep=crew.ranks.is_main)
     return None
 
 

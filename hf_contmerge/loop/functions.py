@@ -36,7 +36,6 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.launching import join_ranks, leave_ranks
-from hf_contmerge.runtime.ranks import in_turn, main_first, together
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import write_task
 from hf_contmerge.scoring.score import score_loaded, score_model
@@ -80,20 +79,20 @@ def finetune_stage(
     """
     recipe = recipe_of(data, strategy, parameters or {}, seed, training)
     crew, out = _join(recipe.train)[1], Path(out)
-    job = main_first(crew.ranks, lambda: look_up(recipe, model, data, base))
-    inputs = together(crew.ranks, lambda: job.inputs(recipe), leader_only=True)
-    record = together(crew.ranks, lambda: finished(out, inputs), leader_only=True)
+    job = crew.ranks.main_first(look_up, recipe, model, data, base)
+    inputs = crew.ranks.first(job.inputs, recipe)
+    record = crew.ranks.first(finished, out, inputs)
     if record is None:
         work = working_folder(out, inputs)
-        together(crew.ranks, lambda: make_room(out, work), leader_only=True)
+        crew.ranks.first(make_room, out, work)
         record = train_expert(
             start=job.start, base=job.base, data=job.data, train=recipe.train, seed=seed, out=work / "expert",
             checkpoints=work / "checkpoints", memory=job.memory, memory_out=work / "memory",
             trust_remote_code=recipe.trust_remote_code,
         )  # fmt: skip
-        together(crew.ranks, lambda: publish(work, out, {**record, "inputs": inputs}), leader_only=True)
+        crew.ranks.first(lambda: publish(work, out, {**record, "inputs": inputs}))
     memory = out / OWN / "memory"
-    kept = together(crew.ranks, memory.is_dir, leader_only=True)
+    kept = crew.ranks.first(memory.is_dir)
     told = (record["loss"], record["steps"], record["examples"], record["tokens"])
     return TrainedExpert(out, job.base, *told, memory if kept else None)
 
@@ -134,14 +133,14 @@ def merge_stage(
     crew, folder = _join(Train())[1], Path(state)
     base = base or (expert.base if isinstance(expert, TrainedExpert) else None)
     opened = open_state(folder, base=base, rule=rule, parameters=parameters, crew=crew)
-    found = in_turn(crew.ranks, lambda: resolve_model(os.fspath(expert), adapters=True))
-    digest = together(crew.ranks, lambda: expert_sha256(found), leader_only=True)
+    found = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(expert), adapters=True))
+    digest = crew.ranks.first(expert_sha256, found)
     number = next((i for i, e in enumerate(opened.log().experts, 1) if e.sha256 == digest), None)
     if number is None:
         opened.add(os.fspath(expert), stages=[stage] if stage else (), crew=crew)
     if export:
         out, wanted = Path(export), number or len(opened.log().experts)
-        if not together(crew.ranks, lambda: _is_exported(opened, out, wanted), leader_only=True):
+        if not crew.ranks.first(_is_exported, opened, out, wanted):
             opened.export(out, dtype=dtype, crew=crew)
     return opened
 
@@ -150,9 +149,9 @@ def open_state(
     folder: Path, *, base: ModelName | None, rule: str | None, parameters: Mapping[str, Any], crew: Crew
 ) -> MergeState:
     """Return the state in a folder, or start one. Raises RecipeError if it was started with other words."""
-    if together(crew.ranks, (folder / "state.json").is_file, leader_only=True):
+    if crew.ranks.first((folder / "state.json").is_file):
         state = MergeState(folder)
-        together(crew.ranks, lambda: _check_same_start(state, base, rule, parameters), leader_only=True)
+        crew.ranks.first(_check_same_start, state, base, rule, parameters)
         return state
     if not base or not rule:
         lacking = " and ".join(word for word, value in (("base", base), ("rule", rule)) if not value)
@@ -236,20 +235,20 @@ def score_stage(
     check_versions(crew.ranks)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
-        main_first(crew.ranks, lambda: write_tasks(wanted, made, how))
+        crew.ranks.main_first(write_tasks, wanted, made, how)
         if not isinstance(model, str | os.PathLike):
             if tokenizer is None:
                 raise RecipeError("score_stage: a model in memory needs its `tokenizer`.")
             scores = score_loaded(model, tokenizer, wanted, task_folder=made, evaluate=how, ranks=ranks)
         else:
-            folder = in_turn(crew.ranks, lambda: resolve_model(os.fspath(model), adapters=True))
+            folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(model), adapters=True))
             known = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
-            whole = in_turn(crew.ranks, lambda: resolve_model(str(known)) if known else base_of(folder))
+            whole = crew.ranks.local_main_first(lambda: resolve_model(str(known)) if known else base_of(folder))
             scores = score_model(
                 folder, wanted, task_folder=made, evaluate=how, ranks=ranks, base=whole,
                 trust_remote_code=trust_remote_code,
             )[1]  # fmt: skip
-        return together(crew.ranks, lambda: scores, leader_only=True)
+        return crew.ranks.first(lambda: scores)
 
 
 def write_tasks(tasks: Sequence[Task], folder: Path, evaluate: Evaluate) -> None:

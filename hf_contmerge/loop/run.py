@@ -35,18 +35,17 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
     from hf_contmerge.loop.plan.checks import prepare
     from hf_contmerge.loop.trackers import Trackers, check_trackers
     from hf_contmerge.runtime.launching import join_ranks
-    from hf_contmerge.runtime.ranks import together
 
     check_trackers(recipe.train)
     ranks, crew = join_ranks(recipe.train.sft_fields)
-    run = together(crew.ranks, lambda: Run.open(recipe, folder), leader_only=True)
+    run = crew.ranks.first(Run.open, recipe, folder)
     with FolderLock(run.folder) if ranks.is_main_process else nullcontext():
         prepared = prepare(run, crew.ranks)
         trackers = Trackers.open(run) if ranks.is_main_process else Trackers()
         loop = Loop(run, ranks, PHASES.index(until), prepared, crew, trackers)
         loop.carry_out()
         trackers.close()
-    crew.ranks.gather(None)
+    crew.ranks.barrier()
     return run
 
 
@@ -111,7 +110,7 @@ class Loop:
         if self.ranks.is_main_process:
             place.scratch("expert")
             remove(place.folder / ".memory")
-        self.crew.ranks.gather(None)
+        self.crew.ranks.barrier()
         memory = self.run.memory_before(t, place.kind)
         alone = place.kind == "base" and t > 1  # an independent expert: nobody learns on from it
         outcome = train_expert(
@@ -222,9 +221,8 @@ class Loop:
 
     def _from_main(self, ask: Callable[[], T]) -> T:
         """Return the main process's answer on all ranks: they must never disagree on what is done."""
-        from hf_contmerge.runtime.ranks import together
 
-        return together(self.crew.ranks, ask, leader_only=True)
+        return self.crew.ranks.first(ask)
 
     @contextmanager
     def _phase(self, phase: Phase, place: Place) -> Iterator[dict[str, Any]]:
@@ -234,4 +232,4 @@ class Loop:
         with recorded_phase(self.run, place, phase, main=self.ranks.is_main_process) as record:
             yield record
             record["device"], record["processes"] = str(self.ranks.device), self.ranks.num_processes
-        self.crew.ranks.gather(None)
+        self.crew.ranks.barrier()

@@ -33,7 +33,6 @@ from hf_contmerge.run.recipe.parts import Rung, Task
 from hf_contmerge.run.scores import Scores, load_scores, write_scores
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import remove, sync_files, sync_folder, write_atomically
-from hf_contmerge.runtime.ranks import together
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.train_strategies.replay import Replay
 from hf_contmerge.training.finetune import train_expert
@@ -148,7 +147,7 @@ class Bench:
         if self.main:
             for new, old in ((running, self.before.running), (merged, self.before.model)):
                 shutil.copytree(old, new, copy_function=_link, dirs_exist_ok=True)
-        self.crew.ranks.gather(None)
+        self.crew.ranks.barrier()
         record = self.before.record("merge")
         rule = make_rule(name, record["parameters"], where=str(self.before.folder))
         norms = Norms(tuple(record["norms"]["experts"]), record["norms"]["running"])
@@ -158,7 +157,7 @@ class Bench:
         """Return an empty scratch folder, on all ranks."""
         if self.main:
             self.place.scratch(name)
-        self.crew.ranks.gather(None)
+        self.crew.ranks.barrier()
         return self.place.folder / f".{name}"
 
     # Measuring
@@ -175,7 +174,7 @@ class Bench:
     def measured(self, place: Place, model: Path, tasks: Sequence[Task]) -> Scores:
         """Return what `measure` finds of a model of the run, once: it is kept beside the model."""
         have = self._kept(place) if self.main else {}
-        missing = together(self.crew.ranks, lambda: [t for t in tasks if t.name not in have], leader_only=True)
+        missing = self.crew.ranks.first(lambda: [t for t in tasks if t.name not in have])
         if not missing:
             return have
         found = {**have, **self.measure(model, missing)}
@@ -202,10 +201,7 @@ class Bench:
     def replay(self, rung: Rung) -> Source:
         """Train the stage's expert once more, with examples of the earlier stages among its own."""
         place, settings = self.place.replayed, rung.model_dump(mode="json")
-        done = together(
-            self.crew.ranks, lambda: place.is_done("train") and place.record("train")["rung"] == settings,
-            leader_only=True,
-        )  # fmt: skip
+        done = self.crew.ranks.first(lambda: place.is_done("train") and place.record("train")["rung"] == settings)
         if not done:
             self._train_again(place, rung)
         return Source(self.t, place.record("train")["model_sha256"], place.model, replayed=True)
@@ -217,7 +213,7 @@ class Bench:
             place.scratch("expert")
             remove(memory)
             self._remember(memory, rung)
-        self.crew.ranks.gather(None)
+        self.crew.ranks.barrier()
         start = run.start_of(self.t, self.kind) or self.prepared.base
         outcome = train_expert(
             start=start, base=self.prepared.base, data=self.prepared.data[stage.name],
@@ -229,7 +225,7 @@ class Bench:
             place.finish("train", {**outcome, "model_sha256": digest, "rung": rung.model_dump(mode="json")})
             remove(place.checkpoints)
             remove(memory)
-        self.crew.ranks.gather(None)
+        self.crew.ranks.barrier()
 
     def _remember(self, memory: Path, rung: Rung) -> None:
         """Write what the replay strategy would have kept of the earlier stages, beside what others have kept."""

@@ -18,11 +18,9 @@ from hf_contmerge.merging._pieces import Piece, flat_slots, pieces, square, zero
 from hf_contmerge.merging.costs import stream_job, weight_of
 from hf_contmerge.merging.running import Running, write_factored
 from hf_contmerge.merging.write import MergedModel, Output, model_writer, opened, write_companions
-from hf_contmerge.models.experts import DenseExpert, Expert, task_vector
-from hf_contmerge.models.lora.reader import Adapter
+from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.weights import Weights, WeightsWriter
 from hf_contmerge.runtime.crew import Crew, Job
-from hf_contmerge.runtime.files import leads
 
 STATE_SHARD = 2**30
 """Bytes per file of a state: small enough to be shared evenly among hosts."""
@@ -84,7 +82,7 @@ class Fold:
         dense, low_rank = set(), set()
         for name in self.base.floating():
             old = self.before.rank(name) if self.before else 0
-            ranks = [_rank(expert, name) for expert in self.experts]
+            ranks = [expert.rank(name) for expert in self.experts]
             if old == 0 and not any(r != 0 for r in ranks):
                 continue
             total = sum(r for r in (old, *ranks) if r is not None)
@@ -94,7 +92,7 @@ class Fold:
         return dense, low_rank
 
     def _writers(self, dense: set[str], out: Path | None, merged: Output | None) -> dict[str, WeightsWriter]:
-        writers, leader = {}, leads(self.crew)
+        writers, leader = {}, self.crew.ranks.is_main
         if out and dense:
             shapes = {n: self.base.shape(n) for n in dense}
             slots = (self.rule.slots,) if self.rule.slots > 1 else ()
@@ -112,7 +110,7 @@ class Fold:
         before = self.before.tensor(name) if self.before else None
         old = flat_slots(self.rule, before) if before is not None else None
         owners = self._owners(name, before, base) if "owners" in writers else None
-        vectors = [task_vector(expert, name, base) for expert in self.experts]
+        vectors = [expert.reader(name, base) for expert in self.experts]
         squares, running_square = [0.0] * len(vectors), 0.0
         weight = weight_of(self.base, name, self.stages_before)
         for piece in pieces(self.rule, weight, base.shape, device, whole=self._in_one_go(name)):
@@ -141,7 +139,7 @@ class Fold:
     def _fold_low_rank(self, name: str, out: Path | None, model: MergedModel | None) -> _Squares:
         before = self.before.factored(name) if self.before and self.before.rank(name) else None
         weight = weight_of(self.base, name, self.stages_before)
-        factors = [e.factors(name) if isinstance(e, Adapter) and name in e.names else None for e in self.experts]
+        factors = [expert.factors(name) for expert in self.experts]
         if not all(bool(torch.isfinite(f).all()) for pair in factors if pair for f in pair):
             self._refuse_non_finite(name)
         state, norms = fold_factors(
@@ -155,15 +153,15 @@ class Fold:
 
     def _in_one_go(self, name: str) -> bool:
         """Say whether a weight must be worked on as a whole: an adapter's B @ A comes in one piece."""
-        return any(isinstance(e, Adapter) and name in e.names for e in self.experts)
+        return any(expert.is_whole(name) for expert in self.experts)
 
     def _owners(self, name: str, before: Tensor | None, base: Tensor) -> Tensor:
         owners = self.before.owners(name) if self.before and before is not None else None
         return torch.zeros(base.numel(), dtype=torch.uint8) if owners is None else owners.reshape(-1)
 
     def _prefetch(self, name: str) -> None:
-        for weights in (self.base, *(e.weights for e in self.experts if isinstance(e, DenseExpert))):
-            weights.prefetch(name)
+        for source in (self.base, *self.experts):
+            source.prefetch(name)
         if self.before:
             self.before.prefetch(name)
 
@@ -182,8 +180,10 @@ class Fold:
         base = self.base.tensor(name)
         yield self.base.folder, base
         for expert in self.experts:
-            is_adapter = isinstance(expert, Adapter)
-            yield expert.folder, expert.task_vector(name, base) if is_adapter else expert.weights.tensor(name)
+            stored = expert.values(name)
+            if stored is None:
+                stored = expert.reader(name, base)(0, base.numel(), base.reshape(-1).float())
+            yield expert.folder, stored
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,6 @@ class _Squares:
 
     experts: tuple[float, ...]
     running: float
-
-
-def _rank(expert: Expert, name: str) -> int | None:
-    """Return the rank of an expert's change of a weight; 0 for no change; None if it is not known to be low."""
-    if not isinstance(expert, Adapter):
-        return None
-    return expert.rank(name) if name in expert.names else 0
 
 
 def _write_state(writer: WeightsWriter, rule: MergeRule, name: str, piece: Piece, state: Tensor, numel: int) -> None:

@@ -23,7 +23,7 @@ from hf_contmerge.models.lora.writer import Factors, write_adapter
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import new_folder
-from hf_contmerge.runtime.ranks import together
+from hf_contmerge.runtime.ranks import OneRank
 
 
 def export_adapter(
@@ -42,7 +42,7 @@ def export_adapter(
     Raises:
         RecipeError: without a rank, for a weight whose change is not known to be of low rank.
     """
-    return together((crew or Crew()).ranks, lambda: _export(state, Path(out), rank), leader_only=True)
+    return (crew or Crew()).ranks.first(lambda: _export(state, Path(out), rank))
 
 
 def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
@@ -63,7 +63,7 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
             yield model.name(name), (left * scale, right)
 
     whole = _whole(rule, base, running, set(low_rank), scale, stages)
-    with new_folder(out, Crew()) as scratch:
+    with new_folder(out, OneRank()) as scratch:
         write_adapter(
             scratch, factors(), base_model=log.base, whole={model.name(n): t for n, t in whole.items()},
             embeddings=model.tables, conv1d=model.conv1d & {model.name(n) for n in low_rank},

@@ -24,8 +24,7 @@ from hf_contmerge.errors import RunError
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.config import layer_of, layer_order
-from hf_contmerge.models.experts import Expert, open_expert, task_vector
-from hf_contmerge.models.lora.reader import Adapter
+from hf_contmerge.models.experts import Expert, open_expert
 from hf_contmerge.models.weights import Weights
 
 _RUN = 32  # elements that lie side by side: a page of the file is read for them anyway
@@ -95,16 +94,16 @@ def _vector(expert: Expert | None, name: str, base: Weights, at: Tensor, wide: T
     """Return the sampled elements of an expert's task vector; zeros for an expert that is gone."""
     if expert is None:
         return torch.zeros_like(wide)
-    if not isinstance(expert, Adapter):
-        return expert.weights.tensor(name).reshape(-1)[at].float() - wide
-    if name not in expert.names:
+    if (stored := expert.values(name)) is not None:
+        return stored.reshape(-1)[at].float() - wide
+    if expert.rank(name) == 0:
         return torch.zeros_like(wide)
     if factors := expert.factors(name):  # only the sampled elements of the product
         left, right = factors
         columns = right.shape[1]
         return torch.cat([(left[i // columns] * right.T[i % columns]).sum(dim=1) for i in at.split(2**14)])
     tensor = base.tensor(name)
-    return task_vector(expert, name, tensor)(0, tensor.numel(), tensor.reshape(-1).float())[at]
+    return expert.reader(name, tensor)(0, tensor.numel(), tensor.reshape(-1).float())[at]
 
 
 def _table(over: Tensor, under: Tensor) -> list[list[float | None]]:

@@ -44,11 +44,9 @@ from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.write import Merged, Output, write_merged
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.models.folder import resolve_model
-from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.weights import SHARD_SIZE, Weights, weights_sha256
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
-from hf_contmerge.runtime.ranks import in_turn, together
 from hf_contmerge.runtime.versions import versions
 
 
@@ -82,7 +80,7 @@ class MergeState:
             )  # fmt: skip
             write_log(state.folder, log)
 
-        together((crew or Crew()).ranks, make, leader_only=True)
+        (crew or Crew()).ranks.first(make)
         return state
 
     @classmethod
@@ -131,8 +129,8 @@ class MergeState:
         """
         crew = crew or Crew()
         with self._changing(crew) as log:
-            folders = in_turn(crew.ranks, lambda: [resolve_model(str(m), adapters=True) for m in models])
-            base, experts = together(crew.ranks, lambda: self._open(log, folders, force=force))
+            folders = crew.ranks.local_main_first(lambda: [resolve_model(str(m), adapters=True) for m in models])
+            base, experts = crew.ranks.all(self._open, log, folders, force=force)
 
             def admit() -> tuple[list[str], list[str]]:
                 names = stage_names([e.stage for e in log.experts], models, stages)
@@ -140,7 +138,7 @@ class MergeState:
                 refuse_twins(log, models, digests)
                 return names, digests
 
-            names, digests = together(crew.ranks, admit, leader_only=True)
+            names, digests = crew.ranks.first(admit)
             start = time.monotonic()
             out = self._next_running(log, crew)
             found = merge_experts(
@@ -149,7 +147,7 @@ class MergeState:
             )  # fmt: skip
             seconds = round((time.monotonic() - start) / len(models), 3)
             norms = found.norms.experts[len(log.experts) :]
-            kinds = ["adapter" if isinstance(e, Adapter) else "model" for e in experts]
+            kinds = [expert.kind for expert in experts]
             new = [
                 FoldedExpert(stage, name_of(model), str(folder.resolve()), digest, norm, kind, seconds, _now())
                 for stage, model, folder, digest, norm, kind in zip(
@@ -173,9 +171,9 @@ class MergeState:
                     raise RecipeError(unknown("stage", stage, [e.stage for e in log.experts], where=str(self.folder)))
                 require_kept(kept, stage)
 
-            together(crew.ranks, check, leader_only=True)
+            crew.ranks.first(check)
             folders = [Path(e.folder) for e in kept]
-            base, experts = together(crew.ranks, lambda: self._open(log, folders, force=True))
+            base, experts = crew.ranks.all(self._open, log, folders, force=True)
             if not kept:
                 self._publish(log, None, (), 0.0, crew)
                 return self
@@ -203,16 +201,16 @@ class MergeState:
             tokenizer_from: the model whose tokenizer, chat template and generation config it gets; the base by default.
         """
         crew, out = crew or Crew(), Path(out)
-        log = together(crew.ranks, self.log, leader_only=True)
-        running, base, kind = together(crew.ranks, lambda: (self.require_running(log), self.base(), dtype_named(dtype)))
-        companions = in_turn(crew.ranks, lambda: resolve_model(tokenizer_from)) if tokenizer_from else None
+        log = crew.ranks.first(self.log)
+        running, base, kind = crew.ranks.all(lambda: (self.require_running(log), self.base(), dtype_named(dtype)))
+        companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
         only = self._only(log, base, crew)
-        with new_folder(out, crew) as scratch:
+        with new_folder(out, crew.ranks) as scratch:
             output = Output(scratch, kind, shard_size, companions)
             rule = make_rule(log.rule, log.parameters)
             found = Merged(log.norms(), rule.scale(log.norms()))
             write_merged(rule, base, running, found, output, only=only, crew=crew)
-            together(crew.ranks, lambda: self._write_lineage(log, scratch), leader_only=True)
+            crew.ranks.first(self._write_lineage, log, scratch)
         return out
 
     def require_running(self, log: Log | None = None) -> Path:
@@ -231,9 +229,9 @@ class MergeState:
         if len(log.experts) != 1 or self.scale() != 1.0:
             return None
         first = log.experts[0]
-        if not together(crew.ranks, lambda: is_as_it_was(first), leader_only=True):
+        if not crew.ranks.first(is_as_it_was, first):
             return None
-        return together(crew.ranks, lambda: open_expert(Path(first.folder), base, force=True))
+        return crew.ranks.all(lambda: open_expert(Path(first.folder), base, force=True))
 
     def _open(self, log: Log, folders: Sequence[Path], *, force: bool) -> tuple[Weights, list[Expert]]:
         base, names = self.base(), {log.base, log.base_folder}
@@ -263,11 +261,11 @@ class MergeState:
                 self._clear_all_but({log.running})
                 return log
 
-            log = together(crew.ranks, begin, leader_only=True)
+            log = crew.ranks.first(begin)
             try:
                 yield log
             except (ContmergeError, OSError, ValueError):
-                if crew.ranks.rank == 0:
+                if crew.ranks.is_main:
                     self._clear_all_but({self.log().running})
                 raise
 
@@ -279,7 +277,7 @@ class MergeState:
     def _next_running(self, log: Log, crew: Crew) -> Path:
         number = int(log.running.removeprefix("running-")) + 1 if log.running else 1
         out = self.folder / f"running-{number}"
-        together(crew.ranks, out.mkdir, leader_only=True)
+        crew.ranks.first(out.mkdir)
         return out
 
     def _publish(
@@ -294,8 +292,8 @@ class MergeState:
             self._clear_all_but({name})
 
         if out:
-            together(crew.ranks, lambda: sync_files(out))
-        together(crew.ranks, write, leader_only=True)
+            crew.ranks.all(sync_files, out)
+        crew.ranks.first(write)
 
 
 def _now() -> str:

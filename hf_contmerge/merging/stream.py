@@ -28,7 +28,6 @@ from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
 from hf_contmerge.models.weights import Weights, WeightsWriter
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.ranks import together
 
 LOG = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def merge_experts(
     scratch = merged_out.folder / ".running" if merged_out and not at_once and not running_out else None
     state_out = running_out or scratch
     if state_out:
-        together(crew.ranks, lambda: state_out.mkdir(exist_ok=True), leader_only=True)
+        crew.ranks.first(state_out.mkdir, exist_ok=True)
     fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew)
     norms = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
     found = Merged(norms, rule.scale(norms))
@@ -76,7 +75,7 @@ def merge_experts(
         only = experts[0] if len(norms.experts) == 1 else None
         write_merged(rule, base, state_out, found, merged_out, only=only, crew=crew)
     if scratch:
-        together(crew.ranks, lambda: shutil.rmtree(scratch), leader_only=True)
+        crew.ranks.first(shutil.rmtree, scratch)
     return found
 
 

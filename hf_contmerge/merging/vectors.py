@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config, layer_of, layer_order, special_tokens, tokens_of
-from hf_contmerge.models.experts import Expert, open_expert, task_vector
+from hf_contmerge.models.experts import Expert, open_expert
 from hf_contmerge.models.weights import Weights
 
 _SAME = ("model_type", "hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -114,7 +114,7 @@ def compare_vectors(base: Weights, before: Expert, plus: Weights, less: Weights)
     sums: dict[str, Tensor] = {}
     for name in base.floating():
         tensor = base.tensor(name)
-        domain = task_vector(before, name, tensor)(0, tensor.numel(), tensor.reshape(-1).float()).double()
+        domain = before.reader(name, tensor)(0, tensor.numel(), tensor.reshape(-1).float()).double()
         vector = (plus.tensor(name).float() - less.tensor(name).float()).reshape(-1).double()
         part = torch.stack([vector @ domain, vector @ vector, domain @ domain])
         for layer in (layer_of(name), "all"):

@@ -16,12 +16,10 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._pieces import Piece, flat_slots, merged_tensor, pieces
 from hf_contmerge.merging.costs import stream_job, weight_of
 from hf_contmerge.merging.running import Running
-from hf_contmerge.models.experts import Expert, own_values
+from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
 from hf_contmerge.models.weights import SHARD_SIZE, Plan, Weights, WeightsWriter
 from hf_contmerge.runtime.crew import Crew, Job
-from hf_contmerge.runtime.files import leads
-from hf_contmerge.runtime.ranks import together
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,7 @@ def write_merged(
 
 def write_companions(base: Weights, out: Output, crew: Crew) -> None:
     """Put config, tokenizer, chat template and generation config beside a model's weights."""
-    together(
-        crew.ranks,
-        lambda: copy_companions(base.folder, out.folder, dtype=out.dtype, tokenizer_from=out.companions),
-        leader_only=True,
-    )
+    crew.ranks.first(copy_companions, base.folder, out.folder, dtype=out.dtype, tokenizer_from=out.companions)
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ class MergedModel:
 
     def write_piece(self, weight: Weight, piece: Piece, base: Tensor, running: Tensor) -> None:
         read = self.rule.read_out(running, weight)
-        own = own_values(self.only, weight.name) if self.only and self.scale == 1.0 else None
+        own = self.only.values(weight.name) if self.only and self.scale == 1.0 else None
         taken = piece.of(own.reshape(-1)).to(base.device) if own is not None else None
         merged = merged_tensor(base, read, self.scale, self.writer.dtype(weight.name), expert=taken)
         self.writer.write(weight.name, merged, start=piece.start)
@@ -116,7 +110,7 @@ class MergedModel:
 
 def model_writer(base: Weights, out: Output, crew: Crew) -> WeightsWriter:
     """Return the writer of a merged model."""
-    return WeightsWriter(out.folder, merged_plan(base, out.dtype), shard_size=out.shard_size, leader=leads(crew))
+    return WeightsWriter(out.folder, merged_plan(base, out.dtype), shard_size=out.shard_size, leader=crew.ranks.is_main)
 
 
 def merged_plan(base: Weights, dtype: torch.dtype | None) -> Plan:
@@ -142,8 +136,8 @@ def opened(crew: Crew, writers: Sequence[WeightsWriter], later: Sequence[Weights
             for writer in writers:
                 stack.enter_context(writer)
 
-        together(crew.ranks, create, leader_only=True)
-        together(crew.ranks, enter if not leads(crew) else lambda: None)
+        crew.ranks.first(create)
+        crew.ranks.all(enter if not crew.ranks.is_main else lambda: None)
         yield
 
 

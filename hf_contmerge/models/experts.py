@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +19,47 @@ from hf_contmerge.models.lora.layout import FILE
 from hf_contmerge.models.lora.reader import Adapter, check_base
 from hf_contmerge.models.weights import Weights, tensor_bytes, weights_sha256
 
-Part = Callable[[int, int, Tensor], Tensor]
+ExpertKind = Literal["model", "adapter"]
+
+Reader = Callable[[int, int, Tensor], Tensor]
 """(start, stop, base's elements start:stop in float32) -> the task vector's elements, float32, all flat."""
+
+
+class Expert(Protocol):
+    """A trained model, weight by weight, as the difference from its base. Names are the base's."""
+
+    folder: Path
+    kind: ExpertKind
+
+    def rank(self, name: str, /) -> int | None:
+        """Return the rank of a weight's change; 0 for no change; None where it is not known to be low."""
+        ...
+
+    def factors(self, name: str, /) -> tuple[Tensor, Tensor] | None:
+        """Return float32 left (m, r) and right (r, n) with change = left @ right; None where `rank` is 0 or None."""
+        ...
+
+    def reader(self, name: str, base: Tensor, /) -> Reader:
+        """Return a function that gives any run of a weight's change. `base`: the base's tensor, in any dtype."""
+        ...
+
+    def is_whole(self, name: str, /) -> bool:
+        """Say whether a weight's change is computed as a whole, so that reading parts of it gains nothing."""
+        ...
+
+    def values(self, name: str, /) -> Tensor | None:
+        """Return the weight as stored; None where the file stores a change."""
+        ...
+
+    def prefetch(self, name: str, /) -> None:
+        """Ask the system to read a weight ahead."""
+        ...
 
 
 class DenseExpert:
     """A full model of the base's layout."""
+
+    kind: ExpertKind = "model"
 
     def __init__(self, folder: Path, base: Weights) -> None:
         check_mergeable(folder)
@@ -44,8 +80,54 @@ class DenseExpert:
                     "can be merged. Use experts whose buffers are the base's."
                 )
 
+    def rank(self, _name: str) -> None:
+        return None
 
-Expert = DenseExpert | Adapter
+    def factors(self, _name: str) -> None:
+        return None
+
+    def reader(self, name: str, _base: Tensor) -> Reader:
+        stored = self.weights.tensor(name).reshape(-1)
+        return lambda start, stop, wide: torch.sub(stored[start:stop].to(wide.device), wide)
+
+    def is_whole(self, _name: str) -> bool:
+        return False
+
+    def values(self, name: str) -> Tensor:
+        return self.weights.tensor(name)
+
+    def prefetch(self, name: str) -> None:
+        self.weights.prefetch(name)
+
+
+class AdapterExpert:
+    """A peft adapter of the base."""
+
+    kind: ExpertKind = "adapter"
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.folder, self._adapter = adapter.folder, adapter
+        self._names = frozenset(adapter.names)
+
+    def rank(self, name: str) -> int | None:
+        return self._adapter.rank(name) if name in self._names else 0
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        return self._adapter.factors(name) if name in self._names else None
+
+    def reader(self, name: str, base: Tensor) -> Reader:
+        if name not in self._names:
+            return lambda _start, _stop, wide: torch.zeros_like(wide)
+        return lambda start, stop, wide: self._adapter.task_vector(name, base).reshape(-1)[start:stop].to(wide.device)
+
+    def is_whole(self, name: str) -> bool:
+        return name in self._names
+
+    def values(self, _name: str) -> None:
+        return None
+
+    def prefetch(self, _name: str) -> None:
+        return None
 
 
 def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = (), force: bool = False) -> Expert:
@@ -57,22 +139,7 @@ def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = ()
         return DenseExpert(folder, base)
     adapter = Adapter(folder, base)
     check_base(adapter, base_names, force=force)
-    return adapter
-
-
-def task_vector(expert: Expert, name: str, base: Tensor) -> Part:
-    """Return the reader of a weight's task vector, which gives any run of its elements."""
-    if isinstance(expert, Adapter):
-        if name not in expert.names:
-            return lambda _start, _stop, wide: torch.zeros_like(wide)
-        return lambda start, stop, wide: expert.task_vector(name, base).reshape(-1)[start:stop].to(wide.device)
-    stored = expert.weights.tensor(name).reshape(-1)
-    return lambda start, stop, wide: torch.sub(stored[start:stop].to(wide.device), wide)
-
-
-def own_values(expert: Expert, name: str) -> Tensor | None:
-    """Return the weight as a full model stores it; None for an adapter, which stores a difference."""
-    return None if isinstance(expert, Adapter) else expert.weights.tensor(name)
+    return AdapterExpert(adapter)
 
 
 def expert_sha256(folder: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_contmerge.runtime.ranks import OneRank, Ranks, T, together
+from hf_contmerge.runtime.ranks import OneRank, Ranks, T
 
 MEMORY_SHARE = 0.5
 """Of the memory that is free at the start, what the tensors in flight may take."""
@@ -80,7 +80,7 @@ class Crew:
         `prefetch` is called with the jobs that come next, so that reading overlaps with computing. Raises the first
         error of any rank on all of them.
         """
-        done = together(self.ranks, lambda: self._run_mine(self.mine(jobs), work, what, prefetch))
+        done = self.ranks.all(lambda: self._run_mine(self.mine(jobs), work, what, prefetch))
         return {name: result for part in self.ranks.gather(done) for name, result in part.items()}
 
     def _run_mine(

@@ -8,13 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_contmerge.errors import ContmergeError, RunError
-from hf_contmerge.runtime.ranks import together
-
-if TYPE_CHECKING:  # it loads torch
-    from hf_contmerge.runtime.crew import Crew
+from hf_contmerge.runtime.ranks import Ranks
 
 
 class FolderLock:
@@ -76,7 +72,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path, crew: Crew) -> Iterator[Path]:
+def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
     """Yield a hidden folder beside `out`, which takes its place when all has been written; after an error, it is gone.
 
     Raises RunError if `out` exists and is not empty.
@@ -94,16 +90,11 @@ def new_folder(out: Path, crew: Crew) -> Iterator[Path]:
         remove(out)
         scratch.rename(out)
 
-    together(crew.ranks, make, leader_only=True)
+    ranks.first(make)
     try:
         yield scratch
     except (ContmergeError, OSError, ValueError):
-        if leads(crew):
+        if ranks.is_main:
             remove(scratch)
         raise
-    together(crew.ranks, publish, leader_only=True)
-
-
-def leads(crew: Crew) -> bool:
-    """Say whether this is the rank that makes the files."""
-    return crew.ranks.rank == 0
+    ranks.first(publish)

@@ -6,30 +6,78 @@ import atexit
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from hf_contmerge.errors import ContmergeError, mark_shared
 
 T = TypeVar("T")
-
+P = ParamSpec("P")
 
 _PATIENCE = timedelta(days=2)
 """How long a rank waits for the others. A launcher ends them all when one dies; hashing a large model takes hours."""
 
 
-class Ranks(Protocol):
-    """The processes of one job; the only thing that the engine knows of a launcher."""
+class Ranks:
+    """The processes of one job; all that the package knows of a launcher.
+
+    A function that fails on any rank raises its error on every rank, so that no rank waits for one that has ended.
+    """
 
     rank: int
     size: int
     per_host: int
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's value on every rank, in rank order; a barrier too."""
-        ...
+        """Return every rank's value on every rank, in rank order."""
+        raise NotImplementedError
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
+
+    def first(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function on rank 0; return its result on every rank."""
+        return self._call(lambda: do(*args, **kwargs), main_only=True)
+
+    def all(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function on every rank; return each rank's own result."""
+        return self._call(lambda: do(*args, **kwargs), main_only=False)
+
+    def main_first(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function on rank 0, then on the others, which find what it fetched or wrote."""
+        return self._leader_first(self.is_main, self.size, lambda: do(*args, **kwargs))
+
+    def local_main_first(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function on the first rank of each host, then on the others, which find what it fetched."""
+        return self._leader_first(self.rank % self.per_host == 0, self.per_host, lambda: do(*args, **kwargs))
+
+    def _leader_first(self, leads: bool, group: int, do: Callable[[], T]) -> T:
+        if group == 1:
+            return self.all(do)
+        results = [self.all(do if leads == turn else lambda: None) for turn in (True, False)]
+        return cast(T, results[0 if leads else 1])
+
+    def _call(self, do: Callable[[], T], *, main_only: bool) -> T:
+        if self.size == 1:
+            return do()
+        value, failure = None, None
+        try:
+            if self.is_main or not main_only:
+                value = do()
+        except (ContmergeError, OSError, ValueError) as error:
+            failure = error
+        outcomes = self.gather((value if main_only else None, failure))
+        for _, error in outcomes:
+            if error is not None:
+                raise mark_shared(error)
+        return cast(T, outcomes[0][0] if main_only else value)
 
 
-class OneRank:
+class OneRank(Ranks):
     """A process on its own."""
 
     rank, size, per_host = 0, 1, 1
@@ -38,7 +86,7 @@ class OneRank:
         return [value]
 
 
-class LaunchedRanks:
+class LaunchedRanks(Ranks):
     """The ranks that torchrun, accelerate launch or a cluster's launcher has started."""
 
     def __init__(self) -> None:
@@ -71,39 +119,3 @@ def ranks_per_host(counts: Sequence[int]) -> int:
     1 is always safe: every rank then counts as a host, and writes files of its own.
     """
     return counts[0] if len(set(counts)) == 1 and len(counts) % counts[0] == 0 else 1
-
-
-def together(ranks: Ranks, do: Callable[[], T], *, leader_only: bool = False) -> T:
-    """Do something on all ranks, or on the first alone, and return this rank's (the first's) result everywhere.
-
-    If it fails anywhere, every rank raises the first failure, so that no rank waits for one that is gone.
-    """
-    if ranks.size == 1:
-        return do()
-    value, failure = None, None
-    try:
-        if ranks.rank == 0 or not leader_only:
-            value = do()
-    except (ContmergeError, OSError, ValueError) as error:
-        failure = error
-    outcomes = ranks.gather((value if leader_only else None, failure))
-    for _, error in outcomes:
-        if error is not None:
-            raise mark_shared(error)
-    return cast(T, outcomes[0][0] if leader_only else value)
-
-
-def main_first(ranks: Ranks, do: Callable[[], T]) -> T:
-    """Do something on the first rank of all, then on the others, which find what it has fetched or written."""
-    if ranks.size == 1:
-        return do()
-    found = [together(ranks, do if (ranks.rank == 0) == first else lambda: None) for first in (True, False)]
-    return cast(T, found[0] if ranks.rank == 0 else found[1])
-
-
-def in_turn(ranks: Ranks, do: Callable[[], T]) -> T:
-    """Do something on the first rank of each host, then on the others: what it fetches or converts, they find."""
-    if ranks.per_host > 1:
-        first = ranks.rank % ranks.per_host == 0
-        together(ranks, do if first else lambda: None)
-    return together(ranks, do)

@@ -32,7 +32,7 @@ from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew, Job
 from hf_contmerge.runtime.files import FolderLock
-from hf_contmerge.runtime.ranks import OneRank, in_turn, ranks_per_host, together
+from hf_contmerge.runtime.ranks import OneRank, Ranks, ranks_per_host
 
 T = TypeVar("T")
 BIN = Path(sys.executable).parent
@@ -70,7 +70,7 @@ COSTS = {
 
 
 @dataclass
-class Placed:
+class Placed(Ranks):
     """A rank that says where it is; nothing is asked of the others."""
 
     rank: int
@@ -157,7 +157,7 @@ class Team:
             return list(pool.map(one, range(self.size)))
 
 
-class TeamMember:
+class TeamMember(Ranks):
     def __init__(self, team: Team, rank: int) -> None:
         self.team, self.rank, self.size, self.per_host = team, rank, team.size, team.per_host
 
@@ -178,7 +178,7 @@ def done(results: Sequence[T | Exception]) -> None:
 def test_what_all_do_and_what_the_first_does() -> None:
     def work(crew: Crew) -> tuple[int, int]:
         ranks = crew.ranks
-        return together(ranks, lambda: ranks.rank), together(ranks, lambda: 7 + ranks.rank, leader_only=True)
+        return ranks.all(lambda: ranks.rank), ranks.first(lambda: 7 + ranks.rank)
 
     assert Team(3, 3).run(work) == [(0, 7), (1, 7), (2, 7)]
 
@@ -191,7 +191,7 @@ def test_what_fails_on_one_rank_fails_on_all(bad: int) -> None:
                 raise ModelError("this one is broken")
             return threading.Lock()  # what cannot be sent, and need not be
 
-        together(crew.ranks, fail)
+        crew.ranks.all(fail)
 
     assert [str(e) for e in Team(3, 3).run(work)] == ["this one is broken"] * 3
 
@@ -201,11 +201,11 @@ def test_the_first_of_each_host_goes_ahead() -> None:
     order: list[int] = []
 
     def fetch(crew: Crew) -> int:
-        return in_turn(crew.ranks, lambda: order.append(crew.ranks.rank) or crew.ranks.rank)
+        return crew.ranks.local_main_first(lambda: order.append(crew.ranks.rank) or crew.ranks.rank)
 
     assert Team(4, 2).run(fetch) == [0, 1, 2, 3]
     assert sorted(order[:2]) == [0, 2]
-    assert in_turn(OneRank(), lambda: 5) == 5
+    assert OneRank().local_main_first(lambda: 5) == 5
 
 
 def test_a_job_that_fails_on_one_rank_ends_all() -> None:

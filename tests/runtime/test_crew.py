@@ -16,7 +16,7 @@ import torch
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.runtime.crew import MEMORY_SHARE, Crew, Job
-from hf_contmerge.runtime.ranks import OneRank, find_ranks, together
+from hf_contmerge.runtime.ranks import OneRank, find_ranks
 
 
 def jobs(costs: Sequence[float], *, memory: int = 1, groups: Sequence[int] = ()) -> list[Job]:
@@ -199,4 +199,4 @@ def test_a_process_on_its_own() -> None:
     ranks = find_ranks()
     assert isinstance(ranks, OneRank)
     assert ranks.gather(7) == [7]
-    assert together(ranks, lambda: 8) == 8
+    assert ranks.all(lambda: 8) == 8

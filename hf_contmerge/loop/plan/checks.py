@@ -27,7 +27,7 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.steps import run_steps
-from hf_contmerge.runtime.ranks import Ranks, main_first
+from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import heldout_documents, write_perplexity_task, write_task
 from hf_contmerge.scoring.setup import check_evaluate, check_template
@@ -68,22 +68,22 @@ def prepare(run: Run, ranks: Ranks) -> Prepared:
         check_tokenizer(base)
         given = given_models(recipe, base)
         check_scoring(recipe, base, given, processes=ranks.size, per_machine=ranks.per_host)
-        if ranks.rank == 0:
+        if ranks.is_main:
             check_vectors(recipe, base, given)
         if any(s.dataset for s in recipe.stages):
             check_training(recipe.train, base)
             check_kept_adapters(recipe, kinds, given)
-        data = load_data(run, base, write=ranks.rank == 0)
+        data = load_data(run, base, write=ranks.is_main)
         check_stages(recipe, data)
         check_replay(recipe, data)
         return base, given, data
 
     check_versions(ranks)
-    base, given, data = main_first(ranks, look_up)
+    base, given, data = ranks.main_first(look_up)
     folders = recipe.evaluate.task_folders(run.tasks)
     tasks = list(recipe.measured(run.stage_numbers()))
     check_tasks(tasks, folders, split=recipe.tunes, limit=recipe.evaluate.limit)
-    if ranks.rank == 0:
+    if ranks.is_main:
         check_disk(run, Weights(base), rules, kinds)
         run.link_base(base)
     return Prepared(base, rules, kinds, given, data)

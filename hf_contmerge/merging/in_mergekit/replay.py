@@ -21,7 +21,7 @@ from hf_contmerge.merging.rules import dtype_named, make_rule
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.write import Merged, Output
 from hf_contmerge.models.config import tokens_of
-from hf_contmerge.models.experts import DenseExpert, Expert, check_mergeable, first_twin, open_expert, twins_refused
+from hf_contmerge.models.experts import Expert, check_mergeable, first_twin, open_expert, twins_refused
 from hf_contmerge.models.folder import is_adapter, resolve_model
 from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
@@ -54,7 +54,7 @@ def carry_out(
     companions = resolve_model(recipe.tokenizer_from) if recipe.tokenizer_from else None
     if companions:
         _require_same_tokens(companions, base, [folder, *(f for f in folders if not is_adapter(f))])
-    with new_folder(out, crew) as scratch:
+    with new_folder(out, crew.ranks) as scratch:
         return merge_experts(rule, base, experts, merged_out=Output(scratch, dtype, shard_size, companions), crew=crew)
 
 
@@ -106,7 +106,7 @@ def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expe
     cure = "Set `dtype: float32`, and `out_dtype` to what shall be written."
     if asked == torch.float32:
         return out or asked
-    sources = [base, *(e.weights for e in experts if isinstance(e, DenseExpert))]
+    sources = [base, *(Weights(e.folder) for e in experts if e.kind == "model")]
     found: dict[torch.dtype, str] = {}
     as_base = True
     for name in base.floating():

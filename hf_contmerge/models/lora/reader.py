@@ -62,16 +62,6 @@ class Adapter:
         left, right = (a.T, b.T) if inner.transposed else (b, a)
         return left.float() * inner.scale, right.float().contiguous()
 
-    def is_embedding(self, name: str) -> bool:
-        """Say whether a weight's change is LoRA on an embedding table."""
-        inner = self._changes[name].low_rank
-        return inner is not None and inner.embedding
-
-    def is_conv1d(self, name: str) -> bool:
-        """Say whether a weight is a linear map that is stored (in, out)."""
-        inner = self._changes[name].low_rank
-        return inner is not None and inner.transposed and not inner.embedding
-
     def task_vector(self, name: str, base: Tensor) -> Tensor:
         """Return D in float32, of the weight's shape; zeros where the adapter does not touch it.
 
