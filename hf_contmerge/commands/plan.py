@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ContmergeError, size
-from hf_contmerge.loop.plan.checks import Findings
-from hf_contmerge.loop.plan.plan import make_plan
+from hf_contmerge.loop.plan.plan import Findings, make_plan
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import load_recipe
 

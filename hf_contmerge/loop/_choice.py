@@ -11,17 +11,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import BudgetError
-from hf_contmerge.loop.stages import Bench
+from hf_contmerge.loop._job import MergeJob
+from hf_contmerge.loop._replay import can_replay, replay
+from hf_contmerge.loop.stages import measure_at
 from hf_contmerge.merge_rules import yaml_word
-from hf_contmerge.merging.state import Folded
+from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
+from hf_contmerge.merging.rules import make_rule
+from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Guard, Rung, Task
-from hf_contmerge.run.scores import Scores
+from hf_contmerge.run.scores import Scores, load_scores
 from hf_contmerge.runtime.files import remove, write_atomically
 from hf_contmerge.scoring.forgetting.budget import Judgement, judge
 from hf_contmerge.scoring.forgetting.paired import CONFIDENCE
@@ -31,12 +35,14 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Try:
+class Attempt:
     """A merge that was looked at. What was found of it is the same on all ranks; `scores` are the main process's."""
 
     what: str
     """`fold` (as the recipe says), `auto`, or a rung of the ladder."""
-    folded: Folded
+    merge: RunningMerge
+    stages: tuple[int, ...]
+    """The numbers of those in it."""
     judgement: Judgement | None
     objective: float | None
     allowed: bool
@@ -57,10 +63,10 @@ class Try:
         return self.judgement.drop if self.judgement else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        folded = self.folded
+        merge = self.merge
         return {
-            "what": self.what, "rule": folded.rule_name, "parameters": folded.rule.parameters(),
-            "factor": folded.factor, "scale": folded.scale, "stages": [s.stage for s in folded.sources],
+            "what": self.what, "rule": merge.rule_name, "parameters": merge.rule.parameters(),
+            "factor": merge.factor, "scale": merge.scale, "stages": list(self.stages),
             "utilities": self.utilities, "objective": self.objective, "keeps_general": self.allowed,
             **(self.judgement.to_json() if self.judgement else {}),
             "held": self.held if self.judgement else None, "seconds": self.seconds,
@@ -71,9 +77,9 @@ class Try:
 class Choice:
     """The merge that is taken, whether the first one broke the budget, and all that were looked at."""
 
-    taken: Try
+    taken: Attempt
     tripped: bool
-    tries: tuple[Try, ...]
+    tries: tuple[Attempt, ...]
 
     def to_json(self, guard: Guard | None) -> dict[str, Any]:
         """Return what the merge record says of it."""
@@ -86,50 +92,49 @@ class Choice:
         return record
 
 
-def choose(bench: Bench, guard: Guard | None) -> Choice:
+def choose(job: MergeJob, guard: Guard | None) -> Choice:
     """Fold the stage's expert, and choose how the merge is read out; its state and model are in the scratch folders.
 
     Raises BudgetError if no merge of the ladder holds the guard's budget: what was tried is in guard.json then.
     """
-    chooser = Chooser(bench, guard)
+    chooser = Chooser(job, guard)
     first = chooser.first()
     taken = first if first.held else chooser.climb()
     if taken is None:
         chooser.give_up()
     assert taken is not None
-    chooser.write(taken.folded)
+    chooser.write(taken.merge)
     return Choice(taken, not first.held, tuple(chooser.tries))
 
 
 class Chooser:
     """Tries merges of one entry at one stage. All ranks take the same steps, on what the main process has found."""
 
-    def __init__(self, bench: Bench, guard: Guard | None) -> None:
-        self._bench, self._guard = bench, guard
-        self.tries: list[Try] = []
-        self._written: Folded | None = None
-        run = bench.run
-        numbers = range(1, bench.t + 1)
+    def __init__(self, job: MergeJob, guard: Guard | None) -> None:
+        self._job, self._guard = job, guard
+        self.tries: list[Attempt] = []
+        self._written: RunningMerge | None = None
+        run = job.run
+        numbers = range(1, job.t + 1)
         self._stages = [run.stage(i).name for i in numbers]
         self._tasks = list(run.recipe.measured(numbers))
-        self._base = bench.measured(run.base, bench.prepared.base, self._tasks)
+        self._base = self._measured(run.base, job.prepared.base, self._tasks)
         self._references: dict[str, Scores] = {}
         for i in numbers[:-1] if guard and "stages" in guard.on else ():
-            place = run.merged(i, bench.place.entry)
-            self._references[run.stage(i).name] = bench.measured(place, place.model, self._tasks_of(i))
+            place = run.merged(i, job.place.entry)
+            self._references[run.stage(i).name] = self._measured(place, place.model, self._tasks_of(i))
         self._alone: dict[str, Scores] = {}
 
-    def first(self) -> Try:
+    def first(self) -> Attempt:
         """Fold as the recipe says, find the coefficient if it is `auto`, and return what that gives."""
-        bench, entry = self._bench, self._bench.place.entry
-        self._folded = bench.fold([*bench.sources_before(), bench.source(bench.t)], newest_only=True)
-        self._written = None
-        if not entry.auto or self._folded.rule_name != entry.rule:
-            return self._look_at("fold", self._folded)
-        for i in range(1, bench.t + 1):
-            place = bench.run.expert(i, bench.kind)
-            self._alone[bench.run.stage(i).name] = bench.measured(place, place.model, self._tasks_of(i))
-        rule, start = self._folded.rule, self._folded
+        job, entry = self._job, self._job.place.entry
+        self._merge = start = self._fold(job.start(), [job.newest()])
+        if not entry.auto or start.rule_name != entry.rule:
+            return self._look_at("fold", start)
+        for i in range(1, job.t + 1):
+            place = job.run.expert(i, job.kind)
+            self._alone[job.run.stage(i).name] = self._measured(place, place.model, self._tasks_of(i))
+        rule = start.rule
         name = next(f for f in rule.tunable if yaml_word(f) == entry.auto)
 
         def attempt(value: float) -> tuple[bool, float]:
@@ -137,10 +142,10 @@ class Chooser:
             assert found.objective is not None
             return found.allowed, found.objective
 
-        self._folded = start.tuned(name, best_coefficient(attempt, getattr(rule, name)))
-        return next(t for t in self.tries if t.folded == self._folded)
+        self._merge = start.tuned(name, best_coefficient(attempt, getattr(rule, name)))
+        return next(t for t in self.tries if t.merge == self._merge)
 
-    def climb(self) -> Try | None:
+    def climb(self) -> Attempt | None:
         """Return the first merge of the ladder that holds; None if none does."""
         assert self._guard
         for rung in self._guard.ladder:
@@ -151,62 +156,69 @@ class Chooser:
                 return found
         return None
 
-    def write(self, folded: Folded) -> None:
+    def write(self, merge: RunningMerge) -> None:
         """Write a merge into the scratch folder, unless it is there."""
-        if self._written != folded:
-            self._bench.write(folded)
-            self._written = folded
+        if self._written != merge:
+            merge.export(self._job.output(), crew=self._job.crew)
+            self._written = merge
 
     def give_up(self) -> None:
         """Raise BudgetError on all ranks, with all scratch removed and what was tried in guard.json."""
-        self._bench.crew.ranks.first(self._raise)
+        self._job.crew.ranks.first(self._raise)
 
     # Rungs
 
-    def _shrink(self, rung: Rung) -> Try | None:
-        whole = self._folded
+    def _shrink(self, rung: Rung) -> Attempt | None:
+        whole = self._merge
 
         def attempt(factor: float) -> tuple[bool, float]:
             found = self._look_at(rung.do, whole.scaled(factor))
             return found.held, found.drop
 
         factor = largest_that_holds(attempt)
-        return next(t for t in self.tries if t.folded == whole.scaled(factor)) if factor else None
+        return next(t for t in self.tries if t.merge == whole.scaled(factor)) if factor else None
 
-    def _other_rule(self, rung: Rung) -> Try | None:
+    def _other_rule(self, rung: Rung) -> Attempt:
         assert rung.rule
-        sources = [*self._bench.sources_before(), self._bench.source(self._bench.t)]
-        return self._refolded(rung, lambda: self._bench.fold_by(str(rung.rule), rung.parameters, sources))
+        job, rule = self._job, make_rule(rung.rule, rung.parameters, where="guard.ladder")
+        empty = RunningMerge(job.prepared.base, rung.rule, rule)
+        self._merge = self._fold(empty, [*job.previous().experts, job.newest()])
+        return self._look_at(rung.do, self._merge)
 
-    def _replay(self, rung: Rung) -> Try | None:
-        if not self._bench.can_replay():
+    def _replay(self, rung: Rung) -> Attempt | None:
+        if not can_replay(self._job):
             return None
-        again = self._bench.replay(rung)
-        sources = [*self._bench.sources_before(), again]
-        return self._refolded(rung, lambda: self._bench.fold(sources, newest_only=True))
+        again = replay(self._job, rung)
+        self._merge = self._fold(self._job.start(), [again])
+        return self._look_at(rung.do, self._merge)
 
-    def _refolded(self, rung: Rung, fold: Callable[[], Folded]) -> Try:
-        self._folded = fold()
+    def _keep_previous(self, rung: Rung) -> Attempt:
+        job, start = self._job, time.monotonic()
+        self._written = self._merge = job.keep_previous()
+        before = job.place_before
+        place, model = (before, before.model) if before else (job.run.base, job.prepared.base)
+        return self._judged(rung.do, self._merge, self._measured(place, model, self._tasks), start)
+
+    def _fold(self, merge: RunningMerge, new: Sequence[FoldedExpert]) -> RunningMerge:
         self._written = None  # of another state
-        return self._look_at(rung.do, self._folded)
-
-    def _keep_previous(self, rung: Rung) -> Try:
-        bench, start = self._bench, time.monotonic()
-        self._written = self._folded = bench.keep_previous()
-        before = bench.before
-        place, model = (before, before.model) if before else (bench.run.base, bench.prepared.base)
-        return self._judged(rung.do, self._folded, bench.measured(place, model, self._tasks), start)
+        return merge.fold(new, self._job.scratch("running"), crew=self._job.crew)
 
     # Looking
 
-    def _look_at(self, what: str, folded: Folded) -> Try:
+    def _look_at(self, what: str, merge: RunningMerge) -> Attempt:
         start = time.monotonic()
-        self.write(folded)
-        scores = self._bench.measure(self._bench.place.folder / ".merged", self._tasks)
-        return self._judged(what, folded, scores, start)
+        self.write(merge)
+        scores = self._job.measuring.measure(self._job.place.folder / ".merged", self._tasks)[1]
+        return self._judged(what, merge, scores, start)
 
-    def _judged(self, what: str, folded: Folded, scores: Scores, start: float) -> Try:
-        recipe, general = self._bench.run.recipe, [t.name for t in self._bench.run.recipe.evaluate.general_tasks]
+    def _measured(self, place: Place, model: Path, tasks: Sequence[Task]) -> Scores:
+        """Return the scores of a model of the run on validation documents, on the main process."""
+        measure_at(place.validation, model, tasks, self._job.measuring)
+        return load_scores(place.validation) if self._job.recorder.is_main else {}
+
+    def _judged(self, what: str, merge: RunningMerge, scores: Scores, start: float) -> Attempt:
+        recipe = self._job.run.recipe
+        general = [t.name for t in recipe.evaluate.general_tasks]
         base, confidence = self._base, self._guard.confidence if self._guard else CONFIDENCE
 
         def find() -> tuple[Judgement | None, float | None, bool, dict[str, float]]:
@@ -219,23 +231,24 @@ class Chooser:
             utilities = {t.name: scores[t.name].utility for t in self._tasks}
             return judgement, share, keeps_general(scores, base, general, confidence), utilities
 
-        judgement, share, allowed, utilities = self._bench.crew.ranks.first(find)
+        judgement, share, allowed, utilities = self._job.crew.ranks.first(find)
         seconds = round(time.monotonic() - start, 2)
         at_most = self._guard.max_forgetting if self._guard and what == "shrink" else math.inf
-        found = Try(what, folded, judgement, share, allowed, utilities, seconds, scores, at_most)
+        numbers = tuple(part["stage"] for part in self._job.parts(merge))
+        found = Attempt(what, merge, numbers, judgement, share, allowed, utilities, seconds, scores, at_most)
         self.tries.append(found)
-        if self._bench.main:
+        if self._job.recorder.is_main:
             self._tell(found)
         return found
 
     def _tasks_of(self, t: int) -> list[Task]:
-        return list(self._bench.run.recipe.measured([t], general=False))
+        return list(self._job.run.recipe.measured([t], general=False))
 
     # Telling
 
-    def _tell(self, found: Try) -> None:
-        where = f"merge {self._bench.place.folder.relative_to(self._bench.run.folder / 'stages')}"
-        parts = [f"{where}: {found.what}, scale {found.folded.scale:.4g}"]
+    def _tell(self, found: Attempt) -> None:
+        where = f"merge {self._job.place.folder.relative_to(self._job.run.folder / 'stages')}"
+        parts = [f"{where}: {found.what}, scale {found.merge.scale:.4g}"]
         if found.objective is not None:
             parts.append(f"{found.objective:.3f} of what the experts gained")
         if found.judgement and self._guard:
@@ -244,7 +257,7 @@ class Chooser:
         LOG.info("%s", "; ".join(parts))
 
     def _raise(self) -> None:
-        guard, place = self._guard, self._bench.place
+        guard, place = self._guard, self._job.place
         assert guard
         tries = [t.to_json() for t in self.tries]
         best = min(self.tries, key=lambda t: t.drop)
@@ -254,16 +267,16 @@ class Chooser:
             remove(place.folder / name)
         raise BudgetError(self._in_vain(guard, best, place.guard_file))
 
-    def _in_vain(self, guard: Guard, best: Try, file: Path) -> str:
+    def _in_vain(self, guard: Guard, best: Attempt, file: Path) -> str:
         first = next(t for t in self.tries if not t.held)
         assert first.judgement
         assert best.judgement
         tried = ", ".join(dict.fromkeys(t.what for t in self.tries if t.what not in ("fold", "auto"))) or "nothing else"
-        entry, stage = self._bench.place.entry.name, self._stages[-1]
+        entry, stage = self._job.place.entry.name, self._stages[-1]
         return (
             f"The merge {entry} of stage {stage} forgets more than guard.max_forgetting allows "
             f"({guard.max_forgetting:g}): {first.judgement.in_words(guard)}. Tried: {tried}; the best, {best.what} "
-            f"with scale {best.folded.scale:.4g}: {best.judgement.in_words(guard)}. All of it is in {file}, and what "
+            f"with scale {best.merge.scale:.4g}: {best.judgement.in_words(guard)}. All of it is in {file}, and what "
             "was done before is as it was. Give the guard a longer ladder (keep_previous leaves this expert out), or a "
             "larger max_forgetting, and the same command again."
         )

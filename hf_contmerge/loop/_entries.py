@@ -1,9 +1,8 @@
-"""What a merge entry of a recipe stands for: its rule, its experts, its dtype."""
+"""Merge entries of a recipe: their rules, their experts, their dtypes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +10,7 @@ from hf_contmerge.errors import RecipeError
 from hf_contmerge.merge_rules import MergeRule, yaml_word
 from hf_contmerge.merging.rules import dtype_named, make_rule
 from hf_contmerge.run.recipe.parts import Rung
-from hf_contmerge.run.recipe.schema import Recipe, Train
-
-if TYPE_CHECKING:
-    from hf_contmerge.run.recipe.schema import Merge
+from hf_contmerge.run.recipe.schema import Merge, Recipe, Train
 
 
 def with_replay(train: Train, rung: Rung) -> Train:

@@ -18,7 +18,7 @@ from typing import Any
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-from hf_contmerge.run.scores import Scores, load_scores, write_scores
+from hf_contmerge.run.scores import Scores, load_scores
 from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.scoring.forgetting.paired import mean_change, same_documents
 
@@ -71,11 +71,6 @@ class StageScores:
         """Write what is measured, for the stages to come."""
         kept = {"evaluate": evaluate.model_dump(mode="json"), "tasks": [t.model_dump(mode="json") for t in tasks]}
         write_atomically(self.folder / "measured" / "settings.json", json.dumps(kept, indent=1) + "\n")
-
-    def keep(self, place: Place, scores: Scores) -> None:
-        """Keep a model's scores, beside those of other tasks that are there."""
-        have = {**load_scores(place), **scores}
-        place.finish("score", {"tasks": write_scores(place, have)})
 
     def summary(self, stages: Sequence[str]) -> dict[str, Any]:
         """Return what was measured around the last of some stages, and what each task has lost since it was best."""

@@ -10,15 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 
 from hf_contmerge.errors import ResourceError
-from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, Place, Record
 from hf_contmerge.run.recipe.schema import Phase
+from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import remove
 
 LOG = logging.getLogger(__name__)
@@ -27,28 +29,48 @@ _FULL = 2**24  # bytes free on a disk that is full: a little may have been given
 _NO_MEMORY = re.compile("(not enough|can't allocate|Cannot allocate) memory")  # torch's, on a processor
 
 
-@contextmanager
-def recorded_phase(run: Run, place: Place, phase: Phase, *, main: bool) -> Iterator[Record]:
-    """Say what begins, let the caller fill the record, and write it as the last thing, if this is the `main` process.
+@dataclass(frozen=True)
+class Recorder:
+    """Writes the record of each phase, with its time, memory and device."""
 
-    Raises ResourceError if the disk or the memory is full.
-    """
-    name = place.folder.relative_to(run.folder / "stages")
-    if main:
-        LOG.info("%s %s ...", phase, name)
-    record: Record = {}
-    start = time.monotonic()
-    try:
-        yield record
-    except (OSError, RuntimeError, SafetensorError, MemoryError) as error:  # libraries say "full" in many ways
-        raise _explained(error, f"{phase} {name}", run) or error from error
-    if main:
-        record["seconds"] = round(time.monotonic() - start, 1)
-        record["peak_memory_bytes"] = peak_memory()
-        place.finish(phase, record)
-        if isinstance(place, ExpertPlace) and phase == "train":
-            remove(place.checkpoints)
-        LOG.info("%s %s: %.0f s", phase, name, record["seconds"])
+    folder: Path
+    """Of the run or state: places are named relative to it, and its disk is the one that fills."""
+    ranks: PartialState
+    crew: Crew
+    quiet: bool = False
+    """Log nothing."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.crew.ranks.is_main
+
+    @contextmanager
+    def phase(self, place: Place, phase: Phase) -> Iterator[Record]:
+        """Let the caller fill a phase's record, write it as the last thing, and wait for all ranks.
+
+        Raises ResourceError if the disk or the memory is full.
+        """
+        what = f"{phase} {str(place.folder.relative_to(self.folder)).removeprefix('stages/')}"
+        self._log("%s ...", what)
+        record: Record = {}
+        start = time.monotonic()
+        try:
+            yield record
+        except (OSError, RuntimeError, SafetensorError, MemoryError) as error:  # libraries say "full" in many ways
+            raise _explained(error, what, self.folder) or error from error
+        if self.is_main:
+            record["seconds"] = round(time.monotonic() - start, 1)
+            record["peak_memory_bytes"] = peak_memory()
+            record["device"], record["processes"] = str(self.ranks.device), self.ranks.num_processes
+            place.finish(phase, record)
+            if isinstance(place, ExpertPlace) and phase == "train":
+                remove(place.checkpoints)
+            self._log("%s: %.0f s", what, record["seconds"])
+        self.crew.ranks.barrier()
+
+    def _log(self, text: str, *values: object) -> None:
+        if self.is_main and not self.quiet:
+            LOG.info(text, *values)
 
 
 def peak_memory() -> int:
@@ -64,11 +86,11 @@ def peak_memory() -> int:
         return most if sys.platform == "darwin" else most * 1024
 
 
-def _explained(error: Exception, what: str, run: Run) -> ResourceError | None:
+def _explained(error: Exception, what: str, folder: Path) -> ResourceError | None:
     kept = "What is done is kept"
-    if shutil.disk_usage(run.folder).free < _FULL:
+    if shutil.disk_usage(folder).free < _FULL:
         return ResourceError(
-            f"The disk of {run.folder} is full ({what}). {kept}: free some room and give the same command again."
+            f"The disk of {folder} is full ({what}). {kept}: free some room and give the same command again."
         )
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)):
         return ResourceError(

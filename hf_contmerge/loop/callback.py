@@ -32,29 +32,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, extract_model_from_parallel
-from torch.distributed.tensor import DTensor
+from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
 from hf_contmerge.errors import RecipeError, ResourceError, RunError, size
 from hf_contmerge.loop._history import StageScores, table
-from hf_contmerge.loop.functions import evaluate_of, open_state, score_stage, tasks_of
+from hf_contmerge.loop._record import Recorder
+from hf_contmerge.loop.functions import evaluate_of, open_state, tasks_of, write_tasks
 from hf_contmerge.loop.plan.disk import model_bytes, state_bytes
+from hf_contmerge.loop.stages import Measuring, measure_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import open_expert
-from hf_contmerge.models.folder import copy_companions
 from hf_contmerge.models.layout import check_layout
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-from hf_contmerge.run.scores import scored_tasks
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.files import remove, sync_files, write_atomically
+from hf_contmerge.runtime.files import remove, write_atomically
 from hf_contmerge.runtime.ranks import find_ranks
+from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.training.job import ModelName
-from hf_contmerge.training.saving import whole_state
+from hf_contmerge.training.saving import refuse_shared_weights, write_adapter, write_expert
 
 LOG = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ class ContinualMergeCallback(TrainerCallback):
     ) -> None:
         """Check all that could fail hours later, and measure the base."""
         crew = Crew(ranks=find_ranks())
-        crew.ranks.all(_refuse_sharing)
+        crew.ranks.all(refuse_shared_weights)
+        check_versions(crew.ranks)
         with _as_it_was():
             opened = open_state(
                 self._folder, base=self._base, rule=self._rule, parameters=self._parameters, crew=crew
@@ -145,7 +147,8 @@ class ContinualMergeCallback(TrainerCallback):
         assert self._stage
         stage, crew = self._stage, self._stage.crew
         plain = extract_model_from_parallel(model)
-        expert = _save(plain, kwargs.get("processing_class"), stage)
+        processing = kwargs.get("processing_class")
+        expert = write_expert(Place(stage.folder), plain, processing, stage.state.base().folder, crew.ranks)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         stage.state.add(expert, stages=[stage.name], crew=crew)
@@ -189,29 +192,14 @@ class ContinualMergeCallback(TrainerCallback):
 
     def _measure(self, stage: _Stage, model: Path, place: Place) -> None:
         """Measure what is not yet known of a model; on all ranks."""
-        known = stage.crew.ranks.first(scored_tasks, place)
-        missing = [task for task in stage.tasks if task.name not in known]
-        if missing:
-            how = stage.evaluate.model_dump(exclude={"include_path"}, exclude_unset=True)
-            found = score_stage(
-                model, missing, tasks_folder=stage.evaluate.include_path, base=stage.state.base().folder, **how
-            )
-            stage.crew.ranks.first(stage.scores.keep, place, found)
-
-
-def _refuse_sharing() -> None:
-    """Raise RecipeError where no rank could put the whole weights together."""
-    shared = AcceleratorState._shared_state  # to make an AcceleratorState resets what it says of FSDP (accelerate 1.15)
-    kind = shared.get("distributed_type", DistributedType.NO)
-    version = getattr(shared.get("fsdp_plugin"), "fsdp_version", 2)
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
-        kind == DistributedType.FSDP and version < 2
-    ):
-        name = "FSDP1" if kind == DistributedType.FSDP else kind.value
-        raise RecipeError(
-            f"{name} keeps the weights to itself while it trains, so that they cannot be merged here. Launch with "
-            "FSDP2 or DDP; or train without this callback, save the model, and give its folder to merge_stage."
-        )
+        if not stage.tasks:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            stage.crew.ranks.main_first(write_tasks, stage.tasks, folder, stage.evaluate)
+            recorder = Recorder(self._folder, PartialState(), stage.crew, quiet=True)
+            how = Measuring(stage.evaluate, folder, stage.state.base().folder, recorder)
+            measure_at(place, model, stage.tasks, how)
 
 
 def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> None:
@@ -221,60 +209,9 @@ def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> No
         return
     log = state.log()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _write_adapter(model, Path(scratch) / "adapter", crew)
+        folder = write_adapter(model, Path(scratch) / "adapter", crew.ranks)
         names = {log.base, log.base_folder}
         crew.ranks.first(lambda: open_expert(folder, base, base_names=names) and None)
-
-
-def _save(model: Any, processing: Any, stage: _Stage) -> Path:
-    """Write what was trained to the stage's `expert`, which appears whole; return it."""
-    scratch, out, ranks = stage.folder / ".expert", stage.folder / "expert", stage.crew.ranks
-    ranks.first(remove, scratch)
-    if hasattr(model, "peft_config"):
-        written = _write_adapter(model, scratch, stage.crew)
-    else:
-        written = _write_model(model, processing, scratch, stage)
-
-    def publish() -> None:
-        sync_files(written)
-        remove(out)  # of a training that was not added
-        written.rename(out)
-        remove(scratch)
-
-    ranks.first(publish)
-    return out
-
-
-def _write_model(model: Any, processing: Any, folder: Path, stage: _Stage) -> Path:
-    state, ranks = _whole_state(model, stage.crew), stage.crew.ranks
-
-    def write() -> None:
-        model.save_pretrained(folder, state_dict=state)
-        if hasattr(processing, "save_pretrained"):
-            processing.save_pretrained(folder)
-        else:
-            copy_companions(stage.state.base().folder, folder, dtype=model.dtype)
-
-    ranks.first(write)
-    return folder
-
-
-def _write_adapter(model: Any, folder: Path, crew: Crew) -> Path:
-    """Save the active adapter; return its folder, which peft gives any but the first a name of its own."""
-    state, name = _whole_state(model, crew), model.active_adapter
-
-    def write() -> None:
-        model.save_pretrained(folder, state_dict=state, selected_adapters=[name])
-
-    crew.ranks.first(write)
-    return folder if name == "default" else folder / name
-
-
-def _whole_state(model: Any, crew: Crew) -> dict[str, Any] | None:
-    """Return the weights of a model that is shared out among the ranks (FSDP2); None for one that is whole."""
-    if any(isinstance(weight, DTensor) for weight in model.parameters()):
-        return whole_state(model, keep=crew.ranks.is_main)
-    return None
 
 
 def _tell(stage: _Stage, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:

@@ -27,10 +27,13 @@ from accelerate import PartialState
 from pydantic import ValidationError
 
 from hf_contmerge.errors import RecipeError, RunError, unknown
-from hf_contmerge.loop.stages import finished, make_room, publish, working_folder
+from hf_contmerge.loop._outside import clear_others, finished, is_trained, publish, working_folder
+from hf_contmerge.loop._record import Recorder
+from hf_contmerge.loop.stages import train_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.folder import resolve_model
+from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.scores import TaskScore
@@ -40,7 +43,6 @@ from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import write_task
 from hf_contmerge.scoring.score import score_loaded, score_model
 from hf_contmerge.scoring.tasks import check_tasks
-from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import OWN, Data, ModelName, TrainedExpert, base_of, look_up, recipe_of
 
 # Fine-tuning
@@ -78,23 +80,22 @@ def finetune_stage(
         ResourceError: the machine has too little memory, or the Hub cannot be reached.
     """
     recipe = recipe_of(data, strategy, parameters or {}, seed, training)
-    crew, out = _join(recipe.train)[1], Path(out)
+    ranks, crew = _join(recipe.train)
+    out = Path(out)
     job = crew.ranks.main_first(look_up, recipe, model, data, base)
-    inputs = crew.ranks.first(job.inputs, recipe)
+    inputs = crew.ranks.first(job.inputs)
     record = crew.ranks.first(finished, out, inputs)
     if record is None:
-        work = working_folder(out, inputs)
-        crew.ranks.first(make_room, out, work)
-        record = train_expert(
-            start=job.start, base=job.base, data=job.data, train=recipe.train, seed=seed, out=work / "expert",
-            checkpoints=work / "checkpoints", memory=job.memory, memory_out=work / "memory",
-            trust_remote_code=recipe.trust_remote_code,
-        )  # fmt: skip
-        crew.ranks.first(lambda: publish(work, out, {**record, "inputs": inputs}))
+        work = ExpertPlace(working_folder(out, inputs), "base")
+        crew.ranks.first(clear_others, out, work.folder)
+        if not crew.ranks.first(is_trained, work):
+            recorder = Recorder(work.folder, ranks, crew, quiet=True)
+            train_at(work, job, recorder, more={"inputs": inputs})
+        record = crew.ranks.first(publish, work, out)
     memory = out / OWN / "memory"
     kept = crew.ranks.first(memory.is_dir)
-    told = (record["loss"], record["steps"], record["examples"], record["tokens"])
-    return TrainedExpert(out, job.base, *told, memory if kept else None)
+    seen = (record["loss"], record["steps"], record["examples"], record["tokens"])
+    return TrainedExpert(out, job.base, *seen, memory if kept else None)
 
 
 # Merging

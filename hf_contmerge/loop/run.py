@@ -11,18 +11,26 @@ writes records, all ranks train and score together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
+from hf_contmerge.run.places import ExpertPlace, MergePlace, Place, Record
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.schema import PHASES, Phase, Recipe, Stage
 from hf_contmerge.runtime.files import FolderLock, remove
+
+if TYPE_CHECKING:  # they load torch, and a finished run is answered without
+    from hf_contmerge.loop._record import Recorder
+    from hf_contmerge.loop.plan.checks import Prepared
+    from hf_contmerge.loop.stages import Measuring
+    from hf_contmerge.loop.trackers import Trackers
+    from hf_contmerge.run.scores import TaskScore
+    from hf_contmerge.scoring.tasks import DocumentPart
 
 T = TypeVar("T")
 
@@ -32,6 +40,7 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
 
     Raises ContmergeError, with all that is done kept, for whatever a user can mend.
     """
+    from hf_contmerge.loop._record import Recorder
     from hf_contmerge.loop.plan.checks import prepare
     from hf_contmerge.loop.trackers import Trackers, check_trackers
     from hf_contmerge.runtime.launching import join_ranks
@@ -39,11 +48,10 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
     check_trackers(recipe.train)
     ranks, crew = join_ranks(recipe.train.sft_fields)
     run = crew.ranks.first(Run.open, recipe, folder)
-    with FolderLock(run.folder) if ranks.is_main_process else nullcontext():
+    with FolderLock(run.folder) if crew.ranks.is_main else nullcontext():
         prepared = prepare(run, crew.ranks)
-        trackers = Trackers.open(run) if ranks.is_main_process else Trackers()
-        loop = Loop(run, ranks, PHASES.index(until), prepared, crew, trackers)
-        loop.carry_out()
+        trackers = Trackers.open(run) if crew.ranks.is_main else Trackers()
+        Loop(run, PHASES.index(until), prepared, Recorder(run.folder, ranks, crew), trackers).carry_out()
         trackers.close()
     crew.ranks.barrier()
     return run
@@ -54,11 +62,10 @@ class Loop:
     """The phases of one run, in order. Each asks its record whether it is done."""
 
     run: Run
-    ranks: Any
     last_phase: int
-    prepared: Any
-    crew: Any
-    trackers: Any
+    prepared: Prepared
+    recorder: Recorder
+    trackers: Trackers
 
     def carry_out(self) -> None:
         """Train, merge and score, stage after stage; report after each."""
@@ -76,63 +83,32 @@ class Loop:
                     self._merge(t, place)
             if t:
                 self._report()
-        self._finish()
-
-    def _finish(self) -> None:
-        """Record that all is done, if it is."""
-        if self._wanted("report") and self.ranks.is_main_process:
+        if self._wanted("report") and self.recorder.is_main:
             self.run.report.finish("report", {"recipe_sha256": self.run.recipe_sha256()})
 
     def _train(self, t: int, place: ExpertPlace) -> None:
         stage = self.run.stage(t)
         if not self._wanted("train"):
             return
-        if self._done(place, "train"):
-            if self.ranks.is_main_process:
+        if self._from_main(lambda: place.is_done("train")):
+            if self.recorder.is_main:
                 remove(place.checkpoints)  # left by a kill right after the record
+        elif stage.dataset:
+            self._finetune(t, place)
         else:
-            with self._phase("train", place) as record:
-                if stage.dataset:
-                    record.update(self._finetune(t, place, stage))
-                elif stage.minus:
-                    record.update(self._add_vector(t, place, stage))
-                else:
-                    record.update(self._give(stage))
-        if self.ranks.is_main_process:
+            with self.recorder.phase(place, "train") as record:
+                record.update(self._add_vector(t, place, stage) if stage.minus else self._give(stage))
+        if self.recorder.is_main:
             self.trackers.stage_is_over(place, place.record("train").get("steps", 0))
 
-    def _finetune(self, t: int, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
-        from hf_contmerge.models.experts import expert_sha256
-        from hf_contmerge.training.finetune import train_expert
+    def _finetune(self, t: int, place: ExpertPlace) -> None:
+        from hf_contmerge.loop._job import train_job
+        from hf_contmerge.loop.stages import train_at
 
-        start = self.run.start_of(t, place.kind) or self.prepared.base
-        recipe, train = self.run.recipe, self.run.recipe.train_of(stage)
-        if self.ranks.is_main_process:
-            place.scratch("expert")
-            remove(place.folder / ".memory")
-        self.crew.ranks.barrier()
-        memory = self.run.memory_before(t, place.kind)
-        alone = place.kind == "base" and t > 1  # an independent expert: nobody learns on from it
-        outcome = train_expert(
-            start=start, base=self.prepared.base, data=self.prepared.data[stage.name], train=train,
-            seed=recipe.seed, out=place.folder / ".expert", checkpoints=place.checkpoints,
-            memory=memory, memory_out=None if alone else place.folder / ".memory",
-            trust_remote_code=recipe.trust_remote_code,
-            on_log=self.trackers.of(place, "train"),
-        )  # fmt: skip
-        if self.ranks.is_main_process:
-            if (place.folder / ".memory").exists():
-                place.publish("memory")
-            place.publish("expert")
-            outcome["model_sha256"] = expert_sha256(place.folder / "expert")
-        return {
-            "start": str(start),
-            "settings": train.model_dump(mode="json"),
-            "seed": recipe.seed,
-            **outcome,
-        }
+        job = train_job(self.run, self.prepared, t, place.kind)
+        train_at(place, job, self.recorder, on_log=self.trackers.of(place, "train"))
 
-    def _add_vector(self, t: int, place: ExpertPlace, stage: Stage) -> dict[str, Any]:
+    def _add_vector(self, t: int, place: ExpertPlace, stage: Stage) -> Record:
         """Write base + (expert - minus), the model whose task vector is the difference of the two."""
         from hf_contmerge.merging.stream import write_sum
         from hf_contmerge.merging.vectors import vector_record
@@ -141,7 +117,7 @@ class Loop:
         assert stage.expert
         assert stage.minus
         expert, minus = self.prepared.given[stage.expert], self.prepared.given[stage.minus]
-        if not self.ranks.is_main_process:
+        if not self.recorder.is_main:
             return {}
         write_sum(self.prepared.base, expert, minus, place.scratch("expert"))
         before = self.run.expert(t - 1, place.kind).model if t > 1 else None
@@ -149,7 +125,7 @@ class Loop:
         digest = weights_sha256(place.publish("expert"))
         return {"expert": stage.expert, "minus": stage.minus, "vector": vector, "model_sha256": digest}
 
-    def _give(self, stage: Stage) -> dict[str, Any]:
+    def _give(self, stage: Stage) -> Record:
         from hf_contmerge.models.experts import expert_sha256
 
         assert stage.expert
@@ -161,42 +137,39 @@ class Loop:
         starts_next = self.prepared.kinds[entry.name].startswith("merged") and t < len(self.run.recipe.stages)
         if not self._wanted("merge") and not starts_next:
             return
-        if not self._done(place, "merge"):
-            from hf_contmerge.loop._merge import merge_stage_of
-            from hf_contmerge.loop.stages import Bench
+        if not self._from_main(lambda: place.is_done("merge")):
+            from hf_contmerge.loop._job import MergeJob
+            from hf_contmerge.loop._merge import merge_at
 
-            with self._phase("merge", place) as record:
-                record.update(merge_stage_of(Bench(self.run, self.ranks, self.prepared, self.crew, t, place)))
-                if self.ranks.is_main_process:
-                    self.trackers.merged(place, record)
-        if t > 1 and self.ranks.is_main_process:
+            record = merge_at(MergeJob(self.run, self.prepared, self._measuring("validation"), t, place))
+            if self.recorder.is_main:
+                self.trackers.merged(place, record)
+        if t > 1 and self.recorder.is_main:
             self.run.merged(t - 1, entry).prune()
 
     def _score(self, place: Place, model: Path, tasks: Sequence[Task]) -> None:
-        from hf_contmerge.run.scores import load_scores, scored_tasks, write_scores
-
-        have = scored_tasks(place)
-        missing = [task for task in tasks if task.name not in have]
-        if not self._wanted("score") or not self._from_main(lambda: missing):
+        if not self._wanted("score"):
             return
+        from hf_contmerge.loop.stages import measure_at
+
+        how = self._measuring("test" if self.run.recipe.tunes else "all")
+        measure_at(place, model, tasks, how, on_log=self.trackers.of(place, "score"))
+
+    def _measuring(self, part: DocumentPart) -> Measuring:
+        from dataclasses import replace
+
+        from hf_contmerge.loop.stages import Measuring
         from hf_contmerge.scoring.cache import ScoreCache
-        from hf_contmerge.scoring.score import score_model
 
-        recipe = self.run.recipe
-        with self._phase("score", place) as record:
-            digest, scores = score_model(
-                model, missing, task_folder=self.run.tasks, evaluate=recipe.evaluate, ranks=self.ranks,
-                base=self.prepared.base, cache=ScoreCache.open(use=recipe.evaluate.cache, here=self._score_of),
-                trust_remote_code=recipe.trust_remote_code, part="test" if recipe.tunes else "all",
-            )  # fmt: skip
-            if self.ranks.is_main_process:
-                record["scored_sha256"] = digest
-                whole = {**load_scores(place), **scores}
-                # The base has every task, so it alone keeps the texts.
-                record["tasks"] = write_scores(place, whole, texts=place.folder == self.run.base.folder)
-            self.trackers.of(place, "score")(len(have), {f"{n}/{s.metric}": s.value for n, s in scores.items()})
+        recipe, quiet = self.run.recipe, part == "validation"
+        return Measuring(
+            recipe.evaluate, self.run.tasks, self.prepared.base, replace(self.recorder, quiet=quiet), part,
+            recipe.trust_remote_code,
+            keep_texts=lambda place: place.folder == self.run.base.folder,  # the base has every task, so it alone
+            cache=None if quiet else ScoreCache.open(use=recipe.evaluate.cache, here=self._score_of),
+        )  # fmt: skip
 
-    def _score_of(self, key: str) -> Any:
+    def _score_of(self, key: str) -> TaskScore | None:
         """Return what this run has measured under a key: the very same weights may have another name in it."""
         from hf_contmerge.run.scores import load_scores
 
@@ -208,7 +181,7 @@ class Loop:
         return None
 
     def _report(self) -> None:
-        if self._wanted("report") and self.ranks.is_main_process:
+        if self._wanted("report") and self.recorder.is_main:
             from hf_contmerge.report.write import write_report
 
             write_report(self.run)
@@ -216,20 +189,6 @@ class Loop:
     def _wanted(self, phase: Phase) -> bool:
         return PHASES.index(phase) <= self.last_phase
 
-    def _done(self, place: Place, phase: Phase) -> bool:
-        return self._from_main(lambda: place.is_done(phase))
-
     def _from_main(self, ask: Callable[[], T]) -> T:
         """Return the main process's answer on all ranks: they must never disagree on what is done."""
-
-        return self.crew.ranks.first(ask)
-
-    @contextmanager
-    def _phase(self, phase: Phase, place: Place) -> Iterator[dict[str, Any]]:
-        """Let the caller fill the record of a phase, write it as the last thing, and wait for all ranks."""
-        from hf_contmerge.loop._record import recorded_phase
-
-        with recorded_phase(self.run, place, phase, main=self.ranks.is_main_process) as record:
-            yield record
-            record["device"], record["processes"] = str(self.ranks.device), self.ranks.num_processes
-        self.crew.ranks.barrier()
+        return self.recorder.crew.ranks.first(ask)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.merge_rules import Norms
-from hf_contmerge.models.experts import expert_sha256
+from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.runtime.files import write_atomically
 
 FORMAT = 1
@@ -18,8 +18,8 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class FoldedExpert:
-    """An expert that a state holds."""
+class Entry:
+    """An expert in state.json."""
 
     stage: str
     model: str
@@ -29,6 +29,9 @@ class FoldedExpert:
     kind: str
     seconds: float = 0.0
     added: str = ""
+
+    def expert(self) -> FoldedExpert:
+        return FoldedExpert(self.stage, Path(self.folder), self.sha256, self.norm, name=self.stage)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Log:
     base_folder: str
     base_sha256: str
     base_stamp: str
-    experts: tuple[FoldedExpert, ...] = ()
+    experts: tuple[Entry, ...] = ()
     running: str | None = None
     running_norm: float = 0.0
     format: int = FORMAT
@@ -61,7 +64,7 @@ def read_log(folder: Path) -> Log:
                 f"{file} has format {values.get('format')}, this program reads {FORMAT}. Use the version of "
                 f"hf_contmerge that made it ({values.get('versions', {}).get('hf_contmerge', 'unknown')})."
             )
-        return Log(**{**values, "experts": tuple(FoldedExpert(**e) for e in values["experts"])})
+        return Log(**{**values, "experts": tuple(Entry(**e) for e in values["experts"])})
     except FileNotFoundError as error:
         raise RunError(
             f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME"
@@ -81,22 +84,10 @@ def require_new(folder: Path) -> None:
         raise RunError(f"{folder} is not empty. Name a new folder for the state, or add to it if it is one.")
 
 
-def refuse_twins(log: Log, models: Sequence[str | Path], digests: Sequence[str]) -> None:
-    """Raise ModelError if an expert has been folded already."""
-    seen = {e.sha256: e.stage for e in log.experts}
-    for model, digest in zip(models, digests, strict=True):
-        if digest in seen:
-            raise ModelError(
-                f"{model} has the same weights as {seen[digest]}, which has been folded already; an expert must not be "
-                "folded twice. Leave it out, or name the right folder. The state is as it was."
-            )
-        seen[digest] = str(model)
-
-
-def require_kept(kept: Sequence[FoldedExpert], stage: str) -> None:
+def require_kept(kept: Sequence[Entry], stage: str) -> None:
     """Raise ModelError unless all experts that a state is to be rebuilt from are where they were, as they were."""
     gone = [e for e in kept if not Path(e.folder).is_dir()]
-    changed = [e for e in kept if e not in gone and not is_as_it_was(e)]
+    changed = [e for e in kept if e not in gone and not e.expert().is_unchanged()]
     if gone or changed:
         lines = [f"  {e.stage}: {e.folder} is gone" for e in gone]
         lines += [f"  {e.stage}: {e.folder} holds other weights now" for e in changed]
@@ -105,14 +96,6 @@ def require_kept(kept: Sequence[FoldedExpert], stage: str) -> None:
             + "\n".join(lines)
             + "\nPut them back and give the same command again. The state is as it was."
         )
-
-
-def is_as_it_was(expert: FoldedExpert) -> bool:
-    """Say whether an expert is still where it was, with the weights that were folded."""
-    try:
-        return Path(expert.folder).is_dir() and expert_sha256(Path(expert.folder)) == expert.sha256
-    except ModelError:  # the folder is there, and holds something else now
-        return False
 
 
 def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Sequence[str]) -> list[str]:

@@ -48,8 +48,9 @@ def export_adapter(
 def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
     if rank is not None and rank < 1:
         raise RecipeError(f"--rank {rank}: the rank of an adapter is at least 1.")
-    base, running = state.base(), Running(state.require_running())
-    rule, log, scale = state.rule(), state.log(), state.scale()
+    log = state.log()
+    merge, running = state.merge(log), Running(state.require_running())
+    base, rule, scale = Weights(merge.base), merge.rule, merge.scale
     tied = tied_table(base)
     low_rank = [n for n in sorted(running.names()) if n != tied and _is_low_rank(base, running, n)]
     dense = [n for n in low_rank if running.rank(n) is None]

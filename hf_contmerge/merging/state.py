@@ -15,7 +15,6 @@ whatever a crash leaves, the state is the old one or the new one.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -26,22 +25,20 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, RunError, unknown
-from hf_contmerge.merge_rules import MergeRule, Norms
+from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._log import (
-    FoldedExpert,
+    Entry,
     Log,
-    is_as_it_was,
     name_of,
     read_log,
-    refuse_twins,
     require_kept,
     require_new,
     stage_names,
     write_log,
 )
+from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import dtype_named, make_rule
-from hf_contmerge.merging.stream import merge_experts
-from hf_contmerge.merging.write import Merged, Output, write_merged
+from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.models.folder import resolve_model
 from hf_contmerge.models.weights import SHARD_SIZE, Weights, weights_sha256
@@ -52,7 +49,7 @@ from hf_contmerge.runtime.versions import versions
 
 @dataclass(frozen=True)
 class MergeState:
-    """A state folder."""
+    """A folder with a merge that grows."""
 
     folder: Path
 
@@ -91,25 +88,44 @@ class MergeState:
         return state
 
     def log(self) -> Log:
-        """Return what has been merged so far."""
+        """Return the contents of state.json."""
         return read_log(self.folder)
+
+    def merge(self, log: Log | None = None) -> RunningMerge:
+        """Return the merge as a value.
+
+        Raises:
+            RunError: the folder with the running state is missing.
+            ModelError: the base has changed.
+        """
+        log = log or self.log()
+        experts = tuple(entry.expert() for entry in log.experts)
+        return RunningMerge(
+            self._base(log), log.rule, make_rule(log.rule, log.parameters), experts, self._running(log),
+            log.running_norm,
+        )  # fmt: skip
 
     def rule(self) -> MergeRule:
         """Return the rule with the parameters that the state was started with."""
         log = self.log()
         return make_rule(log.rule, log.parameters)
 
-    def running(self, log: Log | None = None) -> Path | None:
-        """Return the folder of the running state; None before the first expert. Raises RunError if it is gone."""
-        log = log or self.log()
-        running = self.folder / log.running if log.running else None
-        if running and log.running_norm and not any(running.rglob("*.safetensors")):  # it would pass for zeros
-            raise RunError(f"{running}, which holds the state, is gone. Restore it, or start the state anew.")
-        return running
-
     def scale(self) -> float:
         """Return the factor on the running state, as of now."""
-        return self.rule().scale(self.log().norms())
+        log = self.log()
+        return make_rule(log.rule, log.parameters).scale(log.norms())
+
+    def base(self) -> Weights:
+        """Open the base. Raises ModelError if its weights have changed since the state was started."""
+        return Weights(self._base(self.log()))
+
+    def running(self) -> Path | None:
+        """Return the folder of the running state; None before the first expert. Raises RunError if it is missing."""
+        return self._running(self.log())
+
+    def require_running(self) -> Path:
+        """Return the folder of the running state. Raises RunError before the first expert, or if it is missing."""
+        return self._require(self.running())
 
     def add(
         self,
@@ -125,42 +141,35 @@ class MergeState:
             force: accept an adapter that was trained on another base.
 
         Raises:
-            ModelError: an expert does not fit, is damaged, or has been folded before. The state is as it was.
+            ModelError: an expert does not fit, is damaged, or has been folded before. The state is unchanged.
         """
         crew = crew or Crew()
         with self._changing(crew) as log:
             folders = crew.ranks.local_main_first(lambda: [resolve_model(str(m), adapters=True) for m in models])
-            base, experts = crew.ranks.all(self._open, log, folders, force=force)
+            merge, opened = crew.ranks.all(self._open, log, folders, force=force)
 
-            def admit() -> tuple[list[str], list[str]]:
+            def name_experts() -> list[FoldedExpert]:
                 names = stage_names([e.stage for e in log.experts], models, stages)
-                digests = [expert_sha256(f) for f in folders]
-                refuse_twins(log, models, digests)
-                return names, digests
+                return [
+                    FoldedExpert(stage, folder.resolve(), expert_sha256(folder), name=str(model))
+                    for stage, folder, model in zip(names, folders, models, strict=True)
+                ]
 
-            names, digests = crew.ranks.first(admit)
+            new = crew.ranks.first(name_experts)
             start = time.monotonic()
-            out = self._next_running(log, crew)
-            found = merge_experts(
-                make_rule(log.rule, log.parameters), base, experts, running=self.running(),
-                earlier=log.norms().experts, running_out=out, crew=crew,
-            )  # fmt: skip
+            after = merge.fold(new, self._next_running(log, crew), opened=opened, crew=crew)
             seconds = round((time.monotonic() - start) / len(models), 3)
-            norms = found.norms.experts[len(log.experts) :]
-            kinds = [expert.kind for expert in experts]
-            new = [
-                FoldedExpert(stage, name_of(model), str(folder.resolve()), digest, norm, kind, seconds, _now())
-                for stage, model, folder, digest, norm, kind in zip(
-                    names, models, folders, digests, norms, kinds, strict=True
-                )
+            added = [
+                Entry(e.stage, name_of(model), str(e.folder), e.sha256, e.norm, expert.kind, seconds, _now())
+                for e, model, expert in zip(after.experts[len(log.experts) :], models, opened, strict=True)
             ]
-            self._publish(log, out, (*log.experts, *new), found.norms.running, crew)
+            self._publish(log, after, (*log.experts, *added), crew)
         return self
 
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:
         """Rebuild the state without a stage, from the other experts.
 
-        Raises ModelError if one of them is gone or has changed: it says which, and what to do.
+        Raises ModelError if one of them is missing or has changed: it names them, and what to do.
         """
         crew = crew or Crew()
         with self._changing(crew) as log:
@@ -172,16 +181,11 @@ class MergeState:
                 require_kept(kept, stage)
 
             crew.ranks.first(check)
-            folders = [Path(e.folder) for e in kept]
-            base, experts = crew.ranks.all(self._open, log, folders, force=True)
-            if not kept:
-                self._publish(log, None, (), 0.0, crew)
-                return self
-            out = self._next_running(log, crew)
-            rule = make_rule(log.rule, log.parameters)
-            found = merge_experts(rule, base, experts, running_out=out, crew=crew)
-            refolded = tuple(replace(e, norm=n) for e, n in zip(kept, found.norms.experts, strict=True))
-            self._publish(log, out, refolded, found.norms.running, crew)
+            after = crew.ranks.all(self.merge, log).restarted()
+            if kept:
+                after = after.fold([e.expert() for e in kept], self._next_running(log, crew), crew=crew)
+            refolded = tuple(replace(e, norm=x.norm) for e, x in zip(kept, after.experts, strict=True))
+            self._publish(log, after, refolded, crew)
         return self
 
     def export(
@@ -202,44 +206,20 @@ class MergeState:
         """
         crew, out = crew or Crew(), Path(out)
         log = crew.ranks.first(self.log)
-        running, base, kind = crew.ranks.all(lambda: (self.require_running(log), self.base(), dtype_named(dtype)))
+
+        def open_merge() -> tuple[RunningMerge, Any]:
+            merge, kind = self.merge(log), dtype_named(dtype)
+            self._require(merge.running)
+            return merge, kind
+
+        merge, kind = crew.ranks.all(open_merge)
         companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
-        only = self._only(log, base, crew)
         with new_folder(out, crew.ranks) as scratch:
-            output = Output(scratch, kind, shard_size, companions)
-            rule = make_rule(log.rule, log.parameters)
-            found = Merged(log.norms(), rule.scale(log.norms()))
-            write_merged(rule, base, running, found, output, only=only, crew=crew)
-            crew.ranks.first(self._write_lineage, log, scratch)
+            merge.export(Output(scratch, kind, shard_size, companions), crew=crew)
+            crew.ranks.first(_write_lineage, log, merge.scale, scratch)
         return out
 
-    def require_running(self, log: Log | None = None) -> Path:
-        """Return the folder of the running state. Raises RunError before the first expert, or if it is gone."""
-        running = self.running(log)
-        if not running:
-            raise RunError(f"{self.folder} holds no expert yet. Add one: contmerge merge add {self.folder} EXPERT")
-        return running
-
-    def _write_lineage(self, log: Log, out: Path) -> None:
-        found = {**asdict(log), "scale": self.scale()}
-        (out / "merge.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-    def _only(self, log: Log, base: Weights, crew: Crew) -> Expert | None:
-        """Return the expert, if there is but one and it is still there as it was: a scale of 1 then gives its bits."""
-        if len(log.experts) != 1 or self.scale() != 1.0:
-            return None
-        first = log.experts[0]
-        if not crew.ranks.first(is_as_it_was, first):
-            return None
-        return crew.ranks.all(lambda: open_expert(Path(first.folder), base, force=True))
-
-    def _open(self, log: Log, folders: Sequence[Path], *, force: bool) -> tuple[Weights, list[Expert]]:
-        base, names = self.base(), {log.base, log.base_folder}
-        return base, [open_expert(folder, base, base_names=names, force=force) for folder in folders]
-
-    def base(self) -> Weights:
-        """Open the base. Raises ModelError if it is not the one that the state was started with."""
-        log = self.log()
+    def _base(self, log: Log) -> Path:
         folder = Path(log.base_folder)
         base = Weights(folder if folder.is_dir() else resolve_model(log.base))
         if base.stamp() != log.base_stamp and weights_sha256(base.folder) != log.base_sha256:
@@ -247,11 +227,27 @@ class MergeState:
                 f"The base at {base.folder} is not the one that {self.folder} was started with: its weights have "
                 "changed. Restore it, or start a new state with `contmerge merge init`."
             )
-        return base
+        return base.folder
+
+    def _running(self, log: Log) -> Path | None:
+        running = self.folder / log.running if log.running else None
+        if running and log.running_norm and not any(running.rglob("*.safetensors")):  # it would pass for zeros
+            raise RunError(f"{running}, which holds the state, is missing. Restore it, or start the state anew.")
+        return running
+
+    def _require(self, running: Path | None) -> Path:
+        if not running:
+            raise RunError(f"{self.folder} holds no expert yet. Add one: contmerge merge add {self.folder} EXPERT")
+        return running
+
+    def _open(self, log: Log, folders: Sequence[Path], *, force: bool) -> tuple[RunningMerge, list[Expert]]:
+        merge, names = self.merge(log), {log.base, log.base_folder}
+        base = Weights(merge.base)
+        return merge, [open_expert(folder, base, base_names=names, force=force) for folder in folders]
 
     @contextmanager
     def _changing(self, crew: Crew) -> Iterator[Log]:
-        """Keep others out while the state changes, and clear away what a crash has left, or an error in here leaves."""
+        """Keep others out while the state changes, and remove what a crash or an error leaves."""
         with ExitStack() as stack:
 
             def begin() -> Log:
@@ -280,59 +276,23 @@ class MergeState:
         crew.ranks.first(out.mkdir)
         return out
 
-    def _publish(
-        self, log: Log, out: Path | None, experts: tuple[FoldedExpert, ...], running_norm: float, crew: Crew
-    ) -> None:
-        name = out.name if out else None
-        after = replace(log, experts=experts, running=name, running_norm=running_norm, versions=versions())
+    def _publish(self, log: Log, merge: RunningMerge, experts: tuple[Entry, ...], crew: Crew) -> None:
+        name = merge.running.name if merge.running else None
+        after = replace(log, experts=experts, running=name, running_norm=merge.running_norm, versions=versions())
 
         def write() -> None:
             sync_folder(self.folder)
             write_log(self.folder, after)
             self._clear_all_but({name})
 
-        if out:
-            crew.ranks.all(sync_files, out)
+        if merge.running:
+            crew.ranks.all(sync_files, merge.running)
         crew.ranks.first(write)
+
+
+def _write_lineage(log: Log, scale: float, out: Path) -> None:
+    (out / "merge.json").write_text(json.dumps({**asdict(log), "scale": scale}, indent=1) + "\n", encoding="utf-8")
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@dataclass(frozen=True)
-class Source:
-    """An expert that a merge holds."""
-
-    stage: int
-    sha256: str
-    model: Path
-    replayed: bool = False
-    """Whether it is the one that the guard had trained again."""
-
-
-@dataclass(frozen=True)
-class Folded:
-    """Experts in a rule's state."""
-
-    rule_name: str
-    rule: MergeRule
-    sources: tuple[Source, ...]
-    norms: Norms
-    factor: float = 1.0
-    """What the rule's own scale is multiplied by, where no parameter of the rule says so."""
-
-    @property
-    def scale(self) -> float:
-        return self.rule.scale(self.norms) * self.factor if self.sources else 0.0
-
-    def scaled(self, factor: float) -> Folded:
-        """Return the same with a scale that is `factor` times this one."""
-        if self.rule.tunable:  # the scale is proportional to it
-            field = self.rule.tunable[0]
-            return self.tuned(field, getattr(self.rule, field) * factor)
-        return dataclasses.replace(self, factor=self.factor * factor)
-
-    def tuned(self, field: str, value: float) -> Folded:
-        """Return the same state read out with another value of a tunable field."""
-        return dataclasses.replace(self, rule=dataclasses.replace(self.rule, **{field: value}))

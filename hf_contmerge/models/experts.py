@@ -168,9 +168,11 @@ def first_twin(folders: Sequence[Path]) -> tuple[int, int] | None:
 
 
 def twins_refused(model: str, twin: str) -> str:
-    """Return the message for an expert with the weights of another one in the same merge."""
+    """Return the message for an expert with the weights of an earlier one in the same merge."""
     same = "is listed twice" if Path(model).resolve() == Path(twin).resolve() else f"has the same weights as {twin}"
-    return f"{model} {same}; an expert must not be folded twice. Remove one of them."
+    return (
+        f"{model} {same}; an expert must not be folded twice. Leave it out, or name the right one. Nothing was merged."
+    )
 
 
 def _first_bytes(folder: Path) -> str:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.runtime.files import remove, sync_files, sync_folder, write_atomically
+from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
 from hf_contmerge.runtime.versions import versions
 
 if TYPE_CHECKING:
@@ -46,10 +46,7 @@ class Place:
     def publish(self, name: str) -> Path:
         """Put the scratch folder of the output `name` in its place."""
         scratch, final = self.folder / f".{name}", self.folder / name
-        sync_files(scratch)
-        remove(final)  # left by a crash between this rename and the record
-        scratch.rename(final)
-        sync_folder(self.folder)
+        put_in_place(scratch, final)  # over what a crash between this and the record has left
         return final
 
     def finish(self, phase: Phase, record: Record) -> None:

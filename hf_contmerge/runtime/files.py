@@ -71,6 +71,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def put_in_place(scratch: Path, final: Path) -> None:
+    """Make a finished folder appear under its name, whole and on the disk, in place of what is there."""
+    sync_files(scratch)
+    remove(final)
+    scratch.rename(final)
+    sync_folder(final.parent)
+
+
 @contextmanager
 def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
     """Yield a hidden folder beside `out`, which takes its place when all has been written; after an error, it is gone.

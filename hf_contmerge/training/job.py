@@ -25,7 +25,7 @@ from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.training._forms import fit_rows, rows_of
 from hf_contmerge.training.data import StageData, load_stage_data
-from hf_contmerge.training.settings import check_stages, check_training, make_strategies
+from hf_contmerge.training.settings import data_checks, make_strategies, training_checks
 
 ModelName = str | os.PathLike[str]
 """A folder, a Hub id (owner/model, owner/model@revision), a .gguf file, or a TrainedExpert."""
@@ -55,15 +55,25 @@ class TrainedExpert:
 
 
 @dataclass(frozen=True)
-class StageTraining:
-    """A stage to train, looked up and checked."""
+class TrainJob:
+    """An expert to train."""
 
     start: Path
+    """The model to start from, or an adapter of the base."""
     base: Path
-    memory: Path | None
+    """The pretrained model; its config and tokenizer go with the expert."""
     data: StageData
+    train: Train
+    """Strategy and SFTConfig fields."""
+    seed: int = 0
+    """Of the data order and dropout."""
+    memory: Path | None = None
+    """What the strategies kept of earlier stages."""
+    remembers: bool = True
+    """Keep what the strategies of later stages need."""
+    trust_remote_code: bool = False
 
-    def inputs(self, recipe: Recipe) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """Return what the expert depends on, for its record."""
         start = expert_sha256(self.start)
         return {
@@ -71,8 +81,8 @@ class StageTraining:
             "base_sha256": start if self.start == self.base else expert_sha256(self.base),
             "examples_sha256": _rows_sha256(self.data.train),
             "remembers": self.memory is not None,
-            "seed": recipe.seed,
-            "train": recipe.train.model_dump(mode="json"),
+            "seed": self.seed,
+            "train": self.train.model_dump(mode="json"),
         }
 
 
@@ -95,7 +105,7 @@ def recipe_of(
     )  # fmt: skip
 
 
-def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None) -> StageTraining:
+def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None) -> TrainJob:
     """Find and check what a stage is trained from and on. Raises as `finetune_stage`."""
     start = resolve_model(os.fspath(model), adapters=True)
     known = model.base if isinstance(model, TrainedExpert) else None
@@ -105,13 +115,17 @@ def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None
     if not is_adapter(start) and start != pretrained:
         check_same_layout(pretrained, start)
     _check_kept_adapter(recipe.train, start, pretrained)
-    check_training(recipe.train, pretrained)
+    for check in training_checks(recipe.train, pretrained):
+        check()
     spec = recipe.stages[0].dataset
     assert spec
     examples = _in_memory(data, spec, recipe.seed) if isinstance(data, datasets.Dataset) else None
     examples = examples or load_stage_data(spec, seed=recipe.seed)
-    check_stages(recipe, {"stage": examples})
-    return StageTraining(start, pretrained, memory, examples)
+    for check in data_checks(recipe, {"stage": examples}):
+        check()
+    return TrainJob(
+        start, pretrained, examples, recipe.train, recipe.seed, memory, trust_remote_code=recipe.trust_remote_code
+    )
 
 
 def base_of(start: Path) -> Path:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.run.places import Place
 from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.train_strategies import Combined
 
 
@@ -45,3 +50,72 @@ def whole_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
             whole[key] = value.cpu() if keep else value.new_empty(0)
         state[name] = whole[key]
     return state if keep else {}
+
+
+def write_expert(place: Place, model: Any, processing: Any, base: Path, ranks: Ranks) -> Path:
+    """Write a model in memory to a place's `expert`, which appears whole; all ranks call this together.
+
+    Args:
+        place: gets the folder.
+        model: a whole model, or a PeftModel, of which the active adapter is written.
+        processing: its tokenizer or processor; the base's files are copied where it has none.
+        base: the pretrained model.
+        ranks: of the job.
+    """
+    scratch = ranks.first(place.scratch, "expert")
+    if hasattr(model, "peft_config"):
+        written = write_adapter(model, scratch, ranks)
+        if written != scratch:
+            ranks.first(_lift, written, scratch)
+    else:
+        _write_model(model, processing, base, scratch, ranks)
+    return ranks.first(place.publish, "expert")
+
+
+def _write_model(model: Any, processing: Any, base: Path, folder: Path, ranks: Ranks) -> None:
+    state = _whole_if_shared(model, ranks)
+
+    def write() -> None:
+        model.save_pretrained(folder, state_dict=state)
+        if hasattr(processing, "save_pretrained"):
+            processing.save_pretrained(folder)
+        else:
+            copy_companions(base, folder, dtype=model.dtype)
+
+    ranks.first(write)
+
+
+def write_adapter(model: Any, folder: Path, ranks: Ranks) -> Path:
+    """Write the active adapter; return its folder, which peft gives any but the first a name of its own."""
+    state, name = _whole_if_shared(model, ranks), model.active_adapter
+    ranks.first(lambda: model.save_pretrained(folder, state_dict=state, selected_adapters=[name]))
+    return folder if name == "default" else folder / name
+
+
+def _lift(inner: Path, folder: Path) -> None:
+    """Move the files of a subfolder into its parent."""
+    for path in inner.iterdir():
+        path.rename(folder / path.name)
+    inner.rmdir()
+
+
+def _whole_if_shared(model: Any, ranks: Ranks) -> dict[str, Tensor] | None:
+    """Return the weights of a model that the ranks share (FSDP2); None for one that each rank has whole."""
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return whole_state(model, keep=ranks.is_main)
+    return None
+
+
+def refuse_shared_weights() -> None:
+    """Raise RecipeError where no rank can put the whole weights together."""
+    shared = AcceleratorState._shared_state  # to make an AcceleratorState resets what it says of FSDP (accelerate 1.15)
+    kind = shared.get("distributed_type", DistributedType.NO)
+    version = getattr(shared.get("fsdp_plugin"), "fsdp_version", 2)
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and version < 2
+    ):
+        name = "FSDP1" if kind == DistributedType.FSDP else kind.value
+        raise RecipeError(
+            f"{name} keeps the weights to itself while it trains, so that they cannot be merged here. Launch with "
+            "FSDP2 or DDP; or train without this callback, save the model, and give its folder to merge_stage."
+        )

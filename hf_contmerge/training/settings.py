@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,33 @@ def bad_parameters(train: Train, error: Exception) -> RecipeError:
     return RecipeError(f"train.parameters: {error} (strategy {' + '.join(train.strategy)})")
 
 
-def check_training(train: Train, start: Path) -> None:
-    """Raise before any work is spent: unknown fields (RecipeError), or too little memory (ResourceError)."""
-    strategies = make_strategies(train)
+Check = Callable[[], object]
+"""Raises ContmergeError."""
+
+
+def training_checks(train: Train, start: Path, *, memory: bool = True) -> Iterator[Check]:
+    """Yield the checks of training that need no data. `memory`: also whether it fits this machine."""
+    yield partial(make_strategies, train)
+    yield partial(_check_settings, train)
+    if memory:
+        yield partial(_check_memory, train, start)
+
+
+def data_checks(recipe: Recipe, data: Mapping[str, StageData]) -> Iterator[Check]:
+    """Yield the checks of training that need the stages' data."""
+    yield partial(_check_stages, recipe, data)
+
+
+def _check_settings(train: Train) -> None:
+    """Raise RecipeError for fields that the trainers do not have, or values that they refuse."""
     known = {**config_fields("preference"), **config_fields("text")}
     _check_fields(train.sft_fields, known, "train", others=("strategy", "parameters"))
     _check_values(train, "text", "train")
+
+
+def _check_memory(train: Train, start: Path) -> None:
+    """Raise ResourceError if this machine has less memory than the weights, gradients and optimizer take."""
+    strategies = make_strategies(train)
     need = Weights(start).numel() * strategies.bytes_per_parameter
     have = (
         torch.cuda.mem_get_info()[1] * torch.cuda.device_count()
@@ -62,7 +84,7 @@ def check_training(train: Train, start: Path) -> None:
         )
 
 
-def check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
+def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
     """Raise RecipeError for settings that do not fit the form of a stage's examples, or that no stage uses."""
     forms: dict[str, Form] = {stage.name: data[stage.name].form for stage in recipe.stages if stage.dataset}
     used = {name: value for form in forms.values() for name, value in config_fields(form).items()}

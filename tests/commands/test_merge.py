@@ -465,10 +465,10 @@ def test_the_same_expert_twice(home: Path, state: Path, tmp_path: Path, refused:
     before, copy = digests(state), shutil.copytree(home / "law", tmp_path / "copy")
     for expert in (home / "law", copy):
         assert refused("add", state, expert) == (
-            f"{expert} has the same weights as law, which has been folded already; an expert must not be folded twice. "
-            "Leave it out, or name the right folder. The state is as it was."
+            f"{expert} has the same weights as law; an expert must not be folded twice. "
+            "Leave it out, or name the right one. Nothing was merged."
         )
-    assert "has been folded already" in refused("add", state, home / "code", home / "code")
+    assert "is listed twice; an expert" in refused("add", state, home / "code", home / "code")
     assert digests(state) == before
     recipe = write_recipe(home, tmp_path, "magmax", ("law", "code", "law"))
     assert "is listed twice; an expert must not be folded twice" in refused("from-recipe", recipe, tmp_path / "out")
@@ -566,7 +566,9 @@ def test_a_damaged_state(home: Path, state: Path, refused: Run) -> None:
     assert refused("add", state, home / "code").startswith(f"{running} is truncated or no safetensors file")
     assert digests(state) == before
     shutil.rmtree(running.parent)
-    assert refused("add", state, home / "code").startswith(f"{running.parent}, which holds the state, is gone. Restore")
+    assert refused("add", state, home / "code").startswith(
+        f"{running.parent}, which holds the state, is missing. Restore"
+    )
 
 
 def test_a_state_in_use(home: Path, state: Path, refused: Run) -> None:

@@ -311,7 +311,7 @@ def damaged(models: dict[str, Path], out: Path, name: str = "model.norm.weight")
 
 BAD = {
     "not finite": "has 1 values that are NaN or infinite",
-    "twin": "has been folded already",
+    "twin": "an expert must not be folded twice",
     "not there": "There is no model at",
     "unknown stage": "Unknown stage 'x'",
     "in use": "is in use by another process",

@@ -230,10 +230,10 @@ def test_the_same_expert_twice(base_folder: Path, expert_folders: tuple[Path, ..
         with pytest.raises(ModelError) as error:
             state.add(*again)
         assert str(error.value) == (
-            f"{again[-1]} has the same weights as {expert_folders[0].name}, which has been folded already; an expert "
-            "must not be folded twice. Leave it out, or name the right folder. The state is as it was."
+            f"{again[-1]} has the same weights as {expert_folders[0].name}; an expert must not be folded twice. "
+            "Leave it out, or name the right one. Nothing was merged."
         )
-    with pytest.raises(ModelError, match=f"{copy} has the same weights as .*, which has been folded already"):
+    with pytest.raises(ModelError, match=f"{copy} has the same weights as .*; an expert must not be folded twice"):
         started(base_folder, tmp_path / "other", experts=[expert_folders[0], copy])
     assert digests(state.folder) == before
 
@@ -356,7 +356,7 @@ def test_a_running_state_that_is_gone_does_not_pass_for_zeros(
         lambda: state.add(expert_folders[1]),
         lambda: state.export(tmp_path / "out"),
     ):
-        with pytest.raises(RunError, match=r"running-1, which holds the state, is gone. Restore it, or start"):
+        with pytest.raises(RunError, match=r"running-1, which holds the state, is missing. Restore it, or start"):
             do()
     assert [e.stage for e in state.log().experts] == [expert_folders[0].name]
 
@@ -684,7 +684,7 @@ def test_killed_before_any_change(
         code = forks.run("merge", words[0], state.folder, words[1])
         assert code == (2 if outcomes[-1] else 0), forks.log.read_text()
         if code:
-            assert re.search("has been folded already|Unknown stage", forks.log.read_text())
+            assert re.search("must not be folded twice|Unknown stage", forks.log.read_text())
         assert merged(state) == new
         left = {p.name for p in state.folder.iterdir()} - {".lock", "state.json", ".state.json.new"}
         assert left == {state.log().running}

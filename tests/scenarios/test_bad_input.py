@@ -360,8 +360,8 @@ def test_base_without_tokenizer(refused: Refused, home: Path, tmp_path: Path) ->
 def test_same_expert_twice(refused: Refused, given: Data, home: Path, tmp_path: Path) -> None:
     folder = changed(home, tmp_path / "copy", lambda _: None)
     assert refused(*to(f"stages.1.expert={folder}"), "--until", "merge", begun=True) == (
-        "The expert of stage b has the same weights as that of stage a, and an expert must not be folded twice. Remove "
-        "the stage, or train it with other data."
+        "Stage b has the same weights as Stage a; an expert must not be folded twice. Leave it out, or name the right "
+        "one. Nothing was merged."
     )
     assert not (tmp_path / "run/stages/02-b/merges/magmax/merge.json").exists()
 

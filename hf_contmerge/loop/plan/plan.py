@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_contmerge.errors import size
-from hf_contmerge.loop.plan.checks import Findings, check_all
+from hf_contmerge.errors import ContmergeError, size
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Recipe, Train
+
+if TYPE_CHECKING:
+    from hf_contmerge.loop.plan.estimates import Subject
 
 _CURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gradient_checkpointing: true", {"gradient_checkpointing": True}),
@@ -30,6 +34,26 @@ _CURES: tuple[tuple[str, dict[str, Any]], ...] = (
 """What makes training smaller, from what costs least to what costs most."""
 
 
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """What is wrong, and what is worth knowing; collected, so that all of it is told at once."""
+
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def ask(self, do: Callable[[], T]) -> T | None:
+        """Return what a function returns; keep a user error and return None."""
+        try:
+            return do()
+        except ContmergeError as error:
+            if str(error) not in self.errors:
+                self.errors.append(str(error))
+            return None
+
+
 def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> dict[str, Any]:
     """Check a run, and estimate what its phases take; `findings` gets what is wrong.
 
@@ -44,7 +68,7 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
 
     with tempfile.TemporaryDirectory() as scratch:
         count = processes or _processes(run.recipe)
-        subject = check_all(run, findings, Path(scratch), count)
+        subject = _checked(run, findings, Path(scratch), count)
         if subject is None:
             return {}
         _load_libraries()
@@ -62,6 +86,28 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
         _judge(found, machine, run, findings)
         _suggest(found, machine, estimates, subject, findings)
         return _as_json(found, machine, count, run)
+
+
+def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> Subject | None:
+    """Ask every check of the run; return what was found, or None after an error."""
+    from hf_contmerge.loop.plan.checks import Circumstances, Prepared, checks
+    from hf_contmerge.loop.plan.estimates import Subject
+    from hf_contmerge.models.headers import needs_converting, resolve_headers
+
+    found, tasks = Prepared(), scratch / "tasks"
+    resolve = functools.partial(resolve_headers, scratch=scratch / "models")
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    how = Circumstances(tasks, processes, per_machine, plans=True, resolve=resolve)
+    for check in checks(run, found, how):
+        findings.ask(check)
+    base = run.recipe.base_model
+    if needs_converting(base):
+        findings.notes.append(
+            f"{base} is a GGUF file: the run converts it to bfloat16 first, once, into the Hub's cache."
+        )
+    if findings.errors:
+        return None
+    return Subject(run, found.base, found.rules, found.kinds, found.given, found.data, tasks)
 
 
 def _processes(recipe: Recipe) -> int:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import yaml
 
-from hf_contmerge.errors import ModelError, RecipeError
+from hf_contmerge.errors import RecipeError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, MergekitRecipe
+from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import dtype_named, make_rule
-from hf_contmerge.merging.stream import merge_experts
-from hf_contmerge.merging.write import Merged, Output
+from hf_contmerge.merging.write import Output
 from hf_contmerge.models.config import tokens_of
-from hf_contmerge.models.experts import Expert, check_mergeable, first_twin, open_expert, twins_refused
+from hf_contmerge.models.experts import Expert, check_mergeable, open_expert
 from hf_contmerge.models.folder import is_adapter, resolve_model
 from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
@@ -35,8 +35,8 @@ def carry_out(
     shard_size: int = SHARD_SIZE,
     crew: Crew | None = None,
     force: bool = False,
-) -> Merged:
-    """Merge as a recipe says, in one go, keeping no state; return the norms and the scale.
+) -> RunningMerge:
+    """Merge as a recipe says, in one pass, without a running state that stays; return the merge.
 
     Raises ModelError or RecipeError before anything is written.
     """
@@ -45,17 +45,17 @@ def carry_out(
     check_mergeable(folder)
     base = Weights(folder)
     folders = [resolve_model(m, adapters=True) for m in recipe.models]
-    twin = first_twin(folders)
-    if twin:
-        raise ModelError(twins_refused(*(recipe.models[i] for i in twin)))
+    listed = [FoldedExpert("", f, name=name) for f, name in zip(folders, recipe.models, strict=True)]
     names = {recipe.base, str(folder.resolve())}
     experts = [open_expert(f, base, base_names=names, force=force) for f in folders]
     dtype = _written_dtype(recipe, base, experts)
     companions = resolve_model(recipe.tokenizer_from) if recipe.tokenizer_from else None
     if companions:
         _require_same_tokens(companions, base, [folder, *(f for f in folders if not is_adapter(f))])
+    merge = RunningMerge(folder, recipe.rule, rule)
     with new_folder(out, crew.ranks) as scratch:
-        return merge_experts(rule, base, experts, merged_out=Output(scratch, dtype, shard_size, companions), crew=crew)
+        output = Output(scratch, dtype, shard_size, companions)
+        return merge.fold(listed, None, merged=output, opened=experts, crew=crew)
 
 
 def mergekit_yaml(

@@ -1,0 +1,158 @@
+"""The work of a run's phases: the training of a stage, a merge entry at a stage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_contmerge.loop._entries import merged_dtype
+from hf_contmerge.loop._record import Recorder
+from hf_contmerge.loop.stages import Measuring
+from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
+from hf_contmerge.merging.rules import make_rule
+from hf_contmerge.merging.write import Output
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import MergePlace
+from hf_contmerge.training.job import TrainJob
+
+if TYPE_CHECKING:
+    from hf_contmerge.loop.plan.checks import Prepared
+    from hf_contmerge.runtime.crew import Crew
+
+
+def train_job(run: Run, prepared: Prepared, t: int, kind: str) -> TrainJob:
+    """Return the training of stage t's expert of a kind."""
+    stage, recipe = run.stage(t), run.recipe
+    alone = kind == "base" and t > 1  # an independent expert: no later stage starts from it
+    return TrainJob(
+        start=run.start_of(t, kind) or prepared.base, base=prepared.base, data=prepared.data[stage.name],
+        train=recipe.train_of(stage), seed=recipe.seed, memory=run.memory_before(t, kind), remembers=not alone,
+        trust_remote_code=recipe.trust_remote_code,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """One merge entry at one stage of a run."""
+
+    run: Run
+    prepared: Prepared
+    measuring: Measuring
+    """On validation documents."""
+    t: int
+    place: MergePlace
+
+    @property
+    def recorder(self) -> Recorder:
+        return self.measuring.recorder
+
+    @property
+    def crew(self) -> Crew:
+        return self.recorder.crew
+
+    @property
+    def kind(self) -> str:
+        """Of the experts."""
+        return self.prepared.kinds[self.place.entry.name]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the merged model's weights; None: as in the base."""
+        return merged_dtype(self.place.entry)
+
+    @property
+    def place_before(self) -> MergePlace | None:
+        return self.run.merged(self.t - 1, self.place.entry) if self.t > 1 else None
+
+    def rule(self) -> tuple[str, MergeRule]:
+        """Return the rule to fold with: the entry's, or the one that a guard chose at an earlier stage."""
+        before = self.place_before
+        chosen = before.record("merge").get("goes_on") if before else None
+        if chosen:
+            return chosen["rule"], make_rule(chosen["rule"], chosen["parameters"], where=str(self.place.folder))
+        return self.place.entry.rule, self.prepared.rules[self.place.entry.name]
+
+    def previous(self) -> RunningMerge:
+        """Return the merge of the stage before as its record has it; at the first stage, one without experts."""
+        name, rule = self.rule()
+        if not self.place_before:
+            return RunningMerge(self.prepared.base, name, rule)
+        record, norms = self.place_before.record("merge"), self.place_before.record("merge")["norms"]
+        experts = [self._expert(part) for part in record.get("folded", _one_a_stage(self.t - 1))]
+        folded = tuple(replace(e, norm=norm) for e, norm in zip(experts, norms["experts"], strict=True))
+        return RunningMerge(
+            self.prepared.base, name, make_rule(name, record["parameters"], where=str(self.place_before.folder)),
+            folded, self.place_before.running, norms["running"], record.get("factor", 1.0),
+        )  # fmt: skip
+
+    def start(self) -> RunningMerge:
+        """Return the merge that the stage's expert is folded into: the one before, read out as the recipe says."""
+        return replace(self.previous(), rule=self.rule()[1], factor=1.0)
+
+    def newest(self) -> FoldedExpert:
+        """Return the stage's expert."""
+        return self._expert({"stage": self.t, "replayed": False})
+
+    def _expert(self, part: dict[str, Any]) -> FoldedExpert:
+        """Return an expert from its entry in merge.json."""
+        t, replayed = part["stage"], part["replayed"]
+        place = self.run.merged(t, self.place.entry).replayed if replayed else self.run.expert(t, self.kind)
+        return self.expert_at(t, place.model, place.record("train")["model_sha256"], replayed=replayed)
+
+    def expert_at(self, t: int, model: Path, sha256: str, *, replayed: bool) -> FoldedExpert:
+        stage = self.run.stage(t).name
+        return FoldedExpert(stage, model, sha256, name=f"Stage {stage}", replayed=replayed)
+
+    def parts(self, merge: RunningMerge) -> list[dict[str, Any]]:
+        """Return the experts of a merge as merge.json has them."""
+        number = {stage.name: t for t, stage in enumerate(self.run.recipe.stages, 1)}
+        return [{"stage": number[e.stage], "replayed": e.replayed} for e in merge.experts]
+
+    def holds_one_a_stage(self, merge: RunningMerge) -> bool:
+        return self.parts(merge) == _one_a_stage(self.t)
+
+    # Folders
+
+    def scratch(self, name: str) -> Path:
+        """Return an empty scratch folder, on all ranks."""
+        return self.crew.ranks.first(self.place.scratch, name)
+
+    def output(self) -> Output:
+        """Return where a merged model goes: an empty scratch folder."""
+        entry = self.place.entry
+        companions = self.prepared.given.get(self.run.recipe.tokenizer_model(self.t, entry) or "")
+        return Output(self.scratch("merged"), self.dtype, entry.shard_size, companions)
+
+    def keep_previous(self) -> RunningMerge:
+        """Put the previous state and model into the scratch folders; at the first stage, the base's."""
+        running, before = self.scratch("running"), self.place_before
+        merge = replace(self.previous(), running=running)
+        if not before:
+            merge.export(self.output(), crew=self.crew)
+            return merge
+        merged = self.scratch("merged")
+
+        def copy() -> None:
+            for new, old in ((running, before.running), (merged, before.model)):
+                shutil.copytree(old, new, copy_function=_link, dirs_exist_ok=True)
+
+        self.crew.ranks.first(copy)
+        return merge
+
+
+def _one_a_stage(t: int) -> list[dict[str, Any]]:
+    return [{"stage": i, "replayed": False} for i in range(1, t + 1)]
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, since nothing is changed in place; copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

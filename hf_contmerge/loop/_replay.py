@@ -1,0 +1,58 @@
+"""Training a stage's expert a second time, with examples of the earlier stages among its data."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_contmerge.loop._entries import with_replay
+from hf_contmerge.loop._job import MergeJob, train_job
+from hf_contmerge.loop.stages import train_at
+from hf_contmerge.merging.merge import FoldedExpert
+from hf_contmerge.run.recipe.parts import Rung
+from hf_contmerge.runtime.files import remove
+from hf_contmerge.train_strategies.replay import Replay
+
+
+def can_replay(job: MergeJob) -> bool:
+    """Say whether the stage is trained at all, and an earlier one has data to mix in."""
+    return bool(job.run.stage(job.t).dataset and any(job.run.stage(i).dataset for i in range(1, job.t)))
+
+
+def replay(job: MergeJob, rung: Rung) -> FoldedExpert:
+    """Train the stage's expert with examples of earlier stages, unless this rung has done so."""
+    place, settings = job.place.replayed, rung.model_dump(mode="json")
+    ranks, memory = job.crew.ranks, job.place.folder / ".replay-memory"
+    if not ranks.first(lambda: place.is_done("train") and place.record("train")["rung"] == settings):
+        ranks.first(_remember, job, memory, rung)
+        plain = train_job(job.run, job.prepared, job.t, job.kind)
+        again = replace(plain, train=with_replay(plain.train, rung), memory=memory, remembers=False)
+        train_at(place, again, replace(job.recorder, quiet=True), more={"rung": settings})
+        ranks.first(remove, memory)
+    sha256 = ranks.first(lambda: place.record("train")["model_sha256"])
+    return job.expert_at(job.t, place.model, sha256, replayed=True)
+
+
+def _remember(job: MergeJob, memory: Path, rung: Rung) -> None:
+    """Write what the replay strategy would have kept of the earlier stages, next to what others have kept."""
+    remove(memory)
+    earlier = job.run.memory_before(job.t, job.kind)
+    if earlier:
+        shutil.copytree(earlier, memory, dirs_exist_ok=True)
+    remove(memory / "replay")
+    sizes: dict[str, Any] = {k: v for k, v in rung.parameters.items() if k == "examples"}
+    chain: list[Path] = []
+    for i in range(1, job.t):
+        stage = job.run.stage(i)
+        if stage.dataset:
+            chain.append(memory / f".replay-{i}")
+            chain[-1].mkdir(parents=True)
+            data = job.prepared.data[stage.name].train
+            Replay(**sizes).remember(nn.Module(), data, chain[-2] if len(chain) > 1 else None, chain[-1])
+    chain[-1].rename(memory / "replay")
+    for folder in chain[:-1]:
+        remove(folder)

@@ -1,0 +1,136 @@
+"""A merge as a value: the experts that a rule has folded, and the folder with its running state.
+
+`state.json` (state.py) and `merge.json` of a run are two serialisations of it. The tensors lie in `running`; a fold
+writes a new folder and returns a new value, so that an older value stays true as long as its folder exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.merge_rules import MergeRule, Norms
+from hf_contmerge.merging.stream import merge_experts
+from hf_contmerge.merging.write import Merged, Output, write_merged
+from hf_contmerge.models.experts import Expert, expert_sha256, first_twin, open_expert, twins_refused
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.runtime.crew import Crew
+
+
+@dataclass(frozen=True)
+class FoldedExpert:
+    """An expert of a merge."""
+
+    stage: str
+    folder: Path
+    sha256: str = ""
+    """Of its weights; empty where nobody needs to recognise it later."""
+    norm: float = 0.0
+    """Of its task vector, once it is folded."""
+    name: str = ""
+    """What messages call it."""
+    replayed: bool = False
+    """Trained a second time, with examples of earlier stages."""
+
+    def is_unchanged(self) -> bool:
+        """Say whether the folder still holds the weights that were folded."""
+        try:
+            return self.folder.is_dir() and expert_sha256(self.folder) == self.sha256
+        except ModelError:  # it holds something else now
+            return False
+
+
+@dataclass(frozen=True)
+class RunningMerge:
+    """Experts folded into one running state, in order."""
+
+    base: Path
+    rule_name: str
+    rule: MergeRule
+    experts: tuple[FoldedExpert, ...] = ()
+    running: Path | None = None
+    running_norm: float = 0.0
+    factor: float = 1.0
+    """Multiplies the rule's own scale, where no parameter of the rule does."""
+
+    @property
+    def norms(self) -> Norms:
+        return Norms(tuple(e.norm for e in self.experts), self.running_norm)
+
+    @property
+    def scale(self) -> float:
+        return self.rule.scale(self.norms) * self.factor if self.experts else 0.0
+
+    def scaled(self, factor: float) -> RunningMerge:
+        """Return the same state with `factor` times this scale."""
+        if self.rule.tunable:  # the scale is proportional to it
+            field = self.rule.tunable[0]
+            return self.tuned(field, getattr(self.rule, field) * factor)
+        return replace(self, factor=self.factor * factor)
+
+    def tuned(self, field: str, value: float) -> RunningMerge:
+        """Return the same state with another value of a tunable field."""
+        return replace(self, rule=replace(self.rule, **{field: value}))
+
+    def restarted(self) -> RunningMerge:
+        """Return the merge before its first expert."""
+        return replace(self, experts=(), running=None, running_norm=0.0, factor=1.0)
+
+    def fold(
+        self,
+        new: Sequence[FoldedExpert],
+        out: Path | None,
+        *,
+        merged: Output | None = None,
+        opened: Sequence[Expert] = (),
+        crew: Crew | None = None,
+    ) -> RunningMerge:
+        """Fold experts in, in this order.
+
+        Args:
+            new: the experts.
+            out: an empty folder for the new state; None keeps none.
+            merged: where the merged model goes in the same pass.
+            opened: the same experts, where the caller has opened them already.
+            crew: the threads and ranks that share the work.
+
+        Raises:
+            ModelError: an expert does not fit, is damaged, or has the weights of another one.
+        """
+        crew, base = crew or Crew(), Weights(self.base)
+        crew.ranks.first(refuse_twins, (*self.experts, *new), len(self.experts))
+        experts = opened or crew.ranks.all(lambda: [open_expert(e.folder, base, force=True) for e in new])
+        found = merge_experts(
+            self.rule, base, experts, running=self.running, earlier=self.norms.experts, running_out=out,
+            merged_out=merged, crew=crew,
+        )  # fmt: skip
+        norms = zip((*self.experts, *new), found.norms.experts, strict=True)
+        folded = tuple(replace(expert, norm=norm) for expert, norm in norms)
+        return replace(self, experts=folded, running=out, running_norm=found.norms.running)
+
+    def export(self, out: Output, *, crew: Crew | None = None) -> None:
+        """Write the merged model. A single expert that is taken whole keeps its bits, if it is still there."""
+        crew, base, only = crew or Crew(), Weights(self.base), None
+        if len(self.experts) == 1 and self.scale == 1.0 and crew.ranks.first(self.experts[0].is_unchanged):
+            only = crew.ranks.all(open_expert, self.experts[0].folder, base, force=True)
+        assert self.running, "a merge without a running state has nothing to write"
+        found = Merged(self.norms, self.scale)
+        write_merged(self.rule, base, self.running, found, out, only=only, crew=crew)
+
+
+def refuse_twins(experts: Sequence[FoldedExpert], folded: int = 0) -> None:
+    """Raise ModelError for an expert with the weights of an earlier one.
+
+    `folded`: how many of them were checked before. Experts without a digest are compared by their files.
+    """
+    seen: dict[str, FoldedExpert] = {}
+    for number, expert in enumerate(experts):
+        twin = seen.setdefault(expert.sha256, expert) if expert.sha256 else expert
+        if twin is not expert and number >= folded:
+            raise ModelError(twins_refused(expert.name, twin.name))
+    files = [expert for expert in experts[folded:] if not expert.sha256]
+    pair = first_twin([expert.folder for expert in files])
+    if pair:
+        raise ModelError(twins_refused(*(files[i].name for i in pair)))
