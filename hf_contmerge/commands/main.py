@@ -23,7 +23,7 @@ from pathlib import Path
 
 from hf_contmerge.errors import clear_errors
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.recipe.schema import PHASES
+from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.runtime.files import FolderLock
 
 Add = Callable[[argparse.ArgumentParser], None]

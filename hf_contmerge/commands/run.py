@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.quickstart import quickstart_recipe
-from hf_contmerge.run.recipe.schema import PHASES
+from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.run.recipe.text import load_recipe
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from hf_contmerge.errors import ResourceError
 from hf_contmerge.run.places import ExpertPlace, Place, Record
-from hf_contmerge.run.recipe.schema import Phase
+from hf_contmerge.run.recipe.phases import Phase
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import remove
 

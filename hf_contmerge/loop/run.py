@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Place, Record
 from hf_contmerge.run.recipe.parts import Task
-from hf_contmerge.run.recipe.schema import PHASES, Phase, Recipe, Stage
+from hf_contmerge.run.recipe.phases import PHASES, Phase
+from hf_contmerge.run.recipe.schema import Recipe, Stage
 from hf_contmerge.runtime.files import FolderLock, remove
 
 if TYPE_CHECKING:  # they load torch, and a finished run is answered without

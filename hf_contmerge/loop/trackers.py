@@ -15,7 +15,8 @@ from typing import Any
 from hf_contmerge.errors import RecipeError, ResourceError, unknown
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import Place
-from hf_contmerge.run.recipe.schema import Phase, Recipe, Train
+from hf_contmerge.run.recipe.phases import Phase
+from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.runtime.files import write_atomically
 
 KNOWN = ("tensorboard", "trackio", "wandb")

@@ -18,7 +18,7 @@ from hf_contmerge.report._findings import (
     task_facts,
 )
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.recipe.schema import PHASES
+from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.run.scores import Block, Scores
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change, mean_change

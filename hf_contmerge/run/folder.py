@@ -29,8 +29,9 @@ from pathlib import Path
 
 from hf_contmerge.errors import ResourceError, RunError, unknown
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
-from hf_contmerge.run.recipe.changes import Change, changes
-from hf_contmerge.run.recipe.schema import PHASES, Merge, Phase, Recipe, Stage
+from hf_contmerge.run.recipe.changes import FieldChange, changes
+from hf_contmerge.run.recipe.phases import PHASES, Phase
+from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, recipe_yaml
 from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
 
@@ -238,7 +239,7 @@ def _following(phase: str, t: int, place: Place, first: int, *, whole_run: bool)
     return PHASES[PHASES.index(phase) :] if t >= first else ()
 
 
-def _has_used(change: Change, done: str, t: int, place: Place, renamed: Container[int | None]) -> bool:
+def _has_used(change: FieldChange, done: str, t: int, place: Place, renamed: Container[int | None]) -> bool:
     """Say whether a phase that is done at the place of stage t used a field that has changed."""
     if t == 0 and done == "score":  # row 0: the base model on what all stages measure
         measured = change.phase == "score" or ".dataset." in change.field

@@ -16,7 +16,8 @@ from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
 from hf_contmerge.runtime.versions import versions
 
 if TYPE_CHECKING:
-    from hf_contmerge.run.recipe.schema import Merge, Phase
+    from hf_contmerge.run.recipe.phases import Phase
+    from hf_contmerge.run.recipe.schema import Merge
 
 Record = dict[str, Any]
 

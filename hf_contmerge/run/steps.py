@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Task
-from hf_contmerge.run.recipe.schema import Phase
+from hf_contmerge.run.recipe.phases import Phase
 
 
 @dataclass(frozen=True)

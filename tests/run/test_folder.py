@@ -15,7 +15,8 @@ import pytest
 from hf_contmerge.errors import ResourceError, RunError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
-from hf_contmerge.run.recipe.schema import Phase, Recipe
+from hf_contmerge.run.recipe.phases import Phase
+from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
 from hf_contmerge.runtime.files import FolderLock
 

@@ -6,18 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hf_contmerge.run.recipe.schema import Phase, Recipe
+from hf_contmerge.run.recipe.phases import Phase, use_of
+from hf_contmerge.run.recipe.schema import Recipe
 
 _NOT_SET = "(not set)"
-_ONLY_TOLD = (
-    "train.report_to", "train.run_name", "train.disable_tqdm", "train.ddp_timeout", "evaluate.matrix", "evaluate.cache",
-    "evaluate.batch_size", "evaluate.parallel",
-)  # fmt: skip
-"""What changes how a training is watched, what is measured, how fast or whether again, and nothing of a result."""
 
 
 @dataclass(frozen=True)
-class Change:
+class FieldChange:
     """One field that two recipes do not have in common."""
 
     field: str
@@ -38,19 +34,20 @@ class Change:
         return int(parts[1]) if parts[0] == "stages" else None
 
 
-def changes(old: Recipe, new: Recipe) -> Iterator[Change]:
+def changes(old: Recipe, new: Recipe) -> Iterator[FieldChange]:
     """Yield what differs, apart from fields that no phase uses and from stages, merge entries and tasks added."""
     if old.tunes != new.tunes:  # then other documents are measured
         parts = {False: "all", True: "all but those set aside"}
-        yield Change("documents measured (guard, auto)", parts[old.tunes], parts[new.tunes], "score")
+        yield FieldChange("documents measured (guard, auto)", parts[old.tunes], parts[new.tunes], "score")
     before, after = dict(flat_fields(old.model_dump(mode="json"))), dict(flat_fields(new.model_dump(mode="json")))
     if not (old.tunes and new.tunes):
         after["evaluate.validation"] = before["evaluate.validation"]  # nothing was set aside that could still be
     added = {_piece(f) for f in after} - {_piece(f) for f in before}
     for field in before | after:
-        phase = _first_phase(field)
+        use = use_of(field)
+        phase = use.phase if use.undoes else None
         if phase and before.get(field) != after.get(field) and _piece(field) not in added:
-            yield Change(field, before.get(field, _NOT_SET), after.get(field, _NOT_SET), phase)
+            yield FieldChange(field, before.get(field, _NOT_SET), after.get(field, _NOT_SET), phase)
 
 
 def flat_fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -72,15 +69,3 @@ def _piece(field: str) -> str:
     if parts[0] in ("stages", "merge") and len(parts) > 1:
         return ".".join(parts[:4] if "tasks" in parts else parts[:2])
     return ".".join(parts[:3]) if parts[:2] == ["evaluate", "general_tasks"] else field
-
-
-def _first_phase(field: str) -> Phase | None:
-    """Return the first phase that uses a field. A guard that is mended counts from the next merge on."""
-    parts = field.split(".")
-    if parts[0] in ("name", "output", "publish", "guard") or ".".join(parts[:2]) in _ONLY_TOLD:
-        return None
-    if parts[-1] == "suite":  # who brought a task in
-        return None
-    if parts[0] == "merge" or field == "evaluate.validation":
-        return "merge"
-    return "score" if parts[0] == "evaluate" or "tasks" in parts else "train"

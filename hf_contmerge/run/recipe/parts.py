@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from hf_contmerge.run.recipe.phases import use_of
 from hf_contmerge.run.recipe.suites import expand_suites
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
@@ -71,8 +72,6 @@ def _as_dataset(value: Any) -> Any:
 DatasetField = Annotated[Dataset, BeforeValidator(_as_dataset)]
 
 
-_NOT_MEASURED_BY = {"general_tasks", "matrix", "include_path", "batch_size", "cache", "parallel"}
-"""Fields of `evaluate` that say what is measured, or how fast, and not how; all others do."""
 _KINDS = "perplexity, multiple_choice or exact_match"
 
 
@@ -155,7 +154,9 @@ class Evaluate(Part):
 
     def measured_by(self) -> dict[str, Any]:
         """Return the fields on which a score depends: two that differ in one of them cannot be compared."""
-        return self.model_dump(mode="json", exclude=_NOT_MEASURED_BY)
+        return {
+            word: value for word, value in self.model_dump(mode="json").items() if use_of(f"evaluate.{word}").compares
+        }
 
 
 class Rung(Part):

@@ -27,8 +27,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from hf_contmerge.run.recipe.parts import DatasetField, Evaluate, Guard, Name, Part, Task, TasksField
 
 StartFrom = Literal["base", "previous", "merged"]
-Phase = Literal["train", "merge", "score", "report"]
-PHASES: tuple[Phase, ...] = ("train", "merge", "score", "report")
 
 
 class Stage(Part):
