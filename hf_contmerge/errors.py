@@ -15,15 +15,10 @@ A message says what was found, where, what was expected and what to do.
 from __future__ import annotations
 
 import difflib
-import errno
-import logging
-import os
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 _MANY = 30  # more names than that are not read
-_SHARED = "All ranks of the job end with this error."
+SHARED = "All ranks of the job end with this error."
 
 
 class ContmergeError(Exception):
@@ -76,45 +71,5 @@ def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> s
 
 def mark_shared(error: Exception) -> Exception:
     """Say of an error that every rank of the job raises it, so that one of them tells it."""
-    error.add_note(_SHARED)
+    error.add_note(SHARED)
     return error
-
-
-class _Outcome:
-    code = 0
-
-
-@contextmanager
-def clear_errors() -> Iterator[_Outcome]:
-    """Turn what a user can mend into one message and its exit code; let everything else through with its traceback."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our own lines tell the progress
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("hf_contmerge").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
-    outcome = _Outcome()
-    try:
-        yield outcome
-    except ContmergeError as error:
-        _tell(error, str(error))
-        outcome.code = error.exit_code
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EROFS: "the disk is read-only",
-            errno.EACCES: "no permission",
-        }
-        if error.errno not in reasons:
-            raise
-        _tell(
-            error,
-            f"cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. What is done is kept: mend "
-            "that and give the same command again.",
-        )
-        outcome.code = 2
-
-
-def _tell(error: Exception, message: str) -> None:
-    """Print one line: what all ranks raise is told by the first, anything else by the rank that it befell."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or _SHARED not in getattr(error, "__notes__", ()):
-        print(f"Error on rank {rank}: {message}" if rank else f"Error: {message}", file=sys.stderr)

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
+from hf_contmerge.commands.main import clear_errors
 from hf_contmerge.commands.run import add_arguments, run_command
-from hf_contmerge.errors import clear_errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,12 +16,16 @@ contmerge yaml RECIPE OUT ...                                     mergekit-yaml,
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from hf_contmerge.errors import clear_errors
+from hf_contmerge.errors import SHARED, ContmergeError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.runtime.files import FolderLock
@@ -147,6 +151,46 @@ def _yaml(words: list[str]) -> int:
     install()
     mergekit_yaml(args=words, prog_name="contmerge yaml")
     return 0
+
+
+class _Outcome:
+    code = 0
+
+
+@contextmanager
+def clear_errors() -> Iterator[_Outcome]:
+    """Turn what a user can mend into one message and its exit code; let everything else through with its traceback."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our own lines tell the progress
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_contmerge").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
+    outcome = _Outcome()
+    try:
+        yield outcome
+    except ContmergeError as error:
+        _tell(error, str(error))
+        outcome.code = error.exit_code
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EROFS: "the disk is read-only",
+            errno.EACCES: "no permission",
+        }
+        if error.errno not in reasons:
+            raise
+        _tell(
+            error,
+            f"cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. What is done is kept: mend "
+            "that and give the same command again.",
+        )
+        outcome.code = 2
+
+
+def _tell(error: Exception, message: str) -> None:
+    """Print one line: what all ranks raise is told by the first, anything else by the rank that it befell."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or SHARED not in getattr(error, "__notes__", ()):
+        print(f"Error on rank {rank}: {message}" if rank else f"Error: {message}", file=sys.stderr)
 
 
 _COMMANDS: dict[str, tuple[str, Add]] = {

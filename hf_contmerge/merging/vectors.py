@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import config, layer_of, layer_order, special_tokens, tokens_of
+from hf_contmerge.models.config import config, layer_of, layer_order, special_tokens, text_config, tokens_of
 from hf_contmerge.models.experts import Expert, open_expert
 from hf_contmerge.models.weights import Weights
 
@@ -138,7 +138,7 @@ def special_rows(expert: Path, plus: Weights, less: Weights) -> dict[str, float]
 def _meaning(folder: Path, word: str) -> Any:
     """Return a value of config.json that must be the same; the rotary embedding however it is spelled."""
     values: Mapping[str, Any] = config(folder)
-    values = values.get("text_config") or values
+    values = text_config(values) or values
     if word != "rope":
         return values.get(word)
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}

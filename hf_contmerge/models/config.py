@@ -10,6 +10,9 @@ from typing import Any
 
 from hf_contmerge.errors import ModelError
 
+COMPANIONS = (".json", ".jinja", ".model", ".txt")
+"""Endings of the files that make weights a model: config, tokenizer, chat template, generation config."""
+
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -63,3 +66,8 @@ def config(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {folder / 'config.json'}: {error}") from error
+
+
+def text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that is about text, where a model has others too; empty where it has none."""
+    return values.get("text_config") or {}

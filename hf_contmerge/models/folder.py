@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from hf_contmerge.errors import ModelError, ResourceError
-from hf_contmerge.models.config import config
+from hf_contmerge.models.config import COMPANIONS, config
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.files import remove, write_atomically
@@ -30,9 +30,7 @@ from hf_contmerge.runtime.files import remove, write_atomically
 LOG = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COMPANIONS = {".json", ".jinja", ".model", ".txt"}
 
 
 def resolve_model(name: str, *, adapters: bool = False) -> Path:
@@ -79,7 +77,7 @@ def copy_companions(
     `tokenizer_from`: take all of it from another model, and of its config.json which tokens begin, end and pad a text.
     """
     for path in sorted((tokenizer_from or source).iterdir()):
-        if path.suffix in _COMPANIONS and not path.name.endswith(".index.json"):
+        if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
     shutil.copyfile(source / "config.json", target / "config.json")
     values = config(target)
@@ -96,7 +94,11 @@ def _from_hub(name: str) -> Path:
 
     repo, _, revision = name.partition("@")
     with hub_errors(name):
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(
+                repo, revision=revision or None, allow_patterns=[f"*{end}" for end in (".safetensors", *COMPANIONS)]
+            )
+        )
 
 
 @contextmanager

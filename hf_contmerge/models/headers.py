@@ -7,17 +7,16 @@ names, shapes and dtypes works on such a folder as on the model, and nothing lar
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models.config import COMPANIONS
 from hf_contmerge.models.folder import check_hub_id, converted_folder, hub_errors, model_path, resolve_model
-from hf_contmerge.models.weights import Weights, WeightsWriter
+from hf_contmerge.models.weights import Weights, WeightsWriter, header_bytes
 
-_TEXTS = ["*.json", "*.jinja", "*.model", "*.txt"]
 _INDEX = "model.safetensors.index.json"
 
 
@@ -66,7 +65,7 @@ def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
     at = revision or None
     api = HfApi()
     with hub_errors(name):
-        texts = Path(snapshot_download(repo, revision=at, allow_patterns=_TEXTS))
+        texts = Path(snapshot_download(repo, revision=at, allow_patterns=[f"*{end}" for end in COMPANIONS]))
         files = _weight_files(texts, [f for f in api.list_repo_files(repo, revision=at) if f.endswith(".safetensors")])
         folder.mkdir(parents=True, exist_ok=True)
         for path in texts.iterdir():
@@ -98,12 +97,11 @@ def _write_empty(path: Path, found: Any) -> None:
         name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
         for name, info in found.tensors.items()
     }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = header_bytes(entries)
     end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+        file.write(header)
+        file.truncate(len(header) + end)
 
 
 def _of_gguf(path: Path, folder: Path) -> Path:

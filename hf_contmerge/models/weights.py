@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import config
+from hf_contmerge.models.config import config, text_config
 
 SHARD_SIZE = 5_000_000_000
 """Bytes per file of weights, as `save_pretrained` has it."""
@@ -59,7 +59,7 @@ class Weights:
         self._entries = self._open(Path(folder).name) if alone else self._find()
         if _TIED_HEAD in self._entries and len(self._entries) > 1 and (self.folder / "config.json").is_file():
             values = config(self.folder)
-            tied = values.get("tie_word_embeddings", (values.get("text_config") or {}).get("tie_word_embeddings"))
+            tied = values.get("tie_word_embeddings", text_config(values).get("tie_word_embeddings"))
             if tied:
                 del self._entries[_TIED_HEAD]
         self.names: tuple[str, ...] = tuple(sorted(self._entries))
@@ -108,7 +108,7 @@ class Weights:
     def vocabulary(self) -> int | None:
         """The number of rows of the vocabulary tables, where config.json tells it."""
         values = config(self.folder)
-        return values.get("vocab_size") or (values.get("text_config") or {}).get("vocab_size")
+        return values.get("vocab_size") or text_config(values).get("vocab_size")
 
     def nbytes(self, name: str) -> int:
         """Return the size of a tensor in its file."""
@@ -302,13 +302,17 @@ def _shards(
 
 
 def _header(shard: Sequence[tuple[str, Sequence[int], torch.dtype]]) -> bytes:
-    """Return the start of a safetensors file: the length of the JSON, then the JSON, padded to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape, dtype in shard:
         end = offset + _nbytes(shape, dtype)
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
+    return header_bytes(entries)
+
+
+def header_bytes(entries: Mapping[str, Any]) -> bytes:
+    """Return the start of a safetensors file: the length of the JSON, then the JSON, padded to eight bytes."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

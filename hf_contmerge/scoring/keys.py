@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models.config import COMPANIONS
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.versions import version
@@ -31,7 +32,6 @@ _NOT_OF_A_TASK = {
     "name", "suite", "dataset", "kind", "question", "choices", "answer", "max_new_tokens", "stop",
 }  # fmt: skip
 """Fields of a task that made its files, which are digested."""
-_COMPANIONS = {".json", ".jinja", ".model", ".txt", ".py"}
 _NO_MATTER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 """Words of config.json that differ between copies of one model, and change nothing once the dtype is chosen."""
 
@@ -173,7 +173,11 @@ def _companions(folder: Path, shelf: Shelf) -> dict[str, str]:
     found = {}
     for path in sorted(folder.iterdir()):
         name = path.name
-        if path.suffix not in _COMPANIONS or name.endswith(".index.json") or name in ("converted.json", "README.txt"):
+        if (
+            path.suffix not in (*COMPANIONS, ".py")
+            or name.endswith(".index.json")
+            or name in ("converted.json", "README.txt")
+        ):
             continue
         if name in ("config.json", "generation_config.json"):
             values = json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import torch
 
 from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.models.config import COMPANIONS
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace
@@ -98,5 +99,5 @@ def _checkpoint_bytes(count: int, fields: Mapping[str, Any]) -> int:
 
 def _companions_bytes(base: Weights) -> int:
     """Return the bytes of config, tokenizer, ... which go with every model."""
-    files = (p for p in base.folder.iterdir() if p.suffix in (".json", ".jinja", ".model", ".txt"))
+    files = (p for p in base.folder.iterdir() if p.suffix in COMPANIONS)
     return sum(p.stat().st_size for p in files if not p.name.endswith(".index.json"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import config
+from hf_contmerge.models.config import config, text_config
 from hf_contmerge.models.weights import Weights
 
 _WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model"}  # prefixes that come and go
@@ -104,7 +104,7 @@ def _orders(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 def tied_table(base: Weights) -> str | None:
     """Return the stored name of the table that is both the input embedding and the output head, if there is one."""
     values = config(base.folder) if (base.folder / "config.json").is_file() else {}
-    text = values.get("text_config") or {}
+    text = text_config(values)
     tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     if tied is False or any(_HEAD.search(name) for name in base.names):
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import struct
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from torch import Tensor
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.lora.layout import FILE, PREFIX
 from hf_contmerge.models.lora.settings import CONFIG
-from hf_contmerge.models.weights import tensor_bytes
+from hf_contmerge.models.weights import header_bytes, tensor_bytes
 
 Factors = tuple[Tensor, Tensor]
 
@@ -145,9 +144,7 @@ class _Tensors:
         self._entries[key] = place
 
     def finish(self, path: Path) -> None:
-        header = json.dumps(self._entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
         self._data.seek(0)
         with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
+            file.write(header_bytes(self._entries))
             shutil.copyfileobj(self._data, file, 1 << 24)
