@@ -8,7 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import RecipeError
+from hf_contmerge.runtime.plugins import require_same
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _command(kinds: Any, name: str, do: Any, text: str, *, state: bool = False, works: bool = False) -> Any:
     parser = kinds.add_parser(name, help=text, description=text)
+    add_plugin_argument(parser)
     if state:
         parser.add_argument("state", metavar="STATE")
     if works:
@@ -114,9 +117,7 @@ def _log(args: argparse.Namespace) -> None:
     import dataclasses
     import json
 
-    from hf_contmerge.merging.state import MergeState
-
-    state = MergeState.load(args.state)
+    state = _load(args.state)
     if args.json:
         _say(json.dumps({**dataclasses.asdict(state.log()), "scale": state.scale()}, indent=1))
     else:
@@ -169,9 +170,16 @@ def _say(text: str) -> None:
 
 
 def _state(args: argparse.Namespace, crew: Crew) -> MergeState:
+    return crew.ranks.first(_load, args.state)
+
+
+def _load(folder: str) -> MergeState:
+    """Return the state in a folder. Raises RunError if there is none, or its rule's plugin is another or not given."""
     from hf_contmerge.merging.state import MergeState
 
-    return crew.ranks.first(MergeState.load, args.state)
+    state = MergeState.load(folder)
+    require_same(state.log().versions, folder, cure=", or start the state anew")
+    return state
 
 
 def _crew(args: argparse.Namespace) -> Crew:

@@ -34,6 +34,8 @@ def make_strategies(train: Train) -> Combined:
             raise RecipeError(unknown("strategy", name, strategy_names(), where="train"))
     try:
         return combine(train.strategy, train.parameters_of())
+    except RecipeError:  # a ValueError too
+        raise
     except (TypeError, ValueError) as error:
         raise bad_parameters(train, error) from error
 

@@ -77,7 +77,7 @@ def _piece(field: str) -> str:
 def _first_phase(field: str) -> Phase | None:
     """Return the first phase that uses a field. A guard that is mended counts from the next merge on."""
     parts = field.split(".")
-    if parts[0] in ("name", "output", "publish", "guard") or ".".join(parts[:2]) in _ONLY_TOLD:
+    if parts[0] in ("name", "output", "publish", "guard", "plugins") or ".".join(parts[:2]) in _ONLY_TOLD:
         return None
     if parts[-1] == "suite":  # who brought a task in
         return None

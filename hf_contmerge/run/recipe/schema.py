@@ -156,6 +156,8 @@ class Recipe(Part):
     """The run folder; without it, runs/<name>."""
     seed: int = 0
     trust_remote_code: bool = False
+    plugins: tuple[str, ...] = ()
+    """Python files with rules and strategies that the recipe needs, from its folder. `--plugin` lets their code run."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     train: Train = Train()
     merge: Annotated[tuple[Merge, ...], Field(min_length=1)]
