@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.crew import Crew
 
+    Kinds = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Do = Callable[[argparse.Namespace], None]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -61,7 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--force", action="store_true", help="accept an adapter of another base")
 
 
-def _command(kinds: Any, name: str, do: Any, text: str, *, state: bool = False, works: bool = False) -> Any:
+def _command(
+    kinds: Kinds,
+    name: str,
+    do: Do,
+    text: str,
+    *,
+    state: bool = False,
+    works: bool = False,
+) -> argparse.ArgumentParser:
     parser = kinds.add_parser(name, help=text, description=text)
     add_plugin_argument(parser)
     if state:
@@ -155,7 +167,7 @@ def _from_recipe(args: argparse.Namespace) -> None:
         _say(f"{args.out} is written: {recipe.rule}, scale {found.scale:.6g}, norms of the task vectors {norms}")
 
 
-def _print_log(state: Any) -> None:
+def _print_log(state: MergeState) -> None:
     log, rule = state.log(), state.rule()
     words = ", ".join(f"{k}={v}" for k, v in log.parameters.items())
     _say(f"{log.rule}({words}) on {log.base}")

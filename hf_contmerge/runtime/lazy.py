@@ -1,14 +1,16 @@
 """Public names of a package that are loaded on first use."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 
-def attach(package: str, homes: Mapping[str, str], *more: str) -> tuple[Callable[[str], Any], Callable, list[str]]:
-    """Return `__getattr__`, `__dir__` and `__all__` of a package.
+def attach(package: str, homes: Mapping[str, str], *more: str) -> None:
+    """Give a package public names, whose modules are imported on first use.
 
-    Type checkers follow none of this: the package imports the same names once more under TYPE_CHECKING.
+    Type checkers must not see a `__getattr__`, by which every name would exist; so it is set here. They find the names
+    where the package imports them once more, under TYPE_CHECKING.
 
     Args:
         package: the package's `__name__`.
@@ -22,4 +24,4 @@ def attach(package: str, homes: Mapping[str, str], *more: str) -> tuple[Callable
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{homes[name]}"), name)
 
-    return load, lambda: names, names
+    vars(sys.modules[package]).update(__getattr__=load, __dir__=lambda: names, __all__=names)
