@@ -75,7 +75,7 @@ class Registry(Generic[T]):
         if len(providers) > 1:
             owners = " and ".join(provider.owner for provider in providers)
             raise RecipeError(
-                f"Two define the {self._kind} {word!r}: {owners}. Rename one, uninstall its package, or leave its "
+                f"The {self._kind} {word!r} is defined by {owners}. Rename one, uninstall its package, or leave its "
                 "`--plugin` out."
             )
         cls = providers[0].load()
@@ -134,9 +134,7 @@ def _is_missing(entry: EntryPoint) -> bool:
     except ValueError:  # not a name
         missing = True
     if missing:
-        LOG.warning(
-            "%r of %s is left out: there is no module %s (%s).", entry.name, _owner(entry), package, entry.value
-        )
+        LOG.warning("%r of %s is left out: no module %s (%s).", entry.name, _owner(entry), package, entry.value)
     return missing
 
 

@@ -13,12 +13,14 @@ Names that mergekit has itself (task_arithmetic, ties) stay mergekit's.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -32,9 +34,12 @@ from torch import Tensor
 
 from hf_contmerge.errors import ContmergeError, RecipeError, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN
 from hf_contmerge.merging.in_mergekit.tensors import from_this_tensor, from_whole_model
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
+
+LOG = logging.getLogger(__name__)
 
 
 class MergekitRecipeError(RecipeError, click.UsageError):
@@ -151,8 +156,6 @@ def install() -> None:
 
 def register_rules() -> None:
     """Make every rule known to mergekit, but for names that it has already."""
-    from mergekit.merge_methods import registry
-
     taken = {method.spec.name for method in registry.registered_methods()}
     for name in rule_names():
         if name not in taken:
@@ -185,11 +188,18 @@ def guard_merge() -> None:
 
     def get_architecture_info(config: Any, options: Any) -> Any:
         if config.merge_method in rule_names():
+            _warn_of_namesakes(config.merge_method)
             _refuse_adapters(config, options)
             _refuse_twins(config)
         return original(config, options)
 
     merge.get_architecture_info = get_architecture_info
+
+
+def _warn_of_namesakes(name: str) -> None:
+    """Say that a method of mergekit is at work, where a package or a plugin has a rule of its name."""
+    if name not in MERGEKITS_OWN and not isinstance(registry.get(name), RuleMethod):
+        LOG.warning("merge_method %s is mergekit's own. A rule has the same name and is not used; rename it.", name)
 
 
 def _refuse_adapters(config: Any, options: Any) -> None:

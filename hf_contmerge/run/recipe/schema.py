@@ -170,6 +170,7 @@ class Recipe(Part):
         for what, names in (
             ("stages", [s.name for s in self.stages]),
             ("merge entries", [m.name for m in self.merge]),
+            ("plugins", [Path(file).name for file in self.plugins]),
             ("tasks", [n for s in self.stages for n in s.task_names()] + [t.name for t in self.evaluate.general_tasks]),
         ):
             twice = sorted({n for n in names if names.count(n) > 1})
