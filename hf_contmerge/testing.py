@@ -22,17 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.merge_rules import (
-    MergeRule,
-    Norms,
-    StartFrom,
-    Weight,
-    parameter_types,
-    rule_class,
-    rule_names,
-    rule_of,
-)
+from hf_contmerge.merge_rules import MergeRule, Norms, StartFrom, Weight, named_rule, parameter_types, rule_of
 
 Oracle = Callable[..., Tensor]
 """Takes the task vectors of a matrix, in float64, and the rule's fields by name; returns merged - base."""
@@ -60,13 +50,7 @@ def check_rule(rule: str | type[MergeRule], /, oracle: Oracle | None = None, **p
         AssertionError: a check fails.
         RecipeError: an unknown word.
     """
-    if isinstance(rule, str):
-        try:
-            cls = rule_class(rule)
-        except KeyError as error:
-            raise RecipeError(unknown("rule", rule, rule_names())) from error
-    else:
-        cls = rule
+    cls = named_rule(rule) if isinstance(rule, str) else rule
     for variant in variants(cls, parameters):
         for check in CHECKS:
             check(variant)

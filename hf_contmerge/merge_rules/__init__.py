@@ -106,7 +106,7 @@ def yaml_word(field_name: str) -> str:
     return field_name.removesuffix("_")
 
 
-_RULES: Registry[MergeRule] = Registry("merge rule", __name__, MergeRule)
+_RULES: Registry[MergeRule] = Registry("rule", __name__, MergeRule)
 
 
 def rule_names() -> tuple[str, ...]:
@@ -122,6 +122,11 @@ def rule_class(name: str) -> type[MergeRule]:
         RecipeError: two packages or files define it, or its own cannot be loaded.
     """
     return _RULES.find(name)
+
+
+def named_rule(name: str, *, where: str = "") -> type[MergeRule]:
+    """Return the class of a rule. Raises RecipeError if there is none; `where`: the place that asks for it."""
+    return _RULES.named(name, where=where)
 
 
 def get_rule(name: str, /, **parameters: Any) -> MergeRule:

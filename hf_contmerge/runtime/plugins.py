@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Generic, TypeVar
 
-from hf_contmerge.errors import RecipeError, RunError
+from hf_contmerge.errors import RecipeError, RunError, unknown
 
 LOG = logging.getLogger(__name__)
 
@@ -81,6 +81,13 @@ class Registry(Generic[T]):
         cls = providers[0].load()
         _USED.setdefault(word, {}).update(providers[0].version)
         return cls
+
+    def named(self, word: str, *, where: str = "") -> type[T]:
+        """Return the class behind a word of a user's. Raises RecipeError as `find`, and if nobody defines it."""
+        try:
+            return self.find(word)
+        except KeyError as error:
+            raise RecipeError(unknown(self._kind, word, self.names(), where=where)) from error
 
     def _providers(self, word: str) -> Iterator[Provider[T]]:
         if word in self._own():

@@ -207,6 +207,11 @@ def strategy_class(name: str) -> type[TrainStrategy]:
     return _STRATEGIES.find(name)
 
 
+def named_strategy(name: str, *, where: str = "") -> type[TrainStrategy]:
+    """Return the class of a strategy. Raises RecipeError if there is none; `where`: the place that asks for it."""
+    return _STRATEGIES.named(name, where=where)
+
+
 def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:
     """Make a strategy from its name and parameters.
 

@@ -89,12 +89,10 @@ def test_two_files_for_one_word(tmp_path: Path) -> None:
     one, other = write(tmp_path / "one.py"), write(tmp_path / "other.py")
     for file in (one, other):
         use_plugin(file)
-    with pytest.raises(RecipeError, match=f"merge rule 'half' is defined by the plugin {one} and the plugin {other}"):
+    with pytest.raises(RecipeError, match=f"The rule 'half' is defined by the plugin {one} and the plugin {other}"):
         get_rule("half")
     use_plugin(write(tmp_path / "mine.py", "from hf_contmerge.merge_rules.ema import Ema\nclass Magmax(Ema): pass"))
-    with pytest.raises(
-        RecipeError, match=f"merge rule 'magmax' is defined by hf_contmerge itself and the plugin {tmp_path}"
-    ):
+    with pytest.raises(RecipeError, match=f"'magmax' is defined by hf_contmerge itself and the plugin {tmp_path}"):
         get_rule("magmax")
 
 

@@ -18,6 +18,7 @@ from hf_contmerge.commands.main import main
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.weights import weights_sha256
+from hf_contmerge.report.card import model_card
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import load_recipe
 from hf_contmerge.runtime import plugins
@@ -180,6 +181,8 @@ def test_a_run_with_a_packages_rule_and_strategy(home: Path, run: Run) -> None:
     assert merged.record("merge")["versions"]["gain-rules"] == "1.2"
     assert law.record("train")["versions"]["gain-rules"] == "1.2"
     assert "gain-rules" not in run.merged(2, run.recipe.merge[1]).record("merge")["versions"]
+    with pytest.raises(RecipeError, match="Unknown rule 'gain'"):  # here the package is not installed
+        model_card(run, run.recipe.merge[0])
 
 
 def test_a_plan_with_a_packages_rule_and_strategy(home: Path, site: Path) -> None:
@@ -239,14 +242,14 @@ def test_a_taken_word_is_refused_when_it_is_used(home: Path, site: Path, rivals:
     cure = "Rename one, uninstall its package, or leave its `--plugin` out."
     ours, theirs = "the package gain-rules 1.2", "the package rival-rules 1.2"
     assert done.stdout.splitlines() == [
-        f"The merge rule 'gain' is defined by {ours} and {theirs}. {cure}",
-        f"The merge rule 'magmax' is defined by hf_contmerge itself and {theirs}. {cure}",
+        f"The rule 'gain' is defined by {ours} and {theirs}. {cure}",
+        f"The rule 'magmax' is defined by hf_contmerge itself and {theirs}. {cure}",
         f"The strategy 'calm' is defined by {ours} and {theirs}. {cure}",
         "Ema(beta=0.5)",
-        f"The merge rule 'broken' of {theirs} (rival_rules:Nothing) cannot be loaded: AttributeError: module "
+        f"The rule 'broken' of {theirs} (rival_rules:Nothing) cannot be loaded: AttributeError: module "
         "'rival_rules' has no attribute 'Nothing'. Update or uninstall the package.",
-        f"The merge rule 'wrong' of {theirs} (rival_rules:Calm) is no MergeRule. Update or uninstall the package.",
-        f"The merge rule 'gain' is defined by {ours} and {theirs} and the plugin {plugin}. {cure}",
+        f"The rule 'wrong' of {theirs} (rival_rules:Calm) is no MergeRule. Update or uninstall the package.",
+        f"The rule 'gain' is defined by {ours} and {theirs} and the plugin {plugin}. {cure}",
     ], done.stderr
 
 
@@ -266,7 +269,7 @@ def test_a_broken_package_breaks_no_method_of_mergekit(home: Path, rivals: Path)
     assert all((home / f"by-{method}" / "model.safetensors").is_file() for method in ("ema", "slerp"))
     words = " ".join(done.stderr.split())
     assert "'broken' of the package rival-rules 1.2 (rival_rules:Nothing) cannot be loaded" in words
-    assert "The merge rule 'magmax' is defined by hf_contmerge itself and the package rival-rules 1.2." in words
+    assert "The rule 'magmax' is defined by hf_contmerge itself and the package rival-rules 1.2." in words
     assert "merge_method slerp is mergekit's own. A rule has the same name and is not used; rename it." in words
 
 
