@@ -1,4 +1,4 @@
-"""The checks that every merge rule must pass, for rules of yours too. Needs torch only.
+"""Checks every merge rule must pass, for yours too. Needs torch only.
 
 from hf_contmerge.testing import check_rule
 
@@ -34,7 +34,9 @@ _CORES = (((40, 30), (12, 9)), ((30, 40), (9, 12)), ((90, 30), (9, 12)), ((30, 9
 
 
 def check_rule(rule: str | type[MergeRule], /, oracle: Oracle | None = None, **parameters: Any) -> None:
-    """Check a merge rule; raise AssertionError with what is wrong, on which weight, and by how much.
+    """Check a merge rule; raise AssertionError for a broken promise.
+
+    The message names the promise, the weight and the difference.
 
     It must say where it was published, be frozen, and refuse parameters that it does not have. `update` and `read_out`
     must repeat themselves, leave their inputs alone, return float32 of the right shape, take views, empty weights and
@@ -59,7 +61,7 @@ def check_rule(rule: str | type[MergeRule], /, oracle: Oracle | None = None, **p
 
 
 def variants(cls: type[MergeRule], parameters: Mapping[str, Any]) -> Iterator[MergeRule]:
-    """Yield a rule with some parameters, and with every value of those Literals that they leave open."""
+    """Yield a rule with each value of its Literals; `parameters` are fixed."""
     kinds = {word: kind for word, (kind, _) in parameter_types(cls).items() if word not in parameters}
     choices = {word: get_args(kind) for word, kind in kinds.items() if get_origin(kind) is Literal}
     for picked in itertools.product(*choices.values()):
@@ -94,7 +96,7 @@ def fold(rule: MergeRule, task_vectors: Sequence[Tensor], *, is_matrix: bool = T
 
 
 def merge(rule: MergeRule, base: Tensor, experts: Sequence[Tensor], *, is_matrix: bool = True) -> Tensor:
-    """Fold experts into a model of one weight, as the engine does with many."""
+    """Fold experts into a model of one weight."""
     task_vectors = [expert - base for expert in experts]
     running = fold(rule, task_vectors, is_matrix=is_matrix)
     norms = Norms(tuple(d.norm().item() for d in task_vectors), running.norm().item())
@@ -151,7 +153,7 @@ def says_what_it_is(rule: MergeRule) -> None:
 
 
 def is_made_again_by_its_parameters(rule: MergeRule) -> None:
-    """Check that recipes can spell a rule."""
+    """Check a rule's parameters as recipes spell them."""
     for word, (kind, _) in parameter_types(type(rule)).items():
         known = kind in (bool, int, float, str) or get_origin(kind) is Literal
         _require(known, rule, f"{word} must be annotated as bool, int, float, str or a Literal; it is {kind}")
@@ -161,7 +163,7 @@ def is_made_again_by_its_parameters(rule: MergeRule) -> None:
 
 
 def is_frozen(rule: MergeRule) -> None:
-    """Check that nothing of a rule can be changed."""
+    """Check for frozen fields."""
     for name in (*(f.name for f in dataclasses.fields(rule)), "running"):
         try:
             setattr(rule, name, 0.5)
@@ -171,7 +173,7 @@ def is_frozen(rule: MergeRule) -> None:
 
 
 def refuses_what_it_does_not_have(rule: MergeRule) -> None:
-    """Check that an unknown parameter, and one of the wrong type, are errors that name it."""
+    """Check the errors for unknown parameters and wrong types."""
     cls, name = type(rule), type(rule).__name__
     _require(_refused(cls, {"lamda": 0.7}, TypeError, f"{name} has no parameter 'lamda'"), rule, "`lamda` is accepted")
     for word, (kind, _) in parameter_types(cls).items():
@@ -191,7 +193,7 @@ def _refused(cls: type[MergeRule], parameters: Mapping[str, Any], kind: type[Exc
 
 @_on_each_weight
 def leaves_its_inputs_alone(case: _Case) -> None:
-    """Check that neither `update` nor `read_out` writes into what it gets."""
+    """Check for writes into the arguments of `update` and `read_out`."""
     first, task_vector = draw(case.shape, 2)
     running = case.fold([first]).clone()
     before = running.clone(), task_vector.clone()
@@ -208,7 +210,7 @@ def _gapped(x: Tensor) -> Tensor:
 
 @_on_each_weight
 def takes_views_with_gaps(case: _Case) -> None:
-    """Check that tensors need not be contiguous."""
+    """Check tensors with strides."""
     first, task_vector = draw(case.shape, 2)
     running, second = case.fold([first]), case.weight(2)
     found = case.rule.update(_gapped(running), _gapped(task_vector), second)
@@ -219,7 +221,7 @@ def takes_views_with_gaps(case: _Case) -> None:
 
 @_on_each_weight
 def repeats_itself_in_float32(case: _Case) -> None:
-    """Check shapes and dtypes, and that the same inputs give the same bits."""
+    """Check shapes and dtypes; equal inputs must give equal bits."""
     task_vectors, second = draw(case.shape, 2), case.weight(2)
     state, again = (case.fold(task_vectors) for _ in range(2))
     _require_like(state, zeros(case.rule, case.shape), case, "`update`")
@@ -244,7 +246,7 @@ def keeps_empty_weights(rule: MergeRule) -> None:
 
 @_on_each_weight
 def stays_finite_on_zeros(case: _Case) -> None:
-    """Check experts, and whole models, that learnt nothing."""
+    """Check task vectors, and norms of whole models, of zero."""
     zero, (task_vector,) = torch.zeros(case.shape), draw(case.shape, 1)
     for earlier, new in itertools.product((zero, task_vector), repeat=2):
         state = case.fold([earlier, new])
@@ -258,14 +260,14 @@ def stays_finite_on_zeros(case: _Case) -> None:
 
 @_on_each_weight
 def leaves_the_base_if_nothing_was_learnt(case: _Case) -> None:
-    """Check that experts equal to the base leave its bits."""
+    """Check experts equal to the base: its bits must stay."""
     (base,) = draw(case.shape, 1)
     merged = merge(case.rule, base, [base, base], is_matrix=case.is_matrix)
     _require_equal(merged, base, case, "experts that are the base change it")
 
 
 def scales_by_ratios_of_norms(rule: MergeRule) -> None:
-    """Check that the scale is one of the rule's, or of norms if it is a whole model's."""
+    """Check the scale: of ratios of norms for `whole_model_scale`, else constant."""
     norms = Norms((1.0, 2.0, 4.5), running=3.0)
     tenfold = Norms(tuple(10 * n for n in norms.experts), running=30.0)
     scale, same = rule.scale(norms), rule.scale(tenfold)
@@ -276,7 +278,7 @@ def scales_by_ratios_of_norms(rule: MergeRule) -> None:
 
 
 def equals_its_oracle(rule: MergeRule, oracle: Oracle) -> None:
-    """Check a rule against the method over all task vectors at once, in float64."""
+    """Check a rule against its method over all task vectors at once."""
     fields = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
     for shape, experts in itertools.product(((8, 13), (13, 8)), (1, 2, 5)):
         base, *models = draw(shape, experts + 1)
@@ -287,7 +289,7 @@ def equals_its_oracle(rule: MergeRule, oracle: Oracle) -> None:
 
 @_on_each_weight
 def returns_a_single_expert(case: _Case) -> None:
-    """Check that one expert alone comes out whole. Not all rules, and not all parameters, mean that to be so."""
+    """Check a merge of one expert: the expert. Few rules promise it for all parameters."""
     base, expert = draw(case.shape, 2)
     merged = merge(case.rule, base, [expert], is_matrix=case.is_matrix)
     _require_equal(merged, base + (expert - base), case, "a single expert is not returned as it is")
@@ -308,7 +310,7 @@ def has_marks_that_fit(rule: MergeRule) -> None:
 
 @_on_each_weight
 def tunes_the_scale_alone(case: _Case) -> None:
-    """Check `tunable`: another value multiplies the scale, and changes neither state nor read-out."""
+    """Check `tunable`: another value multiplies the scale and changes nothing else."""
     rule, vectors, norms, second = case.rule, draw(case.shape, 2), Norms((1.0, 2.0), 3.0), case.weight(2)
     state = case.fold(vectors)
     for field in rule.tunable:
@@ -323,7 +325,7 @@ def tunes_the_scale_alone(case: _Case) -> None:
 
 
 def folds_cores_like_matrices(rule: MergeRule) -> None:
-    """Check `basis_free`: the merge of P C Q' is P times that of C times Q'."""
+    """Check `basis_free`: merging P C Q' equals P, merged C, Q'."""
     for shape, core in _CORES if rule.basis_free else ():
         p, q = (torch.linalg.qr(draw((m, r), 1, seed=m)[0].double()).Q for m, r in zip(shape, core, strict=True))
         cores = [c.double() for c in draw(core, 3)]
@@ -334,7 +336,7 @@ def folds_cores_like_matrices(rule: MergeRule) -> None:
 
 
 def takes_growing_cores(rule: MergeRule) -> None:
-    """Check `basis_free`: a core may get rows and columns from one stage to the next."""
+    """Check `basis_free`: cores get rows and columns between stages."""
     sizes, running = (4, 8, 12), torch.zeros(0, 0, dtype=torch.float64)
     cores = [torch.nn.functional.pad(draw((k, k), 1)[0].double(), (0, 12 - k, 0, 12 - k)) for k in sizes]
     for stage, (k, core) in enumerate(zip(sizes, cores, strict=True) if rule.basis_free else (), 1):
@@ -356,7 +358,7 @@ def selects_one_experts_values(case: _Case) -> None:
 
 
 def folds_pieces_alone(rule: MergeRule) -> None:
-    """Check `unit`: a weight may be folded in pieces; a matrix only where the unit is an element."""
+    """Check `unit`: weights folded in pieces; matrices too, by element."""
     for shape in ((7,), (5, 7)) if rule.unit != "tensor" else ():
         is_matrix = rule.unit == "element"
         whole = draw(shape, 3)

@@ -1,4 +1,4 @@
-"""`--plugin FILE.py`, for the commands that use rules or strategies."""
+"""`--plugin FILE.py`, for commands with rules or strategies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--plugin`. Each command's caller passes the files to `use_plugins`."""
+    """Add `--plugin`; whoever calls the command passes it to `use_plugins`."""
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py",
         help="run the code of this file, and use its rules and strategies (repeatable)",

@@ -110,7 +110,7 @@ _RULES: Registry[MergeRule] = Registry("rule", __name__, MergeRule)
 
 
 def rule_names() -> tuple[str, ...]:
-    """Return the names of all rules: the files in this folder, and those of packages and plugin files."""
+    """Return the names of all rules: ours, of packages, of plugin files."""
     return _RULES.names()
 
 
@@ -135,7 +135,7 @@ def get_rule(name: str, /, **parameters: Any) -> MergeRule:
 
 
 def rule_of(cls: type[MergeRule], name: str, parameters: Mapping[str, Any]) -> MergeRule:
-    """Make a rule of a class; `name`: what messages call it.
+    """Make a rule of a class; messages call it `name`.
 
     Raises:
         TypeError: a parameter that the rule does not have.

@@ -78,7 +78,7 @@ class Run:
             raise RunError(f"{self.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
 
     def require_same_plugins(self) -> None:
-        """Raise RunError unless the plugin files that made what is done are given, and have not changed."""
+        """Raise RunError unless the plugin files behind finished phases are given, unchanged."""
         for _, place in self.places():
             for phase in PHASES:
                 versions = place.record(phase).get("versions", {}) if place.is_done(phase) else {}

@@ -24,7 +24,7 @@ _SCORED = ("score.parquet", ".score.parquet")  # what each document added to the
 
 
 def _words(record: Record) -> list[str]:
-    """Return the rule or the strategies behind what a phase wrote."""
+    """Return the rule or the strategies behind a record."""
     return [*record.get("settings", {}).get("strategy", ()), *filter(None, [record.get("rule")])]
 
 

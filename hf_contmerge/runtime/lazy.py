@@ -1,4 +1,4 @@
-"""Public names of a package that are loaded on first use."""
+"""Loads public names of a package on first use."""
 
 import sys
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def attach(package: str, homes: Mapping[str, str], *more: str) -> None:
-    """Give a package public names, whose modules are imported on first use.
+    """Give a package public names, imported on first use.
 
     Type checkers must not see a `__getattr__`, by which every name would exist; so it is set here. They find the names
     where the package imports them once more, under TYPE_CHECKING.

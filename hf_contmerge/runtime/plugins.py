@@ -1,4 +1,4 @@
-"""Merge rules and training strategies by the words of recipes: ours, an installed package's, a plugin file's.
+"""Finds merge rules and training strategies: ours, of packages, of plugin files.
 
 A package declares its classes as entry points of the group `hf_contmerge.merge_rules` or
 `hf_contmerge.train_strategies`: the name is the word in recipes, the value is `module:Class`. Nothing of a package is
@@ -58,7 +58,7 @@ class Registry(Generic[T]):
         self._kind, self._home, self._base = kind, home, base
 
     def names(self) -> tuple[str, ...]:
-        """Return all words. A package that is not all there is left out, with a warning."""
+        """Return all words. Entry points without a module are left out, with a warning."""
         packaged = {entry.name for entry in _entry_points(self._home) if not _is_missing(entry)}
         return tuple(sorted({*self._own(), *packaged, *(word for word, _, _ in self._filed())}))
 
@@ -83,7 +83,7 @@ class Registry(Generic[T]):
         return cls
 
     def named(self, word: str, *, where: str = "") -> type[T]:
-        """Return the class behind a word of a user's. Raises RecipeError as `find`, and if nobody defines it."""
+        """Return the class behind a user's word. Raises RecipeError, for unknown words too."""
         try:
             return self.find(word)
         except KeyError as error:
@@ -134,7 +134,7 @@ def _entry_points(group: str) -> tuple[EntryPoint, ...]:
 
 @functools.cache
 def _is_missing(entry: EntryPoint) -> bool:
-    """Say whether the package of an entry point is gone, without importing it; if so, warn once."""
+    """Report whether an entry point's package is gone. Imports nothing; warns once."""
     package = entry.value.partition(":")[0].strip().partition(".")[0]
     try:
         missing = importlib.util.find_spec(package) is None
@@ -158,7 +158,7 @@ def _version(entry: EntryPoint) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class PluginFile:
-    """A file of Python code, as it was when the user named it."""
+    """A file of Python code, as read when the user named it."""
 
     path: Path
     source: bytes
@@ -183,7 +183,7 @@ class PluginFile:
         return module
 
     def classes(self, base: type[T]) -> list[type[T]]:
-        """Return the classes that the file itself defines, except abstract and private ones."""
+        """Return the file's own classes, without abstract and private ones."""
         name = self.module.__name__
         own = dict.fromkeys(c for c in vars(self.module).values() if isinstance(c, type) and c.__module__ == name)
         public = (c for c in own if not c.__name__.startswith("_") and not inspect.isabstract(c))
@@ -203,11 +203,11 @@ _USED: dict[str, dict[str, str]] = {}
 
 
 def use_plugin(path: str | Path) -> None:
-    """Let this process use the rules and strategies of a plugin file, whose code it may run.
+    """Allow this process to run a plugin file and use its classes.
 
-    A file that has changed since it was given is read again.
+    The file is read now, executed on first use, and read again if it has changed by the next call.
 
-    Raises RecipeError if the file cannot be read, or another one of its name has been given.
+    Raises RecipeError if it cannot be read, or another file has the same name.
     """
     file = Path(path).expanduser().resolve()
     try:
@@ -222,13 +222,13 @@ def use_plugin(path: str | Path) -> None:
 
 
 def use_plugins(paths: Iterable[str | Path]) -> None:
-    """Let this process use plugin files. Raises as `use_plugin`."""
+    """Call `use_plugin` for several files."""
     for path in paths:
         use_plugin(path)
 
 
 def require_given(needed: Iterable[str], where: str | Path) -> None:
-    """Raise RecipeError if a recipe needs plugin files that the user has not given.
+    """Raise RecipeError for plugin files of a recipe without the user's consent.
 
     Args:
         needed: the files as the recipe names them, relative to its folder.
@@ -244,7 +244,7 @@ def require_given(needed: Iterable[str], where: str | Path) -> None:
 
 
 def require_same(recorded: Mapping[str, str], where: str | Path, *, cure: str = "") -> None:
-    """Raise RunError unless the plugin files that made something are given, and have not changed.
+    """Raise RunError unless the plugin files behind a result are given, unchanged.
 
     Args:
         recorded: `versions` of a record.
@@ -262,17 +262,17 @@ def require_same(recorded: Mapping[str, str], where: str | Path, *, cure: str = 
 
 
 def changed(recorded: Mapping[str, str]) -> list[str]:
-    """Return the names of given plugin files that differ from those in a record's `versions`."""
+    """Return the given plugin files unlike those in a record's `versions`."""
     return [name for name, digest in given_plugins().items() if recorded.get(name, digest) != digest]
 
 
 def given_plugins() -> dict[str, str]:
-    """Return name -> digest of the plugin files that this process may use."""
+    """Return name -> digest of the given plugin files."""
     return {name: digest for file in _FILES.values() for name, digest in file.version.items()}
 
 
 def used_plugins(words: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the versions of packages, and the digests of plugin files, behind some words; by default all used ones."""
+    """Return package -> version and plugin file -> digest behind words; by default all used ones."""
     return {name: v for word in (_USED if words is None else words) for name, v in _USED.get(word, {}).items()}
 
 

@@ -15,9 +15,9 @@ _RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "a
 
 
 def versions(words: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the versions of the packages, and the digests of the plugin files, that a result depends on.
+    """Return package -> version and plugin file -> digest behind a result.
 
-    `words`: the rule or strategies that made it; by default all that this process has used.
+    `words`: its rule or strategies; by default all used by this process.
     """
     found = {}
     for package in _RECORDED_PACKAGES:
@@ -44,7 +44,7 @@ _MUST_AGREE = ("hf_contmerge", "torch", "transformers", "tokenizers", "datasets"
 
 
 def check_versions(ranks: Ranks) -> None:
-    """Raise ResourceError unless all ranks have the same plugin files, and versions of what scores depend on."""
+    """Raise ResourceError unless all ranks have the same packages and plugin files."""
     if ranks.size == 1:
         return
     ours = {name: version(name) for name in _MUST_AGREE} | given_plugins()

@@ -193,7 +193,7 @@ _STRATEGIES: Registry[TrainStrategy] = Registry("strategy", __name__, TrainStrat
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Return the names of all strategies: the files in this folder, and those of packages and plugin files."""
+    """Return the names of all strategies: ours, of packages, of plugin files."""
     return _STRATEGIES.names()
 
 

@@ -50,7 +50,7 @@ class MergekitRecipeError(RecipeError, click.UsageError):
 
 
 class RuleSpec(MergeMethodSpec):
-    """A rule's declaration. Its class is loaded when mergekit asks for more than the name: it may be a stranger's."""
+    """A rule's declaration. The class is loaded when mergekit asks for more than its name."""
 
     contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
 
@@ -197,7 +197,7 @@ def guard_merge() -> None:
 
 
 def _warn_of_namesakes(name: str) -> None:
-    """Say that a method of mergekit is at work, where a package or a plugin has a rule of its name."""
+    """Warn of a rule with the name of a mergekit method."""
     if name not in MERGEKITS_OWN and not isinstance(registry.get(name), RuleMethod):
         LOG.warning("merge_method %s is mergekit's own. A rule has the same name and is not used; rename it.", name)
 
