@@ -22,6 +22,7 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 
 from hf_contmerge.commands.main import clear_errors
 from hf_contmerge.commands.run import add_arguments, run_command
+from hf_contmerge.runtime.plugins import use_plugins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     with clear_errors() as outcome:
+        use_plugins(args.plugin)
         run_command(args)
     return outcome.code
 

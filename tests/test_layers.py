@@ -16,16 +16,16 @@ PACKAGE = ROOT / "hf_contmerge"
 # A wing imports from the rows below its own only, so that the wings of a row never import each other.
 LAYERS = (
     ("__init__", "train", "_autoload"),
-    ("commands",),
+    ("commands", "testing"),
     ("loop",),
     ("report",),
     ("scoring",),
     ("training",),
     ("merging", "train_strategies"),
     ("models",),
-    ("run",),
+    ("run", "merge_rules"),
     ("runtime",),
-    ("merge_rules", "errors"),
+    ("errors",),
 )
 LEVEL = {wing: level for level, row in enumerate(reversed(LAYERS)) for wing in row}
 
@@ -50,9 +50,12 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "_autoload": set(),  # runs at every `import torch`
     "__init__": set(),
     "merge_rules": {"torch"},
+    "testing": {"torch"},
     "run": {"pydantic", "yaml", "pyarrow", "numpy", "gguf"},
     "runtime/files": set(),
     "runtime/versions": set(),
+    "runtime/plugins": set(),
+    "runtime/lazy": set(),
     "runtime/ranks": {"torch"},  # torch.distributed, where there are ranks
     "scoring/cache": set(),
     "scoring/keys": set(),
@@ -147,7 +150,7 @@ def test_nothing_goes_in_circles() -> None:
 
 
 def test_the_top_level_is_small() -> None:
-    assert len(LEVEL) == len({wing(name) for name in FILES}) <= 15
+    assert len(LEVEL) == len({wing(name) for name in FILES}) <= 16
 
 
 def test_no_module_can_be_imported_in_place_of_another() -> None:

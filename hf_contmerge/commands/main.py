@@ -11,6 +11,8 @@ contmerge redo RUN PHASE [--stage NAME]                           drop a phase a
 contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         put a merged model on the Hub, with its lineage
 contmerge merge init|add|export|log|drop|owners|from-recipe ...   merge without a run; see `contmerge merge --help`
 contmerge yaml RECIPE OUT ...                                     mergekit-yaml, with our merge methods
+
+With --plugin FILE.py, the commands that train or merge use rules and strategies of yours.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import SHARED, ContmergeError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.runtime.files import FolderLock
+from hf_contmerge.runtime.plugins import use_plugins
 
 Add = Callable[[argparse.ArgumentParser], None]
 
@@ -40,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _yaml(words[1:])
     args = _parse(words)
     with clear_errors() as outcome:
+        use_plugins(args.plugin)
         args.do(args)
     return outcome.code
 
@@ -49,6 +54,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="contmerge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(plugin=[])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (text, add) in _COMMANDS.items():
         command = commands.add_parser(name, help=text)
@@ -90,6 +96,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merge", metavar="ENTRY", help="which merge entry of the run")
     parser.add_argument("--repo-id", metavar="OWNER/NAME")
     parser.add_argument("--public", action="store_true", help="anybody may read it")
+    add_plugin_argument(parser)
     parser.set_defaults(do=_push)
 
 
@@ -138,9 +145,9 @@ def _redo(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     from hf_contmerge.report.push import push_merged
 
-    print(
-        push_merged(Run.load(args.run), repo_id=args.repo_id, entry=args.merge, private=False if args.public else None)
-    )
+    run = Run.load(args.run)
+    run.require_same_plugins()
+    print(push_merged(run, repo_id=args.repo_id, entry=args.merge, private=False if args.public else None))
 
 
 def _yaml(words: list[str]) -> int:
@@ -148,7 +155,15 @@ def _yaml(words: list[str]) -> int:
 
     from hf_contmerge.merging.in_mergekit.plugin import install
 
-    install()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_plugin_argument(parser)
+    args, words = parser.parse_known_args(words)
+    try:
+        use_plugins(args.plugin)
+        install()
+    except ContmergeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
     mergekit_yaml(args=words, prog_name="contmerge yaml")
     return 0
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import RecipeError
+from hf_contmerge.runtime.plugins import require_same
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.crew import Crew
 
+    Kinds = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Do = Callable[[argparse.Namespace], None]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -59,8 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--force", action="store_true", help="accept an adapter of another base")
 
 
-def _command(kinds: Any, name: str, do: Any, text: str, *, state: bool = False, works: bool = False) -> Any:
+def _command(
+    kinds: Kinds,
+    name: str,
+    do: Do,
+    text: str,
+    *,
+    state: bool = False,
+    works: bool = False,
+) -> argparse.ArgumentParser:
     parser = kinds.add_parser(name, help=text, description=text)
+    add_plugin_argument(parser)
     if state:
         parser.add_argument("state", metavar="STATE")
     if works:
@@ -114,9 +129,7 @@ def _log(args: argparse.Namespace) -> None:
     import dataclasses
     import json
 
-    from hf_contmerge.merging.state import MergeState
-
-    state = MergeState.load(args.state)
+    state = _load(args.state)
     if args.json:
         _say(json.dumps({**dataclasses.asdict(state.log()), "scale": state.scale()}, indent=1))
     else:
@@ -154,7 +167,7 @@ def _from_recipe(args: argparse.Namespace) -> None:
         _say(f"{args.out} is written: {recipe.rule}, scale {found.scale:.6g}, norms of the task vectors {norms}")
 
 
-def _print_log(state: Any) -> None:
+def _print_log(state: MergeState) -> None:
     log, rule = state.log(), state.rule()
     words = ", ".join(f"{k}={v}" for k, v in log.parameters.items())
     _say(f"{log.rule}({words}) on {log.base}")
@@ -169,9 +182,16 @@ def _say(text: str) -> None:
 
 
 def _state(args: argparse.Namespace, crew: Crew) -> MergeState:
+    return crew.ranks.first(_load, args.state)
+
+
+def _load(folder: str) -> MergeState:
+    """Return the state in a folder. Raises RunError if there is none, or its rule's plugin is another or not given."""
     from hf_contmerge.merging.state import MergeState
 
-    return crew.ranks.first(MergeState.load, args.state)
+    state = MergeState.load(folder)
+    require_same(state.log().versions, folder, cure=", or start the state anew")
+    return state
 
 
 def _crew(args: argparse.Namespace) -> Crew:

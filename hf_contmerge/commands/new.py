@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.run.recipe.suites import StreamStage, stream_names, stream_stages
 from hf_contmerge.run.recipe.text import parse_recipe, read_yaml
@@ -52,6 +54,7 @@ class Answers:
     rules: tuple[str, ...] = (_DEFAULT_RULE,)
     stream: tuple[StreamStage, ...] = ()
     """The stages of a benchmark, instead of sources."""
+    plugins: tuple[str, ...] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule", action="append", default=[], metavar="RULE", help="how to merge; several side by side"
     )
+    add_plugin_argument(parser)
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     parser.set_defaults(do=new_command)
 
@@ -84,14 +88,15 @@ def new_command(args: argparse.Namespace) -> None:
     path = Path(args.recipe)
     if path.exists() and not args.force:
         raise RecipeError(f"{path} exists. Name another file, or overwrite it with --force.")
-    text = recipe_text(_answers(args, path), path.as_posix())
+    answers = _answers(args, path)
+    text = recipe_text(answers, path.as_posix())
     parse_recipe(read_yaml(text), where=str(path))
     try:
         write_atomically(path, text)
     except OSError as error:
         raise ResourceError(f"Cannot write {path}: {error.strerror}. Name a file elsewhere.") from error
-    plan = f"contmerge plan {shlex.quote(path.as_posix())}"
-    print(f"Wrote {path}. Look it over, then:\n  {plan}\n  {_launch(args.gpus or 0, path.as_posix())}")
+    plan, launch = _next(answers, path.as_posix())
+    print(f"Wrote {path}. Look it over, then:\n  {plan}\n  {launch}")
 
 
 def recipe_text(answers: Answers, path: str) -> str:
@@ -123,7 +128,8 @@ def _answers(args: argparse.Namespace, path: Path) -> Answers:
         raise RecipeError(f"--gpus must be 0 or more; got {args.gpus}.")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._") or "mine"
     sources = tuple(parse_source(stage) for stage in stages)
-    return Answers(name, base, sources, args.gpus, tuple(args.rule) or (_DEFAULT_RULE,), stream)
+    rules = tuple(args.rule) or (_DEFAULT_RULE,)
+    return Answers(name, base, sources, args.gpus, rules, stream, tuple(args.plugin))
 
 
 def parse_source(words: str) -> Source:
@@ -190,21 +196,24 @@ def _scalar(word: str) -> str:
     return word if plain else json.dumps(word, ensure_ascii=False)
 
 
-def _launch(gpus: int, path: str) -> str:
-    path = shlex.quote(path)
-    if gpus > 1:
-        return f"accelerate launch --num_processes {gpus} -m hf_contmerge.train {path}"
-    return f"contmerge run {path}"
+def _next(answers: Answers, path: str) -> tuple[str, str]:
+    """Return the commands that check and carry out the recipe."""
+    words = shlex.join([path, *(word for file in answers.plugins for word in ("--plugin", file))])
+    many = f"accelerate launch --num_processes {answers.gpus} -m hf_contmerge.train"
+    return f"contmerge plan {words}", f"{many if answers.gpus > 1 else 'contmerge run'} {words}"
 
 
 def _head(answers: Answers, path: str) -> str:
+    plan, launch = _next(answers, path)
+    listed = ", ".join(_scalar(Path(os.path.relpath(p, Path(path).parent)).as_posix()) for p in answers.plugins)
     return (
         f"# Written by `contmerge new`. What a line means, and what to change, stands behind it; then:\n"
-        f"#   contmerge plan {shlex.quote(path)}      checks all of it, without fetching weights: memory, disk, time\n"
-        f"#   {_launch(answers.gpus, path)}\n\n"
+        f"#   {plan}      checks all of it, without fetching weights: memory, disk, time\n"
+        f"#   {launch}\n\n"
         f"name: {_scalar(answers.name)}    # the results go to runs/{answers.name}\n"
         f"base_model: {_scalar(answers.base)}    # a Hub id (owner/model, owner/model@revision), a folder, a .gguf\n"
         "seed: 0\n"
+        + (f"plugins: [{listed}]    # code that the rules come from; it runs with --plugin only\n" if listed else "")
     )
 
 

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import ContmergeError, size
 from hf_contmerge.loop.plan.plan import Findings, make_plan
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import load_recipe
+from hf_contmerge.runtime.plugins import require_given
 
 
 class PlanError(ContmergeError):
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="the run folder; what is done there is not counted")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
+    add_plugin_argument(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(do=plan_command)
 
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def plan_command(args: argparse.Namespace) -> None:
     """Print the plan of a recipe. Raises PlanError if anything is wrong with it."""
     recipe = load_recipe(args.recipe, args.set)  # refused, if it must be, before torch is loaded
+    require_given(recipe.plugins, args.recipe)
     from hf_contmerge.runtime.launching import keep_freed_memory
 
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)

@@ -6,11 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
+from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.quickstart import quickstart_recipe
 from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.run.recipe.text import load_recipe
+from hf_contmerge.runtime.plugins import require_given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="the run folder (default: the recipe's `output`, or runs/<name>)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
     parser.add_argument("--until", choices=PHASES, default="report", help="stop after this phase")
+    add_plugin_argument(parser)
     parser.add_argument("--open", action="store_true", help="show the report in a browser, where there is one")
     parser.set_defaults(do=run_command)
 
 
 def run_command(args: argparse.Namespace) -> None:
     """Do what the parsed arguments say: start, resume, or tell that all is done."""
-    recipe = load_recipe(args.recipe or quickstart_recipe(), args.set)
+    file = args.recipe or quickstart_recipe()
+    recipe = load_recipe(file, args.set)
+    require_given(recipe.plugins, file)
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
     if not run.is_complete():  # answered before torch is loaded
         from hf_contmerge.runtime.launching import keep_freed_memory, leave_ranks

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,7 @@ def _summary(name: str, asked: Asked, answer: Answer) -> dict[str, Any]:
     return {**model, "evaluate": asked.evaluate.model_dump(mode="json"), "tasks": tasks, "versions": versions()}
 
 
-def _from(least: int) -> Any:
+def _from(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         if not text.isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {text!r}")

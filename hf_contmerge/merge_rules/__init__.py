@@ -1,4 +1,4 @@
-"""Merge rules: the maths of continual merging, one method a file. Imports torch and the standard library only.
+"""Merge rules: the maths of continual merging, one method a file. Rules import torch and the standard library only.
 
     running_t = rule.update(running_{t-1}, expert_t - base)               one tensor, float32, running_0 = 0
     merged_t  = base + rule.scale(norms_t) * rule.read_out(running_t)     the scale is one number for the whole model
@@ -11,15 +11,15 @@ dropping `merge_rules/opcm.py` with a class `Opcm` in here makes `rule: opcm` an
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
+
+from hf_contmerge.runtime.plugins import Registry
 
 StartFrom = Literal["base", "previous", "merged"]
 
@@ -106,29 +106,41 @@ def yaml_word(field_name: str) -> str:
     return field_name.removesuffix("_")
 
 
+_RULES: Registry[MergeRule] = Registry("rule", __name__, MergeRule)
+
+
 def rule_names() -> tuple[str, ...]:
-    """Return the names of all rules, which are the names of the files in this folder."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    """Return the names of all rules: ours, of packages, of plugin files."""
+    return _RULES.names()
 
 
 def rule_class(name: str) -> type[MergeRule]:
-    """Return the class of a rule. Raises KeyError for a name that has no file here."""
-    if name not in rule_names():
-        raise KeyError(name)
-    module = importlib.import_module(f"{__name__}.{name}")
-    wanted = name.replace("_", "")
-    return next(c for n, c in vars(module).items() if n.lower() == wanted and isinstance(c, type))
-
-
-def get_rule(name: str, /, **parameters: Any) -> MergeRule:
-    """Make a rule from its name and its parameters as recipes spell them.
+    """Return the class of a rule.
 
     Raises:
         KeyError: no such rule.
+        RecipeError: two packages or files define it, or its own cannot be loaded.
+    """
+    return _RULES.find(name)
+
+
+def named_rule(name: str, *, where: str = "") -> type[MergeRule]:
+    """Return the class of a rule. Raises RecipeError if there is none; `where`: the place that asks for it."""
+    return _RULES.named(name, where=where)
+
+
+def get_rule(name: str, /, **parameters: Any) -> MergeRule:
+    """Make a rule from its name and its parameters as recipes spell them. Raises as `rule_class` and `rule_of`."""
+    return rule_of(rule_class(name), name, parameters)
+
+
+def rule_of(cls: type[MergeRule], name: str, parameters: Mapping[str, Any]) -> MergeRule:
+    """Make a rule of a class; messages call it `name`.
+
+    Raises:
         TypeError: a parameter that the rule does not have.
         ValueError: a parameter of the wrong type or outside its range.
     """
-    cls = rule_class(name)
     fields = {yaml_word(f.name): f.name for f in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     values = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.merge_rules import MergeRule, get_rule, rule_names
+from hf_contmerge.merge_rules import MergeRule, named_rule, rule_of
 
 
 def make_rule(name: str, parameters: Mapping[str, Any], *, where: str = "") -> MergeRule:
@@ -22,10 +22,9 @@ def make_rule(name: str, parameters: Mapping[str, Any], *, where: str = "") -> M
                 f"{where + ': ' if where else ''}`{word}: auto` is found by scores on validation documents, which only "
                 "`contmerge run` measures, in an entry of a recipe's `merge`. Give a number here."
             )
+    cls = named_rule(name, where=where)
     try:
-        return get_rule(name, **parameters)
-    except KeyError as error:
-        raise RecipeError(unknown("rule", name, rule_names(), where=where)) from error
+        return rule_of(cls, name, parameters)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {error}" if where else str(error)) from error
 

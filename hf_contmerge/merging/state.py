@@ -44,6 +44,7 @@ from hf_contmerge.models.folder import resolve_model
 from hf_contmerge.models.weights import SHARD_SIZE, Weights, weights_sha256
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
+from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.runtime.versions import versions
 
 
@@ -73,7 +74,7 @@ class MergeState:
             state.folder.mkdir(parents=True, exist_ok=True)
             log = Log(
                 rule, checked.parameters(), name_of(base), str(found.resolve()), weights_sha256(found),
-                Weights(found).stamp(), versions=versions(),
+                Weights(found).stamp(), versions=versions([rule]),
             )  # fmt: skip
             write_log(state.folder, log)
 
@@ -101,19 +102,18 @@ class MergeState:
         log = log or self.log()
         experts = tuple(entry.expert() for entry in log.experts)
         return RunningMerge(
-            self._base(log), log.rule, make_rule(log.rule, log.parameters), experts, self._running(log),
+            self._base(log), log.rule, self._rule(log), experts, self._running(log),
             log.running_norm,
         )  # fmt: skip
 
     def rule(self) -> MergeRule:
         """Return the rule with the parameters that the state was started with."""
-        log = self.log()
-        return make_rule(log.rule, log.parameters)
+        return self._rule(self.log())
 
     def scale(self) -> float:
         """Return the factor on the running state, as of now."""
         log = self.log()
-        return make_rule(log.rule, log.parameters).scale(log.norms())
+        return self._rule(log).scale(log.norms())
 
     def base(self) -> Weights:
         """Open the base. Raises ModelError if its weights have changed since the state was started."""
@@ -219,6 +219,10 @@ class MergeState:
             crew.ranks.first(_write_lineage, log, merge.scale, scratch)
         return out
 
+    def _rule(self, log: Log) -> MergeRule:
+        require_same(log.versions, self.folder, cure=", or start the state anew")
+        return make_rule(log.rule, log.parameters)
+
     def _base(self, log: Log) -> Path:
         folder = Path(log.base_folder)
         base = Weights(folder if folder.is_dir() else resolve_model(log.base))
@@ -278,7 +282,9 @@ class MergeState:
 
     def _publish(self, log: Log, merge: RunningMerge, experts: tuple[Entry, ...], crew: Crew) -> None:
         name = merge.running.name if merge.running else None
-        after = replace(log, experts=experts, running=name, running_norm=merge.running_norm, versions=versions())
+        after = replace(
+            log, experts=experts, running=name, running_norm=merge.running_norm, versions=versions([log.rule])
+        )
 
         def write() -> None:
             sync_folder(self.folder)

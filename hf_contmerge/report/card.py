@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hf_contmerge.errors import RunError
-from hf_contmerge.merge_rules import rule_class
+from hf_contmerge.merge_rules import named_rule
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.schema import Merge, Recipe
@@ -217,7 +217,7 @@ def _start(run: Run, place: ExpertPlace, t: int) -> str:
 
 
 def _rule(run: Run, entry: Merge, t: int) -> str:
-    cls, record = rule_class(entry.rule), run.merged(t, entry).record("merge")
+    cls, record = named_rule(entry.rule), run.merged(t, entry).record("merge")
     parameters = ", ".join(f"{word} = {value}" for word, value in record["parameters"].items()) or "none"
     norms = [(run.stage(s).name, f"{norm:.6g}") for s, norm in enumerate(record["norms"]["experts"], 1)]
     formula = (inspect.getdoc(cls) or "").partition("\n")[0]
@@ -289,7 +289,7 @@ def _lines(run: Run, entry: Merge, t: int) -> list[Line]:
 
 
 def _expert(run: Run, entry: Merge, t: int) -> ExpertPlace:
-    start = entry.start_from or rule_class(entry.rule).start_from
+    start = entry.start_from or named_rule(entry.rule).start_from
     return run.expert(t, f"merged-{entry.name}" if start == "merged" else start)
 
 

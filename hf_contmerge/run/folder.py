@@ -34,6 +34,7 @@ from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, recipe_yaml
 from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
+from hf_contmerge.runtime.plugins import changed, require_given, require_same
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,27 @@ class Run:
         return run
 
     def check_folder(self) -> None:
-        """Raise RunError if the run cannot be started or resumed in its folder. Writes nothing."""
+        """Raise RunError if the run cannot be started or resumed in its folder. Writes nothing.
+
+        Raises RecipeError if the user has not given a plugin that the recipe needs.
+        """
+        require_given(self.recipe.plugins, self._recipe_file)
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"{self.folder} is a file. Name a folder with --run.")
         if self._recipe_file.exists():
             self._refuse_changes(load_recipe(self._recipe_file))
+            self.require_same_plugins()
         elif self.folder.exists() and any(not _is_left_by_a_start(p) for p in self.folder.iterdir()):
             raise RunError(f"{self.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
+
+    def require_same_plugins(self) -> None:
+        """Raise RunError unless the plugin files behind finished phases are given, unchanged."""
+        for _, place in self.places():
+            for phase in PHASES:
+                versions = place.record(phase).get("versions", {}) if place.is_done(phase) else {}
+                made = f"{phase} of {place.folder.relative_to(self.folder / 'stages')}"
+                cure = f", drop what it made with `contmerge redo {self.folder} {phase}`, or name another folder"
+                require_same(versions, made, cure=f"{cure} with --run")
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -85,8 +100,10 @@ class Run:
 
     def is_complete(self) -> bool:
         """Say whether all that this very recipe asks for has been done, without looking at more than two files."""
-        place = self.report
-        return place.is_done("report") and place.record("report").get("recipe_sha256") == self.recipe_sha256()
+        if not self.report.is_done("report"):
+            return False
+        record = self.report.record("report")
+        return record.get("recipe_sha256") == self.recipe_sha256() and not changed(record.get("versions", {}))
 
     def recipe_sha256(self) -> str:
         fields = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)

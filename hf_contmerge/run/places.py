@@ -24,6 +24,11 @@ Record = dict[str, Any]
 _SCORED = ("score.parquet", ".score.parquet")  # what each document added to the scores
 
 
+def _words(record: Record) -> list[str]:
+    """Return the rule or the strategies behind a record."""
+    return [*record.get("settings", {}).get("strategy", ()), *filter(None, [record.get("rule")])]
+
+
 @dataclass(frozen=True)
 class Place:
     """A folder in which phases leave their outputs and, last of all, their records."""
@@ -52,7 +57,8 @@ class Place:
 
     def finish(self, phase: Phase, record: Record) -> None:
         """Write the phase's record, which makes it done."""
-        stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+        words = None if phase == "report" else _words(record)
+        stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(words)}
         write_atomically(self._record_file(phase), json.dumps({**record, **stamp}, indent=1) + "\n")
 
     @property

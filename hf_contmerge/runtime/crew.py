@@ -11,9 +11,8 @@ import heapq
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -38,6 +37,10 @@ class Job:
     """The number of the file that it writes into; hosts share whole files."""
 
 
+Bar = Callable[[Sequence[Job], str], AbstractContextManager[Callable[[Job], None]]]
+"""Opens a progress bar for jobs; the function that it gives is called with each finished job."""
+
+
 @dataclass(frozen=True)
 class Crew:
     """Who works: the threads of this process, among the ranks of its job.
@@ -49,7 +52,7 @@ class Crew:
     ranks: Ranks = field(default_factory=OneRank)
     workers: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    bar: Callable[[Sequence[Job], str], Any] = lambda _jobs, _what: nullcontext(lambda _job: None)
+    bar: Bar = lambda _jobs, _what: nullcontext(lambda _job: None)
 
     def thread_count(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,22 +5,27 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import socket
+from collections.abc import Iterable
 
 from hf_contmerge.errors import ResourceError, mark_shared
+from hf_contmerge.runtime.plugins import given_plugins, used_plugins
 from hf_contmerge.runtime.ranks import Ranks
 
 _RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
+def versions(words: Iterable[str] | None = None) -> dict[str, str]:
+    """Return package -> version and plugin file -> digest behind a result.
+
+    `words`: its rule or strategies; by default all used by this process.
+    """
     found = {}
     for package in _RECORDED_PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | used_plugins(words)
 
 
 @functools.cache
@@ -39,14 +44,14 @@ _MUST_AGREE = ("hf_contmerge", "torch", "transformers", "tokenizers", "datasets"
 
 
 def check_versions(ranks: Ranks) -> None:
-    """Raise ResourceError unless all ranks have the same versions of what scores depend on."""
+    """Raise ResourceError unless all ranks have the same packages and plugin files."""
     if ranks.size == 1:
         return
-    ours = {name: version(name) for name in _MUST_AGREE}
+    ours = {name: version(name) for name in _MUST_AGREE} | given_plugins()
     every = ranks.gather((socket.gethostname(), ours))
     host, first = every[0]
     for rank, (other_host, other) in enumerate(every):
-        differ = [f"{n} {other[n]} and {first[n]}" for n in _MUST_AGREE if other[n] != first[n]]
+        differ = [f"{n} {other.get(n, '')} and {v}" for n, v in first.items() if other.get(n) != v]
         if differ:
             raise mark_shared(
                 ResourceError(

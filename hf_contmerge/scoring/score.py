@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import numpy
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -42,7 +43,7 @@ def score_model(
     *,
     task_folder: Path,
     evaluate: Evaluate,
-    ranks: Any,
+    ranks: PartialState,
     base: Path | None = None,
     cache: ScoreCache | None = None,
     trust_remote_code: bool = False,
@@ -75,7 +76,7 @@ def score_model(
     return seen.model.sha256, {task.name: scores[task.name] for task in tasks if task.name in scores}
 
 
-def score_asked(asked: Asked, *, ranks: Any, cache: ScoreCache) -> tuple[Lookup, dict[str, TaskScore]]:
+def score_asked(asked: Asked, *, ranks: PartialState, cache: ScoreCache) -> tuple[Lookup, dict[str, TaskScore]]:
     """Measure what the cache does not know, and keep it there. Raises as `score_model`.
 
     Returns:
@@ -102,7 +103,7 @@ def _own_tasks(seen: Lookup, cache: ScoreCache) -> Listing | None:
     return None if all(seen.keys.values()) else keep_own_listing(cache.shelf, own_tasks())
 
 
-def _from_main(ranks: Any, do: Callable[[], T]) -> T:
+def _from_main(ranks: PartialState, do: Callable[[], T]) -> T:
     """Return what the main process finds on all ranks; or raise its failure there, so that none waits for it."""
     if ranks.num_processes == 1:
         return do()
@@ -118,7 +119,9 @@ def _from_main(ranks: Any, do: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _measure_folder(asked: Asked, tasks: Sequence[Task], dtype: torch.dtype, ranks: Any) -> dict[str, TaskScore]:
+def _measure_folder(
+    asked: Asked, tasks: Sequence[Task], dtype: torch.dtype, ranks: PartialState
+) -> dict[str, TaskScore]:
     """Load a model and measure it; the result is on the main process."""
     evaluate, remote, part = asked.evaluate, asked.trust_remote_code, cast(DocumentPart, asked.part)
     if evaluate.backend == "vllm":
@@ -137,7 +140,7 @@ def score_loaded(
     *,
     task_folder: Path,
     evaluate: Evaluate,
-    ranks: Any,
+    ranks: PartialState,
     part: DocumentPart = "all",
 ) -> dict[str, TaskScore]:
     """Measure a model that is in memory, in training too: its mode and all random states are left as they were.
@@ -239,7 +242,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
         numpy.random.set_state(states[1])
 
 
-def _load(folder: Path, whole: Path, evaluate: Evaluate, ranks: Any, **init: Any) -> Any:
+def _load(folder: Path, whole: Path, evaluate: Evaluate, ranks: PartialState, **init: Any) -> Any:
     """Return a model where it will run."""
     if evaluate.parallel == "layers":
         return load_model(folder, whole, device_map="auto", **init)

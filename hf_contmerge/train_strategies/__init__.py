@@ -9,8 +9,6 @@ old knowledge (replay, anchor, ...).
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ from typing import Any, ClassVar, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from hf_contmerge.runtime.plugins import Registry
 
 Inputs = Mapping[str, Any]
 """A micro-batch as the trainer's collator makes it: input_ids, labels (-100: does not count), ..."""
@@ -189,17 +189,27 @@ def _own(memory: Path | None, name: str) -> Path | None:
     return memory / name if memory and (memory / name).is_dir() else None
 
 
+_STRATEGIES: Registry[TrainStrategy] = Registry("strategy", __name__, TrainStrategy)
+
+
 def strategy_names() -> tuple[str, ...]:
-    """Return the names of all strategies, which are the names of the files in this folder."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    """Return the names of all strategies: ours, of packages, of plugin files."""
+    return _STRATEGIES.names()
 
 
 def strategy_class(name: str) -> type[TrainStrategy]:
-    """Return the class of a strategy. Raises KeyError if there is none such."""
-    if name not in strategy_names():
-        raise KeyError(name)
-    module = importlib.import_module(f"{__name__}.{name}")
-    return next(c for n, c in vars(module).items() if n.lower() == name.replace("_", ""))
+    """Return the class of a strategy.
+
+    Raises:
+        KeyError: no such strategy.
+        RecipeError: two packages or files define it, or its own cannot be loaded.
+    """
+    return _STRATEGIES.find(name)
+
+
+def named_strategy(name: str, *, where: str = "") -> type[TrainStrategy]:
+    """Return the class of a strategy. Raises RecipeError if there is none; `where`: the place that asks for it."""
+    return _STRATEGIES.named(name, where=where)
 
 
 def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:

@@ -17,7 +17,7 @@ from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.runtime.device import bf16_pays, cpu_only
-from hf_contmerge.train_strategies import Combined, combine, strategy_names
+from hf_contmerge.train_strategies import Combined, combine, named_strategy
 from hf_contmerge.training._forms import Form
 from hf_contmerge.training._trainer import trainer_class
 from hf_contmerge.training.data import StageData, require_chat_template
@@ -31,8 +31,7 @@ _SFT_LOSSES = ("nll", "dft", "chunked_nll")  # values of `loss_type` that SFTTra
 def make_strategies(train: Train) -> Combined:
     """Return the strategies that the recipe names. Raises RecipeError for an unknown name, parameter or union."""
     for name in train.strategy:
-        if name not in strategy_names():
-            raise RecipeError(unknown("strategy", name, strategy_names(), where="train"))
+        named_strategy(name, where="train")
     try:
         return combine(train.strategy, train.parameters_of())
     except (TypeError, ValueError) as error:

@@ -1,23 +1,25 @@
 """One suite for all merge rules: it finds a new file in merge_rules/ by itself, and asks only for an oracle.
 
+The checks are those of hf_contmerge.testing.check_rule, which is for rules in packages of others.
+
 To add a rule's oracle, append to ORACLES below: the method over all task vectors at once, in float64 and as literally
 as its paper writes it, not as our code does.
 """
 
-import dataclasses
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toys.folds import draw, fold, merge, weight, zeros
 
-from hf_contmerge.merge_rules import MergeRule, Norms, get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.errors import RecipeError
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merge_rules.ema import Ema
+from hf_contmerge.testing import CHECKS, Check, check_rule, equals_its_oracle, returns_a_single_expert, variants
 
 
 def average(task_vectors: Sequence[Tensor]) -> Tensor:
@@ -111,45 +113,45 @@ ORACLES = {
     "ties": Oracle(ties, {"density": 1.0}),
 }
 
-SHAPES = [((), False), ((7,), False), ((5, 7), False), ((5, 7), True), ((3, 7, 5), False), ((3, 7, 5), True)]
-every_rule = pytest.mark.parametrize("name", rule_names())
-every_shape = pytest.mark.parametrize(("shape", "is_matrix"), SHAPES, ids=str)
-
 
 def oracle(name: str) -> Oracle:
     if name not in ORACLES:
-        pytest.fail(f"merge_rules/{name}.py has no oracle. Write one and append it to ORACLES in tests/test_rules.py.")
+        pytest.fail(f"merge_rules/{name}.py has no oracle. Write one and append it to ORACLES in {__file__}.")
     return ORACLES[name]
 
 
-# The contract
+every_rule = pytest.mark.parametrize("name", rule_names())
+RULES = [rule for name in rule_names() for rule in variants(rule_class(name), {})] + [get_rule("null_space", rank=3)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Check, rule: MergeRule) -> None:
+    check(rule)
 
 
 @every_rule
-def test_a_rule_is_named_like_its_file_and_says_where_it_comes_from(name: str) -> None:
-    cls = rule_class(name)
-    assert cls.__name__.lower() == name.replace("_", "")
-    assert cls.reference.startswith("https://")
-    assert cls.start_from in ("base", "previous", "merged")
-    assert cls.__doc__
-    assert not cls.__doc__.startswith(f"{cls.__name__}("), "the rule needs a docstring of its own"
+def test_equals_the_method_as_its_paper_writes_it(name: str) -> None:
+    equals_its_oracle(get_rule(name), oracle(name).merged_minus_base)
 
 
 @every_rule
-def test_parameters_make_the_same_rule_again(name: str) -> None:
+def test_one_expert_comes_out_whole(name: str) -> None:
+    whole = oracle(name).whole
+    if whole is None:
+        pytest.skip(f"{name} has no parameters under which one expert is returned")
+    returns_a_single_expert(get_rule(name, **whole))
+
+
+@every_rule
+def test_a_rule_is_named_like_its_file(name: str) -> None:
+    assert rule_class(name).__name__.lower() == name.replace("_", "")
+
+
+@every_rule
+def test_defaults_are_the_rules_own(name: str) -> None:
     rule = get_rule(name)
-    assert get_rule(name, **rule.parameters()) == rule
-    assert not any(word.endswith("_") for word in rule.parameters())
     assert {word: default for word, (_, default) in parameter_types(type(rule)).items()} == rule.parameters()
-
-
-@every_rule
-def test_a_rule_is_frozen(name: str) -> None:
-    rule = get_rule(name)
-    assert hash(rule) == hash(get_rule(name))
-    for field in [*(f.name for f in dataclasses.fields(rule)), "running"]:
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(rule, field, 0.5)
 
 
 @every_rule
@@ -160,210 +162,164 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones(name: str) -> None:
     assert str(error.value).endswith(f"it has: {known}")
 
 
-@every_rule
-def test_a_parameter_of_the_wrong_type_is_refused_by_name(name: str) -> None:
-    for word, (kind, _) in parameter_types(rule_class(name)).items():
-        for wrong in [None, "no such thing", *([math.nan, math.inf, True] if kind is float else [])]:
-            if kind is str and isinstance(wrong, str):
-                continue
-            with pytest.raises(ValueError, match=f"^{name}'s {word} must be "):
-                get_rule(name, **{word: wrong})
-
-
 def test_an_unknown_rule_is_a_key_error() -> None:
     with pytest.raises(KeyError, match="magmx"):
         get_rule("magmx")
 
 
-@every_rule
-@every_shape
-def test_tunable_parameters_enter_the_scale_alone(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    """So that `auto` and a guard can try other values of them on a state that is there."""
-    rule, vectors, norms = get_rule(name), draw(shape, 2), Norms((1.0, 2.0), 3.0)
-    state = fold(rule, vectors, is_matrix=is_matrix)
-    for field in rule.tunable:
-        other = dataclasses.replace(rule, **{field: 3 * getattr(rule, field)})
-        assert torch.equal(fold(other, vectors, is_matrix=is_matrix), state)
-        assert torch.equal(*(r.read_out(state, weight(is_matrix, 2)) for r in (rule, other)))
-        assert other.scale(norms) == pytest.approx(3 * rule.scale(norms))
+# check_rule, for rules of others: what it accepts, and what it says of a rule that breaks a promise
 
 
-@every_rule
-@every_shape
-def test_inputs_are_left_alone(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    rule, (first, task_vector) = get_rule(name), draw(shape, 2)
-    running = fold(rule, [first], is_matrix=is_matrix).clone()
-    before = running.clone(), task_vector.clone()
-    rule.update(running, task_vector, weight(is_matrix, 2))
-    rule.read_out(running, weight(is_matrix, 2))
-    assert torch.equal(running, before[0])
-    assert torch.equal(task_vector, before[1])
+def test_check_rule_takes_words_classes_parameters_and_oracles() -> None:
+    check_rule("opcm", opcm, alpha=0.3, variant="fusionbench")
+    check_rule(Ema, ema, beta=0.25)
+    with pytest.raises(RecipeError, match=r"Unknown rule 'emma'\. Did you mean 'ema'"):
+        check_rule("emma")
+    with pytest.raises(AssertionError, match=r"Ema\(beta=0.5\): 2 experts, a matrix of shape \(8, 13\): not what the"):
+        check_rule(Ema, lambda task_vectors, beta: task_vectors[-1] * beta)
 
 
-def gapped(x: Tensor) -> Tensor:
-    """Return a view of every other element of a larger tensor."""
-    return torch.full((*x.shape, 2), 9.0)[..., 0].copy_(x)
+@dataclass(frozen=True)
+class Sum(Ema):
+    """S <- S + D, and nothing wrong with it."""
+
+    beta: float = 1.0
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running + task_vector
 
 
-@every_rule
-@every_shape
-def test_views_with_gaps_are_taken(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    rule, (first, task_vector) = get_rule(name), draw(shape, 2)
-    running = fold(rule, [first], is_matrix=is_matrix)
-    new = rule.update(gapped(running), gapped(task_vector), weight(is_matrix, 2))
-    torch.testing.assert_close(new, rule.update(running, task_vector, weight(is_matrix, 2)))
-    read = rule.read_out(gapped(running), weight(is_matrix, 2))
-    torch.testing.assert_close(read, rule.read_out(running, weight(is_matrix, 2)))
+BROKEN: dict[str, tuple[type[MergeRule], str]] = {}
 
 
-@every_rule
-@every_shape
-def test_results_are_float32_of_the_right_shape_and_repeat_themselves(
-    name: str, shape: tuple[int, ...], is_matrix: bool
-) -> None:
-    rule, task_vectors = get_rule(name), draw(shape, 2)
-    first, again = (fold(rule, task_vectors, is_matrix=is_matrix) for _ in range(2))
-    assert first.dtype == torch.float32
-    assert first.shape == zeros(rule, shape).shape
-    assert torch.equal(first, again)
-    read, once_more = (rule.read_out(first, weight(is_matrix, 2)) for _ in range(2))
-    assert read.dtype == torch.float32
-    assert read.shape == shape
-    assert torch.equal(read, once_more)
+def broken(said: str) -> Callable[[type[MergeRule]], type[MergeRule]]:
+    """Return a decorator for rules that check_rule must refuse with these words."""
+
+    def keep(cls: type[MergeRule]) -> type[MergeRule]:
+        BROKEN[cls.__name__] = (cls, said)
+        return cls
+
+    return keep
 
 
-@every_rule
-@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 4)])
-def test_a_weight_without_elements_stays_one(name: str, shape: tuple[int, ...]) -> None:
-    empty = torch.zeros(shape)
-    assert merge(get_rule(name), empty, [empty, empty], is_matrix=len(shape) > 1).shape == shape
+@broken("`reference` must be a URL; it is 'a book'")
+@dataclass(frozen=True)
+class FromABook(Sum):
+    """A rule."""
+
+    reference = "a book"
 
 
-@every_rule
-@every_shape
-def test_zeros_stay_finite(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    rule, zero, (task_vector,) = get_rule(name), torch.zeros(shape), draw(shape, 1)
-    for earlier, new in itertools.product((zero, task_vector), repeat=2):
-        state = fold(rule, [earlier, new], is_matrix=is_matrix)
-        assert state.isfinite().all()
-        assert rule.read_out(state, weight(is_matrix, 2)).isfinite().all()
-    for norms in [(0.0,), (0.0, 0.0), (1.0, 0.0, 2.0)]:
-        assert math.isfinite(rule.scale(Norms(norms, running=0.0)))
+@broken("the class has no docstring")
+@dataclass(frozen=True)
+class Silent(Sum):
+    pass
 
 
-@every_rule
-@every_shape
-def test_experts_that_learnt_nothing_leave_the_base(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    (base,) = draw(shape, 1)
-    assert torch.equal(merge(get_rule(name), base, [base, base], is_matrix=is_matrix), base)
+@broken("tags must be annotated as bool, int, float, str or a Literal; it is tuple[str, ...]")
+@dataclass(frozen=True)
+class Tagged(Sum):
+    """A rule."""
+
+    tags: tuple[str, ...] = ()
 
 
-@every_rule
-@every_shape
-def test_one_expert_comes_out_whole(name: str, shape: tuple[int, ...], is_matrix: bool) -> None:
-    whole = oracle(name).whole
-    if whole is None:
-        pytest.skip(f"{name} has no parameters under which one expert is returned")
-    base, expert = draw(shape, 2)
-    merged = merge(get_rule(name, **whole), base, [expert], is_matrix=is_matrix)
-    assert torch.equal(merged, base + (expert - base))
+@broken("weight of shape (): `running` is changed in place. Scalars are not equal!")
+@dataclass(frozen=True)
+class InPlace(Sum):
+    """A rule."""
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running.add_(task_vector)
 
 
-@every_rule
-@pytest.mark.parametrize("experts", [1, 2, 5])
-@pytest.mark.parametrize("shape", [(8, 13), (13, 8)])
-def test_equals_the_method_as_its_paper_writes_it(name: str, experts: int, shape: tuple[int, int]) -> None:
-    rule, (base, *models) = get_rule(name), draw(shape, experts + 1)
-    fields = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-    task_vectors = [(model - base).double() for model in models]
-    expected = base.double() + oracle(name).merged_minus_base(task_vectors, **fields)
-    torch.testing.assert_close(merge(rule, base, models).double(), expected, rtol=0, atol=1e-5)
+@broken("`update` must return torch.float32 of shape (); got torch.float64 of shape ()")
+@dataclass(frozen=True)
+class Doubled(Sum):
+    """A rule."""
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running.double() + task_vector
 
 
-@every_rule
-def test_a_whole_model_scale_depends_on_the_ratio_of_norms_only(name: str) -> None:
-    rule = get_rule(name)
-    norms = Norms((1.0, 2.0, 4.5), running=3.0)
-    tenfold = Norms(tuple(10 * n for n in norms.experts), running=30.0)
-    assert rule.scale(tenfold) == pytest.approx(rule.scale(norms), rel=1e-12)
-    doubled = dataclasses.replace(norms, running=6.0)
-    assert (rule.scale(doubled) != rule.scale(norms)) == rule.whole_model_scale
+@broken("weight of shape (): `update` does not repeat itself")
+@dataclass(frozen=True)
+class Drawn(Sum):
+    """A rule."""
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running + torch.rand(()) * task_vector
 
 
-# The marks
+@broken("a task vector of zeros makes values that are not finite")
+@dataclass(frozen=True)
+class Normed(Sum):
+    """A rule."""
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running + task_vector / task_vector.norm()
 
 
-def rules_with(mark: str) -> list[MergeRule]:
-    """Return the rules that bear a mark, with each word of a parameter that is one of a few."""
-    rules = []
-    for name in rule_names():
-        choices = [(w, get_args(kind)) for w, (kind, _) in parameter_types(rule_class(name)).items() if get_args(kind)]
-        rules += [get_rule(name, **{word: value}) for word, values in choices for value in values] or [get_rule(name)]
-    return [rule for rule in rules if getattr(rule, mark)]
+@broken("experts that are the base change it")
+@dataclass(frozen=True)
+class Shifted(Sum):
+    """A rule."""
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running + task_vector + 1
 
 
-def orthonormal(m: int, n: int) -> Tensor:
-    return torch.linalg.qr(draw((m, n), 1, seed=m)[0].double()).Q
+@broken("`whole_model_scale` is False, but the scale reads norms")
+@dataclass(frozen=True)
+class Nosy(Sum):
+    """A rule."""
+
+    def scale(self, norms: Norms) -> float:
+        return norms.experts[0] / norms.running if norms.running else 0.0
 
 
-every_basis_free_rule = pytest.mark.parametrize(
-    "rule", [*rules_with("basis_free"), get_rule("null_space", rank=3)], ids=str
-)
-CORES = [((40, 30), (12, 9)), ((30, 40), (9, 12)), ((90, 30), (9, 12)), ((30, 90), (7, 7))]
+@broken("beta is `tunable`, but three times of it make the scale 1.0, not 3.0")
+@dataclass(frozen=True)
+class NotTuned(Sum):
+    """A rule."""
+
+    tunable = ("beta",)
 
 
-@every_basis_free_rule
-@pytest.mark.parametrize(("shape", "core"), CORES)
-def test_a_basis_free_rule_does_to_cores_what_it_does_to_matrices(
-    rule: MergeRule, shape: tuple[int, int], core: tuple[int, int]
-) -> None:
-    p, q = (orthonormal(m, r) for m, r in zip(shape, core, strict=True))
-    cores = [c.double() for c in draw(core, 3)]
-    small = fold(rule, cores)
-    large = fold(rule, [(p @ c @ q.T).float() for c in cores])
-    torch.testing.assert_close(large.double(), p @ small @ q.T, rtol=0, atol=1e-5)
-    assert torch.equal(rule.read_out(small, weight(True, 3)), small)
+@broken("`basis_free`, but cores of shape (12, 9) are not folded like their matrices of shape (40, 30)")
+@dataclass(frozen=True)
+class LargestOnly(Sum):
+    """A rule."""
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return torch.where(task_vector.abs() > running.abs(), task_vector, running)
 
 
-@every_basis_free_rule
-def test_a_basis_free_rule_takes_cores_that_grow(rule: MergeRule) -> None:
-    cores = [torch.nn.functional.pad(c.double(), (0, 12 - k, 0, 12 - k)) for k in (4, 8, 12) for c in draw((k, k), 1)]
-    running = torch.zeros(0, 0, dtype=torch.float64)
-    for stage, (k, core) in enumerate(zip((4, 8, 12), cores, strict=True), 1):
-        grown = torch.nn.functional.pad(running, (0, k - len(running), 0, k - len(running)))
-        running = rule.update(grown, core[:k, :k], weight(True, stage))
-    assert running.dtype == torch.float64
-    torch.testing.assert_close(running, fold(rule, cores), rtol=0, atol=1e-10)
+@broken("`selects`, but 1 elements after stage 2 are no expert's")
+@dataclass(frozen=True)
+class Selecting(Sum):
+    """A rule."""
+
+    basis_free = False
+    selects = True
 
 
-@pytest.mark.parametrize("rule", rules_with("selects"), ids=str)
-@every_shape
-def test_a_rule_that_selects_holds_one_experts_value_in_each_element(
-    rule: MergeRule, shape: tuple[int, ...], is_matrix: bool
-) -> None:
-    experts = draw(shape, 4)
-    for stage in range(1, 5):
-        state = fold(rule, experts[:stage], is_matrix=is_matrix)
-        assert torch.stack([state == d for d in [*experts[:stage], torch.zeros(shape)]]).any(0).all()
+@broken("`unit` is 'element', but pieces of shape (7,) are folded otherwise")
+@dataclass(frozen=True)
+class Centred(Sum):
+    """A rule."""
+
+    basis_free = False
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running + task_vector - (task_vector.mean() if task_vector.numel() else 0)
 
 
-@every_rule
-def test_what_the_marks_promise_fits_together(name: str) -> None:
-    cls = rule_class(name)
-    assert cls.unit in ("element", "matrix", "tensor")
-    assert cls.slots >= 1
-    assert not (cls.basis_free or cls.selects) or cls.slots == 1
-    assert not cls.basis_free or cls.unit != "tensor"
-
-
-@pytest.mark.parametrize("name", [n for n in rule_names() if rule_class(n).unit != "tensor"])
-@pytest.mark.parametrize("shape", [(7,), (5, 7)])
-def test_pieces_of_a_weight_may_be_folded_alone(name: str, shape: tuple[int, ...]) -> None:
-    rule, task_vectors = get_rule(name), [d.reshape(-1) for d in draw(shape, 3)]
-    whole = [d.reshape(shape) for d in task_vectors]
-    is_matrix = rule.unit == "element"
-    parts = [fold(rule, [d[cut] for d in task_vectors], is_matrix=is_matrix) for cut in (slice(3), slice(3, None))]
-    state, expected = torch.cat(parts, dim=-1), fold(rule, whole, is_matrix=is_matrix)
-    assert torch.equal(state.reshape(expected.shape), expected)
-    read = [rule.read_out(part, weight(is_matrix, 3)) for part in parts]
-    assert torch.equal(torch.cat(read).reshape(shape), rule.read_out(expected, weight(is_matrix, 3)))
+@pytest.mark.parametrize("name", BROKEN)
+def test_check_rule_says_what_is_wrong(name: str) -> None:
+    cls, said = BROKEN[name]
+    check_rule(Sum)
+    with pytest.raises(AssertionError) as error:
+        check_rule(cls)
+    assert said in str(error.value)
+    assert str(error.value).startswith(name)

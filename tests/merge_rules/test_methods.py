@@ -9,9 +9,9 @@ import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import GroupMergeMethod, TensorGroup
 from torch import Tensor
-from toys.folds import draw, fold, merge, weight
 
 from hf_contmerge.merge_rules import MergeRule, Norms, _linear, get_rule
+from hf_contmerge.testing import draw, fold, merge, weight
 
 # The first ones
 

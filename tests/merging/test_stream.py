@@ -12,7 +12,6 @@ import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from safetensors.torch import load_file, save_file
-from toys.folds import fold
 from toys.loras import lora
 from toys.models import perturbed, toy_llama
 from transformers import AutoModelForCausalLM
@@ -29,6 +28,7 @@ from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
+from hf_contmerge.testing import fold
 
 Tensors = dict[str, torch.Tensor]
 

@@ -15,7 +15,8 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Recipe, Train
 
 if TYPE_CHECKING:
-    from hf_contmerge.loop.plan.estimates import Subject
+    from hf_contmerge.loop.plan._machine import Machine
+    from hf_contmerge.loop.plan.estimates import Cost, Estimates, Subject
 
 _CURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gradient_checkpointing: true", {"gradient_checkpointing": True}),
@@ -133,7 +134,7 @@ def _load_libraries() -> None:
 # What cannot fit
 
 
-def _judge(found: Sequence[Any], machine: Any, run: Run, findings: Findings) -> None:
+def _judge(found: Sequence[Cost], machine: Machine, run: Run, findings: Findings) -> None:
     """Add an error for what does not fit this machine: merging, scoring, the disk. Of training, see `_suggest`."""
     from hf_contmerge.loop.plan.disk import peak_disk
 
@@ -159,7 +160,9 @@ def _judge(found: Sequence[Any], machine: Any, run: Run, findings: Findings) -> 
         )
 
 
-def _suggest(found: Sequence[Any], machine: Any, estimates: Any, subject: Any, findings: Findings) -> None:
+def _suggest(
+    found: Sequence[Cost], machine: Machine, estimates: Estimates, subject: Subject, findings: Findings
+) -> None:
     """Add an error if training does not fit, with the settings that would make it fit."""
     limits = (machine.memory, min(machine.gpus, default=2**62))
     worst = max((c for c in found if c.step.phase == "train"), key=lambda c: (c.vram, c.memory), default=None)
@@ -184,11 +187,11 @@ def _suggest(found: Sequence[Any], machine: Any, estimates: Any, subject: Any, f
 # What is shown
 
 
-def _place(cost: Any, run: Run) -> str:
+def _place(cost: Cost, run: Run) -> str:
     return str(cost.step.place.folder.relative_to(run.folder / "stages"))
 
 
-def _as_json(found: Sequence[Any], machine: Any, processes: int, run: Run) -> dict[str, Any]:
+def _as_json(found: Sequence[Cost], machine: Machine, processes: int, run: Run) -> dict[str, Any]:
     from hf_contmerge.loop.plan.disk import peak_disk
 
     kept, most = peak_disk(c.disk for c in found)

@@ -12,12 +12,15 @@ Names that mergekit has itself (task_arithmetic, ties) stay mergekit's.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -30,10 +33,13 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from hf_contmerge.errors import ContmergeError, RecipeError, unknown
-from hf_contmerge.merge_rules import get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merge_rules import MergeRule, get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN
 from hf_contmerge.merging.in_mergekit.tensors import from_this_tensor, from_whole_model
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
+
+LOG = logging.getLogger(__name__)
 
 
 class MergekitRecipeError(RecipeError, click.UsageError):
@@ -43,11 +49,24 @@ class MergekitRecipeError(RecipeError, click.UsageError):
         click.UsageError.__init__(self, message)
 
 
-class RuleMethod(GroupMergeMethod):
-    """One merge rule, as mergekit calls it. The order of `models` is the order of the stages."""
+class RuleSpec(MergeMethodSpec):
+    """A rule's declaration. The class is loaded when mergekit asks for more than its name."""
+
+    contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
 
     def __init__(self, name: str) -> None:
-        self.rule = rule_class(name)
+        for word in ("name", "pretty_name"):  # the parent is frozen
+            object.__setattr__(self, word, name)
+
+    @functools.cached_property
+    def rule(self) -> type[MergeRule]:
+        try:
+            return rule_class(self.name)
+        except RecipeError as error:
+            raise MergekitRecipeError(str(error)) from error
+
+    @functools.cached_property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
         parameters = [
             ParameterSpec(word, kind, ParameterScope.SHARED, default)
             for word, (kind, default) in parameter_types(self.rule).items()
@@ -55,13 +74,18 @@ class RuleMethod(GroupMergeMethod):
         if not self.rule.tunable:  # a number in place of the rule's own scale
             own = "model" if self.rule.whole_model_scale else "tensor"
             parameters.append(ParameterSpec("scale", float | str, ParameterScope.SHARED, own))
-        self.spec = MergeMethodSpec(
-            name=name,
-            pretty_name=name,
-            parameters=tuple(parameters),
-            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-            reference_url=self.rule.reference,
-        )
+        return tuple(parameters)
+
+    @property
+    def reference_url(self) -> str:
+        return self.rule.reference
+
+
+class RuleMethod(GroupMergeMethod):
+    """One merge rule, as mergekit calls it. The order of `models` is the order of the stages."""
+
+    def __init__(self, name: str) -> None:
+        self.spec: RuleSpec = RuleSpec(name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor; the result has the inputs' dtype, the arithmetic is float32."""
@@ -88,7 +112,7 @@ class RuleMethod(GroupMergeMethod):
                         "at the top of the recipe."
                     )
                 self._check_values(word, setting)
-        if self.rule.whole_model_scale:
+        if self.spec.rule.whole_model_scale:
             self._check_whole(config)
 
     def _check_values(self, word: str, setting: Any) -> None:
@@ -132,8 +156,6 @@ def install() -> None:
 
 def register_rules() -> None:
     """Make every rule known to mergekit, but for names that it has already."""
-    from mergekit.merge_methods import registry
-
     taken = {method.spec.name for method in registry.registered_methods()}
     for name in rule_names():
         if name not in taken:
@@ -166,11 +188,18 @@ def guard_merge() -> None:
 
     def get_architecture_info(config: Any, options: Any) -> Any:
         if config.merge_method in rule_names():
+            _warn_of_namesakes(config.merge_method)
             _refuse_adapters(config, options)
             _refuse_twins(config)
         return original(config, options)
 
     merge.get_architecture_info = get_architecture_info
+
+
+def _warn_of_namesakes(name: str) -> None:
+    """Warn of a rule with the name of a mergekit method."""
+    if name not in MERGEKITS_OWN and not isinstance(registry.get(name), RuleMethod):
+        LOG.warning("merge_method %s is mergekit's own. A rule has the same name and is not used; rename it.", name)
 
 
 def _refuse_adapters(config: Any, options: Any) -> None:

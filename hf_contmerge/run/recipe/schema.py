@@ -154,6 +154,8 @@ class Recipe(Part):
     """The run folder; without it, runs/<name>."""
     seed: int = 0
     trust_remote_code: bool = False
+    plugins: tuple[str, ...] = ()
+    """Python files with rules and strategies that the recipe needs, from its folder. `--plugin` lets their code run."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     train: Train = Train()
     merge: Annotated[tuple[Merge, ...], Field(min_length=1)]
@@ -166,6 +168,7 @@ class Recipe(Part):
         for what, names in (
             ("stages", [s.name for s in self.stages]),
             ("merge entries", [m.name for m in self.merge]),
+            ("plugins", [Path(file).name for file in self.plugins]),
             ("tasks", [n for s in self.stages for n in s.task_names()] + [t.name for t in self.evaluate.general_tasks]),
         ):
             twice = sorted({n for n in names if names.count(n) > 1})

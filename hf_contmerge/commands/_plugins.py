@@ -1,0 +1,13 @@
+"""`--plugin FILE.py`, for commands with rules or strategies."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--plugin`; whoever calls the command passes it to `use_plugins`."""
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py",
+        help="run the code of this file, and use its rules and strategies (repeatable)",
+    )  # fmt: skip
