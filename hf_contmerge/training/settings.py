@@ -47,7 +47,7 @@ def check_training(train: Train, start: Path) -> None:
     """Raise before any work is spent: unknown fields (RecipeError), or too little memory (ResourceError)."""
     strategies = make_strategies(train)
     known = {**config_fields("preference"), **config_fields("text")}
-    _check_fields(train.sft_fields, known, "train", others=("strategy", "parameters"))
+    _check_fields(train.sft_fields, known, "train", others=("strategy", "parameters", "statistics"))
     _check_values(train, "text", "train")
     need = Weights(start).numel() * strategies.bytes_per_parameter
     have = (
@@ -69,7 +69,7 @@ def check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
     if not used:
         return
     if "preference" not in forms.values():
-        _check_fields(recipe.train.sft_fields, used, "train", others=("strategy", "parameters"))
+        _check_fields(recipe.train.sft_fields, used, "train", others=("strategy", "parameters", "statistics"))
     for stage in recipe.stages:
         if stage.dataset:
             form, train = forms[stage.name], recipe.train_of(stage)
