@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from hf_contmerge.merge_rules import MergeRule, Norms, StartFrom, Weight, named_rule, parameter_types, rule_of
+from hf_contmerge.merge_rules import MergeRule, Norms, StartFrom, State, Weight, named_rule, parameter_types, rule_of
 
 Oracle = Callable[..., Tensor]
 """Takes the task vectors of a matrix, in float64, and the rule's fields by name; returns merged - base."""
@@ -77,30 +77,43 @@ def draw(shape: Sequence[int], count: int, *, seed: int = 0) -> list[Tensor]:
     return [torch.randn(tuple(shape), generator=generator) for _ in range(count)]
 
 
-def weight(is_matrix: bool, stage: int = 1, name: str = "w") -> Weight:
+def weight(is_matrix: bool, stage: int = 1, name: str = "w", shape: Sequence[int] = ()) -> Weight:
     """Return a weight as rules see it."""
-    return Weight(name, is_matrix, stage)
+    return Weight(name, is_matrix, stage, tuple(shape))
 
 
-def zeros(rule: MergeRule, shape: Sequence[int]) -> Tensor:
-    """Return the state before the first expert."""
-    return torch.zeros((rule.slots, *shape) if rule.slots > 1 else tuple(shape))
+def zeros(rule: MergeRule, shape: Sequence[int], *, is_matrix: bool = True) -> Any:
+    """Return the state before the first expert: a tensor, or the parts of a rule that names parts."""
+    parts = {name: torch.zeros(part) for name, part in rule.parts(weight(is_matrix, shape=shape)).items()}
+    return parts[""] if list(parts) == [""] else parts
 
 
-def fold(rule: MergeRule, task_vectors: Sequence[Tensor], *, is_matrix: bool = True, name: str = "w") -> Tensor:
+def fold(rule: MergeRule, task_vectors: Sequence[Tensor], *, is_matrix: bool = True, name: str = "w") -> Any:
     """Return the state of one weight after the experts."""
-    running = zeros(rule, task_vectors[0].shape).to(task_vectors[0].dtype)
+    shape, dtype = task_vectors[0].shape, task_vectors[0].dtype
+    running = on_parts(lambda part: part.to(dtype), zeros(rule, shape, is_matrix=is_matrix))
     for stage, task_vector in enumerate(task_vectors, 1):
-        running = rule.update(running, task_vector, weight(is_matrix, stage, name))
+        running = rule.update(running, task_vector, weight(is_matrix, stage, name, shape))
     return running
+
+
+def on_parts(do: Callable[[Tensor], Tensor], state: State) -> Any:
+    """Return a state with a function applied to each of its tensors."""
+    return do(state) if isinstance(state, Tensor) else {name: do(part) for name, part in state.items()}
+
+
+def flat(state: State) -> Tensor:
+    """Return a state as one tensor: of parts, their elements in order."""
+    return state if isinstance(state, Tensor) else torch.cat([part.reshape(-1) for part in state.values()])
 
 
 def merge(rule: MergeRule, base: Tensor, experts: Sequence[Tensor], *, is_matrix: bool = True) -> Tensor:
     """Fold experts into a model of one weight."""
     task_vectors = [expert - base for expert in experts]
     running = fold(rule, task_vectors, is_matrix=is_matrix)
-    norms = Norms(tuple(d.norm().item() for d in task_vectors), running.norm().item())
-    return base + rule.scale(norms) * rule.read_out(running, weight(is_matrix, len(experts)))
+    norms = Norms(tuple(d.norm().item() for d in task_vectors), flat(running).norm().item())
+    last = weight(is_matrix, len(experts), shape=base.shape)
+    return base + rule.scale(norms) * rule.read_out(running, last)
 
 
 @dataclass(frozen=True)
@@ -114,11 +127,11 @@ class _Case:
     def __str__(self) -> str:
         return f"{self.rule}, {'matrix' if self.is_matrix else 'weight'} of shape {self.shape}"
 
-    def fold(self, task_vectors: Sequence[Tensor]) -> Tensor:
+    def fold(self, task_vectors: Sequence[Tensor]) -> Any:
         return fold(self.rule, task_vectors, is_matrix=self.is_matrix)
 
     def weight(self, stage: int) -> Weight:
-        return weight(self.is_matrix, stage)
+        return weight(self.is_matrix, stage, shape=self.shape)
 
 
 def _on_each_weight(check: Callable[[_Case], None]) -> Check:
@@ -135,8 +148,8 @@ def _require(holds: bool, who: object, what: str) -> None:
         raise AssertionError(f"{who}: {what}")
 
 
-def _require_equal(found: Tensor, wanted: Tensor, who: object, what: str, *, atol: float = 0.0) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=atol, msg=lambda text: f"{who}: {what}. {text}")
+def _require_equal(found: State, wanted: State, who: object, what: str, *, atol: float = 0.0) -> None:
+    torch.testing.assert_close(flat(found), flat(wanted), rtol=0, atol=atol, msg=lambda text: f"{who}: {what}. {text}")
 
 
 # The contract
@@ -195,8 +208,8 @@ def _refused(cls: type[MergeRule], parameters: Mapping[str, Any], kind: type[Exc
 def leaves_its_inputs_alone(case: _Case) -> None:
     """Check for writes into the arguments of `update` and `read_out`."""
     first, task_vector = draw(case.shape, 2)
-    running = case.fold([first]).clone()
-    before = running.clone(), task_vector.clone()
+    running = on_parts(torch.clone, case.fold([first]))
+    before = on_parts(torch.clone, running), task_vector.clone()
     case.rule.update(running, task_vector, case.weight(2))
     case.rule.read_out(running, case.weight(2))
     _require_equal(running, before[0], case, "`running` is changed in place")
@@ -213,9 +226,9 @@ def takes_views_with_gaps(case: _Case) -> None:
     """Check tensors with strides."""
     first, task_vector = draw(case.shape, 2)
     running, second = case.fold([first]), case.weight(2)
-    found = case.rule.update(_gapped(running), _gapped(task_vector), second)
+    found = case.rule.update(on_parts(_gapped, running), _gapped(task_vector), second)
     _require_equal(found, case.rule.update(running, task_vector, second), case, "views are folded otherwise", atol=1e-5)
-    read = case.rule.read_out(_gapped(running), second)
+    read = case.rule.read_out(on_parts(_gapped, running), second)
     _require_equal(read, case.rule.read_out(running, second), case, "views are read otherwise", atol=1e-5)
 
 
@@ -224,14 +237,22 @@ def repeats_itself_in_float32(case: _Case) -> None:
     """Check shapes and dtypes; equal inputs must give equal bits."""
     task_vectors, second = draw(case.shape, 2), case.weight(2)
     state, again = (case.fold(task_vectors) for _ in range(2))
-    _require_like(state, zeros(case.rule, case.shape), case, "`update`")
+    _require_like(state, zeros(case.rule, case.shape, is_matrix=case.is_matrix), case, "`update`")
     _require_equal(state, again, case, "`update` does not repeat itself")
     read, once_more = (case.rule.read_out(state, second) for _ in range(2))
     _require_like(read, torch.zeros(case.shape), case, "`read_out`")
     _require_equal(read, once_more, case, "`read_out` does not repeat itself")
 
 
-def _require_like(found: Tensor, wanted: Tensor, who: object, what: str) -> None:
+def _require_like(found: State, wanted: State, who: object, what: str) -> None:
+    if isinstance(wanted, Mapping):
+        if not isinstance(found, Mapping) or list(found) != list(wanted):
+            raise AssertionError(f"{who}: {what} must return the parts {', '.join(wanted)}, in this order")
+        for name, part in wanted.items():
+            _require_like(found[name], part, who, f"{what}, part {name},")
+        return
+    if not isinstance(found, Tensor):
+        raise AssertionError(f"{who}: {what} must return a tensor; got {type(found).__name__}")
     got, asked = ((t.dtype, tuple(t.shape)) for t in (found, wanted))
     _require(got == asked, who, f"{what} must return {asked[0]} of shape {asked[1]}; got {got[0]} of shape {got[1]}")
 
@@ -251,7 +272,7 @@ def stays_finite_on_zeros(case: _Case) -> None:
     for earlier, new in itertools.product((zero, task_vector), repeat=2):
         state = case.fold([earlier, new])
         read = case.rule.read_out(state, case.weight(2))
-        finite = bool(state.isfinite().all() and read.isfinite().all())
+        finite = bool(flat(state).isfinite().all() and read.isfinite().all())
         _require(finite, case, "a task vector of zeros makes values that are not finite")
     for norms in [(0.0,), (0.0, 0.0), (1.0, 0.0, 2.0)]:
         scale = case.rule.scale(Norms(norms, running=0.0))
@@ -305,6 +326,9 @@ def has_marks_that_fit(rule: MergeRule) -> None:
     _require(rule.slots >= 1, rule, f"`slots` must be 1 or more; it is {rule.slots}")
     one = not (rule.basis_free or rule.selects) or rule.slots == 1
     _require(one, rule, f"with {rule.slots} `slots` it can be neither `basis_free` nor `selects`")
+    named = type(rule).parts is not MergeRule.parts
+    plain = not (rule.basis_free or rule.selects)
+    _require(plain or not named, rule, "with parts of its own it can be neither `basis_free` nor `selects`")
     _require(not rule.basis_free or rule.unit != "tensor", rule, "a `basis_free` rule has a smaller `unit` than tensor")
 
 
@@ -337,7 +361,8 @@ def folds_cores_like_matrices(rule: MergeRule) -> None:
 
 def takes_growing_cores(rule: MergeRule) -> None:
     """Check `basis_free`: cores get rows and columns between stages."""
-    sizes, running = (4, 8, 12), torch.zeros(0, 0, dtype=torch.float64)
+    sizes = (4, 8, 12)
+    running: Any = torch.zeros(0, 0, dtype=torch.float64)
     cores = [torch.nn.functional.pad(draw((k, k), 1)[0].double(), (0, 12 - k, 0, 12 - k)) for k in sizes]
     for stage, (k, core) in enumerate(zip(sizes, cores, strict=True) if rule.basis_free else (), 1):
         grown = torch.nn.functional.pad(running, (0, k - len(running), 0, k - len(running)))
@@ -359,7 +384,8 @@ def selects_one_experts_values(case: _Case) -> None:
 
 def folds_pieces_alone(rule: MergeRule) -> None:
     """Check `unit`: weights folded in pieces; matrices too, by element."""
-    for shape in ((7,), (5, 7)) if rule.unit != "tensor" else ():
+    whole_parts = type(rule).parts is not MergeRule.parts  # how they are cut is the engine's affair
+    for shape in ((7,), (5, 7)) if rule.unit != "tensor" and not whole_parts else ():
         is_matrix = rule.unit == "element"
         whole = draw(shape, 3)
         flat = [d.reshape(-1) for d in whole]

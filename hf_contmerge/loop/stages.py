@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.models.experts import expert_sha256
+from hf_contmerge.models.statistics import statistics_digest
 from hf_contmerge.run.places import ExpertPlace, Place, Record
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import Scores, load_scores, scored_tasks, write_scores
@@ -54,7 +55,10 @@ def train_at(
         if recorder.is_main:
             if scratch["memory"].exists():
                 place.publish("memory")
-            record["model_sha256"] = expert_sha256(place.publish("expert"))
+            expert = place.publish("expert")
+            record["model_sha256"] = expert_sha256(expert)
+            if digest := statistics_digest(expert):
+                record["statistics_sha256"] = digest
     return record
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -22,27 +22,46 @@ from torch import Tensor
 from hf_contmerge.runtime.plugins import Registry
 
 StartFrom = Literal["base", "previous", "merged"]
+Shape = tuple[int, ...]
+State = Tensor | Mapping[str, Tensor]
+"""What a rule keeps of a weight: a tensor, or the parts that it names."""
+
+INPUTS_LIMIT = 8192
+"""The widest linear map whose statistic `inputs` is the whole second moment (256 MB); of wider ones, its diagonal."""
+
+
+def inputs_shape(width: int) -> Shape:
+    """Return the shape of the statistic `inputs` of a linear map with so many inputs."""
+    return (width, width) if width <= INPUTS_LIMIT else (width,)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight that a rule works on.
-
-    `name`: as the base model stores it. `is_matrix`: True for a linear map (2-D, or a 3-D stack of them); False for
-    vocabulary tables, routers, norms and biases, which projection rules must leave unprojected. `stage`: 1 for the
-    first expert; at read-out, the number of experts folded so far.
-    """
+    """The weight that a rule works on."""
 
     name: str
+    """As the base model stores it."""
     is_matrix: bool
+    """True for a linear map (2-D, or a 3-D stack of them); False for vocabulary tables, routers, norms and biases,
+    which projection rules must leave unprojected."""
     stage: int
+    """1 for the first expert; at read-out, the number of experts folded so far."""
+    shape: Shape = ()
+    """In the model. The tensors that a rule gets may be a piece of the weight, or a small core."""
+    depth: float | None = None
+    """The place of its layer: 0 for the first, 1 for the last one, 0 for an only one. None outside the layers."""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """In `update`: statistics of the expert by kind, if the rule `needs` them and this weight has them.
+
+    `inputs`: X'X / n for a sample of n tokens, whose inputs of the map are the rows of X; of shape `inputs_shape(in)`.
+    """
 
 
 @dataclass(frozen=True)
 class Norms:
     """Frobenius norms over all floating tensors of a model, every stored tensor once.
 
-    `experts`: |expert_t - base| for t = 1..T, in stage order. `running`: |running_T|.
+    `experts`: |expert_t - base| for t = 1..T, in stage order. `running`: |running_T|, over all slots or parts.
     """
 
     experts: tuple[float, ...]
@@ -63,32 +82,44 @@ class MergeRule(ABC):
     """What must be seen at once. "element": any piece of a weight may be folded alone; "matrix": so too, but for
     matrices, which are decomposed (that is what its time goes into); "tensor": each weight in one piece."""
     slots: ClassVar[int] = 1
-    """How many tensors of the weight's shape the state needs; if more than one, `running` has them as a first axis."""
+    """How many tensors of the weight's shape the state needs; if more than one, `running` has them as a first axis.
+    `parts` is the long form."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The statistics of each expert that `update` reads, by kind: `inputs`. Linear maps then come in one piece."""
     basis_free: ClassVar[bool] = False
     """True when update(P S Q', P D Q') = P update(S, D) Q' for any P and Q with orthonormal columns, and read_out
-    returns the state itself: then low-rank experts are folded as small cores, and no large matrix is ever formed."""
+    returns the state itself: then low-rank experts are folded as small cores, and no large matrix is ever formed.
+    Not for rules with named parts or statistics."""
     selects: ClassVar[bool] = False
-    """True when each element of the state is one expert's value, so that every element has an owner."""
+    """True when each element of the state (of named parts, the first) is one expert's value, and so has an owner."""
 
     tunable: ClassVar[tuple[str, ...]] = ()
     """Fields that only multiply the scale: neither `update` nor `read_out` looks at them, so that another value costs
     one pass over a state that is there. Recipes may say `auto` for them."""
 
+    def parts(self, weight: Weight) -> Mapping[str, Shape]:
+        """Return name -> shape of the state's parts, in order; each is float32.
+
+        A rule that overrides this gets and returns a mapping of these names as its running state. A weight with a part
+        that does not end in the weight's own shape comes in one piece.
+        """
+        return {"": (self.slots, *weight.shape) if self.slots > 1 else weight.shape}
+
     @abstractmethod
-    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
-        """Fold one expert into the running tensor. All is float32; float64 where factors are folded as small cores.
+    def update(self, running: Any, task_vector: Tensor, weight: Weight) -> State:
+        """Fold one expert into the running state. All is float32; float64 where factors are folded as small cores.
 
         Args:
-            running: the weight's shape, or (slots, *shape) where the rule has more slots than one; zeros
-                before the first expert. Must not be modified.
+            running: a tensor of the weight's shape, or (slots, *shape) where the rule has more slots than one; or the
+                parts that the rule names. Zeros before the first expert. Must not be modified.
             task_vector: expert - base, the weight's shape. Must not be modified.
             weight: which weight this is.
 
         Returns:
-            The new running tensor, of the shape and dtype of `running`. May be one of the two inputs itself.
+            The new running state, of the shapes and dtype of `running`. May hold the inputs themselves.
         """
 
-    def read_out(self, running: Tensor, weight: Weight) -> Tensor:
+    def read_out(self, running: Any, weight: Weight) -> Tensor:
         """Return what the scale multiplies: float32, the weight's shape. Without slots, the running tensor itself."""
         return running
 

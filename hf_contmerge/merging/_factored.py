@@ -7,7 +7,7 @@ all experts so far as the columns of `left` and `right`, the rule's own update i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,10 +90,7 @@ def fold_factors(
     rule: MergeRule,
     before: Factored | None,
     experts: Sequence[Factors | None],
-    *,
-    name: str,
-    is_matrix: bool,
-    first_stage: int,
+    weight: Weight,
 ) -> tuple[Factored, list[float]]:
     """Fold low-rank experts into the state of one weight.
 
@@ -102,8 +99,7 @@ def fold_factors(
         before: the state so far; None before the first expert. It is not changed.
         experts: left (m, r) and right (r, n) of each, in stage order, in any floating dtype; None for an expert that
             does not touch this weight, whose task vector is zero.
-        name, is_matrix: of the weight, as in `merge_rules.Weight`.
-        first_stage: the stage of the first of these experts, counted from 1.
+        weight: as the first of these experts meets it.
 
     Returns:
         The state after all of them, and each expert's Frobenius norm.
@@ -113,14 +109,14 @@ def fold_factors(
             and no state to tell the weight's shape.
     """
     if not rule.basis_free:
-        raise ValueError(f"{type(rule).__name__} is not basis_free: {name} cannot be kept as factors")
-    state = before or _zeros_like_first(experts, name)
-    for stage, factors in enumerate(experts, first_stage):
+        raise ValueError(f"{type(rule).__name__} is not basis_free: {weight.name} cannot be kept as factors")
+    state = before or _zeros_like_first(experts, weight.name)
+    for stage, factors in enumerate(experts, weight.stage):
         if factors is not None:
-            _check(factors, state.shape, f"{name}, the adapter of stage {stage}")
+            _check(factors, state.shape, f"{weight.name}, the adapter of stage {stage}")
     norms: list[float] = []
     for batch in _batches(experts):
-        state, found = _fold_batch(rule, state, batch, Weight(name, is_matrix, first_stage + len(norms)))
+        state, found = _fold_batch(rule, state, batch, replace(weight, stage=weight.stage + len(norms)))
         norms += found
     return state, norms
 
@@ -215,8 +211,9 @@ def _fold_batch(
     for k, (a, b) in enumerate(zip(left_parts, right_parts, strict=True)):
         grown = core.new_zeros(len(a), len(b))
         grown[: core.shape[0], : core.shape[1]] = core
-        weight = Weight(first.name, first.is_matrix, first.stage + k)
-        core = rule.update(grown, a @ b.T, weight).double() if grown.numel() else grown
+        folded = rule.update(grown, a @ b.T, replace(first, stage=first.stage + k)) if grown.numel() else grown
+        assert isinstance(folded, Tensor)
+        core = folded.double()
     return _square(left_basis, core, right_basis), norms
 
 

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.merge_rules import MergeRule, Norms
+from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._factored import fold_factors, pays
-from hf_contmerge.merging._pieces import Piece, flat_slots, pieces, square, zeros
-from hf_contmerge.merging.costs import stream_job, weight_of
-from hf_contmerge.merging.running import Running, write_factored
+from hf_contmerge.merging._pieces import Parts, Piece, pieces, square, state_square, updated
+from hf_contmerge.merging.costs import state_numel, stream_job, weight_of
+from hf_contmerge.merging.running import Running, key_of, write_factored
 from hf_contmerge.merging.write import MergedModel, Output, model_writer, opened, write_companions
 from hf_contmerge.models.experts import Expert
-from hf_contmerge.models.weights import Weights, WeightsWriter
+from hf_contmerge.models.statistics import Statistics
+from hf_contmerge.models.weights import Weights, WeightsWriter, fill_files
 from hf_contmerge.runtime.crew import Crew, Job
 
 STATE_SHARD = 2**30
@@ -36,6 +37,8 @@ class Fold:
     before: Running | None
     stages_before: int
     crew: Crew
+    statistics: Sequence[Statistics] = ()
+    """Of the experts, if the rule needs them."""
 
     def run(
         self, earlier: Sequence[float], out: Path | None, merged: Output | None, later: Output | None = None
@@ -62,9 +65,8 @@ class Fold:
             return _Squares((0.0,) * len(self.experts), 0.0)
 
         names = self.base.names if merged else sorted(dense | low_rank)
-        first = next(iter(writers.values()), None)
         touched = len(self.experts) + len(writers)
-        groups = {n: first.shard_of(n) for n in first.names} if first else {}
+        groups = self._groups(dense, writers)
         jobs = [
             stream_job(self.rule, self.base, n, touched, groups.get(n, 0), whole=n in dense and self._in_one_go(n))
             for n in names
@@ -86,81 +88,103 @@ class Fold:
             if old == 0 and not any(r != 0 for r in ranks):
                 continue
             total = sum(r for r in (old, *ranks) if r is not None)
-            shape = self.base.shape(name)
-            factors = self.rule.basis_free and None not in (old, *ranks) and len(shape) == 2 and pays(shape, total)
+            factors = None not in (old, *ranks) and self._takes_factors(name, total)
             (low_rank if factors else dense).add(name)
         return dense, low_rank
+
+    def _takes_factors(self, name: str, rank: int) -> bool:
+        shape, plain = self.base.shape(name), "" in self.rule.parts(self._weight(name))
+        return self.rule.basis_free and plain and not self.rule.needs and len(shape) == 2 and pays(shape, rank)
+
+    def _weight(self, name: str, number: int = 0) -> Weight:
+        """Return a weight as one of the experts meets it, without statistics."""
+        return weight_of(self.base, name, self.stages_before + number + 1)
 
     def _writers(self, dense: set[str], out: Path | None, merged: Output | None) -> dict[str, WeightsWriter]:
         writers, leader = {}, self.crew.ranks.is_main
         if out and dense:
-            shapes = {n: self.base.shape(n) for n in dense}
-            slots = (self.rule.slots,) if self.rule.slots > 1 else ()
-            plan = [(n, (*slots, *shape), torch.float32) for n, shape in shapes.items()]
-            writers["running"] = WeightsWriter(out, plan, shard_size=STATE_SHARD, leader=leader)
+            weights = [self._weight(name) for name in sorted(dense)]
+            files = fill_files({w.name: 4 * state_numel(self.rule, w) for w in weights}, STATE_SHARD)
+            parts = [(w.name, key_of(w.name, p), s) for w in weights for p, s in self.rule.parts(w).items()]
+            plan, places = [(key, s, torch.float32) for _, key, s in parts], {key: files[n] for n, key, _ in parts}
+            writers["running"] = WeightsWriter(out, plan, files=places, leader=leader)
             if self.rule.selects:
-                plan = [(n, shape, torch.uint8) for n, shape in shapes.items()]
-                writers["owners"] = WeightsWriter(out / "owners", plan, shard_size=STATE_SHARD // 4, leader=leader)
+                plan = [(w.name, w.shape, torch.uint8) for w in weights]
+                writers["owners"] = WeightsWriter(out / "owners", plan, files=files, leader=leader)
         if merged:
             writers["merged"] = model_writer(self.base, merged, self.crew)
         return writers
 
+    def _groups(self, dense: set[str], writers: Mapping[str, WeightsWriter]) -> dict[str, int]:
+        """Return weight -> the number of the file that its result goes into, of the state if that is written."""
+        if running := writers.get("running"):
+            first = {name: next(iter(self.rule.parts(self._weight(name)))) for name in dense}
+            return {name: running.shard_of(key_of(name, part)) for name, part in first.items()}
+        return {name: writer.shard_of(name) for writer in writers.values() for name in writer.names}
+
     def _fold_dense(self, name: str, writers: Mapping[str, WeightsWriter], model: MergedModel | None) -> _Squares:
         base, device = self.base.tensor(name), self.crew.device
-        before = self.before.tensor(name) if self.before else None
-        old = flat_slots(self.rule, before) if before is not None else None
+        before = self.before.state(name) if self.before else None
+        weights = [self._weight(name, i) for i in range(len(self.experts))]
+        last = self._weight(name, len(self.experts) - 1)
+        first = next(iter(self.rule.parts(last)))
         owners = self._owners(name, before, base) if "owners" in writers else None
         vectors = [expert.reader(name, base) for expert in self.experts]
         squares, running_square = [0.0] * len(vectors), 0.0
-        weight = weight_of(self.base, name, self.stages_before)
-        for piece in pieces(self.rule, weight, base.shape, device, whole=self._in_one_go(name)):
+        for piece in pieces(self.rule, last, device, whole=self._in_one_go(name)):
             part = piece.of(base.reshape(-1)).to(device)
             wide = part.float()
-            state = zeros(self.rule, wide) if old is None else piece.of(old).to(device)
+            state = self._state_before(before, piece, last)
             for i, vector in enumerate(vectors):
                 change = vector(piece.start, piece.stop, wide.reshape(-1)).reshape(wide.shape)
                 squares[i] += square(change)
-                weight = replace(weight, stage=self.stages_before + i + 1)
-                after = self.rule.update(state, change, weight)
+                after = updated(self.rule, state, change, self._with_statistics(weights[i], i))
                 if owners is not None:
-                    piece.of(owners)[(after != state).cpu()] = min(weight.stage, 255)
+                    piece.of(owners)[(after[first] != state[first]).cpu()] = min(weights[i].stage, 255)
                 state = after
             if not all(map(math.isfinite, squares)):
                 self._refuse_non_finite(name)
-            running_square += square(state)
+            running_square += state_square(state)
             if "running" in writers:
-                _write_state(writers["running"], self.rule, name, piece, state, base.numel())
+                _write_state(writers["running"], last, piece, state)
             if owners is not None:
                 writers["owners"].write(name, piece.of(owners), start=piece.start)
             if model:
-                model.write_piece(weight, piece, part, state)
+                model.write_piece(last, piece, part, state)
         return _Squares(tuple(squares), running_square)
+
+    def _state_before(self, before: Parts | None, piece: Piece, weight: Weight) -> Parts:
+        if before is None:
+            return piece.zeros(self.rule, weight, self.crew.device)
+        return {name: part.to(self.crew.device) for name, part in piece.of_state(before, weight).items()}
+
+    def _with_statistics(self, weight: Weight, number: int) -> Weight:
+        if not self.rule.needs:
+            return weight
+        return replace(weight, statistics=self.statistics[number].of(weight.name, self.rule.needs, self.crew.device))
 
     def _fold_low_rank(self, name: str, out: Path | None, model: MergedModel | None) -> _Squares:
         before = self.before.factored(name) if self.before and self.before.rank(name) else None
-        weight = weight_of(self.base, name, self.stages_before)
         factors = [expert.factors(name) for expert in self.experts]
         if not all(bool(torch.isfinite(f).all()) for pair in factors if pair for f in pair):
             self._refuse_non_finite(name)
-        state, norms = fold_factors(
-            self.rule, before, factors, name=name, is_matrix=weight.is_matrix, first_stage=self.stages_before + 1,
-            )  # fmt: skip
+        state, norms = fold_factors(self.rule, before, factors, self._weight(name))
         if out:
             write_factored(out, name, state)
         if model:
-            model.write(name, state.dense())
+            model.write(name, {"": state.dense()})
         return _Squares(tuple(n**2 for n in norms), state.norm() ** 2)
 
     def _in_one_go(self, name: str) -> bool:
         """Say whether a weight must be worked on as a whole: an adapter's B @ A comes in one piece."""
         return any(expert.is_whole(name) for expert in self.experts)
 
-    def _owners(self, name: str, before: Tensor | None, base: Tensor) -> Tensor:
+    def _owners(self, name: str, before: Parts | None, base: Tensor) -> Tensor:
         owners = self.before.owners(name) if self.before and before is not None else None
         return torch.zeros(base.numel(), dtype=torch.uint8) if owners is None else owners.reshape(-1)
 
     def _prefetch(self, name: str) -> None:
-        for source in (self.base, *self.experts):
+        for source in (self.base, *self.experts, *self.statistics):
             source.prefetch(name)
         if self.before:
             self.before.prefetch(name)
@@ -194,6 +218,10 @@ class _Squares:
     running: float
 
 
-def _write_state(writer: WeightsWriter, rule: MergeRule, name: str, piece: Piece, state: Tensor, numel: int) -> None:
-    for slot, tensor in enumerate(state if rule.slots > 1 else [state]):
-        writer.write(name, tensor, start=slot * numel + piece.start)
+def _write_state(writer: WeightsWriter, weight: Weight, piece: Piece, state: Parts) -> None:
+    """Write a piece of a state; of a part with leading axes (slots), one run for each of their indices."""
+    for name, part in state.items():
+        whole = piece.shape == weight.shape
+        runs = [part] if whole else part.reshape(-1, piece.stop - piece.start)
+        for number, run in enumerate(runs):
+            writer.write(key_of(weight.name, name), run, start=number * math.prod(weight.shape) + piece.start)

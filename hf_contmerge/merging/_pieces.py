@@ -1,4 +1,4 @@
-"""Merging one tensor: what it takes, in which pieces, at what cost. The rules have the maths; this hands it out."""
+"""Merging one tensor: in which pieces, and its state in parts. The rules have the maths; this hands it out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_contmerge.merge_rules import MergeRule, Norms, Weight
+from hf_contmerge.merge_rules import MergeRule, Norms, Shape, Weight
 from hf_contmerge.merging.costs import PIECE, PIECE_ON_GPU, needs_whole
+
+Parts = dict[str, Tensor]
+"""A weight's state, or a piece of it. The only part of a rule that names none is called ""."""
 
 
 @dataclass(frozen=True)
@@ -19,25 +22,54 @@ class Piece:
 
     start: int
     stop: int
-    shape: tuple[int, ...]
+    shape: Shape
 
     def of(self, flat: Tensor) -> Tensor:
-        """Cut the piece out of a flat tensor, or out of (slots, elements)."""
-        return flat[..., self.start : self.stop].reshape((*flat.shape[:-1], *self.shape))
+        """Cut the piece out of a flat tensor."""
+        return flat[self.start : self.stop].reshape(self.shape)
+
+    def of_state(self, state: Parts, weight: Weight) -> Parts:
+        """Cut the piece out of a state, whose parts end in the weight's shape if there are several pieces."""
+        if self.shape == weight.shape:
+            return state
+        lead = {name: part.shape[: part.ndim - len(weight.shape)] for name, part in state.items()}
+        return {name: part.reshape(*lead[name], -1)[..., self.start : self.stop] for name, part in state.items()}
+
+    def zeros(self, rule: MergeRule, weight: Weight, device: torch.device) -> Parts:
+        """Return the piece's state before the first expert."""
+        shapes = dict(rule.parts(weight))
+        if self.shape != weight.shape:
+            shapes = {name: (*s[: len(s) - len(weight.shape)], *self.shape) for name, s in shapes.items()}
+        return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
 
 
-def pieces(
-    rule: MergeRule, weight: Weight, shape: Sequence[int], device: torch.device, *, whole: bool = False
-) -> Iterator[Piece]:
+def pieces(rule: MergeRule, weight: Weight, device: torch.device, *, whole: bool = False) -> Iterator[Piece]:
     """Yield the pieces in which a weight is worked on: whole, or flat runs of its elements."""
-    numel = math.prod(shape)
-    if whole or needs_whole(rule, weight.is_matrix):
-        yield Piece(0, numel, tuple(shape))
+    numel = math.prod(weight.shape)
+    if whole or needs_whole(rule, weight):
+        yield Piece(0, numel, weight.shape)
         return
     size = PIECE if device.type == "cpu" else PIECE_ON_GPU
     for start in range(0, numel, size):
         stop = min(start + size, numel)
         yield Piece(start, stop, (stop - start,))
+
+
+def updated(rule: MergeRule, state: Parts, change: Tensor, weight: Weight) -> Parts:
+    """Fold one expert into a state."""
+    if "" in state:
+        return {"": rule.update(state[""], change, weight)}  # pyright: ignore[reportReturnType]
+    return dict(rule.update(state, change, weight))  # pyright: ignore
+
+
+def read_out(rule: MergeRule, state: Parts, weight: Weight) -> Tensor:
+    """Return what the scale multiplies."""
+    return rule.read_out(state.get("", state), weight)
+
+
+def state_square(state: Parts) -> float:
+    """Return the sum of squares of all parts."""
+    return sum(map(square, state.values()))
 
 
 def merged_tensor(
@@ -57,26 +89,19 @@ def merged_tensor(
 
 
 def fold_tensor(
-    rule: MergeRule, base: Tensor, experts: Sequence[Tensor], name: str, *, is_matrix: bool
-) -> tuple[Tensor, Norms]:
-    """Fold tensors that are at hand: return the state after all of them, and this tensor's own norms."""
-    wide = base.float()
-    state, norms = zeros(rule, wide), []
-    for stage, expert in enumerate(experts, 1):
+    rule: MergeRule, weights: Sequence[Weight], piece: Piece, base: Tensor, experts: Sequence[Tensor]
+) -> tuple[Parts, Norms]:
+    """Fold one piece of experts in memory; return its state after all of them, and its own norms.
+
+    `weights`: the weight as each expert meets it.
+    """
+    wide, norms = base.float(), []
+    state = piece.zeros(rule, weights[0], wide.device)
+    for weight, expert in zip(weights, experts, strict=True):
         change = expert.float() - wide
         norms.append(math.sqrt(square(change)))
-        state = rule.update(state, change, Weight(name, is_matrix, stage))
-    return state, Norms(tuple(norms), math.sqrt(square(state)))
-
-
-def zeros(rule: MergeRule, like: Tensor) -> Tensor:
-    """Return a rule's state before the first expert, for a weight or a piece of one."""
-    return torch.zeros((rule.slots, *like.shape) if rule.slots > 1 else like.shape, device=like.device)
-
-
-def flat_slots(rule: MergeRule, state: Tensor) -> Tensor:
-    """Return a weight's state with its elements along one axis, behind the slots' if there are several."""
-    return state.reshape(rule.slots, -1) if rule.slots > 1 else state.reshape(-1)
+        state = updated(rule, state, change, weight)
+    return state, Norms(tuple(norms), math.sqrt(state_square(state)))
 
 
 def square(tensor: Tensor) -> float:

@@ -13,7 +13,7 @@ from hf_contmerge.errors import RecipeError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._log import Log
-from hf_contmerge.merging._pieces import merged_tensor
+from hf_contmerge.merging._pieces import merged_tensor, read_out
 from hf_contmerge.merging.costs import weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.state import MergeState
@@ -102,9 +102,9 @@ def _approximation(
 ) -> tuple[Tensor, Tensor, float]:
     if running.rank(name) is not None:
         return running.factored(name).truncated(rank)
-    tensor = running.tensor(name)
-    assert tensor is not None
-    change = rule.read_out(tensor, weight_of(base, name, stages)).double()
+    state = running.state(name)
+    assert state is not None
+    change = read_out(rule, state, weight_of(base, name, stages)).double()
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     return Factored(u.float(), s.diag(), vh.T.contiguous().float()).truncated(rank)
 
@@ -117,8 +117,8 @@ def _whole(
     modules = {n.rpartition(".")[0] for n in changed if n.rpartition(".")[0] + ".weight" not in low_rank}
     found = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}
     for name in changed:
-        before, state = base.tensor(name), running.tensor(name)
+        before, state = base.tensor(name), running.state(name)
         assert state is not None
-        read = rule.read_out(state, weight_of(base, name, stages))
+        read = read_out(rule, state, weight_of(base, name, stages))
         found[name] = merged_tensor(before, read, scale, before.dtype)
     return found

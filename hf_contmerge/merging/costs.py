@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from hf_contmerge.merge_rules import MergeRule, Weight
+from hf_contmerge.merge_rules import MergeRule, Weight, inputs_shape
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Job
 
@@ -26,9 +26,17 @@ _NOT_A_LINEAR_MAP = re.compile(
 )
 
 
-def needs_whole(rule: MergeRule, is_matrix: bool) -> bool:
+def needs_whole(rule: MergeRule, weight: Weight) -> bool:
     """Say whether a rule must see a weight in one piece."""
-    return rule.unit == "tensor" or (rule.unit == "matrix" and is_matrix)
+    if rule.unit == "tensor" or (weight.is_matrix and (rule.unit == "matrix" or rule.needs)):
+        return True
+    axes = len(weight.shape)
+    return any(part[len(part) - axes :] != weight.shape for part in rule.parts(weight).values())
+
+
+def state_numel(rule: MergeRule, weight: Weight) -> int:
+    """Return the number of elements of a weight's state."""
+    return sum(math.prod(part) for part in rule.parts(weight).values())
 
 
 def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:
@@ -44,7 +52,6 @@ def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:
 def job_of(
     rule: MergeRule,
     weight: Weight,
-    shape: Sequence[int],
     nbytes: int,
     *,
     touched: int,
@@ -56,22 +63,26 @@ def job_of(
     `nbytes`: the size of the base's tensor. `touched`: how many more of that size are read or written. `whole`: it is
     worked on in one piece, though the rule would not ask for that.
     """
-    numel, moved = math.prod(shape), nbytes * (1 + touched)
-    whole = whole or needs_whole(rule, weight.is_matrix)
-    seconds, memory = moved / _BYTES_PER_SECOND, 4 * (numel if whole else PIECE) * (2 * rule.slots + 4)
+    numel, moved = math.prod(weight.shape), nbytes * (1 + touched)
+    whole = whole or needs_whole(rule, weight)
+    state = state_numel(rule, weight)
+    share = 1 if whole else PIECE / max(numel, 1)
+    seconds, memory = moved / _BYTES_PER_SECOND, round(4 * share * (2 * state + 4 * numel))
+    if rule.needs and weight.is_matrix:
+        memory += 4 * math.prod(inputs_shape(weight.shape[-1]))
     if rule.unit == "matrix" and weight.is_matrix and numel:
-        small, large = sorted(shape[-2:])
+        small, large = sorted(weight.shape[-2:])
         seconds += touched * (numel // (small * large)) * (6 * small**2 * large + 30 * small**3) / _FLOPS
         memory += 8 * (3 * small * large + 6 * small**2)
     return Job(weight.name, seconds, memory, moved, group)
 
 
 def weight_of(base: Weights, name: str, stage: int) -> Weight:
-    """Return what a rule is told about a weight of the base."""
-    return Weight(name, is_matrix(name, base.shape(name), base.vocabulary), stage)
+    """Describe a weight of the base to a rule."""
+    shape = base.shape(name)
+    return Weight(name, is_matrix(name, shape, base.vocabulary), stage, shape, base.depths.get(name))
 
 
 def stream_job(rule: MergeRule, base: Weights, name: str, touched: int, group: int, *, whole: bool = False) -> Job:
-    """Estimate the work on one weight. `touched`, `whole`: as `merge_tensor.job_of` has them."""
-    weight, shape, nbytes = weight_of(base, name, 1), base.shape(name), base.nbytes(name)
-    return job_of(rule, weight, shape, nbytes, touched=touched, group=group, whole=whole)
+    """Estimate the work on one weight. `touched`, `whole`: as `job_of` has them."""
+    return job_of(rule, weight_of(base, name, 1), base.nbytes(name), touched=touched, group=group, whole=whole)

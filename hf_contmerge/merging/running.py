@@ -1,19 +1,24 @@
-"""The state of a rule in a folder: for each weight a tensor, or low-rank factors, or nothing while it is zero.
+"""The state of a rule in a folder: for each weight a tensor or parts, or low-rank factors, or nothing while it is zero.
 
-model.safetensors ...            a float32 tensor for each weight, under its name; (slots, *shape) for some rules
+model.safetensors ...            float32: a tensor for each weight, under its name, (slots, *shape) for some rules; of
+                                 rules with named parts, <weight>::<part>
 owners/model.safetensors ...     a uint8 tensor for each, with rules that select: the stage that an element is of
 factors/<weight>.safetensors     left, core, right of a weight that only adapters have changed so far
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_contmerge.merging._factored import Factored
+from hf_contmerge.merging._pieces import Parts
 from hf_contmerge.models.weights import Weights
+
+_OF = "::"
 
 
 class Running:
@@ -22,25 +27,30 @@ class Running:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._dense = _weights(folder)
+        self._keys: dict[str, list[str]] = defaultdict(list)
+        for key in self._dense.names if self._dense else ():
+            self._keys[key.partition(_OF)[0]].append(key)
         self._owners = _weights(folder / "owners")
         # Opened when they are read: a large model has more of them than a process may have files open.
         self._factors = {path.stem: path for path in sorted((folder / "factors").glob("*.safetensors"))}
 
     def names(self) -> set[str]:
         """Return the names of the weights that are not all zero."""
-        return {*(self._dense.names if self._dense else ()), *self._factors}
+        return {*self._keys, *self._factors}
 
     def rank(self, name: str) -> int | None:
         """Return the rank of a weight that is kept as factors; 0 for one that is zero; None for a dense one."""
         if name in self._factors:
             return max(Weights(self._factors[name]).shape("core"))
-        return None if name in self.names() else 0
+        return None if name in self._keys else 0
 
-    def tensor(self, name: str) -> Tensor | None:
+    def state(self, name: str) -> Parts | None:
         """Return a weight's state in full, or None while it is zero."""
         if name in self._factors:
-            return self.factored(name).dense()
-        return self._dense.tensor(name) if self._dense and name in self._dense.names else None
+            return {"": self.factored(name).dense()}
+        if self._dense is None or name not in self._keys:
+            return None
+        return {key.partition(_OF)[2]: self._dense.tensor(key) for key in self._keys[name]}
 
     def factored(self, name: str) -> Factored:
         file = Weights(self._factors[name])
@@ -52,8 +62,15 @@ class Running:
         return self._owners.tensor(name)
 
     def prefetch(self, name: str) -> None:
-        if self._dense and name in self._dense.names:
-            self._dense.prefetch(name)
+        """Ask the system to read a weight's state ahead."""
+        if self._dense and name in self._keys:
+            for key in self._keys[name]:
+                self._dense.prefetch(key)
+
+
+def key_of(name: str, part: str) -> str:
+    """Return the name of a part of a weight's state in the files."""
+    return f"{name}{_OF}{part}" if part else name
 
 
 def write_factored(folder: Path, name: str, state: Factored) -> None:

@@ -26,6 +26,7 @@ from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.write import Merged, Output, write_merged
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.models.statistics import Statistics, check_statistics
 from hf_contmerge.models.weights import Weights, WeightsWriter
 from hf_contmerge.runtime.crew import Crew
 
@@ -56,16 +57,17 @@ def merge_experts(
         crew: the threads and ranks that do it; this process with all its cores, if not said.
 
     Raises:
-        ModelError: a file is damaged, or a weight is not finite.
+        ModelError: a file is damaged, a weight is not finite, or an expert lacks statistics that the rule needs.
     """
     crew = crew or Crew()
+    statistics = _statistics(rule, experts, crew) if rule.needs else []
     one_host = crew.ranks.size <= crew.ranks.per_host  # several must share whole files, and two outputs cut differently
     at_once = merged_out if one_host and not rule.whole_model_scale else None
     scratch = merged_out.folder / ".running" if merged_out and not at_once and not running_out else None
     state_out = running_out or scratch
     if state_out:
         crew.ranks.first(state_out.mkdir, exist_ok=True)
-    fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew)
+    fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew, statistics)
     norms = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
     found = Merged(norms, rule.scale(norms))
     if norms.running == 0:
@@ -77,6 +79,12 @@ def merge_experts(
     if scratch:
         crew.ranks.first(shutil.rmtree, scratch)
     return found
+
+
+def _statistics(rule: MergeRule, experts: Sequence[Expert], crew: Crew) -> list[Statistics]:
+    folders = [expert.folder for expert in experts]
+    crew.ranks.first(check_statistics, rule, folders)
+    return crew.ranks.all(lambda: [Statistics(folder) for folder in folders])
 
 
 def write_sum(base: Path, expert: Path, minus: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_contmerge.errors import ResourceError, size
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
-from hf_contmerge.merging._pieces import Piece, flat_slots, merged_tensor, pieces
+from hf_contmerge.merging._pieces import Parts, Piece, merged_tensor, pieces, read_out
 from hf_contmerge.merging.costs import stream_job, weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.models.experts import Expert
@@ -64,7 +64,7 @@ def write_merged(
         jobs = [stream_job(rule, base, name, 2, writer.shard_of(name)) for name in writer.names]
         crew.run(
             jobs,
-            lambda job: model.write(job.name, state.tensor(job.name)),
+            lambda job: model.write(job.name, state.state(job.name)),
             what="writing",
             prefetch=prefetch,
         )
@@ -88,20 +88,22 @@ class MergedModel:
     only: Expert | None
     crew: Crew
 
-    def write(self, name: str, running: Tensor | None) -> None:
+    def write(self, name: str, running: Parts | None) -> None:
         """Write a tensor from its state, or the base's own where there is none."""
         tensor = self.base.tensor(name)
         if running is None:
             dtype = self.writer.dtype(name)
             return self.writer.write(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
-        weight, state = weight_of(self.base, name, self.stages), flat_slots(self.rule, running)
-        for piece in pieces(self.rule, weight, tensor.shape, self.crew.device):
-            part = piece.of(tensor.reshape(-1)).to(self.crew.device)
-            self.write_piece(weight, piece, part, piece.of(state).to(self.crew.device))
+        weight, device = weight_of(self.base, name, self.stages), self.crew.device
+        for piece in pieces(self.rule, weight, device):
+            part = piece.of(tensor.reshape(-1)).to(device)
+            state = {name: t.to(device) for name, t in piece.of_state(running, weight).items()}
+            self.write_piece(weight, piece, part, state)
         return None
 
-    def write_piece(self, weight: Weight, piece: Piece, base: Tensor, running: Tensor) -> None:
-        read = self.rule.read_out(running, weight)
+    def write_piece(self, weight: Weight, piece: Piece, base: Tensor, running: Parts) -> None:
+        """Write a piece of a tensor from its state."""
+        read = read_out(self.rule, running, weight)
         own = self.only.values(weight.name) if self.only and self.scale == 1.0 else None
         taken = piece.of(own.reshape(-1)).to(base.device) if own is not None else None
         merged = merged_tensor(base, read, self.scale, self.writer.dtype(weight.name), expert=taken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,25 @@ COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Endings of the files that make weights a model: config, tokenizer, chat template, generation config."""
 
 _LAYER = re.compile(r"\.(\d+)\.")
+_STACK = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
 
 
 def layer_of(name: str) -> str:
     """Return which layer a weight is in; outside the layers, the words of its name (embed_tokens, norm)."""
     number = _LAYER.search(name)
     return f"layer {number.group(1)}" if number else name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """Return weight -> its layer's place in its stack: 0 for the first layer, 1 for the last one.
+
+    Each stack counts by itself (encoder, decoder, vision tower). Weights outside the layers are left out.
+    """
+    places = {name: (found["stack"], int(found["number"])) for name in names if (found := _STACK.match(name))}
+    last: dict[str, int] = {}
+    for stack, number in places.values():
+        last[stack] = max(number, last.get(stack, 0))
+    return {name: number / max(last[stack], 1) for name, (stack, number) in places.items()}
 
 
 def layer_order(layer: str) -> tuple[int, int, str]:

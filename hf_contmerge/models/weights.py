@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import config, text_config
+from hf_contmerge.models.config import config, depths, text_config
 
 SHARD_SIZE = 5_000_000_000
 """Bytes per file of weights, as `save_pretrained` has it."""
@@ -110,6 +110,11 @@ class Weights:
         values = config(self.folder)
         return values.get("vocab_size") or text_config(values).get("vocab_size")
 
+    @functools.cached_property
+    def depths(self) -> Mapping[str, float]:
+        """The place of each weight's layer, from 0 to 1; of weights in layers."""
+        return depths(self.names)
+
     def nbytes(self, name: str) -> int:
         """Return the size of a tensor in its file."""
         return self._entries[name].end - self._entries[name].begin
@@ -173,8 +178,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-Plan = Iterable[tuple[str, Sequence[int], torch.dtype]]
+_Item = tuple[str, Sequence[int], torch.dtype]
+Plan = Iterable[_Item]
 """Name, shape and dtype of each tensor to be written."""
+
+
+def fill_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Fill files with tensors in their order, up to `limit` bytes each; return tensor -> number of its file."""
+    files: dict[str, int] = {}
+    number = used = 0
+    for name, size in sizes.items():
+        if files and used + size > limit:
+            number, used = number + 1, 0
+        files[name], used = number, used + size
+    return files
 
 
 class WeightsWriter:
@@ -187,17 +204,28 @@ class WeightsWriter:
         folder: where the files go; it exists.
         plan: what will be written.
         shard_size: bytes per file.
+        files: tensor -> number of its file; by default, files are filled up to `shard_size`.
         leader: whether this process makes the files; the others open them when they are there.
     """
 
-    def __init__(self, folder: Path, plan: Plan, *, shard_size: int = SHARD_SIZE, leader: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        *,
+        shard_size: int = SHARD_SIZE,
+        files: Mapping[str, int] | None = None,
+        leader: bool = True,
+    ) -> None:
         self.folder = folder
         # Wide types first, so that every tensor starts at a multiple of its item size.
         items = sorted(plan, key=lambda item: (-item[2].itemsize, item[0]))
         self.names = tuple(name for name, _, _ in items)
         self._items = {name: (tuple(shape), dtype) for name, shape, dtype in items}
-        self._shards = list(_shards(items, shard_size))
-        self._shard_of = {name: i for i, shard in enumerate(self._shards) for name, _, _ in shard}
+        self._shard_of = files or fill_files({name: _nbytes(shape, dtype) for name, shape, dtype in items}, shard_size)
+        self._shards: list[list[_Item]] = [[] for _ in range(max(self._shard_of.values(), default=0) + 1)]
+        for item in items:
+            self._shards[self._shard_of[item[0]]].append(item)
         self._places: dict[str, tuple[int, int]] = {}
         self._leader = leader
         self._handles: list[int] = []
@@ -286,22 +314,7 @@ def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _shards(
-    plan: Sequence[tuple[str, Sequence[int], torch.dtype]], size: int
-) -> Iterator[list[tuple[str, Sequence[int], torch.dtype]]]:
-    shard: list[tuple[str, Sequence[int], torch.dtype]] = []
-    used = 0
-    for item in plan:
-        need = _nbytes(item[1], item[2])
-        if shard and used + need > size:
-            yield shard
-            shard, used = [], 0
-        shard.append(item)
-        used += need
-    yield shard
-
-
-def _header(shard: Sequence[tuple[str, Sequence[int], torch.dtype]]) -> bytes:
+def _header(shard: Sequence[_Item]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape, dtype in shard:

@@ -30,6 +30,7 @@ from hf_contmerge.training._trainer import (
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.saving import save_expert
 from hf_contmerge.training.settings import bad_parameters, make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.statistics import Measured, measure_expert
 
 LOG = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ def train_expert(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if train.statistics:
+        measure_expert(Measured(out, base, data, train.statistics, trust_remote_code))
     return record
 
 

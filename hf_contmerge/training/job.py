@@ -79,7 +79,7 @@ class TrainJob:
         return {
             "start_sha256": start,
             "base_sha256": start if self.start == self.base else expert_sha256(self.base),
-            "examples_sha256": _rows_sha256(self.data.train),
+            "examples_sha256": rows_sha256(self.data.train),
             "remembers": self.memory is not None,
             "seed": self.seed,
             "train": self.train.model_dump(mode="json"),
@@ -155,7 +155,7 @@ def _in_memory(data: datasets.Dataset, spec: Dataset, seed: int) -> StageData:
     return StageData(fit.form, rows, rows.select([]))
 
 
-def _rows_sha256(rows: datasets.Dataset) -> str:
+def rows_sha256(rows: datasets.Dataset) -> str:
     """Return the digest of examples, whatever their order, which is the seed's."""
     each = (hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest() for row in rows_of(rows))
     return hashlib.sha256(b"".join(sorted(each))).hexdigest()

@@ -63,7 +63,7 @@ def data_checks(recipe: Recipe, data: Mapping[str, StageData]) -> Iterator[Check
 def _check_settings(train: Train) -> None:
     """Raise RecipeError for fields that the trainers do not have, or values that they refuse."""
     known = {**config_fields("preference"), **config_fields("text")}
-    _check_fields(train.sft_fields, known, "train", others=("strategy", "parameters"))
+    _check_fields(train.sft_fields, known, "train", others=("strategy", "parameters", "statistics"))
     _check_values(train, "text", "train")
 
 
@@ -90,7 +90,7 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
     if not used:
         return
     if "preference" not in forms.values():
-        _check_fields(recipe.train.sft_fields, used, "train", others=("strategy", "parameters"))
+        _check_fields(recipe.train.sft_fields, used, "train", others=("strategy", "parameters", "statistics"))
     for stage in recipe.stages:
         if stage.dataset:
             form, train = forms[stage.name], recipe.train_of(stage)

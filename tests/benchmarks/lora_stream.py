@@ -93,7 +93,7 @@ def fold_all(rule: MergeRule, layers: int, count: int, rank: int) -> list[Spent]
         for name, shape in one_at_a_time(todo, lock):
             experts = adapters(shape, count, rank, seed=name)
             wall, cpu = time.perf_counter(), time.thread_time()
-            fold_factors(rule, None, experts, name=name, is_matrix=True, first_stage=1)
+            fold_factors(rule, None, experts, Weight(name, True, 1))
             spent.append(Spent(shape, worker, time.perf_counter() - wall, time.thread_time() - cpu))
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(WORKERS)]
@@ -132,7 +132,7 @@ def measure_dense(rule: MergeRule, shape: Shape, rank: int) -> Dense:
         running = rule.update(running, left @ right, Weight("w", True, stage))
         cpu.append(time.thread_time() - start)
     exact = fold_by_definition(experts, gram_svd)
-    factored, _ = fold_factors(rule, None, experts, name="w", is_matrix=True, first_stage=1)
+    factored, _ = fold_factors(rule, None, experts, Weight("w", True, 1))
     return Dense(sum(cpu[1:]) / 2, relative(running, exact), relative(factored.dense(), exact))
 
 

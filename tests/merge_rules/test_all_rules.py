@@ -315,6 +315,39 @@ class Centred(Sum):
         return running + task_vector - (task_vector.mean() if task_vector.numel() else 0)
 
 
+@dataclass(frozen=True)
+class RowMeans(Sum):
+    """A sum, and the mean square of each row, which the sum is divided by."""
+
+    unit = "tensor"
+    basis_free = False
+
+    def parts(self, weight: Weight) -> dict[str, tuple[int, ...]]:
+        return {"sum": weight.shape, "squares": weight.shape[:1]}
+
+    def update(self, running: dict[str, Tensor], task_vector: Tensor, weight: Weight) -> dict[str, Tensor]:
+        squares = task_vector.square()
+        squares = squares.flatten(1).sum(1) if squares.dim() > 1 else squares
+        return {"sum": running["sum"] + task_vector, "squares": running["squares"] + squares}
+
+    def read_out(self, running: dict[str, Tensor], weight: Weight) -> Tensor:
+        total, squares = running["sum"], running["squares"]
+        return total / (1 + squares).reshape((*squares.shape, *[1] * (total.dim() - squares.dim())))
+
+
+@broken("`update` must return the parts sum, squares, in this order")
+@dataclass(frozen=True)
+class Turned(RowMeans):
+    """Returns its parts in another order."""
+
+    def update(self, running: dict[str, Tensor], task_vector: Tensor, weight: Weight) -> dict[str, Tensor]:
+        return dict(reversed(super().update(running, task_vector, weight).items()))
+
+
+def test_check_rule_takes_rules_with_parts() -> None:
+    check_rule(RowMeans)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_check_rule_says_what_is_wrong(name: str) -> None:
     cls, said = BROKEN[name]

@@ -72,7 +72,7 @@ def fold(
     is_matrix: bool = True,
     first: int = 1,
 ) -> Factored:
-    return fold_factors(rule, before, experts, name="w", is_matrix=is_matrix, first_stage=first)[0]
+    return fold_factors(rule, before, experts, Weight("w", is_matrix, first))[0]
 
 
 def fold_one_by_one(rule: MergeRule, experts: Sequence[Factors | None], *, is_matrix: bool = True) -> Factored:
@@ -133,7 +133,7 @@ def test_experts_of_different_ranks_and_some_that_do_not_touch_the_weight(rule: 
     some: list[Factors | None] = [None, *experts[:2], None, None, *experts[2:], None]
     deltas = [torch.zeros(40, 50, dtype=torch.float64) if e is None else product(e) for e in some]
     wanted = dense_fold(rule, deltas, is_matrix=True)
-    state, norms = fold_factors(rule, None, some, name="w", is_matrix=True, first_stage=1)
+    state, norms = fold_factors(rule, None, some, Weight("w", True, 1))
     assert error(state.dense(), wanted) < 1e-5
     assert norms == pytest.approx([float(d.norm()) for d in deltas], rel=1e-6)
     one_by_one = Factored.zeros((40, 50))
@@ -147,7 +147,7 @@ def test_experts_of_different_ranks_and_some_that_do_not_touch_the_weight(rule: 
 def test_the_first_expert_is_what_the_rule_makes_of_it(rule: MergeRule) -> None:
     expert = adapters((30, 50), 1)[0]
     wanted = rule.update(torch.zeros(30, 50, dtype=torch.float64), product(expert), Weight("w", True, 1))
-    state, norms = fold_factors(rule, None, [expert], name="w", is_matrix=True, first_stage=1)
+    state, norms = fold_factors(rule, None, [expert], Weight("w", True, 1))
     assert error(state.dense(), wanted) < 1e-6
     assert state.norm() == pytest.approx(float(wanted.norm()), rel=1e-6)
     assert norms == pytest.approx([float(product(expert).norm())], rel=1e-6)
@@ -356,7 +356,7 @@ def test_the_same_bytes_again() -> None:
 @every_rule
 def test_zero_experts_decay_the_state_as_the_rule_says(rule: MergeRule) -> None:
     expert, zero = adapters((40, 50), 1)[0], torch.zeros(40, 50, dtype=torch.float64)
-    state, norms = fold_factors(rule, None, [expert, None, None], name="w", is_matrix=True, first_stage=1)
+    state, norms = fold_factors(rule, None, [expert, None, None], Weight("w", True, 1))
     wanted = dense_fold(rule, [product(expert), zero, zero], is_matrix=True)
     assert error(state.dense(), wanted) < 1e-6
     assert norms[1:] == [0.0, 0.0]
@@ -409,7 +409,7 @@ def test_factors_that_are_not_finite_are_refused_by_name(side: int, bad: float) 
     experts = adapters((8, 9), 3)
     experts[1][side][1, 1] = bad
     with pytest.raises(ValueError, match=f"layer.q, the adapter of stage 8: 1 values of its {('left', 'right')[side]}"):
-        fold_factors(get_rule("opcm"), None, experts, name="layer.q", is_matrix=True, first_stage=7)
+        fold_factors(get_rule("opcm"), None, experts, Weight("layer.q", True, 7))
 
 
 def test_factors_that_do_not_fit_are_refused() -> None:

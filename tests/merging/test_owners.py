@@ -125,9 +125,9 @@ def test_random_mix_gives_each_stage_its_share(
     for name, b in base.items():
         taken = torch.stack([torch.zeros_like(b), *(tensors(e)[name] - b for e in expert_folders)])
         owner = running.owners(name).long()
-        state_of = running.tensor(name)
+        state_of = running.state(name)
         assert state_of is not None
-        assert torch.equal(taken.gather(0, owner[None])[0], state_of), "the owner's value is there"
+        assert torch.equal(taken.gather(0, owner[None])[0], state_of[""]), "the owner's value is there"
 
 
 def test_dropping_a_stage_numbers_the_owners_anew(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from toys.loras import lora
 from toys.models import perturbed, toy_llama
+from toys.teams import Team
 
 from hf_contmerge.commands.main import main
 from hf_contmerge.errors import ContmergeError, ModelError
@@ -127,42 +126,6 @@ def test_hosts_of_different_sizes_count_ranks_as_hosts(counts: list[int], found:
 
 
 # Ranks as threads
-
-
-class Team:
-    """Ranks that are threads of this process, on made-up hosts. What they send each other is pickled, as over gloo."""
-
-    def __init__(self, size: int, per_host: int) -> None:
-        self.size, self.per_host = size, per_host
-        self._slots: list[bytes] = [b""] * size
-        self._barrier = threading.Barrier(size)
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        self._slots[rank] = pickle.dumps(value)
-        self._barrier.wait(60)
-        found = [pickle.loads(slot) for slot in self._slots]
-        self._barrier.wait(60)
-        return found
-
-    def run(self, do: Callable[[Crew], T], **crew: Any) -> list[T | Exception]:
-        """Do something on all ranks; return the result of each, or what it raised."""
-
-        def one(rank: int) -> T | Exception:
-            try:
-                return do(Crew(ranks=TeamMember(self, rank), workers=2, **crew))
-            except (ContmergeError, OSError) as error:
-                return error
-
-        with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(one, range(self.size)))
-
-
-class TeamMember(Ranks):
-    def __init__(self, team: Team, rank: int) -> None:
-        self.team, self.rank, self.size, self.per_host = team, rank, team.size, team.per_host
-
-    def gather(self, value: T) -> list[T]:
-        return self.team.exchange(self.rank, value)
 
 
 TEAMS = [(2, 2), (4, 4), (4, 2), (3, 1)]

@@ -291,8 +291,9 @@ def test_owners_are_the_stages_whose_values_the_state_holds(name, base_folder, e
     running, base = Running(out.parent / "running"), tensors(base_folder)
     changes = [{k: v - base[k] for k, v in tensors(e).items()} for e in expert_folders]
     for key in base:
-        state, owners = running.tensor(key), running.owners(key)
-        assert state is not None
+        parts, owners = running.state(key), running.owners(key)
+        assert parts is not None
+        state = parts[""]
         for stage, change in enumerate(changes, 1):
             assert torch.equal(state[owners == stage], change[key][owners == stage])
         assert not state[owners == 0].any()

@@ -22,6 +22,7 @@ from hf_contmerge.models.folder import is_adapter, resolve_model
 from hf_contmerge.models.layout import check_same_layout, check_tokenizer
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.lora.settings import is_same_base
+from hf_contmerge.models.statistics import check_statistics
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Task
@@ -36,6 +37,7 @@ from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.settings import Check, data_checks, make_strategies, training_checks
+from hf_contmerge.training.statistics import check_asked
 
 LOG = logging.getLogger(__name__)
 
@@ -120,8 +122,10 @@ def checks(run: Run, found: Prepared, how: Circumstances) -> Iterator[Check]:
     yield partial(check_scoring, recipe, found, how)
     if how.is_main and not how.plans:
         yield partial(check_vectors, recipe, found)
+        yield from (partial(check_statistics, rule, found.given.values()) for rule in found.rules.values())
     if any(s.dataset for s in recipe.stages):
         yield from training_checks(recipe.train, found.base, memory=not how.plans)
+        yield partial(check_asked, found.rules, recipe.train)
     yield from _checks_of_data(recipe, found, how)
     yield from _checks_of_tasks(run, found, how)
     if how.is_main and not how.plans:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from hf_contmerge.loop._entries import merged_dtype
-from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merge_rules import MergeRule, inputs_shape
+from hf_contmerge.merging.costs import state_numel, weight_of
 from hf_contmerge.models.config import COMPANIONS
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
@@ -54,7 +55,9 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
             return DiskUse(0, 0)
         whole = stage.minus or not trained.as_adapter
         expert = model_bytes(base, torch.float32) + companions if whole else 4 * trained.count
-        fields = run.recipe.train_of(stage).sft_fields
+        train = run.recipe.train_of(stage)
+        expert += statistics_bytes(base) if stage.dataset and train.statistics else 0
+        fields = train.sft_fields
         saved = stage.dataset and fields.get("save_strategy", "steps") != "no"
         return DiskUse(expert, _checkpoint_bytes(trained.count, fields) if saved else 0)
     if step.phase == "merge" and isinstance(step.place, MergePlace):
@@ -86,9 +89,16 @@ def model_bytes(base: Weights, dtype: torch.dtype | None) -> int:
 
 
 def state_bytes(base: Weights, rule: MergeRule) -> int:
-    """Return the bytes of a rule's running state: float32 for each slot, and a byte for the owner where it selects."""
-    each = 4 * rule.slots + (1 if rule.selects else 0)
-    return each * sum(math.prod(base.shape(n)) for n in base.floating())
+    """Return the bytes of a rule's running state: float32 for all parts, and a byte for the owner where it selects."""
+    weights = [weight_of(base, name, 1) for name in base.floating()]
+    owners = sum(math.prod(weight.shape) for weight in weights) if rule.selects else 0
+    return 4 * sum(state_numel(rule, weight) for weight in weights) + owners
+
+
+def statistics_bytes(base: Weights) -> int:
+    """Return the bytes of an expert's statistics at most: linear maps that share their inputs are stored once."""
+    weights = [weight_of(base, name, 1) for name in base.floating()]
+    return sum(4 * math.prod(inputs_shape(w.shape[1])) for w in weights if w.is_matrix and len(w.shape) == 2)
 
 
 def _checkpoint_bytes(count: int, fields: Mapping[str, Any]) -> int:

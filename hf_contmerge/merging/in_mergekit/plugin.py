@@ -38,6 +38,7 @@ from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN
 from hf_contmerge.merging.in_mergekit.tensors import from_this_tensor, from_whole_model
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.statistics import check_statistics
 
 LOG = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ def guard_merge() -> None:
             _warn_of_namesakes(config.merge_method)
             _refuse_adapters(config, options)
             _refuse_twins(config)
+            _require_statistics(config)
         return original(config, options)
 
     merge.get_architecture_info = get_architecture_info
@@ -226,6 +228,24 @@ def _refuse_twins(config: Any) -> None:
         pair = tuple(there[i] for i in twin) if twin else _listed_twice(models)
         if pair:
             raise MergekitRecipeError(twins_refused(*(str(models[i]) for i in pair)))
+
+
+def _require_statistics(config: Any) -> None:
+    """Raise MergekitRecipeError for a model without the statistics that the rule needs."""
+    rule = rule_class(config.merge_method)
+    for model in config.referenced_models() if rule.needs else ():
+        if model == config.base_model:
+            continue
+        if model.lora or not Path(model.model.path).is_dir():
+            raise MergekitRecipeError(
+                f"{model} has no statistics that {config.merge_method} could read: under mergekit they must lie in the "
+                "folder of a whole model. Download it and run `contmerge statistics FOLDER --data FILE`, or use "
+                "`contmerge merge from-recipe`, which also takes adapters."
+            )
+        try:
+            check_statistics(rule, [Path(model.model.path)])
+        except ContmergeError as error:
+            raise MergekitRecipeError(str(error)) from error
 
 
 def _listed_twice(models: list[Any]) -> tuple[int, int] | None:

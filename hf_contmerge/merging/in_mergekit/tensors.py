@@ -12,7 +12,7 @@ import math
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +22,12 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
-from hf_contmerge.merging._pieces import Piece, fold_tensor, merged_tensor, pieces
+from hf_contmerge.merging._pieces import Piece, fold_tensor, merged_tensor, pieces, read_out
 from hf_contmerge.merging.costs import is_matrix
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.models.experts import open_expert
+from hf_contmerge.models.statistics import Statistics
 from hf_contmerge.models.weights import Weights
 
 
@@ -41,46 +42,44 @@ class WholeModel:
 def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) -> Tensor:
     """Fold the tensors at hand, in order; scale by the rule on this tensor's own norms, or by a given number."""
     assert group.base is not None
-    base, experts, weight = group.base.tensor, [entry.tensor for entry in group.non_base], _weight(group)
+    base, experts, weights = group.base.tensor, [entry.tensor for entry in group.non_base], _weights_met(rule, group)
     if isinstance(scale, str) and not rule.whole_model_scale:
         scale = rule.scale(Norms((1.0,) * len(experts), 1.0))
     parts = [Piece(0, base.numel(), tuple(base.shape))]  # its own norms take the whole of it
     if not isinstance(scale, str):
-        parts = pieces(rule, weight, base.shape, base.device)
+        parts = pieces(rule, weights[-1], base.device)
     merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
     flat = [tensor.reshape(-1) for tensor in (base, *experts)]
     with _one_thread(base.device):
         for piece in parts:
-            part = _merged_piece(rule, weight, [piece.of(f) for f in flat], scale, group)
+            cut_base, *cut = (piece.of(f) for f in flat)
+            running, norms = fold_tensor(rule, weights, piece, cut_base, cut)
+            _require_finite(weights[-1].name, norms, group)
+            factor = rule.scale(norms) if isinstance(scale, str) else scale
+            read, only = read_out(rule, running, weights[-1]), cut[0] if len(cut) == 1 and factor == 1.0 else None
+            part = merged_tensor(cut_base, read, factor, base.dtype, expert=only)
             merged[piece.start : piece.stop] = part.reshape(-1)
     return merged.reshape(base.shape)
 
 
-def _merged_piece(
-    rule: MergeRule, weight: Weight, models: Sequence[Tensor], scale: float | str, group: TensorGroup
-) -> Tensor:
-    base, *experts = models
-    running, norms = fold_tensor(rule, base, experts, weight.name, is_matrix=weight.is_matrix)
+def _require_finite(name: str, norms: Norms, group: TensorGroup) -> None:
     for entry, norm in zip(group.non_base, norms.experts, strict=True):
         if not math.isfinite(norm):
-            raise ValueError(f"{weight.name} of {entry.id} has values that are NaN or infinite")
-    factor = rule.scale(norms) if isinstance(scale, str) else scale
-    only = experts[0] if len(experts) == 1 and factor == 1.0 else None
-    return merged_tensor(base, rule.read_out(running, weight), factor, base.dtype, expert=only)
+            raise ValueError(f"{name} of {entry.id} has values that are NaN or infinite")
 
 
 def from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
     """Read this tensor's running state of the whole-model pass back, and scale it by the whole model's norms."""
     assert group.base is not None
-    base, weight = group.base.tensor, replace(_weight(group), name=_stored_name(group))
+    base, weight = group.base.tensor, replace(_weight(group), name=_stored_name(group, _NO_WHOLE_SCALE))
     models = tuple(_weights(entry) for entry in (group.base, *group.non_base))
     whole = _whole_model(rule, models)
-    stored, state = models[0].tensor(weight.name).to(base.device), whole.running.tensor(weight.name)
+    stored, state = models[0].tensor(weight.name).to(base.device), whole.running.state(weight.name)
     if state is None:  # no expert differs from the base
         return stored.to(base.dtype)
     only = models[1].tensor(weight.name).to(base.device) if len(models) == 2 and whole.scale == 1.0 else None
     with _one_thread(base.device):
-        read = rule.read_out(state.to(base.device), weight)
+        read = read_out(rule, {name: part.to(base.device) for name, part in state.items()}, weight)
     return merged_tensor(stored, read, whole.scale, base.dtype, expert=only)
 
 
@@ -99,18 +98,35 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def _weight(group: TensorGroup) -> Weight:
-    """Return what a rule is told about this weight elsewhere; the name is that in the base's files, if any."""
+    """Describe a weight as merging/stream.py does; the name is that in the base's files, if any."""
     from mergekit.common import ModelReference
 
     assert group.base is not None
-    shape, name, vocabulary = group.base.tensor.shape, group.metadata.name or "", None
+    shape, name, vocabulary, depth = tuple(group.base.tensor.shape), group.metadata.name or "", None, None
     if isinstance(group.base.id, ModelReference):
         files = _weights(group.base)
         vocabulary = files.vocabulary
         others = () if name in files.names else files.names
         name = next((n for n in others if _holds(group.base, n)), name)
+        depth = files.depths.get(name)
     matrix = group.metadata.vocabulary_axis is None and is_matrix(name, shape, vocabulary)
-    return Weight(name, matrix, len(group.non_base))
+    return Weight(name, matrix, len(group.non_base), shape, depth)
+
+
+def _weights_met(rule: MergeRule, group: TensorGroup) -> list[Weight]:
+    """Return the weight as each expert meets it, with its statistics if the rule needs them."""
+    weight = _weight(group)
+    if not rule.needs:
+        return [replace(weight, stage=stage) for stage in range(1, weight.stage + 1)]
+    assert group.base is not None
+    weight, device = replace(weight, name=_stored_name(group, _NO_STATISTICS)), group.base.tensor.device
+    found = [_statistics(_folder(entry)).of(weight.name, rule.needs, device) for entry in group.non_base]
+    return [replace(weight, stage=stage, statistics=one) for stage, one in enumerate(found, 1)]
+
+
+@functools.lru_cache(maxsize=64)
+def _statistics(folder: Path) -> Statistics:
+    return Statistics(folder)
 
 
 _lock = threading.Lock()
@@ -145,7 +161,11 @@ def _fold_all(rule: MergeRule, base: Path, experts: tuple[Path, ...], scratch: P
     return WholeModel(Running(scratch), found.scale)
 
 
-def _stored_name(group: TensorGroup) -> str:
+_NO_WHOLE_SCALE = "so a scale over whole models cannot be right. Set `scale: tensor` or a number under `parameters:`."
+_NO_STATISTICS = "so it is not known which statistics are its. List whole models under `models:`."
+
+
+def _stored_name(group: TensorGroup, therefore: str) -> str:
     """Return the name under which the files of all models hold the tensors that mergekit hands over.
 
     It is mergekit's own name, or another for an alias and for a tied head that is stored a second time: the
@@ -160,7 +180,7 @@ def _stored_name(group: TensorGroup) -> str:
         odd = next((e for e in group.entries if not any(_holds(e, n) for n in names)), group.base)
         raise ValueError(
             f"{asked} of {odd.id} is not what its files hold under that name (slices, a permuted vocabulary or other "
-            "names), so a scale over whole models cannot be right. Set `scale: tensor` or a number under `parameters:`."
+            f"names), {therefore}"
         )
     return found
 
@@ -192,5 +212,8 @@ def _folder(entry: TensorEntry) -> Path:
     from mergekit.io.tasks import LoaderCache
 
     if not isinstance(entry.id, ModelReference):
-        raise ValueError("tensors without a model folder have no whole-model norms; set `scale: tensor` or a number")
+        raise ValueError(
+            "tensors without a model folder have neither whole-model norms nor statistics; set `scale: tensor` or a "
+            "number, and take a rule that needs no statistics"
+        )
     return Path(LoaderCache().get(entry.id).index.base_path)

@@ -72,6 +72,23 @@ def _as_dataset(value: Any) -> Any:
 DatasetField = Annotated[Dataset, BeforeValidator(_as_dataset)]
 
 
+class StatisticsSettings(Part):
+    """What is measured of a trained expert, for merge rules that need it."""
+
+    kinds: Annotated[tuple[Literal["inputs"], ...], Field(min_length=1)] = ("inputs",)
+    """inputs: the second moments of the inputs of linear maps."""
+    examples: Annotated[int, Field(ge=1)] = 256
+    """How many of the stage's examples are read."""
+    max_length: Annotated[int, Field(ge=1)] = 2048
+    """Tokens at which an example is cut."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"kinds": value} if isinstance(value, list | tuple) else value
+
+
 _KINDS = "perplexity, multiple_choice or exact_match"
 
 

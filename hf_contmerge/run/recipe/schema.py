@@ -24,7 +24,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from hf_contmerge.run.recipe.parts import DatasetField, Evaluate, Guard, Name, Part, Task, TasksField
+from hf_contmerge.run.recipe.parts import (
+    DatasetField,
+    Evaluate,
+    Guard,
+    Name,
+    Part,
+    StatisticsSettings,
+    Task,
+    TasksField,
+)
 
 StartFrom = Literal["base", "previous", "merged"]
 
@@ -79,6 +88,8 @@ class Train(BaseModel):
     """One name, or several that are combined: [lora, replay]."""
     parameters: dict[str, Any] = {}
     """Of the strategy; of several, under the name of each: {lora: {r: 8}, replay: {examples: 100}}."""
+    statistics: StatisticsSettings | None = None
+    """Of each expert, for merge rules that need them: [inputs], or {examples: 64, ...}."""
 
     def parameters_of(self) -> dict[str, dict[str, Any]]:
         """Return the parameters under the name of the strategy that they belong to."""

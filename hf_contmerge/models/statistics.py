@@ -1,0 +1,134 @@
+"""Statistics of an expert, next to its weights, for merge rules that need them.
+
+EXPERT/statistics/statistics.json       the expert's digest; by kind: examples, tokens and digest of the data, and which
+                                        weights have the same statistic as another one, stored once
+EXPERT/statistics/inputs.safetensors    weight -> X'X / n, as `Weight.statistics` has it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.models.experts import expert_sha256
+from hf_contmerge.models.weights import Weights, weights_sha256
+from hf_contmerge.runtime.files import remove, write_atomically
+
+FOLDER = "statistics"
+_RECORD = "statistics.json"
+
+
+class Statistics:
+    """The statistics of an expert's folder, to read; there may be none.
+
+    Raises ModelError if they are damaged.
+    """
+
+    def __init__(self, expert: Path) -> None:
+        self.folder = expert / FOLDER
+        record = _read(self.folder / _RECORD)
+        self.expert_sha256: str | None = record.get("expert_sha256")
+        self._same = {kind: about.get("same", {}) for kind, about in record.get("kinds", {}).items()}
+        self._tensors = {kind: Weights(_file(self.folder, kind)) for kind in self._same}
+        self._stored = {kind: frozenset(tensors.names) for kind, tensors in self._tensors.items()}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(sorted(self._same))
+
+    def of(self, name: str, kinds: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        """Return kind -> statistic of a weight, for those kinds that it has."""
+        found = {kind: self._tensors[kind].tensor(key) for kind in kinds if (key := self._key(kind, name))}
+        return {kind: tensor.to(device) for kind, tensor in found.items()}
+
+    def prefetch(self, name: str) -> None:
+        """Ask the system to read a weight's statistics ahead."""
+        for kind in self.kinds:
+            if key := self._key(kind, name):
+                self._tensors[kind].prefetch(key)
+
+    def _key(self, kind: str, name: str) -> str | None:
+        key = self._same[kind].get(name, name)
+        return key if key in self._stored[kind] else None
+
+
+def check_statistics(rule: MergeRule | type[MergeRule], experts: Iterable[Path]) -> None:
+    """Raise ModelError unless experts have the statistics that a rule needs, taken of their present weights."""
+    for folder in experts if rule.needs else ():
+        statistics, cure = Statistics(folder), f"write them with `contmerge statistics {folder} --data FILE`."
+        name = (rule if isinstance(rule, type) else type(rule)).__name__
+        missing = [kind for kind in rule.needs if kind not in statistics.kinds]
+        if missing:
+            raise ModelError(f"{folder} lacks the statistics {missing[0]!r}, which the rule {name} needs: {cure}")
+        if statistics.expert_sha256 != expert_sha256(folder):
+            raise ModelError(f"The statistics of {folder} are of other weights than it holds now: {cure}")
+
+
+def statistics_digest(expert: Path) -> str | None:
+    """Return the digest of an expert's statistics; None without any."""
+    statistics = Statistics(expert)
+    if not statistics.kinds:
+        return None
+    digest = hashlib.sha256((statistics.folder / _RECORD).read_bytes())
+    for kind in statistics.kinds:
+        digest.update(weights_sha256(_file(statistics.folder, kind)).encode())
+    return digest.hexdigest()
+
+
+def write_statistics(
+    folder: Path, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any], *, expert_sha256: str
+) -> None:
+    """Write one kind of statistics, in place of earlier ones.
+
+    Args:
+        folder: `statistics` of the expert, which need not exist.
+        kind: of the statistics.
+        tensors: weight -> statistic; neighbours that are equal are stored once.
+        about: what the record says of it: examples, tokens, data.
+        expert_sha256: of the weights that were measured. Statistics of other ones are dropped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = _read(folder / _RECORD)
+    kept = record["kinds"] if record.get("expert_sha256") == expert_sha256 else {}
+    remove(folder / _RECORD)
+    same = _equal_neighbours(tensors)
+    own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if name not in same}
+    file = _file(folder, kind)
+    save_file(own, file.with_suffix(".new"), metadata={"format": "pt"})
+    file.with_suffix(".new").replace(file)  # others may be reading the old one
+    kinds = {**kept, kind: {**about, "same": same}}
+    write_atomically(folder / _RECORD, json.dumps({"expert_sha256": expert_sha256, "kinds": kinds}, indent=1) + "\n")
+
+
+def _equal_neighbours(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return weight -> an earlier one with the same statistic: q, k and v read one input, and so do gate and up."""
+    same: dict[str, str] = {}
+    latest: str | None = None
+    for name, tensor in tensors.items():
+        if latest is not None and torch.equal(tensor, tensors[latest]):
+            same[name] = latest
+        else:
+            latest = name
+    return same
+
+
+def _file(folder: Path, kind: str) -> Path:
+    return folder / f"{kind}.safetensors"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {file}: {error}. Remove its folder and measure again.") from error

@@ -1,0 +1,77 @@
+"""Where in a model a weight lies, by its name."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from hf_contmerge.models.config import depths
+
+STACKS = {
+    "llama": "model.layers.{}.self_attn.q_proj.weight",
+    "gpt2": "transformer.h.{}.attn.c_attn.weight",
+    "neox": "gpt_neox.layers.{}.mlp.dense_h_to_4h.weight",
+    "bert": "bert.encoder.layer.{}.output.dense.weight",
+    "mpt": "transformer.blocks.{}.ffn.up_proj.weight",
+    "vision and language": "model.language_model.layers.{}.mlp.up_proj.weight",
+    "bare": "layers.{}.norm.weight",
+    "mixture": "model.layers.{}.block_sparse_moe.experts.7.w1.weight",
+    "mixture, bare": "h.{}.experts.11.up.weight",
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_depth_goes_from_the_first_layer_to_the_last(stack: str) -> None:
+    names = [STACKS[stack].format(number) for number in range(5)]
+    assert depths(names) == dict(zip(names, [0.0, 0.25, 0.5, 0.75, 1.0], strict=True))
+
+
+def test_a_single_layer_has_depth_0() -> None:
+    assert depths(["model.layers.0.mlp.up_proj.weight"]) == {"model.layers.0.mlp.up_proj.weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "transformer.wte.weight",
+        "model.multi_modal_projector.0.weight", "model.visual.merger.mlp.2.weight", "experts.3.up.weight",
+        "player.3.weight", "model.layers.norm.weight",
+    ],
+)  # fmt: skip
+def test_outside_the_layers_there_is_none(name: str) -> None:
+    assert depths([name]) == {}
+
+
+def test_stacks_count_by_themselves() -> None:
+    found = depths(
+        [
+            *(f"encoder.block.{i}.layer.0.SelfAttention.q.weight" for i in range(3)),
+            *(f"decoder.block.{i}.layer.2.DenseReluDense.wo.weight" for i in range(5)),
+            *(f"model.visual.blocks.{i}.attn.qkv.weight" for i in range(2)),
+        ]
+    )
+    assert found["encoder.block.1.layer.0.SelfAttention.q.weight"] == 0.5
+    assert found["encoder.block.2.layer.0.SelfAttention.q.weight"] == 1.0
+    assert found["decoder.block.1.layer.2.DenseReluDense.wo.weight"] == 0.25
+    assert found["model.visual.blocks.1.attn.qkv.weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "stacks"),
+    [
+        ("gpt2", "n_layer", ["transformer.h"]),
+        ("qwen2", "num_hidden_layers", ["model.layers"]),
+        ("mixtral", "num_hidden_layers", ["model.layers"]),
+        ("bloom", "n_layer", ["transformer.h"]),
+        ("opt", "num_hidden_layers", ["model.decoder.layers"]),
+        ("t5", "num_layers", ["encoder.block", "decoder.block"]),
+    ],
+)
+def test_names_of_real_architectures(kind: str, size: str, stacks: list[str]) -> None:
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    with torch.device("meta"):
+        names = auto.from_config(AutoConfig.for_model(kind, **{size: 3})).state_dict()
+    wanted = {
+        name: number / 2 for name in names for stack in stacks for number in range(3) if f"{stack}.{number}." in name
+    }
+    assert len(wanted) > 20
+    assert depths(names) == wanted
