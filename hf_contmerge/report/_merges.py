@@ -17,7 +17,7 @@ def geometry_section(run: Run) -> Section:
     tables: list[Table] = []
     groups: dict[str, list[tuple[Merge, int, dict[str, Any]]]] = {}
     for entry in run.recipe.merge:
-        if (t := _last_merged(run, entry)) and (record := run.merged(t, entry).record("merge")).get("geometry"):
+        if (t := last_merged_stage(run, entry)) and (record := run.merged(t, entry).record("merge")).get("geometry"):
             groups.setdefault(record["start_from"], []).append((entry, t, record))
     sampled = {f"{100 * r['geometry']['sampled']:.2g} %" for group in groups.values() for _, _, r in group}
     for kind, group in groups.items():
@@ -35,7 +35,7 @@ def geometry_section(run: Run) -> Section:
     return Section("Geometry of the merges", intro, tables=tables)
 
 
-def _last_merged(run: Run, entry: Merge) -> int:
+def last_merged_stage(run: Run, entry: Merge) -> int:
     """Return the last stage that an entry has merged; 0 for none."""
     return max((t for t in run.stage_numbers() if run.merged(t, entry).is_done("merge")), default=0)
 
@@ -86,7 +86,7 @@ def ownership_tables(run: Run) -> list[Table]:
     """Return, for each rule that selects, the share of each layer's weights that each stage owns."""
     tables = []
     for entry in run.recipe.merge:
-        t = _last_merged(run, entry)
+        t = last_merged_stage(run, entry)
         layers: dict[str, dict[str, float]] = run.merged(t, entry).record("merge").get("ownership", {}) if t else {}
         if layers:
             owners = list(next(iter(layers.values())))

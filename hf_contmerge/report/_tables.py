@@ -1,4 +1,4 @@
-"""The report's tables and sections: what is on them. How they look is report_pages' business."""
+"""The report's tables and sections: what is on them. How they look is the templates' business."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change, mean_change
 
 MISSING = "–"
+_KEPT = 300  # characters of a document; of a longer one the scores keep only the beginning
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ class Cell:
     hint: str = ""
     shade: float = 0.0
     marked: bool = False
+
+    @property
+    def way(self) -> str:
+        return "up" if self.shade > 0 else "down" if self.shade < 0 else ""
+
+    @property
+    def strength(self) -> float:
+        """How opaque the shade is."""
+        return 0.08 + 0.5 * min(abs(self.shade), 1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,12 @@ class Quote:
 
     source: str
     text: str
-    told: str
+    outcome: str
+
+    @property
+    def beginning(self) -> str:
+        """The text on one line, with dots where it goes on."""
+        return " ".join(self.text.split()) + " …" * (len(self.text) >= _KEPT)
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Picture:
     """A picture of a section, as a PNG file's bytes, and what it shows in words."""
 
     png: bytes
-    told: str
+    alt: str
 
 
 @dataclass(frozen=True)

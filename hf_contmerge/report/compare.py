@@ -18,8 +18,9 @@ from typing import Any
 
 from hf_contmerge.errors import ResourceError, RunError
 from hf_contmerge.report._findings import Results, amount, interval, natural
-from hf_contmerge.report._pages import rich_table, sections_markdown, sections_page
 from hf_contmerge.report._tables import Cell, Section, Table, change_cell, metric_table
+from hf_contmerge.report._templates import fill
+from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.changes import flat_fields
@@ -228,12 +229,12 @@ def print_comparison(comparison: Comparison) -> None:
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
     """Write index.html, compare.md and compare.csv; return the page's path. Raises ResourceError if it cannot."""
-    title, told, parts = comparison.title, findings(comparison), sections(comparison)
+    shown = {"title": comparison.title, "findings": findings(comparison), "sections": sections(comparison)}
     page = folder / "index.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        page.write_text(sections_page(title, told, parts), encoding="utf-8")
-        (folder / "compare.md").write_text(sections_markdown(title, told, parts), encoding="utf-8")
+        page.write_text(fill("compare.html", **shown), encoding="utf-8")
+        (folder / "compare.md").write_text(fill("compare.md", **shown), encoding="utf-8")
         with (folder / "compare.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([_COLUMNS, *_rows(comparison)])
     except OSError as error:

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError, RunError, unknown
-from hf_contmerge.report.card import (
+from hf_contmerge.report._public import (
     HUB_ID,
     LOCAL_PATH,
-    last_merged,
     mapped,
-    model_card,
     public_mergekit_recipe,
     public_name,
     public_recipe,
 )
+from hf_contmerge.report.card import last_merged, model_card
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge, Recipe
 

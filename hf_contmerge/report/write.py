@@ -29,7 +29,6 @@ from hf_contmerge.report._choices import choice_tables, choices_intro, curves
 from hf_contmerge.report._examples import examples
 from hf_contmerge.report._findings import UNITS, Results, task_facts, verdict
 from hf_contmerge.report._merges import geometry_section
-from hf_contmerge.report._pages import costs_page, markdown, page, rich_table
 from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
 from hf_contmerge.report._tables import (
@@ -43,6 +42,7 @@ from hf_contmerge.report._tables import (
     metric_tables,
     task_tables,
 )
+from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.run.folder import Run
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
@@ -51,18 +51,24 @@ _COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", 
 
 def write_report(run: Run) -> Path:
     """Write the report of what there is; return the path of the picture. Leaves the report's record to the caller."""
-    results = load_results(run)
+    from hf_contmerge.report._pages import markdown, page  # jinja2 is for reports that are written, not shown again
+    from hf_contmerge.report._templates import fill
+
+    results, spent = load_results(run), costs(run)
     folder = run.report.scratch("report")
     draw_forgetting(results, folder / "forgetting.png")
-    (folder / "summary.json").write_text(json.dumps(summary(run, results), indent=1) + "\n", encoding="utf-8")
-    _write_csv(folder / "scores.csv", [_COLUMNS, *_score_rows(results)])
-    spent = costs(run)
-    (folder / "costs.html").write_text(costs_page(run, cost_tables(spent)), encoding="utf-8")
-    _write_csv(folder / "costs.csv", [[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)])
-    shown = [section for section in sections(run, results) if not section.empty]
-    (folder / "report.md").write_text(markdown(run, results, shown), encoding="utf-8")
     pictures = [Picture(draw_alone(results, panel), panel.told(results)) for panel in panels(results)]
-    (folder / "index.html").write_text(page(run, results, pictures, shown), encoding="utf-8")
+    shown = [section for section in sections(run, results) if not section.empty]
+    texts = {
+        "index.html": page(run, results, pictures, shown),
+        "report.md": markdown(run, results, shown),
+        "summary.json": json.dumps(summary(run, results), indent=1) + "\n",
+        "costs.html": fill("costs.html", name=run.recipe.name, tables=cost_tables(spent)),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    _write_csv(folder / "scores.csv", [_COLUMNS, *_score_rows(results)])
+    _write_csv(folder / "costs.csv", [[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)])
     return run.report.publish("report") / "forgetting.png"
 
 

@@ -121,14 +121,14 @@ def test_examples_are_those_that_were_lost_and_kept(run):
     quiz = [q for q in found.quotes if q.source.startswith("quiz")]
     assert [q.source for q in quiz] == ["quiz, document 2", "quiz, document 3"]
     assert quiz[0].text.startswith("quiz 1 <script>")
-    assert quiz[0].told == "base: right (hen) → fine-tuning alone: wrong (fox) → opcm: right (hen)"
+    assert quiz[0].outcome == "base: right (hen) → fine-tuning alone: wrong (fox) → opcm: right (hen)"
     assert (
         "quiz: of 12 right answers (base) fine-tuning alone lost 4, of which opcm has 3; it lost 1 others."
         in found.intro
     )
     texts = [q for q in found.quotes if q.source.startswith("s1_heldout")]
     assert len(texts) == 2
-    assert texts[0].told.startswith("after s1: perplexity ")
+    assert texts[0].outcome.startswith("after s1: perplexity ")
     assert not [q for q in found.quotes if q.source.startswith("s3")], "the last stage had no time to be forgotten"
 
 
@@ -156,7 +156,7 @@ def test_texts_are_escaped(written):
     page.feed(text)
     page.close()
     assert page.open == []
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; # not a heading" in text
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; # not a heading" in text
     assert "<script" not in text
     assert "\\<script\\>" in (run.folder / "report" / "report.md").read_text()
 

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from toys.hub_server import READ_TOKEN, WRITE_TOKEN, Hub, hub_server
+from toys.reports import NASTY
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_contmerge.errors import ModelError, RecipeError, RunError
@@ -248,11 +249,22 @@ def test_card_of_a_difference_between_two_models(run: Run) -> None:
     assert "- owner/tiny\n" in card
 
 
+def test_card_of_nasty_names(run: Run) -> None:
+    """A recipe's strings are anybody's, and the card is shown on the Hub."""
+    dataset = run.stage(1).dataset
+    assert dataset
+    law = run.stage(1).model_copy(update={"dataset": dataset.model_copy(update={"split": NASTY, "path": "a`b`.txt"})})
+    run = Run(run.folder, run.recipe.model_copy(update={"stages": (law, *run.recipe.stages[1:])}))
+    told = model_card(run, magmax(run)).partition("## Recipe")[0]
+    assert "trained on `` a`b`.txt `` (split \\<script\\>alert" in told
+    assert not re.search(r"(?<!\\)(<script|\*bold)", told)
+
+
 def test_card_shows_natural_metrics_and_forgetting(run: Run) -> None:
     card = model_card(run, magmax(run))
     rows = {cells[0]: cells[1:] for line in card.splitlines() if line.startswith("|") and (cells := _cells(line))}
     assert rows["model"] == ["kind", "ACC", "LA", "BWT", "general", "of expert", "FUAR"]
-    assert "law_heldout (word perplexity, lower is better)" in card
+    assert r"law\_heldout (word perplexity, lower is better)" in card
     alone, merged = "fine-tuning alone, in sequence", "this merge (magmax)"
     assert rows["base model"] == ["20.09 ± 0.00", "0.250 ± 0.164", "0.500 ± 0.189"]
     assert rows[f"{merged}, after law"][0] == "9.49 ± 0.00"
