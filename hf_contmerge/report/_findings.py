@@ -16,22 +16,48 @@ UNITS = {
     "accuracy": "share of right answers, 0 to 1; the metric as it is",
     "perplexity": "-ln(perplexity): nats per word for word_perplexity; higher is better, 0.1 nats is about a tenth",
 }
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The words for a metric, and how its number is written."""
+
+    short: str
+    meaning: str
+    signed: bool = False
+    """Whether a gain has a plus sign."""
+    unit: bool = True
+    """Whether it has the block's unit; a share has none."""
+
+
 METRICS = {
-    "acc": ("ACC", "mean utility over the stages learnt so far, at the end"),
-    "aia": ("AIA", "ACC after each stage, averaged over the run"),
-    "la": ("LA", "mean utility of each stage right after it was learnt"),
-    "bwt": ("BWT", "mean change of the earlier stages since they were learnt; negative is forgetting"),
-    "bwt_per_stage": ("BWT/T", "the same sum divided by all stages, the last one's 0 included, as TRACE has it"),
-    "forgetting": ("F", "mean drop of the earlier stages from their best; higher is worse"),
-    "fwt": ("FWT", "mean gain over the base on a stage before it is learnt; needs `matrix: full`"),
-    "intransigence": ("I", "mean lack against an expert of that stage alone, when it was learnt; higher is worse"),
-    "normalised": (
+    "acc": Metric("ACC", "mean utility over the stages learnt so far, at the end"),
+    "aia": Metric("AIA", "ACC after each stage, averaged over the run"),
+    "la": Metric("LA", "mean utility of each stage right after it was learnt"),
+    "bwt": Metric(
+        "BWT", "mean change of the earlier stages since they were learnt; negative is forgetting", signed=True
+    ),
+    "bwt_per_stage": Metric(
+        "BWT/T", "the same sum divided by all stages, the last one's 0 included, as TRACE has it", signed=True
+    ),
+    "forgetting": Metric("F", "mean drop of the earlier stages from their best; higher is worse"),
+    "fwt": Metric("FWT", "mean gain over the base on a stage before it is learnt; needs `matrix: full`", signed=True),
+    "intransigence": Metric(
+        "I", "mean lack against an expert of that stage alone, when it was learnt; higher is worse"
+    ),
+    "normalised": Metric(
         "of expert",
         "what is there at the end of all that experts of each stage alone gain over the base; 1 is all",
+        unit=False,
     ),
-    "general_delta": ("general Δ", "mean change of the general tasks against the base"),
-    "fuar": ("FUAR", "right answers lost on earlier stages and general tasks, for each that was won on the stages"),
+    "general_delta": Metric("general Δ", "mean change of the general tasks against the base", signed=True),
+    "fuar": Metric(
+        "FUAR",
+        "right answers lost on earlier stages and general tasks, for each that was won on the stages",
+        unit=False,
+    ),
 }
+"""What summary.json calls a metric -> its words; nowhere else are there any."""
 _ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 is nothing to boast of where nothing was learnt
 
 
@@ -105,7 +131,7 @@ class Results:
 def known_metrics(found: Iterable[Mapping[str, float | None]]) -> list[str]:
     """Return the metrics that some line has, as METRICS orders them; ACC, LA and BWT always stand together."""
     lines = list(found)
-    return [name for name in METRICS if name in _ALWAYS or any(values[name] is not None for values in lines)]
+    return [name for name in METRICS if name in _ALWAYS or any(values.get(name) is not None for values in lines)]
 
 
 def line_label(kind: str) -> str:

@@ -24,6 +24,8 @@ from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change, mean_change
 
 MISSING = "–"
+_METRIC_UNITS: dict[Block, str] = {"perplexity": "nats", "accuracy": "shares"}
+_AT_THE_END = ("acc", "la", "bwt", "general_delta")
 _KEPT = 300  # characters of a document; of a longer one the scores keep only the beginning
 
 
@@ -149,28 +151,29 @@ def change_cell(change: Change | None, block: Block) -> Cell:
 
 def metric_tables(results: Results) -> list[Table]:
     """Return one table per block: the metrics that some line has, of each line."""
-    tables = []
-    for block in results.blocks():
-        found = {n: x.metrics(results.stages, results.general_tasks, block) for n, x in results.named_lines()}
-        unit = {"perplexity": "nats", "accuracy": "shares"}[block]
-        tables.append(metric_table(f"Metrics, {block}, in {unit}", found, block))
-    return tables
+    return [
+        metric_table(
+            {n: x.metrics(results.stages, results.general_tasks, block) for n, x in results.named_lines()}, block
+        )
+        for block in results.blocks()
+    ]
 
 
-def metric_table(title: str, found: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
+def metric_table(found: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
     """Return a table of the metrics that some line has. `found`: line -> its metrics in a block."""
     names = known_metrics(found.values())
     rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in found.items()]
-    return Table(title, ("line", *(METRICS[m][0] for m in names)), rows)
+    title = f"Metrics, {block}, in {_METRIC_UNITS[block]}"
+    return Table(title, ("line", *(METRICS[m].short for m in names)), rows)
 
 
 def metric_cell(value: float | None, block: Block, name: str) -> Cell:
     """Return a metric; `name`: as METRICS has it."""
     if value is None:
         return Cell()
-    signed = "+" if name in ("bwt", "bwt_per_stage", "fwt", "general_delta") else ""
-    text = f"{value + 0.0:{signed}.3f}".replace("-", "−")
-    return Cell(text, METRICS[name][1] if name in ("normalised", "fuar") else f"{METRICS[name][1]}; {UNITS[block]}")
+    metric = METRICS[name]
+    text = f"{value + 0.0:{'+' * metric.signed}.3f}".replace("-", "−")
+    return Cell(text, f"{metric.meaning}; {UNITS[block]}" if metric.unit else metric.meaning)
 
 
 def final_table(results: Results, block: Block) -> Table:
@@ -178,15 +181,13 @@ def final_table(results: Results, block: Block) -> Table:
     tasks = [t for t in task_facts(results) if (s := any_score(results, t)) and s.block == block]
     tasks, base = tasks if len(tasks) <= 4 else [], results.base
     largest = _largest(results, tasks)
-    rows = [[Cell("base"), *(score_cell(base, base, t, 0) for t in tasks), *[Cell()] * 4]]
+    rows = [[Cell("base"), *(score_cell(base, base, t, 0) for t in tasks), *[Cell()] * len(_AT_THE_END)]]
     for name, line in results.named_lines():
         values = line.metrics(results.stages, results.general_tasks, block)
         last = [score_cell(line.rows[-1], base, t, largest) for t in tasks]
-        rows.append(
-            [Cell(name), *last, *(metric_cell(values[m], block, m) for m in ("acc", "la", "bwt", "general_delta"))]
-        )
-    header = ("", *tasks, "ACC", "LA", "BWT", "general Δ")
-    return Table(f"{block} at the end (metrics in {'nats' if block == 'perplexity' else 'shares'})", header, rows)
+        rows.append([Cell(name), *last, *(metric_cell(values[m], block, m) for m in _AT_THE_END)])
+    header = ("", *tasks, *(METRICS[m].short for m in _AT_THE_END))
+    return Table(f"{block} at the end (metrics in {_METRIC_UNITS[block]})", header, rows)
 
 
 def task_tables(results: Results) -> list[Table]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.merge_rules import rule_class
+from hf_contmerge.report._findings import METRICS, UNITS, known_metrics
 from hf_contmerge.report._merges import last_merged_stage
 from hf_contmerge.report._public import (
     expert_of,
@@ -22,7 +23,7 @@ from hf_contmerge.report._public import (
     public_recipe,
     without_secrets,
 )
-from hf_contmerge.report._tables import Cell, Table
+from hf_contmerge.report._tables import Cell, Table, metric_table
 from hf_contmerge.report._templates import fill
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace
@@ -31,14 +32,7 @@ from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore, load_score
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
 NOT_MEASURED = "not measured"
-_WHERE_KNOWN = {
-    "normalised": (
-        "of expert",
-        "what is there at the end of all that experts of each stage alone gain over the base; 1 is all",
-    ),
-    "fuar": ("FUAR", "right answers lost on earlier stages and general tasks, for each that was won on the stages"),
-}
-"""Metrics that need more than most runs measure."""
+_ON_THE_CARD = ("acc", "la", "bwt", "normalised", "general_delta", "fuar")
 
 
 def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
@@ -63,8 +57,9 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
         merge=merge,
         norms=_norms(run, merge),
         scores=_scores(run, lines, t),
-        metrics=metrics,
-        words=[word for word in _WHERE_KNOWN.values() if metrics and word[0] in metrics.header],
+        metrics=[metric_table(of, block) for block, of in metrics.items()],
+        shown=[METRICS[m] for m in known_metrics(x for of in metrics.values() for x in of.values())],
+        units={block: UNITS[block] for block in metrics},
         recipe=public_recipe(recipe),
         mergekit=public_mergekit_recipe(run, entry, t) or "not recorded",
     )
@@ -174,26 +169,18 @@ def _scores(run: Run, lines: Sequence[Line], t: int) -> Table | None:
     return Table("", head, rows) if tasks else None
 
 
-def _metrics(run: Run, lines: Sequence[Line], t: int) -> Table | None:
+def _metrics(run: Run, lines: Sequence[Line], t: int) -> dict[Block, dict[str, dict[str, float | None]]]:
+    """Return block -> line -> its metrics, of what was measured."""
     stages = [run.stage(s) for s in range(1, t + 1)]
     general = [task.name for task in run.recipe.evaluate.general_tasks]
-    found = {score.block for line in lines for row in line.rows for score in row.values()}
-
-    measured: list[Block] = [b for b in BLOCKS if b in found]
-    values = {(b, x.name): x.metrics(stages, general, b) for b in measured for x in lines}
-    more = [metric for metric in _WHERE_KNOWN if any(v[metric] is not None for v in values.values())]
-
-    def row(block: Block, name: str) -> tuple[str, ...]:
-        v = values[block, name]
-        # One stage has no earlier ones: there BWT is undefined, which is not the same as not measured.
-        bwt = "-" if t == 1 else _signed(v["bwt"])
-        delta = _signed(v["general_delta"]) if general else "-"
-        rest = ("-" if v[m] is None else f"{v[m]:.2f}" for m in more)
-        return (name, block, _signed(v["acc"]), _signed(v["la"]), bwt, delta, *rest)
-
-    head = ("model", "kind", "ACC", "LA", "BWT", "general", *(_WHERE_KNOWN[metric][0] for metric in more))
-    rows = [[Cell(text) for text in row(block, line.name)] for block in measured for line in lines]
-    return Table("", head, rows) if rows else None
+    measured = {score.block for line in lines for row in line.rows for score in row.values()}
+    return {
+        block: {
+            line.name: {m: v for m, v in line.metrics(stages, general, block).items() if m in _ON_THE_CARD}
+            for line in lines
+        }
+        for block in reversed(BLOCKS) if block in measured
+    }  # fmt: skip
 
 
 def _lines(run: Run, entry: Merge, t: int) -> list[Line]:
@@ -220,7 +207,3 @@ def _cell(score: TaskScore | None) -> Cell:
     digits = 2 if score.block == "perplexity" else 3
     error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
     return Cell(f"{score.value:.{digits}f}{error}")
-
-
-def _signed(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:+.4f}"

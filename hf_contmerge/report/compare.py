@@ -197,7 +197,7 @@ def _metric_tables(comparison: Comparison) -> list[Table]:
             for c in comparison.contestants if block in c.results.blocks() for name, line in c.lines()
         }  # fmt: skip
         if found:
-            tables.append(metric_table(f"Metrics, {block}", found, block))
+            tables.append(metric_table(found, block))
     return tables
 
 
