@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_contmerge.report._findings import Results, line_label, natural
+from hf_contmerge.report._findings import natural
+from hf_contmerge.report._results import Results, line_label
 from hf_contmerge.report._tables import Quote, Section
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from hf_contmerge.run.recipe.schema import Stage
-from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
+from hf_contmerge.report._results import Results, line_label
+from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.paired import Change, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change
 
 UNITS = {
     "accuracy": "share of right answers, 0 to 1; the metric as it is",
@@ -61,83 +60,10 @@ METRICS = {
 _ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 is nothing to boast of where nothing was learnt
 
 
-@dataclass(frozen=True)
-class Results:
-    """What has been measured of a run so far. Lines differ in length while a stage is being worked on."""
-
-    stages: tuple[Stage, ...]
-    general_tasks: tuple[str, ...]
-    experts: tuple[Line, ...]
-    merges: tuple[Line, ...]
-    mean_of_experts: str | None = None
-    """The merge entry that is the plain mean of the experts, if there is one."""
-
-    @property
-    def base(self) -> Scores:
-        return self.merges[0].rows[0]
-
-    @property
-    def last(self) -> int:
-        """The number of stages of which something has been measured."""
-        return max(len(line.rows) for line in (*self.experts, *self.merges)) - 1
-
-    @property
-    def baseline(self) -> Line | None:
-        """Plain sequential fine-tuning, if this run trains it."""
-        return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
-
-    def named_lines(self) -> list[tuple[str, Line]]:
-        """Return all lines by the names that people read."""
-        return [(line_label(x.name), x) for x in self.experts] + [(x.name, x) for x in self.merges]
-
-    def blocks(self) -> list[Block]:
-        """Return the blocks in which anything was measured, perplexity first: every held-out text has it."""
-        lines = (*self.experts, *self.merges)
-        return [
-            b
-            for b in reversed(BLOCKS)
-            if any(s.block == b for line in lines for row in line.rows for s in row.values())
-        ]
-
-    def stage_blocks(self) -> list[Block]:
-        """Return the blocks in which some stage was measured."""
-        lines = (*self.merges, *self.experts)
-        return [
-            b for b in self.blocks()
-            if any(v is not None for line in lines for row in line.matrix(self.stages, b).rows for v in row)
-        ]  # fmt: skip
-
-    def learnt(self, line: Line, block: Block) -> Change | None:
-        """Return what the line gained on each stage when it was learnt: LA less the base's average."""
-        own = [(line.rows[j], self.base, self.stages[j - 1].task_names()) for j in range(1, len(line.rows))]
-        return mean_change(own, block)
-
-    def kept(self, line: Line, block: Block) -> Change | None:
-        """Return BWT, with its interval."""
-        last = line.rows[-1]
-        later = [(last, line.rows[j], self.stages[j - 1].task_names()) for j in range(1, len(line.rows) - 1)]
-        return mean_change(later, block)
-
-    def best(self, block: Block) -> Line | None:
-        """Return the merge whose final average is the highest, of those that have come furthest."""
-        far = max(len(line.rows) for line in self.merges)
-        scored = [
-            (acc, line) for line in self.merges
-            if len(line.rows) == far > 1 and (acc := line.matrix(self.stages, block).average(far - 1)) is not None
-        ]  # fmt: skip
-        return max(scored, key=lambda pair: pair[0])[1] if scored else None
-
-
 def known_metrics(found: Iterable[Mapping[str, float | None]]) -> list[str]:
     """Return the metrics that some line has, as METRICS orders them; ACC, LA and BWT always stand together."""
     lines = list(found)
     return [name for name in METRICS if name in _ALWAYS or any(values.get(name) is not None for values in lines)]
-
-
-def line_label(kind: str) -> str:
-    """Return what to call an expert kind."""
-    names = {"previous": "fine-tuning alone", "base": "independent experts"}
-    return names.get(kind, f"experts from {kind.removeprefix('merged-')}")
 
 
 def amount(value: float, block: Block, *, sign: bool = True) -> str:
@@ -229,27 +155,6 @@ def gained(change: Change | None, block: Block) -> str:
     return amount(change.mean, block) if change else "not measured"
 
 
-def task_facts(results: Results) -> dict[str, Any]:
-    """Return what is known of each task: its stage, block, metric, documents, and the base model's score."""
-    of_stage = {task: stage.name for stage in results.stages for task in stage.task_names()}
-    found = {}
-    for task in (*of_stage, *results.general_tasks):
-        score = any_score(results, task)
-        found[task] = {
-            "stage": of_stage.get(task),
-            "block": score.block if score else None,
-            "metric": score.metric if score else None,
-            "documents": len(score.gains) if score else None,
-            "base": results.base[task].value if task in results.base else None,
-        }
-    return found
-
-
-def any_score(results: Results, task: str) -> TaskScore | None:
-    """Return some score of a task, for what all of its scores have in common."""
-    return next((row[task] for x in (*results.merges, *results.experts) for row in x.rows if task in row), None)
-
-
 def verdict(results: Results, line: Line) -> str:
     """Say in one sentence what a merge made of the stages, against plain fine-tuning and the mean of the experts."""
     plain = results.baseline
@@ -262,7 +167,7 @@ def verdict(results: Results, line: Line) -> str:
     mean = next((m for m in results.merges if m.name == results.mean_of_experts != line.name and len(m.rows) > t), None)
     for block in results.stage_blocks() if mean else ():
         assert mean
-        if change := _overall(results, line.rows[t], mean.rows[t], t, block):
+        if change := results.overall(line, mean, t, block):
             parts.append(f"against the mean of the experts: {_told(change, block, 'over all stages')}")
     return "; ".join(parts) + "."
 
@@ -279,13 +184,11 @@ def _against(results: Results, line: Line, plain: Line, t: int) -> str:
         if t > 1:
             earlier = [(new, old, stage.task_names()) for stage in results.stages[: t - 1]]
             scopes = {"over all stages": [*earlier, (new, old, last.task_names())], "on the earlier": earlier, **scopes}
-        parts += [_told(change, block, where) for where, g in scopes.items() if (change := mean_change(g, block))]
+        parts += [
+            _told(change, block, where) for where, g in scopes.items() if (change := results.mean_change(g, block))
+        ]
     told = "; ".join(parts) or "nothing to compare yet"
     return f"after {t} stage{'s' * (t != 1)}, against plain fine-tuning: {told}"
-
-
-def _overall(results: Results, new: Scores, old: Scores, t: int, block: Block) -> Change | None:
-    return mean_change([(new, old, stage.task_names()) for stage in results.stages[:t]], block)
 
 
 def _told(change: Change, block: Block, where: str) -> str:
@@ -300,5 +203,5 @@ def badge(results: Results, line: Line) -> str:
     t = min(len(line.rows), len(plain.rows)) - 1 if plain else 0
     if not plain or t < 1:
         return "same"
-    found = [c for b in results.stage_blocks() if (c := _overall(results, line.rows[t], plain.rows[t], t, b))]
+    found = [c for b in results.stage_blocks() if (c := results.overall(line, plain, t, b))]
     return ("same", "better", "worse")[found[0].sign] if found else "same"

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hf_contmerge.report._findings import METRICS, UNITS, Results, badge, caption, headline, verdict
+from hf_contmerge.report._findings import METRICS, UNITS, badge, caption, headline, verdict
+from hf_contmerge.report._results import Results
 from hf_contmerge.report._tables import Picture, Section
 from hf_contmerge.report._templates import fill
 from hf_contmerge.run.folder import Run

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from hf_contmerge.report._findings import Results, amount, any_score, fate, gained, line_label, natural, relative
+from hf_contmerge.report._findings import amount, fate, gained, natural, relative
 from hf_contmerge.report._labels import Label
+from hf_contmerge.report._results import Results, any_score, line_label
 from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.paired import Change, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change
 
 # Okabe & Ito's colours, told apart by all kinds of colour vision; their yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -107,10 +108,10 @@ class _Point:
 def _stage_points(results: Results, line: Line, j: int, block: Block) -> list[_Point]:
     names, found = results.stages[j - 1].task_names(), []
     for t, row in enumerate(line.rows):
-        change = mean_change([(row, results.base, names)], block) if t else None
+        change = results.change(row, results.base, names, block) if t else None
         if change is None:
             continue
-        since = mean_change([(row, line.rows[j], names)], block) if t > j else change
+        since = results.change(row, line.rows[j], names, block) if t > j else change
         found.append(_Point(t, change, hollow=since is None or since.sign == 0))
     return found
 
@@ -123,7 +124,7 @@ def _stage_panel(axes: Any, results: Results, panel: Panel) -> list[Label]:
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
     axes.contmerge_worse = "worse than before all training"
     independent = next((x for x in results.experts if x.name == "base" and j < len(x.rows)), None)
-    alone = mean_change([(independent.rows[j], results.base, tasks)], block) if independent and j > 1 else None
+    alone = results.change(independent.rows[j], results.base, tasks, block) if independent and j > 1 else None
     if alone and independent:
         axes.plot([j], [alone.mean], "*", ms=12, color="#F0E442", mec=INK, mew=0.8, zorder=6)
         axes.plot([j, results.last], [alone.mean] * 2, color=GREY, lw=0.7, zorder=1)
@@ -187,16 +188,16 @@ def _stage_finding(results: Results, j: int, block: Block) -> str:
     """Say what became of a stage: since it was learnt or, for the last one, in learning it."""
     names = results.stages[j - 1].task_names()
     ends = [(c.mean, x) for x in results.merges if len(x.rows) > j
-            and (c := mean_change([(x.rows[-1], results.base, names)], block))]  # fmt: skip
+            and (c := results.change(x.rows[-1], results.base, names, block))]  # fmt: skip
     best = max(ends, key=lambda pair: pair[0])[1] if ends else None
     told = []
     for line, name in ((results.baseline, line_label("previous")), (best, best.name if best else "")):
         if line is None or len(line.rows) <= j:
             continue
         if j < len(line.rows) - 1:
-            told.append(f"{name} {fate(mean_change([(line.rows[-1], line.rows[j], names)], block), block)}")
+            told.append(f"{name} {fate(results.change(line.rows[-1], line.rows[j], names, block), block)}")
         else:
-            told.append(f"{name} {gained(mean_change([(line.rows[j], results.base, names)], block), block)}")
+            told.append(f"{name} {gained(results.change(line.rows[j], results.base, names, block), block)}")
     return ("then " if j < results.last else "learnt last: ") + "; ".join(told) if told else ""
 
 
@@ -206,7 +207,7 @@ def _general_panel(axes: Any, results: Results, block: Block) -> list[Label]:
     axes.contmerge_worse = "worse than the base"
     tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
     for i, d in enumerate(drawn := drawn_lines(results)):
-        found = [(t, mean_change([(row, results.base, tasks)], block)) for t, row in enumerate(d.line.rows) if t]
+        found = [(t, results.change(row, results.base, tasks, block)) for t, row in enumerate(d.line.rows) if t]
         points = [_Point(t, c, hollow=c.sign == 0) for t, c in found if c]
         _trace(axes, d, points, 0.05 * (i - (len(drawn) - 1) / 2))
         if points and points[-1].stage == len(d.line.rows) - 1:

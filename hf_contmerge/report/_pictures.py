@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_contmerge.report._choices import Curve
-from hf_contmerge.report._findings import Results, caption, headline
+from hf_contmerge.report._findings import caption, headline
 from hf_contmerge.report._labels import LETTER, Label, label_dots, label_ends, name_region
 from hf_contmerge.report._panels import COLOURS, FAINT, GREY, INK, MARKERS, Panel, draw_panel, panels
+from hf_contmerge.report._results import Results
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,

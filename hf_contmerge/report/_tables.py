@@ -8,20 +8,17 @@ from dataclasses import dataclass, field
 from hf_contmerge.report._findings import (
     METRICS,
     UNITS,
-    Results,
     amount,
-    any_score,
     interval,
     known_metrics,
-    line_label,
     natural,
-    task_facts,
 )
+from hf_contmerge.report._results import Results, any_score, line_label, task_facts
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import PHASES
 from hf_contmerge.run.scores import Block, Scores
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.paired import Change, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change
 
 MISSING = "–"
 _METRIC_UNITS: dict[Block, str] = {"perplexity": "nats", "accuracy": "shares"}
@@ -110,7 +107,7 @@ def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
     names = ["base", *(stage.name for stage in results.stages)]
     rows = []
     for t, row in enumerate(line.rows):
-        cells = [score_cell(row, results.base, k, largest, own=learnt.get(k) == t) for k in tasks]
+        cells = [score_cell(results, row, k, largest, own=learnt.get(k) == t) for k in tasks]
         rows.append([Cell(names[t]), *cells])
     return Table(f"{name}, {block}", ("after", *tasks), rows)
 
@@ -123,14 +120,15 @@ def _largest(results: Results, tasks: Sequence[str]) -> float:
     return max(found, default=0.0)
 
 
-def score_cell(row: Scores, base: Scores, task: str, largest: float, *, own: bool = False) -> Cell:
+def score_cell(results: Results, row: Scores, task: str, largest: float, *, own: bool = False) -> Cell:
     """Return a score, shaded by its change against the base where that is more than noise."""
     score = row.get(task)
     if score is None:
         return Cell()
     hint, shade = f"utility {score.utility:.4f}", 0.0
-    change = mean_change([(row, base, [task])], score.block) if task in base else None
-    if change and row is not base:
+    base = results.base
+    change = results.change(row, base, [task], score.block) if task in base and row is not base else None
+    if change:
         told = f"{amount(change.mean, score.block)} against the base, {interval(change, score.block)}"
         hint += f"; {told}" + ("; no change seen" if change.sign == 0 else "")
         shade = change.mean / largest if largest and change.sign else 0.0
@@ -179,12 +177,12 @@ def metric_cell(value: float | None, block: Block, name: str) -> Cell:
 def final_table(results: Results, block: Block) -> Table:
     """Return metrics and last scores of all lines; with many tasks only the metrics, to fit a terminal."""
     tasks = [t for t in task_facts(results) if (s := any_score(results, t)) and s.block == block]
-    tasks, base = tasks if len(tasks) <= 4 else [], results.base
+    tasks = tasks if len(tasks) <= 4 else []
     largest = _largest(results, tasks)
-    rows = [[Cell("base"), *(score_cell(base, base, t, 0) for t in tasks), *[Cell()] * len(_AT_THE_END)]]
+    rows = [[Cell("base"), *(score_cell(results, results.base, t, 0) for t in tasks), *[Cell()] * len(_AT_THE_END)]]
     for name, line in results.named_lines():
         values = line.metrics(results.stages, results.general_tasks, block)
-        last = [score_cell(line.rows[-1], base, t, largest) for t in tasks]
+        last = [score_cell(results, line.rows[-1], t, largest) for t in tasks]
         rows.append([Cell(name), *last, *(metric_cell(values[m], block, m) for m in _AT_THE_END)])
     header = ("", *tasks, *(METRICS[m].short for m in _AT_THE_END))
     return Table(f"{block} at the end (metrics in {_METRIC_UNITS[block]})", header, rows)
@@ -206,13 +204,13 @@ def _task_table(results: Results, task: str, block: Block, stage: str | None) ->
     for name, line in results.named_lines():
         if not any(task in row for row in line.rows[1:]):
             continue
-        cells = [score_cell(row, results.base, task, largest, own=t == learnt > 0) for t, row in enumerate(line.rows)]
+        cells = [score_cell(results, row, task, largest, own=t == learnt > 0) for t, row in enumerate(line.rows)]
         cells += [Cell()] * (len(after) - len(cells))
         last = line.rows[-1] if task in line.rows[-1] else {}
-        changes = [mean_change([(last, results.base, [task])], block) if last else None]
+        changes = [results.change(last, results.base, [task], block) if last else None]
         if 0 < learnt < results.last:
             there = last and len(line.rows) > learnt + 1 and task in line.rows[learnt]
-            changes.append(mean_change([(last, line.rows[learnt], [task])], block) if there else None)
+            changes.append(results.change(last, line.rows[learnt], [task], block) if there else None)
         rows.append([Cell(name), *cells, *(change_cell(c, block) for c in changes), _detectable(changes[-1], block)])
     since = ("since it was learnt",) if 0 < learnt < results.last else ()
     told = f"{task} ({'stage ' + stage if stage else 'general'}, {len(results.base[task].gains)} documents)"

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ResourceError, RunError
-from hf_contmerge.report._findings import Results, amount, interval, natural
+from hf_contmerge.report._findings import amount, interval, natural
+from hf_contmerge.report._results import Results
 from hf_contmerge.report._tables import Cell, Section, Table, change_cell, metric_table
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report._terminal import rich_table

@@ -27,10 +27,11 @@ from typing import Any
 
 from hf_contmerge.report._choices import choice_tables, choices_intro, curves
 from hf_contmerge.report._examples import examples
-from hf_contmerge.report._findings import UNITS, Results, task_facts, verdict
+from hf_contmerge.report._findings import UNITS, verdict
 from hf_contmerge.report._merges import geometry_section
 from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
+from hf_contmerge.report._results import Results, task_facts
 from hf_contmerge.report._tables import (
     Cost,
     Picture,
