@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from hf_contmerge.report._findings import amount, fate, gained, natural, relative
-from hf_contmerge.report._labels import Label
+from hf_contmerge.report._labels import Dot, Label
 from hf_contmerge.report._results import Results, any_score, line_label
 from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.lines import Line
@@ -60,6 +60,20 @@ class Drawn:
     dash: str
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What is written into a panel once its size is known."""
+
+    title: str
+    finding: str
+    stages: tuple[str, ...]
+    labels: Sequence[Label] = ()
+    dots: Sequence[Dot] = ()
+    """Of the plane, which has slanted lines of equal final averages too."""
+    worse: str = ""
+    """What it means to lie in the shaded region."""
+
+
 def panels(results: Results) -> list[Panel]:
     """Return the panels that there is something for: stages, general abilities, the plane."""
     stages = [Panel("stage", b, j) for j in range(1, results.last + 1) if (b := stage_block(results, j))]
@@ -69,8 +83,8 @@ def panels(results: Results) -> list[Panel]:
     return [*stages, *general, *planes]
 
 
-def draw_panel(axes: Any, results: Results, panel: Panel) -> list[Label]:
-    """Draw a panel; return the names to write beside the ends of its lines."""
+def draw_panel(axes: Any, results: Results, panel: Panel) -> Drawing:
+    """Draw a panel; return what to write into it."""
     if panel.kind == "stage":
         return _stage_panel(axes, results, panel)
     return (_general_panel if panel.kind == "general" else _plane_panel)(axes, results, panel.block)
@@ -116,13 +130,12 @@ def _stage_points(results: Results, line: Line, j: int, block: Block) -> list[_P
     return found
 
 
-def _stage_panel(axes: Any, results: Results, panel: Panel) -> list[Label]:
+def _stage_panel(axes: Any, results: Results, panel: Panel) -> Drawing:
     j, block = panel.of, panel.block
     assert j
     tasks = [t for t in results.stages[j - 1].task_names() if _is(results, t, block)]
     labels = [Label(0.0, _at_end("base", results.base, tasks, 0.0, block), GREY)]
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
-    axes.contmerge_worse = "worse than before all training"
     independent = next((x for x in results.experts if x.name == "base" and j < len(x.rows)), None)
     alone = results.change(independent.rows[j], results.base, tasks, block) if independent and j > 1 else None
     if alone and independent:
@@ -139,8 +152,8 @@ def _stage_panel(axes: Any, results: Results, panel: Panel) -> list[Label]:
             _name_drop(axes, [p for p in points if p.stage >= j])
     _stage_axis(axes, results, learnt=j)
     _change_axis(axes, block, _common_limits(results, block))
-    _title(axes, f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block))
-    return labels
+    title, finding = f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block)
+    return Drawing(title, finding, _stage_names(results), labels, worse="worse than before all training")
 
 
 def _at_end(name: str, row: Any, tasks: Sequence[str], change: float, block: Block) -> str:
@@ -201,10 +214,9 @@ def _stage_finding(results: Results, j: int, block: Block) -> str:
     return ("then " if j < results.last else "learnt last: ") + "; ".join(told) if told else ""
 
 
-def _general_panel(axes: Any, results: Results, block: Block) -> list[Label]:
+def _general_panel(axes: Any, results: Results, block: Block) -> Drawing:
     labels, told, ends = [Label(0.0, "base", GREY)], [], []
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
-    axes.contmerge_worse = "worse than the base"
     tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
     for i, d in enumerate(drawn := drawn_lines(results)):
         found = [(t, results.change(row, results.base, tasks, block)) for t, row in enumerate(d.line.rows) if t]
@@ -220,8 +232,8 @@ def _general_panel(axes: Any, results: Results, block: Block) -> list[Label]:
         told.append(f"{d.label} {fate(change, block).replace('forgot', 'lost')}")
     _stage_axis(axes, results, learnt=None)
     _change_axis(axes, block, None)
-    _title(axes, f"General ability ({block})", "; ".join(told) or ", ".join(tasks))
-    return labels
+    title, finding = f"General ability ({block})", "; ".join(told) or ", ".join(tasks)
+    return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base")
 
 
 def _dots(results: Results, block: Block) -> list[tuple[Drawn, Change, Change]]:
@@ -230,7 +242,7 @@ def _dots(results: Results, block: Block) -> list[tuple[Drawn, Change, Change]]:
     return [(d, learnt, kept) for d, learnt, kept in found if learnt and kept]
 
 
-def _plane_panel(axes: Any, results: Results, block: Block) -> list[Label]:
+def _plane_panel(axes: Any, results: Results, block: Block) -> Drawing:
     """Draw BWT over what was learnt. Where all is measured, final average = learnt + BWT (T-1)/T: the slanted lines."""
     dots, per_unit = _dots(results, block), 100 if block == "accuracy" else 1
     unit = "points" if block == "accuracy" else "nats"
@@ -245,16 +257,21 @@ def _plane_panel(axes: Any, results: Results, block: Block) -> list[Label]:
     axes.set_ylabel(f"kept: backward transfer, {unit}  →")
     best = results.best(block)
     finding = f"highest final average of the merges: {best.name}" if best else "up and right is better"
-    _title(axes, "Learning against forgetting", f"{finding}; slanted lines join equal final averages")
-    axes.contmerge_stages = ["base", *(stage.name for stage in results.stages[: results.last])]
-    axes.contmerge_dots = [(per_unit * a.mean, per_unit * b.mean, d.label, d.colour) for d, a, b in dots]
-    return []
+    return Drawing(
+        "Learning against forgetting",
+        f"{finding}; slanted lines join equal final averages",
+        _stage_names(results),
+        dots=[Dot(per_unit * learnt.mean, per_unit * kept.mean, d.label, d.colour) for d, learnt, kept in dots],
+    )
+
+
+def _stage_names(results: Results) -> tuple[str, ...]:
+    return ("base", *(stage.name for stage in results.stages[: results.last]))
 
 
 def _stage_axis(axes: Any, results: Results, *, learnt: int | None) -> None:
     if learnt:
         axes.axvspan(learnt - 0.2, learnt + 0.2, color=FAINT, lw=0, zorder=0.5)
-    axes.contmerge_stages = ["base", *(s.name for s in results.stages[: results.last])]
     axes.set_xticks(range(results.last + 1))
     axes.set_xlim(-0.25, results.last + 0.25)
     axes.set_xlabel("after stage", loc="left")
@@ -300,7 +317,3 @@ def _ratios(low: float, high: float) -> Sequence[float]:
         if sum(low <= -math.log(r) <= high for r in series) >= 4:
             return series
     return _RATIOS[-1]
-
-
-def _title(axes: Any, title: str, finding: str) -> None:
-    axes.contmerge_title = (title, finding)

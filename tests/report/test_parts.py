@@ -94,8 +94,9 @@ def test_noise_is_drawn_hollow(run):
     draw_panel(axes, results, Panel("general", "accuracy"))
     assert "white" in [line.get_markerfacecolor() for line in axes.lines]
     stage = Figure().add_subplot()
-    labels = draw_panel(stage, results, Panel("stage", "perplexity", 1))
-    assert {"base 36.6", "fine-tuning alone 49.4"} <= {label.text for label in labels}
+    drawing = draw_panel(stage, results, Panel("stage", "perplexity", 1))
+    assert {"base 36.6", "fine-tuning alone 49.4"} <= {label.text for label in drawing.labels}
+    assert (drawing.title, drawing.stages) == ("1 · s1", ("base", "s1", "s2", "s3"))
     assert "forgotten" in {text.get_text() for text in stage.texts}
 
 
@@ -257,5 +258,5 @@ def test_a_stage_with_several_tasks_is_drawn_as_their_mean(tmp_path):
     results = load_results(run)
     both = replace(results, stages=tuple(s.model_copy(update={"tasks": run.recipe.evaluate.general_tasks[1:]})
                                          for s in results.stages), general_tasks=())  # fmt: skip
-    labels = draw_panel(Figure().add_subplot(), both, Panel("stage", "perplexity", 1))
+    labels = draw_panel(Figure().add_subplot(), both, Panel("stage", "perplexity", 1)).labels
     assert next(label.text for label in labels if label.text.startswith("opcm")) == "opcm × 0.78"
