@@ -60,9 +60,9 @@ METRICS = {
 _ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 is nothing to boast of where nothing was learnt
 
 
-def known_metrics(found: Iterable[Mapping[str, float | None]]) -> list[str]:
+def known_metrics(lines_metrics: Iterable[Mapping[str, float | None]]) -> list[str]:
     """Return the metrics that some line has, as METRICS orders them; ACC, LA and BWT always stand together."""
-    lines = list(found)
+    lines = list(lines_metrics)
     return [name for name in METRICS if name in _ALWAYS or any(values.get(name) is not None for values in lines)]
 
 
@@ -110,8 +110,8 @@ def outcome(change: Change | None, block: Block, what: str) -> str:
     """Say what became of something learnt, so that a stranger sees how much that is."""
     if change is None:
         return "was not measured"
-    found = ("shows no change on", "got better on", "forgot")[change.sign]
-    return f"{found} {what} ({'perplexity ' * (block == 'perplexity')}{relative(change.mean, block)})"
+    verb = ("shows no change on", "got better on", "forgot")[change.sign]
+    return f"{verb} {what} ({'perplexity ' * (block == 'perplexity')}{relative(change.mean, block)})"
 
 
 def headline(results: Results) -> str:
@@ -120,34 +120,34 @@ def headline(results: Results) -> str:
     what = "the earlier ones" if results.last > 2 else "the first"
     for block in results.stage_blocks():
         if results.last > 1:
-            told = compared(results, lambda line, b=block: outcome(results.kept(line, b), b, what))
+            clauses = compared(results, lambda line, b=block: outcome(results.kept(line, b), b, what))
         else:
-            told = compared(results, lambda line, b=block: "gained " + gained(results.learnt(line, b), b))
-        if told:
-            again = [t.replace(f" {what} (", " them (" if results.last > 2 else " it (") for t in told[1:]]
-            return f"{stages}, " + "; ".join([told[0], *again])
+            clauses = compared(results, lambda line, b=block: "gained " + gained(results.learnt(line, b), b))
+        if clauses:
+            again = [t.replace(f" {what} (", " them (" if results.last > 2 else " it (") for t in clauses[1:]]
+            return f"{stages}, " + "; ".join([clauses[0], *again])
     return f"{stages}, there is nothing to compare yet" if results.last else "Nothing has been learnt yet"
 
 
 def caption(results: Results) -> str:
     """Return what was learnt, without which what was kept says little, and how to read the picture."""
-    found = []
+    gains = []
     for block in results.stage_blocks() if results.last > 1 else ():
-        told = compared(results, lambda line, b=block: gained(results.learnt(line, b), b))
-        found.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(told)}. " if told else "")
+        clauses = compared(results, lambda line, b=block: gained(results.learnt(line, b), b))
+        gains.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(clauses)}. " if clauses else "")
     return (
-        "".join(found) + "Bars: 95 % intervals of the change on the same documents; a hollow marker: no change seen "
+        "".join(gains) + "Bars: 95 % intervals of the change on the same documents; a hollow marker: no change seen "
         "(of a stage since it was learnt, of general ability against the base). ★: an expert trained on that stage "
         "alone. 0.1 nats is about a tenth of the perplexity."
     )
 
 
-def compared(results: Results, tell: Callable[[Line], str]) -> list[str]:
+def compared(results: Results, describe: Callable[[Line], str]) -> list[str]:
     """Tell of plain fine-tuning and of the best merge, as far as they have come."""
     best = next((line for b in results.stage_blocks() if (line := results.best(b))), None)
     name = best.name + ", the best merge," * (len(results.merges) > 1) if best else ""
     named = [(line_label("previous"), results.baseline), (name, best)]
-    return [f"{name} {tell(line)}" for name, line in named if line and len(line.rows) == results.last + 1]
+    return [f"{name} {describe(line)}" for name, line in named if line and len(line.rows) == results.last + 1]
 
 
 def gained(change: Change | None, block: Block) -> str:
@@ -168,7 +168,7 @@ def verdict(results: Results, line: Line) -> str:
     for block in results.stage_blocks() if mean else ():
         assert mean
         if change := results.overall(line, mean, t, block):
-            parts.append(f"against the mean of the experts: {_told(change, block, 'over all stages')}")
+            parts.append(f"against the mean of the experts: {_scope_text(change, block, 'over all stages')}")
     return "; ".join(parts) + "."
 
 
@@ -185,13 +185,15 @@ def _against(results: Results, line: Line, plain: Line, t: int) -> str:
             earlier = [(new, old, stage.task_names()) for stage in results.stages[: t - 1]]
             scopes = {"over all stages": [*earlier, (new, old, last.task_names())], "on the earlier": earlier, **scopes}
         parts += [
-            _told(change, block, where) for where, g in scopes.items() if (change := results.mean_change(g, block))
+            _scope_text(change, block, where)
+            for where, g in scopes.items()
+            if (change := results.mean_change(g, block))
         ]
-    told = "; ".join(parts) or "nothing to compare yet"
-    return f"after {t} stage{'s' * (t != 1)}, against plain fine-tuning: {told}"
+    comparison = "; ".join(parts) or "nothing to compare yet"
+    return f"after {t} stage{'s' * (t != 1)}, against plain fine-tuning: {comparison}"
 
 
-def _told(change: Change, block: Block, where: str) -> str:
+def _scope_text(change: Change, block: Block, where: str) -> str:
     if change.stderr is None:
         return f"too few documents to tell {where} ({amount(change.mean, block)})"
     return f"{change.seen} {where} ({amount(change.mean, block)}, {interval(change, block)})"
@@ -203,5 +205,5 @@ def badge(results: Results, line: Line) -> str:
     t = min(len(line.rows), len(plain.rows)) - 1 if plain else 0
     if not plain or t < 1:
         return "same"
-    found = [c for b in results.stage_blocks() if (c := results.overall(line, plain, t, b))]
-    return ("same", "better", "worse")[found[0].sign] if found else "same"
+    changes = [c for b in results.stage_blocks() if (c := results.overall(line, plain, t, b))]
+    return ("same", "better", "worse")[changes[0].sign] if changes else "same"

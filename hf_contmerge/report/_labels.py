@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LETTER = 0.55
 """Mean width of a letter, as a share of the font size."""
@@ -32,7 +35,7 @@ class Dot:
     colour: str
 
 
-def label_ends(axes: Any, labels: Sequence[Label], stages: Sequence[str]) -> None:
+def label_ends(axes: Axes, labels: Sequence[Label], stages: Sequence[str]) -> None:
     """Write the labels to the right of the lines' ends, pushed apart, each with a leader to its line."""
     if not labels:
         return
@@ -53,7 +56,7 @@ def label_ends(axes: Any, labels: Sequence[Label], stages: Sequence[str]) -> Non
         axes.text(last + 15 * per_point, y, label.text, color=label.colour, fontsize=size, va="center")
 
 
-def name_region(axes: Any, text: str) -> None:
+def name_region(axes: Axes, text: str) -> None:
     """Say at the bottom on the right what it means to lie there, if no label is in the way."""
     size, (low, high) = 8.0, axes.get_ylim()
     scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
@@ -62,7 +65,7 @@ def name_region(axes: Any, text: str) -> None:
                       color="#a3603a", ha="right", va="bottom")  # fmt: skip
 
 
-def _name_ticks(axes: Any, names: Sequence[str]) -> None:
+def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     """Write the stages' names under the ticks where they fit; else numbers, which the panels' titles explain."""
     span = axes.get_xlim()[1] - axes.get_xlim()[0]
     step = axes.get_window_extent().width * 72 / axes.figure.dpi / span
@@ -90,7 +93,7 @@ def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
     return mid
 
 
-def label_dots(axes: Any, dots: Sequence[Dot]) -> None:
+def label_dots(axes: Axes, dots: Sequence[Dot]) -> None:
     """Name the dots, each to the right of its own; where two are close, the lower name goes lower."""
     from matplotlib.patheffects import withStroke
 

@@ -42,7 +42,7 @@ def last_merged_stage(run: Run, entry: Merge) -> int:
 
 def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, Any]]]) -> list[Table]:
     """Return the tables of cosines and of opposite signs of one kind of expert, and of the models merged from it."""
-    _, far, fullest = max(group, key=lambda found: len(_folded(run, found[1], found[2])))
+    _, far, fullest = max(group, key=lambda merged: len(_folded(run, merged[1], merged[2])))
     names = _folded(run, far, fullest)
     tables = []
     for what, key in (("Cosines", "cosines"), ("Opposite signs", "conflicts")):
@@ -55,8 +55,8 @@ def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, 
             rows.append(
                 [Cell(_MERGED + entry.name), _merged_length(record), *(_angle(last.get(n), key) for n in names)]
             )
-        told = f"{what}, experts from {'the stage before' if kind == 'previous' else kind}"
-        tables.append(Table(told, ("vector", "length", *names), rows, judged=False))
+        title = f"{what}, experts from {'the stage before' if kind == 'previous' else kind}"
+        tables.append(Table(title, ("vector", "length", *names), rows, judged=False))
     return tables
 
 
@@ -102,17 +102,17 @@ def vectors(run: Run) -> list[Table]:
     """Return, for each stage that is the difference of two models, how it lies to what the stage before had learnt."""
     tables = []
     for t, place in run.places():
-        found = place.record("train").get("vector", {}) if place.is_done("train") else {}
-        if "layers" in found:
+        facts = place.record("train").get("vector", {}) if place.is_done("train") else {}
+        if "layers" in facts:
             rows = [
                 [Cell(layer), Cell(f"{x['cosine']:+.3f}".replace("-", "−")), Cell(f"{x['norm_ratio']:.3g}")]
-                for layer, x in found["layers"].items()
+                for layer, x in facts["layers"].items()
             ]
             against = f"cosine with {run.stage(t - 1).name}"
             title = f"Vector {run.stage(t).name} ({place.folder.name})"
             tables.append(Table(title, ("layer", against, "length over that one's"), rows))
-        if found.get("special_tokens"):
-            moved = [[Cell(token), Cell(f"{100 * x:.1f} %")] for token, x in found["special_tokens"].items()]
+        if facts.get("special_tokens"):
+            moved = [[Cell(token), Cell(f"{100 * x:.1f} %")] for token, x in facts["special_tokens"].items()]
             title = f"Special tokens of {run.stage(t).name} ({place.folder.name})"
             tables.append(Table(title, ("token", "its embedding moved by"), moved))
     return tables

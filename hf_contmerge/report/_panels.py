@@ -6,32 +6,23 @@ hollow marker is a change inside the noise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.report._findings import amount, fate, gained, natural, relative
+from hf_contmerge.report._axes import COLOURS, GREY, INK, MARKERS, change_axis, stage_axis
+from hf_contmerge.report._findings import fate, gained, natural, relative
 from hf_contmerge.report._labels import Dot, Label
 from hf_contmerge.report._results import Results, any_score, line_label
 from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change
 
-# Okabe & Ito's colours, told apart by all kinds of colour vision; their yellow is too pale for lines on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
-INK, GREY, FAINT, WORSE = "#1a1a1a", "#6b6b6b", "#e9e9e6", "#fbeee6"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _NAMED = 4  # stages: with more, a panel has no room for a word among its lines
-_RATIOS = (
-    (0.125, 0.25, 0.5, 1, 2, 4, 8, 16),
-    (0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4),
-    (0.5, 0.6, 0.8, 1, 1.25, 1.6, 2, 2.5),
-    (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3),
-    (0.9, 0.95, 1, 1.05, 1.1),
-)
-"""Multiples of the base's perplexity to mark, from coarse to fine."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,7 @@ class Panel:
     block: Block
     of: int | None = None
 
-    def told(self, results: Results) -> str:
+    def alt_text(self, results: Results) -> str:
         """Return in words what the panel shows, for those who cannot see it."""
         if self.of:
             return f"Stage {results.stages[self.of - 1].name}: {_stage_finding(results, self.of, self.block)}"
@@ -50,7 +41,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class StyledLine:
     """A line with its looks."""
 
     line: Line
@@ -77,13 +68,13 @@ class Drawing:
 def panels(results: Results) -> list[Panel]:
     """Return the panels that there is something for: stages, general abilities, the plane."""
     stages = [Panel("stage", b, j) for j in range(1, results.last + 1) if (b := stage_block(results, j))]
-    seen = [results.base[t].block for t in results.general_tasks if t in results.base]
-    general = [Panel("general", b) for b in results.blocks() if results.last and b in seen]
+    measured = [results.base[t].block for t in results.general_tasks if t in results.base]
+    general = [Panel("general", b) for b in results.blocks() if results.last and b in measured]
     planes = [Panel("plane", b) for b in results.stage_blocks()[:1] if _dots(results, b)]
     return [*stages, *general, *planes]
 
 
-def draw_panel(axes: Any, results: Results, panel: Panel) -> Drawing:
+def draw_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
     """Draw a panel; return what to write into it."""
     if panel.kind == "stage":
         return _stage_panel(axes, results, panel)
@@ -101,11 +92,11 @@ def _is(results: Results, task: str, block: Block) -> bool:
     return score is not None and score.block == block
 
 
-def drawn_lines(results: Results) -> list[Drawn]:
+def drawn_lines(results: Results) -> list[StyledLine]:
     """Return the lines in the order in which they are drawn: plain fine-tuning, then the merges."""
-    plain = [Drawn(results.baseline, line_label("previous"), INK, "X", "--")] if results.baseline else []
+    plain = [StyledLine(results.baseline, line_label("previous"), INK, "X", "--")] if results.baseline else []
     return plain + [
-        Drawn(line, line.name, COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)], "-")
+        StyledLine(line, line.name, COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)], "-")
         for i, line in enumerate(results.merges)
     ]
 
@@ -120,17 +111,17 @@ class _Point:
 
 
 def _stage_points(results: Results, line: Line, j: int, block: Block) -> list[_Point]:
-    names, found = results.stages[j - 1].task_names(), []
+    names, points = results.stages[j - 1].task_names(), []
     for t, row in enumerate(line.rows):
         change = results.change(row, results.base, names, block) if t else None
         if change is None:
             continue
         since = results.change(row, line.rows[j], names, block) if t > j else change
-        found.append(_Point(t, change, hollow=since is None or since.sign == 0))
-    return found
+        points.append(_Point(t, change, hollow=since is None or since.sign == 0))
+    return points
 
 
-def _stage_panel(axes: Any, results: Results, panel: Panel) -> Drawing:
+def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
     j, block = panel.of, panel.block
     assert j
     tasks = [t for t in results.stages[j - 1].task_names() if _is(results, t, block)]
@@ -150,8 +141,8 @@ def _stage_panel(axes: Any, results: Results, panel: Panel) -> Drawing:
             labels.append(Label(end, _at_end(d.label, d.line.rows[-1], tasks, end, block), d.colour))
         if d.line is results.baseline and results.last <= _NAMED:
             _name_drop(axes, [p for p in points if p.stage >= j])
-    _stage_axis(axes, results, learnt=j)
-    _change_axis(axes, block, _common_limits(results, block))
+    stage_axis(axes, results, learnt=j)
+    change_axis(axes, block, _common_limits(results, block))
     title, finding = f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block)
     return Drawing(title, finding, _stage_names(results), labels, worse="worse than before all training")
 
@@ -167,7 +158,7 @@ def _with_change(name: str, change: float, block: Block) -> str:
     return f"{name} {relative(change, block).removesuffix(' points')}"
 
 
-def _name_drop(axes: Any, points: Sequence[_Point]) -> None:
+def _name_drop(axes: Axes, points: Sequence[_Point]) -> None:
     """Name the steepest fall of plain fine-tuning, where a stage is known to be worse than when it was learnt."""
     if len(points) < 2 or points[-1].hollow or points[-1].change.mean > points[0].change.mean:
         return
@@ -178,7 +169,7 @@ def _name_drop(axes: Any, points: Sequence[_Point]) -> None:
                   ha=side, va="center", zorder=7)  # fmt: skip
 
 
-def _trace(axes: Any, d: Drawn, points: Sequence[_Point], shift: float) -> None:
+def _trace(axes: Axes, d: StyledLine, points: Sequence[_Point], shift: float) -> None:
     if not points:
         return
     x, y = [p.stage + shift for p in points], [p.change.mean for p in points]
@@ -203,24 +194,24 @@ def _stage_finding(results: Results, j: int, block: Block) -> str:
     ends = [(c.mean, x) for x in results.merges if len(x.rows) > j
             and (c := results.change(x.rows[-1], results.base, names, block))]  # fmt: skip
     best = max(ends, key=lambda pair: pair[0])[1] if ends else None
-    told = []
+    clauses = []
     for line, name in ((results.baseline, line_label("previous")), (best, best.name if best else "")):
         if line is None or len(line.rows) <= j:
             continue
         if j < len(line.rows) - 1:
-            told.append(f"{name} {fate(results.change(line.rows[-1], line.rows[j], names, block), block)}")
+            clauses.append(f"{name} {fate(results.change(line.rows[-1], line.rows[j], names, block), block)}")
         else:
-            told.append(f"{name} {gained(results.change(line.rows[j], results.base, names, block), block)}")
-    return ("then " if j < results.last else "learnt last: ") + "; ".join(told) if told else ""
+            clauses.append(f"{name} {gained(results.change(line.rows[j], results.base, names, block), block)}")
+    return ("then " if j < results.last else "learnt last: ") + "; ".join(clauses) if clauses else ""
 
 
-def _general_panel(axes: Any, results: Results, block: Block) -> Drawing:
-    labels, told, ends = [Label(0.0, "base", GREY)], [], []
+def _general_panel(axes: Axes, results: Results, block: Block) -> Drawing:
+    labels, clauses, ends = [Label(0.0, "base", GREY)], [], []
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
     tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
     for i, d in enumerate(drawn := drawn_lines(results)):
-        found = [(t, results.change(row, results.base, tasks, block)) for t, row in enumerate(d.line.rows) if t]
-        points = [_Point(t, c, hollow=c.sign == 0) for t, c in found if c]
+        changes = [(t, results.change(row, results.base, tasks, block)) for t, row in enumerate(d.line.rows) if t]
+        points = [_Point(t, c, hollow=c.sign == 0) for t, c in changes if c]
         _trace(axes, d, points, 0.05 * (i - (len(drawn) - 1) / 2))
         if points and points[-1].stage == len(d.line.rows) - 1:
             last = points[-1].change
@@ -229,20 +220,21 @@ def _general_panel(axes: Any, results: Results, block: Block) -> Drawing:
     plain = [e for e in ends if e[1].line is results.baseline]
     merged = max((e for e in ends if e[1].line is not results.baseline), key=lambda e: e[0], default=None)
     for _, d, change in (*plain, *([merged] if merged else [])):
-        told.append(f"{d.label} {fate(change, block).replace('forgot', 'lost')}")
-    _stage_axis(axes, results, learnt=None)
-    _change_axis(axes, block, None)
-    title, finding = f"General ability ({block})", "; ".join(told) or ", ".join(tasks)
+        clauses.append(f"{d.label} {fate(change, block).replace('forgot', 'lost')}")
+    stage_axis(axes, results, learnt=None)
+    change_axis(axes, block, None)
+    title, finding = f"General ability ({block})", "; ".join(clauses) or ", ".join(tasks)
     return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base")
 
 
-def _dots(results: Results, block: Block) -> list[tuple[Drawn, Change, Change]]:
-    others = [Drawn(x, line_label(x.name), GREY, "o", "-") for x in results.experts if x.name.startswith("merged-")]
-    found = [(d, results.learnt(d.line, block), results.kept(d.line, block)) for d in (*drawn_lines(results), *others)]
-    return [(d, learnt, kept) for d, learnt, kept in found if learnt and kept]
+def _dots(results: Results, block: Block) -> list[tuple[StyledLine, Change, Change]]:
+    others = [x for x in results.experts if x.name.startswith("merged-")]
+    lines = [*drawn_lines(results), *(StyledLine(x, line_label(x.name), GREY, "o", "-") for x in others)]
+    changes = [(d, results.learnt(d.line, block), results.kept(d.line, block)) for d in lines]
+    return [(d, learnt, kept) for d, learnt, kept in changes if learnt and kept]
 
 
-def _plane_panel(axes: Any, results: Results, block: Block) -> Drawing:
+def _plane_panel(axes: Axes, results: Results, block: Block) -> Drawing:
     """Draw BWT over what was learnt. Where all is measured, final average = learnt + BWT (T-1)/T: the slanted lines."""
     dots, per_unit = _dots(results, block), 100 if block == "accuracy" else 1
     unit = "points" if block == "accuracy" else "nats"
@@ -269,51 +261,13 @@ def _stage_names(results: Results) -> tuple[str, ...]:
     return ("base", *(stage.name for stage in results.stages[: results.last]))
 
 
-def _stage_axis(axes: Any, results: Results, *, learnt: int | None) -> None:
-    if learnt:
-        axes.axvspan(learnt - 0.2, learnt + 0.2, color=FAINT, lw=0, zorder=0.5)
-    axes.set_xticks(range(results.last + 1))
-    axes.set_xlim(-0.25, results.last + 0.25)
-    axes.set_xlabel("after stage", loc="left")
-    axes.spines["bottom"].set_bounds(-0.25, results.last + 0.25)
-
-
 def _common_limits(results: Results, block: Block) -> tuple[float, float] | None:
     """Return the least and the greatest that any stage's panel of this block shows, so that they compare."""
-    found = [
+    values = [
         value
         for j in range(1, results.last + 1) if stage_block(results, j) == block
         for d in drawn_lines(results)
         for point in _stage_points(results, d.line, j, block)
         for value in (point.change.mean, point.change.low, point.change.high) if value is not None
     ]  # fmt: skip
-    return (min(0.0, *found), max(0.0, *found)) if found else None
-
-
-def _change_axis(axes: Any, block: Block, limits: tuple[float, float] | None) -> None:
-    """Mark changes against the base by what users know: points, or multiples of the base's perplexity."""
-    if limits:
-        axes.set_ylim(*limits)
-    low, high = axes.get_ylim()
-    room = 0.08 * (high - low)
-    short = max(0.0, {"perplexity": 0.1, "accuracy": 0.04}[block] - (high - low))  # do not blow up what is nothing
-    low, high = low - room - short / 2, high + room + short / 2
-    axes.set_ylim(low, high)
-    axes.axhspan(low, 0, color=WORSE, lw=0, zorder=0)
-    if block == "accuracy":
-        axes.set_ylabel("points against the base   ↑ better")
-        axes.yaxis.set_major_formatter(lambda y, _: amount(y, block).split()[0])
-        return
-    axes.set_ylabel("perplexity / the base's   ↑ better")
-    shown = [r for r in _ratios(low, high) if low <= -math.log(r) <= high]
-    axes.set_yticks([-math.log(r) for r in shown], [f"× {r:g}" for r in shown])
-
-
-def _ratios(low: float, high: float) -> Sequence[float]:
-    """Return multiples to mark: the coarsest series with four in the range or, of a wide one, powers of ten."""
-    if high - low > 5:
-        return [10.0**k for k in range(math.floor(-high / math.log(10)), math.ceil(-low / math.log(10)) + 1)]
-    for series in _RATIOS:
-        if sum(low <= -math.log(r) <= high for r in series) >= 4:
-            return series
-    return _RATIOS[-1]
+    return (min(0.0, *values), max(0.0, *values)) if values else None

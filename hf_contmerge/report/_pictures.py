@@ -12,13 +12,18 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from hf_contmerge.report._axes import COLOURS, FAINT, GREY, INK, MARKERS
 from hf_contmerge.report._choices import Curve
 from hf_contmerge.report._findings import caption, headline
 from hf_contmerge.report._labels import LETTER, label_dots, label_ends, name_region
-from hf_contmerge.report._panels import COLOURS, FAINT, GREY, INK, MARKERS, Drawing, Panel, draw_panel, panels
+from hf_contmerge.report._panels import Drawing, Panel, draw_panel, panels
 from hf_contmerge.report._results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -96,7 +101,7 @@ def _figure(width: float, height: float, *, layout: Literal["constrained"] | Non
         yield figure
 
 
-def _saved(figure: Any) -> bytes:
+def _saved(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, facecolor="white")
     return file.getvalue()
@@ -117,7 +122,7 @@ def _layout(stages: int, panels: int) -> tuple[int, int, tuple[tuple[int, int], 
     return columns, 2, ((2, columns), spots)
 
 
-def _slants(axes: Any, share: float) -> None:
+def _slants(axes: Axes, share: float) -> None:
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
     low, high = x0 + share * y0, x1 + share * y1
     for k in range(1, 8):
@@ -126,7 +131,7 @@ def _slants(axes: Any, share: float) -> None:
     axes.set(xlim=(x0, x1), ylim=(y0, y1))
 
 
-def _finish(figure: Any, drawn: Sequence[tuple[Any, Drawing]]) -> None:
+def _finish(figure: Figure, drawn: Sequence[tuple[Axes, Drawing]]) -> None:
     """Set what needs the panels' final sizes: wrapped titles, room for the labels, their heights."""
     figure.draw_without_rendering()
     _write_titles(figure, drawn)
@@ -135,7 +140,7 @@ def _finish(figure: Any, drawn: Sequence[tuple[Any, Drawing]]) -> None:
     _write_labels(drawn)
 
 
-def _write_titles(figure: Any, drawn: Sequence[tuple[Any, Drawing]]) -> float:
+def _write_titles(figure: Figure, drawn: Sequence[tuple[Axes, Drawing]]) -> float:
     """Write the panels' titles and findings; return the height of the findings in points."""
     wrapped = []
     for axes, drawing in drawn:
@@ -149,7 +154,7 @@ def _write_titles(figure: Any, drawn: Sequence[tuple[Any, Drawing]]) -> float:
     return room
 
 
-def _write_labels(drawn: Sequence[tuple[Any, Drawing]]) -> None:
+def _write_labels(drawn: Sequence[tuple[Axes, Drawing]]) -> None:
     for axes, drawing in drawn:
         label_ends(axes, drawing.labels, drawing.stages)
         if drawing.worse:

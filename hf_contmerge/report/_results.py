@@ -82,10 +82,10 @@ class Results:
 
     def mean_change(self, groups: Sequence[Group], block: Block) -> Change | None:
         """Return the mean over groups; each is computed once, however many parts of the report show it."""
-        known = [(new, old, _of_block(new, old, tasks, block)) for new, old, tasks in groups]
-        key = (block, *((id(new), id(old), tasks) for new, old, tasks in known))
+        measured = [(new, old, _of_block(new, old, tasks, block)) for new, old, tasks in groups]
+        key = (block, *((id(new), id(old), tasks) for new, old, tasks in measured))
         if key not in self._changes:  # which keeps the scores, so that an id stands for one of them
-            self._changes[key] = known, mean_change(known, block)
+            self._changes[key] = measured, mean_change(measured, block)
         return self._changes[key][1]
 
     def best(self, block: Block) -> Line | None:
@@ -111,17 +111,17 @@ def line_label(kind: str) -> str:
 def task_facts(results: Results) -> dict[str, Any]:
     """Return what is known of each task: its stage, block, metric, documents, and the base model's score."""
     of_stage = {task: stage.name for stage in results.stages for task in stage.task_names()}
-    found = {}
+    facts = {}
     for task in (*of_stage, *results.general_tasks):
         score = any_score(results, task)
-        found[task] = {
+        facts[task] = {
             "stage": of_stage.get(task),
             "block": score.block if score else None,
             "metric": score.metric if score else None,
             "documents": len(score.gains) if score else None,
             "base": results.base[task].value if task in results.base else None,
         }
-    return found
+    return facts
 
 
 def any_score(results: Results, task: str) -> TaskScore | None:

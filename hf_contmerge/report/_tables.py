@@ -115,9 +115,9 @@ def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
 def _largest(results: Results, tasks: Sequence[str]) -> float:
     """Return the largest change of any of the tasks against the base: the darkest shade."""
     lines, base = (*results.experts, *results.merges), results.base
-    found = [abs(row[t].utility - base[t].utility) for x in lines for row in x.rows for t in tasks
+    changes = [abs(row[t].utility - base[t].utility) for x in lines for row in x.rows for t in tasks
              if t in row and t in base]  # fmt: skip
-    return max(found, default=0.0)
+    return max(changes, default=0.0)
 
 
 def score_cell(results: Results, row: Scores, task: str, largest: float, *, own: bool = False) -> Cell:
@@ -129,8 +129,8 @@ def score_cell(results: Results, row: Scores, task: str, largest: float, *, own:
     base = results.base
     change = results.change(row, base, [task], score.block) if task in base and row is not base else None
     if change:
-        told = f"{amount(change.mean, score.block)} against the base, {interval(change, score.block)}"
-        hint += f"; {told}" + ("; no change seen" if change.sign == 0 else "")
+        against = f"{amount(change.mean, score.block)} against the base, {interval(change, score.block)}"
+        hint += f"; {against}" + ("; no change seen" if change.sign == 0 else "")
         shade = change.mean / largest if largest and change.sign else 0.0
     return Cell(natural(score.value, score.block), hint, shade, own)
 
@@ -157,10 +157,10 @@ def metric_tables(results: Results) -> list[Table]:
     ]
 
 
-def metric_table(found: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
+def metric_table(metrics: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
     """Return a table of the metrics that some line has. `found`: line -> its metrics in a block."""
-    names = known_metrics(found.values())
-    rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in found.items()]
+    names = known_metrics(metrics.values())
+    rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in metrics.items()]
     title = f"Metrics, {block}, in {_METRIC_UNITS[block]}"
     return Table(title, ("line", *(METRICS[m].short for m in names)), rows)
 
@@ -190,11 +190,11 @@ def final_table(results: Results, block: Block) -> Table:
 
 def task_tables(results: Results) -> list[Table]:
     """Return one table per task: each line's score after each stage, and what became of it, with intervals."""
-    found = []
+    tables = []
     for task, facts in task_facts(results).items():
         if facts["block"] and task in results.base:
-            found.append(_task_table(results, task, facts["block"], facts["stage"]))
-    return found
+            tables.append(_task_table(results, task, facts["block"], facts["stage"]))
+    return tables
 
 
 def _task_table(results: Results, task: str, block: Block, stage: str | None) -> Table:
@@ -213,8 +213,8 @@ def _task_table(results: Results, task: str, block: Block, stage: str | None) ->
             changes.append(results.change(last, line.rows[learnt], [task], block) if there else None)
         rows.append([Cell(name), *cells, *(change_cell(c, block) for c in changes), _detectable(changes[-1], block)])
     since = ("since it was learnt",) if 0 < learnt < results.last else ()
-    told = f"{task} ({'stage ' + stage if stage else 'general'}, {len(results.base[task].gains)} documents)"
-    return Table(told, ("line", *after, "against the base", *since, "could have been seen"), rows)
+    title = f"{task} ({'stage ' + stage if stage else 'general'}, {len(results.base[task].gains)} documents)"
+    return Table(title, ("line", *after, "against the base", *since, "could have been seen"), rows)
 
 
 def _detectable(change: Change | None, block: Block) -> Cell:
@@ -240,15 +240,15 @@ class Cost:
 
 def costs(run: Run) -> list[Cost]:
     """Return seconds and peak memory of each phase that is done."""
-    found = []
+    spent = []
     for _, place in run.places():
         for phase in PHASES[:-1]:
             if place.is_done(phase):
                 r = place.record(phase)
                 where = str(place.folder.relative_to(run.folder))
-                found.append(Cost(where, phase, r.get("seconds"), r.get("peak_memory_bytes"),
+                spent.append(Cost(where, phase, r.get("seconds"), r.get("peak_memory_bytes"),
                                   r.get("device", ""), r.get("processes")))  # fmt: skip
-    return found
+    return spent
 
 
 def cost_tables(spent: Sequence[Cost]) -> list[Table]:

@@ -79,9 +79,9 @@ def last_merged(run: Run, entry: Merge) -> int:
 def _front_matter(run: Run, entry: Merge, t: int, shown_id: str) -> str:
     from huggingface_hub import ModelCardData
 
-    recipe, seen = run.recipe, [run.stage(s) for s in range(1, t + 1)]
-    parents = [recipe.base_model, *(m for s in seen for m in (s.expert, s.minus) if m)]
-    datasets = [d for s in seen if s.dataset and (d := hub_id(s.dataset.path))]
+    recipe, merged = run.recipe, [run.stage(s) for s in range(1, t + 1)]
+    parents = [recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
+    datasets = [d for s in merged if s.dataset and (d := hub_id(s.dataset.path))]
     results = _eval_results(load_scores(run.merged(t, entry)))
     data = ModelCardData(
         # The Hub refuses a card whose base_model could not be a model's id, as with quickstart:smollm2.
@@ -163,9 +163,9 @@ def _scores(run: Run, lines: Sequence[Line], t: int) -> Table | None:
     tasks += [task.name for task in run.recipe.evaluate.general_tasks]
     models = [("base model", lines[-1].rows[0])]
     models += [(f"{x.name}, after {run.stage(s).name}", x.rows[s]) for s in range(1, t + 1) for x in lines]
-    found = {name: score for line in lines for row in line.rows for name, score in row.items()}
+    measured = {name: score for line in lines for row in line.rows for name, score in row.items()}
     rows = [[Cell(name), *(_cell(row.get(task)) for task in tasks)] for name, row in models]
-    head = ("model", *(f"{task} ({_metric(found.get(task))})" for task in tasks))
+    head = ("model", *(f"{task} ({_metric(measured.get(task))})" for task in tasks))
     return Table("", head, rows) if tasks else None
 
 

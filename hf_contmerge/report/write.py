@@ -58,7 +58,7 @@ def write_report(run: Run) -> Path:
     results, spent = load_results(run), costs(run)
     folder = run.report.scratch("report")
     draw_forgetting(results, folder / "forgetting.png")
-    pictures = [Picture(draw_alone(results, panel), panel.told(results)) for panel in panels(results)]
+    pictures = [Picture(draw_alone(results, panel), panel.alt_text(results)) for panel in panels(results)]
     shown = [section for section in sections(run, results) if not section.empty]
     texts = {
         "index.html": page(run, results, pictures, shown),
@@ -75,19 +75,19 @@ def write_report(run: Run) -> Path:
 
 def sections(run: Run, results: Results) -> list[Section]:
     """Return the parts of the report below its picture; those with nothing to show are empty."""
-    seen = (
-        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change seen, the 95 % interval holds 0. A "
+    shades = (
+        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change shades, the 95 % interval holds 0. A "
         "frame marks the stage just learnt. Point at a number for more."
     )
-    by_task = (
-        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change seen. The last column is the "
+    intervals = (
+        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change shades. The last column is the "
         "smallest true change that such documents would have shown in four of five samples: a smaller one may have "
         "happened unseen."
     )
     return [
-        Section("Scores after each stage", seen, tables=heat_maps(results)),
+        Section("Scores after each stage", shades, tables=heat_maps(results)),
         Section("Metrics", tables=metric_tables(results)),
-        Section("Task by task", by_task, tables=task_tables(results)),
+        Section("Task by task", intervals, tables=task_tables(results)),
         examples(results),
         _choices(run),
         geometry_section(run),
@@ -129,8 +129,8 @@ def print_table(run: Run) -> None:
 def load_results(run: Run) -> Results:
     """Read what has been measured of a run. The first stage's expert is plain fine-tuning, whatever its kind."""
     experts, merges = load_lines(run, tuple(dict.fromkeys(("previous", *run.expert_kinds()))))
-    seen = max(len(line.rows) for line in (*experts, *merges)) - 1
-    if seen > 1 and "previous" not in run.expert_kinds():  # this run does not train it
+    measured = max(len(line.rows) for line in (*experts, *merges)) - 1
+    if measured > 1 and "previous" not in run.expert_kinds():  # this run does not train it
         experts = [line for line in experts if line.name != "previous"]
     general = tuple(task.name for task in run.recipe.evaluate.general_tasks)
     mean = next((entry.name for entry in run.recipe.merge if entry.rule == "average"), None)
