@@ -65,14 +65,14 @@ def choice_tables(run: Run) -> list[Table]:
     """Return one table per merge that was chosen, or for which nothing held: a try each row."""
     return [
         Table(f"{place.entry.name} of {run.stage(t).name}{'' if done else ': nothing held, the run stopped'}",
-              _HEAD, [_row(found, done) for found in tries])
+              _HEAD, [_row(attempt, done) for attempt in tries])
         for t, place, tries, done in _chosen(run)
     ]  # fmt: skip
 
 
 def curves(run: Run) -> list[Curve]:
     """Return the curve of each entry whose coefficient was searched."""
-    found: dict[str, Curve] = {}
+    by_entry: dict[str, Curve] = {}
     for t, place, tries, _ in _chosen(run):
         if not (word := place.entry.auto):
             continue
@@ -82,9 +82,9 @@ def curves(run: Run) -> list[Curve]:
             if x["what"] == "auto" and x["objective"] is not None
         ]
         if points:
-            curve = found.setdefault(place.entry.name, Curve(place.entry.name, word, {}))
-            found[place.entry.name] = Curve(curve.entry, word, {**curve.stages, run.stage(t).name: _sorted(points)})
-    return list(found.values())
+            curve = by_entry.setdefault(place.entry.name, Curve(place.entry.name, word, {}))
+            by_entry[place.entry.name] = Curve(curve.entry, word, {**curve.stages, run.stage(t).name: _sorted(points)})
+    return list(by_entry.values())
 
 
 def _sorted(points: Sequence[Point]) -> list[Point]:
@@ -103,16 +103,20 @@ def _chosen(run: Run) -> Iterator[tuple[int, MergePlace, list[dict[str, Any]], b
             yield t, place, json.loads(place.guard_file.read_text(encoding="utf-8"))["tries"], False
 
 
-def _row(found: Mapping[str, Any], done: bool) -> list[Cell]:
+def _row(attempt: Mapping[str, Any], done: bool) -> list[Cell]:
     """Return a try's row; the times that it took are the machine's, and left out."""
-    parameters = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in found["parameters"].items())
-    share = Cell() if found.get("objective") is None else Cell(f"{100 * found['objective']:.0f} %".replace("-", "−"))
-    held = {None: Cell(), True: Cell("yes", shade=0.4), False: Cell("no", shade=-0.4)}[found.get("held")]
-    what = _WHAT[found["what"]] + " ← taken" * (done and bool(found.get("taken")))
-    rule = f"{found['rule']} ({parameters})" if parameters else found["rule"]
-    losses = found.get("losses", ())
-    return [Cell(what), Cell(f"{found['scale']:.3g}"), held, _worst(losses), _doubtful(losses),
-            _gain(found.get("gains", ())), share, Cell(rule)]  # fmt: skip
+    parameters = ", ".join(
+        f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in attempt["parameters"].items()
+    )
+    share = (
+        Cell() if attempt.get("objective") is None else Cell(f"{100 * attempt['objective']:.0f} %".replace("-", "−"))
+    )
+    held = {None: Cell(), True: Cell("yes", shade=0.4), False: Cell("no", shade=-0.4)}[attempt.get("held")]
+    what = _WHAT[attempt["what"]] + " ← taken" * (done and bool(attempt.get("taken")))
+    rule = f"{attempt['rule']} ({parameters})" if parameters else attempt["rule"]
+    losses = attempt.get("losses", ())
+    return [Cell(what), Cell(f"{attempt['scale']:.3g}"), held, _worst(losses), _not_ruled_out(losses),
+            _gain(attempt.get("gains", ())), share, Cell(rule)]  # fmt: skip
 
 
 def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
@@ -120,10 +124,10 @@ def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
     if not losses:
         return Cell()
     worst = min(losses, key=lambda x: x["mean"] if x["high"] is None else x["high"])
-    return Cell(f"{worst['group']} {_told(worst)}")
+    return Cell(f"{worst['group']} {_shift_text(worst)}")
 
 
-def _doubtful(losses: Sequence[Mapping[str, Any]]) -> Cell:
+def _not_ruled_out(losses: Sequence[Mapping[str, Any]]) -> Cell:
     """Return the largest loss that its interval still holds: what so few validation documents cannot show."""
     if not losses:
         return Cell()
@@ -134,9 +138,9 @@ def _doubtful(losses: Sequence[Mapping[str, Any]]) -> Cell:
 
 
 def _gain(gains: Sequence[Mapping[str, Any]]) -> Cell:
-    return Cell("; ".join(_told(x) for x in gains)) if gains else Cell()
+    return Cell("; ".join(_shift_text(x) for x in gains)) if gains else Cell()
 
 
-def _told(shift: Mapping[str, Any]) -> str:
+def _shift_text(shift: Mapping[str, Any]) -> str:
     change, block = Change(shift["mean"], None, shift["low"], shift["high"]), shift["block"]
     return amount(change.mean, block) + ("" if change.low is None else f" ({interval(change, block)})")

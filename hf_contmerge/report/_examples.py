@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_contmerge.report._findings import Results, line_label, natural
+from hf_contmerge.report._findings import natural
+from hf_contmerge.report._results import Results, line_label
 from hf_contmerge.report._tables import Quote, Section
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
@@ -24,8 +25,8 @@ class _Story:
     """One task's score before, after plain fine-tuning, and after the merge, on the same documents."""
 
     task: str
-    known: TaskScore
-    known_by: str
+    before: TaskScore
+    before_name: str
     plain: TaskScore
     merge: TaskScore
 
@@ -40,12 +41,14 @@ def examples(results: Results) -> Section:
     quotes, counts = [], []
     for story in _stories(results, plain, merge)[:_TASKS]:
         texts = results.base[story.task].texts
-        if len(texts) != len(story.known.gains):  # from a version that did not keep them
+        if len(texts) != len(story.before.gains):  # from a version that did not keep them
             continue
-        found = _answers(story) if story.known.block == "accuracy" else _texts(story)
-        if found and story.known.block == "accuracy":
+        documents = _answers(story) if story.before.block == "accuracy" else _texts(story)
+        if documents and story.before.block == "accuracy":
             counts.append(_count(story, merge))
-        quotes += [Quote(f"{story.task}, document {i + 1}", texts[i], _told(story, i, merge)) for i in found[:_EACH]]
+        quotes += [
+            Quote(f"{story.task}, document {i + 1}", texts[i], _outcome(story, i, merge)) for i in documents[:_EACH]
+        ]
     intro = (
         f"Documents that {line_label('previous')} made worse and that {merge.name} has kept or brought back, the "
         f"clearest of each task. {' '.join(counts)}"
@@ -54,51 +57,51 @@ def examples(results: Results) -> Section:
 
 
 def _stories(results: Results, plain: Line, merge: Line) -> list[_Story]:
-    last_plain, last_merge, found = plain.rows[-1], merge.rows[-1], []
+    last_plain, last_merge, candidates = plain.rows[-1], merge.rows[-1], []
     for j, stage in enumerate(results.stages[: len(plain.rows) - 2], 1):  # the last one had no time to be forgotten
-        found += [(task, plain.rows[j], f"after {stage.name}") for task in stage.task_names()]
-    found += [(task, results.base, "base") for task in results.general_tasks]
+        candidates += [(task, plain.rows[j], f"after {stage.name}") for task in stage.task_names()]
+    candidates += [(task, results.base, "base") for task in results.general_tasks]
     return [
-        _Story(task, known[task], by, last_plain[task], last_merge[task])
-        for task, known, by in found
-        if task in known and task in last_plain and task in last_merge and task in results.base
+        _Story(task, before[task], by, last_plain[task], last_merge[task])
+        for task, before, by in candidates
+        if task in before and task in last_plain and task in last_merge and task in results.base
     ]
 
 
 def _answers(story: _Story) -> list[int]:
     """Return the documents that were right, then wrong, and right again, in the task's order."""
-    rows = zip(story.known.gains, story.plain.gains, story.merge.gains, strict=True)
+    rows = zip(story.before.gains, story.plain.gains, story.merge.gains, strict=True)
     return [i for i, (a, b, c) in enumerate(rows) if (a, b, c) == (1.0, 0.0, 1.0)]
 
 
 def _texts(story: _Story) -> list[int]:
     """Return the documents whose log-likelihood per word fell and came back by the most nats, the clearest first."""
-    found = []
-    for i, weight in enumerate(story.known.weights):
-        fell = (story.known.gains[i] - story.plain.gains[i]) / weight
+    falls = []
+    for i, weight in enumerate(story.before.weights):
+        fell = (story.before.gains[i] - story.plain.gains[i]) / weight
         back = (story.merge.gains[i] - story.plain.gains[i]) / weight
         if min(fell, back) >= _LEAST:
-            found.append((-min(fell, back), i))
-    return [i for _, i in sorted(found)]
+            falls.append((-min(fell, back), i))
+    return [i for _, i in sorted(falls)]
 
 
 def _count(story: _Story, merge: Line) -> str:
-    a, b, c = story.known.gains, story.plain.gains, story.merge.gains
+    a, b, c = story.before.gains, story.plain.gains, story.merge.gains
     lost = sum(x == 1 and y == 0 for x, y in zip(a, b, strict=True))
     back = len(_answers(story))
     new = sum(x == 1 and y == 1 and z == 0 for x, y, z in zip(a, b, c, strict=True))
     return (
-        f"{story.task}: of {sum(x == 1 for x in a)} right answers ({story.known_by}) {line_label('previous')} lost "
+        f"{story.task}: of {sum(x == 1 for x in a)} right answers ({story.before_name}) {line_label('previous')} lost "
         f"{lost}, of which {merge.name} has {back}; it lost {new} others."
     )
 
 
-def _told(story: _Story, i: int, merge: Line) -> str:
-    steps = [(story.known_by, story.known), (line_label("previous"), story.plain), (merge.name, story.merge)]
-    return " → ".join(f"{name}: {_made(score, i)}" for name, score in steps)
+def _outcome(story: _Story, i: int, merge: Line) -> str:
+    steps = [(story.before_name, story.before), (line_label("previous"), story.plain), (merge.name, story.merge)]
+    return " → ".join(f"{name}: {_answer(score, i)}" for name, score in steps)
 
 
-def _made(score: TaskScore, i: int) -> str:
+def _answer(score: TaskScore, i: int) -> str:
     """Return what a model made of a document: an answer, or the document's own perplexity."""
     if score.block == "perplexity":
         return f"perplexity {natural(math.exp(min(-score.gains[i] / score.weights[i], 500.0)), 'perplexity')}"

@@ -5,113 +5,65 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from hf_contmerge.run.recipe.schema import Stage
-from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
+from hf_contmerge.report._results import Results, line_label
+from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.paired import Change, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change
 
 UNITS = {
     "accuracy": "share of right answers, 0 to 1; the metric as it is",
     "perplexity": "-ln(perplexity): nats per word for word_perplexity; higher is better, 0.1 nats is about a tenth",
 }
-METRICS = {
-    "acc": ("ACC", "mean utility over the stages learnt so far, at the end"),
-    "aia": ("AIA", "ACC after each stage, averaged over the run"),
-    "la": ("LA", "mean utility of each stage right after it was learnt"),
-    "bwt": ("BWT", "mean change of the earlier stages since they were learnt; negative is forgetting"),
-    "bwt_per_stage": ("BWT/T", "the same sum divided by all stages, the last one's 0 included, as TRACE has it"),
-    "forgetting": ("F", "mean drop of the earlier stages from their best; higher is worse"),
-    "fwt": ("FWT", "mean gain over the base on a stage before it is learnt; needs `matrix: full`"),
-    "intransigence": ("I", "mean lack against an expert of that stage alone, when it was learnt; higher is worse"),
-    "normalised": (
-        "of expert",
-        "what is there at the end of all that experts of each stage alone gain over the base; 1 is all",
-    ),
-    "general_delta": ("general Δ", "mean change of the general tasks against the base"),
-    "fuar": ("FUAR", "right answers lost on earlier stages and general tasks, for each that was won on the stages"),
-}
-_ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 is nothing to boast of where nothing was learnt
 
 
 @dataclass(frozen=True)
-class Results:
-    """What has been measured of a run so far. Lines differ in length while a stage is being worked on."""
+class Metric:
+    """The words for a metric, and how its number is written."""
 
-    stages: tuple[Stage, ...]
-    general_tasks: tuple[str, ...]
-    experts: tuple[Line, ...]
-    merges: tuple[Line, ...]
-    mean_of_experts: str | None = None
-    """The merge entry that is the plain mean of the experts, if there is one."""
-
-    @property
-    def base(self) -> Scores:
-        return self.merges[0].rows[0]
-
-    @property
-    def last(self) -> int:
-        """The number of stages of which something has been measured."""
-        return max(len(line.rows) for line in (*self.experts, *self.merges)) - 1
-
-    @property
-    def baseline(self) -> Line | None:
-        """Plain sequential fine-tuning, if this run trains it."""
-        return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
-
-    def named_lines(self) -> list[tuple[str, Line]]:
-        """Return all lines by the names that people read."""
-        return [(line_label(x.name), x) for x in self.experts] + [(x.name, x) for x in self.merges]
-
-    def blocks(self) -> list[Block]:
-        """Return the blocks in which anything was measured, perplexity first: every held-out text has it."""
-        lines = (*self.experts, *self.merges)
-        return [
-            b
-            for b in reversed(BLOCKS)
-            if any(s.block == b for line in lines for row in line.rows for s in row.values())
-        ]
-
-    def stage_blocks(self) -> list[Block]:
-        """Return the blocks in which some stage was measured."""
-        lines = (*self.merges, *self.experts)
-        return [
-            b for b in self.blocks()
-            if any(v is not None for line in lines for row in line.matrix(self.stages, b).rows for v in row)
-        ]  # fmt: skip
-
-    def learnt(self, line: Line, block: Block) -> Change | None:
-        """Return what the line gained on each stage when it was learnt: LA less the base's average."""
-        own = [(line.rows[j], self.base, self.stages[j - 1].task_names()) for j in range(1, len(line.rows))]
-        return mean_change(own, block)
-
-    def kept(self, line: Line, block: Block) -> Change | None:
-        """Return BWT, with its interval."""
-        last = line.rows[-1]
-        later = [(last, line.rows[j], self.stages[j - 1].task_names()) for j in range(1, len(line.rows) - 1)]
-        return mean_change(later, block)
-
-    def best(self, block: Block) -> Line | None:
-        """Return the merge whose final average is the highest, of those that have come furthest."""
-        far = max(len(line.rows) for line in self.merges)
-        scored = [
-            (acc, line) for line in self.merges
-            if len(line.rows) == far > 1 and (acc := line.matrix(self.stages, block).average(far - 1)) is not None
-        ]  # fmt: skip
-        return max(scored, key=lambda pair: pair[0])[1] if scored else None
+    short: str
+    meaning: str
+    signed: bool = False
+    """Whether a gain has a plus sign."""
+    unit: bool = True
+    """Whether it has the block's unit; a share has none."""
 
 
-def known_metrics(found: Iterable[Mapping[str, float | None]]) -> list[str]:
+METRICS = {
+    "acc": Metric("ACC", "mean utility over the stages learnt so far, at the end"),
+    "aia": Metric("AIA", "ACC after each stage, averaged over the run"),
+    "la": Metric("LA", "mean utility of each stage right after it was learnt"),
+    "bwt": Metric(
+        "BWT", "mean change of the earlier stages since they were learnt; negative is forgetting", signed=True
+    ),
+    "bwt_per_stage": Metric(
+        "BWT/T", "the same sum divided by all stages, the last one's 0 included, as TRACE has it", signed=True
+    ),
+    "forgetting": Metric("F", "mean drop of the earlier stages from their best; higher is worse"),
+    "fwt": Metric("FWT", "mean gain over the base on a stage before it is learnt; needs `matrix: full`", signed=True),
+    "intransigence": Metric(
+        "I", "mean lack against an expert of that stage alone, when it was learnt; higher is worse"
+    ),
+    "normalised": Metric(
+        "of expert",
+        "what is there at the end of all that experts of each stage alone gain over the base; 1 is all",
+        unit=False,
+    ),
+    "general_delta": Metric("general Δ", "mean change of the general tasks against the base", signed=True),
+    "fuar": Metric(
+        "FUAR",
+        "right answers lost on earlier stages and general tasks, for each that was won on the stages",
+        unit=False,
+    ),
+}
+"""What summary.json calls a metric -> its words; nowhere else are there any."""
+_ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 is nothing to boast of where nothing was learnt
+
+
+def known_metrics(lines_metrics: Iterable[Mapping[str, float | None]]) -> list[str]:
     """Return the metrics that some line has, as METRICS orders them; ACC, LA and BWT always stand together."""
-    lines = list(found)
-    return [name for name in METRICS if name in _ALWAYS or any(values[name] is not None for values in lines)]
-
-
-def line_label(kind: str) -> str:
-    """Return what to call an expert kind."""
-    names = {"previous": "fine-tuning alone", "base": "independent experts"}
-    return names.get(kind, f"experts from {kind.removeprefix('merged-')}")
+    lines = list(lines_metrics)
+    return [name for name in METRICS if name in _ALWAYS or any(values.get(name) is not None for values in lines)]
 
 
 def amount(value: float, block: Block, *, sign: bool = True) -> str:
@@ -158,8 +110,8 @@ def outcome(change: Change | None, block: Block, what: str) -> str:
     """Say what became of something learnt, so that a stranger sees how much that is."""
     if change is None:
         return "was not measured"
-    found = ("shows no change on", "got better on", "forgot")[change.sign]
-    return f"{found} {what} ({'perplexity ' * (block == 'perplexity')}{relative(change.mean, block)})"
+    verb = ("shows no change on", "got better on", "forgot")[change.sign]
+    return f"{verb} {what} ({'perplexity ' * (block == 'perplexity')}{relative(change.mean, block)})"
 
 
 def headline(results: Results) -> str:
@@ -168,60 +120,39 @@ def headline(results: Results) -> str:
     what = "the earlier ones" if results.last > 2 else "the first"
     for block in results.stage_blocks():
         if results.last > 1:
-            told = compared(results, lambda line, b=block: outcome(results.kept(line, b), b, what))
+            clauses = compared(results, lambda line, b=block: outcome(results.kept(line, b), b, what))
         else:
-            told = compared(results, lambda line, b=block: "gained " + gained(results.learnt(line, b), b))
-        if told:
-            again = [t.replace(f" {what} (", " them (" if results.last > 2 else " it (") for t in told[1:]]
-            return f"{stages}, " + "; ".join([told[0], *again])
+            clauses = compared(results, lambda line, b=block: "gained " + gained(results.learnt(line, b), b))
+        if clauses:
+            again = [t.replace(f" {what} (", " them (" if results.last > 2 else " it (") for t in clauses[1:]]
+            return f"{stages}, " + "; ".join([clauses[0], *again])
     return f"{stages}, there is nothing to compare yet" if results.last else "Nothing has been learnt yet"
 
 
 def caption(results: Results) -> str:
     """Return what was learnt, without which what was kept says little, and how to read the picture."""
-    found = []
+    gains = []
     for block in results.stage_blocks() if results.last > 1 else ():
-        told = compared(results, lambda line, b=block: gained(results.learnt(line, b), b))
-        found.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(told)}. " if told else "")
+        clauses = compared(results, lambda line, b=block: gained(results.learnt(line, b), b))
+        gains.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(clauses)}. " if clauses else "")
     return (
-        "".join(found) + "Bars: 95 % intervals of the change on the same documents; a hollow marker: no change seen "
+        "".join(gains) + "Bars: 95 % intervals of the change on the same documents; a hollow marker: no change seen "
         "(of a stage since it was learnt, of general ability against the base). ★: an expert trained on that stage "
         "alone. 0.1 nats is about a tenth of the perplexity."
     )
 
 
-def compared(results: Results, tell: Callable[[Line], str]) -> list[str]:
+def compared(results: Results, describe: Callable[[Line], str]) -> list[str]:
     """Tell of plain fine-tuning and of the best merge, as far as they have come."""
     best = next((line for b in results.stage_blocks() if (line := results.best(b))), None)
     name = best.name + ", the best merge," * (len(results.merges) > 1) if best else ""
     named = [(line_label("previous"), results.baseline), (name, best)]
-    return [f"{name} {tell(line)}" for name, line in named if line and len(line.rows) == results.last + 1]
+    return [f"{name} {describe(line)}" for name, line in named if line and len(line.rows) == results.last + 1]
 
 
 def gained(change: Change | None, block: Block) -> str:
     """Return a change in words, or that it was not measured."""
     return amount(change.mean, block) if change else "not measured"
-
-
-def task_facts(results: Results) -> dict[str, Any]:
-    """Return what is known of each task: its stage, block, metric, documents, and the base model's score."""
-    of_stage = {task: stage.name for stage in results.stages for task in stage.task_names()}
-    found = {}
-    for task in (*of_stage, *results.general_tasks):
-        score = any_score(results, task)
-        found[task] = {
-            "stage": of_stage.get(task),
-            "block": score.block if score else None,
-            "metric": score.metric if score else None,
-            "documents": len(score.gains) if score else None,
-            "base": results.base[task].value if task in results.base else None,
-        }
-    return found
-
-
-def any_score(results: Results, task: str) -> TaskScore | None:
-    """Return some score of a task, for what all of its scores have in common."""
-    return next((row[task] for x in (*results.merges, *results.experts) for row in x.rows if task in row), None)
 
 
 def verdict(results: Results, line: Line) -> str:
@@ -236,8 +167,8 @@ def verdict(results: Results, line: Line) -> str:
     mean = next((m for m in results.merges if m.name == results.mean_of_experts != line.name and len(m.rows) > t), None)
     for block in results.stage_blocks() if mean else ():
         assert mean
-        if change := _overall(results, line.rows[t], mean.rows[t], t, block):
-            parts.append(f"against the mean of the experts: {_told(change, block, 'over all stages')}")
+        if change := results.overall(line, mean, t, block):
+            parts.append(f"against the mean of the experts: {_scope_text(change, block, 'over all stages')}")
     return "; ".join(parts) + "."
 
 
@@ -253,16 +184,16 @@ def _against(results: Results, line: Line, plain: Line, t: int) -> str:
         if t > 1:
             earlier = [(new, old, stage.task_names()) for stage in results.stages[: t - 1]]
             scopes = {"over all stages": [*earlier, (new, old, last.task_names())], "on the earlier": earlier, **scopes}
-        parts += [_told(change, block, where) for where, g in scopes.items() if (change := mean_change(g, block))]
-    told = "; ".join(parts) or "nothing to compare yet"
-    return f"after {t} stage{'s' * (t != 1)}, against plain fine-tuning: {told}"
+        parts += [
+            _scope_text(change, block, where)
+            for where, g in scopes.items()
+            if (change := results.mean_change(g, block))
+        ]
+    comparison = "; ".join(parts) or "nothing to compare yet"
+    return f"after {t} stage{'s' * (t != 1)}, against plain fine-tuning: {comparison}"
 
 
-def _overall(results: Results, new: Scores, old: Scores, t: int, block: Block) -> Change | None:
-    return mean_change([(new, old, stage.task_names()) for stage in results.stages[:t]], block)
-
-
-def _told(change: Change, block: Block, where: str) -> str:
+def _scope_text(change: Change, block: Block, where: str) -> str:
     if change.stderr is None:
         return f"too few documents to tell {where} ({amount(change.mean, block)})"
     return f"{change.seen} {where} ({amount(change.mean, block)}, {interval(change, block)})"
@@ -274,5 +205,5 @@ def badge(results: Results, line: Line) -> str:
     t = min(len(line.rows), len(plain.rows)) - 1 if plain else 0
     if not plain or t < 1:
         return "same"
-    found = [c for b in results.stage_blocks() if (c := _overall(results, line.rows[t], plain.rows[t], t, b))]
-    return ("same", "better", "worse")[found[0].sign] if found else "same"
+    changes = [c for b in results.stage_blocks() if (c := results.overall(line, plain, t, b))]
+    return ("same", "better", "worse")[changes[0].sign] if changes else "same"

@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LETTER = 0.55
 """Mean width of a letter, as a share of the font size."""
@@ -22,7 +25,17 @@ class Label:
     colour: str
 
 
-def label_ends(axes: Any, labels: Sequence[Label]) -> None:
+@dataclass(frozen=True)
+class Dot:
+    """A dot of a panel, in data units, with its name."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def label_ends(axes: Axes, labels: Sequence[Label], stages: Sequence[str]) -> None:
     """Write the labels to the right of the lines' ends, pushed apart, each with a leader to its line."""
     if not labels:
         return
@@ -33,7 +46,7 @@ def label_ends(axes: Any, labels: Sequence[Label]) -> None:
     (left, last), (low, high) = axes.get_xlim(), axes.get_ylim()
     axes.set_xlim(left, left + (last - left) * points / max(points - room, 0.3 * points))
     scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
-    _name_ticks(axes)
+    _name_ticks(axes, stages)
     ordered = sorted(labels, key=lambda x: x.at)
     heights = spread([(x.at - low) * scale for x in ordered], 1.25 * size, (high - low) * scale)
     per_point = (axes.get_xlim()[1] - left) / points
@@ -43,7 +56,7 @@ def label_ends(axes: Any, labels: Sequence[Label]) -> None:
         axes.text(last + 15 * per_point, y, label.text, color=label.colour, fontsize=size, va="center")
 
 
-def name_region(axes: Any, text: str) -> None:
+def name_region(axes: Axes, text: str) -> None:
     """Say at the bottom on the right what it means to lie there, if no label is in the way."""
     size, (low, high) = 8.0, axes.get_ylim()
     scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
@@ -52,9 +65,8 @@ def name_region(axes: Any, text: str) -> None:
                       color="#a3603a", ha="right", va="bottom")  # fmt: skip
 
 
-def _name_ticks(axes: Any) -> None:
+def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     """Write the stages' names under the ticks where they fit; else numbers, which the panels' titles explain."""
-    names = axes.contmerge_stages
     span = axes.get_xlim()[1] - axes.get_xlim()[0]
     step = axes.get_window_extent().width * 72 / axes.figure.dpi / span
     width = 8.5 * LETTER
@@ -81,7 +93,7 @@ def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
     return mid
 
 
-def label_dots(axes: Any, dots: Sequence[tuple[float, float, str, str]]) -> None:
+def label_dots(axes: Axes, dots: Sequence[Dot]) -> None:
     """Name the dots, each to the right of its own; where two are close, the lower name goes lower."""
     from matplotlib.patheffects import withStroke
 
@@ -90,18 +102,18 @@ def label_dots(axes: Any, dots: Sequence[tuple[float, float, str, str]]) -> None
     size, (low, high) = 9.5, axes.get_ylim()
     box = axes.get_window_extent()
     scale = box.height * 72 / axes.figure.dpi / (high - low)
-    ordered = sorted(dots, key=lambda d: d[1])
-    heights = spread([(d[1] - low) * scale for d in ordered], 1.3 * size, (high - low) * scale - 14)
+    ordered = sorted(dots, key=lambda d: d.y)
+    heights = spread([(d.y - low) * scale for d in ordered], 1.3 * size, (high - low) * scale - 14)
     left, right = axes.get_xlim()
     points = box.width * 72 / axes.figure.dpi
-    widths = [16 + len(text) * size * _BOLD for _, _, text, _ in ordered]
-    right = max(right, *(left + (x - left) * points / max(points - w, 0.3 * points)
-                         for (x, *_), w in zip(ordered, widths, strict=True)))  # fmt: skip
+    widths = [16 + len(d.text) * size * _BOLD for d in ordered]
+    right = max(right, *(left + (d.x - left) * points / max(points - w, 0.3 * points)
+                         for d, w in zip(ordered, widths, strict=True)))  # fmt: skip
     axes.set_xlim(left, right)
     per_point = (right - left) / points
-    for (x, y, text, colour), height in zip(ordered, heights, strict=True):
+    for dot, height in zip(ordered, heights, strict=True):
         at = low + (height + 7) / scale
-        if abs(at - y) * scale > 12:
-            axes.plot([x, x + 8 * per_point], [y, at], color=colour, lw=0.6, alpha=0.7)
-        axes.text(x + 9 * per_point, at, text, color=colour, fontsize=size, va="center", fontweight="bold",
+        if abs(at - dot.y) * scale > 12:
+            axes.plot([dot.x, dot.x + 8 * per_point], [dot.y, at], color=dot.colour, lw=0.6, alpha=0.7)
+        axes.text(dot.x + 9 * per_point, at, dot.text, color=dot.colour, fontsize=size, va="center", fontweight="bold",
                   path_effects=halo, zorder=6)  # fmt: skip

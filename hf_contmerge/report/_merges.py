@@ -17,7 +17,7 @@ def geometry_section(run: Run) -> Section:
     tables: list[Table] = []
     groups: dict[str, list[tuple[Merge, int, dict[str, Any]]]] = {}
     for entry in run.recipe.merge:
-        if (t := _last_merged(run, entry)) and (record := run.merged(t, entry).record("merge")).get("geometry"):
+        if (t := last_merged_stage(run, entry)) and (record := run.merged(t, entry).record("merge")).get("geometry"):
             groups.setdefault(record["start_from"], []).append((entry, t, record))
     sampled = {f"{100 * r['geometry']['sampled']:.2g} %" for group in groups.values() for _, _, r in group}
     for kind, group in groups.items():
@@ -35,14 +35,14 @@ def geometry_section(run: Run) -> Section:
     return Section("Geometry of the merges", intro, tables=tables)
 
 
-def _last_merged(run: Run, entry: Merge) -> int:
+def last_merged_stage(run: Run, entry: Merge) -> int:
     """Return the last stage that an entry has merged; 0 for none."""
     return max((t for t in run.stage_numbers() if run.merged(t, entry).is_done("merge")), default=0)
 
 
 def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, Any]]]) -> list[Table]:
     """Return the tables of cosines and of opposite signs of one kind of expert, and of the models merged from it."""
-    _, far, fullest = max(group, key=lambda found: len(_folded(run, found[1], found[2])))
+    _, far, fullest = max(group, key=lambda merged: len(_folded(run, merged[1], merged[2])))
     names = _folded(run, far, fullest)
     tables = []
     for what, key in (("Cosines", "cosines"), ("Opposite signs", "conflicts")):
@@ -55,8 +55,8 @@ def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, 
             rows.append(
                 [Cell(_MERGED + entry.name), _merged_length(record), *(_angle(last.get(n), key) for n in names)]
             )
-        told = f"{what}, experts from {'the stage before' if kind == 'previous' else kind}"
-        tables.append(Table(told, ("vector", "length", *names), rows, judged=False))
+        title = f"{what}, experts from {'the stage before' if kind == 'previous' else kind}"
+        tables.append(Table(title, ("vector", "length", *names), rows, judged=False))
     return tables
 
 
@@ -86,7 +86,7 @@ def ownership_tables(run: Run) -> list[Table]:
     """Return, for each rule that selects, the share of each layer's weights that each stage owns."""
     tables = []
     for entry in run.recipe.merge:
-        t = _last_merged(run, entry)
+        t = last_merged_stage(run, entry)
         layers: dict[str, dict[str, float]] = run.merged(t, entry).record("merge").get("ownership", {}) if t else {}
         if layers:
             owners = list(next(iter(layers.values())))
@@ -102,17 +102,17 @@ def vectors(run: Run) -> list[Table]:
     """Return, for each stage that is the difference of two models, how it lies to what the stage before had learnt."""
     tables = []
     for t, place in run.places():
-        found = place.record("train").get("vector", {}) if place.is_done("train") else {}
-        if "layers" in found:
+        facts = place.record("train").get("vector", {}) if place.is_done("train") else {}
+        if "layers" in facts:
             rows = [
                 [Cell(layer), Cell(f"{x['cosine']:+.3f}".replace("-", "−")), Cell(f"{x['norm_ratio']:.3g}")]
-                for layer, x in found["layers"].items()
+                for layer, x in facts["layers"].items()
             ]
             against = f"cosine with {run.stage(t - 1).name}"
             title = f"Vector {run.stage(t).name} ({place.folder.name})"
             tables.append(Table(title, ("layer", against, "length over that one's"), rows))
-        if found.get("special_tokens"):
-            moved = [[Cell(token), Cell(f"{100 * x:.1f} %")] for token, x in found["special_tokens"].items()]
+        if facts.get("special_tokens"):
+            moved = [[Cell(token), Cell(f"{100 * x:.1f} %")] for token, x in facts["special_tokens"].items()]
             title = f"Special tokens of {run.stage(t).name} ({place.folder.name})"
             tables.append(Table(title, ("token", "its embedding moved by"), moved))
     return tables

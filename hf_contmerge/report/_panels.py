@@ -6,31 +6,23 @@ hollow marker is a change inside the noise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.report._findings import Results, amount, any_score, fate, gained, line_label, natural, relative
-from hf_contmerge.report._labels import Label
+from hf_contmerge.report._axes import COLOURS, GREY, INK, MARKERS, change_axis, stage_axis
+from hf_contmerge.report._findings import fate, gained, natural, relative
+from hf_contmerge.report._labels import Dot, Label
+from hf_contmerge.report._results import Results, any_score, line_label
 from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.paired import Change, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change
 
-# Okabe & Ito's colours, told apart by all kinds of colour vision; their yellow is too pale for lines on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
-INK, GREY, FAINT, WORSE = "#1a1a1a", "#6b6b6b", "#e9e9e6", "#fbeee6"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _NAMED = 4  # stages: with more, a panel has no room for a word among its lines
-_RATIOS = (
-    (0.125, 0.25, 0.5, 1, 2, 4, 8, 16),
-    (0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4),
-    (0.5, 0.6, 0.8, 1, 1.25, 1.6, 2, 2.5),
-    (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3),
-    (0.9, 0.95, 1, 1.05, 1.1),
-)
-"""Multiples of the base's perplexity to mark, from coarse to fine."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class Panel:
     block: Block
     of: int | None = None
 
-    def told(self, results: Results) -> str:
+    def alt_text(self, results: Results) -> str:
         """Return in words what the panel shows, for those who cannot see it."""
         if self.of:
             return f"Stage {results.stages[self.of - 1].name}: {_stage_finding(results, self.of, self.block)}"
@@ -49,7 +41,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class StyledLine:
     """A line with its looks."""
 
     line: Line
@@ -59,17 +51,31 @@ class Drawn:
     dash: str
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What is written into a panel once its size is known."""
+
+    title: str
+    finding: str
+    stages: tuple[str, ...]
+    labels: Sequence[Label] = ()
+    dots: Sequence[Dot] = ()
+    """Of the plane, which has slanted lines of equal final averages too."""
+    worse: str = ""
+    """What it means to lie in the shaded region."""
+
+
 def panels(results: Results) -> list[Panel]:
     """Return the panels that there is something for: stages, general abilities, the plane."""
     stages = [Panel("stage", b, j) for j in range(1, results.last + 1) if (b := stage_block(results, j))]
-    seen = [results.base[t].block for t in results.general_tasks if t in results.base]
-    general = [Panel("general", b) for b in results.blocks() if results.last and b in seen]
+    measured = [results.base[t].block for t in results.general_tasks if t in results.base]
+    general = [Panel("general", b) for b in results.blocks() if results.last and b in measured]
     planes = [Panel("plane", b) for b in results.stage_blocks()[:1] if _dots(results, b)]
     return [*stages, *general, *planes]
 
 
-def draw_panel(axes: Any, results: Results, panel: Panel) -> list[Label]:
-    """Draw a panel; return the names to write beside the ends of its lines."""
+def draw_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
+    """Draw a panel; return what to write into it."""
     if panel.kind == "stage":
         return _stage_panel(axes, results, panel)
     return (_general_panel if panel.kind == "general" else _plane_panel)(axes, results, panel.block)
@@ -86,11 +92,11 @@ def _is(results: Results, task: str, block: Block) -> bool:
     return score is not None and score.block == block
 
 
-def drawn_lines(results: Results) -> list[Drawn]:
+def drawn_lines(results: Results) -> list[StyledLine]:
     """Return the lines in the order in which they are drawn: plain fine-tuning, then the merges."""
-    plain = [Drawn(results.baseline, line_label("previous"), INK, "X", "--")] if results.baseline else []
+    plain = [StyledLine(results.baseline, line_label("previous"), INK, "X", "--")] if results.baseline else []
     return plain + [
-        Drawn(line, line.name, COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)], "-")
+        StyledLine(line, line.name, COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)], "-")
         for i, line in enumerate(results.merges)
     ]
 
@@ -105,25 +111,24 @@ class _Point:
 
 
 def _stage_points(results: Results, line: Line, j: int, block: Block) -> list[_Point]:
-    names, found = results.stages[j - 1].task_names(), []
+    names, points = results.stages[j - 1].task_names(), []
     for t, row in enumerate(line.rows):
-        change = mean_change([(row, results.base, names)], block) if t else None
+        change = results.change(row, results.base, names, block) if t else None
         if change is None:
             continue
-        since = mean_change([(row, line.rows[j], names)], block) if t > j else change
-        found.append(_Point(t, change, hollow=since is None or since.sign == 0))
-    return found
+        since = results.change(row, line.rows[j], names, block) if t > j else change
+        points.append(_Point(t, change, hollow=since is None or since.sign == 0))
+    return points
 
 
-def _stage_panel(axes: Any, results: Results, panel: Panel) -> list[Label]:
+def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
     j, block = panel.of, panel.block
     assert j
     tasks = [t for t in results.stages[j - 1].task_names() if _is(results, t, block)]
     labels = [Label(0.0, _at_end("base", results.base, tasks, 0.0, block), GREY)]
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
-    axes.contmerge_worse = "worse than before all training"
     independent = next((x for x in results.experts if x.name == "base" and j < len(x.rows)), None)
-    alone = mean_change([(independent.rows[j], results.base, tasks)], block) if independent and j > 1 else None
+    alone = results.change(independent.rows[j], results.base, tasks, block) if independent and j > 1 else None
     if alone and independent:
         axes.plot([j], [alone.mean], "*", ms=12, color="#F0E442", mec=INK, mew=0.8, zorder=6)
         axes.plot([j, results.last], [alone.mean] * 2, color=GREY, lw=0.7, zorder=1)
@@ -136,10 +141,10 @@ def _stage_panel(axes: Any, results: Results, panel: Panel) -> list[Label]:
             labels.append(Label(end, _at_end(d.label, d.line.rows[-1], tasks, end, block), d.colour))
         if d.line is results.baseline and results.last <= _NAMED:
             _name_drop(axes, [p for p in points if p.stage >= j])
-    _stage_axis(axes, results, learnt=j)
-    _change_axis(axes, block, _common_limits(results, block))
-    _title(axes, f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block))
-    return labels
+    stage_axis(axes, results, learnt=j)
+    change_axis(axes, block, _common_limits(results, block))
+    title, finding = f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block)
+    return Drawing(title, finding, _stage_names(results), labels, worse="worse than before all training")
 
 
 def _at_end(name: str, row: Any, tasks: Sequence[str], change: float, block: Block) -> str:
@@ -153,7 +158,7 @@ def _with_change(name: str, change: float, block: Block) -> str:
     return f"{name} {relative(change, block).removesuffix(' points')}"
 
 
-def _name_drop(axes: Any, points: Sequence[_Point]) -> None:
+def _name_drop(axes: Axes, points: Sequence[_Point]) -> None:
     """Name the steepest fall of plain fine-tuning, where a stage is known to be worse than when it was learnt."""
     if len(points) < 2 or points[-1].hollow or points[-1].change.mean > points[0].change.mean:
         return
@@ -164,7 +169,7 @@ def _name_drop(axes: Any, points: Sequence[_Point]) -> None:
                   ha=side, va="center", zorder=7)  # fmt: skip
 
 
-def _trace(axes: Any, d: Drawn, points: Sequence[_Point], shift: float) -> None:
+def _trace(axes: Axes, d: StyledLine, points: Sequence[_Point], shift: float) -> None:
     if not points:
         return
     x, y = [p.stage + shift for p in points], [p.change.mean for p in points]
@@ -187,27 +192,26 @@ def _stage_finding(results: Results, j: int, block: Block) -> str:
     """Say what became of a stage: since it was learnt or, for the last one, in learning it."""
     names = results.stages[j - 1].task_names()
     ends = [(c.mean, x) for x in results.merges if len(x.rows) > j
-            and (c := mean_change([(x.rows[-1], results.base, names)], block))]  # fmt: skip
+            and (c := results.change(x.rows[-1], results.base, names, block))]  # fmt: skip
     best = max(ends, key=lambda pair: pair[0])[1] if ends else None
-    told = []
+    clauses = []
     for line, name in ((results.baseline, line_label("previous")), (best, best.name if best else "")):
         if line is None or len(line.rows) <= j:
             continue
         if j < len(line.rows) - 1:
-            told.append(f"{name} {fate(mean_change([(line.rows[-1], line.rows[j], names)], block), block)}")
+            clauses.append(f"{name} {fate(results.change(line.rows[-1], line.rows[j], names, block), block)}")
         else:
-            told.append(f"{name} {gained(mean_change([(line.rows[j], results.base, names)], block), block)}")
-    return ("then " if j < results.last else "learnt last: ") + "; ".join(told) if told else ""
+            clauses.append(f"{name} {gained(results.change(line.rows[j], results.base, names, block), block)}")
+    return ("then " if j < results.last else "learnt last: ") + "; ".join(clauses) if clauses else ""
 
 
-def _general_panel(axes: Any, results: Results, block: Block) -> list[Label]:
-    labels, told, ends = [Label(0.0, "base", GREY)], [], []
+def _general_panel(axes: Axes, results: Results, block: Block) -> Drawing:
+    labels, clauses, ends = [Label(0.0, "base", GREY)], [], []
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
-    axes.contmerge_worse = "worse than the base"
     tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
     for i, d in enumerate(drawn := drawn_lines(results)):
-        found = [(t, mean_change([(row, results.base, tasks)], block)) for t, row in enumerate(d.line.rows) if t]
-        points = [_Point(t, c, hollow=c.sign == 0) for t, c in found if c]
+        changes = [(t, results.change(row, results.base, tasks, block)) for t, row in enumerate(d.line.rows) if t]
+        points = [_Point(t, c, hollow=c.sign == 0) for t, c in changes if c]
         _trace(axes, d, points, 0.05 * (i - (len(drawn) - 1) / 2))
         if points and points[-1].stage == len(d.line.rows) - 1:
             last = points[-1].change
@@ -216,20 +220,21 @@ def _general_panel(axes: Any, results: Results, block: Block) -> list[Label]:
     plain = [e for e in ends if e[1].line is results.baseline]
     merged = max((e for e in ends if e[1].line is not results.baseline), key=lambda e: e[0], default=None)
     for _, d, change in (*plain, *([merged] if merged else [])):
-        told.append(f"{d.label} {fate(change, block).replace('forgot', 'lost')}")
-    _stage_axis(axes, results, learnt=None)
-    _change_axis(axes, block, None)
-    _title(axes, f"General ability ({block})", "; ".join(told) or ", ".join(tasks))
-    return labels
+        clauses.append(f"{d.label} {fate(change, block).replace('forgot', 'lost')}")
+    stage_axis(axes, results, learnt=None)
+    change_axis(axes, block, None)
+    title, finding = f"General ability ({block})", "; ".join(clauses) or ", ".join(tasks)
+    return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base")
 
 
-def _dots(results: Results, block: Block) -> list[tuple[Drawn, Change, Change]]:
-    others = [Drawn(x, line_label(x.name), GREY, "o", "-") for x in results.experts if x.name.startswith("merged-")]
-    found = [(d, results.learnt(d.line, block), results.kept(d.line, block)) for d in (*drawn_lines(results), *others)]
-    return [(d, learnt, kept) for d, learnt, kept in found if learnt and kept]
+def _dots(results: Results, block: Block) -> list[tuple[StyledLine, Change, Change]]:
+    others = [x for x in results.experts if x.name.startswith("merged-")]
+    lines = [*drawn_lines(results), *(StyledLine(x, line_label(x.name), GREY, "o", "-") for x in others)]
+    changes = [(d, results.learnt(d.line, block), results.kept(d.line, block)) for d in lines]
+    return [(d, learnt, kept) for d, learnt, kept in changes if learnt and kept]
 
 
-def _plane_panel(axes: Any, results: Results, block: Block) -> list[Label]:
+def _plane_panel(axes: Axes, results: Results, block: Block) -> Drawing:
     """Draw BWT over what was learnt. Where all is measured, final average = learnt + BWT (T-1)/T: the slanted lines."""
     dots, per_unit = _dots(results, block), 100 if block == "accuracy" else 1
     unit = "points" if block == "accuracy" else "nats"
@@ -244,62 +249,25 @@ def _plane_panel(axes: Any, results: Results, block: Block) -> list[Label]:
     axes.set_ylabel(f"kept: backward transfer, {unit}  →")
     best = results.best(block)
     finding = f"highest final average of the merges: {best.name}" if best else "up and right is better"
-    _title(axes, "Learning against forgetting", f"{finding}; slanted lines join equal final averages")
-    axes.contmerge_stages = ["base", *(stage.name for stage in results.stages[: results.last])]
-    axes.contmerge_dots = [(per_unit * a.mean, per_unit * b.mean, d.label, d.colour) for d, a, b in dots]
-    return []
+    return Drawing(
+        "Learning against forgetting",
+        f"{finding}; slanted lines join equal final averages",
+        _stage_names(results),
+        dots=[Dot(per_unit * learnt.mean, per_unit * kept.mean, d.label, d.colour) for d, learnt, kept in dots],
+    )
 
 
-def _stage_axis(axes: Any, results: Results, *, learnt: int | None) -> None:
-    if learnt:
-        axes.axvspan(learnt - 0.2, learnt + 0.2, color=FAINT, lw=0, zorder=0.5)
-    axes.contmerge_stages = ["base", *(s.name for s in results.stages[: results.last])]
-    axes.set_xticks(range(results.last + 1))
-    axes.set_xlim(-0.25, results.last + 0.25)
-    axes.set_xlabel("after stage", loc="left")
-    axes.spines["bottom"].set_bounds(-0.25, results.last + 0.25)
+def _stage_names(results: Results) -> tuple[str, ...]:
+    return ("base", *(stage.name for stage in results.stages[: results.last]))
 
 
 def _common_limits(results: Results, block: Block) -> tuple[float, float] | None:
     """Return the least and the greatest that any stage's panel of this block shows, so that they compare."""
-    found = [
+    values = [
         value
         for j in range(1, results.last + 1) if stage_block(results, j) == block
         for d in drawn_lines(results)
         for point in _stage_points(results, d.line, j, block)
         for value in (point.change.mean, point.change.low, point.change.high) if value is not None
     ]  # fmt: skip
-    return (min(0.0, *found), max(0.0, *found)) if found else None
-
-
-def _change_axis(axes: Any, block: Block, limits: tuple[float, float] | None) -> None:
-    """Mark changes against the base by what users know: points, or multiples of the base's perplexity."""
-    if limits:
-        axes.set_ylim(*limits)
-    low, high = axes.get_ylim()
-    room = 0.08 * (high - low)
-    short = max(0.0, {"perplexity": 0.1, "accuracy": 0.04}[block] - (high - low))  # do not blow up what is nothing
-    low, high = low - room - short / 2, high + room + short / 2
-    axes.set_ylim(low, high)
-    axes.axhspan(low, 0, color=WORSE, lw=0, zorder=0)
-    if block == "accuracy":
-        axes.set_ylabel("points against the base   ↑ better")
-        axes.yaxis.set_major_formatter(lambda y, _: amount(y, block).split()[0])
-        return
-    axes.set_ylabel("perplexity / the base's   ↑ better")
-    shown = [r for r in _ratios(low, high) if low <= -math.log(r) <= high]
-    axes.set_yticks([-math.log(r) for r in shown], [f"× {r:g}" for r in shown])
-
-
-def _ratios(low: float, high: float) -> Sequence[float]:
-    """Return multiples to mark: the coarsest series with four in the range or, of a wide one, powers of ten."""
-    if high - low > 5:
-        return [10.0**k for k in range(math.floor(-high / math.log(10)), math.ceil(-low / math.log(10)) + 1)]
-    for series in _RATIOS:
-        if sum(low <= -math.log(r) <= high for r in series) >= 4:
-            return series
-    return _RATIOS[-1]
-
-
-def _title(axes: Any, title: str, finding: str) -> None:
-    axes.contmerge_title = (title, finding)
+    return (min(0.0, *values), max(0.0, *values)) if values else None

@@ -12,12 +12,18 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from hf_contmerge.report._axes import COLOURS, FAINT, GREY, INK, MARKERS
 from hf_contmerge.report._choices import Curve
-from hf_contmerge.report._findings import Results, caption, headline
-from hf_contmerge.report._labels import LETTER, Label, label_dots, label_ends, name_region
-from hf_contmerge.report._panels import COLOURS, FAINT, GREY, INK, MARKERS, Panel, draw_panel, panels
+from hf_contmerge.report._findings import caption, headline
+from hf_contmerge.report._labels import LETTER, label_dots, label_ends, name_region
+from hf_contmerge.report._panels import Drawing, Panel, draw_panel, panels
+from hf_contmerge.report._results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -34,15 +40,15 @@ def draw_forgetting(results: Results, path: Path) -> None:
     width = max(7.5, (4.4 if columns <= 3 else 3.5) * columns)
     with _figure(width, 1.3 + 3.3 * rows) as figure:
         grid = figure.add_gridspec(*spots[0]) if shown else None
-        ends = []
+        drawn = []
         for panel, (r, c) in zip(shown, spots[1], strict=True):
             axes = figure.add_subplot(grid[r, c])  # pyright: ignore[reportOptionalSubscript]
-            ends.append((axes, draw_panel(axes, results, panel)))
+            drawn.append((axes, draw_panel(axes, results, panel)))
         wrapped = textwrap.fill(headline(results), int(width * 72 / (15 * _BOLD)))
         foot = textwrap.fill(caption(results), int(width * 72 / (8.5 * LETTER)))
         figure.supxlabel(foot, x=0.012, ha="left", fontsize=8.5, color=GREY)
         figure.suptitle(wrapped, x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK)
-        _finish(figure, ends)
+        _finish(figure, drawn)
         figure.savefig(path, facecolor="white")
 
 
@@ -51,10 +57,10 @@ def draw_alone(results: Results, panel: Panel) -> bytes:
     with _figure(3.8, 3.2, layout=None) as figure:  # fixed margins: a page has many, and a layout takes longer to find
         figure.subplots_adjust(left=0.165, right=0.975, bottom=0.165)
         axes = figure.add_subplot()
-        ends = [(axes, draw_panel(axes, results, panel))]
-        room = _write_titles(figure, ends)
+        drawn = [(axes, draw_panel(axes, results, panel))]
+        room = _write_titles(figure, drawn)
         figure.subplots_adjust(top=1 - (room + 30) / (72 * figure.get_figheight()))
-        _write_labels(ends)
+        _write_labels(drawn)
         return _saved(figure)
 
 
@@ -95,7 +101,7 @@ def _figure(width: float, height: float, *, layout: Literal["constrained"] | Non
         yield figure
 
 
-def _saved(figure: Any) -> bytes:
+def _saved(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, facecolor="white")
     return file.getvalue()
@@ -116,7 +122,7 @@ def _layout(stages: int, panels: int) -> tuple[int, int, tuple[tuple[int, int], 
     return columns, 2, ((2, columns), spots)
 
 
-def _slants(axes: Any, share: float) -> None:
+def _slants(axes: Axes, share: float) -> None:
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
     low, high = x0 + share * y0, x1 + share * y1
     for k in range(1, 8):
@@ -125,36 +131,35 @@ def _slants(axes: Any, share: float) -> None:
     axes.set(xlim=(x0, x1), ylim=(y0, y1))
 
 
-def _finish(figure: Any, ends: Sequence[tuple[Any, list[Label]]]) -> None:
+def _finish(figure: Figure, drawn: Sequence[tuple[Axes, Drawing]]) -> None:
     """Set what needs the panels' final sizes: wrapped titles, room for the labels, their heights."""
     figure.draw_without_rendering()
-    _write_titles(figure, ends)
+    _write_titles(figure, drawn)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    _write_labels(ends)
+    _write_labels(drawn)
 
 
-def _write_titles(figure: Any, ends: Sequence[tuple[Any, list[Label]]]) -> float:
+def _write_titles(figure: Figure, drawn: Sequence[tuple[Axes, Drawing]]) -> float:
     """Write the panels' titles and findings; return the height of the findings in points."""
     wrapped = []
-    for axes, _ in ends:
+    for axes, drawing in drawn:
         width = axes.get_window_extent().width * 72 / figure.dpi
-        wrapped.append(textwrap.wrap(axes.contmerge_title[1], max(20, int(width / (8.5 * LETTER)))))
+        wrapped.append(textwrap.wrap(drawing.finding, max(20, int(width / (8.5 * LETTER)))))
     room = 11.5 * max(map(len, wrapped), default=0)
-    for (axes, _), lines in zip(ends, wrapped, strict=True):
-        title = axes.contmerge_title[0]
-        axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=12 + room)
+    for (axes, drawing), lines in zip(drawn, wrapped, strict=True):
+        axes.set_title(drawing.title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=12 + room)
         axes.annotate("\n".join(lines), (0, 1), (0, 7 + room), xycoords="axes fraction", textcoords="offset points",
                       fontsize=8.5, color=GREY, va="top", linespacing=1.15)  # fmt: skip
     return room
 
 
-def _write_labels(ends: Sequence[tuple[Any, list[Label]]]) -> None:
-    for axes, labels in ends:
-        label_ends(axes, labels)
-        if worse := getattr(axes, "contmerge_worse", None):
-            name_region(axes, worse)
-        if dots := getattr(axes, "contmerge_dots", None):
-            label_dots(axes, dots)
-            stages = max(len(axes.contmerge_stages) - 1, 2)
+def _write_labels(drawn: Sequence[tuple[Axes, Drawing]]) -> None:
+    for axes, drawing in drawn:
+        label_ends(axes, drawing.labels, drawing.stages)
+        if drawing.worse:
+            name_region(axes, drawing.worse)
+        if drawing.dots:
+            label_dots(axes, drawing.dots)
+            stages = max(len(drawing.stages) - 1, 2)
             _slants(axes, (stages - 1) / stages)

@@ -1,4 +1,4 @@
-"""The report's tables and sections: what is on them. How they look is report_pages' business."""
+"""The report's tables and sections: what is on them. How they look is the templates' business."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 from hf_contmerge.report._findings import (
     METRICS,
     UNITS,
-    Results,
     amount,
-    any_score,
     interval,
     known_metrics,
-    line_label,
     natural,
-    task_facts,
 )
+from hf_contmerge.report._results import Results, any_score, line_label, task_facts
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.run.scores import Block, Scores
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.paired import Change, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change
 
 MISSING = "–"
+_METRIC_UNITS: dict[Block, str] = {"perplexity": "nats", "accuracy": "shares"}
+_AT_THE_END = ("acc", "la", "bwt", "general_delta")
+_KEPT = 300  # characters of a document; of a longer one the scores keep only the beginning
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,15 @@ class Cell:
     hint: str = ""
     shade: float = 0.0
     marked: bool = False
+
+    @property
+    def way(self) -> str:
+        return "up" if self.shade > 0 else "down" if self.shade < 0 else ""
+
+    @property
+    def strength(self) -> float:
+        """How opaque the shade is."""
+        return 0.08 + 0.5 * min(abs(self.shade), 1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,12 @@ class Quote:
 
     source: str
     text: str
-    told: str
+    outcome: str
+
+    @property
+    def beginning(self) -> str:
+        """The text on one line, with dots where it goes on."""
+        return " ".join(self.text.split()) + " …" * (len(self.text) >= _KEPT)
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class Picture:
     """A picture of a section, as a PNG file's bytes, and what it shows in words."""
 
     png: bytes
-    told: str
+    alt: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
     names = ["base", *(stage.name for stage in results.stages)]
     rows = []
     for t, row in enumerate(line.rows):
-        cells = [score_cell(row, results.base, k, largest, own=learnt.get(k) == t) for k in tasks]
+        cells = [score_cell(results, row, k, largest, own=learnt.get(k) == t) for k in tasks]
         rows.append([Cell(names[t]), *cells])
     return Table(f"{name}, {block}", ("after", *tasks), rows)
 
@@ -101,21 +115,22 @@ def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
 def _largest(results: Results, tasks: Sequence[str]) -> float:
     """Return the largest change of any of the tasks against the base: the darkest shade."""
     lines, base = (*results.experts, *results.merges), results.base
-    found = [abs(row[t].utility - base[t].utility) for x in lines for row in x.rows for t in tasks
+    changes = [abs(row[t].utility - base[t].utility) for x in lines for row in x.rows for t in tasks
              if t in row and t in base]  # fmt: skip
-    return max(found, default=0.0)
+    return max(changes, default=0.0)
 
 
-def score_cell(row: Scores, base: Scores, task: str, largest: float, *, own: bool = False) -> Cell:
+def score_cell(results: Results, row: Scores, task: str, largest: float, *, own: bool = False) -> Cell:
     """Return a score, shaded by its change against the base where that is more than noise."""
     score = row.get(task)
     if score is None:
         return Cell()
     hint, shade = f"utility {score.utility:.4f}", 0.0
-    change = mean_change([(row, base, [task])], score.block) if task in base else None
-    if change and row is not base:
-        told = f"{amount(change.mean, score.block)} against the base, {interval(change, score.block)}"
-        hint += f"; {told}" + ("; no change seen" if change.sign == 0 else "")
+    base = results.base
+    change = results.change(row, base, [task], score.block) if task in base and row is not base else None
+    if change:
+        against = f"{amount(change.mean, score.block)} against the base, {interval(change, score.block)}"
+        hint += f"; {against}" + ("; no change seen" if change.sign == 0 else "")
         shade = change.mean / largest if largest and change.sign else 0.0
     return Cell(natural(score.value, score.block), hint, shade, own)
 
@@ -134,53 +149,52 @@ def change_cell(change: Change | None, block: Block) -> Cell:
 
 def metric_tables(results: Results) -> list[Table]:
     """Return one table per block: the metrics that some line has, of each line."""
-    tables = []
-    for block in results.blocks():
-        found = {n: x.metrics(results.stages, results.general_tasks, block) for n, x in results.named_lines()}
-        unit = {"perplexity": "nats", "accuracy": "shares"}[block]
-        tables.append(metric_table(f"Metrics, {block}, in {unit}", found, block))
-    return tables
+    return [
+        metric_table(
+            {n: x.metrics(results.stages, results.general_tasks, block) for n, x in results.named_lines()}, block
+        )
+        for block in results.blocks()
+    ]
 
 
-def metric_table(title: str, found: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
+def metric_table(metrics: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
     """Return a table of the metrics that some line has. `found`: line -> its metrics in a block."""
-    names = known_metrics(found.values())
-    rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in found.items()]
-    return Table(title, ("line", *(METRICS[m][0] for m in names)), rows)
+    names = known_metrics(metrics.values())
+    rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in metrics.items()]
+    title = f"Metrics, {block}, in {_METRIC_UNITS[block]}"
+    return Table(title, ("line", *(METRICS[m].short for m in names)), rows)
 
 
 def metric_cell(value: float | None, block: Block, name: str) -> Cell:
     """Return a metric; `name`: as METRICS has it."""
     if value is None:
         return Cell()
-    signed = "+" if name in ("bwt", "bwt_per_stage", "fwt", "general_delta") else ""
-    text = f"{value + 0.0:{signed}.3f}".replace("-", "−")
-    return Cell(text, METRICS[name][1] if name in ("normalised", "fuar") else f"{METRICS[name][1]}; {UNITS[block]}")
+    metric = METRICS[name]
+    text = f"{value + 0.0:{'+' * metric.signed}.3f}".replace("-", "−")
+    return Cell(text, f"{metric.meaning}; {UNITS[block]}" if metric.unit else metric.meaning)
 
 
 def final_table(results: Results, block: Block) -> Table:
     """Return metrics and last scores of all lines; with many tasks only the metrics, to fit a terminal."""
     tasks = [t for t in task_facts(results) if (s := any_score(results, t)) and s.block == block]
-    tasks, base = tasks if len(tasks) <= 4 else [], results.base
+    tasks = tasks if len(tasks) <= 4 else []
     largest = _largest(results, tasks)
-    rows = [[Cell("base"), *(score_cell(base, base, t, 0) for t in tasks), *[Cell()] * 4]]
+    rows = [[Cell("base"), *(score_cell(results, results.base, t, 0) for t in tasks), *[Cell()] * len(_AT_THE_END)]]
     for name, line in results.named_lines():
         values = line.metrics(results.stages, results.general_tasks, block)
-        last = [score_cell(line.rows[-1], base, t, largest) for t in tasks]
-        rows.append(
-            [Cell(name), *last, *(metric_cell(values[m], block, m) for m in ("acc", "la", "bwt", "general_delta"))]
-        )
-    header = ("", *tasks, "ACC", "LA", "BWT", "general Δ")
-    return Table(f"{block} at the end (metrics in {'nats' if block == 'perplexity' else 'shares'})", header, rows)
+        last = [score_cell(results, line.rows[-1], t, largest) for t in tasks]
+        rows.append([Cell(name), *last, *(metric_cell(values[m], block, m) for m in _AT_THE_END)])
+    header = ("", *tasks, *(METRICS[m].short for m in _AT_THE_END))
+    return Table(f"{block} at the end (metrics in {_METRIC_UNITS[block]})", header, rows)
 
 
 def task_tables(results: Results) -> list[Table]:
     """Return one table per task: each line's score after each stage, and what became of it, with intervals."""
-    found = []
+    tables = []
     for task, facts in task_facts(results).items():
         if facts["block"] and task in results.base:
-            found.append(_task_table(results, task, facts["block"], facts["stage"]))
-    return found
+            tables.append(_task_table(results, task, facts["block"], facts["stage"]))
+    return tables
 
 
 def _task_table(results: Results, task: str, block: Block, stage: str | None) -> Table:
@@ -190,17 +204,17 @@ def _task_table(results: Results, task: str, block: Block, stage: str | None) ->
     for name, line in results.named_lines():
         if not any(task in row for row in line.rows[1:]):
             continue
-        cells = [score_cell(row, results.base, task, largest, own=t == learnt > 0) for t, row in enumerate(line.rows)]
+        cells = [score_cell(results, row, task, largest, own=t == learnt > 0) for t, row in enumerate(line.rows)]
         cells += [Cell()] * (len(after) - len(cells))
         last = line.rows[-1] if task in line.rows[-1] else {}
-        changes = [mean_change([(last, results.base, [task])], block) if last else None]
+        changes = [results.change(last, results.base, [task], block) if last else None]
         if 0 < learnt < results.last:
             there = last and len(line.rows) > learnt + 1 and task in line.rows[learnt]
-            changes.append(mean_change([(last, line.rows[learnt], [task])], block) if there else None)
+            changes.append(results.change(last, line.rows[learnt], [task], block) if there else None)
         rows.append([Cell(name), *cells, *(change_cell(c, block) for c in changes), _detectable(changes[-1], block)])
     since = ("since it was learnt",) if 0 < learnt < results.last else ()
-    told = f"{task} ({'stage ' + stage if stage else 'general'}, {len(results.base[task].gains)} documents)"
-    return Table(told, ("line", *after, "against the base", *since, "could have been seen"), rows)
+    title = f"{task} ({'stage ' + stage if stage else 'general'}, {len(results.base[task].gains)} documents)"
+    return Table(title, ("line", *after, "against the base", *since, "could have been seen"), rows)
 
 
 def _detectable(change: Change | None, block: Block) -> Cell:
@@ -226,15 +240,15 @@ class Cost:
 
 def costs(run: Run) -> list[Cost]:
     """Return seconds and peak memory of each phase that is done."""
-    found = []
+    spent = []
     for _, place in run.places():
         for phase in PHASES[:-1]:
             if place.is_done(phase):
                 r = place.record(phase)
                 where = str(place.folder.relative_to(run.folder))
-                found.append(Cost(where, phase, r.get("seconds"), r.get("peak_memory_bytes"),
+                spent.append(Cost(where, phase, r.get("seconds"), r.get("peak_memory_bytes"),
                                   r.get("device", ""), r.get("processes")))  # fmt: skip
-    return found
+    return spent
 
 
 def cost_tables(spent: Sequence[Cost]) -> list[Table]:

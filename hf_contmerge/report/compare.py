@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ResourceError, RunError
-from hf_contmerge.report._findings import Results, amount, interval, natural
-from hf_contmerge.report._pages import rich_table, sections_markdown, sections_page
+from hf_contmerge.report._findings import amount, interval, natural
+from hf_contmerge.report._results import Results
 from hf_contmerge.report._tables import Cell, Section, Table, change_cell, metric_table
+from hf_contmerge.report._templates import fill
+from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.changes import flat_fields
@@ -36,7 +38,7 @@ _SHOWN = 60
 
 
 @dataclass(frozen=True)
-class Contestant:
+class ComparedRun:
     """A run, what it has found, and what to call it."""
 
     label: str
@@ -49,18 +51,18 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Duel:
+class LinePair:
     """A line of a run against one of the reference's, both at the end, on the tasks that they have in common."""
 
-    new: Contestant
-    old: Contestant
+    new: ComparedRun
+    old: ComparedRun
     names: tuple[str, str]
     """Of the new line and of the old one."""
     scores: tuple[Scores, Scores]
     tasks: tuple[str, ...]
 
     @property
-    def told(self) -> str:
+    def title(self) -> str:
         new, old = self.names
         return f"{self.new.label}: {new}" + ("" if new == old else f" (against {old})")
 
@@ -78,12 +80,12 @@ class Duel:
 class Comparison:
     """All that there is to tell of some runs."""
 
-    contestants: tuple[Contestant, ...]
-    duels: tuple[Duel, ...]
+    runs: tuple[ComparedRun, ...]
+    pairs: tuple[LinePair, ...]
 
     @property
     def title(self) -> str:
-        return " against ".join([", ".join(c.label for c in self.contestants[1:]), self.contestants[0].label])
+        return " against ".join([", ".join(c.label for c in self.runs[1:]), self.runs[0].label])
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
@@ -96,18 +98,20 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         raise RunError("There is nothing to compare: name at least two different runs, the reference first.")
     names = [run.folder.resolve().name for run in runs]
     labels = [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
-    found = [Contestant(label, run, load_results(run)) for label, run in zip(labels, runs, strict=True)]
-    duels = [duel for other in found[1:] for duel in _duels(other, found[0])]
-    if not any(duel.tasks for duel in duels):
-        measured = "; ".join(f"{c.label} has {', '.join(sorted(_tasks(c))) or 'measured nothing yet'}" for c in found)
+    compared = [ComparedRun(label, run, load_results(run)) for label, run in zip(labels, runs, strict=True)]
+    pairs = [pair for other in compared[1:] for pair in _pairs(other, compared[0])]
+    if not any(pair.tasks for pair in pairs):
+        measured = "; ".join(
+            f"{c.label} has {', '.join(sorted(_tasks(c))) or 'measured nothing yet'}" for c in compared
+        )
         raise RunError(
             f"These runs have no task in common, so there is nothing to compare: {measured}. Give their recipes a "
             "common general task (`evaluate.general_tasks`) and run them again: only what is missing is measured."
         )
-    return Comparison(tuple(found), tuple(duels))
+    return Comparison(tuple(compared), tuple(pairs))
 
 
-def _duels(new: Contestant, old: Contestant) -> Iterator[Duel]:
+def _pairs(new: ComparedRun, old: ComparedRun) -> Iterator[LinePair]:
     there = dict(old.lines())
     pairs = [((name, line), (name, there[name])) for name, line in new.lines() if name in there]
     entries = {line.name for line in new.results.merges} & {line.name for line in old.results.merges}
@@ -118,33 +122,33 @@ def _duels(new: Contestant, old: Contestant) -> Iterator[Duel]:
         last, base = line.rows[-1], reference.rows[-1]
         common = [t for t in last if t in base and last[t].block == base[t].block]
         if common:
-            yield Duel(new, old, (name, other), (last, base), tuple(common))
+            yield LinePair(new, old, (name, other), (last, base), tuple(common))
 
 
-def _best(contestant: Contestant) -> Line | None:
-    results = contestant.results
-    found = (results.best(block) for block in results.stage_blocks())
-    return next((line for line in found if line), None) or next((x for x in results.merges if len(x.rows) > 1), None)
+def _best(compared: ComparedRun) -> Line | None:
+    results = compared.results
+    best = (results.best(block) for block in results.stage_blocks())
+    return next(filter(None, best), None) or next((x for x in results.merges if len(x.rows) > 1), None)
 
 
-def _tasks(contestant: Contestant) -> set[str]:
-    return {task for _, line in contestant.lines() for row in line.rows for task in row}
+def _tasks(compared: ComparedRun) -> set[str]:
+    return {task for _, line in compared.lines() for row in line.rows for task in row}
 
 
 def findings(comparison: Comparison) -> list[str]:
     """Return a sentence for each line of each run."""
-    return [f"{duel.told}: {_verdict(duel)}." for duel in comparison.duels]
+    return [f"{pair.title}: {_verdict(pair)}." for pair in comparison.pairs]
 
 
-def _verdict(duel: Duel) -> str:
+def _verdict(pair: LinePair) -> str:
     parts = []
     for block in reversed(BLOCKS):  # perplexity first: every held-out text has it
-        tasks = duel.comparable(block)
-        change = duel.change(tasks, block)
+        tasks = pair.comparable(block)
+        change = pair.change(tasks, block)
         if change:
             where = f"on {len(tasks)} task{'s' * (len(tasks) != 1)} of {block}"
             parts.append(f"{change.seen} {where} ({amount(change.mean, block)}, {interval(change, block)})")
-    others = len(duel.tasks) - sum(len(duel.comparable(block)) for block in BLOCKS)
+    others = len(pair.tasks) - sum(len(pair.comparable(block)) for block in BLOCKS)
     if others:
         parts.append(f"{others} measured on other documents, and not compared")
     return "; ".join(parts)
@@ -153,7 +157,7 @@ def _verdict(duel: Duel) -> str:
 def sections(comparison: Comparison) -> list[Section]:
     """Return the parts of the page."""
     paired = (
-        f"Each against {comparison.contestants[0].label}, after the last stage of both, on the same documents; 95 % "
+        f"Each against {comparison.runs[0].label}, after the last stage of both, on the same documents; 95 % "
         "intervals; ≈ is no change seen."
     )
     return [
@@ -167,42 +171,42 @@ def _difference_tables(comparison: Comparison) -> list[Table]:
     """Return one table per block: tasks down, lines of the other runs across."""
     tables = []
     for block in reversed(BLOCKS):
-        duels = [d for d in comparison.duels if any(d.scores[0][t].block == block for t in d.tasks)]
-        tasks = dict.fromkeys(t for d in duels for t in d.tasks if d.scores[0][t].block == block)
-        rows = [[Cell(task), *(_difference_cell(d, task, block) for d in duels)] for task in tasks]
-        means = [change_cell(d.change(d.comparable(block), block), block) for d in duels]
+        pairs = [d for d in comparison.pairs if any(d.scores[0][t].block == block for t in d.tasks)]
+        tasks = dict.fromkeys(t for d in pairs for t in d.tasks if d.scores[0][t].block == block)
+        rows = [[Cell(task), *(_difference_cell(d, task, block) for d in pairs)] for task in tasks]
+        means = [change_cell(d.change(d.comparable(block), block), block) for d in pairs]
         rows += [[Cell("mean"), *means]] if len(rows) > 1 else []
         if rows:
-            tables.append(Table(f"{block}, task by task", ("task", *(d.told for d in duels)), rows))
+            tables.append(Table(f"{block}, task by task", ("task", *(d.title for d in pairs)), rows))
     return tables
 
 
-def _difference_cell(duel: Duel, task: str, block: Block) -> Cell:
-    if task not in duel.tasks:
+def _difference_cell(pair: LinePair, task: str, block: Block) -> Cell:
+    if task not in pair.tasks:
         return Cell()
-    new, old = (scores[task] for scores in duel.scores)
+    new, old = (scores[task] for scores in pair.scores)
     values = f"{natural(new.value, block)} against {natural(old.value, block)}"
     if not same_documents(new, old):
         return Cell("other documents", values)
-    cell = change_cell(duel.change([task], block), block)
+    cell = change_cell(pair.change([task], block), block)
     return Cell(cell.text, f"{values}; {cell.hint}".rstrip("; "), cell.shade)
 
 
 def _metric_tables(comparison: Comparison) -> list[Table]:
     tables = []
     for block in reversed(BLOCKS):
-        found = {
+        metrics = {
             f"{c.label}: {name}": line.metrics(c.results.stages, c.results.general_tasks, block)
-            for c in comparison.contestants if block in c.results.blocks() for name, line in c.lines()
+            for c in comparison.runs if block in c.results.blocks() for name, line in c.lines()
         }  # fmt: skip
-        if found:
-            tables.append(metric_table(f"Metrics, {block}", found, block))
+        if metrics:
+            tables.append(metric_table(metrics, block))
     return tables
 
 
 def _recipe_table(comparison: Comparison) -> Table:
     """Return the fields in which not all recipes are alike; a token must not be shown."""
-    dumped = [dict(flat_fields(c.run.recipe.model_dump(mode="json"))) for c in comparison.contestants]
+    dumped = [dict(flat_fields(c.run.recipe.model_dump(mode="json"))) for c in comparison.runs]
     names = dict.fromkeys(name for fields in dumped for name in fields if not name.endswith("hub_token"))
     rows = []
     for name in names:
@@ -210,7 +214,7 @@ def _recipe_table(comparison: Comparison) -> Table:
         if any(value != values[0] for value in values):
             shown = [str(v) if len(str(v)) <= _SHOWN else str(v)[:_SHOWN] + " …" for v in values]
             rows.append([Cell(name), *(Cell(text) for text in shown)])
-    header = ("field", *(c.label for c in comparison.contestants))
+    header = ("field", *(c.label for c in comparison.runs))
     return Table("What differs", header, rows or [[Cell("nothing"), *[Cell() for _ in dumped]]])
 
 
@@ -228,12 +232,12 @@ def print_comparison(comparison: Comparison) -> None:
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
     """Write index.html, compare.md and compare.csv; return the page's path. Raises ResourceError if it cannot."""
-    title, told, parts = comparison.title, findings(comparison), sections(comparison)
+    shown = {"title": comparison.title, "findings": findings(comparison), "sections": sections(comparison)}
     page = folder / "index.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        page.write_text(sections_page(title, told, parts), encoding="utf-8")
-        (folder / "compare.md").write_text(sections_markdown(title, told, parts), encoding="utf-8")
+        page.write_text(fill("compare.html", **shown), encoding="utf-8")
+        (folder / "compare.md").write_text(fill("compare.md", **shown), encoding="utf-8")
         with (folder / "compare.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([_COLUMNS, *_rows(comparison)])
     except OSError as error:
@@ -242,13 +246,13 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
 
 
 def _rows(comparison: Comparison) -> Iterator[tuple[Any, ...]]:
-    """Yield a row for each task of each duel; the difference is empty where the documents are others."""
-    for duel in comparison.duels:
-        for task in duel.tasks:
-            new, old = (scores[task] for scores in duel.scores)
-            change = duel.change([task], new.block) if same_documents(new, old) else None
+    """Yield a row for each task of each pair; the difference is empty where the documents are others."""
+    for pair in comparison.pairs:
+        for task in pair.tasks:
+            new, old = (scores[task] for scores in pair.scores)
+            change = pair.change([task], new.block) if same_documents(new, old) else None
             seen = change.seen if change else "other documents"
-            told = (change.mean, change.low, change.high, change.confidence, change.stderr, change.detectable,
-                    len(new.gains)) if change else (None,) * 7  # fmt: skip
-            where = (duel.old.label, duel.new.label, *reversed(duel.names), task, new.block)
-            yield (*where, old.value, new.value, *told, seen)
+            numbers = (change.mean, change.low, change.high, change.confidence, change.stderr, change.detectable,
+                       len(new.gains)) if change else (None,) * 7  # fmt: skip
+            where = (pair.old.label, pair.new.label, *reversed(pair.names), task, new.block)
+            yield (*where, old.value, new.value, *numbers, seen)

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError, RunError, unknown
-from hf_contmerge.report.card import (
+from hf_contmerge.report._public import (
     HUB_ID,
     LOCAL_PATH,
-    last_merged,
     mapped,
-    model_card,
     public_mergekit_recipe,
     public_name,
     public_recipe,
 )
+from hf_contmerge.report.card import last_merged, model_card
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge, Recipe
 
@@ -97,16 +96,16 @@ def _checked_repo_id(repo_id: str | None) -> str:
 def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
     """Return path in the repository -> contents of all that is pushed."""
     folder = run.merged(t, entry).model
-    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    refused = [name for name, path in found.items() if path.suffix not in _UPLOADED]
+    merged = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    refused = [name for name, path in merged.items() if path.suffix not in _UPLOADED]
     if refused:
         raise ModelError(
             f"{folder} holds {', '.join(refused)}. Only {', '.join(sorted(_UPLOADED))} files are ever uploaded: move "
             "the others away and push again. Nothing was uploaded."
         )
-    if not any(path.suffix == ".safetensors" for path in found.values()):
+    if not any(path.suffix == ".safetensors" for path in merged.values()):
         raise RunError(f"{folder} holds no weights. Merge again: `contmerge redo {run.folder} merge`, then run.")
-    files: dict[str, Contents] = {name: _cleaned(path) for name, path in found.items()}
+    files: dict[str, Contents] = {name: _cleaned(path) for name, path in merged.items()}
     files["README.md"] = model_card(run, entry, repo_id=repo_id).encode()
     files["recipe.yml"] = public_recipe(run.recipe).encode()
     mergekit = public_mergekit_recipe(run, entry, t)
@@ -175,8 +174,8 @@ def _explanation(error: BaseException, repo_id: str, endpoint: str) -> str:
             f"{endpoint} does not let this token write to {repo_id} (403). Make one with write permission for "
             f"{repo_id.split('/')[0]} at {endpoint}/settings/tokens, give it to `hf auth login`, and push again."
         )
-    told = error.server_message or error.response.reason_phrase
-    return f"{endpoint} answered {status} to the push of {repo_id}: {told}. Push again later or mend what it names."
+    answer = error.server_message or error.response.reason_phrase
+    return f"{endpoint} answered {status} to the push of {repo_id}: {answer}. Push again later or mend what it names."
 
 
 # What must not leave the machine

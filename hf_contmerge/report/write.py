@@ -27,11 +27,11 @@ from typing import Any
 
 from hf_contmerge.report._choices import choice_tables, choices_intro, curves
 from hf_contmerge.report._examples import examples
-from hf_contmerge.report._findings import UNITS, Results, task_facts, verdict
+from hf_contmerge.report._findings import UNITS, verdict
 from hf_contmerge.report._merges import geometry_section
-from hf_contmerge.report._pages import costs_page, markdown, page, rich_table
 from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
+from hf_contmerge.report._results import Results, task_facts
 from hf_contmerge.report._tables import (
     Cost,
     Picture,
@@ -43,6 +43,7 @@ from hf_contmerge.report._tables import (
     metric_tables,
     task_tables,
 )
+from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.run.folder import Run
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
@@ -51,36 +52,42 @@ _COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", 
 
 def write_report(run: Run) -> Path:
     """Write the report of what there is; return the path of the picture. Leaves the report's record to the caller."""
-    results = load_results(run)
+    from hf_contmerge.report._pages import markdown, page  # jinja2 is for reports that are written, not shown again
+    from hf_contmerge.report._templates import fill
+
+    results, spent = load_results(run), costs(run)
     folder = run.report.scratch("report")
     draw_forgetting(results, folder / "forgetting.png")
-    (folder / "summary.json").write_text(json.dumps(summary(run, results), indent=1) + "\n", encoding="utf-8")
-    _write_csv(folder / "scores.csv", [_COLUMNS, *_score_rows(results)])
-    spent = costs(run)
-    (folder / "costs.html").write_text(costs_page(run, cost_tables(spent)), encoding="utf-8")
-    _write_csv(folder / "costs.csv", [[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)])
+    pictures = [Picture(draw_alone(results, panel), panel.alt_text(results)) for panel in panels(results)]
     shown = [section for section in sections(run, results) if not section.empty]
-    (folder / "report.md").write_text(markdown(run, results, shown), encoding="utf-8")
-    pictures = [Picture(draw_alone(results, panel), panel.told(results)) for panel in panels(results)]
-    (folder / "index.html").write_text(page(run, results, pictures, shown), encoding="utf-8")
+    texts = {
+        "index.html": page(run, results, pictures, shown),
+        "report.md": markdown(run, results, shown),
+        "summary.json": json.dumps(summary(run, results), indent=1) + "\n",
+        "costs.html": fill("costs.html", name=run.recipe.name, tables=cost_tables(spent)),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    _write_csv(folder / "scores.csv", [_COLUMNS, *_score_rows(results)])
+    _write_csv(folder / "costs.csv", [[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)])
     return run.report.publish("report") / "forgetting.png"
 
 
 def sections(run: Run, results: Results) -> list[Section]:
     """Return the parts of the report below its picture; those with nothing to show are empty."""
-    seen = (
-        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change seen, the 95 % interval holds 0. A "
+    shades = (
+        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change shades, the 95 % interval holds 0. A "
         "frame marks the stage just learnt. Point at a number for more."
     )
-    by_task = (
-        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change seen. The last column is the "
+    intervals = (
+        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change shades. The last column is the "
         "smallest true change that such documents would have shown in four of five samples: a smaller one may have "
         "happened unseen."
     )
     return [
-        Section("Scores after each stage", seen, tables=heat_maps(results)),
+        Section("Scores after each stage", shades, tables=heat_maps(results)),
         Section("Metrics", tables=metric_tables(results)),
-        Section("Task by task", by_task, tables=task_tables(results)),
+        Section("Task by task", intervals, tables=task_tables(results)),
         examples(results),
         _choices(run),
         geometry_section(run),
@@ -122,8 +129,8 @@ def print_table(run: Run) -> None:
 def load_results(run: Run) -> Results:
     """Read what has been measured of a run. The first stage's expert is plain fine-tuning, whatever its kind."""
     experts, merges = load_lines(run, tuple(dict.fromkeys(("previous", *run.expert_kinds()))))
-    seen = max(len(line.rows) for line in (*experts, *merges)) - 1
-    if seen > 1 and "previous" not in run.expert_kinds():  # this run does not train it
+    measured = max(len(line.rows) for line in (*experts, *merges)) - 1
+    if measured > 1 and "previous" not in run.expert_kinds():  # this run does not train it
         experts = [line for line in experts if line.name != "previous"]
     general = tuple(task.name for task in run.recipe.evaluate.general_tasks)
     mean = next((entry.name for entry in run.recipe.merge if entry.rule == "average"), None)

@@ -23,7 +23,7 @@ import measure
 import models
 
 from hf_contmerge.loop.run import run_recipe
-from hf_contmerge.report._findings import Results
+from hf_contmerge.report._results import Results
 from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import parse_recipe

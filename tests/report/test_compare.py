@@ -65,10 +65,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 
 def test_differences_are_paired_and_have_intervals(pair):
     found = compare_runs(pair)
-    assert [(d.told, d.tasks) for d in found.duels] == [
+    assert [(d.title, d.tasks) for d in found.pairs] == [
         (f"new: {name}", ("a_heldout", "b_heldout", "quiz")) for name in ("fine-tuning alone", "magmax", "opcm")
     ]
-    magmax = found.duels[1]
+    magmax = found.pairs[1]
     change = magmax.change(["a_heldout"], "perplexity")
     assert change
     assert change.mean == pytest.approx(0.3)
@@ -101,7 +101,7 @@ def test_tables_show_metrics_and_what_differs_between_the_recipes(pair):
 
 def test_other_documents_are_said_and_not_compared(pair, tmp_path):
     found = compare_runs([pair[0], make_run(tmp_path / "y", kept=-2.6, seed="other ")])
-    assert found.duels[1].comparable("perplexity") == []
+    assert found.pairs[1].comparable("perplexity") == []
     assert "2 measured on other documents, and not compared" in findings(found)[1]
     texts = sections(found)[0].tables[0]
     assert {cell.text for row in texts.rows[:-1] for cell in row[1:]} == {"other documents"}
@@ -115,18 +115,16 @@ def test_other_documents_are_said_and_not_compared(pair, tmp_path):
 
 def test_runs_of_different_rules_meet_with_their_best(tmp_path):
     runs = [make_run(tmp_path / "x", kept=-2.9, rules=["magmax"]), make_run(tmp_path / "y", kept=-2.6, rules=["opcm"])]
-    assert [d.told for d in compare_runs(runs).duels] == ["y: fine-tuning alone", "y: opcm (against magmax)"]
+    assert [d.title for d in compare_runs(runs).pairs] == ["y: fine-tuning alone", "y: opcm (against magmax)"]
     assert compare_runs(runs[::-1]).title == "x against y"
 
 
 def test_three_runs_have_the_first_as_reference(pair, tmp_path):
     runs = [pair[0], *(make_run(tmp_path / f"r{i}" / "run", kept=-2.9 + i / 10, rules=["magmax"]) for i in (1, 2))]
     found = compare_runs(runs)
-    merged = [d.change(["a_heldout"], "perplexity") for d in found.duels if d.names[0] == "magmax"]
+    merged = [d.change(["a_heldout"], "perplexity") for d in found.pairs if d.names[0] == "magmax"]
     assert [c.mean for c in merged if c] == pytest.approx([0.1, 0.2])
-    assert [c.label for c in found.contestants] == ["old", str(runs[1].folder), str(runs[2].folder)], (
-        "for names that clash"
-    )
+    assert [c.label for c in found.runs] == ["old", str(runs[1].folder), str(runs[2].folder)], "for names that clash"
 
 
 def test_runs_without_a_common_task_are_refused(pair, tmp_path, capsys):

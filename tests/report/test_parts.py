@@ -94,8 +94,9 @@ def test_noise_is_drawn_hollow(run):
     draw_panel(axes, results, Panel("general", "accuracy"))
     assert "white" in [line.get_markerfacecolor() for line in axes.lines]
     stage = Figure().add_subplot()
-    labels = draw_panel(stage, results, Panel("stage", "perplexity", 1))
-    assert {"base 36.6", "fine-tuning alone 49.4"} <= {label.text for label in labels}
+    drawing = draw_panel(stage, results, Panel("stage", "perplexity", 1))
+    assert {"base 36.6", "fine-tuning alone 49.4"} <= {label.text for label in drawing.labels}
+    assert (drawing.title, drawing.stages) == ("1 · s1", ("base", "s1", "s2", "s3"))
     assert "forgotten" in {text.get_text() for text in stage.texts}
 
 
@@ -121,14 +122,14 @@ def test_examples_are_those_that_were_lost_and_kept(run):
     quiz = [q for q in found.quotes if q.source.startswith("quiz")]
     assert [q.source for q in quiz] == ["quiz, document 2", "quiz, document 3"]
     assert quiz[0].text.startswith("quiz 1 <script>")
-    assert quiz[0].told == "base: right (hen) → fine-tuning alone: wrong (fox) → opcm: right (hen)"
+    assert quiz[0].outcome == "base: right (hen) → fine-tuning alone: wrong (fox) → opcm: right (hen)"
     assert (
         "quiz: of 12 right answers (base) fine-tuning alone lost 4, of which opcm has 3; it lost 1 others."
         in found.intro
     )
     texts = [q for q in found.quotes if q.source.startswith("s1_heldout")]
     assert len(texts) == 2
-    assert texts[0].told.startswith("after s1: perplexity ")
+    assert texts[0].outcome.startswith("after s1: perplexity ")
     assert not [q for q in found.quotes if q.source.startswith("s3")], "the last stage had no time to be forgotten"
 
 
@@ -156,7 +157,7 @@ def test_texts_are_escaped(written):
     page.feed(text)
     page.close()
     assert page.open == []
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; # not a heading" in text
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; # not a heading" in text
     assert "<script" not in text
     assert "\\<script\\>" in (run.folder / "report" / "report.md").read_text()
 
@@ -257,5 +258,5 @@ def test_a_stage_with_several_tasks_is_drawn_as_their_mean(tmp_path):
     results = load_results(run)
     both = replace(results, stages=tuple(s.model_copy(update={"tasks": run.recipe.evaluate.general_tasks[1:]})
                                          for s in results.stages), general_tasks=())  # fmt: skip
-    labels = draw_panel(Figure().add_subplot(), both, Panel("stage", "perplexity", 1))
+    labels = draw_panel(Figure().add_subplot(), both, Panel("stage", "perplexity", 1)).labels
     assert next(label.text for label in labels if label.text.startswith("opcm")) == "opcm × 0.78"

@@ -15,9 +15,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from toys.hub_server import READ_TOKEN, WRITE_TOKEN, Hub, hub_server
+from toys.reports import NASTY
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_contmerge.errors import ModelError, RecipeError, RunError
+from hf_contmerge.report._findings import METRICS
 from hf_contmerge.report.card import model_card
 from hf_contmerge.report.push import push_merged
 from hf_contmerge.run.folder import Run
@@ -248,11 +250,21 @@ def test_card_of_a_difference_between_two_models(run: Run) -> None:
     assert "- owner/tiny\n" in card
 
 
+def test_card_of_nasty_names(run: Run) -> None:
+    """A recipe's strings are anybody's, and the card is shown on the Hub."""
+    dataset = run.stage(1).dataset
+    assert dataset
+    law = run.stage(1).model_copy(update={"dataset": dataset.model_copy(update={"split": NASTY, "path": "a`b`.txt"})})
+    run = Run(run.folder, run.recipe.model_copy(update={"stages": (law, *run.recipe.stages[1:])}))
+    told = model_card(run, magmax(run)).partition("## Recipe")[0]
+    assert "trained on `` a`b`.txt `` (split \\<script\\>alert" in told
+    assert not re.search(r"(?<!\\)(<script|\*bold)", told)
+
+
 def test_card_shows_natural_metrics_and_forgetting(run: Run) -> None:
     card = model_card(run, magmax(run))
     rows = {cells[0]: cells[1:] for line in card.splitlines() if line.startswith("|") and (cells := _cells(line))}
-    assert rows["model"] == ["kind", "ACC", "LA", "BWT", "general", "of expert", "FUAR"]
-    assert "law_heldout (word perplexity, lower is better)" in card
+    assert r"law\_heldout (word perplexity, lower is better)" in card
     alone, merged = "fine-tuning alone, in sequence", "this merge (magmax)"
     assert rows["base model"] == ["20.09 ± 0.00", "0.250 ± 0.164", "0.500 ± 0.189"]
     assert rows[f"{merged}, after law"][0] == "9.49 ± 0.00"
@@ -260,9 +272,18 @@ def test_card_shows_natural_metrics_and_forgetting(run: Run) -> None:
     assert rows[f"{alone}, after law"][0] == "7.39 ± 0.00"
     assert rows[f"{alone}, after chat"] == ["not measured"] * 3
     # ACC = R[2][1], LA = R[1][1] and BWT = R[2][1] - R[1][1] of the perplexity, R = -ln
-    assert f"| {merged} | perplexity | -2.5000 | -2.2500 | -0.2500 | not measured | 0.50 | - |" in card
-    assert f"| {merged} | accuracy | +0.5000 | +0.5000 | not measured | -0.1250 | - | 0.50 |" in card
-    assert f"| {alone} | accuracy | not measured | not measured | not measured | not measured | - | - |" in card
+    _, texts, answers = (part.partition("\n\n## ")[0] for part in card.split("### Metrics, "))
+    assert "| line | ACC | LA | BWT | of expert |" in texts
+    assert f"| {merged} | −2.500 | −2.250 | −0.250 | 0.500 |" in texts
+    assert "| line | ACC | LA | BWT | general Δ | FUAR |" in answers
+    assert f"| {merged} | 0.500 | 0.500 | – | −0.125 | 0.500 |" in answers
+    assert f"| {alone} | – | – | – | – | – |" in answers
+
+
+def test_card_has_the_words_of_the_report_for_metrics(run: Run) -> None:
+    card = model_card(run, magmax(run))
+    names = ("acc", "la", "bwt", "normalised", "general_delta", "fuar")
+    assert "\n".join(f"- {METRICS[name].short}: {METRICS[name].meaning}." for name in names) in card
 
 
 def _cells(line: str) -> list[str]:

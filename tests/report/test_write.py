@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from toys.reports import KEPT, Page, make_run, make_score
 
 from hf_contmerge.errors import RunError
+from hf_contmerge.report import _results
 from hf_contmerge.report._findings import METRICS, amount, headline, verdict
 from hf_contmerge.report._labels import spread
 from hf_contmerge.report._tables import cost_tables, costs
@@ -288,6 +290,19 @@ def test_the_table_in_the_terminal(run, capsys, monkeypatch):
     assert "better over all stages" in out
 
 
+def test_each_paired_change_is_computed_once(tmp_path, monkeypatch):
+    run, asked = make_run(tmp_path / "run"), Counter()
+
+    def counted(groups, block):
+        asked[block, *((id(new), id(old), tuple(tasks)) for new, old, tasks in groups)] += 1
+        return mean_change(groups, block)
+
+    monkeypatch.setattr(_results, "mean_change", counted)
+    write_report(run)
+    assert asked
+    assert {key for key, times in asked.items() if times > 1} == set()
+
+
 def test_reports_are_replaced(tmp_path):
     run = make_run(tmp_path / "run", stages=1)
     write_report(run)
@@ -297,9 +312,8 @@ def test_reports_are_replaced(tmp_path):
 
 
 def test_importing_the_report_is_cheap():
-    code = (
-        "import sys, hf_contmerge.report.write; print([m for m in ('matplotlib', 'rich', 'torch') if m in sys.modules])"
-    )
+    heavy = ("matplotlib", "rich", "torch", "jinja2")
+    code = f"import sys, hf_contmerge.report.write; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

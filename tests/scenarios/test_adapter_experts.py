@@ -20,7 +20,7 @@ from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, Resourc
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.loading import load_model
-from hf_contmerge.report.card import public_mergekit_recipe
+from hf_contmerge.report._public import public_mergekit_recipe
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train

@@ -1,0 +1,99 @@
+"""What of a run the world may see: paths of this machine are reduced to names, secrets are blanked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_contmerge.merge_rules import rule_class
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import ExpertPlace
+from hf_contmerge.run.recipe.schema import Merge, Recipe
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+LOCAL_PATH = re.compile(r"/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\|file:")
+_FILE = re.compile(r"\.(jsonl?|parquet|csv|txt|arrow|gguf|ya?ml)$")
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(?<=://)[^/\s@]+@")
+_NAMED = ("base_model", "expert", "minus", "path", "include_path", "output")
+
+
+def mapped(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """Return JSON-like data with every string replaced by change(key, string)."""
+    if isinstance(value, dict):
+        return {k: mapped(v, change, str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [mapped(v, change, key) for v in value]
+    return change(key, value) if isinstance(value, str) else value
+
+
+def hub_id(name: str) -> str | None:
+    """Return the Hub id, without a revision, that a recipe means by a name; None for something on this machine."""
+    if not HUB_ID.fullmatch(name) or _FILE.search(name) or Path(name).exists():
+        return None
+    return name.partition("@")[0]
+
+
+def public_name(name: str) -> str:
+    """Return a Hub id or an address as it is, and a local path as its last component."""
+    if hub_id(name) or ("://" in name and not name.startswith("file:")):
+        return name
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2] or "."
+
+
+def _public_word(key: str, value: str) -> str:
+    """Return a recipe's string as the world may see it."""
+    if key.endswith("hub_token"):
+        return "(removed)"
+    if key in _NAMED or (key != "text" and LOCAL_PATH.match(value)):
+        value = public_name(value)
+    return without_secrets(value)
+
+
+def without_secrets(text: str) -> str:
+    """Blank tokens and the passwords of addresses."""
+    return _SECRET.sub("(removed)", text)
+
+
+def public_recipe(recipe: Recipe) -> str:
+    """Return the recipe as the world may see it, in YAML."""
+    data = mapped(recipe.model_dump(mode="json"), _public_word)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
+    """Return the stage's merge.yml with models named as in the recipe or, if made here, by their place in the run."""
+    file = run.merged(t, entry).mergekit_recipe
+    if not file.is_file():
+        return None
+    root = run.folder.resolve()
+    given = {
+        expert_of(run, entry, s).model.resolve(): stage.expert
+        for s in range(1, t + 1)
+        if (stage := run.stage(s)).expert and not stage.minus  # a difference is made here, into a folder of the run
+    }
+
+    def public(key: str, value: str) -> str:
+        if key == "model" and "+" in value:  # mergekit's word for a model and an adapter of it
+            model, _, adapter = value.partition("+")
+            return f"{public('base_model', model)}+{public(key, adapter)}"
+        path = Path(value).resolve()
+        if key == "base_model":
+            return _public_word(key, run.recipe.base_model)
+        if key == "model" and given.get(path):
+            return _public_word("expert", str(given[path]))
+        if key == "model" and path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+        return _public_word("path" if key == "model" else key, value)
+
+    data = mapped(yaml.safe_load(file.read_text(encoding="utf-8")), public)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def expert_of(run: Run, entry: Merge, t: int) -> ExpertPlace:
+    """Return the place of the expert that a merge entry folds at a stage."""
+    start = entry.start_from or rule_class(entry.rule).start_from
+    return run.expert(t, f"merged-{entry.name}" if start == "merged" else start)

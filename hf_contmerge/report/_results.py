@@ -1,0 +1,129 @@
+"""What was measured of a run, and its paired changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_contmerge.run.recipe.schema import Stage
+from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
+from hf_contmerge.scoring.forgetting.lines import Line
+from hf_contmerge.scoring.forgetting.paired import Change, Group, mean_change
+
+
+@dataclass(frozen=True)
+class Results:
+    """What has been measured of a run so far. Lines differ in length while a stage is being worked on."""
+
+    stages: tuple[Stage, ...]
+    general_tasks: tuple[str, ...]
+    experts: tuple[Line, ...]
+    merges: tuple[Line, ...]
+    mean_of_experts: str | None = None
+    """The merge entry that is the plain mean of the experts, if there is one."""
+    _changes: dict[Any, tuple[Sequence[Group], Change | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def base(self) -> Scores:
+        return self.merges[0].rows[0]
+
+    @property
+    def last(self) -> int:
+        """The number of stages of which something has been measured."""
+        return max(len(line.rows) for line in (*self.experts, *self.merges)) - 1
+
+    @property
+    def baseline(self) -> Line | None:
+        """Plain sequential fine-tuning, if this run trains it."""
+        return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
+
+    def named_lines(self) -> list[tuple[str, Line]]:
+        """Return all lines by the names that people read."""
+        return [(line_label(x.name), x) for x in self.experts] + [(x.name, x) for x in self.merges]
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks in which anything was measured, perplexity first: every held-out text has it."""
+        lines = (*self.experts, *self.merges)
+        return [
+            b
+            for b in reversed(BLOCKS)
+            if any(s.block == b for line in lines for row in line.rows for s in row.values())
+        ]
+
+    def stage_blocks(self) -> list[Block]:
+        """Return the blocks in which some stage was measured."""
+        lines = (*self.merges, *self.experts)
+        return [
+            b for b in self.blocks()
+            if any(v is not None for line in lines for row in line.matrix(self.stages, b).rows for v in row)
+        ]  # fmt: skip
+
+    def learnt(self, line: Line, block: Block) -> Change | None:
+        """Return what the line gained on each stage when it was learnt: LA less the base's average."""
+        own = [(line.rows[j], self.base, self.stages[j - 1].task_names()) for j in range(1, len(line.rows))]
+        return self.mean_change(own, block)
+
+    def kept(self, line: Line, block: Block) -> Change | None:
+        """Return BWT, with its interval."""
+        last = line.rows[-1]
+        later = [(last, line.rows[j], self.stages[j - 1].task_names()) for j in range(1, len(line.rows) - 1)]
+        return self.mean_change(later, block)
+
+    def overall(self, line: Line, other: Line, t: int, block: Block) -> Change | None:
+        """Return how a line differs from another after stage t, over all stages so far."""
+        return self.mean_change([(line.rows[t], other.rows[t], s.task_names()) for s in self.stages[:t]], block)
+
+    def change(self, new: Scores, old: Scores, tasks: Sequence[str], block: Block) -> Change | None:
+        """Return the paired change of some tasks between two models of the run."""
+        return self.mean_change([(new, old, tasks)], block)
+
+    def mean_change(self, groups: Sequence[Group], block: Block) -> Change | None:
+        """Return the mean over groups; each is computed once, however many parts of the report show it."""
+        measured = [(new, old, _of_block(new, old, tasks, block)) for new, old, tasks in groups]
+        key = (block, *((id(new), id(old), tasks) for new, old, tasks in measured))
+        if key not in self._changes:  # which keeps the scores, so that an id stands for one of them
+            self._changes[key] = measured, mean_change(measured, block)
+        return self._changes[key][1]
+
+    def best(self, block: Block) -> Line | None:
+        """Return the merge whose final average is the highest, of those that have come furthest."""
+        far = max(len(line.rows) for line in self.merges)
+        scored = [
+            (acc, line) for line in self.merges
+            if len(line.rows) == far > 1 and (acc := line.matrix(self.stages, block).average(far - 1)) is not None
+        ]  # fmt: skip
+        return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def _of_block(new: Scores, old: Scores, tasks: Sequence[str], block: Block) -> tuple[str, ...]:
+    return tuple(t for t in tasks if any(t in scores and scores[t].block == block for scores in (new, old)))
+
+
+def line_label(kind: str) -> str:
+    """Return what to call an expert kind."""
+    names = {"previous": "fine-tuning alone", "base": "independent experts"}
+    return names.get(kind, f"experts from {kind.removeprefix('merged-')}")
+
+
+def task_facts(results: Results) -> dict[str, Any]:
+    """Return what is known of each task: its stage, block, metric, documents, and the base model's score."""
+    of_stage = {task: stage.name for stage in results.stages for task in stage.task_names()}
+    facts = {}
+    for task in (*of_stage, *results.general_tasks):
+        score = any_score(results, task)
+        facts[task] = {
+            "stage": of_stage.get(task),
+            "block": score.block if score else None,
+            "metric": score.metric if score else None,
+            "documents": len(score.gains) if score else None,
+            "base": results.base[task].value if task in results.base else None,
+        }
+    return facts
+
+
+def any_score(results: Results, task: str) -> TaskScore | None:
+    """Return some score of a task, for what all of its scores have in common."""
+    return next((row[task] for x in (*results.merges, *results.experts) for row in x.rows if task in row), None)

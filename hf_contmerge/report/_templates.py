@@ -1,0 +1,71 @@
+"""Fills the wing's templates. Every value is escaped for its kind of file, HTML or Markdown, unless it is Markup."""
+
+from __future__ import annotations
+
+import base64
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+_FOLDER = Path(__file__).with_name("templates")
+_MARKUP = re.compile(r"[\\`*_\[\]<>|~]|&(?=#?\w+;)")
+_LIST = re.compile(r"^(\d*)(#|[-+](?=\s)|(?<=\d)[.)](?=\s))")
+"""Where a heading or an item of a list begins, as it would at the start of a line."""
+
+
+def fill(template: str, **values: Any) -> str:
+    """Fill a template of the folder `templates`, named such as page.html."""
+    return _environment(Path(template).suffix).get_template(template).render(values)
+
+
+@cache
+def _environment(suffix: str) -> Environment:
+    settings: dict[str, Any] = {"finalize": escape_markdown} if suffix == ".md" else {}
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **settings,
+    )
+    environment.filters |= {"base64": _base64, "code": code_span, "fenced": fenced}
+    return environment
+
+
+def escape_markdown(value: object) -> Markup:
+    """Escape what Markdown takes for markup, and keep it on one line."""
+    if isinstance(value, Markup):
+        return value
+    text = " ".join(str(value).splitlines())
+    return Markup(_LIST.sub(r"\1\\\2", _MARKUP.sub(r"\\\g<0>", text)))
+
+
+def code_span(text: str | None) -> Markup:
+    """Return a text as inline code of Markdown; nothing for nothing."""
+    if not text:
+        return Markup("")
+    tick = _longer_than_in("`", text)
+    pad = " " * ("`" in text)
+    return Markup(f"{tick}{pad}{text}{pad}{tick}")
+
+
+def fenced(text: str, language: str) -> Markup:
+    """Return lines as a block of code in Markdown."""
+    fence = _longer_than_in("```", text)
+    return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def _longer_than_in(mark: str, text: str) -> str:
+    while mark in text:
+        mark += mark[0]
+    return mark
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
