@@ -52,15 +52,17 @@ def rows(section: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_field_has_its_row(name: str) -> None:
     model = MODELS[name]
-    section = PAGE.split(f"\n### {name}\n")[1].split("\n### ")[0]
+    _, found, rest = PAGE.partition(f"\n### {name}\n")
+    assert found, f"docs/recipe.md lacks a section ### {name}"
+    section = rest.split("\n### ")[0]
     required = model.get("required", [])
     expected = [
         [f"`{word}`", type_words(field), "required" if word in required else default_words(field)]
         for word, field in model["properties"].items()
     ]
-    found = rows(section)
-    assert [row[:3] for row in found] == expected
-    assert all(row[3].endswith(".") for row in found)
+    listed = rows(section)
+    assert [row[:3] for row in listed] == expected
+    assert all(row[3].endswith(".") for row in listed)
 
 
 def test_every_section_is_a_model() -> None:
