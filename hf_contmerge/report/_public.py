@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hf_contmerge.merge_rules import rule_class
+from hf_contmerge.merge_rules import named_rule
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.schema import Merge, Recipe
@@ -95,5 +95,5 @@ def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
 
 def expert_of(run: Run, entry: Merge, t: int) -> ExpertPlace:
     """Return the place of the expert that a merge entry folds at a stage."""
-    start = entry.start_from or rule_class(entry.rule).start_from
+    start = entry.start_from or named_rule(entry.rule).start_from
     return run.expert(t, f"merged-{entry.name}" if start == "merged" else start)
