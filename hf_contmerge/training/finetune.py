@@ -17,11 +17,9 @@ from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies import Combined
+from hf_contmerge.training._log import OnLog, TrainingLog, curve
 from hf_contmerge.training._trainer import (
-    OnLog,
     StrategySteps,
-    TrainingLog,
-    curve,
     drop_reference,
     likelihoods,
     reference_model,
@@ -47,6 +45,7 @@ def train_expert(
     memory_out: Path | None = None,
     trust_remote_code: bool = False,
     on_log: OnLog = lambda _step, _point: None,
+    stage: int = 1,
 ) -> dict[str, Any]:
     """Train one expert. All ranks call this together; the main one writes.
 
@@ -62,11 +61,13 @@ def train_expert(
         memory_out: where they write what later stages need, a folder that is not there yet; or None, to keep nothing.
         trust_remote_code: let the model run code of its own.
         on_log: what else to do with each point of the loss curve.
+        stage: the stage's number, from 1.
 
     Returns:
         What the record should tell: the training loss, steps and tokens.
     """
     strategies = make_strategies(train)
+    strategies.begin(stage)
     trainer_type, config_type = trl_classes(data.form)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     settings = sft_settings(train, data, tokenizer, numel=Weights(base).numel())
@@ -133,7 +134,7 @@ def share_out_on_processors(trainer: Any) -> None:
 
 
 def _check_ranks(trainer: Any, strategies: Combined) -> None:
-    """Raise RecipeError where the launcher shares out the weights and a strategy needs them whole."""
+    """Raise RecipeError where the launcher or the precision leaves a strategy without what it needs."""
     names = strategies.not_sharded()
     if trainer.is_fsdp_enabled and names:
         raise RecipeError(
@@ -145,6 +146,12 @@ def _check_ranks(trainer: Any, strategies: Combined) -> None:
         raise RecipeError(
             f"train.strategy: {' and '.join(others)} cannot work under DeepSpeed, which keeps gradients and weights to "
             "itself. Use FSDP2 or DDP."
+        )
+    looking = strategies.overriding("before_step")
+    if trainer.args.fp16 and looking:
+        raise RecipeError(
+            f"train.strategy: {' and '.join(looking)} looks at gradients before the step, and `fp16` scales them. Use "
+            "`bf16: true`, or float32."
         )
 
 

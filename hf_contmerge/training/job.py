@@ -49,6 +49,8 @@ class TrainedExpert:
     tokens: int | None
     memory: Path | None
     """What its strategies keep for the stages to come (replay's examples, ...), if anything."""
+    stage: int = 1
+    """How many stages were trained one after the other, up to this one."""
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -62,6 +64,7 @@ class StageTraining:
     base: Path
     memory: Path | None
     data: StageData
+    stage: int = 1
 
     def inputs(self, recipe: Recipe) -> dict[str, Any]:
         """Return what the expert depends on, for its record."""
@@ -98,8 +101,8 @@ def recipe_of(
 def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None) -> StageTraining:
     """Find and check what a stage is trained from and on. Raises as `finetune_stage`."""
     start = resolve_model(os.fspath(model), adapters=True)
-    known = model.base if isinstance(model, TrainedExpert) else None
-    memory = model.memory if isinstance(model, TrainedExpert) else None
+    before = model if isinstance(model, TrainedExpert) else None
+    known, memory, stage = (before.base, before.memory, before.stage + 1) if before else (None, None, 1)
     pretrained = resolve_model(os.fspath(base)) if base else known or base_of(start)
     check_tokenizer(pretrained)
     if not is_adapter(start) and start != pretrained:
@@ -111,7 +114,7 @@ def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None
     examples = _in_memory(data, spec, recipe.seed) if isinstance(data, datasets.Dataset) else None
     examples = examples or load_stage_data(spec, seed=recipe.seed)
     check_stages(recipe, {"stage": examples})
-    return StageTraining(start, pretrained, memory, examples)
+    return StageTraining(start, pretrained, memory, examples, stage)
 
 
 def base_of(start: Path) -> Path:

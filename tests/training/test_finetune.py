@@ -29,7 +29,7 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies import strategy_names
-from hf_contmerge.training._trainer import OnLog
+from hf_contmerge.training._log import OnLog
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.settings import check_training, sft_settings
