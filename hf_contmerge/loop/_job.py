@@ -33,7 +33,7 @@ def train_job(run: Run, prepared: Prepared, t: int, kind: str) -> TrainJob:
     return TrainJob(
         start=run.start_of(t, kind) or prepared.base, base=prepared.base, data=prepared.data[stage.name],
         train=recipe.train_of(stage), seed=recipe.seed, memory=run.memory_before(t, kind), remembers=not alone,
-        trust_remote_code=recipe.trust_remote_code,
+        trust_remote_code=recipe.trust_remote_code, stage=t,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def finetune_stage(
     memory = out / OWN / "memory"
     kept = crew.ranks.first(memory.is_dir)
     seen = (record["loss"], record["steps"], record["examples"], record["tokens"])
-    return TrainedExpert(out, job.base, *seen, memory if kept else None)
+    return TrainedExpert(out, job.base, *seen, memory if kept else None, job.stage)
 
 
 # Merging

@@ -46,9 +46,8 @@ def train_at(
     with recorder.phase(place, "train") as record:
         recorder.crew.ranks.first(_clear, place, scratch["memory"])
         outcome = train_expert(
-            start=job.start, base=job.base, data=job.data, train=job.train, seed=job.seed, out=scratch["expert"],
-            checkpoints=place.checkpoints, memory=job.memory, memory_out=scratch["memory"] if job.remembers else None,
-            trust_remote_code=job.trust_remote_code, on_log=on_log,
+            job, scratch["expert"], checkpoints=place.checkpoints,
+            memory_out=scratch["memory"] if job.remembers else None, on_log=on_log,
         )  # fmt: skip
         settings = job.train.model_dump(mode="json")
         record.update({"start": str(job.start), "settings": settings, "seed": job.seed, **outcome, **more})

@@ -9,22 +9,28 @@ old knowledge (replay, anchor, ...).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
+import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.errors import RecipeError
 from hf_contmerge.runtime.plugins import Registry
+from hf_contmerge.train_strategies._weights import take_gradients, trained
 
 Inputs = Mapping[str, Any]
 """A micro-batch as the trainer's collator makes it: input_ids, labels (-100: does not count), ..."""
 Likelihoods = Callable[[int], Iterator[tuple[Tensor, int]]]
 """Gives, for a seeded sample of so many of the stage's examples, this rank's share of them: the log likelihood of each
 (a scalar with its graph, summed over the tokens that count) and the number of those tokens."""
+Gradient = Callable[[], Mapping[str, Tensor]]
+"""Computes the gradient of a whole optimizer step at the current weights: name -> gradient."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,9 @@ class TrainStrategy:
     texts_only: ClassVar[bool] = False
     """Whether it needs tokens with labels, which texts have and preference pairs do not."""
 
+    stage: int = field(default=1, init=False, repr=False)
+    """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
+
     def keeps_adapter(self) -> bool:
         """Say whether the expert is saved as a peft adapter of the base, instead of a whole model."""
         return False
@@ -76,12 +85,50 @@ class TrainStrategy:
         """Return what is trained, made from the model that the stage starts from."""
         return model
 
+    def rate(self, name: str) -> float:
+        """Return the factor on a weight's learning rate; 0 freezes the weight.
+
+        Called for every trained weight right after `open`, once. Factors of several strategies multiply. Weight decay
+        shrinks with the learning rate, as AdamW has it. A frozen weight gets no gradient and no optimizer state.
+
+        Args:
+            name: of the weight in the opened model; peft's prefixes included, those of FSDP and DDP not.
+        """
+        return 1.0
+
+    def before_step(self, model: nn.Module, gradient: Gradient) -> None:
+        """Change the weights before an optimizer step, with the step's gradient on request.
+
+        Called once per step, on all ranks, before the step's own forward passes.
+
+        Args:
+            model: what is trained.
+            gradient: computes the step's gradient at the current weights, by a forward and a backward pass over all
+                micro-batches. It covers the whole loss, averaged over the ranks and not clipped. It sees the dropout of
+                the step itself and leaves no trace in `.grad`. Under FSDP2 the values are DTensors, laid out like
+                their weights.
+        """
+
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
         """Return what to add to a micro-batch's loss, summed over the tokens that count; the trainer divides.
 
         Called after the forward pass whose loss it joins.
         """
         return None
+
+    def token_weights(self, log_probs: Tensor, entropy: Tensor, is_top1: Tensor, counts: Tensor) -> Tensor:
+        """Return the weight of each token in the loss.
+
+        The loss becomes sum(weight * -log_prob) / n, where n counts the tokens of the step on all ranks, whatever their
+        weights. Weights of several strategies multiply and carry no gradient. `loss` and `review` are not weighted.
+
+        Args:
+            log_probs: of a micro-batch's labels, (rows, length - 1), on this rank, detached; so are the others.
+            entropy: of the predictions, in nats, over the whole vocabulary.
+            is_top1: whether the label is the likeliest token.
+            counts: whether a position counts; where it does not, the others hold 0 and the weight has no effect.
+        """
+        return torch.ones_like(log_probs)
 
     def adjust_gradients(self, model: nn.Module) -> None:
         """Change the gradients (averaged over ranks, clipped) just before the optimizer's step."""
@@ -116,6 +163,8 @@ class Combined:
     """The strategies of one stage, by name, the carrier first; each hook calls all of them."""
 
     parts: Mapping[str, TrainStrategy]
+    _rates: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    """Weight -> factor on its learning rate, of those that a strategy has rated."""
 
     @property
     def carrier(self) -> TrainStrategy:
@@ -131,7 +180,18 @@ class Combined:
 
     def texts_only(self) -> list[str]:
         """Return the names of those that cannot learn from preference pairs."""
-        return [name for name, part in self.parts.items() if part.texts_only]
+        weighing = self.overriding("token_weights")
+        return [name for name, part in self.parts.items() if part.texts_only or name in weighing]
+
+    def overriding(self, hook: str) -> list[str]:
+        """Return the names of the strategies that override a hook."""
+        plain = getattr(TrainStrategy, hook)
+        return [name for name, part in self.parts.items() if getattr(type(part), hook) is not plain]
+
+    def begin(self, stage: int) -> None:
+        """Set the stage's number, before any hook is called."""
+        for part in self.parts.values():
+            part.stage = stage
 
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
         for name, part in self.parts.items():
@@ -139,18 +199,60 @@ class Combined:
         return fresh
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
+        """Open the carrier, then the parts with rates, then the others, which see as trained only what will be."""
+        rated = self.overriding("rate")
         opened: Any = model
-        for name, part in self.parts.items():
-            opened = part.open(opened, _own(memory, name))
+        for name in dict.fromkeys([next(iter(self.parts)), *rated, *self.parts]):
+            opened = self.parts[name].open(opened, _own(memory, name))
+            if name in rated:
+                self._apply_rates(opened, name)
         return opened
+
+    def _apply_rates(self, model: nn.Module, part: str) -> None:
+        """Note a part's factors, and freeze the weights whose factor is 0. Raises ValueError for a bad factor."""
+        for name, weight in trained(model):
+            factor = self.parts[part].rate(name)
+            if not (math.isfinite(factor) and factor >= 0):
+                raise ValueError(f"{part} gives {name} the rate {factor}; a rate must be finite and not negative")
+            weight.requires_grad_(factor > 0)
+            self._rates[name] = self._rates.get(name, 1.0) * factor
+        if next(trained(model), None) is None:
+            raise ValueError(f"{part} gives every weight the rate 0, so that nothing would be trained")
+
+    def rates(self, model: nn.Module) -> dict[Tensor, float]:
+        """Return the factor on the learning rate of each trained weight.
+
+        Raises RecipeError under FSDP's first version, which flattens the weights.
+        """
+        names = dict(trained(model))
+        strange = next((name for name in names if name not in self._rates), None)
+        if strange:
+            raise RecipeError(
+                f"train.strategy: {' and '.join(self.overriding('rate'))} sets learning rates by weight, and {strange} "
+                "is none of the model's weights. Use FSDP2 (`fsdp_version: 2`) or DDP."
+            )
+        return {weight: self._rates[name] for name, weight in names.items()}
+
+    def before_step(self, model: nn.Module, accumulate: Callable[[], None]) -> None:
+        """Call the hook of all parts. `accumulate`: computes the step's gradient and leaves it in `.grad`."""
+
+        def gradient() -> Mapping[str, Tensor]:
+            accumulate()
+            return take_gradients(model)
+
+        for part in self.parts.values():
+            part.before_step(model, gradient)
+
+    def token_weights(self, *tokens: Tensor) -> Tensor:
+        """Return the product of all parts' weights. `tokens`: the arguments of the hook."""
+        weights = torch.ones_like(tokens[0])
+        for name in self.overriding("token_weights"):
+            weights = weights * self.parts[name].token_weights(*tokens)
+        return weights
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
         added = [loss for part in self.parts.values() if (loss := part.loss(model, inputs)) is not None]
         return sum(added[1:], added[0]) if added else None
-
-    def has_loss(self) -> bool:
-        """Say whether any part adds to the loss."""
-        return any(type(part).loss is not TrainStrategy.loss for part in self.parts.values())
 
     def adjust_gradients(self, model: nn.Module) -> None:
         for part in self.parts.values():

@@ -48,6 +48,14 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, weight
 
 
+def take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Return the gradients of the trained weights by name, and leave none in the model."""
+    gradients = {name: weight.grad for name, weight in trained(model) if weight.grad is not None}
+    for weight in model.parameters():
+        weight.grad = None
+    return gradients
+
+
 def laid_out_like(weight: Tensor, value: Tensor) -> Tensor:
     """Return a whole tensor on the device of a weight, shared out among the ranks as that is (FSDP2), if it is."""
     if not isinstance(weight, DTensor) or isinstance(value, DTensor):

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import datasets
 
 from hf_contmerge.errors import DataError, unknown
-from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.parts import DataSource
 
 Form = Literal["text", "messages", "prompt_completion", "preference"]
 Row = dict[str, Any]
@@ -41,7 +41,7 @@ class Fit:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def fit_rows(rows: datasets.Dataset, spec: Dataset) -> Fit:
+def fit_rows(rows: datasets.Dataset, spec: DataSource) -> Fit:
     """Find the form of rows, and leave out those that lack a column or are not as long as the entry asks for.
 
     Raises DataError for columns that make no form, or that hold something else.
@@ -71,7 +71,7 @@ def require_columns(rows: datasets.Dataset, columns: list[str] | tuple[str, ...]
             raise DataError(unknown("column", column, rows.column_names, where=path))
 
 
-def _in_form(rows: datasets.Dataset, spec: Dataset) -> tuple[Form, datasets.Dataset, tuple[str, ...]]:
+def _in_form(rows: datasets.Dataset, spec: DataSource) -> tuple[Form, datasets.Dataset, tuple[str, ...]]:
     """Return the form, the columns that it is made of, and their names."""
     if spec.text is not None:
         columns = format_columns(spec.text, f"`text` of {spec.path}")
@@ -95,7 +95,7 @@ def _in_form(rows: datasets.Dataset, spec: Dataset) -> tuple[Form, datasets.Data
     )
 
 
-def _finished(form: Form, rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
+def _finished(form: Form, rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
     """Return whole rows with exactly the columns of their form, checked to hold what they should."""
     if len(rows) == 0:
         return rows
@@ -126,7 +126,7 @@ def _with_prompt(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.select_columns(["chosen", "rejected"]).map(answers).select_columns(list(COLUMNS["preference"]))
 
 
-def _worded(rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
+def _worded(rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
     """Return rows with words in the place of class numbers. Raises DataError for a number that has none."""
     require_columns(rows, tuple(spec.labels), spec.path)
     for column, words in spec.labels.items():
@@ -150,7 +150,7 @@ def format_columns(text: str, where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(fields)) or (text,)
 
 
-def _strings(rows: datasets.Dataset, column: str, spec: Dataset) -> datasets.Dataset:
+def _strings(rows: datasets.Dataset, column: str, spec: DataSource) -> datasets.Dataset:
     kind = getattr(rows.features[column], "dtype", None) or "values of several kinds"
     if kind not in ("string", "large_string"):
         raise DataError(
@@ -187,7 +187,7 @@ def _chars(value: Any) -> int:
     return len(value) if isinstance(value, str) else 0
 
 
-def _span(spec: Dataset) -> str:
+def _span(spec: DataSource) -> str:
     low = f"at least {spec.min_chars}" if spec.min_chars else ""
     high = f"at most {spec.max_chars}" if spec.max_chars else ""
     return " and ".join(part for part in (low, high) if part)

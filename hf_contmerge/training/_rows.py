@@ -13,7 +13,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from hf_contmerge.errors import DataError, ResourceError, unknown
-from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.parts import DataSource
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _BUFFER = 10_000
@@ -21,7 +21,7 @@ _BUFFER = 10_000
 _CHUNK = 1000
 
 
-def load_rows(spec: Dataset) -> datasets.Dataset:
+def load_rows(spec: DataSource) -> datasets.Dataset:
     """Load all rows of a dataset entry.
 
     Raises:
@@ -36,7 +36,7 @@ def load_rows(spec: Dataset) -> datasets.Dataset:
     return rows
 
 
-def stream_rows(spec: Dataset, *, seed: int) -> Iterator[datasets.Dataset]:
+def stream_rows(spec: DataSource, *, seed: int) -> Iterator[datasets.Dataset]:
     """Yield the rows of a dataset entry in parts, shuffled through a buffer, fetching them as they are asked for.
 
     Raises as `load_rows`, from the first part on.
@@ -57,12 +57,12 @@ def stream_rows(spec: Dataset, *, seed: int) -> Iterator[datasets.Dataset]:
             part = list(islice(rows, _CHUNK))
 
 
-def empty(spec: Dataset) -> DataError:
+def empty(spec: DataSource) -> DataError:
     """Return the error that says that there is nothing to train on."""
     return DataError(f"{spec.path} (split {spec.split}) is empty.")
 
 
-def _saved(spec: Dataset) -> datasets.Dataset | None:
+def _saved(spec: DataSource) -> datasets.Dataset | None:
     """Return the rows that lie here as datasets has them: the package's own, or what `Dataset.save_to_disk` wrote."""
     folder = Path(spec.path).expanduser()
     if spec.path.startswith("quickstart:"):
@@ -82,7 +82,7 @@ def _saved(spec: Dataset) -> datasets.Dataset | None:
     return datasets.Dataset.load_from_disk(str(folder))
 
 
-def _source(spec: Dataset) -> dict[str, Any]:
+def _source(spec: DataSource) -> dict[str, Any]:
     """Return the arguments of `datasets.load_dataset`. Raises DataError for a file that cannot be one."""
     path = Path(spec.path).expanduser()
     kind = _READERS.get(path.suffix.lower())
@@ -99,7 +99,7 @@ def _source(spec: Dataset) -> dict[str, Any]:
 
 
 @contextmanager
-def _clear(spec: Dataset) -> Iterator[None]:
+def _clear(spec: DataSource) -> Iterator[None]:
     """Say what is wrong when rows cannot be had."""
     try:
         yield

@@ -1,22 +1,22 @@
-"""Where we join TRL's trainers: checkpoints that are whole, and for training strategies a term of the loss, the
-gradients, the weights, a look back.
+"""Where we join TRL's trainers: whole checkpoints, and the hooks of training strategies.
 
-Gradients and weights are a callback's business. TRL asks for a subclass where the loss changes.
+Gradients and weights are a callback's business. The other hooks are subclasses, which a trainer gets only where a
+strategy overrides the hook: plain training runs TRL's code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.loading import load_model
-from hf_contmerge.runtime.progress import StepProgress
 from hf_contmerge.train_strategies import Combined, Likelihoods
 from hf_contmerge.training._forms import Form
 
@@ -37,45 +37,142 @@ class StrategySteps(TrainerCallback):
 
 
 def trainer_class(plain: type, strategies: Combined) -> type:
-    """Return a trainer that adds the strategies' loss to its own, and whose checkpoints are whole.
+    """Return a trainer with whole checkpoints and with the hooks that the strategies override.
 
     Raises RecipeError for strategies that cannot learn what this trainer teaches.
     """
     _refuse_pairs(plain, strategies)
+    hooks = [subclass for hook, subclass in _HOOKS.items() if strategies.overriding(hook)]
+    return type("StageTrainer", (*hooks, StageTrainer, plain), {"strategies": strategies})
 
-    class StageTrainer(plain):
-        def _save_rng_state(self, output_dir: str) -> None:
-            """Let all ranks write their part of a checkpoint.
 
-            Next, the main process writes trainer_state.json and deletes the checkpoint before: by then, no other rank
-            may be half-way, or a kill would leave nothing to resume from.
-            """
-            super()._save_rng_state(output_dir)
-            self.accelerator.wait_for_everyone()
+class StageTrainer(Trainer):
+    """A trainer of TRL's, with a stage's strategies."""
 
-    if not strategies.has_loss():
-        return StageTrainer
+    strategies: ClassVar[Combined]
+    model: Any
+    model_wrapped: Any
 
-    class StrategyTrainer(StageTrainer):
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if not self.model.training:
-                return found
-            added = strategies.loss(self.accelerator.unwrap_model(model), inputs)
-            if added is None:
-                return found
-            # As the trainer's own loss: of all ranks' tokens, which DDP's mean over the ranks would divide once more.
-            if num_items_in_batch is None:
-                added = added / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
-            else:
-                added = added / torch.as_tensor(num_items_in_batch).clamp(min=1)
-                if self.args.average_tokens_across_devices:
-                    added = added * self.accelerator.num_processes
-            return (found[0] + added, *found[1:]) if return_outputs else found + added
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Let all ranks write their part of a checkpoint.
 
-    return StrategyTrainer
+        Next, the main process writes trainer_state.json and deletes the checkpoint before: by then, no other rank may
+        be half-way, or a kill would leave nothing to resume from.
+        """
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+class AddedLoss(StageTrainer):
+    """Adds the strategies' loss to the trainer's."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            return found
+        added = self.strategies.loss(self.accelerator.unwrap_model(model), inputs)
+        if added is None:
+            return found
+        # As the trainer's own loss: of all ranks' tokens, which DDP's mean over the ranks would divide once more.
+        if num_items_in_batch is None:
+            added = added / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+        else:
+            added = added / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                added = added * self.accelerator.num_processes
+        return (found[0] + added, *found[1:]) if return_outputs else found + added
+
+
+class WeightedTokens(StageTrainer):
+    """Weights the tokens of SFTTrainer's loss, which it computes from the log probabilities of its fused head."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def weighted(**inputs: Any) -> Any:
+            output = model(**inputs)
+            output.log_probs = output.log_probs * self._weights(output)
+            return output
+
+        called: Any = weighted if self.model.training else model
+        return super().compute_loss(called, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _weights(self, output: Any) -> Tensor:
+        tokens = (output.log_probs, output.entropy, output.is_top1, output.label_mask)
+        return self.strategies.token_weights(*(values.detach() for values in tokens)).to(output.log_probs.dtype)
+
+
+class RatedWeights(StageTrainer):
+    """Gives weights their own learning rates, by groups of the optimizer."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        whole = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not whole:
+            _split_groups(optimizer, self.strategies.rates(model or self.model))
+        return optimizer
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, rates: dict[Tensor, float]) -> None:
+    """Move weights with a factor into groups after the others; the logged rate is the first group's.
+
+    Raises RecipeError for an optimizer that is not given the model's weights.
+    """
+    for group in list(optimizer.param_groups):
+        weights = group["params"]
+        if not all(weight in rates for weight in weights):
+            raise RecipeError(
+                f"train.optim: {type(optimizer).__name__} does not update the model's weights itself, so that a "
+                "strategy cannot set their learning rates. Use another optimizer, such as `adamw_torch`."
+            )
+        group["params"] = [weight for weight in weights if rates[weight] == 1]
+        for factor in sorted({rates[weight] for weight in weights} - {1.0}):
+            chosen = [weight for weight in weights if rates[weight] == factor]
+            optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * factor})
+
+
+class GradientBefore(StageTrainer):
+    """Gives strategies a step's gradient before the step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._batches: tuple[list[Any], Any] = ([], None)
+        self.add_callback(_BeforeStep(self))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._batches = super().get_batch_samples(*args, **kwargs)
+        return self._batches
+
+    def before_step(self) -> None:
+        with torch.no_grad():
+            self.strategies.before_step(self.model, self._accumulate)
+
+    def _accumulate(self) -> None:
+        """Leave the gradient of the coming step in `.grad`, and nothing else: no metrics, no random numbers drawn."""
+        batches, items = self._batches
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+        device = self.accelerator.device
+        drawn = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+        with torch.enable_grad(), drawn:
+            for batch in batches[:-1]:
+                with self.accelerator.no_sync(self.model_wrapped):
+                    self.training_step(self.model_wrapped, batch, items)
+            self.training_step(self.model_wrapped, batches[-1], items)
+        self._metrics, self._total_train_tokens = metrics, tokens
+
+
+class _BeforeStep(TrainerCallback):
+    def __init__(self, trainer: GradientBefore) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.before_step()
+
+
+_HOOKS: dict[str, type[StageTrainer]] = {
+    "loss": AddedLoss, "token_weights": WeightedTokens, "rate": RatedWeights, "before_step": GradientBefore,
+}  # fmt: skip
 
 
 def likelihoods(trainer: Any, *, seed: int) -> Likelihoods:
@@ -134,71 +231,3 @@ def drop_reference(model: Any) -> None:
     """Remove the adapter that TRL has added to be the reference, before the model is looked at or saved."""
     if _REFERENCE in getattr(model, "peft_config", {}):
         model.delete_adapter(_REFERENCE)
-
-
-Point = Mapping[str, float]
-
-
-OnLog = Callable[[int, Point], None]
-"""Called on the main process with the number of steps taken in this stage, and what was logged at that step."""
-
-_OF_THE_PROCESS = ("num_tokens", "train_loss")  # counted since it started, which a resumed run did later
-_OF_THE_MACHINE = ("runtime", "per_second")
-
-
-def curve(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a trainer's log without what an unbroken and a resumed run do not have in common."""
-    points = ({k: v for k, v in entry.items() if not _differs(k)} for entry in log)
-    return [point for point in points if any("loss" in key for key in point)]
-
-
-def _differs(key: str) -> bool:
-    return key in _OF_THE_PROCESS or key.endswith(_OF_THE_MACHINE)
-
-
-class TrainingLog(TrainerCallback):
-    """Passes on what is logged, and sees to it that a resumed run logs the same.
-
-    A mean over the steps since the last log cannot be taken up in the middle, so a step with a checkpoint is logged
-    too; and the last one, so that there is always a loss to record.
-    """
-
-    def __init__(self, on_log: OnLog, *, last_checkpoint: bool) -> None:
-        """`last_checkpoint`: whether to write one after the last step, from which only saving would be left."""
-        self._on_log, self._last_checkpoint = on_log, last_checkpoint
-        self._progress: StepProgress | None = None
-
-    def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self._progress = StepProgress(state.max_steps, state.global_step, state.num_input_tokens_seen)
-
-    def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        last = state.global_step >= state.max_steps
-        if last and not self._last_checkpoint:
-            control.should_save = False
-        if control.should_save or last:
-            control.should_log = True
-        if self._progress:
-            self._progress.step(state.global_step)
-
-    def on_epoch_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if control.should_save:
-            control.should_log = True
-
-    def on_log(
-        self, _args: Any, state: TrainerState, _control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        if not self._progress or not logs or "loss" not in logs:
-            return
-        self._progress.tell(state.global_step, float(logs["loss"]), state.num_input_tokens_seen)
-        numbers = {k: float(v) for k, v in logs.items() if isinstance(v, int | float) and k not in _OF_THE_PROCESS}
-        self._on_log(state.global_step, numbers)
-
-    def on_train_end(self, _args: Any, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._progress:
-            self._progress.close()
-            self._progress = None

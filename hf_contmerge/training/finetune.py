@@ -17,17 +17,16 @@ from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies import Combined
+from hf_contmerge.training._log import OnLog, TrainingLog, curve
 from hf_contmerge.training._trainer import (
-    OnLog,
     StrategySteps,
-    TrainingLog,
-    curve,
     drop_reference,
     likelihoods,
     reference_model,
     trainer_class,
 )
 from hf_contmerge.training.data import StageData
+from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.saving import save_expert
 from hf_contmerge.training.settings import bad_parameters, make_strategies, sft_settings, trl_classes
 from hf_contmerge.training.statistics import Measured, measure_expert
@@ -36,72 +35,71 @@ LOG = logging.getLogger(__name__)
 
 
 def train_expert(
-    *,
-    start: Path,
-    base: Path,
-    data: StageData,
-    train: Train,
-    seed: int,
+    job: TrainJob,
     out: Path,
+    *,
     checkpoints: Path,
-    memory: Path | None = None,
     memory_out: Path | None = None,
-    trust_remote_code: bool = False,
     on_log: OnLog = lambda _step, _point: None,
 ) -> dict[str, Any]:
     """Train one expert. All ranks call this together; the main one writes.
 
     Args:
-        start: the model to start from.
-        base: the pretrained model; its config and tokenizer go with the expert.
-        data: what to train on.
-        train: strategy and SFTConfig fields.
-        seed: of the data order and dropout.
-        out: an empty folder for the expert, written by the main process.
-        checkpoints: where half-trained states lie; training goes on from the newest whole one.
-        memory: what the strategies remembered of earlier stages, if there are any.
-        memory_out: where they write what later stages need, a folder that is not there yet; or None, to keep nothing.
-        trust_remote_code: let the model run code of its own.
-        on_log: what else to do with each point of the loss curve.
+        job: what to train, on what.
+        out: an empty folder for the expert.
+        checkpoints: holds half-trained states; training resumes from the newest whole one.
+        memory_out: a new folder for what the strategies of later stages need; None keeps nothing.
+        on_log: gets each point of the loss curve.
 
     Returns:
-        What the record should tell: the training loss, steps and tokens.
+        For the record: the training loss, steps, tokens and the curve.
     """
-    strategies = make_strategies(train)
-    trainer_type, config_type = trl_classes(data.form)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-    settings = sft_settings(train, data, tokenizer, numel=Weights(base).numel())
-    init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
-    init = {**init, "trust_remote_code": trust_remote_code}
-    model = load_model(start, base, as_adapter=strategies.carrier.keeps_adapter(), **init)
-    set_seed(seed)  # before the strategy draws what it adds; the trainer sets it only later
-    opened = _open(strategies, model, memory, train)
-    trainer = trainer_class(trainer_type, strategies)(
-        model=opened,
-        args=config_type(**settings, output_dir=str(checkpoints), seed=seed),
-        train_dataset=strategies.mix(data.train, memory, seed=seed),
-        processing_class=tokenizer,
-        callbacks=[StrategySteps(strategies)],
-        **reference_model(data.form, opened, start, base, **init),
-    )
+    strategies = make_strategies(job.train)
+    strategies.begin(job.stage)
+    trainer = _make_trainer(job, strategies, checkpoints)
     share_out_on_processors(trainer)
     _check_ranks(trainer, strategies)
     _tell(trainer, on_log)
     _train_on(trainer, _newest_checkpoint(checkpoints))
-    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    drop_reference(unwrapped)
-    if memory_out:
-        strategies.review(unwrapped, likelihoods(trainer, seed=seed))
-        strategies.remember(unwrapped, data.train, memory, memory_out, main=trainer.accelerator.is_main_process)
-    save_expert(trainer, strategies, base, out)
-    record = _record(trainer, data)
-    del trainer, model, opened, unwrapped
+    _remember(trainer, strategies, job, memory_out)
+    save_expert(trainer, strategies, job.base, out)
+    record = _record(trainer, job.data)
+    del trainer
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if train.statistics:
-        measure_expert(Measured(out, base, data, train.statistics, trust_remote_code))
+    if job.train.statistics:
+        measure_expert(Measured(out, job.base, job.data, job.train.statistics, job.trust_remote_code))
     return record
+
+
+def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any:
+    """Load the model, open it for the strategies, and return TRL's trainer of it."""
+    trainer_type, config_type = trl_classes(job.data.form)
+    tokenizer = AutoTokenizer.from_pretrained(job.base, trust_remote_code=job.trust_remote_code)
+    settings = sft_settings(job.train, job.data, tokenizer, numel=Weights(job.base).numel())
+    init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
+    init = {**init, "trust_remote_code": job.trust_remote_code}
+    model = load_model(job.start, job.base, as_adapter=strategies.carrier.keeps_adapter(), **init)
+    set_seed(job.seed)  # before the strategy draws what it adds; the trainer sets it only later
+    opened = _open(strategies, model, job.memory, job.train)
+    return trainer_class(trainer_type, strategies)(
+        model=opened,
+        args=config_type(**settings, output_dir=str(checkpoints), seed=job.seed),
+        train_dataset=strategies.mix(job.data.train, job.memory, seed=job.seed),
+        processing_class=tokenizer,
+        callbacks=[StrategySteps(strategies)],
+        **reference_model(job.data.form, opened, job.start, job.base, **init),
+    )
+
+
+def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | None) -> None:
+    """Let the strategies write what later stages need; drop the copy that was DPO's reference."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    drop_reference(model)
+    if out:
+        strategies.review(model, likelihoods(trainer, seed=job.seed))
+        strategies.remember(model, job.data.train, job.memory, out, main=trainer.accelerator.is_main_process)
 
 
 def _record(trainer: Any, data: StageData) -> dict[str, Any]:
@@ -136,7 +134,7 @@ def share_out_on_processors(trainer: Any) -> None:
 
 
 def _check_ranks(trainer: Any, strategies: Combined) -> None:
-    """Raise RecipeError where the launcher shares out the weights and a strategy needs them whole."""
+    """Raise RecipeError where the launcher or the precision leaves a strategy without what it needs."""
     names = strategies.not_sharded()
     if trainer.is_fsdp_enabled and names:
         raise RecipeError(
@@ -148,6 +146,12 @@ def _check_ranks(trainer: Any, strategies: Combined) -> None:
         raise RecipeError(
             f"train.strategy: {' and '.join(others)} cannot work under DeepSpeed, which keeps gradients and weights to "
             "itself. Use FSDP2 or DDP."
+        )
+    looking = strategies.overriding("before_step")
+    if trainer.args.fp16 and looking:
+        raise RecipeError(
+            f"train.strategy: {' and '.join(looking)} looks at gradients before the step, and `fp16` scales them. Use "
+            "`bf16: true`, or float32."
         )
 
 

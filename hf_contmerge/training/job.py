@@ -49,6 +49,8 @@ class TrainedExpert:
     tokens: int | None
     memory: Path | None
     """What its strategies keep for the stages to come (replay's examples, ...), if anything."""
+    stage: int = 1
+    """How many stages were trained one after the other, up to this one."""
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -72,6 +74,8 @@ class TrainJob:
     remembers: bool = True
     """Keep what the strategies of later stages need."""
     trust_remote_code: bool = False
+    stage: int = 1
+    """The stage's number."""
 
     def inputs(self) -> dict[str, Any]:
         """Return what the expert depends on, for its record."""
@@ -108,8 +112,8 @@ def recipe_of(
 def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None) -> TrainJob:
     """Find and check what a stage is trained from and on. Raises as `finetune_stage`."""
     start = resolve_model(os.fspath(model), adapters=True)
-    known = model.base if isinstance(model, TrainedExpert) else None
-    memory = model.memory if isinstance(model, TrainedExpert) else None
+    before = model if isinstance(model, TrainedExpert) else None
+    known, memory, stage = (before.base, before.memory, before.stage + 1) if before else (None, None, 1)
     pretrained = resolve_model(os.fspath(base)) if base else known or base_of(start)
     check_tokenizer(pretrained)
     if not is_adapter(start) and start != pretrained:
@@ -124,7 +128,14 @@ def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None
     for check in data_checks(recipe, {"stage": examples}):
         check()
     return TrainJob(
-        start, pretrained, examples, recipe.train, recipe.seed, memory, trust_remote_code=recipe.trust_remote_code
+        start,
+        pretrained,
+        examples,
+        recipe.train,
+        recipe.seed,
+        memory,
+        stage=stage,
+        trust_remote_code=recipe.trust_remote_code,
     )
 
 

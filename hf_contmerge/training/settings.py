@@ -99,7 +99,9 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
                 raise RecipeError(f"{where}: loss_type {stage.train['loss_type']} is for texts, not pairs.")
             _check_fields(stage.train, config_fields(form), where)
             _check_values(train, form, where)
-            trainer_class(trl_classes(form)[0], make_strategies(train))
+            strategies = make_strategies(train)
+            trainer_class(trl_classes(form)[0], strategies)
+            _refuse_two_weightings(strategies, _fields_for(form, train), where)
 
 
 def _check_fields(
@@ -119,6 +121,21 @@ def _check_values(train: Train, form: Form, where: str) -> None:
         trl_classes(form)[1](**{**_defaults(numel=0), **_fields_for(form, train)}, output_dir="unused")
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{where}: {error}") from error
+
+
+def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError where a field changes the loss of a token and a strategy weights it."""
+    names = strategies.overriding("token_weights")
+    if names and fields.get("loss_type") == "dft":
+        raise RecipeError(
+            f"{where}: loss_type dft weights tokens by their probability, and {' and '.join(names)} weights them too. "
+            "Keep one of them."
+        )
+    if names and fields.get("label_smoothing_factor"):
+        raise RecipeError(
+            f"{where}: label_smoothing_factor replaces the loss whose tokens {' and '.join(names)} weights. Set it to "
+            "0, or leave the strategy out."
+        )
 
 
 def _fields_for(form: Form, train: Train) -> dict[str, Any]:

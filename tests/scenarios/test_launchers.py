@@ -34,6 +34,7 @@ from hf_contmerge.runtime.launching import join_ranks
 from hf_contmerge.train import main
 from hf_contmerge.training.data import load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 
 SCRIPT = ROOT / "hf_contmerge" / "train.py"
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -118,9 +119,16 @@ def alone(recipe: Path, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
     assert spec
     (folder / "expert").mkdir(parents=True)
     train_expert(
-        start=Path(fields.base_model), base=Path(fields.base_model), data=load_stage_data(spec, seed=0), seed=0,
-        train=fields.train, out=folder / "expert", checkpoints=folder / "checkpoints",
-    )  # fmt: skip
+        TrainJob(
+            start=Path(fields.base_model),
+            base=Path(fields.base_model),
+            data=load_stage_data(spec, seed=0),
+            seed=0,
+            train=fields.train,
+        ),
+        folder / "expert",
+        checkpoints=folder / "checkpoints",
+    )
     return load_file(folder / "expert" / "model.safetensors")
 
 

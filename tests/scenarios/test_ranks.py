@@ -34,6 +34,7 @@ from hf_contmerge.scoring.files import write_answer_task, write_choice_task, wri
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.training.data import load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 
 Row = dict[str, Any]
 SCRIPT = ROOT / "hf_contmerge" / "train.py"
@@ -332,9 +333,16 @@ def test_expert_is_that_of_one_rank_with_twice_the_batch(run: Run, base_folder: 
     assert spec
     (tmp_path / "expert").mkdir()
     record = train_expert(
-        start=base_folder, base=base_folder, data=load_stage_data(spec, seed=0), seed=0, out=tmp_path / "expert",
-        train=Train(**{**TRAIN, "per_device_train_batch_size": 4}), checkpoints=tmp_path / "checkpoints",
-    )  # fmt: skip
+        TrainJob(
+            start=base_folder,
+            base=base_folder,
+            data=load_stage_data(spec, seed=0),
+            seed=0,
+            train=Train(**{**TRAIN, "per_device_train_batch_size": 4}),
+        ),
+        tmp_path / "expert",
+        checkpoints=tmp_path / "checkpoints",
+    )
     place = run.expert(1, "base")
     theirs = place.record("train")
     assert (theirs["steps"], theirs["tokens"]) == (record["steps"], record["tokens"])

@@ -24,6 +24,7 @@ from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.training.data import StageData, documents, load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.settings import check_stages
 
 Data = dict[str, Any]
@@ -67,9 +68,16 @@ def train(base_folder: Path, tmp_path: Path) -> Callable[..., Data]:
     def train(name: str, *, start: Path = base_folder, **fields: Any) -> Data:
         (tmp_path / name).mkdir()
         return train_expert(
-            start=start, base=base_folder, data=load(pairs(tmp_path / "pairs.jsonl")), seed=0, out=tmp_path / name,
-            train=Train(**{**LIGHT, **fields}), checkpoints=tmp_path / f"{name}_checkpoints",
-        )  # fmt: skip
+            TrainJob(
+                start=start,
+                base=base_folder,
+                data=load(pairs(tmp_path / "pairs.jsonl")),
+                seed=0,
+                train=Train(**{**LIGHT, **fields}),
+            ),
+            tmp_path / name,
+            checkpoints=tmp_path / f"{name}_checkpoints",
+        )
 
     return train
 

@@ -34,6 +34,7 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies import Combined, TrainStrategy, combine, strategy_class, strategy_names
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.settings import check_training
 
 Row = dict[str, Any]
@@ -76,10 +77,18 @@ def learn(case: str, stage: int, home: Path, name: str, **more: Any) -> Row:
 def train(case: str, stage: int, home: Path, name: str, data: StageData, **more: Any) -> Row:
     memory = home / "first-memory" if stage else None
     return train_expert(
-        start=home / "first" if stage else home / "base", base=home / "base", data=data, train=settings(case, **more),
-        seed=0, out=home / name, checkpoints=home / f"{name}-checkpoints",
-        memory=memory if memory and memory.exists() else None, memory_out=home / f"{name}-memory",
-    )  # fmt: skip
+        TrainJob(
+            start=home / "first" if stage else home / "base",
+            base=home / "base",
+            data=data,
+            train=settings(case, **more),
+            seed=0,
+            memory=memory if memory and memory.exists() else None,
+        ),
+        home / name,
+        checkpoints=home / f"{name}-checkpoints",
+        memory_out=home / f"{name}-memory",
+    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from hf_contmerge.train_strategies.ewc import Ewc
 from hf_contmerge.train_strategies.migu import Migu
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 
 RATE = 1e-3
 LIGHT = {
@@ -53,10 +54,18 @@ def train(base_folder: Path, data: StageData, tmp_path: Path) -> Callable[..., d
     ) -> dict[str, Tensor]:
         (tmp_path / name).mkdir()
         train_expert(
-            start=base_folder, base=base_folder, data=data, seed=0, out=tmp_path / name,
-            train=Train(**{**LIGHT, "strategy": strategy, "parameters": parameters or {}, **fields}),
-            checkpoints=tmp_path / f"{name}-checkpoints", memory=memory, memory_out=tmp_path / f"{name}-memory",
-        )  # fmt: skip
+            TrainJob(
+                start=base_folder,
+                base=base_folder,
+                data=data,
+                seed=0,
+                train=Train(**{**LIGHT, "strategy": strategy, "parameters": parameters or {}, **fields}),
+                memory=memory,
+            ),
+            tmp_path / name,
+            checkpoints=tmp_path / f"{name}-checkpoints",
+            memory_out=tmp_path / f"{name}-memory",
+        )
         return load_file(tmp_path / name / "model.safetensors")
 
     return train

@@ -17,6 +17,7 @@ from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.train_strategies import get_strategy
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 
 Row = dict[str, Any]
 TURNS = [{"role": "user", "content": "what lays eggs"}, {"role": "assistant", "content": "the hen"}]
@@ -135,9 +136,11 @@ def test_heldout_documents_never_get_in(base_folder: Path, tmp_path: Path) -> No
     train = Train.model_validate({"strategy": "replay", **light})
     (tmp_path / "out").mkdir()
     train_expert(
-        start=base_folder, base=base_folder, data=data, train=train, seed=0, out=tmp_path / "out",
-        checkpoints=tmp_path / "checkpoints", memory_out=tmp_path / "memory",
-    )  # fmt: skip
+        TrainJob(start=base_folder, base=base_folder, data=data, train=train, seed=0),
+        tmp_path / "out",
+        checkpoints=tmp_path / "checkpoints",
+        memory_out=tmp_path / "memory",
+    )
     (remembered,) = kept(tmp_path / "memory" / "replay")
     assert sorted(remembered) == sorted(data.train["text"])
     assert not {*remembered} & {*data.heldout["text"]}

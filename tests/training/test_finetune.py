@@ -29,9 +29,10 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies import strategy_names
-from hf_contmerge.training._trainer import OnLog
+from hf_contmerge.training._log import OnLog
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.settings import check_training, sft_settings
 
 Row = dict[str, Any]
@@ -71,9 +72,11 @@ def train(base_folder: Path, data: StageData, tmp_path: Path) -> Callable[..., d
     ) -> dict[str, Any]:  # fmt: skip
         (tmp_path / name).mkdir()
         return train_expert(
-            start=start or base, base=base, data=rows, train=Train(**{**LIGHT, **fields}), seed=seed,
-            out=tmp_path / name, checkpoints=tmp_path / f"{name}_checkpoints", on_log=on_log,
-        )  # fmt: skip
+            TrainJob(start=start or base, base=base, data=rows, train=Train(**{**LIGHT, **fields}), seed=seed),
+            tmp_path / name,
+            checkpoints=tmp_path / f"{name}_checkpoints",
+            on_log=on_log,
+        )
 
     return train
 
@@ -268,6 +271,7 @@ import json, os, re, signal, sys
 from pathlib import Path
 from hf_contmerge.training.data import load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 
@@ -279,10 +283,9 @@ def hook(event, args):
 
 sys.addaudithook(hook)
 base, out = Path(order["base"]), Path(order["out"])
-train_expert(
-    start=base, base=base, data=load_stage_data(Dataset(path=order["data"], heldout=2), seed=0),
-    train=Train(**order["train"]), seed=0, out=out, checkpoints=out.with_name(out.name + "_checkpoints"),
-)
+data = load_stage_data(Dataset(path=order["data"], heldout=2), seed=0)
+job = TrainJob(start=base, base=base, data=data, train=Train(**order["train"]))
+train_expert(job, out, checkpoints=out.with_name(out.name + "_checkpoints"))
 """
 MOMENTS = {
     "the third checkpoint is begun": r"os.mkdir.*checkpoint-6",

@@ -26,6 +26,7 @@ from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.training.data import load_stage_data
 from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.statistics import check_asked
 
 Q, DOWN = (f"model.layers.1.{name}.weight" for name in ("self_attn.q_proj", "mlp.down_proj"))
@@ -107,9 +108,10 @@ def test_training_writes_them_and_a_rule_gets_them(home: Path, tmp_path: Path) -
     out = tmp_path / "expert"
     out.mkdir()
     train_expert(
-        start=home / "base", base=home / "base", data=data, train=Train.model_validate(fields), seed=0, out=out,
+        TrainJob(start=home / "base", base=home / "base", data=data, train=Train.model_validate(fields), seed=0),
+        out,
         checkpoints=tmp_path / "checkpoints",
-    )  # fmt: skip
+    )
     base = Weights(home / "base")
     merge_experts(Weighed(), base, [open_expert(out, base)], merged_out=Output(tmp_path))
     merged, (before, after) = load_file(tmp_path / "model.safetensors"), (

@@ -20,8 +20,8 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Dataset(Part):
-    """Texts or conversations, and which part of them is held out to measure forgetting."""
+class DataSource(Part):
+    """Rows of one dataset, and which of them are examples."""
 
     path: str
     """A .json/.jsonl/.parquet/.csv/.txt/.arrow file or a folder of them, a Hub id, or quickstart:<name>."""
@@ -29,7 +29,7 @@ class Dataset(Part):
     revision: str | None = None
     split: str = "train"
     text: str | None = None
-    """The column with plain text, or a format string over columns such as "{question}\\n{answer}"."""
+    """The column with plain text, or a format string over columns such as "{question}\n{answer}"."""
     messages: str | None = None
     """The column with conversations."""
     labels: dict[str, tuple[str, ...]] = Field(default={})
@@ -38,17 +38,14 @@ class Dataset(Part):
     max_chars: Annotated[int, Field(ge=1)] | None = None
     """Shorter and longer examples are left out: prompt and answer together, of a pair the longer answer."""
     max_examples: Annotated[int, Field(ge=1)] | None = None
+    """The most examples to train on."""
     streaming: bool = False
     """Fetch rows only until there are `max_examples` and `heldout`, shuffled through a buffer of 10,000 of them."""
-    heldout: Annotated[int, Field(ge=0)] = 32
-    """How many examples are set aside, never trained on, to measure what later stages forget of this one."""
     heldout_split: str | None = None
-    """Take them from this split instead (`test`, say)."""
-    heldout_chars: Annotated[int, Field(ge=1)] = 4000
-    """Longer held-out documents are cut here, so that a row of scores costs a known time."""
+    """Take the held-out examples from this split (`test`, say), not from those to train on."""
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Dataset:
+    def _fields_agree(self) -> DataSource:
         if self.text is not None and self.messages is not None:
             raise ValueError("`text` and `messages` name two forms of one dataset; keep one of them")
         if self.max_chars is not None and self.max_chars < (self.min_chars or 0):
@@ -60,7 +57,58 @@ class Dataset(Part):
         sliced = [split for split in (self.split, self.heldout_split or "") if "[" in split]
         if self.streaming and sliced:
             raise ValueError(f"a stream has no slices such as {sliced[0]}; remove `streaming`, or use `max_examples`")
-        if self.streaming and self.heldout_split and not self.heldout:
+        return self
+
+
+class MixedSource(DataSource):
+    """One dataset of a mix."""
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Of the mix's examples, held-out ones too."""
+
+
+class Dataset(DataSource):
+    """Texts or conversations, of one dataset or a mix of several, and what is held out to measure forgetting."""
+
+    path: str = ""
+    mix: tuple[MixedSource, ...] = ()
+    """Several datasets in the place of one. No example comes twice: the mix is as large as the dataset allows that is
+    used up first at its share, or has `max_examples`."""
+    heldout: Annotated[int, Field(ge=0)] = 32
+    """How many examples are set aside, never trained on, to measure what later stages forget of this one."""
+    heldout_chars: Annotated[int, Field(ge=1)] = 4000
+    """Longer held-out documents are cut here, so that a row of scores costs a known time."""
+
+    def sources(self) -> tuple[DataSource, ...]:
+        """Return the datasets that examples come from: this one, or those of the mix."""
+        return self.mix or (self,)
+
+    def shares(self) -> tuple[float, ...]:
+        """Return each source's share of the examples."""
+        return tuple(source.share for source in self.mix) or (1.0,)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any example is held out."""
+        return bool(self.heldout or any(source.heldout_split for source in self.sources()))
+
+    @model_validator(mode="after")
+    def _one_or_a_mix(self) -> Dataset:
+        if bool(self.path) == bool(self.mix):
+            raise ValueError("a dataset needs either `path` or `mix` (a list of datasets with their shares)")
+        shared = ("max_examples", *Dataset.__annotations__)
+        fields = type(self).model_fields
+        each = [n for n in fields if self.mix and n not in shared and getattr(self, n) != fields[n].default]
+        if each:
+            raise ValueError(f"`{each[0]}` belongs to each dataset of the mix; write it there")
+        if abs(sum(self.shares()) - 1) > 1e-6:
+            added = " + ".join(f"{share:g}" for share in self.shares())
+            raise ValueError(f"the shares of a mix must sum to 1; {added} = {sum(self.shares()):g}")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_end(self) -> Dataset:
+        if not self.heldout and any(source.streaming and source.heldout_split for source in self.sources()):
             raise ValueError("`heldout: 0` means all of `heldout_split`, which a stream has no end of; give a number")
         return self
 
@@ -101,6 +149,7 @@ class Task(Part):
 
     name: Name
     dataset: DatasetField | None = None
+    """Its `split` is scored: name another than the one that stages are trained on."""
     kind: Literal["perplexity", "multiple_choice", "exact_match"] | None = None
     """What to make of the dataset; without it, `name` is lm-eval's."""
     question: str = "query"
@@ -124,6 +173,10 @@ class Task(Part):
             raise ValueError(f"a task needs both `dataset` and `kind` ({_KINDS}), or neither")
         if self.dataset and self.dataset.streaming and self.kind != "perplexity":
             raise ValueError(f"the dataset of a {self.kind} task is read whole; remove `streaming`")
+        if self.dataset and self.dataset.mix:
+            raise ValueError("a task scores one dataset; make a task of each part of the mix")
+        if self.dataset and self.dataset.heldout_split:
+            raise ValueError("a task scores the `split` of its dataset; write `split`, not `heldout_split`")
         return self
 
 

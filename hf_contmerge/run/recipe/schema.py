@@ -54,7 +54,7 @@ class Stage(Part):
     @property
     def heldout_task(self) -> str | None:
         """The name of the task that measures the stage's own held-out text."""
-        return f"{self.name}_heldout" if self.dataset and (self.dataset.heldout or self.dataset.heldout_split) else None
+        return f"{self.name}_heldout" if self.dataset and self.dataset.holds_out else None
 
     def task_names(self) -> tuple[str, ...]:
         """Return the names of all tasks that measure this stage."""

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Guard, Rung, Task
+from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Guard, MixedSource, Rung, Task
 from hf_contmerge.run.recipe.schema import Merge, Publish, Recipe, Stage, Train
 
 if TYPE_CHECKING or not yaml.__with_libyaml__:
@@ -127,7 +127,7 @@ def _explain(error: ValidationError, where: str) -> str:
 
 _PARTS: dict[str, type[BaseModel]] = {
     "stages": Stage, "train": Train, "merge": Merge, "evaluate": Evaluate, "guard": Guard, "ladder": Rung,
-    "publish": Publish, "dataset": Dataset, "tasks": Task, "general_tasks": Task,
+    "publish": Publish, "dataset": Dataset, "mix": MixedSource, "tasks": Task, "general_tasks": Task,
 }  # fmt: skip
 
 

@@ -1,0 +1,75 @@
+"""What is logged of a training: the points of the loss curve, the same whether it was resumed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from hf_contmerge.runtime.progress import StepProgress
+
+Point = Mapping[str, float]
+OnLog = Callable[[int, Point], None]
+"""Called on the main process with the number of steps taken in this stage, and what was logged at that step."""
+
+_OF_THE_PROCESS = ("num_tokens", "train_loss")  # counted since it started, which a resumed run did later
+_OF_THE_MACHINE = ("runtime", "per_second")
+
+
+def curve(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a trainer's log without what an unbroken and a resumed run do not have in common."""
+    points = ({k: v for k, v in entry.items() if not _differs(k)} for entry in log)
+    return [point for point in points if any("loss" in key for key in point)]
+
+
+def _differs(key: str) -> bool:
+    return key in _OF_THE_PROCESS or key.endswith(_OF_THE_MACHINE)
+
+
+class TrainingLog(TrainerCallback):
+    """Passes on what is logged, and sees to it that a resumed run logs the same.
+
+    A mean over the steps since the last log cannot be taken up in the middle, so a step with a checkpoint is logged
+    too; and the last one, so that there is always a loss to record.
+    """
+
+    def __init__(self, on_log: OnLog, *, last_checkpoint: bool) -> None:
+        """`last_checkpoint`: whether to write one after the last step, from which only saving would be left."""
+        self._on_log, self._last_checkpoint = on_log, last_checkpoint
+        self._progress: StepProgress | None = None
+
+    def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._progress = StepProgress(state.max_steps, state.global_step, state.num_input_tokens_seen)
+
+    def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        last = state.global_step >= state.max_steps
+        if last and not self._last_checkpoint:
+            control.should_save = False
+        if control.should_save or last:
+            control.should_log = True
+        if self._progress:
+            self._progress.step(state.global_step)
+
+    def on_epoch_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if control.should_save:
+            control.should_log = True
+
+    def on_log(
+        self, _args: Any, state: TrainerState, _control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if not self._progress or not logs or "loss" not in logs:
+            return
+        self._progress.tell(state.global_step, float(logs["loss"]), state.num_input_tokens_seen)
+        numbers = {k: float(v) for k, v in logs.items() if isinstance(v, int | float) and k not in _OF_THE_PROCESS}
+        self._on_log(state.global_step, numbers)
+
+    def on_train_end(self, _args: Any, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress:
+            self._progress.close()
+            self._progress = None
