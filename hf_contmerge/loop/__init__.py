@@ -1,1 +1,1 @@
-"""Runs train, merge and score, stage after stage."""
+"""Train, merge and score, stage by stage."""

@@ -1,10 +1,12 @@
-"""What was measured of a growing merge, stage after stage, and what was forgotten; kept beside the state.
+"""Scores and forgetting of a growing merge.
 
-STATE/measured/settings.json          which tasks, and how: the same for all stages, so that scores can be compared
+Files next to the state:
+
+STATE/measured/settings.json          tasks and settings, equal for all stages to keep scores comparable
 STATE/measured/base/                  score.json and score.parquet of the base
-STATE/stages/law/measured/expert/     of the stage's expert
-STATE/stages/law/measured/merged/     of all stages so far, merged
-STATE/stages/law/scores.json          all of that in short, and a table of what was forgotten
+STATE/stages/law/measured/expert/     the same for the stage's expert
+STATE/stages/law/measured/merged/     the same for the merge of all stages so far
+STATE/stages/law/scores.json          summary of these scores, and forgetting per task
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from hf_contmerge.scoring.forgetting.paired import mean_change, same_documents
 
 @dataclass(frozen=True)
 class StageScores:
-    """The scores that belong to a state."""
+    """The scores of a merge state."""
 
     folder: Path
-    """The state's."""
+    """The state's folder."""
 
     @property
     def base(self) -> Place:
@@ -41,9 +43,10 @@ class StageScores:
         return Place(self.folder / "stages" / stage / "measured" / "merged")
 
     def settings(self, tasks: Iterable[Task], evaluate: Evaluate) -> tuple[list[Task], Evaluate]:
-        """Return what to measure, and how: the tasks of earlier stages too, or what was forgotten cannot be seen.
+        """Add the tasks of earlier stages; check the settings.
 
-        Raises RecipeError if earlier stages measured in another way, whose scores could not be compared.
+        Raises:
+            RecipeError: the settings or a task differ from earlier stages, whose scores would not be comparable.
         """
         file = self.folder / "measured" / "settings.json"
         if not file.is_file():
@@ -57,23 +60,24 @@ class StageScores:
             if now[word] != then[word]:
                 raise RecipeError(
                     f"The earlier stages of {self.folder} were measured with {word} {then[word]}, and now "
-                    f"it is {now[word]}: their scores could not be compared. Give the same, or remove "
-                    f"{file.parent} to begin anew."
+                    f"it is {now[word]}: the scores would not be comparable. Use the same value, or remove "
+                    f"{file.parent} to start over."
                 )
         for task in tasks:
             if known.setdefault(task.name, task) != task:
                 raise RecipeError(
-                    f"The task {task.name} was another one in the earlier stages of {self.folder}. Rename it."
+                    f"The task {task.name} differs from the task of this name in earlier stages of {self.folder}. "
+                    "Rename it."
                 )
         return list(known.values()), evaluate
 
     def keep_settings(self, tasks: Sequence[Task], evaluate: Evaluate) -> None:
-        """Write what is measured, for the stages to come."""
+        """Write tasks and settings for later stages."""
         kept = {"evaluate": evaluate.model_dump(mode="json"), "tasks": [t.model_dump(mode="json") for t in tasks]}
         write_atomically(self.folder / "measured" / "settings.json", json.dumps(kept, indent=1) + "\n")
 
     def summary(self, stages: Sequence[str]) -> dict[str, Any]:
-        """Return what was measured around the last of some stages, and what each task has lost since it was best."""
+        """Return the last stage's scores and forgetting."""
         last = stages[-1]
         rows = {"base": self.base, "expert": self.expert(last), "merged": self.merged(last)}
         return {
@@ -84,10 +88,11 @@ class StageScores:
         }
 
     def forgetting(self, stages: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Return for each task how the merge stands against the best of the base and of the merges before it.
+        """Compare each task's score with its best earlier score.
 
-        As in Chaudhry et al. (ECCV 2018), task by task: `change` is utility now - best, negative when something was
-        forgotten, with its paired interval (95 %) over the same documents. Utilities: accuracy, or -ln(perplexity).
+        As in Chaudhry et al. (ECCV 2018), per task: `change` is utility now - best over the base and earlier merges.
+        It is negative for forgetting, and has a paired 95 % interval over the same documents. Utilities: accuracy, or
+        -ln(perplexity).
         """
         rows = [("base", load_scores(self.base)), *((s, load_scores(self.merged(s))) for s in stages)]
         now = rows[-1][1]

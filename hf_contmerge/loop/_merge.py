@@ -1,4 +1,4 @@
-"""The merge phase of a run: a stage's expert into the state of the stage before, and the merged model out of it."""
+"""The merge phase of a stage."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from hf_contmerge.runtime.files import remove
 
 
 def merge_at(job: MergeJob) -> Record:
-    """Merge at a place; return the record. All ranks call this.
+    """Merge at a place, on all ranks; return the record.
 
-    Raises BudgetError if the recipe's guard lets no merge pass.
+    Raises:
+        BudgetError: no merge passes the recipe's guard.
     """
     place, guard, choice = job.place, job.run.recipe.guard, None
     with job.recorder.phase(place, "merge") as record:
@@ -33,7 +34,7 @@ def merge_at(job: MergeJob) -> Record:
 
 
 def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Record:
-    """Put state and model in their places; return what the record says of them."""
+    """Publish state and model; return their record."""
     place = job.place
     running, merged = place.publish("running"), place.publish("merged")
     if choice:
@@ -57,7 +58,7 @@ def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Rec
 
 
 def _what_differs(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> dict[str, Any]:
-    """Return what a record says beyond the usual: what was chosen, and what later stages must know of it."""
+    """Return the deviations from the recipe, for later stages."""
     found: dict[str, Any] = choice.to_json(job.run.recipe.guard) if choice else {}
     if not job.holds_one_a_stage(merge):
         found["folded"] = job.parts(merge)
@@ -72,7 +73,7 @@ def _what_differs(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> 
 
 
 def _write_mergekit_recipe(job: MergeJob, merge: RunningMerge) -> None:
-    """Write merge.yml; not for a merge without a single expert, which mergekit has no word for."""
+    """Write merge.yml, unless the merge has no experts."""
     file = job.place.mergekit_recipe
     remove(file)
     if merge.experts:

@@ -1,4 +1,7 @@
-"""Every check of a run, in one list: `run` stops at the first that fails, `plan` collects them all."""
+"""All checks of a run.
+
+`run` stops at the first error, `plan` collects all.
+"""
 
 from __future__ import annotations
 
@@ -42,43 +45,43 @@ LOG = logging.getLogger(__name__)
 
 @dataclass
 class Prepared:
-    """A run's models, rules and data, filled in while it is checked."""
+    """Models, rules and data found by the checks."""
 
     base: Path = Path()
     rules: dict[str, MergeRule] = field(default_factory=dict)
     """By merge entry."""
     kinds: dict[str, str] = field(default_factory=dict)
-    """Merge entry -> the kind of expert that it folds."""
+    """Kind of expert by merge entry."""
     given: dict[str, Path] = field(default_factory=dict)
-    """Model name in the recipe -> its folder, for given experts and what is taken from them."""
+    """Folders of the recipe's `expert` and `minus` models, by name."""
     data: dict[str, StageData] = field(default_factory=dict)
     """By stage."""
     tasks_checked: bool = False
 
     def is_whole(self, recipe: Recipe) -> bool:
-        """Say whether all that the recipe names was found."""
+        """Check for all models and data of the recipe."""
         stages = [s.name for s in recipe.stages if s.dataset]
         return bool(self.kinds) and _given_names(recipe) == set(self.given) and set(stages) == set(self.data)
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Where and how a run is checked."""
+    """Settings of the checks."""
 
     tasks: Path
-    """The folder for tasks that are made from datasets."""
+    """Folder for tasks made from datasets."""
     processes: int = 1
     per_machine: int = 1
     is_main: bool = True
-    """This process writes the task files, and makes the checks that one process is enough for."""
+    """Whether this process writes task files and runs the once-per-job checks."""
     plans: bool = False
-    """No weights are fetched or read, and memory and disk are judged by estimates."""
+    """Whether weights are skipped, and memory and disk are judged by estimates."""
     resolve: Callable[..., Path] = resolve_model
-    """Finds a model by its name."""
+    """Resolves a model name to a folder."""
 
 
 def prepare(run: Run, ranks: Ranks) -> Prepared:
-    """Find and check all that the recipe names, before hours are spent. Raises the first error."""
+    """Run all checks; raise the first error."""
     check_versions(ranks)
     how = Circumstances(run.tasks, ranks.size, ranks.per_host, ranks.is_main)
 
@@ -95,9 +98,9 @@ def prepare(run: Run, ranks: Ranks) -> Prepared:
 
 
 def checks(run: Run, found: Prepared, how: Circumstances) -> Iterator[Check]:
-    """Yield every check of a run, the cheap ones first; `found` is filled by them.
+    """Yield all checks, cheap ones first.
 
-    A check is called; it raises ContmergeError. Those that need what another one failed to find are left out.
+    A check is a callable; it fills `found` or raises ContmergeError. Checks that depend on a failed one are left out.
     """
     recipe = run.recipe
     yield run.check_folder
@@ -141,7 +144,10 @@ def _checks_of_data(recipe: Recipe, found: Prepared, how: Circumstances) -> Iter
 
 
 def _checks_of_tasks(run: Run, found: Prepared, how: Circumstances) -> Iterator[Check]:
-    """Yield a check of all tasks together, since indexing takes seconds; then, where it fails, of each."""
+    """Yield a check of all tasks, then of each.
+
+    Indexing takes seconds, so tasks are checked one by one only if the joint check fails.
+    """
     recipe = run.recipe
     made = {s.heldout_task for s in recipe.stages} | {t.name for t in recipe.tasks() if t.dataset}
     whole = found.is_whole(recipe)
@@ -159,13 +165,13 @@ def _check_tasks(found: Prepared, recipe: Recipe, tasks: list[Task], how: Circum
         check_tasks(tasks, folders, split=recipe.tunes, limit=recipe.evaluate.limit)
     except (RecipeError, DataError):
         raise
-    except ResourceError:  # names all tasks that it is about
+    except ResourceError:  # its message names all affected tasks
         found.tasks_checked = True
         raise
     found.tasks_checked = True
 
 
-# Finding
+# Lookup
 
 
 def _make_rule(found: Prepared, entry: Merge) -> None:
@@ -181,17 +187,19 @@ def _given_names(recipe: Recipe) -> set[str]:
 
 
 def _find_given(found: Prepared, recipe: Recipe, stage: Stage, how: Circumstances) -> None:
-    """Find the models that a stage names, and check that they fit the base.
+    """Find a stage's given models; check their fit.
 
-    Raises ModelError or RecipeError for one that does not, or an adapter where a difference of two models is asked for.
+    Raises:
+        ModelError: a model does not fit the base.
+        RecipeError: an adapter in a difference of two models.
     """
     base, names = found.base, [name for name in (stage.expert, stage.minus) if name]
     here = {name: how.resolve(name, adapters=True) for name in names}
     for name in names:
         if stage.minus and is_adapter(here[name]):
             raise RecipeError(
-                f"Stage {stage.name} takes the difference of two models, and {name} is an adapter, which is a "
-                "difference already. Name it as `expert`, without `minus`; or merge it into its base first."
+                f"Stage {stage.name} takes the difference of two models, but {name} is an adapter, already a "
+                "difference. Set it as `expert` without `minus`, or merge it into its base first."
             )
     for path in here.values():
         if is_adapter(path):
@@ -205,7 +213,7 @@ def _find_given(found: Prepared, recipe: Recipe, stage: Stage, how: Circumstance
 
 
 def _load_stage(found: Prepared, recipe: Recipe, stage: Stage, how: Circumstances) -> None:
-    """Load a stage's dataset, and write the task that measures its held-out text."""
+    """Load a stage's dataset and write its held-out task."""
     if not stage.dataset:
         return
     data = load_stage_data(stage.dataset, seed=recipe.seed)
@@ -216,11 +224,11 @@ def _load_stage(found: Prepared, recipe: Recipe, stage: Stage, how: Circumstance
     found.data[stage.name] = data
 
 
-# Checking
+# Checks
 
 
 def check_scoring(recipe: Recipe, found: Prepared, how: Circumstances) -> None:
-    """Raise an error unless the job can score models in the way that `evaluate` asks for."""
+    """Raise an error for unsupported `evaluate` settings."""
     trained = any(s.dataset for s in recipe.stages) and make_strategies(recipe.train).carrier.keeps_adapter()
     adapter = trained or any(is_adapter(folder) for folder in found.given.values())
     check_evaluate(recipe.evaluate, processes=how.processes, per_machine=how.per_machine, adapter=adapter)
@@ -229,11 +237,11 @@ def check_scoring(recipe: Recipe, found: Prepared, how: Circumstances) -> None:
 
 
 def _check_companions(found: Prepared, recipe: Recipe, entry: Merge) -> None:
-    """Raise an error unless the model whose tokenizer a merge takes over has one."""
+    """Raise an error if `tokenizer_from` has no tokenizer."""
     folder = found.given.get(recipe.tokenizer_model(len(recipe.stages), entry) or "")
     if folder and is_adapter(folder):
         raise RecipeError(
-            f"tokenizer_from: {entry.tokenizer_from} is given as an adapter ({folder}), which is no whole model. Name "
+            f"tokenizer_from: {entry.tokenizer_from} is an adapter ({folder}), but a full model is required. Choose "
             "another stage, or merge the adapter into its base first."
         )
     if folder:
@@ -241,7 +249,7 @@ def _check_companions(found: Prepared, recipe: Recipe, entry: Merge) -> None:
 
 
 def check_vectors(recipe: Recipe, found: Prepared) -> None:
-    """Look at the weights of models whose difference a stage takes. Raises ModelError for two of different origin."""
+    """Raise ModelError for vectors of different origin."""
     for stage in recipe.stages:
         if stage.expert and stage.minus:
             _log(check_origin(found.base, found.given[stage.expert], found.given[stage.minus]))
@@ -256,33 +264,33 @@ def _check_adapter(folder: Path, base: Path, name: str) -> None:
     adapter = Adapter(folder, Weights(base))
     if adapter.base_model and not is_same_base(adapter.base_model, {name, str(base.resolve())}):
         raise ModelError(
-            f"{folder} was trained on {adapter.base_model}, and `base_model` is {name}: it would change weights that "
-            "it does not belong to. Give an adapter of this base; if the two are copies of one model, write the name "
-            f"in the recipe into base_model_name_or_path of {folder / 'adapter_config.json'}."
+            f"{folder} was trained on {adapter.base_model}, but `base_model` is {name}: it does not match this base "
+            "model. Use an adapter of this base; if both names are copies of one model, write the recipe's name into "
+            f"base_model_name_or_path of {folder / 'adapter_config.json'}."
         )
 
 
 def check_kept_adapters(recipe: Recipe, found: Prepared) -> None:
-    """Raise RecipeError where experts are to be kept as adapters of the base, and one would start from elsewhere."""
+    """Raise RecipeError for kept adapters with another start."""
     if not make_strategies(recipe.train).carrier.keeps_adapter():
         return
-    cure = "Remove `keep`, so that each LoRA is folded into a whole model; or set the entry's `start_from: base`"
+    cure = "Remove `keep`, to fold each LoRA into a full model; or set the entry's `start_from: base`"
     for before, stage in itertools.pairwise(recipe.stages):
         for entry, kind in found.kinds.items() if stage.dataset else ():
-            start = f"train.parameters.keep: merge entry {entry} has stage {stage.name} start from"
+            start = f"train.parameters.keep: for merge entry {entry}, stage {stage.name} starts from"
             if kind.startswith("merged-"):
                 raise RecipeError(
-                    f"{start} the merged model, and an adapter trained there is none of the base. {cure} or `previous`."
+                    f"{start} the merged model, and its adapter would not be one of the base. {cure} or `previous`."
                 )
             if kind == "previous" and before.expert and (before.minus or not is_adapter(found.given[before.expert])):
                 raise RecipeError(
-                    f"{start} that of stage {before.name}, which is a whole model, and an adapter trained there is "
-                    f"none of the base. {cure}."
+                    f"{start} the full model of stage {before.name}, and its adapter would not be one of the base. "
+                    f"{cure}."
                 )
 
 
 def check_ladder(recipe: Recipe) -> None:
-    """Raise RecipeError for a rung of the guard's ladder with an unknown rule, or a parameter that does not fit."""
+    """Raise RecipeError for a bad rung in guard.ladder."""
     for number, rung in enumerate(recipe.guard.ladder if recipe.guard else ()):
         if rung.rule:
             make_rule(rung.rule, rung.parameters, where=f"guard.ladder.{number}")
@@ -291,7 +299,7 @@ def check_ladder(recipe: Recipe) -> None:
 
 
 def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
-    """Raise DataError where a stage's examples could not be replayed among those of a later one."""
+    """Raise DataError if examples cannot be replayed later."""
     stages = [(s.dataset.path, data[s.name].train.select([0])) for s in recipe.stages if s.dataset]
     ladder = recipe.guard.ladder if recipe.guard else ()
     replays = "replay" in recipe.train.strategy or any(rung.do == "replay" for rung in ladder)
@@ -300,10 +308,10 @@ def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
 
 
 def check_disk(run: Run, found: Prepared) -> None:
-    """Raise ResourceError if what is still to be written does not fit on the disk."""
+    """Raise ResourceError if the disk is too small."""
     base = Weights(found.base)
     carrier = make_strategies(run.recipe.train).carrier
-    # How much an adapter holds is not known without the model; it is little.
+    # An adapter's size needs the model; it is small enough to leave out.
     whole = carrier.bytes_per_parameter >= Full.bytes_per_parameter
     trained = Trained(base.numel() if whole else 0, carrier.keeps_adapter())
     uses = (disk_use(s, run, base, found.rules, trained) for s in run_steps(run, found.kinds) if not s.done)
@@ -311,6 +319,6 @@ def check_disk(run: Run, found: Prepared) -> None:
     free = shutil.disk_usage(run.folder).free
     if need > free:
         raise ResourceError(
-            f"This run still needs about {size(need)} in {run.folder} and {size(free)} are free. "
-            "Free some, name another disk with --run, or use fewer merge entries."
+            f"This run still needs about {size(need)} in {run.folder}, but {size(free)} are free. "
+            "Free some space, choose another disk with --run, or use fewer merge entries."
         )

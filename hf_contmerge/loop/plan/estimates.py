@@ -1,10 +1,10 @@
-"""What each phase of a run will take on this machine: memory, disk, time.
+"""Estimates of memory, disk and time per phase.
 
-    train   weights, gradients, Adam, activations, head: a dry step (_dry_step.py); the files that it writes
-    merge   the tensors in flight, as the engine counts them (merge_tensor.job_of), mapped pages, the process itself
-    score   weights, and the activations and logits of a batch: a dry batch
+    train   weights, gradients, Adam, activations, head: a dry step (_dry_step.py); written files
+    merge   tensors in flight, as counted by the engine (merging/costs.py), mapped pages, the process itself
+    score   weights, activations and logits of a batch: a dry batch
 
-Seconds are operations over measured speeds (_machine.py). They tell minutes from hours, not more.
+Seconds are operations over measured speeds (_machine.py), precise enough to separate minutes from hours.
 """
 
 from __future__ import annotations
@@ -40,39 +40,40 @@ from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
 
-_SAMPLED = 256  # examples of which the tokens are counted
+_SAMPLED = 256  # examples with counted tokens
 _ADAM_MOVES = 40  # bytes per trained parameter and step: p, g, m, v read, p, m, v written; the norm and clipping of g
-_WITH_REFERENCE = 4 / 3  # of a preference pair: the reference's forward pass beside the model's forward and backward
+_WITH_REFERENCE = 4 / 3  # preference pairs: the reference's forward pass on top of the model's forward and backward
 _HELD_BY_MALLOC = 1.2
-"""On the processor, resident memory over the bytes alive at the peak of a step: freed blocks of a few megabytes stay
-with the allocator. 1.24 in two runs of a model of 19M parameters, full and lora."""
+"""Resident memory over peak live bytes of a step on a CPU: the allocator keeps freed blocks of a few megabytes.
+Measured: 1.24 in two runs of a model of 19M parameters, full and lora."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase takes. Bytes and seconds; of memory, all processes of this machine together."""
+    """Cost of a phase, in bytes and seconds."""
 
     step: Step
     memory: int
+    """Main memory of all processes of this machine."""
     vram: int
-    """Of each GPU."""
+    """Memory of each GPU."""
     disk: DiskUse
     seconds: float
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A run that was looked up and checked: what its costs depend on."""
+    """A checked run, ready for estimates."""
 
     run: Run
     base: Path
-    """Config, tokenizer and headers; the weights may be missing."""
+    """Folder with config, tokenizer and headers; weights may be missing."""
     rules: Mapping[str, MergeRule]
     kinds: Mapping[str, str]
     given: Mapping[str, Path]
     data: Mapping[str, StageData]
     tasks: Path
-    """The folder of the tasks that are made from datasets."""
+    """Folder of the tasks made from datasets."""
 
     @property
     def recipe(self) -> Recipe:
@@ -85,13 +86,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class TrainingShape:
-    """What a stage's training goes through."""
+    """Shape of a stage's training data."""
 
     rows: int
+    """Rows of a micro-batch."""
     length: int
     """Tokens of the longest example."""
     examples: int
-    """In an epoch, after packing."""
+    """Examples per epoch, after packing."""
 
 
 class Estimates:
@@ -99,10 +101,10 @@ class Estimates:
 
     Args:
         subject: the run.
-        machine: what there is.
-        speeds: what it does in a second.
-        start: bytes of a process that has loaded its libraries.
-        processes: on this machine, each with a whole model (DDP).
+        machine: the machine's resources.
+        speeds: the machine's speeds.
+        start: bytes of a process with loaded libraries.
+        processes: processes on this machine, each with a full model (DDP).
     """
 
     def __init__(self, subject: Subject, machine: Machine, speeds: Speeds, *, start: int, processes: int) -> None:
@@ -114,7 +116,11 @@ class Estimates:
         self._batch = functools.cache(self._scoring_batch)
 
     def cost(self, step: Step) -> Cost:
-        """Return what a phase takes. Raises ModelError if transformers does not know the model."""
+        """Return a phase's cost.
+
+        Raises:
+            ModelError: transformers does not know the architecture.
+        """
         stage = self._of.run.stage(step.t) if step.t else None
         if step.phase == "train" and stage and stage.dataset:
             memory, vram, seconds = self._training(stage.name, self._of.recipe.train_of(stage))
@@ -127,7 +133,7 @@ class Estimates:
         return Cost(step, memory, vram, self.disk(step), seconds)
 
     def disk(self, step: Step) -> DiskUse:
-        """Return what a phase writes."""
+        """Return a phase's disk use."""
         first = next(iter(self._of.data), None)
         trained = self._dry(first, self._of.recipe.train).trained if first else 0
         keeps = bool(first) and make_strategies(self._of.recipe.train).carrier.keeps_adapter()
@@ -135,7 +141,7 @@ class Estimates:
         return replace(use, kept=use.kept + self._remembered(step))
 
     def _remembered(self, step: Step) -> int:
-        """Return the bytes that a stage's strategies keep for later ones. An independent expert has no later ones."""
+        """Return the bytes of a stage's strategy memory."""
         stage = self._of.run.stage(step.t) if step.t else None
         alone = isinstance(step.place, ExpertPlace) and step.place.kind == "base" and step.t > 1
         if step.phase != "train" or not stage or not stage.dataset or alone:
@@ -148,7 +154,7 @@ class Estimates:
         return make_strategies(train).memory_bytes(size)
 
     def training_memory(self, stage: str, train: Train) -> tuple[int, int]:
-        """Return the main memory and each GPU's memory that a stage takes with these settings, in bytes."""
+        """Return the bytes of main and GPU memory."""
         return self._training(stage, train)[:2]
 
     # Training
@@ -180,7 +186,7 @@ class Estimates:
         return TrainingShape(batch, max(2, *(min(n, longest) for n in lengths)), len(data.train))
 
     def _tokens(self, row: Mapping[str, Any]) -> int:
-        """Return the tokens of an example, whatever its form."""
+        """Count the tokens of an example of any form."""
         values = list(row.values())
         if any(isinstance(v, list) for v in values):
             turns = [turn for v in values for turn in (v if isinstance(v, list) else [])]
@@ -201,7 +207,7 @@ class Estimates:
             each *= _WITH_REFERENCE
         each += _ADAM_MOVES * dry.trained / self._speeds.moved
         seconds = steps * each + self._loading(weights) + self._saving(weights)
-        buckets = 4 * dry.trained if self._processes > 1 else 0  # DDP's own copy of the gradients
+        buckets = 4 * dry.trained if self._processes > 1 else 0  # DDP's copy of the gradients
         peak = dry.peak + buckets
         if self._machine.gpus:
             return self._processes * (self._start + weights), peak, seconds
@@ -212,8 +218,8 @@ class Estimates:
     def _merging(self, step: Step) -> tuple[int, int, float]:
         """Return memory and seconds of a merge.
 
-        The engine takes tensors in the order of their cost, one a thread; each stands in memory with its share of the
-        base, of the expert and of the old state, mapped from their files, and with what the rule makes of it.
+        The engine takes tensors in order of cost, one per thread. Each holds its mapped parts of the base, the expert
+        and the old state, and the rule's working memory.
         """
         assert isinstance(step.place, MergePlace)
         weights, entry = self._of.weights, step.place.entry
@@ -230,15 +236,15 @@ class Estimates:
         ordered = [memory for _, memory in sorted(need, reverse=True)]
         flight = max(sum(ordered[i : i + threads]) for i in range(len(ordered)))
         merged, state = model_bytes(weights, merged_dtype(entry)), state_bytes(weights, rule)
-        # While the result's digest is taken, as many tensors as there are cores are mapped.
+        # The digest of the result maps one tensor per core.
         digest = sum(heapq.nlargest(os.cpu_count() or 1, (weights.nbytes(n) for n in weights.names)))
         seconds = self._folding(rule, later=later) / threads + self._saving(merged) + self._written(state)
         return self._processes * (self._start + max(flight, digest)), 0, seconds
 
     def _folding(self, rule: MergeRule, *, later: bool) -> float:
-        """Return the seconds of one thread: bytes in and out, and the decompositions of rules that take them.
+        """Return the seconds of one thread.
 
-        The first expert meets a state of zeros, which needs none.
+        These are moved bytes and decompositions. The first expert needs none, as the state is zero.
         """
         total = 0.0
         for name in self._of.weights.names:
@@ -263,7 +269,7 @@ class Estimates:
         return torch.float32
 
     def _giving(self, step: Step) -> float:
-        """Return the seconds of an expert that is not trained: its digest, and for a difference what is written."""
+        """Return the seconds of a given expert."""
         size = 4 * self._of.weights.numel()
         digest = size / (self._speeds.hashed * self._machine.cores)
         return digest + (self._written(size) if self._of.run.stage(step.t).minus else 0.0)
@@ -283,12 +289,12 @@ class Estimates:
         seconds += self._loading(weights) + weights / self._speeds.hashed
         if self._machine.gpus:
             return self._processes * (self._start + weights), max(memory, weights), seconds
-        # The pages of the file that the weights were converted from stay mapped.
+        # The pages of the converted weight files stay mapped.
         memory = weights + round((max(memory, weights) - weights) * _HELD_BY_MALLOC) + self._stored(step)
         return self._processes * (self._start + memory), 0, seconds
 
     def _stored(self, step: Step) -> int:
-        """Return the bytes of the file of the model that is scored."""
+        """Return the bytes of the scored model's files."""
         if isinstance(step.place, ExpertPlace):
             return model_bytes(self._of.weights, self._expert_dtype(step.t))
         dtype = merged_dtype(step.place.entry) if isinstance(step.place, MergePlace) else None
@@ -304,7 +310,7 @@ class Estimates:
         return scoring_batch(self._of.base, batch=rows, length=length, dtype=self._scoring_dtype())
 
     def _requests_of(self, task: str, few_shot: int | None) -> tuple[int, int, int]:
-        """Return how many requests a task makes, and the mean and the largest number of their tokens."""
+        """Return a task's requests, mean and largest length."""
         evaluate = self._of.recipe.evaluate
         asked = sample_requests(task, evaluate.task_folders(self._of.tasks), few_shot=few_shot, limit=evaluate.limit)
         lengths = [len(self._tokenizer(text, verbose=False)["input_ids"]) for text in asked.texts] or [1]
@@ -335,7 +341,7 @@ class Estimates:
 
 
 def _texts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what of an example goes through the model as one row each: of a pair, the prompt with either answer."""
+    """Return an example's rows: one, or two of a pair."""
     if "rejected" not in row:
         return [row]
     prompt = {"prompt": row.get("prompt", "")}
@@ -343,5 +349,5 @@ def _texts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def costs(estimates: Estimates, steps: list[Step]) -> Iterator[Cost]:
-    """Yield the costs of the phases that are still to be done."""
+    """Yield the costs of the unfinished phases."""
     return (estimates.cost(step) for step in steps if not step.done)

@@ -1,4 +1,4 @@
-"""What a run takes: memory, disk and time of each phase on this machine."""
+"""The plan of a run: checks and costs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CURES: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
 )
-"""What makes training smaller, from what costs least to what costs most."""
+"""Settings for a smaller training, cheapest first."""
 
 
 T = TypeVar("T")
@@ -39,13 +39,13 @@ T = TypeVar("T")
 
 @dataclass
 class Findings:
-    """What is wrong, and what is worth knowing; collected, so that all of it is told at once."""
+    """Errors and notes, collected to report all at once."""
 
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def ask(self, do: Callable[[], T]) -> T | None:
-        """Return what a function returns; keep a user error and return None."""
+        """Call a function; collect a user error."""
         try:
             return do()
         except ContmergeError as error:
@@ -55,10 +55,10 @@ class Findings:
 
 
 def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> dict[str, Any]:
-    """Check a run, and estimate what its phases take; `findings` gets what is wrong.
+    """Check a run and estimate its phases.
 
     Returns:
-        machine, phases and totals, for JSON; nothing if too much is wrong for estimates.
+        Machine, phases and totals, for JSON; empty if errors prevent estimates.
     """
     import psutil
 
@@ -72,7 +72,7 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
         if subject is None:
             return {}
         _load_libraries()
-        start = psutil.Process().memory_info().rss  # this process has loaded what a run loads
+        start = psutil.Process().memory_info().rss  # this process has loaded a run's libraries
         machine, speeds = this_machine(run.folder), measure_speeds(run.folder)
         estimates = Estimates(subject, machine, speeds, start=start, processes=count)
         found = findings.ask(lambda: list(costs(estimates, list(run_steps(run, subject.kinds)))))
@@ -80,7 +80,7 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
             return {}
         if run.recipe.tunes:
             findings.notes.append(
-                "What a guard or an `auto` parameter tries comes on top: each try writes a merged model beside the "
+                "Attempts of a guard or an `auto` parameter are not included: each writes a merged model next to the "
                 "merge and scores it on the validation slices."
             )
         _judge(found, machine, run, findings)
@@ -89,7 +89,7 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
 
 
 def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> Subject | None:
-    """Ask every check of the run; return what was found, or None after an error."""
+    """Run all checks; return None after an error."""
     from hf_contmerge.loop.plan.checks import Circumstances, Prepared, checks
     from hf_contmerge.loop.plan.estimates import Subject
     from hf_contmerge.models.headers import needs_converting, resolve_headers
@@ -103,7 +103,7 @@ def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> Sub
     base = run.recipe.base_model
     if needs_converting(base):
         findings.notes.append(
-            f"{base} is a GGUF file: the run converts it to bfloat16 first, once, into the Hub's cache."
+            f"{base} is a GGUF file: the run first converts it to bfloat16, once, in the Hub's cache."
         )
     if findings.errors:
         return None
@@ -111,7 +111,7 @@ def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> Sub
 
 
 def _processes(recipe: Recipe) -> int:
-    """Return the processes of the job: those of the launcher; else one a GPU, or one for all of them."""
+    """Return the job's number of processes."""
     import torch
 
     from hf_contmerge.runtime.device import cpu_only
@@ -121,7 +121,7 @@ def _processes(recipe: Recipe) -> int:
 
 
 def _load_libraries() -> None:
-    """Import what training and scoring import when they begin."""
+    """Import the libraries of training and scoring."""
     from trl.trainer.sft_trainer import SFTTrainer
 
     from hf_contmerge.scoring.tasks import load_libraries
@@ -130,37 +130,37 @@ def _load_libraries() -> None:
     assert SFTTrainer
 
 
-# What cannot fit
+# Limits
 
 
 def _judge(found: Sequence[Any], machine: Any, run: Run, findings: Findings) -> None:
-    """Add an error for what does not fit this machine: merging, scoring, the disk. Of training, see `_suggest`."""
+    """Add errors for merging, scoring and disk."""
     from hf_contmerge.loop.plan.disk import peak_disk
 
-    for phase, cure in (("merge", "fewer threads at a time"), ("score", "a smaller evaluate.batch_size")):
+    for phase, cure in (("merge", "fewer threads"), ("score", "a smaller evaluate.batch_size")):
         costs = [c for c in found if c.step.phase == phase]
         worst = max(costs, key=lambda c: c.memory, default=None)
         if worst and worst.memory > machine.memory:
             findings.errors.append(
-                f"To {phase} takes about {size(worst.memory)} of memory ({_place(worst, run)}), and this machine has "
-                f"{size(machine.memory)}. Use {cure}, a smaller model or a larger machine."
+                f"The {phase} phase needs about {size(worst.memory)} of memory ({_place(worst, run)}), but this "
+                f"machine has {size(machine.memory)}. Use {cure}, a smaller model or a larger machine."
             )
     need = peak_disk(c.disk for c in found)[1]
     if need > machine.disk:
         findings.errors.append(
-            f"This run still needs {size(need)} in {run.folder} and {size(machine.disk)} are free. Free some, name "
-            "another disk with --run, set train.save_strategy: 'no', or use fewer merge entries."
+            f"This run still needs {size(need)} in {run.folder}, but {size(machine.disk)} are free. Free some space, "
+            "choose another disk with --run, set train.save_strategy: 'no', or use fewer merge entries."
         )
     most = max((c.memory for c in found), default=0)
     if machine.available < most <= machine.memory:
         findings.notes.append(
-            f"It takes up to {size(most)} of memory, and only {size(machine.available)} are free now: end other "
-            "programs first."
+            f"The run needs up to {size(most)} of memory, but only {size(machine.available)} are free now: close "
+            "other programs first."
         )
 
 
 def _suggest(found: Sequence[Any], machine: Any, estimates: Any, subject: Any, findings: Findings) -> None:
-    """Add an error if training does not fit, with the settings that would make it fit."""
+    """Add an error for training, with smaller settings."""
     limits = (machine.memory, min(machine.gpus, default=2**62))
     worst = max((c for c in found if c.step.phase == "train"), key=lambda c: (c.vram, c.memory), default=None)
     if worst is None or (worst.memory <= limits[0] and worst.vram <= limits[1]):
@@ -171,17 +171,17 @@ def _suggest(found: Sequence[Any], machine: Any, estimates: Any, subject: Any, f
         smaller = Train.model_validate({**subject.recipe.train_of(stage).model_dump(), **changes})
         memory, vram = estimates.training_memory(stage.name, smaller)
         if memory <= limits[0] and vram <= limits[1]:
-            fits = f"With `{words}` it would take {size(vram or memory)}."
+            fits = f"With `{words}` it would need {size(vram or memory)}."
             break
     where = "each GPU's memory" if worst.vram > limits[1] else "memory"
     need, have = (worst.vram, limits[1]) if worst.vram > limits[1] else (worst.memory, limits[0])
     findings.errors.append(
-        f"To train stage {stage.name} takes about {size(need)} of {where}, and this machine has {size(have)}. "
-        + (fits or "No setting makes it fit: use a smaller model, or several GPUs with FSDP2, which share it out.")
+        f"Training stage {stage.name} needs about {size(need)} of {where}, but this machine has {size(have)}. "
+        + (fits or "No setting makes it fit: use a smaller model, or several GPUs with FSDP2, which shards it.")
     )
 
 
-# What is shown
+# JSON
 
 
 def _place(cost: Any, run: Run) -> str:
