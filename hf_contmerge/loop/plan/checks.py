@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hf_contmerge.errors import DataError, ModelError, RecipeError, ResourceError, size
 from hf_contmerge.loop._entries import make_entry_rule, merge_kinds, with_replay
-from hf_contmerge.loop.plan.disk import Trained, disk_use, peak_disk
+from hf_contmerge.loop.plan.disk import Trained, disk_need, disk_use
 from hf_contmerge.loop.trackers import check_trackers
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.rules import make_rule
@@ -315,7 +315,7 @@ def check_disk(run: Run, found: Prepared) -> None:
     whole = carrier.bytes_per_parameter >= Full.bytes_per_parameter
     trained = Trained(base.numel() if whole else 0, carrier.keeps_adapter())
     uses = (disk_use(s, run, base, found.rules, trained) for s in run_steps(run, found.kinds) if not s.done)
-    need = peak_disk(uses)[1]
+    need = disk_need(uses).peak
     free = shutil.disk_usage(run.folder).free
     if need > free:
         raise ResourceError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,15 @@ class DiskUse:
     """Further bytes during the phase."""
 
 
+class DiskNeed(NamedTuple):
+    """Bytes of several phases in order."""
+
+    kept: int
+    """Bytes left at the end."""
+    peak: int
+    """Most bytes at any time."""
+
+
 def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule], trained: Trained) -> DiskUse:
     """Return a phase's disk use, from tensor sizes.
 
@@ -71,13 +80,13 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
     return DiskUse(0, 0)
 
 
-def peak_disk(uses: Iterable[DiskUse]) -> tuple[int, int]:
-    """Return bytes at the end and peak bytes."""
-    kept = most = 0
+def disk_need(uses: Iterable[DiskUse]) -> DiskNeed:
+    """Add up the disk use of phases in order."""
+    kept = peak = 0
     for use in uses:
         kept += use.kept
-        most = max(most, kept + use.at_work)
-    return kept, most
+        peak = max(peak, kept + use.at_work)
+    return DiskNeed(kept, peak)
 
 
 def model_bytes(base: Weights, dtype: torch.dtype | None) -> int:
