@@ -146,23 +146,23 @@ class Chooser:
         rule = start.rule
         name = next(f for f in rule.tunable if yaml_word(f) == entry.auto)
 
-        def attempt(value: float) -> tuple[bool, float]:
-            found = self._look_at("auto", start.tuned(name, value))
-            assert found.objective is not None
-            return found.allowed, found.objective
+        def evaluate(value: float) -> tuple[bool, float]:
+            attempt = self._look_at("auto", start.tuned(name, value))
+            assert attempt.objective is not None
+            return attempt.allowed, attempt.objective
 
-        self._merge = start.tuned(name, best_coefficient(attempt, getattr(rule, name)))
+        self._merge = start.tuned(name, best_coefficient(evaluate, getattr(rule, name)))
         return next(t for t in self.tries if t.merge == self._merge)
 
     def climb(self) -> Attempt | None:
         """Return the first rung within the budget, or None."""
         assert self._guard
         for rung in self._guard.ladder:
-            climbed = {"shrink": self._shrink, "rule": self._other_rule, "replay": self._replay,
-                       "keep_previous": self._keep_previous}[rung.do]  # fmt: skip
-            found = climbed(rung)
-            if found and found.held:
-                return found
+            climb = {"shrink": self._shrink, "rule": self._other_rule, "replay": self._replay,
+                     "keep_previous": self._keep_previous}[rung.do]  # fmt: skip
+            attempt = climb(rung)
+            if attempt and attempt.held:
+                return attempt
         return None
 
     def write(self, merge: RunningMerge) -> None:
@@ -180,11 +180,11 @@ class Chooser:
     def _shrink(self, rung: Rung) -> Attempt | None:
         whole = self._merge
 
-        def attempt(factor: float) -> tuple[bool, float]:
-            found = self._look_at(rung.do, whole.scaled(factor))
-            return found.held, found.drop
+        def evaluate(factor: float) -> tuple[bool, float]:
+            attempt = self._look_at(rung.do, whole.scaled(factor))
+            return attempt.held, attempt.drop
 
-        factor = largest_that_holds(attempt)
+        factor = largest_that_holds(evaluate)
         return next(t for t in self.tries if t.merge == whole.scaled(factor)) if factor else None
 
     def _other_rule(self, rung: Rung) -> Attempt:
@@ -244,25 +244,25 @@ class Chooser:
         seconds = round(time.monotonic() - start, 2)
         at_most = self._guard.max_forgetting if self._guard and what == "shrink" else math.inf
         numbers = tuple(part["stage"] for part in self._job.parts(merge))
-        found = Attempt(what, merge, numbers, judgement, share, allowed, utilities, seconds, scores, at_most)
-        self.tries.append(found)
+        attempt = Attempt(what, merge, numbers, judgement, share, allowed, utilities, seconds, scores, at_most)
+        self.tries.append(attempt)
         if self._job.recorder.is_main:
-            self._tell(found)
-        return found
+            self._log(attempt)
+        return attempt
 
     def _tasks_of(self, t: int) -> list[Task]:
         return list(self._job.run.recipe.measured([t], general=False))
 
     # Messages
 
-    def _tell(self, found: Attempt) -> None:
+    def _log(self, attempt: Attempt) -> None:
         where = f"merge {self._job.place.folder.relative_to(self._job.run.folder / 'stages')}"
-        parts = [f"{where}: {found.what}, scale {found.merge.scale:.4g}"]
-        if found.objective is not None:
-            parts.append(f"{found.objective:.3f} of the experts' gain")
-        if found.judgement and self._guard:
-            words = found.judgement.in_words(self._guard) if found.judgement.losses else "no earlier tasks"
-            parts.append(f"{'within' if found.held else 'over'} the budget: {words}")
+        parts = [f"{where}: {attempt.what}, scale {attempt.merge.scale:.4g}"]
+        if attempt.objective is not None:
+            parts.append(f"{attempt.objective:.3f} of the experts' gain")
+        if attempt.judgement and self._guard:
+            words = attempt.judgement.in_words(self._guard) if attempt.judgement.losses else "no earlier tasks"
+            parts.append(f"{'within' if attempt.held else 'over'} the budget: {words}")
         LOG.info("%s", "; ".join(parts))
 
     def _raise(self) -> None:
@@ -274,9 +274,9 @@ class Chooser:
         write_atomically(place.guard_file, json.dumps(report, indent=1) + "\n")
         for name in (".running", ".merged"):
             remove(place.folder / name)
-        raise BudgetError(self._in_vain(guard, best, place.guard_file))
+        raise BudgetError(self._failure(guard, best, place.guard_file))
 
-    def _in_vain(self, guard: Guard, best: Attempt, file: Path) -> str:
+    def _failure(self, guard: Guard, best: Attempt, file: Path) -> str:
         first = next(t for t in self.tries if not t.held)
         assert first.judgement
         assert best.judgement

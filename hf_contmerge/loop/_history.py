@@ -51,8 +51,8 @@ class StageScores:
         file = self.folder / "measured" / "settings.json"
         if not file.is_file():
             return list(tasks), evaluate
-        there = json.loads(file.read_text(encoding="utf-8"))
-        before, known = Evaluate.model_validate(there["evaluate"]), {t["name"]: Task(**t) for t in there["tasks"]}
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        before, by_name = Evaluate.model_validate(saved["evaluate"]), {t["name"]: Task(**t) for t in saved["tasks"]}
         if evaluate.include_path is None:
             evaluate = evaluate.model_copy(update={"include_path": before.include_path})
         then, now = before.measured_by(), evaluate.measured_by()
@@ -64,12 +64,12 @@ class StageScores:
                     f"{file.parent} to start over."
                 )
         for task in tasks:
-            if known.setdefault(task.name, task) != task:
+            if by_name.setdefault(task.name, task) != task:
                 raise RecipeError(
                     f"The task {task.name} differs from the task of this name in earlier stages of {self.folder}. "
                     "Rename it."
                 )
-        return list(known.values()), evaluate
+        return list(by_name.values()), evaluate
 
     def keep_settings(self, tasks: Sequence[Task], evaluate: Evaluate) -> None:
         """Write tasks and settings for later stages."""
@@ -103,7 +103,7 @@ def table(summary: dict[str, Any]) -> list[str]:
     """Return a stage's scores as lines for a log."""
     lines = []
     for task, row in summary["forgetting"].items():
-        parts = [f"{name} {found[task]['value']:.4g}" for name, found in summary["scores"].items() if task in found]
+        parts = [f"{name} {scores[task]['value']:.4g}" for name, scores in summary["scores"].items() if task in scores]
         since = f"; {row['seen']} since {row['best_after']} ({row['best']:.4g})" if "best" in row else ""
         lines.append(f"{task} ({row['metric']}): {', '.join(parts)}{since}")
     return lines
@@ -123,7 +123,7 @@ def _row(task: str, now: Scores, earlier: Sequence[tuple[str, Scores]]) -> dict[
     ]
     if not comparable:
         return row
-    after, best = max(comparable, key=lambda found: found[1][task].utility)
+    after, best = max(comparable, key=lambda pair: pair[1][task].utility)
     change = mean_change([(now, best, [task])], now[task].block)
     if change is None:
         return row

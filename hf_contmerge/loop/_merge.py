@@ -39,9 +39,9 @@ def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Rec
     running, merged = place.publish("running"), place.publish("merged")
     if choice:
         place.scratch("validation")
-        scratch, found = Place(place.folder / ".validation"), Record()
-        keep_scores(found, scratch, choice.taken.scores, job.measuring)
-        scratch.finish("score", found)
+        scratch, record = Place(place.folder / ".validation"), Record()
+        keep_scores(record, scratch, choice.taken.scores, job.measuring)
+        scratch.finish("score", record)
         place.publish("validation")
     remove(place.guard_file)
     _write_mergekit_recipe(job, merge)
@@ -53,23 +53,23 @@ def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Rec
         "norms": {"experts": list(merge.norms.experts), "running": merge.running_norm},
         "expert_sha256": [e.sha256 for e in merge.experts], "model_sha256": weights_sha256(merged),
         "geometry": merge_geometry(merge.base, [e.folder for e in merge.experts], merged),
-        **owners, **_what_differs(job, merge, choice),
+        **owners, **_deviations(job, merge, choice),
     }  # fmt: skip
 
 
-def _what_differs(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> dict[str, Any]:
+def _deviations(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> dict[str, Any]:
     """Return the deviations from the recipe, for later stages."""
-    found: dict[str, Any] = choice.to_json(job.run.recipe.guard) if choice else {}
+    record: dict[str, Any] = choice.to_json(job.run.recipe.guard) if choice else {}
     if not job.holds_one_a_stage(merge):
-        found["folded"] = job.parts(merge)
+        record["folded"] = job.parts(merge)
     if merge.factor != 1.0:
-        found["factor"] = merge.factor
+        record["factor"] = merge.factor
     name, rule = job.rule()
     if choice and choice.taken.what == "rule":
         name, rule = merge.rule_name, merge.rule
     if name != job.place.entry.rule or rule.parameters() != job.prepared.rules[job.place.entry.name].parameters():
-        found["goes_on"] = {"rule": name, "parameters": rule.parameters()}
-    return found
+        record["goes_on"] = {"rule": name, "parameters": rule.parameters()}
+    return record
 
 
 def _write_mergekit_recipe(job: MergeJob, merge: RunningMerge) -> None:

@@ -124,7 +124,7 @@ class ContinualMergeCallback(TrainerCallback):
         crew = Crew(ranks=find_ranks())
         crew.ranks.all(refuse_shared_weights)
         check_versions(crew.ranks)
-        with _as_it_was():
+        with _states_restored():
             opened = open_state(
                 self._folder, base=self._base, rule=self._rule, parameters=self._parameters, crew=crew
             )  # fmt: skip
@@ -161,7 +161,7 @@ class ContinualMergeCallback(TrainerCallback):
         if crew.ranks.is_main:
             remove(stage.folder / ".merged")
             if stage.tasks:
-                _tell(stage, args, state, control, plain)
+                _log_scores(stage, args, state, control, plain)
         crew.ranks.barrier()
 
     def _check_free(self, name: str, opened: MergeState) -> None:
@@ -214,7 +214,9 @@ def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> No
         crew.ranks.first(lambda: open_expert(folder, base, base_names=names) and None)
 
 
-def _tell(stage: _Stage, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
+def _log_scores(
+    stage: _Stage, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
+) -> None:
     """Write scores.json; log the scores to history and trackers."""
     summary = stage.scores.summary([e.stage for e in stage.state.log().experts])
     write_atomically(stage.folder / "scores.json", json.dumps(summary, indent=1) + "\n")
@@ -242,7 +244,7 @@ def _newest_events(folder: Path) -> str:
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
+def _states_restored() -> Iterator[None]:
     """Restore random states and accelerate's state."""
     plain, arrays, shared = random.getstate(), np.random.get_state(), dict(AcceleratorState._shared_state)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -94,8 +94,8 @@ def finetune_stage(
         record = crew.ranks.first(publish, work, out)
     memory = out / OWN / "memory"
     kept = crew.ranks.first(memory.is_dir)
-    seen = (record["loss"], record["steps"], record["examples"], record["tokens"])
-    return TrainedExpert(out, job.base, *seen, memory if kept else None)
+    numbers = (record["loss"], record["steps"], record["examples"], record["tokens"])
+    return TrainedExpert(out, job.base, *numbers, memory if kept else None)
 
 
 # Merging
@@ -134,8 +134,8 @@ def merge_stage(
     crew, folder = _join(Train())[1], Path(state)
     base = base or (expert.base if isinstance(expert, TrainedExpert) else None)
     opened = open_state(folder, base=base, rule=rule, parameters=parameters, crew=crew)
-    found = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(expert), adapters=True))
-    digest = crew.ranks.first(expert_sha256, found)
+    expert_folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(expert), adapters=True))
+    digest = crew.ranks.first(expert_sha256, expert_folder)
     number = next((i for i, e in enumerate(opened.log().experts, 1) if e.sha256 == digest), None)
     if number is None:
         opened.add(os.fspath(expert), stages=[stage] if stage else (), crew=crew)
@@ -195,8 +195,8 @@ def _is_exported(state: MergeState, out: Path, count: int) -> bool:
     experts = [e.sha256 for e in state.log().experts]
     file = out / "merge.json"
     if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        if [e["sha256"] for e in there["experts"]] == experts[:count] and there["rule"] == state.log().rule:
+        exported = json.loads(file.read_text(encoding="utf-8"))
+        if [e["sha256"] for e in exported["experts"]] == experts[:count] and exported["rule"] == state.log().rule:
             return True
     if count < len(experts):
         later = ", ".join(e.stage for e in state.log().experts[count:])
@@ -251,8 +251,8 @@ def score_stage(
             scores = score_loaded(model, tokenizer, wanted, task_folder=made, evaluate=how, ranks=ranks)
         else:
             folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(model), adapters=True))
-            known = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
-            whole = crew.ranks.local_main_first(lambda: resolve_model(str(known)) if known else base_of(folder))
+            base_name = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
+            whole = crew.ranks.local_main_first(lambda: resolve_model(str(base_name)) if base_name else base_of(folder))
             scores = score_model(
                 folder, wanted, task_folder=made, evaluate=how, ranks=ranks, base=whole,
                 trust_remote_code=trust_remote_code,

@@ -116,10 +116,10 @@ def _whole(
     """Return the modules exported as full tensors."""
     changed = running.names() - low_rank
     modules = {n.rpartition(".")[0] for n in changed if n.rpartition(".")[0] + ".weight" not in low_rank}
-    found = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}
+    tensors = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}
     for name in changed:
         before, state = base.tensor(name), running.tensor(name)
         assert state is not None
         read = rule.read_out(state, weight_of(base, name, stages))
-        found[name] = merged_tensor(before, read, scale, before.dtype)
-    return found
+        tensors[name] = merged_tensor(before, read, scale, before.dtype)
+    return tensors

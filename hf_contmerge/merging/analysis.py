@@ -58,7 +58,7 @@ def geometry(base: Weights, experts: Sequence[Expert | None], merged: Weights) -
     """
     many = len(experts) + 1
     dots, opposed, both = (torch.zeros(many, many, dtype=torch.float64) for _ in range(3))
-    seen, total, whole = 0, 0, base.numel()
+    sampled, total, whole = 0, 0, base.numel()
     for name in base.floating():
         size = math.prod(base.shape(name))
         if not size:
@@ -72,10 +72,10 @@ def geometry(base: Weights, experts: Sequence[Expert | None], merged: Weights) -
         dots += each_stands_for * (stacked @ stacked.T)
         both += each_stands_for * (changed @ changed.T)
         opposed += each_stands_for * (changed @ changed.T - signs @ signs.T) / 2
-        seen, total = seen + at.numel(), total + size
+        sampled, total = sampled + at.numel(), total + size
     lengths = dots.diagonal().sqrt()
     return {
-        "sampled": round(seen / max(total, 1), 6),
+        "sampled": round(sampled / max(total, 1), 6),
         "lengths": [float(f"{length:.4g}") for length in lengths.tolist()],
         "cosines": _table(dots, lengths.outer(lengths)),
         "conflicts": _table(opposed, both),
@@ -131,15 +131,15 @@ def ownership(base: Weights, running: Path, stages: Sequence[str]) -> dict[str, 
     their names (embed_tokens, norm).
     """
     state = Running(running)
-    known, counts = state.names(), dict[str, torch.Tensor]()
+    changed, counts = state.names(), dict[str, torch.Tensor]()
     for name in base.floating():
-        found = torch.zeros(len(stages) + 1, dtype=torch.int64)
-        if name in known:
-            found += torch.bincount(state.owners(name).reshape(-1), minlength=len(stages) + 1)
+        owned = torch.zeros(len(stages) + 1, dtype=torch.int64)
+        if name in changed:
+            owned += torch.bincount(state.owners(name).reshape(-1), minlength=len(stages) + 1)
         else:
-            found[0] = torch.Size(base.shape(name)).numel()
+            owned[0] = torch.Size(base.shape(name)).numel()
         for layer in (layer_of(name), "all"):
-            counts[layer] = counts.get(layer, torch.zeros_like(found)) + found
+            counts[layer] = counts.get(layer, torch.zeros_like(owned)) + owned
     order = sorted(counts, key=layer_order)
     return {layer: _shares(counts[layer], stages) for layer in order}
 
@@ -159,8 +159,8 @@ def write_ownership(state: MergeState, out: Path) -> tuple[Path, Path]:
     shares = ownership(state.base(), state.require_running(), stages)
     out.mkdir(parents=True, exist_ok=True)
     table, picture = out / "owners.json", out / "owners.png"
-    found: dict[str, Any] = {"rule": log.rule, "base": log.base, "stages": stages, "layers": shares}
-    table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    values: dict[str, Any] = {"rule": log.rule, "base": log.base, "stages": stages, "layers": shares}
+    table.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     draw_ownership(shares, row_names(stages), picture)
     return table, picture
 

@@ -102,13 +102,13 @@ class RunningMerge:
         crew, base = crew or Crew(), Weights(self.base)
         crew.ranks.first(refuse_twins, (*self.experts, *new), len(self.experts))
         experts = opened or crew.ranks.all(lambda: [open_expert(e.folder, base, force=True) for e in new])
-        found = merge_experts(
+        outcome = merge_experts(
             self.rule, base, experts, running=self.running, earlier=self.norms.experts, running_out=out,
             merged_out=merged, crew=crew,
         )  # fmt: skip
-        norms = zip((*self.experts, *new), found.norms.experts, strict=True)
+        norms = zip((*self.experts, *new), outcome.norms.experts, strict=True)
         folded = tuple(replace(expert, norm=norm) for expert, norm in norms)
-        return replace(self, experts=folded, running=out, running_norm=found.norms.running)
+        return replace(self, experts=folded, running=out, running_norm=outcome.norms.running)
 
     def export(self, out: Output, *, crew: Crew | None = None) -> None:
         """Write the merged model.
@@ -119,8 +119,8 @@ class RunningMerge:
         if len(self.experts) == 1 and self.scale == 1.0 and crew.ranks.first(self.experts[0].is_unchanged):
             only = crew.ranks.all(open_expert, self.experts[0].folder, base, force=True)
         assert self.running, "a merge without a running state has nothing to write"
-        found = Merged(self.norms, self.scale)
-        write_merged(self.rule, base, self.running, found, out, only=only, crew=crew)
+        merged = Merged(self.norms, self.scale)
+        write_merged(self.rule, base, self.running, merged, out, only=only, crew=crew)
 
 
 def refuse_twins(experts: Sequence[FoldedExpert], folded: int = 0) -> None:
@@ -130,9 +130,9 @@ def refuse_twins(experts: Sequence[FoldedExpert], folded: int = 0) -> None:
         experts: all experts; those without a digest are compared by their files.
         folded: number of experts at the front that were checked before.
     """
-    seen: dict[str, FoldedExpert] = {}
+    by_digest: dict[str, FoldedExpert] = {}
     for number, expert in enumerate(experts):
-        twin = seen.setdefault(expert.sha256, expert) if expert.sha256 else expert
+        twin = by_digest.setdefault(expert.sha256, expert) if expert.sha256 else expert
         if twin is not expert and number >= folded:
             raise ModelError(twins_refused(expert.name, twin.name))
     files = [expert for expert in experts[folded:] if not expert.sha256]

@@ -42,7 +42,7 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     Raises:
         RecipeError: an unknown name.
     """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise RecipeError(unknown("dtype", name, known))
-    return known[name] if name else None
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise RecipeError(unknown("dtype", name, dtypes))
+    return dtypes[name] if name else None

@@ -67,13 +67,13 @@ class MergeState:
         state = cls(Path(folder))
 
         def make() -> None:
-            checked, found = make_rule(rule, parameters), resolve_model(str(base))
-            check_mergeable(found)
+            checked, base_folder = make_rule(rule, parameters), resolve_model(str(base))
+            check_mergeable(base_folder)
             require_new(state.folder)
             state.folder.mkdir(parents=True, exist_ok=True)
             log = Log(
-                rule, checked.parameters(), name_of(base), str(found.resolve()), weights_sha256(found),
-                Weights(found).stamp(), versions=versions(),
+                rule, checked.parameters(), name_of(base), str(base_folder.resolve()), weights_sha256(base_folder),
+                Weights(base_folder).stamp(), versions=versions(),
             )  # fmt: skip
             write_log(state.folder, log)
 

@@ -66,7 +66,7 @@ def check_origin(base: Path, expert: Path, minus: Path) -> list[str]:
     Raises:
         ModelError: the models are of different origin.
     """
-    found = []
+    warnings = []
     for one, other, need in ((expert, minus, "`expert` was not trained from `minus`"),
                              (minus, base, "`minus` and `base_model` are of different origin")):  # fmt: skip
         cosine = sampled_cosine(Weights(one), Weights(other))
@@ -77,8 +77,8 @@ def check_origin(base: Path, expert: Path, minus: Path) -> list[str]:
                 "the instruct model, both as `minus` and as `base_model`."
             )
         if cosine < _FAR:
-            found.append(f"{measured}, below the usual value for one origin ({_FAR}): check the scores of the sum.")
-    return found
+            warnings.append(f"{measured}, below the usual value for one origin ({_FAR}): check the scores of the sum.")
+    return warnings
 
 
 def sampled_cosine(one: Weights, other: Weights) -> float:
@@ -106,11 +106,11 @@ def vector_record(base: Path, before: Path | None, expert: Path, minus: Path) ->
         layers: per layer, cosine of the two task vectors and length ratio (this over previous); `all` last.
     """
     plus, less = Weights(expert), Weights(minus)
-    found: dict[str, Any] = {"special_tokens": special_rows(expert, plus, less)}
+    statistics: dict[str, Any] = {"special_tokens": special_rows(expert, plus, less)}
     if before:
         weights = Weights(base)
-        found["layers"] = compare_vectors(weights, open_expert(before, weights, force=True), plus, less)
-    return found
+        statistics["layers"] = compare_vectors(weights, open_expert(before, weights, force=True), plus, less)
+    return statistics
 
 
 def compare_vectors(base: Weights, before: Expert, plus: Weights, less: Weights) -> dict[str, dict[str, float]]:

@@ -161,8 +161,8 @@ def _opened(strategies: Combined, model: Any) -> Any:
 
 def _added_bytes(strategies: Combined) -> int:
     """Return bytes per parameter missing from the dry step."""
-    seen = Lora if isinstance(strategies.carrier, Lora) else Full
-    return strategies.bytes_per_parameter - seen.bytes_per_parameter
+    counted = Lora if isinstance(strategies.carrier, Lora) else Full
+    return strategies.bytes_per_parameter - counted.bytes_per_parameter
 
 
 def _moments(optimizer: str) -> int:
@@ -192,8 +192,8 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        known = {t.untyped_storage()._cdata for t in given}
-        fresh = [t for t in made if t.untyped_storage()._cdata not in known]
+        inputs = {t.untyped_storage()._cdata for t in given}
+        fresh = [t for t in made if t.untyped_storage()._cdata not in inputs]
         for tensor in fresh:
             self._watch(tensor.untyped_storage())
         if fresh or func._schema.is_mutable:

@@ -76,12 +76,12 @@ class Speeds:
 
 def this_machine(folder: Path) -> Machine:
     """Return this machine's resources. `folder` may be missing."""
-    there = _existing(folder)
+    existing = _existing(folder)
     gpus = () if cpu_only() else tuple(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     memory = psutil.virtual_memory()
     limit = min([memory.total, *_limits()])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cores, limit, min(memory.available, limit), gpus, shutil.disk_usage(there).free)
+    return Machine(cores, limit, min(memory.available, limit), gpus, shutil.disk_usage(existing).free)
 
 
 def measure_speeds(folder: Path) -> Speeds:
@@ -93,8 +93,8 @@ def measure_speeds(folder: Path) -> Speeds:
 
 
 def _limits() -> list[int]:
-    words = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.is_file()]
-    return [int(word) for word in words if word.isdigit()]
+    limits = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.is_file()]
+    return [int(limit) for limit in limits if limit.isdigit()]
 
 
 def _existing(folder: Path) -> Path:
@@ -110,15 +110,15 @@ def _fastest(work: Callable[[], object], *, waits: bool = False) -> float:
     """
     waits = waits or not cpu_only()
     work()
-    found = []
+    seconds = []
     for _ in range(_TURNS):
         start, own = time.perf_counter(), time.process_time()
         work()
         if torch.cuda.is_available() and not cpu_only():
             torch.cuda.synchronize()
         on_the_clock, own = time.perf_counter() - start, time.process_time() - own
-        found.append(on_the_clock if waits or own <= 0 else min(on_the_clock, own))
-    return min(found)
+        seconds.append(on_the_clock if waits or own <= 0 else min(on_the_clock, own))
+    return min(seconds)
 
 
 @functools.cache

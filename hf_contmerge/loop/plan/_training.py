@@ -1,4 +1,4 @@
-"""Cost of a stage's expert: a dry training step, or a given model."""
+"""Cost of a stage's expert, trained or given."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train) -> 
 
 
 def given_expert_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
-    """Return the cost of a given expert: its digest, and writing a difference."""
+    """Return the cost of a given expert.
+
+    It is digested; a difference is also written.
+    """
     size = 4 * planned.weights.numel()
     written = host.writing(size) if planned.run.stage(step.t).minus else 0.0
     return Cost(host.start, 0, host.hashing(size) + written)

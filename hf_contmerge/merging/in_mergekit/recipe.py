@@ -173,7 +173,7 @@ def _name(value: Any, path: Path) -> str:
 
 def _shared(entries: Sequence[_Entry], top: Mapping[str, Any], rule: str, path: Path) -> dict[str, Any]:
     """Return the models' common parameters. Raises RecipeError."""
-    found: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     for entry in entries:
         for word in entry.parameters:
             values = [_as_number(e.parameters.get(word, top.get(word))) for e in entries]
@@ -182,12 +182,12 @@ def _shared(entries: Sequence[_Entry], top: Mapping[str, Any], rule: str, path: 
                     f"{path}: {word} of {entry.model} is a parameter of one model, but {rule} treats all experts "
                     f"equally. Remove it, or use `mergekit-yaml {path} OUT` with a method that weights them."
                 )
-            found[word] = values[0]
-    return found
+            shared[word] = values[0]
+    return shared
 
 
 def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = dict(_THEIR_DEFAULTS.get(rule, {}))
+    parameters: dict[str, Any] = dict(_THEIR_DEFAULTS.get(rule, {}))
     theirs = MERGEKITS_OWN.get(rule, {})
     for word, raw in given.items():
         value = _as_number(raw)
@@ -204,9 +204,9 @@ def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str,
         elif word not in known:
             raise RecipeError(unknown("parameter", str(word), known, where=f"{path} for {rule}"))
         else:
-            found[word] = value
-    make_rule(rule, found, where=str(path))  # checks the values
-    return found
+            parameters[word] = value
+    make_rule(rule, parameters, where=str(path))  # checks the values
+    return parameters
 
 
 def _as_number(value: Any) -> Any:

@@ -118,7 +118,7 @@ def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expe
     if asked == torch.float32:
         return out or asked
     sources = [base, *(Weights(e.folder) for e in experts if e.kind == "model")]
-    found: dict[torch.dtype, str] = {}
+    tensors: dict[torch.dtype, str] = {}
     as_base = True
     for name in base.floating():
         widest = base.dtype(name)
@@ -129,18 +129,18 @@ def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expe
                     f"merge. {cure}"
                 )
             widest = torch.promote_types(widest, source.dtype(name))
-        found[widest] = name
+        tensors[widest] = name
         as_base = as_base and widest == base.dtype(name)
-    halves = [d for d in found if d.itemsize < torch.float32.itemsize]
+    halves = [d for d in tensors if d.itemsize < torch.float32.itemsize]
     if halves and recipe.rule in MERGEKITS_OWN:
-        raise RecipeError(f"mergekit's own {recipe.rule} would compute {found[halves[0]]} in {halves[0]}. {cure}")
+        raise RecipeError(f"mergekit's own {recipe.rule} would compute {tensors[halves[0]]} in {halves[0]}. {cure}")
     if out and any(d != out for d in halves):
-        raise RecipeError(f"{found[halves[0]]} would be rounded to {halves[0]} before it is written as {out}. {cure}")
+        raise RecipeError(f"{tensors[halves[0]]} would be rounded to {halves[0]} before it is written as {out}. {cure}")
     if out or as_base:
         return out
-    if len(found) > 1:
-        raise RecipeError(f"The merged weights would have {len(found)} dtypes, other than the base's. {cure}")
-    return next(iter(found))
+    if len(tensors) > 1:
+        raise RecipeError(f"The merged weights would have {len(tensors)} dtypes, other than the base's. {cure}")
+    return next(iter(tensors))
 
 
 def _require_same_tokens(source: Path, base: Weights, folders: Sequence[Path]) -> None:
