@@ -1,8 +1,7 @@
-"""Choosing a merge by scores: the coefficient that is `auto`, and the ladder that a broken forgetting budget climbs.
+"""Choice of a merge by scores: `auto`, the guard's ladder.
 
-Only validation documents are looked at, and all that was tried is told in the record. A run that was killed in the
-middle tries again from the start, with the same outcome: the scores are in the cache, and an expert that was trained
-again is in the run.
+Only validation documents are used, and the record lists every attempt. A killed run repeats its attempts with the same
+outcome: scores come from the cache, and retrained experts are stored in the run.
 """
 
 from __future__ import annotations
@@ -36,23 +35,26 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Attempt:
-    """A merge that was looked at. What was found of it is the same on all ranks; `scores` are the main process's."""
+    """A merge and its evaluation.
+
+    All fields are equal on all ranks, except `scores`, which only rank 0 has.
+    """
 
     what: str
-    """`fold` (as the recipe says), `auto`, or a rung of the ladder."""
+    """`fold` (the recipe's merge), `auto`, or a rung of the ladder."""
     merge: RunningMerge
     stages: tuple[int, ...]
-    """The numbers of those in it."""
+    """Numbers of the merged stages."""
     judgement: Judgement | None
     objective: float | None
     allowed: bool
-    """Whether the general tasks are where the base has them, within the noise."""
+    """Whether the general tasks keep the base's scores, within the noise."""
     utilities: dict[str, float]
     seconds: float
     scores: Scores = field(repr=False)
     at_most: float = math.inf
-    """The largest drop that may be measured, noise or not. The search for the largest factor would else end where the
-    noise just hides that the budget is broken."""
+    """Largest drop allowed in the measured mean. Without it, the search for the largest factor would stop where noise
+    barely hides a broken budget."""
 
     @property
     def held(self) -> bool:
@@ -75,14 +77,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Choice:
-    """The merge that is taken, whether the first one broke the budget, and all that were looked at."""
+    """The chosen merge and all attempts."""
 
     taken: Attempt
     tripped: bool
+    """Whether the first attempt broke the budget."""
     tries: tuple[Attempt, ...]
 
     def to_json(self, guard: Guard | None) -> dict[str, Any]:
-        """Return what the merge record says of it."""
+        """Return the fields for the merge record."""
         record: dict[str, Any] = {"tries": [{**t.to_json(), "taken": t is self.taken} for t in self.tries]}
         if guard and self.taken.judgement:
             record["guard"] = {
@@ -93,9 +96,12 @@ class Choice:
 
 
 def choose(job: MergeJob, guard: Guard | None) -> Choice:
-    """Fold the stage's expert, and choose how the merge is read out; its state and model are in the scratch folders.
+    """Fold the stage's expert within the budget.
 
-    Raises BudgetError if no merge of the ladder holds the guard's budget: what was tried is in guard.json then.
+    The chosen state and model are left in the scratch folders.
+
+    Raises:
+        BudgetError: no merge of the ladder holds the guard's budget. guard.json lists the attempts.
     """
     chooser = Chooser(job, guard)
     first = chooser.first()
@@ -108,7 +114,10 @@ def choose(job: MergeJob, guard: Guard | None) -> Choice:
 
 
 class Chooser:
-    """Tries merges of one entry at one stage. All ranks take the same steps, on what the main process has found."""
+    """Tries merges of one entry at one stage.
+
+    Rank 0 evaluates and broadcasts, so that all ranks take the same steps.
+    """
 
     def __init__(self, job: MergeJob, guard: Guard | None) -> None:
         self._job, self._guard = job, guard
@@ -126,7 +135,7 @@ class Chooser:
         self._alone: dict[str, Scores] = {}
 
     def first(self) -> Attempt:
-        """Fold as the recipe says, find the coefficient if it is `auto`, and return what that gives."""
+        """Fold by the recipe; search an `auto` coefficient."""
         job, entry = self._job, self._job.place.entry
         self._merge = start = self._fold(job.start(), [job.newest()])
         if not entry.auto or start.rule_name != entry.rule:
@@ -137,33 +146,33 @@ class Chooser:
         rule = start.rule
         name = next(f for f in rule.tunable if yaml_word(f) == entry.auto)
 
-        def attempt(value: float) -> tuple[bool, float]:
-            found = self._look_at("auto", start.tuned(name, value))
-            assert found.objective is not None
-            return found.allowed, found.objective
+        def evaluate(value: float) -> tuple[bool, float]:
+            attempt = self._look_at("auto", start.tuned(name, value))
+            assert attempt.objective is not None
+            return attempt.allowed, attempt.objective
 
-        self._merge = start.tuned(name, best_coefficient(attempt, getattr(rule, name)))
+        self._merge = start.tuned(name, best_coefficient(evaluate, getattr(rule, name)))
         return next(t for t in self.tries if t.merge == self._merge)
 
     def climb(self) -> Attempt | None:
-        """Return the first merge of the ladder that holds; None if none does."""
+        """Return the first rung within the budget, or None."""
         assert self._guard
         for rung in self._guard.ladder:
-            climbed = {"shrink": self._shrink, "rule": self._other_rule, "replay": self._replay,
-                       "keep_previous": self._keep_previous}[rung.do]  # fmt: skip
-            found = climbed(rung)
-            if found and found.held:
-                return found
+            climb = {"shrink": self._shrink, "rule": self._other_rule, "replay": self._replay,
+                     "keep_previous": self._keep_previous}[rung.do]  # fmt: skip
+            attempt = climb(rung)
+            if attempt and attempt.held:
+                return attempt
         return None
 
     def write(self, merge: RunningMerge) -> None:
-        """Write a merge into the scratch folder, unless it is there."""
+        """Write a merge into the scratch folder, once."""
         if self._written != merge:
             merge.export(self._job.output(), crew=self._job.crew)
             self._written = merge
 
     def give_up(self) -> None:
-        """Raise BudgetError on all ranks, with all scratch removed and what was tried in guard.json."""
+        """Write guard.json, remove the scratch folders and raise BudgetError."""
         self._job.crew.ranks.first(self._raise)
 
     # Rungs
@@ -171,11 +180,11 @@ class Chooser:
     def _shrink(self, rung: Rung) -> Attempt | None:
         whole = self._merge
 
-        def attempt(factor: float) -> tuple[bool, float]:
-            found = self._look_at(rung.do, whole.scaled(factor))
-            return found.held, found.drop
+        def evaluate(factor: float) -> tuple[bool, float]:
+            attempt = self._look_at(rung.do, whole.scaled(factor))
+            return attempt.held, attempt.drop
 
-        factor = largest_that_holds(attempt)
+        factor = largest_that_holds(evaluate)
         return next(t for t in self.tries if t.merge == whole.scaled(factor)) if factor else None
 
     def _other_rule(self, rung: Rung) -> Attempt:
@@ -200,10 +209,10 @@ class Chooser:
         return self._judged(rung.do, self._merge, self._measured(place, model, self._tasks), start)
 
     def _fold(self, merge: RunningMerge, new: Sequence[FoldedExpert]) -> RunningMerge:
-        self._written = None  # of another state
+        self._written = None  # the written model is of another state
         return merge.fold(new, self._job.scratch("running"), crew=self._job.crew)
 
-    # Looking
+    # Evaluation
 
     def _look_at(self, what: str, merge: RunningMerge) -> Attempt:
         start = time.monotonic()
@@ -212,7 +221,7 @@ class Chooser:
         return self._judged(what, merge, scores, start)
 
     def _measured(self, place: Place, model: Path, tasks: Sequence[Task]) -> Scores:
-        """Return the scores of a model of the run on validation documents, on the main process."""
+        """Return a model's validation scores on rank 0."""
         measure_at(place.validation, model, tasks, self._job.measuring)
         return load_scores(place.validation) if self._job.recorder.is_main else {}
 
@@ -235,25 +244,25 @@ class Chooser:
         seconds = round(time.monotonic() - start, 2)
         at_most = self._guard.max_forgetting if self._guard and what == "shrink" else math.inf
         numbers = tuple(part["stage"] for part in self._job.parts(merge))
-        found = Attempt(what, merge, numbers, judgement, share, allowed, utilities, seconds, scores, at_most)
-        self.tries.append(found)
+        attempt = Attempt(what, merge, numbers, judgement, share, allowed, utilities, seconds, scores, at_most)
+        self.tries.append(attempt)
         if self._job.recorder.is_main:
-            self._tell(found)
-        return found
+            self._log(attempt)
+        return attempt
 
     def _tasks_of(self, t: int) -> list[Task]:
         return list(self._job.run.recipe.measured([t], general=False))
 
-    # Telling
+    # Messages
 
-    def _tell(self, found: Attempt) -> None:
+    def _log(self, attempt: Attempt) -> None:
         where = f"merge {self._job.place.folder.relative_to(self._job.run.folder / 'stages')}"
-        parts = [f"{where}: {found.what}, scale {found.merge.scale:.4g}"]
-        if found.objective is not None:
-            parts.append(f"{found.objective:.3f} of what the experts gained")
-        if found.judgement and self._guard:
-            words = found.judgement.in_words(self._guard) if found.judgement.losses else "nothing to forget yet"
-            parts.append(f"{'holds' if found.held else 'does not hold'}: {words}")
+        parts = [f"{where}: {attempt.what}, scale {attempt.merge.scale:.4g}"]
+        if attempt.objective is not None:
+            parts.append(f"{attempt.objective:.3f} of the experts' gain")
+        if attempt.judgement and self._guard:
+            words = attempt.judgement.in_words(self._guard) if attempt.judgement.losses else "no earlier tasks"
+            parts.append(f"{'within' if attempt.held else 'over'} the budget: {words}")
         LOG.info("%s", "; ".join(parts))
 
     def _raise(self) -> None:
@@ -265,18 +274,18 @@ class Chooser:
         write_atomically(place.guard_file, json.dumps(report, indent=1) + "\n")
         for name in (".running", ".merged"):
             remove(place.folder / name)
-        raise BudgetError(self._in_vain(guard, best, place.guard_file))
+        raise BudgetError(self._failure(guard, best, place.guard_file))
 
-    def _in_vain(self, guard: Guard, best: Attempt, file: Path) -> str:
+    def _failure(self, guard: Guard, best: Attempt, file: Path) -> str:
         first = next(t for t in self.tries if not t.held)
         assert first.judgement
         assert best.judgement
-        tried = ", ".join(dict.fromkeys(t.what for t in self.tries if t.what not in ("fold", "auto"))) or "nothing else"
+        tried = ", ".join(dict.fromkeys(t.what for t in self.tries if t.what not in ("fold", "auto"))) or "no rung"
         entry, stage = self._job.place.entry.name, self._stages[-1]
         return (
             f"The merge {entry} of stage {stage} forgets more than guard.max_forgetting allows "
-            f"({guard.max_forgetting:g}): {first.judgement.in_words(guard)}. Tried: {tried}; the best, {best.what} "
-            f"with scale {best.merge.scale:.4g}: {best.judgement.in_words(guard)}. All of it is in {file}, and what "
-            "was done before is as it was. Give the guard a longer ladder (keep_previous leaves this expert out), or a "
-            "larger max_forgetting, and the same command again."
+            f"({guard.max_forgetting:g}): {first.judgement.in_words(guard)}. Tried: {tried}. Best: {best.what} with "
+            f"scale {best.merge.scale:.4g}, {best.judgement.in_words(guard)}. Details: {file}. Earlier phases are "
+            "kept. Extend guard.ladder (keep_previous leaves this expert out) or raise guard.max_forgetting, then "
+            "rerun the command."
         )

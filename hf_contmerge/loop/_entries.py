@@ -1,4 +1,4 @@
-"""Merge entries of a recipe: their rules, their experts, their dtypes."""
+"""Merge entries: rules, kinds of experts, dtypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_contmerge.run.recipe.schema import Merge, Recipe, Train
 
 
 def with_replay(train: Train, rung: Rung) -> Train:
-    """Return how a stage is trained when a guard has it trained again with examples of earlier stages."""
+    """Return training settings with a rung's replay added."""
     own = train.parameters_of()
     strategies = (*train.strategy, *(() if "replay" in train.strategy else ("replay",)))
     parameters = {**own, "replay": {**own.get("replay", {}), **rung.parameters}}
@@ -22,15 +22,18 @@ def with_replay(train: Train, rung: Rung) -> Train:
 
 
 def merge_kinds(recipe: Recipe, rules: Mapping[str, MergeRule]) -> dict[str, str]:
-    """Return merge entry name -> the kind of expert that it folds."""
+    """Return the kind of expert per merge entry name."""
     starts = {entry.name: entry.start_from or rules[entry.name].start_from for entry in recipe.merge}
     return {name: f"merged-{name}" if start == "merged" else start for name, start in starts.items()}
 
 
 def make_entry_rule(entry: Merge) -> MergeRule:
-    """Make the rule of a merge entry; an `auto` parameter has the rule's own value, from which its search starts.
+    """Make the rule of a merge entry.
 
-    Raises RecipeError as `make_rule` does, and for `auto` where a value cannot be searched: it would change the state.
+    An `auto` parameter keeps the rule's default, the start of its search.
+
+    Raises:
+        RecipeError: as `make_rule`, or `auto` for a parameter that changes the state and cannot be searched.
     """
     where = f"merge entry {entry.name}"
     rule = make_rule(entry.rule, {w: v for w, v in entry.parameters.items() if v != "auto"}, where=where)
@@ -38,10 +41,10 @@ def make_entry_rule(entry: Merge) -> MergeRule:
     for word in (w for w, v in entry.parameters.items() if v == "auto"):
         if word not in words:
             known = f"`auto` is for {', '.join(words)}" if words else f"{entry.rule} has no parameter for `auto`"
-            raise RecipeError(f"{where}: {word} of {entry.rule} cannot be `auto`; {known}. Give a value.")
+            raise RecipeError(f"{where}: {word} of {entry.rule} cannot be `auto`; {known}. Set a value.")
     return rule
 
 
 def merged_dtype(entry: Merge) -> torch.dtype | None:
-    """Return the dtype of an entry's merged models; None: as in the base."""
+    """Return an entry's dtype (None: the base's)."""
     return dtype_named(None if entry.dtype == "auto" else entry.dtype)

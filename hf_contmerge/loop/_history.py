@@ -1,10 +1,12 @@
-"""What was measured of a growing merge, stage after stage, and what was forgotten; kept beside the state.
+"""Scores and forgetting of a growing merge.
 
-STATE/measured/settings.json          which tasks, and how: the same for all stages, so that scores can be compared
+Files next to the state:
+
+STATE/measured/settings.json          tasks and settings, equal for all stages to keep scores comparable
 STATE/measured/base/                  score.json and score.parquet of the base
-STATE/stages/law/measured/expert/     of the stage's expert
-STATE/stages/law/measured/merged/     of all stages so far, merged
-STATE/stages/law/scores.json          all of that in short, and a table of what was forgotten
+STATE/stages/law/measured/expert/     the same for the stage's expert
+STATE/stages/law/measured/merged/     the same for the merge of all stages so far
+STATE/stages/law/scores.json          summary of these scores, and forgetting per task
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from hf_contmerge.scoring.forgetting.paired import mean_change, same_documents
 
 @dataclass(frozen=True)
 class StageScores:
-    """The scores that belong to a state."""
+    """The scores of a merge state."""
 
     folder: Path
-    """The state's."""
+    """The state's folder."""
 
     @property
     def base(self) -> Place:
@@ -41,15 +43,16 @@ class StageScores:
         return Place(self.folder / "stages" / stage / "measured" / "merged")
 
     def settings(self, tasks: Iterable[Task], evaluate: Evaluate) -> tuple[list[Task], Evaluate]:
-        """Return what to measure, and how: the tasks of earlier stages too, or what was forgotten cannot be seen.
+        """Add the tasks of earlier stages; check the settings.
 
-        Raises RecipeError if earlier stages measured in another way, whose scores could not be compared.
+        Raises:
+            RecipeError: the settings or a task differ from earlier stages, whose scores would not be comparable.
         """
         file = self.folder / "measured" / "settings.json"
         if not file.is_file():
             return list(tasks), evaluate
-        there = json.loads(file.read_text(encoding="utf-8"))
-        before, known = Evaluate.model_validate(there["evaluate"]), {t["name"]: Task(**t) for t in there["tasks"]}
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        before, by_name = Evaluate.model_validate(saved["evaluate"]), {t["name"]: Task(**t) for t in saved["tasks"]}
         if evaluate.include_path is None:
             evaluate = evaluate.model_copy(update={"include_path": before.include_path})
         then, now = before.measured_by(), evaluate.measured_by()
@@ -57,23 +60,24 @@ class StageScores:
             if now[word] != then[word]:
                 raise RecipeError(
                     f"The earlier stages of {self.folder} were measured with {word} {then[word]}, and now "
-                    f"it is {now[word]}: their scores could not be compared. Give the same, or remove "
-                    f"{file.parent} to begin anew."
+                    f"it is {now[word]}: the scores would not be comparable. Use the same value, or remove "
+                    f"{file.parent} to start over."
                 )
         for task in tasks:
-            if known.setdefault(task.name, task) != task:
+            if by_name.setdefault(task.name, task) != task:
                 raise RecipeError(
-                    f"The task {task.name} was another one in the earlier stages of {self.folder}. Rename it."
+                    f"The task {task.name} differs from the task of this name in earlier stages of {self.folder}. "
+                    "Rename it."
                 )
-        return list(known.values()), evaluate
+        return list(by_name.values()), evaluate
 
     def keep_settings(self, tasks: Sequence[Task], evaluate: Evaluate) -> None:
-        """Write what is measured, for the stages to come."""
+        """Write tasks and settings for later stages."""
         kept = {"evaluate": evaluate.model_dump(mode="json"), "tasks": [t.model_dump(mode="json") for t in tasks]}
         write_atomically(self.folder / "measured" / "settings.json", json.dumps(kept, indent=1) + "\n")
 
     def summary(self, stages: Sequence[str]) -> dict[str, Any]:
-        """Return what was measured around the last of some stages, and what each task has lost since it was best."""
+        """Return the last stage's scores and forgetting."""
         last = stages[-1]
         rows = {"base": self.base, "expert": self.expert(last), "merged": self.merged(last)}
         return {
@@ -84,10 +88,11 @@ class StageScores:
         }
 
     def forgetting(self, stages: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Return for each task how the merge stands against the best of the base and of the merges before it.
+        """Compare each task's score with its best earlier score.
 
-        As in Chaudhry et al. (ECCV 2018), task by task: `change` is utility now - best, negative when something was
-        forgotten, with its paired interval (95 %) over the same documents. Utilities: accuracy, or -ln(perplexity).
+        As in Chaudhry et al. (ECCV 2018), per task: `change` is utility now - best over the base and earlier merges.
+        It is negative for forgetting, and has a paired 95 % interval over the same documents. Utilities: accuracy, or
+        -ln(perplexity).
         """
         rows = [("base", load_scores(self.base)), *((s, load_scores(self.merged(s))) for s in stages)]
         now = rows[-1][1]
@@ -98,7 +103,7 @@ def table(summary: dict[str, Any]) -> list[str]:
     """Return a stage's scores as lines for a log."""
     lines = []
     for task, row in summary["forgetting"].items():
-        parts = [f"{name} {found[task]['value']:.4g}" for name, found in summary["scores"].items() if task in found]
+        parts = [f"{name} {scores[task]['value']:.4g}" for name, scores in summary["scores"].items() if task in scores]
         since = f"; {row['seen']} since {row['best_after']} ({row['best']:.4g})" if "best" in row else ""
         lines.append(f"{task} ({row['metric']}): {', '.join(parts)}{since}")
     return lines
@@ -118,7 +123,7 @@ def _row(task: str, now: Scores, earlier: Sequence[tuple[str, Scores]]) -> dict[
     ]
     if not comparable:
         return row
-    after, best = max(comparable, key=lambda found: found[1][task].utility)
+    after, best = max(comparable, key=lambda pair: pair[1][task].utility)
     change = mean_change([(now, best, [task])], now[task].block)
     if change is None:
         return row

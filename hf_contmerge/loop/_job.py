@@ -1,4 +1,4 @@
-"""The work of a run's phases: the training of a stage, a merge entry at a stage."""
+"""Jobs of a run: a stage's training, its merges."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def train_job(run: Run, prepared: Prepared, t: int, kind: str) -> TrainJob:
-    """Return the training of stage t's expert of a kind."""
+    """Return the training job of stage t's expert."""
     stage, recipe = run.stage(t), run.recipe
-    alone = kind == "base" and t > 1  # an independent expert: no later stage starts from it
+    alone = kind == "base" and t > 1  # no later stage starts from an independent expert
     return TrainJob(
         start=run.start_of(t, kind) or prepared.base, base=prepared.base, data=prepared.data[stage.name],
         train=recipe.train_of(stage), seed=recipe.seed, memory=run.memory_before(t, kind), remembers=not alone,
@@ -44,7 +44,7 @@ class MergeJob:
     run: Run
     prepared: Prepared
     measuring: Measuring
-    """On validation documents."""
+    """For validation documents."""
     t: int
     place: MergePlace
 
@@ -58,12 +58,11 @@ class MergeJob:
 
     @property
     def kind(self) -> str:
-        """Of the experts."""
         return self.prepared.kinds[self.place.entry.name]
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the merged model's weights; None: as in the base."""
+        """Dtype of the merged weights (None: the base's)."""
         return merged_dtype(self.place.entry)
 
     @property
@@ -71,7 +70,7 @@ class MergeJob:
         return self.run.merged(self.t - 1, self.place.entry) if self.t > 1 else None
 
     def rule(self) -> tuple[str, MergeRule]:
-        """Return the rule to fold with: the entry's, or the one that a guard chose at an earlier stage."""
+        """Return the entry's rule, or a guard's earlier choice."""
         before = self.place_before
         chosen = before.record("merge").get("goes_on") if before else None
         if chosen:
@@ -79,7 +78,7 @@ class MergeJob:
         return self.place.entry.rule, self.prepared.rules[self.place.entry.name]
 
     def previous(self) -> RunningMerge:
-        """Return the merge of the stage before as its record has it; at the first stage, one without experts."""
+        """Return the previous stage's merge, empty at stage 1."""
         name, rule = self.rule()
         if not self.place_before:
             return RunningMerge(self.prepared.base, name, rule)
@@ -92,7 +91,7 @@ class MergeJob:
         )  # fmt: skip
 
     def start(self) -> RunningMerge:
-        """Return the merge that the stage's expert is folded into: the one before, read out as the recipe says."""
+        """Return the merge to fold into, with factor 1."""
         return replace(self.previous(), rule=self.rule()[1], factor=1.0)
 
     def newest(self) -> FoldedExpert:
@@ -110,7 +109,7 @@ class MergeJob:
         return FoldedExpert(stage, model, sha256, name=f"Stage {stage}", replayed=replayed)
 
     def parts(self, merge: RunningMerge) -> list[dict[str, Any]]:
-        """Return the experts of a merge as merge.json has them."""
+        """Return a merge's experts as in merge.json."""
         number = {stage.name: t for t, stage in enumerate(self.run.recipe.stages, 1)}
         return [{"stage": number[e.stage], "replayed": e.replayed} for e in merge.experts]
 
@@ -120,17 +119,20 @@ class MergeJob:
     # Folders
 
     def scratch(self, name: str) -> Path:
-        """Return an empty scratch folder, on all ranks."""
+        """Return a new scratch folder's path on all ranks."""
         return self.crew.ranks.first(self.place.scratch, name)
 
     def output(self) -> Output:
-        """Return where a merged model goes: an empty scratch folder."""
+        """Return the merged model's folder and settings."""
         entry = self.place.entry
         companions = self.prepared.given.get(self.run.recipe.tokenizer_model(self.t, entry) or "")
         return Output(self.scratch("merged"), self.dtype, entry.shard_size, companions)
 
     def keep_previous(self) -> RunningMerge:
-        """Put the previous state and model into the scratch folders; at the first stage, the base's."""
+        """Copy the previous state and model to scratch.
+
+        At stage 1, the base is written.
+        """
         running, before = self.scratch("running"), self.place_before
         merge = replace(self.previous(), running=running)
         if not before:
@@ -151,7 +153,7 @@ def _one_a_stage(t: int) -> list[dict[str, Any]]:
 
 
 def _link(source: str, target: str) -> None:
-    """Give a file a second name, since nothing is changed in place; copy it where the file system has no links."""
+    """Hard-link a file, or copy it."""
     try:
         os.link(source, target)
     except OSError:

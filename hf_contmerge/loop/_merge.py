@@ -1,4 +1,4 @@
-"""The merge phase of a run: a stage's expert into the state of the stage before, and the merged model out of it."""
+"""The merge phase of a stage."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from hf_contmerge.runtime.files import remove
 
 
 def merge_at(job: MergeJob) -> Record:
-    """Merge at a place; return the record. All ranks call this.
+    """Merge at a place, on all ranks; return the record.
 
-    Raises BudgetError if the recipe's guard lets no merge pass.
+    Raises:
+        BudgetError: no merge passes the recipe's guard.
     """
     place, guard, choice = job.place, job.run.recipe.guard, None
     with job.recorder.phase(place, "merge") as record:
@@ -33,14 +34,14 @@ def merge_at(job: MergeJob) -> Record:
 
 
 def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Record:
-    """Put state and model in their places; return what the record says of them."""
+    """Publish state and model; return their record."""
     place = job.place
     running, merged = place.publish("running"), place.publish("merged")
     if choice:
         place.scratch("validation")
-        scratch, found = Place(place.folder / ".validation"), Record()
-        keep_scores(found, scratch, choice.taken.scores, job.measuring)
-        scratch.finish("score", found)
+        scratch, record = Place(place.folder / ".validation"), Record()
+        keep_scores(record, scratch, choice.taken.scores, job.measuring)
+        scratch.finish("score", record)
         place.publish("validation")
     remove(place.guard_file)
     _write_mergekit_recipe(job, merge)
@@ -52,27 +53,27 @@ def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Rec
         "norms": {"experts": list(merge.norms.experts), "running": merge.running_norm},
         "expert_sha256": [e.sha256 for e in merge.experts], "model_sha256": weights_sha256(merged),
         "geometry": merge_geometry(merge.base, [e.folder for e in merge.experts], merged),
-        **owners, **_what_differs(job, merge, choice),
+        **owners, **_deviations(job, merge, choice),
     }  # fmt: skip
 
 
-def _what_differs(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> dict[str, Any]:
-    """Return what a record says beyond the usual: what was chosen, and what later stages must know of it."""
-    found: dict[str, Any] = choice.to_json(job.run.recipe.guard) if choice else {}
+def _deviations(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> dict[str, Any]:
+    """Return the deviations from the recipe, for later stages."""
+    record: dict[str, Any] = choice.to_json(job.run.recipe.guard) if choice else {}
     if not job.holds_one_a_stage(merge):
-        found["folded"] = job.parts(merge)
+        record["folded"] = job.parts(merge)
     if merge.factor != 1.0:
-        found["factor"] = merge.factor
+        record["factor"] = merge.factor
     name, rule = job.rule()
     if choice and choice.taken.what == "rule":
         name, rule = merge.rule_name, merge.rule
     if name != job.place.entry.rule or rule.parameters() != job.prepared.rules[job.place.entry.name].parameters():
-        found["goes_on"] = {"rule": name, "parameters": rule.parameters()}
-    return found
+        record["goes_on"] = {"rule": name, "parameters": rule.parameters()}
+    return record
 
 
 def _write_mergekit_recipe(job: MergeJob, merge: RunningMerge) -> None:
-    """Write merge.yml; not for a merge without a single expert, which mergekit has no word for."""
+    """Write merge.yml, unless the merge has no experts."""
     file = job.place.mergekit_recipe
     remove(file)
     if merge.experts:

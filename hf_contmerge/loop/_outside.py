@@ -1,6 +1,7 @@
-"""Experts that are trained outside a run: which one a folder holds, and where one is made until it is whole.
+"""Experts trained outside a run: lookup, working folder, publication.
 
-An expert's folder has a folder `contmerge` with the record (train.json) and the strategies' memory; it appears whole.
+An expert's folder appears when complete. Its subfolder `contmerge` has the record (train.json) and the strategies'
+memory.
 """
 
 from __future__ import annotations
@@ -18,42 +19,46 @@ from hf_contmerge.training.job import OWN
 
 
 def finished(out: Path, inputs: Mapping[str, Any]) -> Record | None:
-    """Return the record of an expert that exists; None for an empty place. Raises RunError for another expert."""
+    """Return the record of an existing expert, or None.
+
+    Raises:
+        RunError: the folder holds another expert or other files.
+    """
     file = out / OWN / "train.json"
     if file.is_file():
         record = json.loads(file.read_text(encoding="utf-8"))
         other = [word.removesuffix("_sha256") for word, value in inputs.items() if record["inputs"].get(word) != value]
         if other:
             raise RunError(
-                f"{out} holds an expert that was trained otherwise: {', '.join(other)} differ (see {file}). Name "
-                "another folder, or remove that one to train it anew."
+                f"{out} holds an expert with other settings: {', '.join(other)} differ (see {file}). Choose another "
+                "folder, or remove this one to train again."
             )
         return record
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and holds no expert of finetune_stage. Name a new folder, or remove that one.")
+        raise RunError(f"{out} exists and holds no expert of finetune_stage. Choose a new folder, or remove it.")
     return None
 
 
 def working_folder(out: Path, inputs: Mapping[str, Any]) -> Path:
-    """Return the hidden folder in which an expert is made: other settings have another, with other checkpoints."""
+    """Return the hidden folder for training with these settings."""
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return out.absolute().with_name(f".{out.name}.{key[:12]}")
 
 
 def clear_others(out: Path, work: Path) -> None:
-    """Remove what trainings with other settings have left half done."""
+    """Remove unfinished trainings with other settings."""
     for path in work.parent.glob(f".{out.name}.*"):
         if path != work:
             remove(path)
 
 
 def is_trained(work: ExpertPlace) -> bool:
-    """Say whether an expert is finished and waits to be published."""
+    """Check for a trained, unpublished expert."""
     return work.is_done("train") and work.model.is_dir()
 
 
 def publish(work: ExpertPlace, out: Path) -> Record:
-    """Move a trained expert to `out`, with its record and the strategies' memory; return the record."""
+    """Move an expert with record and memory to `out`."""
     record, own = work.record("train"), work.model / OWN
     write_atomically(own / "train.json", json.dumps(record, indent=1) + "\n")
     if work.memory.is_dir():

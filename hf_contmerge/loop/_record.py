@@ -1,4 +1,4 @@
-"""A phase at work: what is said of it, what its record tells of the machine, and what is made of its failures."""
+"""Execution of a phase: record, log lines, errors."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from hf_contmerge.runtime.files import remove
 
 LOG = logging.getLogger(__name__)
 
-_FULL = 2**24  # bytes free on a disk that is full: a little may have been given back
-_NO_MEMORY = re.compile("(not enough|can't allocate|Cannot allocate) memory")  # torch's, on a processor
+_FULL = 2**24  # free bytes on a full disk: a failed write may have released some
+_NO_MEMORY = re.compile("(not enough|can't allocate|Cannot allocate) memory")  # torch's messages on a CPU
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Writes the record of each phase, with its time, memory and device."""
+    """Writes each phase's record: time, memory, device."""
 
     folder: Path
-    """Of the run or state: places are named relative to it, and its disk is the one that fills."""
+    """Folder of the run or state. Places are named relative to it; its disk is checked."""
     ranks: PartialState
     crew: Crew
     quiet: bool = False
@@ -46,9 +46,12 @@ class Recorder:
 
     @contextmanager
     def phase(self, place: Place, phase: Phase) -> Iterator[Record]:
-        """Let the caller fill a phase's record, write it as the last thing, and wait for all ranks.
+        """Yield a phase's record; write it at the end.
 
-        Raises ResourceError if the disk or the memory is full.
+        All ranks wait for the record.
+
+        Raises:
+            ResourceError: the disk or the memory is full.
         """
         what = f"{phase} {str(place.folder.relative_to(self.folder)).removeprefix('stages/')}"
         self._log("%s ...", what)
@@ -56,7 +59,7 @@ class Recorder:
         start = time.monotonic()
         try:
             yield record
-        except (OSError, RuntimeError, SafetensorError, MemoryError) as error:  # libraries say "full" in many ways
+        except (OSError, RuntimeError, SafetensorError, MemoryError) as error:  # libraries report "full" in many ways
             raise _explained(error, what, self.folder) or error from error
         if self.is_main:
             record["seconds"] = round(time.monotonic() - start, 1)
@@ -74,9 +77,9 @@ class Recorder:
 
 
 def peak_memory() -> int:
-    """Return the most bytes of memory that this process has had at once.
+    """Return this process's peak resident memory in bytes.
 
-    Linux's ru_maxrss begins at the mark of whoever started the process, so its own page of the kernel is asked first.
+    Linux's ru_maxrss inherits the parent's peak, so /proc/self/status is read first.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -87,14 +90,12 @@ def peak_memory() -> int:
 
 
 def _explained(error: Exception, what: str, folder: Path) -> ResourceError | None:
-    kept = "What is done is kept"
+    kept = "Finished phases are kept"
     if shutil.disk_usage(folder).free < _FULL:
-        return ResourceError(
-            f"The disk of {folder} is full ({what}). {kept}: free some room and give the same command again."
-        )
+        return ResourceError(f"The disk of {folder} is full ({what}). {kept}. Free some space, then rerun the command.")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)):
         return ResourceError(
-            f"Out of memory ({what}): {str(error).splitlines()[0] if str(error) else 'no more was to be had'} {kept}. "
+            f"Out of memory ({what}): {str(error).splitlines()[0] if str(error) else 'allocation failed.'} {kept}. "
             "Use smaller batches (`per_device_train_batch_size`, `max_length`, `evaluate.batch_size`), "
             "`strategy: lora`, or more ranks with FSDP2."
         )

@@ -1,4 +1,4 @@
-"""Training a stage's expert a second time, with examples of the earlier stages among its data."""
+"""Retraining of an expert with earlier stages' examples."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hf_contmerge.train_strategies.replay import Replay
 
 
 def can_replay(job: MergeJob) -> bool:
-    """Say whether the stage is trained at all, and an earlier one has data to mix in."""
+    """Check for data of this and an earlier stage."""
     return bool(job.run.stage(job.t).dataset and any(job.run.stage(i).dataset for i in range(1, job.t)))
 
 
 def replay(job: MergeJob, rung: Rung) -> FoldedExpert:
-    """Train the stage's expert with examples of earlier stages, unless this rung has done so."""
+    """Retrain the stage's expert, once per rung."""
     place, settings = job.place.replayed, rung.model_dump(mode="json")
     ranks, memory = job.crew.ranks, job.place.folder / ".replay-memory"
     if not ranks.first(lambda: place.is_done("train") and place.record("train")["rung"] == settings):
@@ -38,7 +38,7 @@ def replay(job: MergeJob, rung: Rung) -> FoldedExpert:
 
 
 def _remember(job: MergeJob, memory: Path, rung: Rung) -> None:
-    """Write what the replay strategy would have kept of the earlier stages, next to what others have kept."""
+    """Add the replay strategy's memory of earlier stages."""
     remove(memory)
     earlier = job.run.memory_before(job.t, job.kind)
     if earlier:

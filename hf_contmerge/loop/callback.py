@@ -1,4 +1,4 @@
-"""Continual merging inside anybody's Trainer, SFTTrainer, DPOTrainer ...: one callback in each stage's script.
+"""Continual merging as a callback for Trainer, SFTTrainer, DPOTrainer ...
 
     from hf_contmerge import ContinualMergeCallback
 
@@ -6,13 +6,13 @@
     trainer = SFTTrainer(model, args=SFTConfig("runs/law", ...), train_dataset=law, callbacks=[callback])
     trainer.train()
 
-When training ends, the model goes as the expert `law` into the state, all stages so far are merged into `merged/law`,
-and the tasks tell what was learnt and what was forgotten: in STATE/stages/law/scores.json, in the trainer's log history
-and in its trackers. The script of the next stage says `runs/code` and the same state, and starts from the base, from
-the expert, or from merged/law.
+When training ends, the model is added to the state as the expert `law`, and all stages so far are merged into
+`merged/law`. The scores of the tasks, with learning and forgetting, go to STATE/stages/law/scores.json, to the
+trainer's log history and to its trackers. The next stage's script uses `runs/code` and the same state. It starts from
+the base, from the expert, or from merged/law.
 
-TRL's MergeModelCallback mixes each checkpoint with one other model through mergekit. This one keeps a state that grows
-with every stage at constant cost, takes any rule of this package, merges adapters as they are, checks everything before
+TRL's MergeModelCallback mixes each checkpoint with one other model through mergekit. This callback keeps a running
+state at constant cost per stage, supports every rule of this package, merges adapters directly, runs all checks before
 the first step, and measures the result.
 """
 
@@ -62,7 +62,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Stage:
-    """What is known of a stage once its training has begun."""
+    """A stage in training."""
 
     name: str
     state: MergeState
@@ -80,21 +80,21 @@ class _Stage:
 
 
 class ContinualMergeCallback(TrainerCallback):
-    """Folds the model that a trainer trains into a growing merge, writes the merged model, and measures both.
+    """Merges a trainer's model into a state; measures both.
 
     Args:
-        state: the folder of the state, which is made if it is not there.
-        base: the pretrained model. Needed for the first stage.
-        rule: magmax, opcm, average ... Needed for the first stage.
-        stage: what the stage is called; by default the last word of the trainer's `output_dir`.
-        export: the merged model of each stage is written to a folder of the stage's name in this one.
-        tasks: what to measure, as `score_stage` takes them. Those of earlier stages are measured again.
-        score: how, as `score_stage` takes it: tasks_folder, limit, batch_size, max_length, dtype.
-        parameters: of the rule (`lambda` is written `lambda_`).
+        state: folder of the state; created if missing.
+        base: the pretrained model. Required for the first stage.
+        rule: magmax, opcm, average ... Required for the first stage.
+        stage: name of the stage (default: the last part of the trainer's `output_dir`).
+        export: parent folder for the merged models, one folder per stage name.
+        tasks: tasks to measure, as in `score_stage`. Tasks of earlier stages are measured again.
+        score: scoring settings, as in `score_stage`: tasks_folder, limit, batch_size, max_length, dtype.
+        parameters: parameters of the rule (`lambda` is written `lambda_`).
 
-    All mistakes are told when training begins: an unknown rule or task, a model that is not of the base's names and
-    shapes, an adapter that cannot be merged, a stage that is there already. Weights that DeepSpeed or FSDP1 shares out
-    are refused; FSDP2, DDP and a single process will do.
+    Errors are raised when training begins: an unknown rule or task, a model with other names or shapes than the base,
+    an adapter without a merge, an existing stage. Weights sharded by DeepSpeed or FSDP1 are refused; FSDP2, DDP and a
+    single process are supported.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class ContinualMergeCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, _state: TrainerState, _control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Check all that could fail hours later, and measure the base."""
+        """Run all checks and measure the base."""
         crew = Crew(ranks=find_ranks())
         crew.ranks.all(refuse_shared_weights)
         check_versions(crew.ranks)
-        with _as_it_was():
+        with _states_restored():
             opened = open_state(
                 self._folder, base=self._base, rule=self._rule, parameters=self._parameters, crew=crew
             )  # fmt: skip
@@ -143,7 +143,7 @@ class ContinualMergeCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Save the expert, merge it, measure both, and tell the trainer's log and trackers."""
+        """Save, merge and measure the expert; log scores."""
         assert self._stage
         stage, crew = self._stage, self._stage.crew
         plain = extract_model_from_parallel(model)
@@ -161,37 +161,37 @@ class ContinualMergeCallback(TrainerCallback):
         if crew.ranks.is_main:
             remove(stage.folder / ".merged")
             if stage.tasks:
-                _tell(stage, args, state, control, plain)
+                _log_scores(stage, args, state, control, plain)
         crew.ranks.barrier()
 
     def _check_free(self, name: str, opened: MergeState) -> None:
-        """Raise an error if a stage of this name cannot be added, or its merged model cannot be written."""
+        """Raise an error for a bad or taken name."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise RecipeError(f"{name!r} cannot be a stage's name. Give `stage` letters, digits, `.`, `_` and `-`.")
+            raise RecipeError(f"{name!r} is not a valid stage name. Set `stage` to letters, digits, `.`, `_` and `-`.")
         if name in [e.stage for e in opened.log().experts]:
             raise RunError(
-                f"{self._folder} holds a stage {name} already. Give another `stage` (or output_dir), or drop that one "
-                f"first: contmerge merge drop {self._folder} {name}"
+                f"{self._folder} already has a stage {name}. Choose another `stage` (or output_dir), or drop the old "
+                f"one first: contmerge merge drop {self._folder} {name}"
             )
         out = self._export / name if self._export else None
         if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunError(
-                f"{out}, where the merged model would go, is not empty. Remove it, or name another `export`."
+                f"The folder for the merged model, {out}, is not empty. Remove it, or choose another `export`."
             )
 
     def _check_disk(self, model: Any, opened: MergeState, base: Weights) -> None:
-        """Raise ResourceError if what is to be written when training ends does not fit on the disk."""
+        """Raise ResourceError if the disk is too small."""
         expert = 0 if hasattr(model, "peft_config") else sum(p.numel() * p.element_size() for p in model.parameters())
         need = expert + state_bytes(base, opened.rule()) + model_bytes(base, None)
         free = shutil.disk_usage(self._folder).free
         if need > free:
             raise ResourceError(
-                f"When training ends, this stage will write {size(need)} to {self._folder}, and {size(free)} are free. "
-                "Free some, or name a state on another disk."
+                f"When training ends, this stage writes {size(need)} to {self._folder}, but {size(free)} are free. "
+                "Free some space, or put the state on another disk."
             )
 
     def _measure(self, stage: _Stage, model: Path, place: Place) -> None:
-        """Measure what is not yet known of a model; on all ranks."""
+        """Measure a model's missing tasks. All ranks call this."""
         if not stage.tasks:
             return
         with tempfile.TemporaryDirectory() as scratch:
@@ -203,7 +203,7 @@ class ContinualMergeCallback(TrainerCallback):
 
 
 def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> None:
-    """Raise ModelError if what is to be trained could not be merged: an adapter is saved for trial, and opened."""
+    """Raise ModelError for an unmergeable model or adapter."""
     if not hasattr(model, "peft_config"):
         crew.ranks.all(check_layout, model, base)
         return
@@ -214,8 +214,10 @@ def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> No
         crew.ranks.first(lambda: open_expert(folder, base, base_names=names) and None)
 
 
-def _tell(stage: _Stage, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
-    """Write the stage's scores.json; give its scores to the log history, and to the trackers that the trainer has."""
+def _log_scores(
+    stage: _Stage, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
+) -> None:
+    """Write scores.json; log the scores to history and trackers."""
     summary = stage.scores.summary([e.stage for e in stage.state.log().experts])
     write_atomically(stage.folder / "scores.json", json.dumps(summary, indent=1) + "\n")
     for line in table(summary):
@@ -227,7 +229,7 @@ def _tell(stage: _Stage, args: TrainingArguments, state: TrainerState, control: 
     }
     state.log_history.append({**logs, "step": state.global_step})
     for kind in get_reporting_integration_callbacks(args.report_to):
-        tracker = kind()  # the trainer's own have ended; these go on in the run that they began
+        tracker = kind()  # the trainer's own trackers are closed; a new one resumes their run
         if isinstance(tracker, TensorBoardCallback):
             tracker.logging_dir = tracker.logging_dir or _newest_events(Path(str(args.output_dir)))
         tracker.on_log(args, state, control, model=model, logs=dict(logs))
@@ -236,14 +238,14 @@ def _tell(stage: _Stage, args: TrainingArguments, state: TrainerState, control: 
 
 
 def _newest_events(folder: Path) -> str:
-    """Return the folder that TensorBoard's events of a training have gone to."""
+    """Return the folder of a training's TensorBoard events."""
     files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
     return str(files[-1].parent if files else folder / "runs")
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Leave random states and accelerate's state as they are: training must be what it would be without us."""
+def _states_restored() -> Iterator[None]:
+    """Restore random states and accelerate's state."""
     plain, arrays, shared = random.getstate(), np.random.get_state(), dict(AcceleratorState._shared_state)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

@@ -1,4 +1,4 @@
-"""Three functions for people who keep their own script; each is what the loop does for one phase of one stage.
+"""One function per phase: finetune_stage, merge_stage, score_stage.
 
     from hf_contmerge import finetune_stage, merge_stage, score_stage
 
@@ -6,11 +6,11 @@
     merge_stage("state", law, rule="magmax", export="merged/law")
     scores = score_stage("merged/law", ["arc_easy"])
 
-    code = finetune_stage(law, "code.jsonl", "experts/code", learning_rate=1e-5, max_steps=500)  # goes on from law
+    code = finetune_stage(law, "code.jsonl", "experts/code", learning_rate=1e-5, max_steps=500)  # continues from law
     merge_stage("state", code, export="merged/code")
 
-A script that was stopped is started again as it is: what is done is found and not done twice, training goes on from its
-newest checkpoint. Under `torchrun` or `accelerate launch` all ranks call each function together, and share the work.
+A stopped script can be rerun unchanged: finished work is not repeated, and training resumes from its newest checkpoint.
+Under `torchrun` or `accelerate launch` all ranks call each function together and share the work.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ def finetune_stage(
     seed: int = 0,
     **training: Any,
 ) -> TrainedExpert:
-    """Train one expert, or return it if this very call has trained it before.
+    """Train one expert, unless an equal call did.
 
     Args:
-        model: what to start from. Given a TrainedExpert, the strategies remember the stages before.
-        data: what to train on. Nothing is held out of it, unless the fields of a dataset say so.
-        out: a folder for the expert, which appears when it is whole.
-        base: the pretrained model, if it is not `model` itself and not known of it: its tokenizer goes with the expert.
-        strategy: one name or several, as in recipes: full, lora, [lora, replay] ...
-        parameters: of the strategy.
-        seed: of the data order, dropout and whatever is drawn.
-        training: fields of TRL's SFTConfig (with preference pairs DPOConfig): learning_rate, max_steps, ...; and
+        model: model to start from. A TrainedExpert also passes on the strategies' memory of earlier stages.
+        data: training data. All of it is trained on, unless the fields of a dataset hold some out.
+        out: folder for the expert; appears when complete.
+        base: the pretrained model, source of the tokenizer. Required if `model` is neither it nor names it.
+        strategy: one or several names, as in recipes: full, lora, [lora, replay] ...
+        parameters: parameters of the strategy.
+        seed: seed for data order, dropout and sampling.
+        training: fields of TRL's SFTConfig (DPOConfig for preference pairs): learning_rate, max_steps, ...; and
             `trust_remote_code`.
 
     Raises:
         RecipeError: an unknown field, strategy or parameter.
-        DataError: the data are missing, or not what can be trained on.
+        DataError: the data are missing or unusable for training.
         ModelError: the model is missing, damaged, or does not fit the base.
-        RunError: `out` holds something else.
+        RunError: `out` holds other files.
         ResourceError: the machine has too little memory, or the Hub cannot be reached.
     """
     recipe = recipe_of(data, strategy, parameters or {}, seed, training)
@@ -94,8 +94,8 @@ def finetune_stage(
         record = crew.ranks.first(publish, work, out)
     memory = out / OWN / "memory"
     kept = crew.ranks.first(memory.is_dir)
-    seen = (record["loss"], record["steps"], record["examples"], record["tokens"])
-    return TrainedExpert(out, job.base, *seen, memory if kept else None, job.stage)
+    numbers = (record["loss"], record["steps"], record["examples"], record["tokens"])
+    return TrainedExpert(out, job.base, *numbers, memory if kept else None, job.stage)
 
 
 # Merging
@@ -112,30 +112,30 @@ def merge_stage(
     dtype: str | None = None,
     **parameters: Any,
 ) -> MergeState:
-    """Fold an expert into the state in a folder, which is made if it is not there; write the merged model.
+    """Fold an expert into a state; write the model.
 
-    An expert that the state holds already is not folded again, so that a script can be started again.
+    An expert already in the state is not folded again, so scripts can be rerun.
 
     Args:
-        state: the folder of the state.
+        state: folder of the state; created if missing.
         expert: a full model or a peft adapter of the base.
-        base: the pretrained model. Needed for the first expert, unless that is a TrainedExpert.
-        rule: magmax, opcm, average ... Needed for the first expert.
-        stage: what the expert is called in the log; by default the last word of its name.
+        base: the pretrained model. Required for the first expert, unless it is a TrainedExpert.
+        rule: magmax, opcm, average ... Required for the first expert.
+        stage: the expert's name in the log (default: the last part of its path or Hub id).
         export: a new folder for the merged model.
-        dtype: of the merged model's weights; the base's own by default.
-        parameters: of the rule, as in recipes (`lambda` is written `lambda_`).
+        dtype: dtype of the merged weights (default: the base's).
+        parameters: parameters of the rule, as in recipes (`lambda` is written `lambda_`).
 
     Raises:
-        RecipeError: an unknown rule or parameter, or one that the state was not started with.
-        ModelError: the expert does not fit the base, or is damaged. The state is as it was.
-        RunError: `state` or `export` holds something else.
+        RecipeError: an unknown rule or parameter, or a value other than the state's.
+        ModelError: the expert does not fit the base, or is damaged. The state is unchanged.
+        RunError: `state` or `export` holds other files.
     """
     crew, folder = _join(Train())[1], Path(state)
     base = base or (expert.base if isinstance(expert, TrainedExpert) else None)
     opened = open_state(folder, base=base, rule=rule, parameters=parameters, crew=crew)
-    found = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(expert), adapters=True))
-    digest = crew.ranks.first(expert_sha256, found)
+    expert_folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(expert), adapters=True))
+    digest = crew.ranks.first(expert_sha256, expert_folder)
     number = next((i for i, e in enumerate(opened.log().experts, 1) if e.sha256 == digest), None)
     if number is None:
         opened.add(os.fspath(expert), stages=[stage] if stage else (), crew=crew)
@@ -149,14 +149,18 @@ def merge_stage(
 def open_state(
     folder: Path, *, base: ModelName | None, rule: str | None, parameters: Mapping[str, Any], crew: Crew
 ) -> MergeState:
-    """Return the state in a folder, or start one. Raises RecipeError if it was started with other words."""
+    """Open the state in a folder, or create it.
+
+    Raises:
+        RecipeError: the state has another base, rule or parameter value.
+    """
     if crew.ranks.first((folder / "state.json").is_file):
         state = MergeState(folder)
         crew.ranks.first(_check_same_start, state, base, rule, parameters)
         return state
     if not base or not rule:
         lacking = " and ".join(word for word, value in (("base", base), ("rule", rule)) if not value)
-        raise RecipeError(f"{folder} holds no state yet: to start one takes {lacking}, such as rule='magmax'.")
+        raise RecipeError(f"{folder} holds no state yet. To start one, pass {lacking}, such as rule='magmax'.")
     words = {word.rstrip("_"): value for word, value in parameters.items()}
     return MergeState.create(folder, base=os.fspath(base), rule=rule, crew=crew, **words)
 
@@ -177,24 +181,28 @@ def _check_same_start(
         wrong.append(f"base {os.fspath(base)!r}, not {log.base!r}")
     if wrong:
         raise RecipeError(
-            f"{state.folder} was started otherwise: you ask for {'; '.join(wrong)}. Leave these words out to go on "
-            "with it, or name a new folder."
+            f"{state.folder} was started with other settings: this call has {'; '.join(wrong)}. Omit these arguments "
+            "to continue the state, or choose a new folder."
         )
 
 
 def _is_exported(state: MergeState, out: Path, count: int) -> bool:
-    """Say whether a folder holds the merge of the first experts of a state. Raises RunError if it no longer can."""
+    """Check for an export of the first `count` experts.
+
+    Raises:
+        RunError: it is missing, and later experts are already folded.
+    """
     experts = [e.sha256 for e in state.log().experts]
     file = out / "merge.json"
     if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        if [e["sha256"] for e in there["experts"]] == experts[:count] and there["rule"] == state.log().rule:
+        exported = json.loads(file.read_text(encoding="utf-8"))
+        if [e["sha256"] for e in exported["experts"]] == experts[:count] and exported["rule"] == state.log().rule:
             return True
     if count < len(experts):
         later = ", ".join(e.stage for e in state.log().experts[count:])
         raise RunError(
-            f"{state.folder} holds later experts already ({later}), so the merge without them cannot be written to "
-            f"{out} any more. Leave `export` out, or drop those stages first."
+            f"{state.folder} already holds later experts ({later}), so the merge without them can no longer be "
+            f"written to {out}. Omit `export`, or drop those stages first."
         )
     return False
 
@@ -212,23 +220,23 @@ def score_stage(
     trust_remote_code: bool = False,
     **evaluate: Any,
 ) -> dict[str, TaskScore]:
-    """Measure a model with lm-eval; return each task's score, on all ranks.
+    """Measure a model with lm-eval.
 
     Args:
-        model: a full model or a peft adapter; or a model in memory, which is left as it was.
-        tasks: names that lm-eval knows, names of suites, or tasks made from datasets, with the fields of a recipe's
-            task: {"name": "law", "kind": "perplexity", "dataset": "law-heldout.jsonl"}.
-        tasks_folder: more lm-eval task files.
-        base: of an adapter that does not name its own.
-        tokenizer: of a model in memory.
-        trust_remote_code: let the model run code of its own.
+        model: a full model, a peft adapter, or a model in memory (left unchanged).
+        tasks: lm-eval task names, suite names, or tasks made from datasets, with the fields of a recipe's task:
+            {"name": "law", "kind": "perplexity", "dataset": "law-heldout.jsonl"}.
+        tasks_folder: folder with further lm-eval task files.
+        base: base of an adapter whose config names none.
+        tokenizer: tokenizer of a model in memory.
+        trust_remote_code: allow the model to run code from its repository.
         evaluate: limit, batch_size, max_length, dtype, ... as under `evaluate` in recipes.
 
     Raises:
         RecipeError: an unknown task or field.
-        DataError: a task's data cannot be read, or it gave no number.
+        DataError: a task's data are unreadable, or its score is not a number.
         ModelError: the model is missing or damaged.
-        ResourceError: the Hub, where a task's data lie, cannot be reached.
+        ResourceError: the Hub with a task's data cannot be reached.
     """
     how = evaluate_of(evaluate, tasks_folder)
     wanted = tasks_of(tasks)
@@ -239,12 +247,12 @@ def score_stage(
         crew.ranks.main_first(write_tasks, wanted, made, how)
         if not isinstance(model, str | os.PathLike):
             if tokenizer is None:
-                raise RecipeError("score_stage: a model in memory needs its `tokenizer`.")
+                raise RecipeError("score_stage: a model in memory needs a tokenizer. Pass `tokenizer`.")
             scores = score_loaded(model, tokenizer, wanted, task_folder=made, evaluate=how, ranks=ranks)
         else:
             folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(model), adapters=True))
-            known = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
-            whole = crew.ranks.local_main_first(lambda: resolve_model(str(known)) if known else base_of(folder))
+            base_name = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
+            whole = crew.ranks.local_main_first(lambda: resolve_model(str(base_name)) if base_name else base_of(folder))
             scores = score_model(
                 folder, wanted, task_folder=made, evaluate=how, ranks=ranks, base=whole,
                 trust_remote_code=trust_remote_code,
@@ -253,9 +261,9 @@ def score_stage(
 
 
 def write_tasks(tasks: Sequence[Task], folder: Path, evaluate: Evaluate) -> None:
-    """Write the tasks that are made from datasets into a folder, and see that all can be loaded. Raises as check_tasks.
+    """Write tasks made from datasets; check all tasks.
 
-    Each rank has a folder of its own: a temporary one is not seen from other machines.
+    Each rank writes its own folder, since temporary folders are not shared between machines. Raises as `check_tasks`.
     """
     for task in tasks:
         if task.dataset:
@@ -264,12 +272,20 @@ def write_tasks(tasks: Sequence[Task], folder: Path, evaluate: Evaluate) -> None
 
 
 def tasks_of(tasks: Sequence[str | Mapping[str, Any] | Task]) -> list[Task]:
-    """Return tasks from their names, their fields, and names of suites. Raises RecipeError for what makes none."""
+    """Return tasks from names, fields or suites.
+
+    Raises:
+        RecipeError: an unknown suite, or invalid fields.
+    """
     return list(_checked({"general_tasks": list(tasks)}).general_tasks)
 
 
 def evaluate_of(fields: Mapping[str, Any], tasks_folder: ModelName | None) -> Evaluate:
-    """Return how to measure; `tasks_folder` has more task files. Raises RecipeError for what is no field or value."""
+    """Return scoring settings.
+
+    Raises:
+        RecipeError: an unknown field or invalid value.
+    """
     fields = {**fields, "include_path": os.fspath(tasks_folder)} if tasks_folder else fields
     known = [name for name in Evaluate.model_fields if name not in ("general_tasks", "matrix", "validation")]
     for word in fields:
@@ -290,7 +306,7 @@ def _checked(fields: Mapping[str, Any]) -> Evaluate:
 
 
 def _join(train: Train) -> tuple[PartialState, Crew]:
-    """Meet the other ranks; part from them when the process ends, if it was here that they met."""
+    """Join the process group; leave it at exit."""
     import torch.distributed as dist
 
     met = dist.is_available() and dist.is_initialized()

@@ -1,12 +1,12 @@
-"""The loop: for each stage train, merge, score; then report. Resumable at every phase, on one CPU or on nodes of GPUs.
+"""The loop over stages: train, merge, score, report.
 
     accelerate launch hf_contmerge/train.py recipes/quickstart.yml
     accelerate launch hf_contmerge/train.py recipes/quickstart.yml --run runs/x --set merge.0.rule=ema --until merge
     accelerate launch --num_processes 8 hf_contmerge/train.py recipes/magmax-llama.yml
     torchrun --nproc-per-node 2 -- hf_contmerge/train.py recipes/quickstart.yml --run runs/x     (two CPU ranks)
 
-Without a recipe it runs the quickstart. Every rank runs this same loop; the main process decides what is done and
-writes records, all ranks train and score together.
+The default recipe is the quickstart. The loop resumes at every phase. Every rank runs it, on one CPU or on nodes of
+GPUs. Rank 0 looks up the finished phases and writes records; all ranks train and score together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Recipe, Stage
 from hf_contmerge.runtime.files import FolderLock, remove
 
-if TYPE_CHECKING:  # they load torch, and a finished run is answered without
+if TYPE_CHECKING:  # these load torch, needless for a finished run
     from hf_contmerge.loop._record import Recorder
     from hf_contmerge.loop.plan.checks import Prepared
     from hf_contmerge.loop.stages import Measuring
@@ -37,9 +37,10 @@ T = TypeVar("T")
 
 
 def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase = "report") -> Run:
-    """Carry out a recipe as far as it has not been done yet; return its run.
+    """Run a recipe's unfinished phases; return the run.
 
-    Raises ContmergeError, with all that is done kept, for whatever a user can mend.
+    Raises:
+        ContmergeError: a user error. Finished phases are kept.
     """
     from hf_contmerge.loop._record import Recorder
     from hf_contmerge.loop.plan.checks import prepare
@@ -60,7 +61,7 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
 
 @dataclass(frozen=True)
 class Loop:
-    """The phases of one run, in order. Each asks its record whether it is done."""
+    """The phases of one run; finished ones are skipped."""
 
     run: Run
     last_phase: int
@@ -69,7 +70,7 @@ class Loop:
     trackers: Trackers
 
     def carry_out(self) -> None:
-        """Train, merge and score, stage after stage; report after each."""
+        """Train, merge, score and report, stage by stage."""
         from hf_contmerge.run.steps import run_steps
 
         for t, steps in groupby(run_steps(self.run, self.prepared.kinds), key=lambda step: step.t):
@@ -93,7 +94,7 @@ class Loop:
             return
         if self._from_main(lambda: place.is_done("train")):
             if self.recorder.is_main:
-                remove(place.checkpoints)  # left by a kill right after the record
+                remove(place.checkpoints)  # left by a kill right after writing the record
         elif stage.dataset:
             self._finetune(t, place)
         else:
@@ -110,7 +111,7 @@ class Loop:
         train_at(place, job, self.recorder, on_log=self.trackers.of(place, "train"))
 
     def _add_vector(self, t: int, place: ExpertPlace, stage: Stage) -> Record:
-        """Write base + (expert - minus), the model whose task vector is the difference of the two."""
+        """Write base + (expert - minus)."""
         from hf_contmerge.merging.stream import write_sum
         from hf_contmerge.merging.vectors import vector_record
         from hf_contmerge.models.weights import weights_sha256
@@ -166,12 +167,15 @@ class Loop:
         return Measuring(
             recipe.evaluate, self.run.tasks, self.prepared.base, replace(self.recorder, quiet=quiet), part,
             recipe.trust_remote_code,
-            keep_texts=lambda place: place.folder == self.run.base.folder,  # the base has every task, so it alone
+            keep_texts=lambda place: place.folder == self.run.base.folder,  # the base has every task
             cache=None if quiet else ScoreCache.open(use=recipe.evaluate.cache, here=self._score_of),
         )  # fmt: skip
 
     def _score_of(self, key: str) -> TaskScore | None:
-        """Return what this run has measured under a key: the very same weights may have another name in it."""
+        """Return this run's score with a key.
+
+        Equal weights may have several places.
+        """
         from hf_contmerge.run.scores import load_scores
 
         for _, place in self.run.places():
@@ -191,5 +195,8 @@ class Loop:
         return PHASES.index(phase) <= self.last_phase
 
     def _from_main(self, ask: Callable[[], T]) -> T:
-        """Return the main process's answer on all ranks: they must never disagree on what is done."""
+        """Broadcast rank 0's answer.
+
+        All ranks must agree on the finished phases.
+        """
         return self.recorder.crew.ranks.first(ask)

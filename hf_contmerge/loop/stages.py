@@ -1,6 +1,6 @@
-"""One phase at one place: train an expert, measure a model. Whoever needs either calls these.
+"""One phase at one place: train or measure.
 
-All ranks call each function. A phase that is done is not repeated; one that was stopped resumes.
+All ranks call each function. Finished phases are not repeated; interrupted phases resume.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ def _no_log(_step: int, _point: Mapping[str, float]) -> None:
 def train_at(
     place: ExpertPlace, job: TrainJob, recorder: Recorder, *, on_log: OnLog = _no_log, more: Mapping[str, Any] = {}
 ) -> Record:
-    """Train an expert at a place, from its newest checkpoint; return the record.
+    """Train an expert at a place; resume checkpoints.
 
     Args:
-        place: gets `expert`, `memory` (if the strategies remember anything) and train.json.
-        job: what to train, on what.
-        recorder: writes the record.
-        on_log: gets each point of the loss curve.
-        more: goes into the record.
+        place: output folder for `expert`, `memory` (if the strategies keep any) and train.json.
+        job: model, data and settings.
+        recorder: writer of the record.
+        on_log: callback for each point of the loss curve.
+        more: further fields of the record.
+
+    Returns:
+        The record.
     """
     scratch = {name: place.folder / f".{name}" for name in ("expert", "memory")}
     with recorder.phase(place, "train") as record:
@@ -68,7 +71,7 @@ def _clear(place: ExpertPlace, memory: Path) -> None:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How models are measured: alike for all models of a comparison."""
+    """Settings for measuring all models of a comparison."""
 
     evaluate: Evaluate
     task_folder: Path
@@ -77,12 +80,12 @@ class Measuring:
     part: DocumentPart = "all"
     trust_remote_code: bool = False
     keep_texts: Callable[[Place], bool] = lambda _place: False
-    """Whether a place keeps the documents' texts beside the scores."""
+    """Whether a place stores the documents' texts with the scores."""
     cache: ScoreCache | None = None
-    """Of this machine, by default, unless `evaluate` says otherwise."""
+    """None: the machine's cache, unless `evaluate` disables it."""
 
     def measure(self, model: Path, tasks: Sequence[Task]) -> tuple[str, Scores]:
-        """Return the digest of a model as it was scored, and its scores on the main process."""
+        """Return a model's digest and rank 0's scores."""
         return score_model(
             model, tasks, task_folder=self.task_folder, evaluate=self.evaluate, ranks=self.recorder.ranks,
             base=self.base, cache=self.cache, trust_remote_code=self.trust_remote_code, part=self.part,
@@ -90,7 +93,7 @@ class Measuring:
 
 
 def measure_at(place: Place, model: Path, tasks: Sequence[Task], how: Measuring, *, on_log: OnLog = _no_log) -> None:
-    """Measure the tasks whose scores a place lacks, and keep them there next to the others."""
+    """Measure a place's missing tasks and store their scores."""
     recorder = how.recorder
     have = recorder.crew.ranks.first(_names_at, place, how)
     missing = [task for task in tasks if task.name not in have]
@@ -105,13 +108,13 @@ def measure_at(place: Place, model: Path, tasks: Sequence[Task], how: Measuring,
 
 
 def keep_scores(record: Record, place: Place, scores: Scores, how: Measuring) -> None:
-    """Write scores at a place, and what its record says of them."""
+    """Write a place's scores and list them in its record."""
     record["tasks"] = write_scores(place, scores, texts=how.keep_texts(place))
     record["measured_by"] = how.evaluate.measured_by()
 
 
 def _names_at(place: Place, how: Measuring) -> set[str]:
-    """Return the tasks with scores at a place that were measured in this way."""
+    """Return a place's tasks scored with these settings."""
     if not place.is_done("score"):
         return set()
     by = place.record("score").get("measured_by")

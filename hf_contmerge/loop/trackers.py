@@ -1,7 +1,8 @@
-"""Losses, merge norms and scores for TensorBoard, Weights & Biases or Trackio: one run there for the whole run here.
+"""Losses, norms and scores for experiment trackers.
 
-`report_to` of the recipe's `train` names them. The trainer's own callbacks would start a run with every stage. Stages
-are groups of charts (`01-law/previous/loss`), and steps go on counting from one stage to the next.
+`train.report_to` names the trackers: TensorBoard, Weights & Biases, Trackio. One tracker run covers the whole recipe;
+the trainer's own callbacks would start a run per stage. Each stage is a group of charts (`01-law/previous/loss`), and
+steps count across stages.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ KNOWN = ("tensorboard", "trackio", "wandb")
 
 
 class Trackers:
-    """What a run logs to. Without trackers, or on other ranks than the first, it takes everything and does nothing."""
+    """The trackers of a run; a no-op without any."""
 
     def __init__(self, opened: Sequence[Any] = ()) -> None:
         self._opened, self._before, self._over = opened, 0, set[Path]()
 
     @classmethod
     def open(cls, run: Run) -> Trackers:
-        """Start or take up what the recipe names. Raises as `check_trackers`."""
+        """Start or resume the recipe's trackers. Raises as `check_trackers`."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         folder, opened = run.folder / "trackers", []
@@ -38,21 +39,21 @@ class Trackers:
             tracker = LOGGER_TYPE_TO_CLASS[name](run.recipe.name, **_settings(name, folder))
             tracker.start()
             opened.append(tracker)
-            if name == "wandb":  # its own steps may not go back, which they do after `contmerge redo`
+            if name == "wandb":  # wandb's own steps may not decrease, as they do after `contmerge redo`
                 tracker.tracker.define_metric("*", step_metric="step")
             if name != "tensorboard":
                 tracker.store_init_configuration(_flat(run.recipe))
         return cls(opened)
 
     def stage_is_over(self, place: Place, steps: int) -> None:
-        """Let later points come after those of an expert that was trained for so many steps, each expert once."""
+        """Advance the step by an expert's steps, once."""
         self._before += steps if place.folder not in self._over else 0
         self._over.add(place.folder)
 
     def of(self, place: Place, phase: Phase) -> Callable[[int, Mapping[str, float]], None]:
-        """Return what logs points of a phase: (number of the step in the stage, values by name).
+        """Return a function to log a phase's points.
 
-        A point that was logged before the run was resumed is not logged again: it would be the same.
+        It takes a stage's step and values by name. Points logged before a resume are skipped.
         """
         mark = place.logged(phase)
 
@@ -72,18 +73,23 @@ class Trackers:
     def merged(self, place: Place, record: Mapping[str, Any]) -> None:
         """Log the scale and the norms of a merge."""
         norms = record["norms"]
-        newest = norms["experts"][-1:] or [0.0]  # none, where a guard has left the first one out
+        newest = norms["experts"][-1:] or [0.0]  # empty if a guard left the first expert out
         point = {"scale": record["scale"], "running_norm": norms["running"], "expert_norm": newest[0]}
         self.of(place, "merge")(0, point)
 
     def close(self) -> None:
-        """Send what is still on its way."""
+        """Flush and close all trackers."""
         for tracker in self._opened:
             tracker.finish()
 
 
 def check_trackers(train: Train) -> list[str]:
-    """Return the trackers that a recipe names. Raises RecipeError or ResourceError for one not known or here."""
+    """Return the names of a recipe's trackers.
+
+    Raises:
+        RecipeError: an unknown tracker.
+        ResourceError: a tracker is not installed.
+    """
     words = train.sft_fields.get("report_to") or []
     names = [words] if isinstance(words, str) else list(words)
     names = [name for name in names if name != "none"]
@@ -101,7 +107,7 @@ def check_trackers(train: Train) -> list[str]:
 
 
 def _settings(name: str, folder: Path) -> dict[str, Any]:
-    """Return how to open a tracker such that a run that is resumed goes on there, too."""
+    """Return a tracker's arguments, equal after a resume."""
     if name == "tensorboard":
         return {"logging_dir": folder}
     file = folder / "id"
@@ -112,12 +118,12 @@ def _settings(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's settings in a form that all trackers take."""
+    """Return a recipe's settings as plain numbers and strings."""
     fields = recipe.model_dump(mode="json")
     return {name: value if isinstance(value, int | float | str) else str(value) for name, value in fields.items()}
 
 
 def _group(place: Place) -> str:
-    """Return the stage and what of it is meant: 01-law/previous, 01-law/magmax, 00-base."""
+    """Return a place's chart group: 01-law/previous, 01-law/magmax, 00-base."""
     parts = place.folder.parts[place.folder.parts.index("stages") + 1 :] if "stages" in place.folder.parts else ()
     return "/".join(part for part in parts if part not in ("experts", "merges"))

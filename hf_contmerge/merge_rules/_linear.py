@@ -1,17 +1,18 @@
-"""Linear algebra for rules that decompose matrices: float64, on the smaller side, never completed to a square basis.
+"""Float64 linear algebra for rules with matrix decompositions.
 
-One route serves all shapes: eigh of the smaller side's float64 Gram matrix. On each of seven shapes, from 64 x 64 to
-2048 x 2048 and 512 x 4096 (tests/benchmarks/svd_routes.py, float32, one thread), it is faster than LAPACK's SVD of the
-taller side, 1.6 to 4 times than the float64 one and 1.1 to 2.3 times than the float32 one, and more exact than float32.
-Largest errors of what an OPCM projection removes, relative to it, over 2, 5 and 8 decades of spectrum:
+One route serves all shapes: eigh of the smaller side's float64 Gram matrix; bases are never completed to a square. On
+each of seven shapes, from 64 x 64 to 2048 x 2048 and 512 x 4096 (tests/benchmarks/svd_routes.py, float32, one thread),
+it is faster than LAPACK's SVD of the taller side: 1.6 to 4 times (float64) and 1.1 to 2.3 times (float32). It is more
+exact than the float32 SVD. Largest relative errors of the part removed by an OPCM projection, over 2, 5 and 8 decades
+of spectrum:
 
     leading block           Gram 1e-14                  float32 SVD 5e-6
     diagonal beyond it      Gram 2e-11, 3e-6, 1e-3      float32 SVD 3e-4, 0.3, 0.5
 
-What follows the decomposition are products with orthonormal bases, which lose nothing: they are taken in the dtype of
-the inputs, float32 in a merge. That adds 2e-7 to 1e-6 of |D| and saves a quarter of the time (768 x 2048: 0.19 s
-against 0.25 s). The float64 SVD steps in where eigh does not converge. CUDA takes the same route; the benchmark
-times its drivers beside it where there is a card.
+Products with orthonormal bases lose no precision, so after the decomposition they use the dtype of the inputs, float32
+in a merge. This adds errors of 2e-7 to 1e-6 of |D| and saves a quarter of the time (768 x 2048: 0.19 s against 0.25 s).
+The float64 SVD is the fallback if eigh does not converge. CUDA uses the same route; the benchmark also times its
+drivers on machines with a GPU.
 """
 
 from __future__ import annotations
@@ -22,23 +23,26 @@ import torch
 from torch import Tensor
 
 NUMERICAL_RANK = 1e-6
-"""Singular directions below this share of the largest are rounding: their basis, and so a projection, is arbitrary."""
+"""Singular directions below this share of the largest are rounding errors with an arbitrary basis."""
 
 CLEAR = 1e-3
-"""Singular directions above this share of the largest come out of float32 products with five digits or more."""
+"""Singular directions above this share of the largest keep five digits or more in float32 products."""
 
-_COLUMNS, _ROWS = 1024, 256  # of the pieces in which a matrix is copied to float64, and a Gram matrix filled
+_COLUMNS, _ROWS = 1024, 256  # of the pieces for float64 copies and Gram matrices
 
 
 def slice_by_slice(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return work(*tensors) of matrices; of 3-D stacks, the stack of what it returns for each slice."""
+    """Apply `work` to matrices or slices of stacks."""
     if tensors[0].ndim == 3:
         return torch.stack([work(*matrices) for matrices in zip(*tensors, strict=True)])
     return work(*tensors)
 
 
 def left_singular(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U (q, k) and s (k,) of X (q, n), q <= n, X not zero: float64, descending, cut at the numerical rank k."""
+    """Return left singular vectors and values of X.
+
+    X (q, n) is nonzero with q <= n. U (q, k) and s (k,) are float64, descending and cut at the numerical rank k.
+    """
     try:
         u, s = by_gram(x)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -48,19 +52,28 @@ def left_singular(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_gram(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U (q, q) and s (q,) of X (q, n), q <= n, float64 and descending, by eigh of X X'."""
+    """Return left singular vectors and values by eigh.
+
+    X is (q, n) with q <= n; eigh decomposes X X'. U (q, q) and s (q,) are float64 and descending.
+    """
     w, u = torch.linalg.eigh(_gram(x))
     return u.flip(1), w.flip(0).clamp_min(0).sqrt()
 
 
 def by_svd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U (q, q) and s (q,) of X (q, n), q <= n, float64 and descending, by an SVD of the taller side."""
+    """Return left singular vectors and values by SVD.
+
+    X is (q, n) with q <= n; the SVD is of the taller side. U (q, q) and s (q,) are float64 and descending.
+    """
     _, s, uh = torch.linalg.svd(x.T.double(), full_matrices=False)
     return uh.T, s
 
 
 def right_singular(x: Tensor, rank: int) -> Tensor:
-    """Return V (n, r) of X (m, n), X not zero, float64: its leading right singular vectors, r <= rank, X's own rank."""
+    """Return the leading right singular vectors.
+
+    X (m, n) is nonzero, V is (n, r); r is `rank` or X's own rank, if smaller. The result is float64.
+    """
     if len(x) >= x.shape[1]:
         return left_singular(x.T)[0][:, :rank]
     u, s = left_singular(x)
@@ -68,10 +81,10 @@ def right_singular(x: Tensor, rank: int) -> Tensor:
 
 
 def right_rows(u: Tensor, s: Tensor, x: Tensor) -> Tensor:
-    """Return V' (k, n) = U'X / s, rounded to the dtype of X (q, n), from U (q, k) and s (k,), float64 and descending.
+    """Return V' = U'X / s in X's dtype.
 
-    Rounding a product in that dtype costs a direction s_1 / s_i times its precision: only those of little weight are
-    computed in float64.
+    U (q, k) and s (k,) are float64 and descending; X is (q, n), V' (k, n). Rounding costs direction i a factor
+    s_1 / s_i of precision, so directions of little weight are computed in float64.
     """
     clear = int((s > CLEAR * s[0]).sum()) if len(s) else 0
     rows = torch.empty(len(s), x.shape[1], dtype=x.dtype, device=x.device)
@@ -82,7 +95,7 @@ def right_rows(u: Tensor, s: Tensor, x: Tensor) -> Tensor:
 
 
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """Return A B' (p, q) of A (p, n) and B (q, n), in float64."""
+    """Return A B' in float64: (p, n), (q, n) -> (p, q)."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for piece in _pieces(a.shape[1]):
         total.addmm_(a[:, piece].double(), b[:, piece].double().T)
@@ -90,7 +103,10 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def summed(plus: Sequence[Tensor], *, minus: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
-    """Return the sum of `plus` (m, n) less all A (m, k) @ B (k, n) of `minus`, rounded once, to the dtype of `like`."""
+    """Return sum(plus) less all A @ B, rounded once.
+
+    `plus` has (m, n) tensors, `minus` pairs A (m, k), B (k, n). The result has the dtype of `like`.
+    """
     out = torch.empty_like(like)
     for piece in _pieces(like.shape[1]):
         total = torch.zeros_like(out[:, piece], dtype=torch.float64)
@@ -103,7 +119,10 @@ def summed(plus: Sequence[Tensor], *, minus: Sequence[tuple[Tensor, Tensor]], li
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Return the lower triangle of X X' (q, q), in float64; eigh does not read the rest."""
+    """Return X X' in float64, lower triangle only.
+
+    eigh does not read the rest.
+    """
     total = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
     for piece in _pieces(x.shape[1]):
         wide = x[:, piece].double()

@@ -1,4 +1,7 @@
-"""The mean of the experts, the plainest of all merges and hard to beat (called SWA in the OPCM paper)."""
+"""Average: the mean of the experts.
+
+SWA in the OPCM paper.
+"""
 
 from dataclasses import dataclass
 
@@ -9,7 +12,10 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 @dataclass(frozen=True)
 class Average(MergeRule):
-    """S <- S + D;  merged = base + S / t, which is the mean of the t experts."""
+    """S <- S + D;  merged = base + S / t.
+
+    The result is the mean of the t experts.
+    """
 
     reference = "https://arxiv.org/abs/2203.05482"
     start_from = "previous"

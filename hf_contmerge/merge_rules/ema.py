@@ -1,4 +1,7 @@
-"""Exponential moving average of the experts (TIME, Dziadzio et al., CVPR 2025, arXiv 2412.06712)."""
+"""EMA: exponential moving average of the experts.
+
+TIME, Dziadzio et al., CVPR 2025, arXiv 2412.06712.
+"""
 
 from dataclasses import dataclass
 
@@ -9,7 +12,10 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 @dataclass(frozen=True)
 class Ema(MergeRule):
-    """S <- beta * S + (1 - beta) * D from S = 0 (the base itself);  merged = base + S."""
+    """S <- beta*S + (1-beta)*D;  merged = base + S.
+
+    S = 0 at the start, which is the base itself.
+    """
 
     reference = "https://arxiv.org/abs/2412.06712"
     start_from = "merged"

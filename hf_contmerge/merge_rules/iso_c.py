@@ -1,4 +1,7 @@
-"""Iso-C: add the task vectors, then make all singular values of each matrix equal (Marczak et al., ICML 2025)."""
+"""Iso-C: equal singular values for the summed task vectors.
+
+Marczak et al., ICML 2025, arXiv 2502.04959.
+"""
 
 from dataclasses import dataclass
 
@@ -10,9 +13,10 @@ from hf_contmerge.merge_rules._linear import left_singular, slice_by_slice, summ
 
 @dataclass(frozen=True)
 class IsoC(MergeRule):
-    """S <- S + D;  merged = base + alpha * mean(s) U V' for matrices S = U diag(s) V', base + alpha * S / t otherwise.
+    """S <- S + D;  merged = base + alpha * iso(S).
 
-    Only directions above the numerical rank take part, in the mean too: the basis of the others is arbitrary.
+    iso(S) is mean(s) U V' for matrices S = U diag(s) V', and S / t otherwise. Directions below the numerical rank have
+    an arbitrary basis and are left out, also of the mean.
     """
 
     reference = "https://arxiv.org/abs/2502.04959"
@@ -33,7 +37,7 @@ class IsoC(MergeRule):
 
 
 def _isotropic(x: Tensor) -> Tensor:
-    """Return mean(s) U V' of X = U diag(s) V', as (U diag(mean(s) / s) U') X."""
+    """Return mean(s) U V' as (U diag(mean(s) / s) U') X."""
     if not x.any():
         return x
     if len(x) > x.shape[1]:

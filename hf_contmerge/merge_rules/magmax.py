@@ -1,4 +1,4 @@
-"""MagMax: keep, weight by weight, the largest change that any stage made.
+"""MagMax: the largest change of each weight.
 
 Marczak et al., ECCV 2024, arXiv 2407.06322.
 """
@@ -13,10 +13,10 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 @dataclass(frozen=True)
 class Magmax(MergeRule):
-    """S[j] <- D[j] if |D[j]| >= |S[j]| else S[j];  merged = base + lambda * S.
+    """S[j] <- D[j] if |D[j]|>=|S[j]| else S[j];  merged = base + lambda*S.
 
-    `lambda` is 0.5 in all of the authors' scripts, after the first stage too. Experts come from sequential
-    fine-tuning, so that D_t contains D_{t-1}; on equal magnitudes the later stage wins.
+    `lambda` is 0.5 in all of the authors' scripts, also after the first stage. Experts come from sequential
+    fine-tuning, so D_t contains D_{t-1}. At equal magnitudes the later stage wins.
     """
 
     reference = "https://arxiv.org/abs/2407.06322"

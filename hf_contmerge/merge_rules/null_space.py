@@ -1,4 +1,7 @@
-"""Null-space filtering: the data-free half of NUFILT (Qiu et al., arXiv 2509.21413), without its trained adapter."""
+"""Null-space filtering: the data-free half of NUFILT.
+
+Qiu et al., arXiv 2509.21413, without the trained adapter.
+"""
 
 from dataclasses import dataclass
 
@@ -10,11 +13,12 @@ from hf_contmerge.merge_rules._linear import right_singular, slice_by_slice, sum
 
 @dataclass(frozen=True)
 class NullSpace(MergeRule):
-    """S <- S + D (I - VV') for matrices, S <- S + D otherwise;  merged = base + S.
+    """S <- S + D(I - VV');  merged = base + S.
 
-    V: the leading `rank` right singular vectors of S, or as many as S has: the inputs that the earlier experts react to
-    most. What they answer to these stays as it is. So a matrix with no more than `rank` inputs is closed to later
-    experts once S is of full rank; lower `rank` for models with such matrices.
+    Weights other than matrices are summed. V has the leading `rank` right singular vectors of S (fewer if S has lower
+    rank): the inputs with the strongest response of earlier experts. The response to these inputs is unchanged. A
+    matrix with `rank` inputs or fewer is therefore closed to later experts once S has full rank; lower `rank` for
+    models with such matrices.
     """
 
     reference = "https://arxiv.org/abs/2509.21413"
@@ -26,7 +30,7 @@ class NullSpace(MergeRule):
 
     def __post_init__(self) -> None:
         if self.rank < 0:
-            raise ValueError(f"null_space's rank is a number of directions, 0 or more; got {self.rank}")
+            raise ValueError(f"null_space: rank must be 0 or more (a number of directions); got {self.rank}")
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return slice_by_slice(self._fold, running, task_vector) if weight.is_matrix else running + task_vector
@@ -35,7 +39,7 @@ class NullSpace(MergeRule):
         return 1.0
 
     def _fold(self, s: Tensor, d: Tensor) -> Tensor:
-        if not s.any():  # nothing to keep off from
+        if not s.any():  # no directions to protect
             return d
         if not d.any():
             return s

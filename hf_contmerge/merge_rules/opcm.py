@@ -1,8 +1,8 @@
-"""OPCM: orthogonal projection before adding, so that a new expert keeps off the old ones' directions.
+"""OPCM: orthogonal projection of each expert before adding.
 
 Tang et al., "Merging Models on the Fly Without Retraining", NeurIPS 2025, arXiv 2501.09522.
-The published recursion with lambda_t equals the form below to 3e-14, because the projection does not depend on
-the running sum's scale, so that only one scalar is left for the end.
+The published recursion with lambda_t equals the form below to 3e-14: the projection does not depend on the running
+sum's scale, so one scalar at the end is enough.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from hf_contmerge.merge_rules._linear import left_singular, right_rows, slice_by
 
 @dataclass(frozen=True)
 class Opcm(MergeRule):
-    """S <- S + clean(S, D) for matrices, S <- S + D otherwise;  merged = base + S * mean(|D_t|) / |S|.
+    """S <- S + clean(S,D);  merged = base + S * mean(|D_t|)/|S|.
 
-    clean(S, D) with S = U diag(s) V', A = U'DV and c = cumsum(s) / sum(s) removes from D these coefficients:
+    Weights other than matrices are summed: clean(S, D) = D. For S = U diag(s) V', A = U'DV and c = cumsum(s) / sum(s),
+    clean(S, D) removes these coefficients from D:
 
         fusionbench  A_ij with i < r and j < r, and all A_ii;   r = number of c_i <= alpha  (the authors' code today)
         block        A_ij with i < r and j < r;                 same r                      (their code of Jan 2025)
@@ -41,14 +42,17 @@ class Opcm(MergeRule):
         return slice_by_slice(self._fold, running, task_vector)
 
     def scale(self, norms: Norms) -> float:
-        if norms.running == 0:  # every task vector was zero, or they cancelled: merged = base
+        if norms.running == 0:  # all task vectors are zero or cancel: merged = base
             return 0.0
         return sum(norms.experts) / len(norms.experts) / norms.running
 
     def _fold(self, s_matrix: Tensor, d: Tensor) -> Tensor:
-        """Return S + clean(S, D). The decomposition is float64; U and V are orthonormal, so that products with them
-        keep the precision of D, in which they are taken: what block and diagonal take from it is (UC) V'."""
-        if not s_matrix.any():  # nothing to keep off from
+        """Return S + clean(S, D).
+
+        The decomposition is float64. U and V are orthonormal, so products with them use D's dtype without loss. Block
+        and diagonal remove (UC) V'.
+        """
+        if not s_matrix.any():  # no directions to protect
             return d
         if not d.any():
             return s_matrix
@@ -57,7 +61,7 @@ class Opcm(MergeRule):
             return self._fold(s_matrix.T, d.T).T
         u, s = left_singular(s_matrix)
         r = self._rank(s)
-        if self.variant == "block":  # reads no direction beyond these
+        if self.variant == "block":  # uses no other directions
             u, s = u[:, :r], s[:r]
         vh, u = right_rows(u, s, s_matrix), u.to(d.dtype)
         kept = (s_matrix + d).addmm_(self._u_c(u, d @ vh.T, r), vh, alpha=-1)
@@ -66,7 +70,10 @@ class Opcm(MergeRule):
         return kept
 
     def _u_c(self, u: Tensor, d_v: Tensor, r: int) -> Tensor:
-        """Return UC (q, k), C being the entries of A = U'DV to remove; in `paper`, U_r U_r' D has those of i < r."""
+        """Return UC, with C the removed entries of A.
+
+        UC is (q, k), A = U'DV. For `paper`, U_r U_r' D covers the entries with i < r.
+        """
         u_c = u * (u * d_v).sum(0)
         lead, turned = u[:, :r], d_v[:, :r]
         block = lead @ (lead.T @ turned)
@@ -74,7 +81,7 @@ class Opcm(MergeRule):
         return u_c
 
     def _rank(self, s: Tensor) -> int:
-        """Return r, the number of leading singular directions that are protected as a block."""
+        """Return r, the number of protected leading directions."""
         if self.alpha >= 1:
             return len(s)
         share = s.cumsum(0) / s.sum()

@@ -1,4 +1,7 @@
-"""RandMix: each weight is that of an expert drawn at random, the yardstick for rules that choose (arXiv 2407.06322)."""
+"""RandMix: each weight from a random expert.
+
+Baseline of selecting rules in Marczak et al., ECCV 2024, arXiv 2407.06322.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,10 +14,10 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 @dataclass(frozen=True)
 class RandomMix(MergeRule):
-    """S[j] <- D[j] with probability 1/t, else S[j] (so that all t experts are equally likely);  merged = base + S.
+    """S[j] <- D[j] with probability 1/t, else S[j];  merged = base+S.
 
-    The draws depend on `seed`, the weight's name and the stage alone: they repeat themselves on any machine and in any
-    order of the weights.
+    All t experts are equally likely. The draws depend only on `seed`, the weight's name and the stage, so they are
+    equal on any machine and in any order of the weights.
     """
 
     reference = "https://arxiv.org/abs/2407.06322"

@@ -1,4 +1,7 @@
-"""SLAO: a running mean whose steps shrink with the square root of the stages (Qiao & Mahdavi, arXiv 2512.23017)."""
+"""SLAO: running mean with steps of 1 / sqrt(stage).
+
+Qiao & Mahdavi, arXiv 2512.23017.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,10 +13,10 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 @dataclass(frozen=True)
 class Slao(MergeRule):
-    """S <- S + (D - S) / sqrt(t);  merged = base + S.
+    """S <- S + (D-S) / sqrt(t);  merged = base + S.
 
-    The paper's time-aware scaling, applied to the task vector D = BA of each expert; the paper applies it to the LoRA
-    factor B and takes A from the last expert, whose training starts from the one before it.
+    The paper's time-aware scaling, applied to each expert's task vector D = BA. The paper applies it to the LoRA factor
+    B and takes A from the last expert, whose training starts from the previous expert.
     """
 
     reference = "https://arxiv.org/abs/2512.23017"

@@ -1,4 +1,7 @@
-"""Task arithmetic: add the task vectors, scaled by one constant (Ilharco et al., ICLR 2023, arXiv 2212.04089)."""
+"""Task arithmetic: scaled sum of the task vectors.
+
+Ilharco et al., ICLR 2023, arXiv 2212.04089.
+"""
 
 from dataclasses import dataclass
 
@@ -9,7 +12,10 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 @dataclass(frozen=True)
 class TaskArithmetic(MergeRule):
-    """S <- S + D;  merged = base + lambda * S. Usual lambda: 0.3 for 8 experts, 0.1 for 14 and more."""
+    """S <- S + D;  merged = base + lambda * S.
+
+    Usual lambda: 0.3 for 8 experts, 0.1 for 14 and more.
+    """
 
     reference = "https://arxiv.org/abs/2212.04089"
     start_from = "base"

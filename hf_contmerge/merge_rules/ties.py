@@ -1,4 +1,7 @@
-"""TIES: trim each expert, elect a sign per weight, average what agrees (Yadav et al., arXiv 2306.01708)."""
+"""TIES: trim, elect a sign, average agreeing values.
+
+Yadav et al., arXiv 2306.01708.
+"""
 
 from dataclasses import dataclass
 
@@ -10,10 +13,11 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 
 @dataclass(frozen=True)
 class Ties(MergeRule):
-    """Per weight, of the experts trimmed to their largest `density` share: merged = base + lambda * disjoint mean.
+    """merged = base + lambda * disjoint mean of the trimmed D.
 
-    The disjoint mean is that of the values whose sign is the sign of the sum of all (positive where they cancel). So
-    the state is two sums and two counts: of the positive values, and of the negative ones.
+    Each D is trimmed to the `density` share of largest magnitudes. The disjoint mean is the mean of the values with the
+    sign of their sum (positive if they cancel), per weight. The state is therefore two sums and two counts: of positive
+    and of negative values.
     """
 
     reference = "https://arxiv.org/abs/2306.01708"
@@ -26,7 +30,9 @@ class Ties(MergeRule):
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
-            raise ValueError(f"ties' density is the share of values to keep, above 0 and at most 1; got {self.density}")
+            raise ValueError(
+                f"ties: density must be above 0 and at most 1 (the share of values to keep); got {self.density}"
+            )
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         kept = _trimmed(task_vector, self.density)
@@ -47,12 +53,15 @@ class Ties(MergeRule):
 
 
 def _trimmed(x: Tensor, density: float) -> Tensor:
-    """Return x with all but its largest magnitudes set to 0: a share `density` of its elements, at least one."""
+    """Zero all but the largest magnitudes.
+
+    A share `density` of the elements is kept, at least one.
+    """
     size = x.abs().reshape(-1)
     if not len(size):
         return x
     count = max(1, int(density * len(size)))
     kept = size >= size.kthvalue(len(size) - count + 1).values
-    if kept.sum() > count:  # equal magnitudes at the border: argsort's order decides, as in mergekit's `ties`
+    if kept.sum() > count:  # equal magnitudes at the threshold: argsort's order decides, as in mergekit's `ties`
         kept = torch.zeros_like(kept).index_fill(0, size.argsort(descending=True)[:count], True)
     return torch.where(kept.reshape(x.shape), x, 0)

@@ -1,4 +1,4 @@
-"""state.json of a merge: what it says, how it is read and written, and what may be added to it."""
+"""state.json: fields, reading, writing, checks of changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.runtime.files import write_atomically
 
 FORMAT = 1
-"""Raised when an older program could not read a state any more."""
+"""Incremented when older programs cannot read a state."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Log:
-    """What state.json says."""
+    """The contents of state.json."""
 
     rule: str
     parameters: dict[str, Any]
@@ -55,13 +55,17 @@ class Log:
 
 
 def read_log(folder: Path) -> Log:
-    """Read state.json. Raises RunError if it is missing, damaged, or of another version."""
+    """Read state.json.
+
+    Raises:
+        RunError: the file is missing, damaged or of another version.
+    """
     file = folder / "state.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
             raise RunError(
-                f"{file} has format {values.get('format')}, this program reads {FORMAT}. Use the version of "
+                f"{file} has format {values.get('format')}, but this program reads {FORMAT}. Use the version of "
                 f"hf_contmerge that made it ({values.get('versions', {}).get('hf_contmerge', 'unknown')})."
             )
         return Log(**{**values, "experts": tuple(Entry(**e) for e in values["experts"])})
@@ -70,48 +74,52 @@ def read_log(folder: Path) -> Log:
             f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{file} is damaged ({error}). Restore it, or start the state anew.") from error
+        raise RunError(f"{file} is damaged ({error}). Restore it, or start a new state.") from error
 
 
 def write_log(folder: Path, log: Log) -> None:
-    """Replace state.json, which makes what it says so."""
+    """Replace state.json, the commit of a change."""
     write_atomically(folder / "state.json", json.dumps(asdict(log), indent=1) + "\n")
 
 
 def require_new(folder: Path) -> None:
-    """Raise RunError if a folder holds anything, but for what a crash in its first `write_log` has left."""
+    """Raise RunError unless a folder is empty.
+
+    A leftover of a crash in `write_log` is accepted.
+    """
     if folder.exists() and (not folder.is_dir() or any(p.name != ".state.json.new" for p in folder.iterdir())):
-        raise RunError(f"{folder} is not empty. Name a new folder for the state, or add to it if it is one.")
+        raise RunError(f"{folder} is not empty. Choose a new folder for the state, or add to the existing state.")
 
 
 def require_kept(kept: Sequence[Entry], stage: str) -> None:
-    """Raise ModelError unless all experts that a state is to be rebuilt from are where they were, as they were."""
+    """Raise ModelError unless all kept experts are unchanged."""
     gone = [e for e in kept if not Path(e.folder).is_dir()]
     changed = [e for e in kept if e not in gone and not e.expert().is_unchanged()]
     if gone or changed:
-        lines = [f"  {e.stage}: {e.folder} is gone" for e in gone]
-        lines += [f"  {e.stage}: {e.folder} holds other weights now" for e in changed]
+        lines = [f"  {e.stage}: {e.folder} is missing" for e in gone]
+        lines += [f"  {e.stage}: {e.folder} now holds other weights" for e in changed]
         raise ModelError(
-            f"To drop {stage}, the state is folded again from the other experts, and these are missing:\n"
+            f"To drop {stage}, the state is folded again from the other experts, but these are missing or changed:\n"
             + "\n".join(lines)
-            + "\nPut them back and give the same command again. The state is as it was."
+            + "\nRestore them and rerun the command. The state is unchanged."
         )
 
 
 def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Sequence[str]) -> list[str]:
-    """Return a name for each expert that no other has: as given, or the last word of the model's name.
+    """Return unique stage names, given or from model names.
 
-    Raises RecipeError for no expert at all, and for names that are too few, too many, or taken.
+    Raises:
+        RecipeError: no expert, or stage names that are too few, too many or taken.
     """
     if not models:
-        raise RecipeError("There is no expert to add: name at least one.")
+        raise RecipeError("No expert to add: pass at least one.")
     if given and len(given) != len(models):
-        raise RecipeError(f"{len(models)} experts and {len(given)} stage names: give one name for each, or none.")
+        raise RecipeError(f"{len(models)} experts but {len(given)} stage names: pass one name per expert, or none.")
     used, names = list(taken), []
     for i, model in enumerate(models):
         name = given[i] if given else str(model).rstrip("/").split("/")[-1].partition("@")[0]
         if given and name in used:
-            raise RecipeError(f"A stage {name} is there already. Stage names must differ: {', '.join(used)}.")
+            raise RecipeError(f"A stage {name} exists already. Choose a name other than {', '.join(used)}.")
         number, unique = 2, name
         while unique in used:
             number, unique = number + 1, f"{name}-{number}"
@@ -121,6 +129,6 @@ def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Seque
 
 
 def name_of(model: str | Path) -> str:
-    """Return a model's name so that it means the same from another folder."""
+    """Return a model's Hub id or absolute path."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.exists() else str(model)

@@ -1,4 +1,4 @@
-"""A merged model as one peft adapter: what the merge changed, as low-rank factors on top of the base."""
+"""Export of a merge as one peft adapter."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from hf_contmerge.runtime.ranks import OneRank
 def export_adapter(
     state: MergeState, out: str | Path, *, rank: int | None = None, crew: Crew | None = None
 ) -> dict[str, float]:
-    """Write the merged model as an adapter of the base, with reconstruction.json beside it.
+    """Write the merged model as an adapter, with reconstruction.json.
 
     Args:
+        state: the state to export.
         out: a new folder.
-        rank: of each module at most. None: as much as it takes, which needs a state that only adapters have made.
-        crew: its first rank does it: there is little to do.
+        rank: maximum rank of each module. None: the exact rank, which needs a state made from adapters only.
+        crew: rank 0 does the work.
 
     Returns:
-        For each low-rank module |S - left @ right| / |S|, S being what the merge changed there.
+        |S - left @ right| / |S| for each low-rank module, with S its running change.
 
     Raises:
-        RecipeError: without a rank, for a weight whose change is not known to be of low rank.
+        RecipeError: no `rank` for a weight stored without low-rank factors.
     """
     return (crew or Crew()).ranks.first(lambda: _export(state, Path(out), rank))
 
 
 def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
     if rank is not None and rank < 1:
-        raise RecipeError(f"--rank {rank}: the rank of an adapter is at least 1.")
+        raise RecipeError(f"--rank {rank}: an adapter's rank must be at least 1.")
     log = state.log()
     merge, running = state.merge(log), Running(state.require_running())
     base, rule, scale = Weights(merge.base), merge.rule, merge.scale
@@ -75,7 +76,7 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
 
 
 def _why_dense(log: Log, rule: MergeRule, dense: list[str]) -> str:
-    """Return the sentence that says why there is no exact adapter of low rank, and what to do."""
+    """Return the error message for full-rank weights."""
     which = f"{dense[0]} and {len(dense) - 1} more are" if len(dense) > 1 else f"{dense[0]} is"
     model = next((e.stage for e in log.experts if e.kind == "model"), None)
     if not rule.basis_free:
@@ -83,15 +84,15 @@ def _why_dense(log: Log, rule: MergeRule, dense: list[str]) -> str:
     elif model:
         why = f"{model} is a full model"
     else:
-        why = "the adapters' ranks add up to so much there that factors would be no smaller"
+        why = "the adapters' ranks add up too high for factors to be smaller"
     return (
-        f"{which} kept whole, not as low-rank factors: {why}. Give --rank, which writes the nearest adapter of that "
-        "rank and, in reconstruction.json, how near it is; or export a model, without --as-adapter."
+        f"{which} stored as full tensors, not as low-rank factors: {why}. Set --rank to write the nearest adapter of "
+        "that rank, with its errors in reconstruction.json; or export a model, without --as-adapter."
     )
 
 
 def _is_low_rank(base: Weights, running: Running, name: str) -> bool:
-    """Say whether a weight's change leaves as factors: it is kept so, or it is a matrix. The rest leaves whole."""
+    """Check for a change exported as factors."""
     if running.rank(name) is not None:
         return True
     return len(base.shape(name)) == 2 and weight_of(base, name, 1).is_matrix
@@ -112,13 +113,13 @@ def _approximation(
 def _whole(
     rule: MergeRule, base: Weights, running: Running, low_rank: set[str], scale: float, stages: int
 ) -> dict[str, Tensor]:
-    """Return the new values of the weights that are no matrices, with the other tensors of their modules."""
+    """Return the modules exported as full tensors."""
     changed = running.names() - low_rank
     modules = {n.rpartition(".")[0] for n in changed if n.rpartition(".")[0] + ".weight" not in low_rank}
-    found = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}
+    tensors = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}
     for name in changed:
         before, state = base.tensor(name), running.state(name)
         assert state is not None
         read = read_out(rule, state, weight_of(base, name, stages))
-        found[name] = merged_tensor(before, read, scale, before.dtype)
-    return found
+        tensors[name] = merged_tensor(before, read, scale, before.dtype)
+    return tensors

@@ -1,12 +1,12 @@
-"""How the stages' task vectors lie to each other, and to what the merge made of them: cosines and sign conflicts.
+"""Cosines and sign conflicts of task vectors; ownership.
 
-    cosine(a, b)    = <a, b> / |a| |b|       0: nothing in common; 1: the same direction
-    conflicts(a, b) = share of the elements that both change, in which they go opposite ways; 0.5 for strangers
+    cosine(a, b)    = <a, b> / |a| |b|       0: orthogonal; 1: the same direction
+    conflicts(a, b) = share of opposite signs among the elements changed by both; 0.5 for unrelated vectors
 
-Interference of merged models is explained by both (TIES, Yadav et al. 2023, arXiv 2306.01708, counts the signs; Ilharco
-et al. 2023, arXiv 2212.04089, the cosines). They are estimated on a sample: short runs of elements, spread over each
-weight in proportion to its size, the same ones in every expert and at every stage. It costs about as much per expert
-whatever the size of the model, and no second pass over the weights. Models of up to 2^17 elements are read whole.
+Both explain interference of merged models (signs: TIES, Yadav et al. 2023, arXiv 2306.01708; cosines: Ilharco et al.
+2023, arXiv 2212.04089). They are estimated on a sample: short runs of elements, spread over each weight in proportion
+to its size, equal for all experts and stages. The cost per expert hardly depends on the model's size. Models of up to
+2^17 elements are read in full.
 """
 
 from __future__ import annotations
@@ -27,35 +27,38 @@ from hf_contmerge.models.config import layer_of, layer_order
 from hf_contmerge.models.experts import Expert, open_expert
 from hf_contmerge.models.weights import Weights
 
-_RUN = 32  # elements that lie side by side: a page of the file is read for them anyway
-_ELEMENTS = 2**17  # of the whole model: a cosine of strangers has a standard error of 0.003
+_RUN = 32  # adjacent elements: reading one loads its page anyway
+_ELEMENTS = 2**17  # of the whole model: the cosine of unrelated vectors has a standard error of 0.003
 _SEED = 20240711
 
 
 def merge_geometry(base: Path, experts: Sequence[Path], merged: Path) -> dict[str, Any]:
-    """Return the geometry of a merge, given folders; an expert whose folder is gone is left out of account."""
+    """Return the geometry of a merge from folders.
+
+    Missing experts are skipped.
+    """
     weights = Weights(base)
     opened = [open_expert(folder, weights, force=True) if folder.is_dir() else None for folder in experts]
     return geometry(weights, opened, Weights(merged))
 
 
 def geometry(base: Weights, experts: Sequence[Expert | None], merged: Weights) -> dict[str, Any]:
-    """Return how the task vectors of experts, and of the model merged from them, lie to each other.
+    """Compare task vectors of experts and their merge.
 
     Args:
-        base: the model from which all vectors are taken.
-        experts: in stage order; None for one whose files are gone.
-        merged: the model that was merged from them.
+        base: the common base model.
+        experts: experts in stage order; None for a missing one.
+        merged: the merged model.
 
     Returns:
-        sampled: the share of the floating weights that was looked at.
-        lengths: of the vectors, estimated like all here; 0 for one that is gone.
-        cosines, conflicts: symmetric tables over the experts in stage order and, last, the merged model; None where a
-            vector is zero or gone, or where no element was changed by both. Four digits.
+        sampled: share of the floating weights in the sample.
+        lengths: estimated lengths of the vectors; 0 for a missing one.
+        cosines, conflicts: symmetric tables over the experts in stage order and, last, the merged model. Four digits;
+            None for a zero or missing vector, or if no element was changed by both.
     """
     many = len(experts) + 1
     dots, opposed, both = (torch.zeros(many, many, dtype=torch.float64) for _ in range(3))
-    seen, total, whole = 0, 0, base.numel()
+    sampled, total, whole = 0, 0, base.numel()
     for name in base.floating():
         size = math.prod(base.shape(name))
         if not size:
@@ -69,10 +72,10 @@ def geometry(base: Weights, experts: Sequence[Expert | None], merged: Weights) -
         dots += each_stands_for * (stacked @ stacked.T)
         both += each_stands_for * (changed @ changed.T)
         opposed += each_stands_for * (changed @ changed.T - signs @ signs.T) / 2
-        seen, total = seen + at.numel(), total + size
+        sampled, total = sampled + at.numel(), total + size
     lengths = dots.diagonal().sqrt()
     return {
-        "sampled": round(seen / max(total, 1), 6),
+        "sampled": round(sampled / max(total, 1), 6),
         "lengths": [float(f"{length:.4g}") for length in lengths.tolist()],
         "cosines": _table(dots, lengths.outer(lengths)),
         "conflicts": _table(opposed, both),
@@ -80,7 +83,7 @@ def geometry(base: Weights, experts: Sequence[Expert | None], merged: Weights) -
 
 
 def _sample(size: int, model: int) -> Tensor:
-    """Return positions in a weight of `size` elements: all, or runs at seeded places in equal parts of it."""
+    """Return seeded positions in a weight; all if small."""
     runs = max(1, round(_ELEMENTS / _RUN * size / model))
     if model <= _ELEMENTS or runs * _RUN >= size:
         return torch.arange(size)
@@ -91,14 +94,14 @@ def _sample(size: int, model: int) -> Tensor:
 
 
 def _vector(expert: Expert | None, name: str, base: Weights, at: Tensor, wide: Tensor) -> Tensor:
-    """Return the sampled elements of an expert's task vector; zeros for an expert that is gone."""
+    """Return a task vector's sample; zeros if missing."""
     if expert is None:
         return torch.zeros_like(wide)
     if (stored := expert.values(name)) is not None:
         return stored.reshape(-1)[at].float() - wide
     if expert.rank(name) == 0:
         return torch.zeros_like(wide)
-    if factors := expert.factors(name):  # only the sampled elements of the product
+    if factors := expert.factors(name):  # computes only the sampled elements of the product
         left, right = factors
         columns = right.shape[1]
         return torch.cat([(left[i // columns] * right.T[i % columns]).sum(dim=1) for i in at.split(2**14)])
@@ -107,7 +110,7 @@ def _vector(expert: Expert | None, name: str, base: Weights, at: Tensor, wide: T
 
 
 def _table(over: Tensor, under: Tensor) -> list[list[float | None]]:
-    """Return the ratios of two square tables, to four digits; None on the diagonal and where there is nothing."""
+    """Return rounded ratios; None on the diagonal."""
     rows = enumerate(zip(over.tolist(), under.tolist(), strict=True))
     return [
         [round(a / b, 4) + 0.0 if b and i != j else None for j, (a, b) in enumerate(zip(*pair, strict=True))]
@@ -122,46 +125,53 @@ _COLUMNS_WITH_NUMBERS = 45
 
 
 def ownership(base: Weights, running: Path, stages: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return layer -> stage -> share of the layer's weights, the base's own share included; `all` comes last.
+    """Return each stage's share of each layer's weights.
 
-    Weights outside the layers go by the words of their names (embed_tokens, norm).
+    The base's share is included, and the layer `all` comes last. Weights outside the layers are grouped by the words of
+    their names (embed_tokens, norm).
     """
     state = Running(running)
-    known, counts = state.names(), dict[str, torch.Tensor]()
+    changed, counts = state.names(), dict[str, torch.Tensor]()
     for name in base.floating():
-        found = torch.zeros(len(stages) + 1, dtype=torch.int64)
-        if name in known:
-            found += torch.bincount(state.owners(name).reshape(-1), minlength=len(stages) + 1)
+        owned = torch.zeros(len(stages) + 1, dtype=torch.int64)
+        if name in changed:
+            owned += torch.bincount(state.owners(name).reshape(-1), minlength=len(stages) + 1)
         else:
-            found[0] = torch.Size(base.shape(name)).numel()
+            owned[0] = torch.Size(base.shape(name)).numel()
         for layer in (layer_of(name), "all"):
-            counts[layer] = counts.get(layer, torch.zeros_like(found)) + found
+            counts[layer] = counts.get(layer, torch.zeros_like(owned)) + owned
     order = sorted(counts, key=layer_order)
     return {layer: _shares(counts[layer], stages) for layer in order}
 
 
 def write_ownership(state: MergeState, out: Path) -> tuple[Path, Path]:
-    """Write owners.json and owners.png; return their paths. Raises RunError if the rule selects nothing."""
+    """Write owners.json and owners.png; return their paths.
+
+    Raises:
+        RunError: the rule does not select weights.
+    """
     log = state.log()
     if not state.rule().selects:
-        raise RunError(f"{log.rule} mixes its experts in every weight, so none has an owner. magmax and random_mix do.")
+        raise RunError(
+            f"{log.rule} mixes experts in every weight, so no weight has an owner. Use magmax or random_mix."
+        )
     stages = [e.stage for e in log.experts]
     shares = ownership(state.base(), state.require_running(), stages)
     out.mkdir(parents=True, exist_ok=True)
     table, picture = out / "owners.json", out / "owners.png"
-    found: dict[str, Any] = {"rule": log.rule, "base": log.base, "stages": stages, "layers": shares}
-    table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    values: dict[str, Any] = {"rule": log.rule, "base": log.base, "stages": stages, "layers": shares}
+    table.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     draw_ownership(shares, row_names(stages), picture)
     return table, picture
 
 
 def row_names(stages: Sequence[str]) -> list[str]:
-    """Return what owners are called: the base, then the stages, of which one may be called base too."""
+    """Return owner names, unique also for a stage `base`."""
     return [BASE, *(f"{stage} (stage)" if stage == BASE else stage for stage in stages)]
 
 
 def draw_ownership(shares: Mapping[str, Mapping[str, float]], rows: Sequence[str], path: Path) -> None:
-    """Draw the shares as a heat map: a row for each stage, a column for each layer."""
+    """Draw a heat map of shares by stage and layer."""
     from matplotlib.figure import Figure
 
     layers, few = list(shares), len(shares) <= _COLUMNS_WITH_NUMBERS
@@ -178,10 +188,10 @@ def draw_ownership(shares: Mapping[str, Mapping[str, float]], rows: Sequence[str
         elif not label.get_text().isdigit():
             label.set(rotation=40, ha="right", rotation_mode="anchor")
     for x in range(1, len(layers)):
-        if layer_order(layers[x])[0] != layer_order(layers[x - 1])[0]:  # what is no layer, and the sum, stand apart
+        if layer_order(layers[x])[0] != layer_order(layers[x - 1])[0]:  # separates layers, other weights and the sum
             axes.axvline(x - 0.5, color="white", linewidth=4)
     axes.set_xlabel("layer")
-    axes.set_title("Share of the weights that each stage owns, in %", loc="left")
+    axes.set_title("Share of weights owned by each stage, in %", loc="left")
     if few:
         _write_numbers(axes, image, values)
     figure.colorbar(image, ax=axes, format=lambda share, _: f"{100 * share:.0f} %", pad=0.02)

@@ -1,7 +1,7 @@
-"""A merge as a value: the experts that a rule has folded, and the folder with its running state.
+"""A merge as a value: experts and running state.
 
-`state.json` (state.py) and `merge.json` of a run are two serialisations of it. The tensors lie in `running`; a fold
-writes a new folder and returns a new value, so that an older value stays true as long as its folder exists.
+`state.json` (state.py) and a run's `merge.json` are its two serialisations. A fold writes a new folder `running` and
+returns a new value, so an older value stays valid as long as its folder exists.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class FoldedExpert:
     stage: str
     folder: Path
     sha256: str = ""
-    """Of its weights; empty where nobody needs to recognise it later."""
+    """Digest of its weights; may be empty if never compared."""
     norm: float = 0.0
-    """Of its task vector, once it is folded."""
+    """Norm of its task vector, set by the fold."""
     name: str = ""
-    """What messages call it."""
+    """Its name in messages."""
     replayed: bool = False
-    """Trained a second time, with examples of earlier stages."""
+    """Whether it was retrained with examples of earlier stages."""
 
     def is_unchanged(self) -> bool:
-        """Say whether the folder still holds the weights that were folded."""
+        """Check the folder for the folded weights."""
         try:
             return self.folder.is_dir() and expert_sha256(self.folder) == self.sha256
-        except ModelError:  # it holds something else now
+        except ModelError:  # the folder now holds other files
             return False
 
 
@@ -53,7 +53,7 @@ class RunningMerge:
     running: Path | None = None
     running_norm: float = 0.0
     factor: float = 1.0
-    """Multiplies the rule's own scale, where no parameter of the rule does."""
+    """Further factor on the rule's scale, for rules without a tunable field."""
 
     @property
     def norms(self) -> Norms:
@@ -64,14 +64,14 @@ class RunningMerge:
         return self.rule.scale(self.norms) * self.factor if self.experts else 0.0
 
     def scaled(self, factor: float) -> RunningMerge:
-        """Return the same state with `factor` times this scale."""
-        if self.rule.tunable:  # the scale is proportional to it
+        """Return the same state with the scale times `factor`."""
+        if self.rule.tunable:  # the scale is proportional to this field
             field = self.rule.tunable[0]
             return self.tuned(field, getattr(self.rule, field) * factor)
         return replace(self, factor=self.factor * factor)
 
     def tuned(self, field: str, value: float) -> RunningMerge:
-        """Return the same state with another value of a tunable field."""
+        """Return the same state with a tunable field set."""
         return replace(self, rule=replace(self.rule, **{field: value}))
 
     def restarted(self) -> RunningMerge:
@@ -91,43 +91,48 @@ class RunningMerge:
 
         Args:
             new: the experts.
-            out: an empty folder for the new state; None keeps none.
-            merged: where the merged model goes in the same pass.
-            opened: the same experts, where the caller has opened them already.
-            crew: the threads and ranks that share the work.
+            out: an empty folder for the new state; None discards the state.
+            merged: output of the merged model, written in the same pass.
+            opened: the same experts, if already opened.
+            crew: threads and ranks that share the work.
 
         Raises:
-            ModelError: an expert does not fit, is damaged, or has the weights of another one.
+            ModelError: an expert does not fit, is damaged, or duplicates another expert's weights.
         """
         crew, base = crew or Crew(), Weights(self.base)
         crew.ranks.first(refuse_twins, (*self.experts, *new), len(self.experts))
         experts = opened or crew.ranks.all(lambda: [open_expert(e.folder, base, force=True) for e in new])
-        found = merge_experts(
+        outcome = merge_experts(
             self.rule, base, experts, running=self.running, earlier=self.norms.experts, running_out=out,
             merged_out=merged, crew=crew,
         )  # fmt: skip
-        norms = zip((*self.experts, *new), found.norms.experts, strict=True)
+        norms = zip((*self.experts, *new), outcome.norms.experts, strict=True)
         folded = tuple(replace(expert, norm=norm) for expert, norm in norms)
-        return replace(self, experts=folded, running=out, running_norm=found.norms.running)
+        return replace(self, experts=folded, running=out, running_norm=outcome.norms.running)
 
     def export(self, out: Output, *, crew: Crew | None = None) -> None:
-        """Write the merged model. A single expert that is taken whole keeps its bits, if it is still there."""
+        """Write the merged model.
+
+        A single unchanged expert at scale 1 keeps its bits.
+        """
         crew, base, only = crew or Crew(), Weights(self.base), None
         if len(self.experts) == 1 and self.scale == 1.0 and crew.ranks.first(self.experts[0].is_unchanged):
             only = crew.ranks.all(open_expert, self.experts[0].folder, base, force=True)
         assert self.running, "a merge without a running state has nothing to write"
-        found = Merged(self.norms, self.scale)
-        write_merged(self.rule, base, self.running, found, out, only=only, crew=crew)
+        merged = Merged(self.norms, self.scale)
+        write_merged(self.rule, base, self.running, merged, out, only=only, crew=crew)
 
 
 def refuse_twins(experts: Sequence[FoldedExpert], folded: int = 0) -> None:
-    """Raise ModelError for an expert with the weights of an earlier one.
+    """Raise ModelError for experts with equal weights.
 
-    `folded`: how many of them were checked before. Experts without a digest are compared by their files.
+    Args:
+        experts: all experts; those without a digest are compared by their files.
+        folded: number of experts at the front that were checked before.
     """
-    seen: dict[str, FoldedExpert] = {}
+    by_digest: dict[str, FoldedExpert] = {}
     for number, expert in enumerate(experts):
-        twin = seen.setdefault(expert.sha256, expert) if expert.sha256 else expert
+        twin = by_digest.setdefault(expert.sha256, expert) if expert.sha256 else expert
         if twin is not expert and number >= folded:
             raise ModelError(twins_refused(expert.name, twin.name))
     files = [expert for expert in experts[folded:] if not expert.sha256]

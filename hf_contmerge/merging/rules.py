@@ -1,4 +1,4 @@
-"""What users say about a merge, in words: a rule with its parameters, a dtype."""
+"""Rules and dtypes by name, with errors for users."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from hf_contmerge.merge_rules import MergeRule, named_rule, rule_of
 
 
 def make_rule(name: str, parameters: Mapping[str, Any], *, where: str = "") -> MergeRule:
-    """Make a rule. Raises RecipeError for an unknown rule or parameter, or a value outside its range.
+    """Make a rule from its name and parameters.
 
-    `where`: the place in a recipe that asks for it.
+    Args:
+        name: the rule's name.
+        parameters: its parameters.
+        where: its place in a recipe, for messages.
+
+    Raises:
+        RecipeError: an unknown rule or parameter, or a value outside its range.
     """
     for word, value in parameters.items():
         if value == "auto":
             raise RecipeError(
-                f"{where + ': ' if where else ''}`{word}: auto` is found by scores on validation documents, which only "
-                "`contmerge run` measures, in an entry of a recipe's `merge`. Give a number here."
+                f"{where + ': ' if where else ''}`{word}: auto` needs scores on validation documents, measured only by "
+                "`contmerge run` for an entry of a recipe's `merge`. Set a number here."
             )
     cls = named_rule(name, where=where)
     try:
@@ -30,8 +36,12 @@ def make_rule(name: str, parameters: Mapping[str, Any], *, where: str = "") -> M
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
-    """Return a floating dtype by its name in config.json. Raises RecipeError for any other word."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise RecipeError(unknown("dtype", name, known))
-    return known[name] if name else None
+    """Return a floating dtype by name.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise RecipeError(unknown("dtype", name, dtypes))
+    return dtypes[name] if name else None

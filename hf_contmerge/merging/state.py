@@ -1,12 +1,12 @@
-"""A merge that grows: a folder with a rule's state, to which experts are added one after another.
+"""The folder of a growing merge.
 
     STATE/
-      state.json      the base, the rule, the experts in order with their digests and norms, which running folder counts
-      running-<n>/    the state after all of them (running.py)
+      state.json      base, rule, experts in order with digests and norms, name of the current running folder
+      running-<n>/    state after all experts (running.py)
 
-Adding an expert reads the base, the state and that expert: neither time nor memory depends on how many came before,
-and an expert that has been added may be deleted. A change builds a new running folder and then replaces state.json, so
-whatever a crash leaves, the state is the old one or the new one.
+Adding an expert reads the base, the state and that expert. Time and memory do not depend on the number of earlier
+experts, and added experts may be deleted. A change builds a new running folder and then replaces state.json, so a crash
+leaves either the old or the new state.
 
     state = MergeState.create("state", base="owner/base", rule="opcm", alpha=0.5)
     state.add("owner/law").add("path/to/medicine")
@@ -50,7 +50,7 @@ from hf_contmerge.runtime.versions import versions
 
 @dataclass(frozen=True)
 class MergeState:
-    """A folder with a merge that grows."""
+    """A folder with a growing merge."""
 
     folder: Path
 
@@ -58,23 +58,23 @@ class MergeState:
     def create(
         cls, folder: str | Path, *, base: str | Path, rule: str, crew: Crew | None = None, **parameters: Any
     ) -> MergeState:
-        """Start a merge with no expert yet.
+        """Start a merge without experts.
 
         Raises:
             RecipeError: an unknown rule or parameter.
-            RunError: the folder holds something else.
+            RunError: the folder is not empty.
             ModelError: the base cannot be merged.
         """
         state = cls(Path(folder))
 
         def make() -> None:
-            checked, found = make_rule(rule, parameters), resolve_model(str(base))
-            check_mergeable(found)
+            checked, base_folder = make_rule(rule, parameters), resolve_model(str(base))
+            check_mergeable(base_folder)
             require_new(state.folder)
             state.folder.mkdir(parents=True, exist_ok=True)
             log = Log(
-                rule, checked.parameters(), name_of(base), str(found.resolve()), weights_sha256(found),
-                Weights(found).stamp(), versions=versions([rule]),
+                rule, checked.parameters(), name_of(base), str(base_folder.resolve()), weights_sha256(base_folder),
+                Weights(base_folder).stamp(), versions=versions([rule]),
             )  # fmt: skip
             write_log(state.folder, log)
 
@@ -83,7 +83,11 @@ class MergeState:
 
     @classmethod
     def load(cls, folder: str | Path) -> MergeState:
-        """Return the state in a folder. Raises RunError if there is none."""
+        """Open the state in a folder.
+
+        Raises:
+            RunError: the folder holds no state.
+        """
         state = cls(Path(folder))
         state.log()
         return state
@@ -107,24 +111,36 @@ class MergeState:
         )  # fmt: skip
 
     def rule(self) -> MergeRule:
-        """Return the rule with the parameters that the state was started with."""
+        """Return the rule with the state's parameters."""
         return self._rule(self.log())
 
     def scale(self) -> float:
-        """Return the factor on the running state, as of now."""
+        """Return the current factor on the running state."""
         log = self.log()
         return self._rule(log).scale(log.norms())
 
     def base(self) -> Weights:
-        """Open the base. Raises ModelError if its weights have changed since the state was started."""
+        """Open the base.
+
+        Raises:
+            ModelError: its weights have changed.
+        """
         return Weights(self._base(self.log()))
 
     def running(self) -> Path | None:
-        """Return the folder of the running state; None before the first expert. Raises RunError if it is missing."""
+        """Return the running state's folder; None without experts.
+
+        Raises:
+            RunError: the folder is missing.
+        """
         return self._running(self.log())
 
     def require_running(self) -> Path:
-        """Return the folder of the running state. Raises RunError before the first expert, or if it is missing."""
+        """Return the running state's folder.
+
+        Raises:
+            RunError: no expert was added, or the folder is missing.
+        """
         return self._require(self.running())
 
     def add(
@@ -134,11 +150,13 @@ class MergeState:
         force: bool = False,
         crew: Crew | None = None,
     ) -> MergeState:
-        """Fold experts into the state, in this order: full models or peft adapters; folders or Hub ids.
+        """Fold experts into the state, in this order.
 
         Args:
-            stages: what the experts are called in the log; by default the last words of their names.
+            models: folders or Hub ids of full models or peft adapters.
+            stages: the experts' names in the log (default: the last parts of their paths or Hub ids).
             force: accept an adapter that was trained on another base.
+            crew: threads and ranks that share the work.
 
         Raises:
             ModelError: an expert does not fit, is damaged, or has been folded before. The state is unchanged.
@@ -167,9 +185,11 @@ class MergeState:
         return self
 
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:
-        """Rebuild the state without a stage, from the other experts.
+        """Rebuild the state without a stage.
 
-        Raises ModelError if one of them is missing or has changed: it names them, and what to do.
+        Raises:
+            RecipeError: an unknown stage.
+            ModelError: another expert is missing or has changed.
         """
         crew = crew or Crew()
         with self._changing(crew) as log:
@@ -197,12 +217,14 @@ class MergeState:
         tokenizer_from: str | None = None,
         crew: Crew | None = None,
     ) -> Path:
-        """Write the merged model as `save_pretrained` would: sharded, with config, tokenizer and chat template.
+        """Write the merged model in the layout of `save_pretrained`.
 
         Args:
             out: a new folder.
-            dtype: of the floating weights; the base's own by default.
-            tokenizer_from: the model whose tokenizer, chat template and generation config it gets; the base by default.
+            dtype: dtype of the floating weights (default: the base's).
+            shard_size: maximum bytes of a weight file.
+            tokenizer_from: source of tokenizer, chat template and generation config (default: the base).
+            crew: threads and ranks that share the work.
         """
         crew, out = crew or Crew(), Path(out)
         log = crew.ranks.first(self.log)
@@ -228,15 +250,15 @@ class MergeState:
         base = Weights(folder if folder.is_dir() else resolve_model(log.base))
         if base.stamp() != log.base_stamp and weights_sha256(base.folder) != log.base_sha256:
             raise ModelError(
-                f"The base at {base.folder} is not the one that {self.folder} was started with: its weights have "
-                "changed. Restore it, or start a new state with `contmerge merge init`."
+                f"The base at {base.folder} has other weights than at the start of {self.folder}. Restore it, or "
+                "start a new state with `contmerge merge init`."
             )
         return base.folder
 
     def _running(self, log: Log) -> Path | None:
         running = self.folder / log.running if log.running else None
-        if running and log.running_norm and not any(running.rglob("*.safetensors")):  # it would pass for zeros
-            raise RunError(f"{running}, which holds the state, is missing. Restore it, or start the state anew.")
+        if running and log.running_norm and not any(running.rglob("*.safetensors")):  # would read as zeros
+            raise RunError(f"The running state {running} is missing. Restore it, or start a new state.")
         return running
 
     def _require(self, running: Path | None) -> Path:
@@ -251,13 +273,13 @@ class MergeState:
 
     @contextmanager
     def _changing(self, crew: Crew) -> Iterator[Log]:
-        """Keep others out while the state changes, and remove what a crash or an error leaves."""
+        """Lock the state during a change; remove leftovers."""
         with ExitStack() as stack:
 
             def begin() -> Log:
-                self.rule()  # neither a folder without a state is locked, nor one with a rule that is not here
+                self.rule()  # raises before locking a folder without a state or with an unknown rule
                 stack.enter_context(FolderLock(self.folder))
-                log = self.log()  # what another process has added since
+                log = self.log()  # read again: another process may have added experts
                 self._clear_all_but({log.running})
                 return log
 

@@ -1,8 +1,8 @@
-"""Is the difference of two models a vector that another can take? And how does it lie to what was learnt before it.
+"""Checks and statistics of difference vectors (expert - minus).
 
-An instruction vector (instruct - its base) is added to a model that was trained on from the same base: chat vector,
-arXiv 2310.04799; with a domain's continual pretraining, Hirano & Imajo, arXiv 2409.19854. That holds only among models
-of one origin, whose coordinates mean the same. Everything here reads and tells; it changes nothing.
+An instruction vector (instruct - its base) is added to another model trained from the same base: chat vector, arXiv
+2310.04799; with continual pretraining on a domain, Hirano & Imajo, arXiv 2409.19854. This is valid only between models
+of one origin, whose coordinates have the same meaning. Nothing is written here.
 """
 
 from __future__ import annotations
@@ -21,28 +21,30 @@ from hf_contmerge.models.experts import Expert, open_expert
 from hf_contmerge.models.weights import Weights
 
 _SAME = ("model_type", "hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim")
-"""Of config.json: what the same weights mean something else with."""
+"""Fields of config.json that change the meaning of weights."""
 _SAMPLED, _ELEMENTS = 24, 2**20
 _UNRELATED, _FAR = 0.5, 0.9
 _STOPS = ("bos_token_id", "eos_token_id")
 
 
 def check_vector(base: Path, expert: Path, minus: Path) -> list[str]:
-    """Check configs and tokenizers of a vector's two models against the base, which all have one layout.
+    """Check a vector's configs and tokenizers.
+
+    The base, `expert` and `minus` have one layout.
 
     Returns:
-        Sentences on what is allowed and worth knowing.
+        Warnings.
 
     Raises:
-        ModelError: the weights of one would mean something else in another.
+        ModelError: equal weights would have another meaning in one of the models.
     """
     for other in (expert, minus):
         for word in (*_SAME, "rope"):
             ours, theirs = _meaning(base, word), _meaning(other, word)
             if ours != theirs:
                 raise ModelError(
-                    f"{other} has {word} {theirs!r} in config.json, {base} has {ours!r}: the same weights mean another "
-                    "function there. Give the instruct model that was trained from this base."
+                    f"{other} has {word} {theirs!r} in config.json, {base} has {ours!r}: equal weights compute another "
+                    "function there. Use the instruct model that was trained from this base."
                 )
         _check_tokens(base, other)
     stops = [(word, config(base).get(word), config(expert).get(word)) for word in _STOPS]
@@ -54,31 +56,33 @@ def check_vector(base: Path, expert: Path, minus: Path) -> list[str]:
 
 
 def check_origin(base: Path, expert: Path, minus: Path) -> list[str]:
-    """Compare samples of the weight matrices: models of one origin point almost the same way, others are orthogonal.
+    """Check the common origin of a vector's models.
+
+    Weight matrices of one origin are almost parallel, others orthogonal; a sample is compared.
 
     Returns:
-        Sentences on models that have gone far from each other.
+        Warnings about distant models.
 
     Raises:
-        ModelError: one of the models is of another origin.
+        ModelError: the models are of different origin.
     """
-    found = []
-    for one, other, need in ((expert, minus, "`minus` is not what `expert` was trained from"),
+    warnings = []
+    for one, other, need in ((expert, minus, "`expert` was not trained from `minus`"),
                              (minus, base, "`minus` and `base_model` are of different origin")):  # fmt: skip
         cosine = sampled_cosine(Weights(one), Weights(other))
         measured = f"the weights of {one} and {other} have a cosine of {cosine:.3f}"
         if cosine < _UNRELATED:
             raise ModelError(
-                f"{need}: {measured}, and a model trained on from another has more than {_FAR}. Give the base model "
-                "from which the instruct model was made, and start the run from that same one."
+                f"{need}: {measured}, but a model trained from another has more than {_FAR}. Use the base model of "
+                "the instruct model, both as `minus` and as `base_model`."
             )
         if cosine < _FAR:
-            found.append(f"{measured}, less than is usual for one origin ({_FAR}): look at the scores of the sum.")
-    return found
+            warnings.append(f"{measured}, below the usual value for one origin ({_FAR}): check the scores of the sum.")
+    return warnings
 
 
 def sampled_cosine(one: Weights, other: Weights) -> float:
-    """Return the cosine of two models over some of their matrices, spread over all depths."""
+    """Return the cosine of two models over sampled matrices."""
     matrices = [n for n in one.floating() if len(one.shape(n)) == 2]
     step = max(1, len(matrices) // _SAMPLED)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -89,28 +93,32 @@ def sampled_cosine(one: Weights, other: Weights) -> float:
 
 
 def vector_record(base: Path, before: Path | None, expert: Path, minus: Path) -> dict[str, Any]:
-    """Return what a vector stage's record tells of its vector.
+    """Return a vector's statistics for its stage's record.
 
     Args:
         base: the base model.
-        before: the expert of the stage before, whose task vector this one is compared with; None in the first stage.
-        expert: what has the vector.
-        minus: what it is taken from.
+        before: the previous stage's expert, for comparison of the task vectors; None at stage 1.
+        expert: the model with the vector.
+        minus: the subtracted model.
 
     Returns:
-        special_tokens: token -> how far its input embedding moved, relative to its length in `minus`.
-        layers: layer -> cosine of the two task vectors, and the length of this one over that of the other; `all` last.
+        special_tokens: relative move of each special token's input embedding, over its length in `minus`.
+        layers: per layer, cosine of the two task vectors and length ratio (this over previous); `all` last.
     """
     plus, less = Weights(expert), Weights(minus)
-    found: dict[str, Any] = {"special_tokens": special_rows(expert, plus, less)}
+    statistics: dict[str, Any] = {"special_tokens": special_rows(expert, plus, less)}
     if before:
         weights = Weights(base)
-        found["layers"] = compare_vectors(weights, open_expert(before, weights, force=True), plus, less)
-    return found
+        statistics["layers"] = compare_vectors(weights, open_expert(before, weights, force=True), plus, less)
+    return statistics
 
 
 def compare_vectors(base: Weights, before: Expert, plus: Weights, less: Weights) -> dict[str, dict[str, float]]:
-    """Return layer -> cosine and norm ratio of (plus - less) to the task vector of `before`; `all` comes last."""
+    """Compare (plus - less) with a task vector.
+
+    Returns:
+        layer -> cosine and norm ratio to the task vector of `before`; `all` comes last.
+    """
     sums: dict[str, Tensor] = {}
     for name in base.floating():
         tensor = base.tensor(name)
@@ -126,7 +134,10 @@ def compare_vectors(base: Weights, before: Expert, plus: Weights, less: Weights)
 
 
 def special_rows(expert: Path, plus: Weights, less: Weights) -> dict[str, float]:
-    """Return special token -> |row of plus - row of less| / |row of less| in the input embeddings."""
+    """Return relative moves of special tokens' embeddings.
+
+    Each is |row of plus - row of less| / |row of less|.
+    """
     tables = [n for n in plus.floating() if "embed" in n and plus.shape(n)[0] == plus.vocabulary]
     if not tables:
         return {}
@@ -136,7 +147,7 @@ def special_rows(expert: Path, plus: Weights, less: Weights) -> dict[str, float]
 
 
 def _meaning(folder: Path, word: str) -> Any:
-    """Return a value of config.json that must be the same; the rotary embedding however it is spelled."""
+    """Return a field of config.json, normalised for `rope`."""
     values: Mapping[str, Any] = config(folder)
     values = text_config(values) or values
     if word != "rope":
@@ -149,7 +160,7 @@ def _meaning(folder: Path, word: str) -> Any:
 
 def _check_tokens(base: Path, other: Path) -> None:
     ours, theirs = tokens_of(base), tokens_of(other)
-    if ours is None or theirs is None:  # a tokenizer of another kind: its vocabulary's size is compared already
+    if ours is None or theirs is None:  # another kind of tokenizer; vocabulary sizes were compared before
         return
     moved = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
     numbers = {number: token for token, number in ours.items()}
@@ -158,8 +169,8 @@ def _check_tokens(base: Path, other: Path) -> None:
         token = (moved or renamed)[0]
         was = ours.get(token, numbers.get(theirs[token]))
         raise ModelError(
-            f"The tokenizers of {other} and {base} differ: {token!r} is token {theirs[token]} there, and here {was!r}. "
-            "The rows of the embeddings do not correspond. Give models with one tokenizer."
+            f"The tokenizers of {other} and {base} differ: {token!r} is token {theirs[token]} there, but {was!r} here. "
+            "The embedding rows do not correspond. Use models with one tokenizer."
         )
 
 
@@ -168,5 +179,5 @@ def _cosine(dot: float, a: float, b: float) -> float:
 
 
 def _ratio(square: Any, other: Any) -> float:
-    """Return the ratio of two lengths, given their squares; 0 where the other is none."""
+    """Return a ratio of lengths from their squares."""
     return math.sqrt(float(square) / float(other)) if other else 0.0

@@ -19,11 +19,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.distributed.tensor import DTensor
 
 from hf_contmerge.errors import DataError, ResourceError
+from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
 
 T = TypeVar("T")
 Tokens = tuple[int, ...]
 
-_BATCH = 8
 _LARGEST_BATCH = 128  # that `auto` tries on a GPU
 _CPU_PIECE, _GPU_PIECE = 2**19, 2**26
 """Logits that are made float32 at a time: on a CPU as many as its cache holds, twice as fast as all at once."""
@@ -51,7 +51,7 @@ class SharedLM(_Parent):
         shared_out = any(isinstance(p, DTensor) for p in model.parameters())
         # Where ranks compute together, one that found its memory full would leave the others waiting for it.
         fixed = model.device.type == "cpu" or shared_out
-        batch = _BATCH if batch_size == "auto" and fixed else batch_size
+        batch = AUTO_BATCH_SIZE if batch_size == "auto" and fixed else batch_size
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", softmax_dtype="float32", batch_size=batch,
             max_length=max_length,

@@ -11,6 +11,9 @@ from transformers import AutoTokenizer
 from hf_contmerge.errors import ModelError, RecipeError, ResourceError
 from hf_contmerge.run.recipe.parts import Evaluate
 
+AUTO_BATCH_SIZE = 8
+"""Batch size for `auto` on CPUs and for sharded weights."""
+
 
 def check_evaluate(evaluate: Evaluate, *, processes: int, per_machine: int = 1, adapter: bool = False) -> None:
     """Raise an error unless this machine can run models in the way that `evaluate` asks for.

@@ -193,13 +193,13 @@ def test_words_that_are_wrong(home: Path, tmp_path: Path, refused: Run) -> None:
     assert refused(*export, "--shard-size", "0").startswith("A shard of 0 holds nothing")
     assert refused(*export, "--dtype", "int8") == "Unknown dtype 'int8'. Known: bfloat16, float16, float32."
     assert refused(*export, "--rank", "4").startswith("--rank belongs to --as-adapter")
-    assert refused(*export, "--as-adapter", "--rank", "0") == "--rank 0: the rank of an adapter is at least 1."
+    assert refused(*export, "--as-adapter", "--rank", "0") == "--rank 0: an adapter's rank must be at least 1."
     for device in ("tpu", "meta", "cuda:x"):
         assert refused(*export, "--device", device) == f"--device {device} is no device: give cpu, cuda or cuda:N."
     assert refused(*export, "--workers", "-1") == (
         "--workers -1: give a number of threads, or leave it out for one for each core."
     )
-    assert refused("add", home / "state", home / "code", "--as", "a", "--as", "b").startswith("1 experts and 2 stage")
+    assert refused("add", home / "state", home / "code", "--as", "a", "--as", "b").startswith("1 experts but 2 stage")
     assert not list(tmp_path.iterdir())
 
 
@@ -227,7 +227,7 @@ def test_a_state_without_an_expert(home: Path, tmp_path: Path, done: Run, refuse
                   ["export", state, tmp_path / "out", "--as-adapter"]):  # fmt: skip
         assert refused(*words) == f"{state} holds no expert yet. Add one: contmerge merge add {state} EXPERT"
     assert refused("init", state, "--base", home / "base", "--rule", "opcm") == (
-        f"{state} is not empty. Name a new folder for the state, or add to it if it is one."
+        f"{state} is not empty. Choose a new folder for the state, or add to the existing state."
     )
 
 
@@ -241,7 +241,7 @@ def test_owners_where_none_are(home: Path, tmp_path: Path, done: Run, refused: R
     done("init", tmp_path / "state", "--base", home / "base", "--rule", "opcm")
     done("add", tmp_path / "state", home / "law")
     assert refused("owners", tmp_path / "state") == (
-        "opcm mixes its experts in every weight, so none has an owner. magmax and random_mix do."
+        "opcm mixes experts in every weight, so no weight has an owner. Use magmax or random_mix."
     )
 
 
@@ -525,8 +525,8 @@ def test_a_state_of_another_base(home: Path, tmp_path: Path, done: Run, refused:
     for words in (["add", state, home / "code"], ["export", state, tmp_path / "out"], ["owners", state],
                   ["export", state, tmp_path / "out", "--as-adapter", "--rank", 1]):  # fmt: skip
         assert refused(*words) == (
-            f"The base at {base} is not the one that {state} was started with: its weights have changed. Restore it, "
-            "or start a new state with `contmerge merge init`."
+            f"The base at {base} has other weights than at the start of {state}. Restore it, or start a new state "
+            "with `contmerge merge init`."
         )
     shutil.rmtree(base)
     assert refused("add", state, home / "code").startswith(f"There is no model at {base}. Give a folder")
@@ -537,9 +537,9 @@ def test_a_state_of_another_base(home: Path, tmp_path: Path, done: Run, refused:
 @pytest.mark.parametrize(
     ("values", "wanted"),
     [
-        ({"format": 2, "versions": {"hf_contmerge": "9.1"}}, "FILE has format 2, this program reads 1. Use the version "
-         "of hf_contmerge that made it (9.1)."),
-        ({"format": None}, "FILE has format None, this program reads 1. Use the version of hf_contmerge that made it"),
+        ({"format": 2, "versions": {"hf_contmerge": "9.1"}}, "FILE has format 2, but this program reads 1. Use the "
+         "version of hf_contmerge that made it (9.1)."),
+        ({"format": None}, "FILE has format None, but this program reads 1. Use the version of hf_contmerge that"),
         ({"rule": "soup"}, "Unknown rule 'soup'."),
         ({"parameters": {"lamda": 1}}, "magmax has no parameter 'lamda'; it has: lambda"),
         ({"experts": 7}, "FILE is damaged ("),
@@ -566,9 +566,7 @@ def test_a_damaged_state(home: Path, state: Path, refused: Run) -> None:
     assert refused("add", state, home / "code").startswith(f"{running} is truncated or no safetensors file")
     assert digests(state) == before
     shutil.rmtree(running.parent)
-    assert refused("add", state, home / "code").startswith(
-        f"{running.parent}, which holds the state, is missing. Restore"
-    )
+    assert refused("add", state, home / "code").startswith(f"The running state {running.parent} is missing. Restore")
 
 
 def test_a_state_in_use(home: Path, state: Path, refused: Run) -> None:
@@ -586,7 +584,7 @@ def test_what_dropping_needs(home: Path, state: Path, tmp_path: Path, done: Run,
     before = digests(state)
     message = refused("drop", state, "law", lines=3)
     assert message.splitlines()[1:] == [
-        f"  extra: {expert} is gone", "Put them back and give the same command again. The state is as it was.",
+        f"  extra: {expert} is missing", "Restore them and rerun the command. The state is unchanged.",
     ]  # fmt: skip
     assert digests(state) == before
     done("drop", state, "extra")

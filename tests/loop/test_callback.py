@@ -177,12 +177,12 @@ def test_tensorboard_shows_the_scores_in_the_trainers_own_run(base_folder: Path,
 @pytest.mark.parametrize(
     ("words", "kind", "message"),
     [
-        ({"rule": None}, RecipeError, "holds no state yet: to start one takes rule"),
-        ({"base": None}, RecipeError, "holds no state yet: to start one takes base"),
+        ({"rule": None}, RecipeError, "holds no state yet. To start one, pass rule"),
+        ({"base": None}, RecipeError, "holds no state yet. To start one, pass base"),
         ({"rule": "magmx"}, RecipeError, "Unknown rule 'magmx'"),
         ({"alpha": 1}, RecipeError, "magmax has no parameter 'alpha'"),
         ({"base": "./nowhere"}, ModelError, "There is no model at ./nowhere"),
-        ({"stage": "a/b"}, RecipeError, "cannot be a stage's name"),
+        ({"stage": "a/b"}, RecipeError, "is not a valid stage name"),
         (
             {"tasks": [{"name": "x", "kind": "perplexity", "dataset": "no.jsonl"}]},
             DataError,
@@ -230,11 +230,11 @@ def test_a_model_that_does_not_fit_the_base(base_folder: Path, tmp_path: Path) -
 
 
 def test_a_stage_that_is_there_already(home: Path, base_folder: Path, tasks: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"holds a stage law already.*contmerge merge drop"):
+    with pytest.raises(RunError, match=r"already has a stage law.*contmerge merge drop"):
         trainer(base_folder, tmp_path / "law", ContinualMergeCallback(home / "state")).train()
     (tmp_path / "merged" / "new").mkdir(parents=True)
     (tmp_path / "merged" / "new" / "letter.txt").write_text("mine")
-    with pytest.raises(RunError, match="where the merged model would go, is not empty"):
+    with pytest.raises(RunError, match=r"The folder for the merged model, .*new, is not empty"):
         trainer(
             base_folder, tmp_path / "new", ContinualMergeCallback(home / "state", export=tmp_path / "merged")
         ).train()

@@ -162,7 +162,7 @@ def test_ties_averages_what_agrees_with_the_sign_of_the_sum() -> None:
 
 @pytest.mark.parametrize("density", [0.0, -0.2, 1.5])
 def test_a_density_that_is_no_share_is_refused(density: float) -> None:
-    with pytest.raises(ValueError, match=f"above 0 and at most 1; got {density}"):
+    with pytest.raises(ValueError, match=f"above 0 and at most 1 .*; got {density}"):
         get_rule("ties", density=density)
 
 
@@ -220,7 +220,7 @@ def test_null_space_of_rank_0_adds_and_of_all_inputs_takes_the_first_expert() ->
 
 
 def test_a_rank_below_0_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 or more; got -1"):
+    with pytest.raises(ValueError, match=r"0 or more .*; got -1"):
         get_rule("null_space", rank=-1)
 
 

@@ -391,7 +391,7 @@ def test_a_rank_costs_what_reconstruction_says(
     [
         ("magmax", ("a1",), "the rule magmax does not work on factors"),
         ("opcm", ("a1", "full"), "full is a full model"),
-        ("opcm", ("wide",), "the adapters' ranks add up to so much there that factors would be no smaller"),
+        ("opcm", ("wide",), "the adapters' ranks add up too high for factors to be smaller"),
     ],
 )
 def test_why_there_is_no_exact_adapter(
@@ -402,9 +402,9 @@ def test_why_there_is_no_exact_adapter(
     with pytest.raises(RecipeError) as error:
         export_adapter(state, tmp_path / "out")
     assert str(error.value) == (
-        f"model.layers.0.mlp.down_proj.weight and {len(linear(models['base'])) - 1} more are kept whole, not as "
-        f"low-rank factors: {why}. Give --rank, which writes the nearest adapter of that rank and, in "
-        "reconstruction.json, how near it is; or export a model, without --as-adapter."
+        f"model.layers.0.mlp.down_proj.weight and {len(linear(models['base'])) - 1} more are stored as full "
+        f"tensors, not as low-rank factors: {why}. Set --rank to write the nearest adapter of that rank, with its "
+        "errors in reconstruction.json; or export a model, without --as-adapter."
     )
     assert not (tmp_path / "out").exists()
     words = ["merge", "export", str(state.folder), str(tmp_path / "out"), "--as-adapter"]
@@ -416,7 +416,7 @@ def test_why_there_is_no_exact_adapter(
 
 def test_a_rank_below_one(models: dict[str, Path], tmp_path: Path) -> None:
     state = MergeState.create(tmp_path / "state", base=models["base"], rule="opcm").add(models["a1"])
-    with pytest.raises(RecipeError, match="--rank 0: the rank of an adapter is at least 1"):
+    with pytest.raises(RecipeError, match="--rank 0: an adapter's rank must be at least 1"):
         export_adapter(state, tmp_path / "out", rank=0)
 
 

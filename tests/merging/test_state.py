@@ -168,11 +168,11 @@ def test_names_of_stages_differ(base_folder: Path, expert_folders: tuple[Path, .
     assert [e.stage for e in state.log().experts] == ["law", "law-2", "law-3"]
     before = digests(state.folder)
     other = perturbed(base_folder, tmp_path / "other", seed=9, size=0.01)
-    with pytest.raises(RecipeError, match=r"A stage law-2 is there already. Stage names must differ: law, law-2"):
+    with pytest.raises(RecipeError, match=r"A stage law-2 exists already. Choose a name other than law, law-2"):
         state.add(other, stages=["law-2"])
-    with pytest.raises(RecipeError, match="1 experts and 2 stage names: give one name for each, or none"):
+    with pytest.raises(RecipeError, match="1 experts but 2 stage names: pass one name per expert, or none"):
         state.add(other, stages=["a", "b"])
-    with pytest.raises(RecipeError, match="There is no expert to add: name at least one"):
+    with pytest.raises(RecipeError, match="No expert to add: pass at least one"):
         state.add()
     assert digests(state.folder) == before
 
@@ -194,8 +194,8 @@ def test_a_base_that_has_changed(base_folder: Path, expert_folders: tuple[Path, 
         with pytest.raises(ModelError) as error:
             do()
         assert str(error.value) == (
-            f"The base at {base} is not the one that {state.folder} was started with: its weights have changed. "
-            "Restore it, or start a new state with `contmerge merge init`."
+            f"The base at {base} has other weights than at the start of {state.folder}. Restore it, or start a new "
+            "state with `contmerge merge init`."
         )
     assert digests(state.folder) == before
     assert not (tmp_path / "out").exists()
@@ -257,7 +257,7 @@ def test_a_value_that_is_no_number(base_folder: Path, expert_folders: tuple[Path
 def test_a_folder_that_holds_something_else(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for folder in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(RunError, match=f"{folder} is not empty. Name a new folder for the state"):
+        with pytest.raises(RunError, match=f"{folder} is not empty. Choose a new folder for the state"):
             started(base_folder, folder)
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(RunError) as error:
@@ -300,8 +300,8 @@ def test_a_state_of_another_version(base_folder: Path, expert_folders: tuple[Pat
     with pytest.raises(RunError) as error:
         state.add(expert_folders[1])
     assert str(error.value) == (
-        f"{state.folder}/state.json has format 2, this program reads 1. Use the version of hf_contmerge that made it "
-        "(9.1)."
+        f"{state.folder}/state.json has format 2, but this program reads 1. Use the version of hf_contmerge that made "
+        "it (9.1)."
     )
     assert digests(state.folder) == before
 
@@ -340,7 +340,7 @@ def test_a_log_that_is_damaged(
     file.write_text(DAMAGES[damage](whole))
     before = digests(state.folder)
     for do in (state.log, lambda: state.add(expert_folders[1]), lambda: state.export(tmp_path / "out")):
-        with pytest.raises(RunError, match=rf"{file} is damaged \(.*\). Restore it, or start the state anew."):
+        with pytest.raises(RunError, match=rf"{file} is damaged \(.*\). Restore it, or start a new state."):
             do()
     assert digests(state.folder) == before
     file.write_text(whole)
@@ -356,7 +356,7 @@ def test_a_running_state_that_is_gone_does_not_pass_for_zeros(
         lambda: state.add(expert_folders[1]),
         lambda: state.export(tmp_path / "out"),
     ):
-        with pytest.raises(RunError, match=r"running-1, which holds the state, is missing. Restore it, or start"):
+        with pytest.raises(RunError, match=r"The running state .*running-1 is missing. Restore it, or start"):
             do()
     assert [e.stage for e in state.log().experts] == [expert_folders[0].name]
 
@@ -453,11 +453,11 @@ def test_what_dropping_needs_is_named(base_folder: Path, expert_folders: tuple[P
     with pytest.raises(ModelError) as error:
         state.drop("b")
     assert str(error.value) == (
-        "To drop b, the state is folded again from the other experts, and these are missing:\n"
-        f"  a: {a} is gone\n"
-        f"  c: {c} holds other weights now\n"
-        f"  d: {d} holds other weights now\n"
-        "Put them back and give the same command again. The state is as it was."
+        "To drop b, the state is folded again from the other experts, but these are missing or changed:\n"
+        f"  a: {a} is missing\n"
+        f"  c: {c} now holds other weights\n"
+        f"  d: {d} now holds other weights\n"
+        "Restore them and rerun the command. The state is unchanged."
     )
     assert digests(state.folder) == before
     for folder, source in ((a, expert_folders[0]), (c, expert_folders[2])):

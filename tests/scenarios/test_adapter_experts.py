@@ -187,16 +187,16 @@ def refused(kind: type[ContmergeError], run: Path, data: Data) -> str:
 def test_adapter_of_another_base(home: Path, tmp_path: Path) -> None:
     given = {"name": "given", "expert": str(home / "foreign")}
     message = refused(ModelError, tmp_path / "run", recipe(home, given=given))
-    assert message.startswith(f"{home}/foreign was trained on {home}/other, and `base_model` is {home}/base: ")
-    assert "Give an adapter of this base" in message
+    assert message.startswith(f"{home}/foreign was trained on {home}/other, but `base_model` is {home}/base: ")
+    assert "Use an adapter of this base" in message
 
 
 @pytest.mark.parametrize(("expert", "minus"), [("adapter", "base"), ("expert", "adapter")])
 def test_difference_with_an_adapter(expert: str, minus: str, home: Path, tmp_path: Path) -> None:
     given = {"name": "given", "expert": str(home / expert), "minus": str(home / minus)}
     assert refused(RecipeError, tmp_path / "run", recipe(home, given=given)) == (
-        f"Stage given takes the difference of two models, and {home}/adapter is an adapter, which is a difference "
-        "already. Name it as `expert`, without `minus`; or merge it into its base first."
+        f"Stage given takes the difference of two models, but {home}/adapter is an adapter, already a "
+        "difference. Set it as `expert` without `minus`, or merge it into its base first."
     )
 
 
@@ -213,8 +213,8 @@ def test_damaged_adapter(home: Path, tmp_path: Path) -> None:
 def test_kept_adapter_that_would_start_from_the_merged_model(home: Path, tmp_path: Path) -> None:
     message = refused(RecipeError, tmp_path / "run", recipe(home, merge=["ema"]))
     assert message.startswith(
-        "train.parameters.keep: merge entry ema has stage b start from the merged model, and an adapter trained there "
-        "is none of the base."
+        "train.parameters.keep: for merge entry ema, stage b starts from the merged model, and its adapter would not "
+        "be one of the base."
     )
 
 
@@ -222,7 +222,7 @@ def test_kept_adapter_that_would_start_from_a_given_model(home: Path, tmp_path: 
     given = {"name": "given", "expert": str(home / "expert")}
     message = refused(RecipeError, tmp_path / "run", recipe(home, given=given, merge=["magmax"]))
     assert message.startswith(
-        "train.parameters.keep: merge entry magmax has stage a start from that of stage given, which is a whole model"
+        "train.parameters.keep: for merge entry magmax, stage a starts from the full model of stage given, and"
     )
 
 

@@ -426,7 +426,7 @@ def test_too_little_disk(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=2**40, used=2**40, free=1000))
     message = refused()
     assert message.startswith("This run still needs about ")
-    assert message.endswith("Free some, name another disk with --run, or use fewer merge entries.")
+    assert message.endswith("Free some space, choose another disk with --run, or use fewer merge entries.")
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +484,7 @@ def test_disk_that_fills_up(recipe: Data, home: Path, disk: Path, tmp_path: Path
     assert process.returncode == 2, last
     assert last.startswith("Error: ")
     assert "is full" in last
-    assert "give the same command again" in last
+    assert "rerun the command" in last
     (disk / "theirs").unlink()
     done = command("run", path, "--run", disk / "run", "--until", "merge")
     assert done.returncode == 0, done.stderr[-2000:]

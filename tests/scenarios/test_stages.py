@@ -380,7 +380,7 @@ def test_another_tokenizer_is_refused(kind: str, family: Path, tmp_path: Path) -
     path.write_text(json.dumps(values))
     message = refused(ModelError, lambda: check_vector(family / "base", tmp_path / "other", family / "base"), tmp_path)
     assert message.startswith(f"The tokenizers of FOLDER/other and {family / 'base'} differ: ")
-    assert message.endswith("The rows of the embeddings do not correspond. Give models with one tokenizer.")
+    assert message.endswith("The embedding rows do not correspond. Use models with one tokenizer.")
 
 
 @pytest.mark.parametrize("field", ["expert", "minus"])
@@ -388,7 +388,7 @@ def test_a_stranger_is_refused_before_training(field: str, family: Path, tmp_pat
     values = finance(family).model_dump()
     values["stages"][1][field] = str(family / "stranger")
     message = refused(ModelError, lambda: run_recipe(parse_recipe(values), tmp_path / "run"), family)
-    assert message.startswith("`minus` is not what `expert` was trained from: the weights of FOLDER/")
+    assert message.startswith("`expert` was not trained from `minus`: the weights of FOLDER/")
     assert not list((tmp_path / "run").rglob("train.json"))
 
 
@@ -404,7 +404,7 @@ def test_a_far_relative_is_told(family: Path, tmp_path: Path) -> None:
     [told] = check_origin(family / "base", far, family / "base")
     cosine = sampled_cosine(Weights(far), Weights(family / "base"))
     assert 0.5 < cosine < 0.9
-    assert f"have a cosine of {cosine:.3f}, less than is usual" in told
+    assert f"have a cosine of {cosine:.3f}, below the usual value" in told
 
 
 def test_vectors_that_are_nothing(family: Path, tmp_path: Path) -> None:

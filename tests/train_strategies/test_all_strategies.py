@@ -35,7 +35,7 @@ from hf_contmerge.train_strategies import Combined, TrainStrategy, combine, stra
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
-from hf_contmerge.training.settings import check_training
+from hf_contmerge.training.settings import training_checks
 
 Row = dict[str, Any]
 PAIRS = ("lora replay", "ewc replay", "olora distill", "anchor migu distill")
@@ -295,7 +295,7 @@ def test_step_on_shared_out_weights(name: str, shared: dict[str, Path]) -> None:
 
 def refused(base: Path, names: list[str], parameters: Row) -> str:
     with pytest.raises(RecipeError) as caught:
-        check_training(Train(strategy=names, parameters=parameters), base)
+        [check() for check in training_checks(Train(strategy=names, parameters=parameters), base)]
     return str(caught.value)
 
 

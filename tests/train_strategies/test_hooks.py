@@ -378,10 +378,11 @@ def test_one_weighting_at_a_time(
         "name": "x", "base_model": "b", "merge": ["average"], "stages": [{"name": "s", "dataset": "x.jsonl"}],
         "train": field,
     })  # fmt: skip
-    settings.check_stages(recipe, {"s": data})
+    for check in settings.data_checks(recipe, {"s": data}):
+        check()
     monkeypatch.setattr(settings, "make_strategies", lambda train: Combined({"full": Full(), "focus": Focus()}))
     with pytest.raises(RecipeError) as caught:
-        settings.check_stages(recipe, {"s": data})
+        [check() for check in settings.data_checks(recipe, {"s": data})]
     assert str(caught.value).startswith(f"train of stage s: {message}")
 
 

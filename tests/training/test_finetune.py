@@ -33,7 +33,7 @@ from hf_contmerge.training._log import OnLog
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
-from hf_contmerge.training.settings import check_training, sft_settings
+from hf_contmerge.training.settings import sft_settings, training_checks
 
 Row = dict[str, Any]
 LIGHT = {
@@ -336,7 +336,7 @@ def test_killed_training_goes_on(
 
 def refused(kind: type[ContmergeError], start: Path, **fields: Any) -> str:
     with pytest.raises(ContmergeError) as caught:
-        check_training(Train(**fields), start)
+        [check() for check in training_checks(Train(**fields), start)]
     assert type(caught.value) is kind
     return str(caught.value)
 
@@ -384,7 +384,8 @@ def test_unknown_field(base_folder: Path) -> None:
 
 def test_good_settings(base_folder: Path) -> None:
     for fields in ({}, LIGHT, {**LIGHT, **LORA}):
-        check_training(Train(**fields), base_folder)
+        for check in training_checks(Train(**fields), base_folder):
+            check()
 
 
 @pytest.mark.parametrize(
@@ -418,4 +419,5 @@ def test_too_little_memory(tmp_path: Path) -> None:
         f"Training {tmp_path} with strategy full needs about {16 * 1024 * columns / 2**30:.1f} GiB and this machine "
         f"has {have:.1f} GiB. Use `strategy: lora`, a smaller model, or more GPUs."
     )
-    check_training(Train(strategy="lora"), tmp_path)
+    for check in training_checks(Train(strategy="lora"), tmp_path):
+        check()

@@ -1,1 +1,1 @@
-"""Checks and estimates a run before it starts."""
+"""Checks and cost estimates before a run."""

@@ -1,8 +1,8 @@
-"""One step of training, or one batch of scoring, on tensors without data: what it would take, for any architecture.
+"""Dry run of a training step or scoring batch.
 
-The model is made from its config under PyTorch's FakeTensorMode, whose tensors know shape, dtype and storage and hold
-nothing. A dispatch mode follows each operation: bytes that are alive, bytes moved, floating-point operations. So the
-memory of activations, logits, checkpointing and adapters is counted, not guessed at from a formula per architecture.
+The model is made from its config under PyTorch's FakeTensorMode: tensors have shape, dtype and storage but no data. A
+dispatch mode counts live bytes, moved bytes and floating-point operations. This measures the memory of activations,
+logits, checkpointing and adapters for any architecture, without a formula for each.
 """
 
 from __future__ import annotations
@@ -26,51 +26,55 @@ from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.lora import Lora
 
-_ADAM_BYTES = 8  # the two moments of a trained parameter, float32
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")  # whose last two factors are matrices, or stacks of them
-_FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of its head
+_ADAM_BYTES = 8  # two float32 moments per trained parameter
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")  # the last two arguments are matrices or stacks of matrices
+_FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # the outputs requested by SFTTrainer
 
 
 @dataclass
 class Work:
-    """What was done. `moved`: bytes read and written by operations that have no entry in the other two."""
+    """Counted operations."""
 
     products: Counter[tuple[int, int, int, torch.dtype]] = field(default_factory=Counter)
     """Floating-point operations of matrix products, by (rows, inner, columns, dtype of the factors)."""
     flops: Counter[torch.dtype] = field(default_factory=Counter)
-    """Those of all else that has some (attention), by the dtype of the factors."""
+    """Other floating-point operations (attention), by the dtype of the factors."""
     moved: int = 0
+    """Bytes read and written by all other operations."""
     calls: int = 0
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one step takes. `held`: weights and the optimizer's state; `peak`: with gradients and activations. Bytes."""
+    """Memory (bytes) and work of one step."""
 
     held: int
+    """Weights and optimizer state."""
     peak: int
+    """`held`, gradients and activations."""
     trained: int
-    """Parameters that are trained."""
+    """Number of trained parameters."""
     work: Work
     lora_a: int = 0
-    """Of these, those in the A's of a LoRA."""
+    """Number of trained parameters in LoRA's A matrices."""
 
 
 def training_step(
     folder: Path, strategies: Combined, settings: Any, *, batch: int, length: int, init: dict[str, Any]
 ) -> StepCost:
-    """Return what a step of training takes.
+    """Return the cost of one training step.
 
     Args:
-        folder: has config.json; the weights are not read.
-        strategies: of the stage. The carrier says what is trained; the others count with their bytes per parameter.
-        settings: the stage's SFTConfig, of which dtype, accumulation and checkpointing are taken.
+        folder: model folder; only config.json is read.
+        strategies: the stage's strategies. The carrier selects the trained parameters; the others add their bytes per
+            parameter.
+        settings: the stage's SFTConfig; dtype, accumulation and checkpointing are used.
         batch: rows of a micro-batch.
         length: tokens of the longest example of a batch.
         init: keyword arguments of `from_pretrained`.
 
     Raises:
-        ModelError: transformers cannot make a model of this config.
+        ModelError: transformers cannot make a model from this config.
     """
     from trl.trainer.utils import add_fused_lm_head
 
@@ -85,7 +89,7 @@ def training_step(
         _materialise(opened)
         weights = meter.restart()
         inputs = torch.zeros((batch, length), dtype=torch.long)
-        for _ in range(min(settings.gradient_accumulation_steps, 2)):  # from the second on, gradients are there already
+        for _ in range(min(settings.gradient_accumulation_steps, 2)):  # from the second on, gradients exist
             meter.work = Work()
             with autocast:
                 out = opened(input_ids=inputs, labels=inputs, fused_lm_head=True, use_cache=False)
@@ -99,7 +103,10 @@ def training_step(
 
 
 def scoring_batch(folder: Path, *, batch: int, length: int, dtype: torch.dtype) -> StepCost:
-    """Return what lm-eval's scoring of one batch takes: a forward pass, and a float32 softmax over all logits."""
+    """Return lm-eval's cost of one batch.
+
+    It is a forward pass and a float32 softmax over all logits.
+    """
     model = _model(folder, {"dtype": dtype}).eval()
     with FakeTensorMode(), _Meter() as meter, torch.no_grad():
         _materialise(model)
@@ -111,16 +118,19 @@ def scoring_batch(folder: Path, *, batch: int, length: int, dtype: torch.dtype) 
 
 
 def _model(folder: Path, init: dict[str, Any]) -> Any:
-    """Return a model on the meta device, where peft can change it; fake tensors refuse to be moved."""
+    """Make a model on the meta device.
+
+    peft cannot move fake tensors.
+    """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **init)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ModelError(f"transformers cannot make a model of {folder / 'config.json'}: {error}") from error
+        raise ModelError(f"transformers cannot make a model from {folder / 'config.json'}: {error}") from error
 
 
 def _materialise(model: torch.nn.Module) -> None:
-    """Put tensors of the current mode in place of those on the meta device; tied ones stay tied."""
+    """Replace meta tensors by fake ones; keep ties."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for own in (module._parameters, module._buffers):
@@ -140,22 +150,23 @@ def _checkpoint(model: Any, options: Any) -> None:
 
 
 def _opened(strategies: Combined, model: Any) -> Any:
-    """Return what is trained. Carriers that train all weights may decompose them at the start, which has no data here.
+    """Return the model to train, opened for LoRA only.
 
-    What those add is in their bytes per parameter. QLoRA is LoRA on weights that take less.
+    Other carriers may decompose weights at the start, which needs data; their bytes per parameter cover the additions.
+    QLoRA is LoRA on smaller weights.
     """
     carrier = strategies.carrier
     return Lora.open(carrier, model, None) if isinstance(carrier, Lora) else model
 
 
 def _added_bytes(strategies: Combined) -> int:
-    """Return the bytes per parameter that the dry step does not see."""
-    seen = Lora if isinstance(strategies.carrier, Lora) else Full
-    return strategies.bytes_per_parameter - seen.bytes_per_parameter
+    """Return bytes per parameter missing from the dry step."""
+    counted = Lora if isinstance(strategies.carrier, Lora) else Full
+    return strategies.bytes_per_parameter - counted.bytes_per_parameter
 
 
 def _moments(optimizer: str) -> int:
-    """Return an optimizer's bytes for each trained parameter."""
+    """Return an optimizer's bytes per trained parameter."""
     name = optimizer.lower()
     if "8bit" in name:
         return 2
@@ -163,7 +174,7 @@ def _moments(optimizer: str) -> int:
 
 
 class _Meter(TorchDispatchMode):
-    """Follows all operations: which storages are alive, what is moved and computed."""
+    """Counts live storages, moved bytes and floating-point operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +183,7 @@ class _Meter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def restart(self) -> int:
-        """Count anew from here; return the bytes that are alive."""
+        """Reset peak and work; return the live bytes."""
         self.peak, self.work = self.live, Work()
         return self.live
 
@@ -181,8 +192,8 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        known = {t.untyped_storage()._cdata for t in given}
-        fresh = [t for t in made if t.untyped_storage()._cdata not in known]
+        inputs = {t.untyped_storage()._cdata for t in given}
+        fresh = [t for t in made if t.untyped_storage()._cdata not in inputs]
         for tensor in fresh:
             self._watch(tensor.untyped_storage())
         if fresh or func._schema.is_mutable:

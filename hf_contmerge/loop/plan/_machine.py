@@ -1,4 +1,4 @@
-"""This machine: what it has, and how fast it is, by a calibration of about two seconds."""
+"""This machine's resources and speeds."""
 
 from __future__ import annotations
 
@@ -18,52 +18,55 @@ import torch
 from hf_contmerge.runtime.device import cpu_only
 
 Shape = tuple[int, int, int, torch.dtype]
-"""Of a matrix product: (rows, inner, columns) and the dtype of the factors."""
+"""A matrix product: rows, inner, columns, dtype of the factors."""
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _DISK_PROBE = 2**26
-_TRIED = 8  # shapes of matrix products, of a step or a batch
-_SIDE = 16384  # elements; of a wider matrix, as many are tried
-_TURNS = 3  # of each measurement; the fastest counts, for what disturbs only ever slows down
+_TRIED = 8  # matrix-product shapes measured per step or batch
+_SIDE = 16384  # elements; wider matrices are cut to this
+_TURNS = 3  # runs of each measurement; the fastest counts, since disturbances only slow down
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is. Bytes."""
+    """The machine's resources, in bytes."""
 
     cores: int
     memory: int
-    """Main memory that a process may use: the machine's, or the container's limit."""
+    """Usable main memory: the machine's, or the container's limit."""
     available: int
-    """How much of it is free now."""
+    """Free part of `memory` now."""
     gpus: tuple[int, ...]
-    """Free memory of each GPU that will be used."""
+    """Free memory of each usable GPU."""
     disk: int
     """Free on the disk of the run folder."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What it does in a second. It was measured on a machine as quiet as processor seconds tell."""
+    """The machine's speeds, per second."""
 
     flops: dict[torch.dtype, float]
-    """Of matrix products, by the dtype of the factors; all threads, or one GPU."""
+    """Floating-point operations of matrix products, by the dtype of the factors; all threads, or one GPU."""
     moved: float
-    """Bytes read and written by operations on elements; all threads, or one GPU."""
+    """Bytes read and written by elementwise operations; all threads, or one GPU."""
     call: float
-    """Seconds that an operation costs at least."""
+    """Minimum seconds per operation."""
     decomposed: float
-    """Operations of a float64 symmetric eigendecomposition, one thread; counted as merge_tensor.job_of does."""
+    """Operations of a float64 symmetric eigendecomposition, one thread; counted as in merging/costs.py."""
     hashed: float
-    """Bytes of SHA-256, one thread."""
+    """Bytes hashed with SHA-256, one thread."""
     written: float
-    """Bytes to the disk of the run folder, with fsync."""
+    """Bytes written to the run folder's disk, with fsync."""
 
     def products(self, work: Mapping[Shape, int]) -> float:
-        """Return the seconds of matrix products: shapes that make up most of the work are tried, for a skinny matrix
-        or a wide one can be several times slower than a square one. The others go as fast as those on average.
+        """Return the seconds of matrix products.
 
-        `work`: floating-point operations by shape.
+        The shapes with most work are measured, since skinny or wide matrices can be several times slower than square
+        ones. The other shapes get the average speed of the measured ones.
+
+        Args:
+            work: floating-point operations by shape.
         """
         done = seconds = 0.0
         for shape, flops in sorted(work.items(), key=lambda item: -item[1])[:_TRIED]:
@@ -72,17 +75,17 @@ class Speeds:
 
 
 def this_machine(folder: Path) -> Machine:
-    """Look at the machine. `folder`: the run's, which need not exist yet."""
-    there = _existing(folder)
+    """Return this machine's resources. `folder` may be missing."""
+    existing = _existing(folder)
     gpus = () if cpu_only() else tuple(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     memory = psutil.virtual_memory()
     limit = min([memory.total, *_limits()])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cores, limit, min(memory.available, limit), gpus, shutil.disk_usage(there).free)
+    return Machine(cores, limit, min(memory.available, limit), gpus, shutil.disk_usage(existing).free)
 
 
 def measure_speeds(folder: Path) -> Speeds:
-    """Measure the machine where the run will compute and write; about two seconds."""
+    """Measure this machine's speeds, in about two seconds."""
     device = torch.device("cpu" if cpu_only() else "cuda")
     size = 1024 if device.type == "cpu" else 8192
     flops = {d: 2 * size**3 / _product(size, d, device) for d in (torch.float32, torch.bfloat16)}
@@ -90,37 +93,40 @@ def measure_speeds(folder: Path) -> Speeds:
 
 
 def _limits() -> list[int]:
-    words = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.is_file()]
-    return [int(word) for word in words if word.isdigit()]
+    limits = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.is_file()]
+    return [int(limit) for limit in limits if limit.isdigit()]
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
+    """Return the folder or its nearest existing parent."""
     return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
 
 
 def _fastest(work: Callable[[], object], *, waits: bool = False) -> float:
-    """Return the seconds of the fastest of a few turns, after one to warm up.
+    """Return the seconds of the fastest run, after a warm-up.
 
-    Other programs make a turn longer on the clock, not in processor seconds, so that the smaller of the two counts;
-    but where `work` waits for a device, the clock.
+    Other programs lengthen wall time but not processor time, so the smaller of the two counts. Where `work` waits for a
+    device, wall time counts.
     """
     waits = waits or not cpu_only()
     work()
-    found = []
+    seconds = []
     for _ in range(_TURNS):
         start, own = time.perf_counter(), time.process_time()
         work()
         if torch.cuda.is_available() and not cpu_only():
             torch.cuda.synchronize()
         on_the_clock, own = time.perf_counter() - start, time.process_time() - own
-        found.append(on_the_clock if waits or own <= 0 else min(on_the_clock, own))
-    return min(found)
+        seconds.append(on_the_clock if waits or own <= 0 else min(on_the_clock, own))
+    return min(seconds)
 
 
 @functools.cache
 def product_speed(shape: Shape) -> float:
-    """Measure the floating-point operations a second of products of a shape; of larger ones, of a part of them."""
+    """Measure operations per second of a shape.
+
+    Large shapes are cut.
+    """
     device = torch.device("cpu" if cpu_only() else "cuda")
     most = 2e9 if device.type == "cpu" else 2e12
     rows, inner, columns, dtype = shape
@@ -136,7 +142,10 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _moved(device: torch.device) -> float:
-    """Time a mixture of what elements go through: an activation and a product, on tensors beyond the cache."""
+    """Measure bytes per second of elementwise operations.
+
+    The tensors are larger than the cache.
+    """
     a, b = (torch.ones(2**22 if device.type == "cpu" else 2**27, device=device) for _ in range(2))
     return 7 * a.nbytes / _fastest(lambda: torch.nn.functional.silu(a).exp() * b)
 
@@ -170,7 +179,7 @@ def _hashed() -> float:
 
 
 def _written(folder: Path) -> float:
-    """Time a file that is written and synced. A folder that cannot be written is told of elsewhere: 0 then."""
+    """Measure write speed with fsync; 0 if read-only."""
     if not os.access(folder, os.W_OK):
         return 0.0
     with tempfile.TemporaryFile(dir=folder) as file:

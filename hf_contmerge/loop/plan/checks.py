@@ -1,4 +1,7 @@
-"""Every check of a run, in one list: `run` stops at the first that fails, `plan` collects them all."""
+"""All checks of a run.
+
+`run` stops at the first error, `plan` collects all.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from hf_contmerge.errors import DataError, ModelError, RecipeError, ResourceError, size
 from hf_contmerge.loop._entries import make_entry_rule, merge_kinds, with_replay
-from hf_contmerge.loop.plan.disk import Trained, disk_use, peak_disk
+from hf_contmerge.loop.plan.disk import Trained, disk_need, disk_use
 from hf_contmerge.loop.trackers import check_trackers
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.rules import make_rule
@@ -44,211 +47,217 @@ LOG = logging.getLogger(__name__)
 
 @dataclass
 class Prepared:
-    """A run's models, rules and data, filled in while it is checked."""
+    """Models, rules and data found by the checks."""
 
     base: Path = Path()
     rules: dict[str, MergeRule] = field(default_factory=dict)
     """By merge entry."""
     kinds: dict[str, str] = field(default_factory=dict)
-    """Merge entry -> the kind of expert that it folds."""
+    """Kind of expert by merge entry."""
     given: dict[str, Path] = field(default_factory=dict)
-    """Model name in the recipe -> its folder, for given experts and what is taken from them."""
+    """Folders of the recipe's `expert` and `minus` models, by name."""
     data: dict[str, StageData] = field(default_factory=dict)
     """By stage."""
     tasks_checked: bool = False
 
     def is_whole(self, recipe: Recipe) -> bool:
-        """Say whether all that the recipe names was found."""
+        """Check for all models and data of the recipe."""
         stages = [s.name for s in recipe.stages if s.dataset]
         return bool(self.kinds) and _given_names(recipe) == set(self.given) and set(stages) == set(self.data)
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Where and how a run is checked."""
+    """Settings of the checks."""
 
     tasks: Path
-    """The folder for tasks that are made from datasets."""
+    """Folder for tasks made from datasets."""
     processes: int = 1
     per_machine: int = 1
     is_main: bool = True
-    """This process writes the task files, and makes the checks that one process is enough for."""
+    """Whether this process writes task files and runs the once-per-job checks."""
     plans: bool = False
-    """No weights are fetched or read, and memory and disk are judged by estimates."""
+    """Whether weights are skipped, and memory and disk are judged by estimates."""
     resolve: Callable[..., Path] = resolve_model
-    """Finds a model by its name."""
+    """Resolves a model name to a folder."""
 
 
 def prepare(run: Run, ranks: Ranks) -> Prepared:
-    """Find and check all that the recipe names, before hours are spent. Raises the first error."""
+    """Run all checks; raise the first error."""
     check_versions(ranks)
     how = Circumstances(run.tasks, ranks.size, ranks.per_host, ranks.is_main)
 
     def look_up() -> Prepared:
-        found = Prepared()
-        for check in checks(run, found, how):
+        prepared = Prepared()
+        for check in checks(run, prepared, how):
             check()
-        return found
+        return prepared
 
-    found = ranks.main_first(look_up)
+    prepared = ranks.main_first(look_up)
     if ranks.is_main:
-        run.link_base(found.base)
-    return found
+        run.link_base(prepared.base)
+    return prepared
 
 
-def checks(run: Run, found: Prepared, how: Circumstances) -> Iterator[Check]:
-    """Yield every check of a run, the cheap ones first; `found` is filled by them.
+def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
+    """Yield all checks, cheap ones first.
 
-    A check is called; it raises ContmergeError. Those that need what another one failed to find are left out.
+    A check is a callable; it fills `prepared` or raises ContmergeError. Checks after a failed one are left out if they
+    depend on it.
     """
     recipe = run.recipe
     yield run.check_folder
     yield partial(check_trackers, recipe.train)
     for entry in recipe.merge:
-        yield partial(_make_rule, found, entry)
-    if len(found.rules) == len(recipe.merge):
-        found.kinds = merge_kinds(recipe, found.rules)
+        yield partial(_make_rule, prepared, entry)
+    if len(prepared.rules) == len(recipe.merge):
+        prepared.kinds = merge_kinds(recipe, prepared.rules)
     yield partial(check_ladder, recipe)
     yield partial(make_strategies, recipe.train)
-    yield partial(_find_base, found, recipe, how)
-    if found.base == Path():
+    yield partial(_find_base, prepared, recipe, how)
+    if prepared.base == Path():
         return
-    yield partial(check_mergeable, found.base)
-    yield partial(check_tokenizer, found.base)
+    yield partial(check_mergeable, prepared.base)
+    yield partial(check_tokenizer, prepared.base)
     for stage in recipe.stages:
-        yield partial(_find_given, found, recipe, stage, how)
+        yield partial(_find_given, prepared, recipe, stage, how)
     for entry in recipe.merge:
-        yield partial(_check_companions, found, recipe, entry)
-    yield partial(check_scoring, recipe, found, how)
+        yield partial(_check_companions, prepared, recipe, entry)
+    yield partial(check_scoring, recipe, prepared, how)
     if how.is_main and not how.plans:
-        yield partial(check_vectors, recipe, found)
-        yield from (partial(check_statistics, rule, found.given.values()) for rule in found.rules.values())
+        yield partial(check_vectors, recipe, prepared)
+        yield from (partial(check_statistics, rule, prepared.given.values()) for rule in prepared.rules.values())
     if any(s.dataset for s in recipe.stages):
-        yield from training_checks(recipe.train, found.base, memory=not how.plans)
-        yield partial(check_asked, found.rules, recipe.train)
-    yield from _checks_of_data(recipe, found, how)
-    yield from _checks_of_tasks(run, found, how)
+        yield from training_checks(recipe.train, prepared.base, memory=not how.plans)
+        yield partial(check_asked, prepared.rules, recipe.train)
+    yield from _checks_of_data(recipe, prepared, how)
+    yield from _checks_of_tasks(run, prepared, how)
     if how.is_main and not how.plans:
-        yield partial(check_disk, run, found)
+        yield partial(check_disk, run, prepared)
 
 
-def _checks_of_data(recipe: Recipe, found: Prepared, how: Circumstances) -> Iterator[Check]:
+def _checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
     for stage in recipe.stages:
-        yield partial(_load_stage, found, recipe, stage, how)
+        yield partial(_load_stage, prepared, recipe, stage, how)
     for task in recipe.tasks():
         if task.dataset and how.is_main:
             yield partial(write_task, how.tasks, task)
-    if found.is_whole(recipe):
-        yield partial(check_kept_adapters, recipe, found)
-        yield from data_checks(recipe, found.data)
-        yield partial(check_replay, recipe, found.data)
+    if prepared.is_whole(recipe):
+        yield partial(check_kept_adapters, recipe, prepared)
+        yield from data_checks(recipe, prepared.data)
+        yield partial(check_replay, recipe, prepared.data)
 
 
-def _checks_of_tasks(run: Run, found: Prepared, how: Circumstances) -> Iterator[Check]:
-    """Yield a check of all tasks together, since indexing takes seconds; then, where it fails, of each."""
+def _checks_of_tasks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
+    """Yield a check of all tasks, then of each.
+
+    Indexing takes seconds, so tasks are checked one by one only if the joint check fails.
+    """
     recipe = run.recipe
     made = {s.heldout_task for s in recipe.stages} | {t.name for t in recipe.tasks() if t.dataset}
-    whole = found.is_whole(recipe)
+    whole = prepared.is_whole(recipe)
     tasks = [t for t in recipe.measured(run.stage_numbers()) if whole or t.name not in made]
     if tasks:
-        yield partial(_check_tasks, found, recipe, tasks, how)
-        if not found.tasks_checked:
+        yield partial(_check_tasks, prepared, recipe, tasks, how)
+        if not prepared.tasks_checked:
             folders = recipe.evaluate.task_folders(how.tasks)
             yield from (partial(check_tasks, [t], folders, split=recipe.tunes) for t in tasks if t.name not in made)
 
 
-def _check_tasks(found: Prepared, recipe: Recipe, tasks: list[Task], how: Circumstances) -> None:
+def _check_tasks(prepared: Prepared, recipe: Recipe, tasks: list[Task], how: Circumstances) -> None:
     folders = recipe.evaluate.task_folders(how.tasks)
     try:
         check_tasks(tasks, folders, split=recipe.tunes, limit=recipe.evaluate.limit)
     except (RecipeError, DataError):
         raise
-    except ResourceError:  # names all tasks that it is about
-        found.tasks_checked = True
+    except ResourceError:  # its message names all affected tasks
+        prepared.tasks_checked = True
         raise
-    found.tasks_checked = True
+    prepared.tasks_checked = True
 
 
-# Finding
+# Lookup
 
 
-def _make_rule(found: Prepared, entry: Merge) -> None:
-    found.rules[entry.name] = make_entry_rule(entry)
+def _make_rule(prepared: Prepared, entry: Merge) -> None:
+    prepared.rules[entry.name] = make_entry_rule(entry)
 
 
-def _find_base(found: Prepared, recipe: Recipe, how: Circumstances) -> None:
-    found.base = how.resolve(recipe.base_model)
+def _find_base(prepared: Prepared, recipe: Recipe, how: Circumstances) -> None:
+    prepared.base = how.resolve(recipe.base_model)
 
 
 def _given_names(recipe: Recipe) -> set[str]:
     return {name for s in recipe.stages for name in (s.expert, s.minus) if name}
 
 
-def _find_given(found: Prepared, recipe: Recipe, stage: Stage, how: Circumstances) -> None:
-    """Find the models that a stage names, and check that they fit the base.
+def _find_given(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumstances) -> None:
+    """Find a stage's given models; check their fit.
 
-    Raises ModelError or RecipeError for one that does not, or an adapter where a difference of two models is asked for.
+    Raises:
+        ModelError: a model does not fit the base.
+        RecipeError: an adapter in a difference of two models.
     """
-    base, names = found.base, [name for name in (stage.expert, stage.minus) if name]
-    here = {name: how.resolve(name, adapters=True) for name in names}
+    base, names = prepared.base, [name for name in (stage.expert, stage.minus) if name]
+    folders = {name: how.resolve(name, adapters=True) for name in names}
     for name in names:
-        if stage.minus and is_adapter(here[name]):
+        if stage.minus and is_adapter(folders[name]):
             raise RecipeError(
-                f"Stage {stage.name} takes the difference of two models, and {name} is an adapter, which is a "
-                "difference already. Name it as `expert`, without `minus`; or merge it into its base first."
+                f"Stage {stage.name} takes the difference of two models, but {name} is an adapter, already a "
+                "difference. Set it as `expert` without `minus`, or merge it into its base first."
             )
-    for path in here.values():
+    for path in folders.values():
         if is_adapter(path):
             _check_adapter(path, base, recipe.base_model)
         else:
             check_same_layout(base, path)
             check_mergeable(path)
     if stage.expert and stage.minus:
-        _log(check_vector(base, here[stage.expert], here[stage.minus]))
-    found.given |= here
+        _log(check_vector(base, folders[stage.expert], folders[stage.minus]))
+    prepared.given |= folders
 
 
-def _load_stage(found: Prepared, recipe: Recipe, stage: Stage, how: Circumstances) -> None:
-    """Load a stage's dataset, and write the task that measures its held-out text."""
+def _load_stage(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumstances) -> None:
+    """Load a stage's dataset and write its held-out task."""
     if not stage.dataset:
         return
     data = load_stage_data(stage.dataset, seed=recipe.seed)
     if stage.heldout_task and how.is_main:
         chars = stage.dataset.heldout_chars
-        documents = heldout_documents(data, chars=chars, tokenizer_folder=found.base)
+        documents = heldout_documents(data, chars=chars, tokenizer_folder=prepared.base)
         write_perplexity_task(how.tasks, stage.heldout_task, documents)
-    found.data[stage.name] = data
+    prepared.data[stage.name] = data
 
 
-# Checking
+# Checks
 
 
-def check_scoring(recipe: Recipe, found: Prepared, how: Circumstances) -> None:
-    """Raise an error unless the job can score models in the way that `evaluate` asks for."""
+def check_scoring(recipe: Recipe, prepared: Prepared, how: Circumstances) -> None:
+    """Raise an error for unsupported `evaluate` settings."""
     trained = any(s.dataset for s in recipe.stages) and make_strategies(recipe.train).carrier.keeps_adapter()
-    adapter = trained or any(is_adapter(folder) for folder in found.given.values())
+    adapter = trained or any(is_adapter(folder) for folder in prepared.given.values())
     check_evaluate(recipe.evaluate, processes=how.processes, per_machine=how.per_machine, adapter=adapter)
     if recipe.evaluate.chat_template:
-        check_template(found.base)
+        check_template(prepared.base)
 
 
-def _check_companions(found: Prepared, recipe: Recipe, entry: Merge) -> None:
-    """Raise an error unless the model whose tokenizer a merge takes over has one."""
-    folder = found.given.get(recipe.tokenizer_model(len(recipe.stages), entry) or "")
+def _check_companions(prepared: Prepared, recipe: Recipe, entry: Merge) -> None:
+    """Raise an error if `tokenizer_from` has no tokenizer."""
+    folder = prepared.given.get(recipe.tokenizer_model(len(recipe.stages), entry) or "")
     if folder and is_adapter(folder):
         raise RecipeError(
-            f"tokenizer_from: {entry.tokenizer_from} is given as an adapter ({folder}), which is no whole model. Name "
+            f"tokenizer_from: {entry.tokenizer_from} is an adapter ({folder}), but a full model is required. Choose "
             "another stage, or merge the adapter into its base first."
         )
     if folder:
         check_tokenizer(folder)
 
 
-def check_vectors(recipe: Recipe, found: Prepared) -> None:
-    """Look at the weights of models whose difference a stage takes. Raises ModelError for two of different origin."""
+def check_vectors(recipe: Recipe, prepared: Prepared) -> None:
+    """Raise ModelError for vectors of different origin."""
     for stage in recipe.stages:
         if stage.expert and stage.minus:
-            _log(check_origin(found.base, found.given[stage.expert], found.given[stage.minus]))
+            _log(check_origin(prepared.base, prepared.given[stage.expert], prepared.given[stage.minus]))
 
 
 def _log(sentences: Iterable[str]) -> None:
@@ -260,33 +269,33 @@ def _check_adapter(folder: Path, base: Path, name: str) -> None:
     adapter = Adapter(folder, Weights(base))
     if adapter.base_model and not is_same_base(adapter.base_model, {name, str(base.resolve())}):
         raise ModelError(
-            f"{folder} was trained on {adapter.base_model}, and `base_model` is {name}: it would change weights that "
-            "it does not belong to. Give an adapter of this base; if the two are copies of one model, write the name "
-            f"in the recipe into base_model_name_or_path of {folder / 'adapter_config.json'}."
+            f"{folder} was trained on {adapter.base_model}, but `base_model` is {name}: it does not match this base "
+            "model. Use an adapter of this base; if both names are copies of one model, write the recipe's name into "
+            f"base_model_name_or_path of {folder / 'adapter_config.json'}."
         )
 
 
-def check_kept_adapters(recipe: Recipe, found: Prepared) -> None:
-    """Raise RecipeError where experts are to be kept as adapters of the base, and one would start from elsewhere."""
+def check_kept_adapters(recipe: Recipe, prepared: Prepared) -> None:
+    """Raise RecipeError for kept adapters with another start."""
     if not make_strategies(recipe.train).carrier.keeps_adapter():
         return
-    cure = "Remove `keep`, so that each LoRA is folded into a whole model; or set the entry's `start_from: base`"
+    cure = "Remove `keep`, to fold each LoRA into a full model; or set the entry's `start_from: base`"
     for before, stage in itertools.pairwise(recipe.stages):
-        for entry, kind in found.kinds.items() if stage.dataset else ():
-            start = f"train.parameters.keep: merge entry {entry} has stage {stage.name} start from"
+        for entry, kind in prepared.kinds.items() if stage.dataset else ():
+            start = f"train.parameters.keep: for merge entry {entry}, stage {stage.name} starts from"
             if kind.startswith("merged-"):
                 raise RecipeError(
-                    f"{start} the merged model, and an adapter trained there is none of the base. {cure} or `previous`."
+                    f"{start} the merged model, and its adapter would not be one of the base. {cure} or `previous`."
                 )
-            if kind == "previous" and before.expert and (before.minus or not is_adapter(found.given[before.expert])):
+            if kind == "previous" and before.expert and (before.minus or not is_adapter(prepared.given[before.expert])):
                 raise RecipeError(
-                    f"{start} that of stage {before.name}, which is a whole model, and an adapter trained there is "
-                    f"none of the base. {cure}."
+                    f"{start} the full model of stage {before.name}, and its adapter would not be one of the base. "
+                    f"{cure}."
                 )
 
 
 def check_ladder(recipe: Recipe) -> None:
-    """Raise RecipeError for a rung of the guard's ladder with an unknown rule, or a parameter that does not fit."""
+    """Raise RecipeError for a bad rung in guard.ladder."""
     for number, rung in enumerate(recipe.guard.ladder if recipe.guard else ()):
         if rung.rule:
             make_rule(rung.rule, rung.parameters, where=f"guard.ladder.{number}")
@@ -295,7 +304,7 @@ def check_ladder(recipe: Recipe) -> None:
 
 
 def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
-    """Raise DataError where a stage's examples could not be replayed among those of a later one."""
+    """Raise DataError if examples cannot be replayed later."""
     stages = [(s.dataset.path, data[s.name].train.select([0])) for s in recipe.stages if s.dataset]
     ladder = recipe.guard.ladder if recipe.guard else ()
     replays = "replay" in recipe.train.strategy or any(rung.do == "replay" for rung in ladder)
@@ -303,18 +312,18 @@ def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
         in_form_of(fresh, old, path)
 
 
-def check_disk(run: Run, found: Prepared) -> None:
-    """Raise ResourceError if what is still to be written does not fit on the disk."""
-    base = Weights(found.base)
+def check_disk(run: Run, prepared: Prepared) -> None:
+    """Raise ResourceError if the disk is too small."""
+    base = Weights(prepared.base)
     carrier = make_strategies(run.recipe.train).carrier
-    # How much an adapter holds is not known without the model; it is little.
+    # An adapter's size needs the model; it is small enough to leave out.
     whole = carrier.bytes_per_parameter >= Full.bytes_per_parameter
     trained = Trained(base.numel() if whole else 0, carrier.keeps_adapter())
-    uses = (disk_use(s, run, base, found.rules, trained) for s in run_steps(run, found.kinds) if not s.done)
-    need = peak_disk(uses)[1]
+    uses = (disk_use(s, run, base, prepared.rules, trained) for s in run_steps(run, prepared.kinds) if not s.done)
+    need = disk_need(uses).peak
     free = shutil.disk_usage(run.folder).free
     if need > free:
         raise ResourceError(
-            f"This run still needs about {size(need)} in {run.folder} and {size(free)} are free. "
-            "Free some, name another disk with --run, or use fewer merge entries."
+            f"This run still needs about {size(need)} in {run.folder}, but {size(free)} are free. "
+            "Free some space, choose another disk with --run, or use fewer merge entries."
         )

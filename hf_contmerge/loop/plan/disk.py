@@ -1,11 +1,11 @@
-"""What each phase of a run writes to the disk."""
+"""Disk use of each phase of a run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,29 +24,42 @@ _ADAM = 8  # bytes per trained parameter
 
 @dataclass(frozen=True)
 class Trained:
-    """What of the model is trained: so many parameters, and whether the expert is kept as an adapter of these alone."""
+    """The trained part of a model."""
 
     count: int
+    """Number of trained parameters."""
     as_adapter: bool = False
+    """Whether the expert is stored as an adapter."""
 
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Bytes that a phase adds: what is kept once it is done, and how much more there is while it works."""
+    """Bytes written by a phase."""
 
     kept: int
+    """Bytes left at the end of the phase."""
     at_work: int
+    """Further bytes during the phase."""
+
+
+class DiskNeed(NamedTuple):
+    """Bytes of several phases in order."""
+
+    kept: int
+    """Bytes left at the end."""
+    peak: int
+    """Most bytes at any time."""
 
 
 def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule], trained: Trained) -> DiskUse:
-    """Return what a phase writes, from the sizes of the tensors.
+    """Return a phase's disk use, from tensor sizes.
 
     Args:
         step: the phase.
         run: its run.
-        base: the base model, of which headers are read.
-        rules: of the merge entries, by name.
-        trained: what checkpoints hold, with the optimizer's state.
+        base: the base model; only headers are read.
+        rules: rules by merge entry.
+        trained: the trained part, stored in checkpoints with the optimizer state.
     """
     companions = _companions_bytes(base)
     if step.phase == "train" and isinstance(step.place, ExpertPlace):
@@ -63,24 +76,24 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
     if step.phase == "merge" and isinstance(step.place, MergePlace):
         entry, rule = step.place.entry, rules[step.place.entry.name]
         state = state_bytes(base, rule)
-        kept_before = state if step.t > 1 else 0  # pruned as soon as this stage's is recorded
+        kept_before = state if step.t > 1 else 0  # pruned once this stage's state is recorded
         ladder = run.recipe.guard.ladder if run.recipe.guard else ()
         again = model_bytes(base, torch.float32) if any(rung.do == "replay" for rung in ladder) and step.t > 1 else 0
         return DiskUse(model_bytes(base, merged_dtype(entry)) + companions + state - kept_before, kept_before + again)
     return DiskUse(0, 0)
 
 
-def peak_disk(uses: Iterable[DiskUse]) -> tuple[int, int]:
-    """Return (what is left at the end, the most that is there at any time) of phases in their order, in bytes."""
-    kept = most = 0
+def disk_need(uses: Iterable[DiskUse]) -> DiskNeed:
+    """Add up the disk use of phases in order."""
+    kept = peak = 0
     for use in uses:
         kept += use.kept
-        most = max(most, kept + use.at_work)
-    return kept, most
+        peak = max(peak, kept + use.at_work)
+    return DiskNeed(kept, peak)
 
 
 def model_bytes(base: Weights, dtype: torch.dtype | None) -> int:
-    """Return the bytes of a model's tensors with the floating ones in `dtype` (None: as the base stores them)."""
+    """Return a model's bytes in `dtype` (None: the base's)."""
     floating = set(base.floating())
     return sum(
         math.prod(base.shape(n)) * (dtype.itemsize if dtype and n in floating else base.dtype(n).itemsize)
@@ -89,25 +102,27 @@ def model_bytes(base: Weights, dtype: torch.dtype | None) -> int:
 
 
 def state_bytes(base: Weights, rule: MergeRule) -> int:
-    """Return the bytes of a rule's running state: float32 for all parts, and a byte for the owner where it selects."""
+    """Return a running state's bytes."""
+    # float32 for each part, one byte per owner
     weights = [weight_of(base, name, 1) for name in base.floating()]
     owners = sum(math.prod(weight.shape) for weight in weights) if rule.selects else 0
     return 4 * sum(state_numel(rule, weight) for weight in weights) + owners
 
 
 def statistics_bytes(base: Weights) -> int:
-    """Return the bytes of an expert's statistics at most: linear maps that share their inputs are stored once."""
+    """Return the most bytes of an expert's statistics."""
+    # linear maps with the same inputs share one
     weights = [weight_of(base, name, 1) for name in base.floating()]
     return sum(4 * math.prod(inputs_shape(w.shape[1])) for w in weights if w.is_matrix and len(w.shape) == 2)
 
 
 def _checkpoint_bytes(count: int, fields: Mapping[str, Any]) -> int:
-    """Return the bytes of the checkpoints that lie there at a time: trained weights in float32, and Adam's moments."""
+    """Return the bytes of coexisting checkpoints."""
     copies = min(_CHECKPOINTS, int(fields.get("save_total_limit") or 1) + 1)
     return copies * (4 if fields.get("save_only_model") else 4 + _ADAM) * count
 
 
 def _companions_bytes(base: Weights) -> int:
-    """Return the bytes of config, tokenizer, ... which go with every model."""
+    """Return the bytes of config, tokenizer, ..."""
     files = (p for p in base.folder.iterdir() if p.suffix in COMPANIONS)
     return sum(p.stat().st_size for p in files if not p.name.endswith(".index.json"))

@@ -1,4 +1,4 @@
-"""What a run takes: memory, disk and time of each phase on this machine."""
+"""The plan of a run: checks and costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from hf_contmerge.run.recipe.schema import Recipe, Train
 
 if TYPE_CHECKING:
     from hf_contmerge.loop.plan._machine import Machine
-    from hf_contmerge.loop.plan.estimates import Cost, Estimates, Subject
+    from hf_contmerge.loop.plan._planned import Host, PlannedRun
+    from hf_contmerge.loop.plan.estimates import PhaseEstimate
 
 _CURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gradient_checkpointing: true", {"gradient_checkpointing": True}),
@@ -32,7 +33,7 @@ _CURES: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
 )
-"""What makes training smaller, from what costs least to what costs most."""
+"""Settings for a smaller training, cheapest first."""
 
 
 T = TypeVar("T")
@@ -40,13 +41,13 @@ T = TypeVar("T")
 
 @dataclass
 class Findings:
-    """What is wrong, and what is worth knowing; collected, so that all of it is told at once."""
+    """Errors and notes, collected to report all at once."""
 
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def ask(self, do: Callable[[], T]) -> T | None:
-        """Return what a function returns; keep a user error and return None."""
+        """Call a function; collect a user error."""
         try:
             return do()
         except ContmergeError as error:
@@ -56,63 +57,63 @@ class Findings:
 
 
 def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> dict[str, Any]:
-    """Check a run, and estimate what its phases take; `findings` gets what is wrong.
+    """Check a run and estimate its phases.
 
     Returns:
-        machine, phases and totals, for JSON; nothing if too much is wrong for estimates.
+        Machine, phases and totals, for JSON; empty if errors prevent estimates.
     """
     import psutil
 
     from hf_contmerge.loop.plan._machine import measure_speeds, this_machine
-    from hf_contmerge.loop.plan.estimates import Estimates, costs
+    from hf_contmerge.loop.plan._planned import Host
+    from hf_contmerge.loop.plan.estimates import estimates
     from hf_contmerge.run.steps import run_steps
 
     with tempfile.TemporaryDirectory() as scratch:
         count = processes or _processes(run.recipe)
-        subject = _checked(run, findings, Path(scratch), count)
-        if subject is None:
+        planned = _checked(run, findings, Path(scratch), count)
+        if planned is None:
             return {}
         _load_libraries()
-        start = psutil.Process().memory_info().rss  # this process has loaded what a run loads
-        machine, speeds = this_machine(run.folder), measure_speeds(run.folder)
-        estimates = Estimates(subject, machine, speeds, start=start, processes=count)
-        found = findings.ask(lambda: list(costs(estimates, list(run_steps(run, subject.kinds)))))
-        if found is None:
+        start = psutil.Process().memory_info().rss  # this process has loaded a run's libraries
+        host = Host(this_machine(run.folder), measure_speeds(run.folder), start, count)
+        phases = findings.ask(lambda: list(estimates(planned, host, run_steps(run, planned.kinds))))
+        if phases is None:
             return {}
         if run.recipe.tunes:
             findings.notes.append(
-                "What a guard or an `auto` parameter tries comes on top: each try writes a merged model beside the "
+                "Attempts of a guard or an `auto` parameter are not included: each writes a merged model next to the "
                 "merge and scores it on the validation slices."
             )
-        _judge(found, machine, run, findings)
-        _suggest(found, machine, estimates, subject, findings)
-        return _as_json(found, machine, count, run)
+        _judge(phases, host.machine, run, findings)
+        _suggest(phases, host, planned, findings)
+        return _as_json(phases, host, run)
 
 
-def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> Subject | None:
-    """Ask every check of the run; return what was found, or None after an error."""
+def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> PlannedRun | None:
+    """Run all checks; return None after an error."""
+    from hf_contmerge.loop.plan._planned import PlannedRun
     from hf_contmerge.loop.plan.checks import Circumstances, Prepared, checks
-    from hf_contmerge.loop.plan.estimates import Subject
     from hf_contmerge.models.headers import needs_converting, resolve_headers
 
-    found, tasks = Prepared(), scratch / "tasks"
+    prepared, tasks = Prepared(), scratch / "tasks"
     resolve = functools.partial(resolve_headers, scratch=scratch / "models")
     per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     how = Circumstances(tasks, processes, per_machine, plans=True, resolve=resolve)
-    for check in checks(run, found, how):
+    for check in checks(run, prepared, how):
         findings.ask(check)
     base = run.recipe.base_model
     if needs_converting(base):
         findings.notes.append(
-            f"{base} is a GGUF file: the run converts it to bfloat16 first, once, into the Hub's cache."
+            f"{base} is a GGUF file: the run first converts it to bfloat16, once, in the Hub's cache."
         )
     if findings.errors:
         return None
-    return Subject(run, found.base, found.rules, found.kinds, found.given, found.data, tasks)
+    return PlannedRun(run, prepared.base, prepared.rules, prepared.kinds, prepared.given, prepared.data, tasks)
 
 
 def _processes(recipe: Recipe) -> int:
-    """Return the processes of the job: those of the launcher; else one a GPU, or one for all of them."""
+    """Return the job's number of processes."""
     import torch
 
     from hf_contmerge.runtime.device import cpu_only
@@ -122,7 +123,7 @@ def _processes(recipe: Recipe) -> int:
 
 
 def _load_libraries() -> None:
-    """Import what training and scoring import when they begin."""
+    """Import the libraries of training and scoring."""
     from trl.trainer.sft_trainer import SFTTrainer
 
     from hf_contmerge.scoring.tasks import load_libraries
@@ -131,81 +132,82 @@ def _load_libraries() -> None:
     assert SFTTrainer
 
 
-# What cannot fit
+# Limits
 
 
-def _judge(found: Sequence[Cost], machine: Machine, run: Run, findings: Findings) -> None:
-    """Add an error for what does not fit this machine: merging, scoring, the disk. Of training, see `_suggest`."""
-    from hf_contmerge.loop.plan.disk import peak_disk
+def _judge(phases: Sequence[PhaseEstimate], machine: Machine, run: Run, findings: Findings) -> None:
+    """Add errors for merging, scoring and disk."""
+    from hf_contmerge.loop.plan.disk import disk_need
 
-    for phase, cure in (("merge", "fewer threads at a time"), ("score", "a smaller evaluate.batch_size")):
-        costs = [c for c in found if c.step.phase == phase]
-        worst = max(costs, key=lambda c: c.memory, default=None)
-        if worst and worst.memory > machine.memory:
+    for name, cure in (("merge", "fewer threads"), ("score", "a smaller evaluate.batch_size")):
+        worst = max((p for p in phases if p.step.phase == name), key=lambda p: p.cost.memory, default=None)
+        if worst and worst.cost.memory > machine.memory:
             findings.errors.append(
-                f"To {phase} takes about {size(worst.memory)} of memory ({_place(worst, run)}), and this machine has "
-                f"{size(machine.memory)}. Use {cure}, a smaller model or a larger machine."
+                f"The {name} phase needs about {size(worst.cost.memory)} of memory ({_place(worst, run)}), but this "
+                f"machine has {size(machine.memory)}. Use {cure}, a smaller model or a larger machine."
             )
-    need = peak_disk(c.disk for c in found)[1]
+    need = disk_need(p.disk for p in phases).peak
     if need > machine.disk:
         findings.errors.append(
-            f"This run still needs {size(need)} in {run.folder} and {size(machine.disk)} are free. Free some, name "
-            "another disk with --run, set train.save_strategy: 'no', or use fewer merge entries."
+            f"This run still needs {size(need)} in {run.folder}, but {size(machine.disk)} are free. Free some space, "
+            "choose another disk with --run, set train.save_strategy: 'no', or use fewer merge entries."
         )
-    most = max((c.memory for c in found), default=0)
+    most = max((p.cost.memory for p in phases), default=0)
     if machine.available < most <= machine.memory:
         findings.notes.append(
-            f"It takes up to {size(most)} of memory, and only {size(machine.available)} are free now: end other "
-            "programs first."
+            f"The run needs up to {size(most)} of memory, but only {size(machine.available)} are free now: close "
+            "other programs first."
         )
 
 
-def _suggest(
-    found: Sequence[Cost], machine: Machine, estimates: Estimates, subject: Subject, findings: Findings
-) -> None:
-    """Add an error if training does not fit, with the settings that would make it fit."""
-    limits = (machine.memory, min(machine.gpus, default=2**62))
-    worst = max((c for c in found if c.step.phase == "train"), key=lambda c: (c.vram, c.memory), default=None)
-    if worst is None or (worst.memory <= limits[0] and worst.vram <= limits[1]):
+def _suggest(phases: Sequence[PhaseEstimate], host: Host, planned: PlannedRun, findings: Findings) -> None:
+    """Add an error for training, with smaller settings."""
+    from hf_contmerge.loop.plan._training import training_cost
+
+    memory, vram = host.machine.memory, min(host.machine.gpus, default=2**62)
+    training = [p for p in phases if p.step.phase == "train"]
+    worst = max(training, key=lambda p: (p.cost.vram, p.cost.memory), default=None)
+    if worst is None or (worst.cost.memory <= memory and worst.cost.vram <= vram):
         return
-    stage = subject.run.stage(worst.step.t)
+    stage = planned.run.stage(worst.step.t)
     fits = None
     for words, changes in _CURES:
-        smaller = Train.model_validate({**subject.recipe.train_of(stage).model_dump(), **changes})
-        memory, vram = estimates.training_memory(stage.name, smaller)
-        if memory <= limits[0] and vram <= limits[1]:
-            fits = f"With `{words}` it would take {size(vram or memory)}."
+        smaller = Train.model_validate({**planned.recipe.train_of(stage).model_dump(), **changes})
+        cost = training_cost(planned, host, stage.name, smaller)
+        if cost.memory <= memory and cost.vram <= vram:
+            fits = f"With `{words}` it would need {size(cost.vram or cost.memory)}."
             break
-    where = "each GPU's memory" if worst.vram > limits[1] else "memory"
-    need, have = (worst.vram, limits[1]) if worst.vram > limits[1] else (worst.memory, limits[0])
+    on_gpu = worst.cost.vram > vram
+    where = "each GPU's memory" if on_gpu else "memory"
+    need, have = (worst.cost.vram, vram) if on_gpu else (worst.cost.memory, memory)
     findings.errors.append(
-        f"To train stage {stage.name} takes about {size(need)} of {where}, and this machine has {size(have)}. "
-        + (fits or "No setting makes it fit: use a smaller model, or several GPUs with FSDP2, which share it out.")
+        f"Training stage {stage.name} needs about {size(need)} of {where}, but this machine has {size(have)}. "
+        + (fits or "No setting makes it fit: use a smaller model, or several GPUs with FSDP2, which shards it.")
     )
 
 
-# What is shown
+# JSON
 
 
-def _place(cost: Cost, run: Run) -> str:
-    return str(cost.step.place.folder.relative_to(run.folder / "stages"))
+def _place(phase: PhaseEstimate, run: Run) -> str:
+    return str(phase.step.place.folder.relative_to(run.folder / "stages"))
 
 
-def _as_json(found: Sequence[Cost], machine: Machine, processes: int, run: Run) -> dict[str, Any]:
-    from hf_contmerge.loop.plan.disk import peak_disk
+def _as_json(phases: Sequence[PhaseEstimate], host: Host, run: Run) -> dict[str, Any]:
+    from hf_contmerge.loop.plan.disk import disk_need
 
-    kept, most = peak_disk(c.disk for c in found)
+    machine, need = host.machine, disk_need(p.disk for p in phases)
     return {
         "machine": {"cores": machine.cores, "memory_bytes": machine.memory, "gpu_bytes": list(machine.gpus),
-                    "free_disk_bytes": machine.disk, "processes": processes},
+                    "free_disk_bytes": machine.disk, "processes": host.processes},
         "phases": [
-            {"phase": c.step.phase, "stage": c.step.t, "place": _place(c, run), "memory_bytes": c.memory,
-             "gpu_bytes": c.vram, "disk_kept_bytes": c.disk.kept, "disk_at_work_bytes": c.disk.at_work,
-             "seconds": round(c.seconds, 2)}
-            for c in found
+            {"phase": p.step.phase, "stage": p.step.t, "place": _place(p, run), "memory_bytes": p.cost.memory,
+             "gpu_bytes": p.cost.vram, "disk_kept_bytes": p.disk.kept, "disk_at_work_bytes": p.disk.at_work,
+             "seconds": round(p.cost.seconds, 2)}
+            for p in phases
         ],
-        "total": {"memory_bytes": max((c.memory for c in found), default=0),
-                  "gpu_bytes": max((c.vram for c in found), default=0),
-                  "disk_kept_bytes": kept, "disk_peak_bytes": most,
-                  "seconds": round(sum(c.seconds for c in found), 1)},
+        "total": {"memory_bytes": max((p.cost.memory for p in phases), default=0),
+                  "gpu_bytes": max((p.cost.vram for p in phases), default=0),
+                  "disk_kept_bytes": need.kept, "disk_peak_bytes": need.peak,
+                  "seconds": round(sum(p.cost.seconds for p in phases), 1)},
     }  # fmt: skip

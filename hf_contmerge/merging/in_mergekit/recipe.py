@@ -1,4 +1,4 @@
-"""A mergekit recipe, read: its words, models and parameters, as far as this engine carries them out."""
+"""Reading of mergekit recipes supported by this engine."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from hf_contmerge.merging.rules import dtype_named, make_rule
 _WORDS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer")
 _THEIRS_ALONE = ("slices", "modules", "chat_template")
 MERGEKITS_OWN = {
-    # mergekit has methods of these names itself, with parameters that ours do not have: value that equals ours.
+    # mergekit's own methods of these names: further parameters, with the values that equal our rules.
     "task_arithmetic": {"weight": 1.0, "normalize": False, "rescale": False, "density": 1.0, "int8_mask": False},
     "ties": {"weight": 1.0, "normalize": True, "rescale": False, "int8_mask": False},
 }
 _THEIR_DEFAULTS = {"task_arithmetic": {"lambda": 1.0}, "ties": {"lambda": 1.0, "density": 1.0}}
-_OF_ONE_MODEL = ("weight", "density")  # of mergekit's own methods: read from each model, else from the top
+_OF_ONE_MODEL = ("weight", "density")  # of mergekit's own methods: per model, else global
 
 
 @dataclass(frozen=True)
 class MergekitRecipe:
-    """A mergekit recipe that this engine can carry out: whole models, one rule, one value for each parameter."""
+    """A supported mergekit recipe.
+
+    It has full models, one rule and one value per parameter.
+    """
 
     rule: str
     parameters: dict[str, Any]
@@ -38,15 +41,19 @@ class MergekitRecipe:
 
 
 def read_mergekit_recipe(path: Path) -> MergekitRecipe:
-    """Read a recipe. Raises RecipeError for what this engine does not do, with what does."""
+    """Read a recipe.
+
+    Raises:
+        RecipeError: a mistake, or a feature supported only by mergekit.
+    """
     words = _words(path)
     rule, base = str(words["merge_method"]), _reference(words["base_model"], path)
     known = parameter_types(type(make_rule(rule, {}, where=str(path))))
     if base.adapter:
-        raise RecipeError(f"{path}: base_model {base} has an adapter. Merge it into a model first, and name that.")
-    entries = [entry for entry in _entries(words["models"], path) if entry.model != base]  # mergekit passes over it too
+        raise RecipeError(f"{path}: base_model {base} has an adapter. Merge it into a model first, and use that model.")
+    entries = [entry for entry in _entries(words["models"], path) if entry.model != base]  # mergekit skips the base too
     if not entries:
-        raise RecipeError(f"{path} lists no model beside base_model. A merge needs one expert or more.")
+        raise RecipeError(f"{path} lists no model besides base_model. List at least one expert.")
     models = [entry.model.expert_of(base, path) for entry in entries]
     given = words.get("parameters") or {}
     given = {**given, **_shared(entries, given, rule, path)}
@@ -60,7 +67,7 @@ def read_mergekit_recipe(path: Path) -> MergekitRecipe:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model as mergekit refers to one: MODEL[@REVISION][+ADAPTER[@REVISION]]."""
+    """A mergekit model reference: MODEL[@REVISION][+ADAPTER[@REVISION]]."""
 
     name: str
     adapter: str | None = None
@@ -69,11 +76,11 @@ class _Model:
         return f"{self.name}+{self.adapter}" if self.adapter else self.name
 
     def expert_of(self, base: _Model, path: Path) -> str:
-        """Return what this engine folds: the model, or the adapter if that is the base's."""
+        """Return the expert: model, or adapter of the base."""
         if self.adapter and self.name != base.name:
             raise RecipeError(
-                f"{path}: {self} adds an adapter to {self.name}, which is not base_model {base}. Name both alike "
-                "if they are one model; else merge the adapter into its model first, and list that."
+                f"{path}: {self} adds an adapter to {self.name}, which is not base_model {base}. Use one name for both "
+                "if they are one model; else merge the adapter into its model first, and list the result."
             )
         return self.adapter or self.name
 
@@ -87,21 +94,23 @@ class _Entry:
 
 
 def _words(path: Path) -> dict[str, Any]:
-    """Return the recipe's top level, its words known and of the right kind."""
+    """Read the recipe's top level; check its words."""
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"Cannot read {path}: {error}") from error
     if len(documents) > 1:
         raise RecipeError(
-            f"{path} holds {len(documents)} recipes. Put each into a file, or use `mergekit-multi {path}`."
+            f"{path} holds {len(documents)} recipes. Put each into its own file, or use `mergekit-multi {path}`."
         )
     words = documents[0] if documents else None
     if not isinstance(words, dict):
-        raise RecipeError(f"{path} is no mergekit recipe: expected a mapping with merge_method, base_model and models.")
+        raise RecipeError(
+            f"{path} is not a mergekit recipe: expected a mapping with merge_method, base_model and models."
+        )
     for word in words:
         if word in _THEIRS_ALONE:
-            raise RecipeError(f"{path} uses {word!r}, which only `mergekit-yaml {path} OUT` carries out. Use that.")
+            raise RecipeError(f"{path} uses {word!r}, supported only by mergekit. Use `mergekit-yaml {path} OUT`.")
         if word not in _WORDS:
             raise RecipeError(unknown("word", str(word), _WORDS, where=str(path)))
     for word in ("merge_method", "base_model", "models"):
@@ -130,7 +139,10 @@ def _entries(listed: Sequence[Any], path: Path) -> list[_Entry]:
 
 
 def _reference(value: Any, path: Path) -> _Model:
-    """Read `model`, `model@revision`, `model+adapter`, or {model: ..., lora: ...} with {path: ..., revision: ...}."""
+    """Read a model reference.
+
+    Forms: `model`, `model@revision`, `model+adapter`, or {model: ..., lora: ...} with {path: ..., revision: ...}.
+    """
     parts: list[Any] = []
     if isinstance(value, str):
         parts = list(value.split("+"))
@@ -145,7 +157,7 @@ def _reference(value: Any, path: Path) -> _Model:
 
 
 def _name(value: Any, path: Path) -> str:
-    """Return a folder or Hub id, with @revision for the latter."""
+    """Return a folder or a Hub id, with @revision."""
     name, at, revision = value.partition("@") if isinstance(value, str) else ("", "", None)
     if isinstance(value, Mapping) and not set(value) - {"path", "revision"}:
         name, revision = value.get("path"), value.get("revision")
@@ -153,36 +165,36 @@ def _name(value: Any, path: Path) -> str:
         raise RecipeError(f"{path}: a model must be `NAME`, `NAME@REVISION` or `{{path: NAME}}`; got {value!r}.")
     if revision and Path(name).is_dir():
         raise RecipeError(
-            f"{path}: {value} asks for revision {revision!r} of {name}, which is a folder here and has none. Name the "
-            "folder alone; one with @ in its name is `{model: {path: NAME}}`."
+            f"{path}: {value} has revision {revision!r}, but {name} is a local folder without revisions. Remove the "
+            "revision; for a folder with @ in its name write `{model: {path: NAME}}`."
         )
     return f"{name}@{revision}" if revision else name
 
 
 def _shared(entries: Sequence[_Entry], top: Mapping[str, Any], rule: str, path: Path) -> dict[str, Any]:
-    """Return the parameters of the models as parameters of all: refused where they differ."""
-    found: dict[str, Any] = {}
+    """Return the models' common parameters. Raises RecipeError."""
+    shared: dict[str, Any] = {}
     for entry in entries:
         for word in entry.parameters:
             values = [_as_number(e.parameters.get(word, top.get(word))) for e in entries]
             if rule not in MERGEKITS_OWN or word not in _OF_ONE_MODEL or any(v != values[0] for v in values):
                 raise RecipeError(
-                    f"{path}: {word} of {entry.model} is a parameter of one model; {rule} treats all experts alike. "
-                    f"Remove it, or use `mergekit-yaml {path} OUT` with a method that weighs them."
+                    f"{path}: {word} of {entry.model} is a parameter of one model, but {rule} treats all experts "
+                    f"equally. Remove it, or use `mergekit-yaml {path} OUT` with a method that weights them."
                 )
-            found[word] = values[0]
-    return found
+            shared[word] = values[0]
+    return shared
 
 
 def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = dict(_THEIR_DEFAULTS.get(rule, {}))
+    parameters: dict[str, Any] = dict(_THEIR_DEFAULTS.get(rule, {}))
     theirs = MERGEKITS_OWN.get(rule, {})
     for word, raw in given.items():
         value = _as_number(raw)
         if isinstance(value, list | dict):
             raise RecipeError(f"{path}: {word} must be one value for all tensors; got {value!r}. Use `mergekit-yaml`.")
         if word in theirs and word not in known:
-            if value != theirs[word] and word != "int8_mask":  # a matter of mergekit's memory, not of the result
+            if value != theirs[word] and word != "int8_mask":  # affects mergekit's memory, not the result
                 raise RecipeError(
                     f"{path}: {word} must be {theirs[word]!r} here; `mergekit-yaml {path} OUT` takes {value!r}."
                 )
@@ -192,13 +204,13 @@ def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str,
         elif word not in known:
             raise RecipeError(unknown("parameter", str(word), known, where=f"{path} for {rule}"))
         else:
-            found[word] = value
-    make_rule(rule, found, where=str(path))  # says what a value must be
-    return found
+            parameters[word] = value
+    make_rule(rule, parameters, where=str(path))  # checks the values
+    return parameters
 
 
 def _as_number(value: Any) -> Any:
-    """Return a string that spells a number as that number: YAML leaves 1e-1 a string."""
+    """Convert numeric strings, such as YAML's 1e-1."""
     try:
         number = float(value) if isinstance(value, str) else value
     except ValueError:
@@ -217,7 +229,7 @@ def _dtype_word(words: Mapping[str, Any], word: str, path: Path) -> str | None:
 
 
 def _tokenizer_source(words: Mapping[str, Any], path: Path) -> str | None:
-    """Return whose tokenizer the merged model shall have: a model's name, or `base`; None if nothing is said."""
+    """Return the tokenizer's source: model, `base`, None."""
     tokenizer, source = words.get("tokenizer"), words.get("tokenizer_source")
     if tokenizer is not None and source:
         raise RecipeError(f"{path} has both tokenizer and tokenizer_source, which mergekit refuses. Remove one.")
@@ -227,11 +239,11 @@ def _tokenizer_source(words: Mapping[str, Any], path: Path) -> str | None:
     if source == "union" or extra:
         raise RecipeError(
             f"{path}: the tokenizer setting {'union' if source == 'union' else extra[0]!r} may change the vocabulary, "
-            f"which only `mergekit-yaml {path} OUT` does. Use that, or `source: base`."
+            f"supported only by mergekit. Use `mergekit-yaml {path} OUT`, or `source: base`."
         )
     if not source or source == "base":
         return source or None
     model = _reference(source, path)
     if model.adapter:
-        raise RecipeError(f"{path}: the tokenizer of {model}, an adapter: name the model alone.")
+        raise RecipeError(f"{path}: the tokenizer source {model} is an adapter. Use a model without adapter.")
     return model.name

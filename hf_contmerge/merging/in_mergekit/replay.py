@@ -1,8 +1,8 @@
-"""mergekit recipes of our rules, read and written: the same merge by this engine and by the stock `mergekit-yaml`.
+"""Execution and writing of mergekit recipes.
 
-What this engine would do otherwise than mergekit is refused, with what does it. The weights are the same to the last
-bit; for task_arithmetic and ties, which are mergekit's own there, to float32 rounding, and for adapters, which mergekit
-first merges into a model of the base's dtype, to that rounding.
+Recipes with another result in this engine than in `mergekit-yaml` are refused. Weights are equal to the last bit, with
+two exceptions: task_arithmetic and ties, mergekit's own methods there, are equal to float32 rounding; adapters, which
+mergekit first merges into a model of the base's dtype, are equal to the rounding of that dtype.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ def carry_out(
     crew: Crew | None = None,
     force: bool = False,
 ) -> RunningMerge:
-    """Merge as a recipe says, in one pass, without a running state that stays; return the merge.
+    """Merge by a recipe, in one pass.
 
-    Raises ModelError or RecipeError before anything is written.
+    Raises:
+        ModelError: a model is missing, damaged or does not fit. Nothing is written.
+        RecipeError: mergekit's result would differ. Nothing is written.
     """
     crew, rule = crew or Crew(), make_rule(recipe.rule, recipe.parameters)
     folder = resolve_model(recipe.base)
@@ -67,11 +69,17 @@ def mergekit_yaml(
     dtype: torch.dtype | None,
     scale: float | None = None,
 ) -> str:
-    """Return the recipe with which the stock `mergekit-yaml` makes the same merge from the experts.
+    """Return the same merge's recipe for `mergekit-yaml`.
 
-    `scale`: in place of the rule's own.
+    For adapters, `mergekit-yaml` needs `--lora-merge-cache`.
 
-    Where an expert is an adapter, `mergekit-yaml` needs `--lora-merge-cache`.
+    Args:
+        rule_name: the rule's name.
+        rule: the rule.
+        base: folder of the base.
+        experts: folders of the experts.
+        dtype: dtype of the merged weights (None: most of the base's weights).
+        scale: replaces the rule's scale.
     """
     parameters = {**rule.parameters(), **MERGEKITS_OWN.get(rule_name, {})}
     if scale is not None:
@@ -97,47 +105,50 @@ def base_dtype(base: Path) -> torch.dtype:
 
 
 def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expert]) -> torch.dtype | None:
-    """Return the dtype of the merged weights (None: each as in the base).
+    """Return the merged dtype (None: the base's dtypes).
 
-    Raises RecipeError where mergekit would round more than once, to `dtype` (by default the widest of a tensor's
-    inputs) and to `out_dtype`: here the arithmetic is float32, and rounded once.
+    mergekit rounds to `dtype` (default: the widest of a tensor's inputs) and again to `out_dtype`. This engine computes
+    in float32 and rounds once.
+
+    Raises:
+        RecipeError: mergekit would round more than once.
     """
     asked, out = dtype_named(recipe.dtype), dtype_named(recipe.out_dtype)
-    cure = "Set `dtype: float32`, and `out_dtype` to what shall be written."
+    cure = "Set `dtype: float32`, and `out_dtype` to the dtype of the merged model."
     if asked == torch.float32:
         return out or asked
     sources = [base, *(Weights(e.folder) for e in experts if e.kind == "model")]
-    found: dict[torch.dtype, str] = {}
+    tensors: dict[torch.dtype, str] = {}
     as_base = True
     for name in base.floating():
         widest = base.dtype(name)
         for source in sources:
             if asked and source.dtype(name) != asked:
                 raise RecipeError(
-                    f"`dtype: {recipe.dtype}` would round {name} of {source.folder} ({source.dtype(name)}) before it "
-                    f"is merged. {cure}"
+                    f"`dtype: {recipe.dtype}` would round {name} of {source.folder} ({source.dtype(name)}) before the "
+                    f"merge. {cure}"
                 )
             widest = torch.promote_types(widest, source.dtype(name))
-        found[widest] = name
+        tensors[widest] = name
         as_base = as_base and widest == base.dtype(name)
-    halves = [d for d in found if d.itemsize < torch.float32.itemsize]
+    halves = [d for d in tensors if d.itemsize < torch.float32.itemsize]
     if halves and recipe.rule in MERGEKITS_OWN:
-        raise RecipeError(f"mergekit's own {recipe.rule} would compute {found[halves[0]]} in {halves[0]}. {cure}")
+        raise RecipeError(f"mergekit's own {recipe.rule} would compute {tensors[halves[0]]} in {halves[0]}. {cure}")
     if out and any(d != out for d in halves):
-        raise RecipeError(f"{found[halves[0]]} would be rounded to {halves[0]} before it is written as {out}. {cure}")
+        raise RecipeError(f"{tensors[halves[0]]} would be rounded to {halves[0]} before it is written as {out}. {cure}")
     if out or as_base:
         return out
-    if len(found) > 1:
-        raise RecipeError(f"The merged weights would be of {len(found)} dtypes, not the base's own. {cure}")
-    return next(iter(found))
+    if len(tensors) > 1:
+        raise RecipeError(f"The merged weights would have {len(tensors)} dtypes, other than the base's. {cure}")
+    return next(iter(tensors))
 
 
 def _require_same_tokens(source: Path, base: Weights, folders: Sequence[Path]) -> None:
-    """Refuse a tokenizer with which mergekit would cut or reorder the vocabulary tables' rows."""
+    """Raise RecipeError if mergekit would change vocabulary rows."""
     tokens = tokens_of(source)
-    cure = "Leave the tokenizer setting out: the base's is copied then. Or use `mergekit-yaml`."
+    cure = "Remove the tokenizer setting to copy the base's tokenizer, or use `mergekit-yaml`."
     if tokens is None:
-        raise RecipeError(f"{source} has no tokenizer.json, so that its tokens cannot be compared. {cure}")
+        raise RecipeError(f"{source} has no tokenizer.json, so its tokens cannot be compared. {cure}")
     if set(tokens.values()) != set(range(base.vocabulary or 0)):
         raise RecipeError(
             f"The tokenizer of {source} has {len(tokens)} tokens, the tables of {base.folder} have {base.vocabulary} "
@@ -146,13 +157,13 @@ def _require_same_tokens(source: Path, base: Weights, folders: Sequence[Path]) -
     for folder in folders:
         theirs = tokens_of(folder)
         if theirs is None and not (folder / "tokenizer_config.json").is_file():
-            continue  # mergekit takes it to be the base's
+            continue  # mergekit assumes the base's tokenizer
         if theirs != tokens:
             raise RecipeError(f"The tokenizers of {source} and {folder} differ: mergekit would reorder rows. {cure}")
 
 
 def _spelled(model: Path, adapter: Path | None = None) -> Any:
-    """Return how mergekit is to be told of a folder, whatever signs its name holds."""
+    """Return a model reference, safe for + and @."""
     if any(sign in f"{model}{adapter or ''}" for sign in "+@"):
         return {"model": {"path": str(model)}, **({"lora": {"path": str(adapter)}} if adapter else {})}
     return f"{model}+{adapter}" if adapter else str(model)

@@ -287,7 +287,7 @@ def test_what_cannot_fit_is_refused_with_what_would(
     recipe["base_model"] = str(large_base(tmp_path / "large", psutil.virtual_memory().total // 8))
     code, out, err = plan({**recipe, "merge": ["magmax"]})
     assert code == 2
-    assert "To train stage" in err
+    assert "Training stage a needs about" in err
     assert "With `strategy: lora" in err
     assert "train  01-a/experts/base" in out
 
@@ -322,5 +322,5 @@ def test_weights_stay_on_the_hub(recipe: Data, hub: Hub, tmp_path: Path) -> None
 def test_a_gguf_base_needs_converting(recipe: Data, tmp_path: Path) -> None:
     (tmp_path / "gguf.yml").write_text(yaml.safe_dump({**recipe, "base_model": "quickstart:smollm2"}))
     out = run_command("plan", tmp_path / "gguf.yml", "--run", tmp_path / "run", HF_HOME=str(tmp_path / "home"))
-    assert "is a GGUF file: the run converts it to bfloat16 first" in out
+    assert "is a GGUF file: the run first converts it to bfloat16" in out
     assert not list((tmp_path / "home").rglob("*.safetensors"))

@@ -196,7 +196,7 @@ def test_without_dtype_each_tensor_keeps_its_own(half, tmp_path):
     theirs, ours = both(recipe_of(mixed, "magmax", dtype=None), tmp_path)
     assert_same(theirs, ours)
     assert Weights(ours).dtype("model.norm.weight") == torch.float32
-    with pytest.raises(RecipeError, match=r"would be of 2 dtypes, not the base's own\. Set `dtype: float32`, and"):
+    with pytest.raises(RecipeError, match=r"would have 2 dtypes, other than the base's\. Set `dtype: float32`, and"):
         by_engine(recipe_of([half[0], *mixed[1:]], "magmax", dtype=None), tmp_path / "out")
 
 
@@ -207,7 +207,7 @@ def test_without_dtype_each_tensor_keeps_its_own(half, tmp_path):
             "magmax",
             "float16",
             None,
-            r"`dtype: float16` would round .* \(torch.bfloat16\) before it is merged\. Set `dt",
+            r"`dtype: float16` would round .* \(torch.bfloat16\) before the merge\. Set `dt",
         ),
         ("opcm", None, "float32", r"would be rounded to torch.bfloat16 before it is written as torch.float32\. Set"),
         ("opcm", "bfloat16", "float16", "would be rounded to torch.bfloat16 before it is written as torch.float16"),
@@ -223,7 +223,7 @@ def test_rounding_that_mergekit_would_do_is_refused(half, rule, dtype, out_dtype
 
 def test_half_precision_of_float32_inputs_is_refused(base_folder, expert_folders, tmp_path):
     recipe = recipe_of([base_folder, *expert_folders], "magmax", dtype="bfloat16")
-    with pytest.raises(RecipeError, match=r"`dtype: bfloat16` would round .* \(torch.float32\) before it is merged"):
+    with pytest.raises(RecipeError, match=r"`dtype: bfloat16` would round .* \(torch.float32\) before the merge"):
         by_engine(recipe, tmp_path / "out")
 
 
@@ -258,9 +258,9 @@ def test_tokenizers_with_which_mergekit_would_change_rows(base_folder, expert_fo
     edit_vocabulary(short, lambda v: {t: i for t, i in v.items() if i != max(v.values())})
     (none / "tokenizer.json").unlink()
     for odd, source, text in (
-        (swapped, "base", "The tokenizers of .*base and .*swapped differ: mergekit would reorder rows. Leave the"),
+        (swapped, "base", "The tokenizers of .*base and .*swapped differ: mergekit would reorder rows. Remove the"),
         (short, str(short), r"short has 383 tokens, the tables of .*base have 384 rows: mergekit would resize them\."),
-        (none, str(none), r"none has no tokenizer.json, so that its tokens cannot be compared\."),
+        (none, str(none), r"none has no tokenizer.json, so its tokens cannot be compared\."),
     ):
         with pytest.raises(RecipeError, match=text):
             by_engine(recipe_of([base_folder, odd], "magmax", tokenizer={"source": source}), tmp_path / "out")
@@ -287,7 +287,7 @@ def test_two_documents_one_after_the_other(half, tmp_path):
     assert_same(tmp_path / "early", by_engine(early, tmp_path / "ours1"))
     late["models"][0]["model"] = str(tmp_path / "early")
     assert_same(tmp_path / "theirs", by_engine(late, tmp_path / "ours2"))
-    with pytest.raises(RecipeError, match=r"holds 2 recipes\. Put each into a file, or use `mergekit-multi .*both"):
+    with pytest.raises(RecipeError, match=r"holds 2 recipes\. Put each into its own file, or use `mergekit-multi"):
         read_mergekit_recipe(tmp_path / "both.yml")
 
 
@@ -412,8 +412,8 @@ def changed(**more):
 @pytest.mark.parametrize(
     ("recipe", "text"),
     [
-        (["a"], "is no mergekit recipe: expected a mapping with merge_method, base_model and models"),
-        (None, "is no mergekit recipe"),
+        (["a"], "is not a mergekit recipe: expected a mapping with merge_method, base_model and models"),
+        (None, "is not a mergekit recipe"),
         (changed(merge_method=None), "lacks 'merge_method'. A merge needs"),
         (changed(base_model=""), "lacks 'base_model'"),
         (changed(models=[]), "lacks 'models'"),
@@ -421,7 +421,7 @@ def changed(**more):
         (changed(models=["e1"]), "an entry of `models` must be `- model: NAME`; got 'e1'"),
         (changed(models=[{"model": "e1", "weight": 1}]), "an entry of `models` must be `- model: NAME`; got {'model'"),
         (changed(models=[{"model": "e1", "parameters": [1]}]), "an entry of `models` must be `- model: NAME`"),
-        (changed(models=[{"model": "base"}]), "lists no model beside base_model"),
+        (changed(models=[{"model": "base"}]), "lists no model besides base_model"),
         (changed(models=[{"model": None}]), "a model must be `NAME`, `NAME@REVISION`, `BASE.ADAPTER`, or"),
         (changed(models=[{"model": "a+b+c"}]), r"got 'a\+b\+c'"),
         (changed(models=[{"model": "a@b@c"}]), "a model must be .*; got 'a@b@c'"),
@@ -432,16 +432,16 @@ def changed(**more):
             changed(models=[{"model": {"model": "e1", "override_architecture": "X"}}]),
             "a model must be .*; got {'model'",
         ),
-        (changed(models=[{"model": "e1+a1"}]), r"e1\+a1 adds an adapter to e1, which is not base_model base\. Name"),
+        (changed(models=[{"model": "e1+a1"}]), r"e1\+a1 adds an adapter to e1, which is not base_model base\. Use one"),
         (changed(base_model="base+a1"), r"base_model base\+a1 has an adapter\. Merge it into a model first"),
         (changed(base_model={"path": "base"}), "a model must be .*; got {'path': 'base'}"),
         (
             changed(models=[{"model": ".@v1"}]),
-            r"'\.@v1' asks for revision 'v1' of \., which is a folder here|\.@v1 asks",
+            r"\.@v1 has revision 'v1', but \. is a local folder without revisions",
         ),
-        (changed(slices=[]), "uses 'slices', which only `mergekit-yaml .* OUT` carries out"),
-        (changed(modules={}), "uses 'modules', which only `mergekit-yaml"),
-        (changed(chat_template="auto"), "uses 'chat_template', which only `mergekit-yaml"),
+        (changed(slices=[]), "uses 'slices', supported only by mergekit. Use `mergekit-yaml .* OUT`"),
+        (changed(modules={}), "uses 'modules', supported only by mergekit"),
+        (changed(chat_template="auto"), "uses 'chat_template', supported only by mergekit"),
         (changed(model="e1"), "Unknown word 'model' in .*Did you mean 'models'"),
         (changed(merge_method="linear"), "Unknown rule 'linear' in .*recipe.yml"),
         (changed(parameters=[0.5]), "parameters must be a mapping; got"),
@@ -453,7 +453,7 @@ def changed(**more):
         (changed(parameters={"weight": 1.0}), "Unknown parameter 'weight'"),
         (changed(merge_method="opcm", parameters={"scale": "tensor"}), "scale must be `model` here; `mergekit-yaml"),
         (changed(merge_method="opcm", parameters={"variant": "blok"}), "variant must be one of 'fusionbench', 'block'"),
-        (changed(merge_method="ties", parameters={"density": 0}), "ties' density is the share of values"),
+        (changed(merge_method="ties", parameters={"density": 0}), "ties: density must be above 0"),
         (
             changed(merge_method="ties", parameters={"weight": 0.5}),
             "weight must be 1.0 here; `mergekit-yaml .* takes 0.5",
@@ -465,13 +465,16 @@ def changed(**more):
         (changed(dtype="float64"), "dtype: Unknown dtype 'float64'"),
         (changed(out_dtype=32), "out_dtype: Unknown dtype '32'"),
         (changed(tokenizer="base"), "tokenizer must be a mapping; got 'base'"),
-        (changed(tokenizer={"source": "union"}), "the tokenizer setting 'union' may change the vocabulary, which only"),
+        (
+            changed(tokenizer={"source": "union"}),
+            "tokenizer setting 'union' may change the vocabulary, supported only",
+        ),
         (changed(tokenizer={}), "the tokenizer setting 'union' may change the vocabulary"),
         (changed(tokenizer_source="union"), "the tokenizer setting 'union' may change the vocabulary"),
         (changed(tokenizer={"source": "base", "pad_to_multiple_of": 8}), "setting 'pad_to_multiple_of' may change"),
         (changed(tokenizer={"source": "base", "tokens": {}}), "setting 'tokens' may change"),
         (changed(tokenizer={"source": "base"}, tokenizer_source="base"), "has both tokenizer and tokenizer_source"),
-        (changed(tokenizer_source="base+a1"), r"the tokenizer of base\+a1, an adapter: name the model alone"),
+        (changed(tokenizer_source="base+a1"), r"the tokenizer source base\+a1 is an adapter\. Use a model"),
     ],
 )
 def test_what_is_no_recipe_for_this_engine(recipe, text, tmp_path):
@@ -494,7 +497,7 @@ def test_what_one_model_alone_is_given(entry, rule, tmp_path):
     if rule != "magmax":
         recipe["parameters"] = {"weight": 1.0}
     with pytest.raises(
-        RecipeError, match=f"of e1 is a parameter of one model; {rule} treats all experts alike. Remove"
+        RecipeError, match=f"of e1 is a parameter of one model, but {rule} treats all experts equally. Remove"
     ):
         read_mergekit_recipe(write(tmp_path, recipe))
 

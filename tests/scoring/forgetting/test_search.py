@@ -124,7 +124,7 @@ def test_the_objective_is_what_the_merge_has_of_each_experts_gain() -> None:
 
 
 def test_auto_is_refused_where_nothing_is_measured() -> None:
-    with pytest.raises(RecipeError, match=r"`lambda: auto` is found by scores .* only `contmerge run` measures"):
+    with pytest.raises(RecipeError, match=r"`lambda: auto` needs scores .* measured only by `contmerge run`"):
         make_rule("magmax", {"lambda": "auto"})
     data = {"name": "x", "base_model": "b", "stages": [{"name": "s", "expert": "e"}], "merge": AUTO}
     with pytest.raises(RecipeError, match="needs stages that are measured"):

@@ -1,0 +1,63 @@
+"""Cost of folding an expert and writing the merged model."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+
+from hf_contmerge.loop._entries import merged_dtype
+from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun
+from hf_contmerge.loop.plan.disk import model_bytes, state_bytes
+from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merging.costs import stream_job
+from hf_contmerge.models.weights import Weights
+from hf_contmerge.run.places import MergePlace
+from hf_contmerge.run.steps import Step
+
+
+def merging_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
+    """Return the cost of a merge."""
+    assert isinstance(step.place, MergePlace)
+    weights, entry = planned.weights, step.place.entry
+    rule, later = planned.rules[entry.name], step.t > 1
+    threads = max(1, host.machine.cores // host.processes)
+    flight = _bytes_in_flight(planned, rule, step.t, threads)
+    # The digest of the result maps one tensor per core.
+    digest = sum(heapq.nlargest(os.cpu_count() or 1, (weights.nbytes(n) for n in weights.names)))
+    merged, state = model_bytes(weights, merged_dtype(entry)), state_bytes(weights, rule)
+    seconds = _folding(weights, host, rule, later=later) / threads + host.saving(merged) + host.writing(state)
+    return Cost(host.memory(max(flight, digest)), 0, seconds)
+
+
+def _bytes_in_flight(planned: PlannedRun, rule: MergeRule, t: int, threads: int) -> int:
+    """Return the most bytes of the tensors in work.
+
+    The engine takes tensors in order of cost, one per thread. Each holds its mapped parts of the base, the expert and
+    the old state, and the rule's working memory.
+    """
+    weights, expert, need = planned.weights, planned.expert_dtype(t), []
+    for name in weights.names:
+        job = stream_job(rule, weights, name, 3, 0)
+        numel = math.prod(weights.shape(name))
+        mapped = weights.nbytes(name) + numel * expert.itemsize + (4 * rule.slots * numel if t > 1 else 0)
+        need.append((job.cost, job.memory + mapped))
+    ordered = [memory for _, memory in sorted(need, reverse=True)]
+    return max(sum(ordered[i : i + threads]) for i in range(len(ordered)))
+
+
+def _folding(weights: Weights, host: Host, rule: MergeRule, *, later: bool) -> float:
+    """Return the seconds of one thread.
+
+    These are moved bytes and decompositions. The first expert needs none, as the state is zero.
+    """
+    total = 0.0
+    for name in weights.names:
+        job = stream_job(rule, weights, name, 1, 0)
+        shape = weights.shape(name)
+        total += 16 * math.prod(shape) / host.speeds.moved * host.machine.cores
+        if later and rule.unit == "matrix" and len(shape) > 1 and job.memory > 8 * 3 * math.prod(shape):
+            small, large = sorted(shape[-2:])
+            matrices = math.prod(shape) // (small * large)
+            total += matrices * (6 * small**2 * large + 30 * small**3) / host.speeds.decomposed
+    return total

@@ -1,0 +1,80 @@
+"""Cost of scoring a model, from dry batches."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from hf_contmerge.loop._entries import merged_dtype
+from hf_contmerge.loop.plan._dry_step import StepCost, scoring_batch
+from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun, resident
+from hf_contmerge.loop.plan.disk import model_bytes
+from hf_contmerge.run.places import ExpertPlace, MergePlace
+from hf_contmerge.run.steps import Step
+from hf_contmerge.runtime.device import bf16_pays
+from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
+from hf_contmerge.scoring.tasks import sample_requests
+
+
+class _Requests(NamedTuple):
+    """Requests of a task."""
+
+    count: int
+    mean: int
+    """Mean tokens."""
+    longest: int
+    """Most tokens."""
+
+
+def scoring_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
+    """Return the cost of measuring a place's tasks."""
+    evaluate = planned.recipe.evaluate
+    batch = AUTO_BATCH_SIZE if evaluate.batch_size == "auto" else evaluate.batch_size
+    peak, seconds = 0, 0.0
+    for task in step.tasks:
+        count, mean, longest = _requests(planned, task.name, task.num_fewshot)
+        rows = min(batch, count)
+        peak = max(peak, _dry_batch(planned, rows, longest).peak)
+        work = _dry_batch(planned, rows, mean).work
+        seconds += math.ceil(count / rows / host.processes) * host.computing(work)
+    weights = model_bytes(planned.weights, _scoring_dtype(planned))
+    seconds += host.loading(weights) + weights / host.speeds.hashed
+    if host.machine.gpus:
+        return Cost(host.memory(weights), max(peak, weights), seconds)
+    # The pages of the converted weight files stay mapped.
+    memory = weights + resident(max(peak, weights) - weights) + _stored_bytes(planned, step)
+    return Cost(host.memory(memory), 0, seconds)
+
+
+def _stored_bytes(planned: PlannedRun, step: Step) -> int:
+    """Return the bytes of the scored model's files."""
+    if isinstance(step.place, ExpertPlace):
+        return model_bytes(planned.weights, planned.expert_dtype(step.t))
+    dtype = merged_dtype(step.place.entry) if isinstance(step.place, MergePlace) else None
+    return model_bytes(planned.weights, dtype)
+
+
+def _scoring_dtype(planned: PlannedRun) -> torch.dtype:
+    chosen = planned.recipe.evaluate.dtype
+    if chosen != "auto":
+        return getattr(torch, chosen)
+    return torch.bfloat16 if bf16_pays(planned.weights.numel()) else torch.float32
+
+
+@functools.cache
+def _dry_batch(planned: PlannedRun, rows: int, length: int) -> StepCost:
+    return scoring_batch(planned.base, batch=rows, length=length, dtype=_scoring_dtype(planned))
+
+
+@functools.cache
+def _requests(planned: PlannedRun, task: str, few_shot: int | None) -> _Requests:
+    evaluate = planned.recipe.evaluate
+    sample = sample_requests(task, evaluate.task_folders(planned.tasks), few_shot=few_shot, limit=evaluate.limit)
+    lengths = [len(planned.tokenizer(text, verbose=False)["input_ids"]) for text in sample.texts] or [1]
+    mean, longest = sum(lengths) / len(lengths), max(lengths)
+    if evaluate.max_length:
+        mean, longest = min(mean, evaluate.max_length), min(longest, evaluate.max_length)
+    return _Requests(max(sample.count, 1), max(2, round(mean)), max(2, longest))

@@ -1,0 +1,143 @@
+"""Cost of a stage's expert, trained or given."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_contmerge.loop.plan._dry_step import StepCost, training_step
+from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun, resident
+from hf_contmerge.loop.plan.disk import Trained, model_bytes
+from hf_contmerge.run.places import ExpertPlace
+from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.run.steps import Step
+from hf_contmerge.train_strategies import StageSize
+from hf_contmerge.train_strategies.lora import Lora
+from hf_contmerge.training.data import StageData
+from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
+
+_SAMPLED = 256  # examples with counted tokens
+_ADAM_MOVES = 40  # bytes per trained parameter and step: p, g, m, v read, p, m, v written; the norm and clipping of g
+_WITH_REFERENCE = 4 / 3  # preference pairs: the reference's forward pass on top of the model's forward and backward
+
+
+class _Shape(NamedTuple):
+    """Shape of a stage's training data."""
+
+    rows: int
+    """Rows of a micro-batch."""
+    length: int
+    """Tokens of the longest example."""
+    examples: int
+    """Examples per epoch, after packing."""
+
+
+class _DryTraining(NamedTuple):
+    """A stage's dry step, with its settings."""
+
+    step: StepCost
+    settings: Any
+    shape: _Shape
+
+
+def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train) -> Cost:
+    """Return the cost of training a stage with these settings."""
+    dry, settings, shape = _dry_training(planned, stage, train.model_dump_json())
+    weights = 4 * planned.weights.numel()
+    at_once = settings.per_device_train_batch_size * host.processes * settings.gradient_accumulation_steps
+    steps = settings.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(shape.examples / at_once) * settings.num_train_epochs)
+    each = settings.gradient_accumulation_steps * host.computing(dry.work)
+    if planned.data[stage].form == "preference":
+        each *= _WITH_REFERENCE
+    each += _ADAM_MOVES * dry.trained / host.speeds.moved
+    seconds = steps * each + host.loading(weights) + host.saving(weights)
+    buckets = 4 * dry.trained if host.processes > 1 else 0  # DDP's copy of the gradients
+    peak = dry.peak + buckets
+    if host.machine.gpus:
+        return Cost(host.memory(weights), peak, seconds)
+    return Cost(host.memory(resident(peak)), 0, seconds)
+
+
+def given_expert_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
+    """Return the cost of a given expert.
+
+    It is digested; a difference is also written.
+    """
+    size = 4 * planned.weights.numel()
+    written = host.writing(size) if planned.run.stage(step.t).minus else 0.0
+    return Cost(host.start, 0, host.hashing(size) + written)
+
+
+def trained_part(planned: PlannedRun) -> Trained:
+    """Return the trained part of the model, by the recipe's `train`."""
+    train = planned.recipe.train
+    if not planned.data:
+        return Trained(0)
+    step = _dry_training(planned, next(iter(planned.data)), train.model_dump_json()).step
+    return Trained(step.trained, make_strategies(train).carrier.keeps_adapter())
+
+
+def remembered_bytes(planned: PlannedRun, step: Step) -> int:
+    """Return the bytes of a stage's strategy memory."""
+    stage = planned.run.stage(step.t) if step.t else None
+    alone = isinstance(step.place, ExpertPlace) and step.place.kind == "base" and step.t > 1
+    if step.phase != "train" or not stage or not stage.dataset or alone:
+        return 0
+    train, data = planned.recipe.train_of(stage), planned.data[stage.name].train
+    dry = _dry_training(planned, stage.name, train.model_dump_json()).step
+    rows = _sample(data)
+    mean = sum(len(json.dumps(row).encode()) for row in rows) / len(rows)
+    return make_strategies(train).memory_bytes(StageSize(step.t, dry.trained, dry.lora_a, len(data), mean))
+
+
+@functools.cache
+def _dry_training(planned: PlannedRun, stage: str, train_json: str) -> _DryTraining:
+    train, data = Train.model_validate_json(train_json), planned.data[stage]
+    fields = sft_settings(train, data, planned.tokenizer, numel=planned.weights.numel())
+    init = {"dtype": torch.float32, **(fields.pop("model_init_kwargs", None) or {})}
+    settings: Any = trl_classes(data.form)[1](**fields, output_dir="unused", seed=planned.recipe.seed)
+    shape = _shape(planned, data, settings)
+    strategies = make_strategies(train)
+    step = training_step(planned.base, strategies, settings, batch=shape.rows, length=shape.length, init=init)
+    if data.form == "preference" and not isinstance(strategies.carrier, Lora):  # a second model is the reference
+        more = model_bytes(planned.weights, torch.float32)
+        step = replace(step, held=step.held + more, peak=step.peak + more)
+    return _DryTraining(step, settings, shape)
+
+
+def _shape(planned: PlannedRun, data: StageData, settings: Any) -> _Shape:
+    longest = settings.max_length or 2**62
+    lengths = [max(_count_tokens(planned.tokenizer, text) for text in _texts(row)) for row in _sample(data.train)]
+    batch = settings.per_device_train_batch_size * (2 if data.form == "preference" else 1)
+    if getattr(settings, "packing", False):
+        tokens = sum(lengths) / len(lengths) * len(data.train)
+        return _Shape(batch, settings.max_length, max(1, math.ceil(tokens / settings.max_length)))
+    return _Shape(batch, max(2, *(min(n, longest) for n in lengths)), len(data.train))
+
+
+def _sample(examples: Any) -> list[dict[str, Any]]:
+    return [dict(row) for row in examples.select(range(min(len(examples), _SAMPLED)))]
+
+
+def _count_tokens(tokenizer: Any, example: Mapping[str, Any]) -> int:
+    values = list(example.values())
+    if any(isinstance(v, list) for v in values):
+        turns = [turn for v in values for turn in (v if isinstance(v, list) else [])]
+        return len(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), verbose=False)["input_ids"])
+    return 1 + len(tokenizer("".join(str(v) for v in values), verbose=False)["input_ids"])
+
+
+def _texts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return an example's rows: one, or two of a pair."""
+    if "rejected" not in row:
+        return [row]
+    prompt = {"prompt": row.get("prompt", "")}
+    return [{**prompt, "answer": row["chosen"]}, {**prompt, "answer": row["rejected"]}]
