@@ -37,7 +37,7 @@ def stage_axis(axes: Axes, results: Results, *, learnt: int | None) -> None:
 
 
 def change_axis(axes: Axes, block: Block, limits: tuple[float, float] | None) -> None:
-    """Mark changes against the base by what users know: points, or multiples of the base's perplexity."""
+    """Label an axis in points or in multiples of the base's perplexity."""
     if limits:
         axes.set_ylim(*limits)
     low, high = axes.get_ylim()
@@ -56,7 +56,7 @@ def change_axis(axes: Axes, block: Block, limits: tuple[float, float] | None) ->
 
 
 def _ratios(low: float, high: float) -> Sequence[float]:
-    """Return multiples to mark: the coarsest series with four in the range or, of a wide one, powers of ten."""
+    """Return the multiples to mark: a coarse series, or powers of ten."""
     if high - low > 5:
         return [10.0**k for k in range(math.floor(-high / math.log(10)), math.ceil(-low / math.log(10)) + 1)]
     for series in _RATIOS:

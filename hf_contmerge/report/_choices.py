@@ -1,4 +1,4 @@
-"""How merges were chosen: what a forgetting budget tried, and the curve of a coefficient that was `auto`."""
+"""How merges were chosen: attempts of a budget, curves of a coefficient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class Point:
-    """One try of a coefficient: its value, the objective, whether general abilities held, and whether it was taken."""
+    """One try of a coefficient: value, objective, general abilities held, taken."""
 
     value: float
     objective: float
@@ -43,7 +43,7 @@ class Curve:
 
 
 def choices_intro(run: Run) -> str:
-    """Say by what merges were chosen."""
+    """Name the criterion of the choice."""
     recipe, parts = run.recipe, []
     if recipe.guard:
         limit, on = f"{recipe.guard.max_forgetting:g}", " and ".join(recipe.guard.on)
@@ -62,7 +62,7 @@ def choices_intro(run: Run) -> str:
 
 
 def choice_tables(run: Run) -> list[Table]:
-    """Return one table per merge that was chosen, or for which nothing held: a try each row."""
+    """Return a table per chosen or failed merge, one try a row."""
     return [
         Table(f"{place.entry.name} of {run.stage(t).name}{'' if done else ': nothing held, the run stopped'}",
               _HEAD, [_row(attempt, done) for attempt in tries])
@@ -92,7 +92,7 @@ def _sorted(points: Sequence[Point]) -> list[Point]:
 
 
 def _chosen(run: Run) -> Iterator[tuple[int, MergePlace, list[dict[str, Any]], bool]]:
-    """Yield (stage, place, tries, whether one was taken) of each merge that was chosen or given up."""
+    """Yield (stage, place, tries, taken) of each chosen or failed merge."""
     for t, place in run.places():
         if not isinstance(place, MergePlace):
             continue
@@ -104,7 +104,7 @@ def _chosen(run: Run) -> Iterator[tuple[int, MergePlace, list[dict[str, Any]], b
 
 
 def _row(attempt: Mapping[str, Any], done: bool) -> list[Cell]:
-    """Return a try's row; the times that it took are the machine's, and left out."""
+    """Return a try's row, without times: they belong to the machine."""
     parameters = ", ".join(
         f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in attempt["parameters"].items()
     )
@@ -120,7 +120,7 @@ def _row(attempt: Mapping[str, Any], done: bool) -> list[Cell]:
 
 
 def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
-    """Return the loss that is the largest in its unit beyond the noise, with its interval."""
+    """Return the largest loss beyond the noise, with its interval."""
     if not losses:
         return Cell()
     worst = min(losses, key=lambda x: x["mean"] if x["high"] is None else x["high"])
@@ -128,7 +128,7 @@ def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
 
 
 def _not_ruled_out(losses: Sequence[Mapping[str, Any]]) -> Cell:
-    """Return the largest loss that its interval still holds: what so few validation documents cannot show."""
+    """Return the largest loss inside its interval: unproven with few documents."""
     if not losses:
         return Cell()
     if any(x["low"] is None for x in losses):

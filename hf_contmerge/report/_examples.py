@@ -1,4 +1,4 @@
-"""Examples of forgetting: documents that plain fine-tuning lost and a merge has kept, with their beginnings.
+"""Documents lost by plain fine-tuning and kept by a merge.
 
 A document of a stage was known when the stage was learnt, one of a general task was known to the base. Right or wrong:
 known, then wrong after plain fine-tuning, right with the merge. A log-likelihood: it fell most, and came back most.
@@ -22,7 +22,7 @@ _LEAST = 0.1  # nats per word, of a fall and of a return: less is nothing to sho
 
 @dataclass(frozen=True)
 class _Story:
-    """One task's score before, after plain fine-tuning, and after the merge, on the same documents."""
+    """A task's scores before, after plain fine-tuning, after the merge."""
 
     task: str
     before: TaskScore
@@ -32,7 +32,7 @@ class _Story:
 
 
 def examples(results: Results) -> Section:
-    """Return what was forgotten and regained; empty without plain fine-tuning, a merge, or the texts of the base."""
+    """Return examples of forgetting; empty without fine-tuning, merge or texts."""
     plain = results.baseline
     merge = next((best for b in results.stage_blocks() if (best := results.best(b))), None)
     title = "Forgotten and regained"
@@ -69,13 +69,13 @@ def _stories(results: Results, plain: Line, merge: Line) -> list[_Story]:
 
 
 def _answers(story: _Story) -> list[int]:
-    """Return the documents that were right, then wrong, and right again, in the task's order."""
+    """Return documents right, then wrong, then right again, in order."""
     rows = zip(story.before.gains, story.plain.gains, story.merge.gains, strict=True)
     return [i for i, (a, b, c) in enumerate(rows) if (a, b, c) == (1.0, 0.0, 1.0)]
 
 
 def _texts(story: _Story) -> list[int]:
-    """Return the documents whose log-likelihood per word fell and came back by the most nats, the clearest first."""
+    """Return documents with the largest fall and recovery, clearest first."""
     falls = []
     for i, weight in enumerate(story.before.weights):
         fell = (story.before.gains[i] - story.plain.gains[i]) / weight
@@ -102,7 +102,7 @@ def _outcome(story: _Story, i: int, merge: Line) -> str:
 
 
 def _answer(score: TaskScore, i: int) -> str:
-    """Return what a model made of a document: an answer, or the document's own perplexity."""
+    """Return a model's answer, or the document's perplexity."""
     if score.block == "perplexity":
         return f"perplexity {natural(math.exp(min(-score.gains[i] / score.weights[i], 500.0)), 'perplexity')}"
     verdict = "right" if score.gains[i] else "wrong"

@@ -1,4 +1,4 @@
-"""What a run found, in words: paired changes, the fate of each stage, verdicts. Pure functions of scores."""
+"""A run's findings in words. Pure functions of scores."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 is nothing to boast of where noth
 
 
 def known_metrics(lines_metrics: Iterable[Mapping[str, float | None]]) -> list[str]:
-    """Return the metrics that some line has, as METRICS orders them; ACC, LA and BWT always stand together."""
+    """Return the measured metrics in the order of METRICS."""
     lines = list(lines_metrics)
     return [name for name in METRICS if name in _ALWAYS or any(values.get(name) is not None for values in lines)]
 
@@ -74,7 +74,7 @@ def amount(value: float, block: Block, *, sign: bool = True) -> str:
 
 
 def relative(value: float, block: Block) -> str:
-    """Return a difference of utilities as people feel it: by what the perplexity was multiplied, or points."""
+    """Format a change as a perplexity ratio or as points."""
     if block == "accuracy":
         return amount(value, block)
     ratio = math.exp(-value)
@@ -82,14 +82,14 @@ def relative(value: float, block: Block) -> str:
 
 
 def interval(change: Change, block: Block) -> str:
-    """Return where the true change lies, with the interval's confidence (95 % by default); its unit is the change's."""
+    """Format a confidence interval in the change's unit."""
     if change.low is None or change.high is None:
         return "unknown"
     return " to ".join(amount(limit, block).split()[0] for limit in (change.low, change.high))
 
 
 def natural(value: float, block: Block) -> str:
-    """Return a score as its task reports it: a perplexity, or an accuracy in percent."""
+    """Format a score: a perplexity, or an accuracy in percent."""
     if block == "accuracy":
         return f"{100 * value:.1f}%"
     if value >= 1e5:
@@ -98,7 +98,7 @@ def natural(value: float, block: Block) -> str:
 
 
 def fate(change: Change | None, block: Block) -> str:
-    """Say what became of something learnt."""
+    """Describe the fate of a stage."""
     if change is None:
         return "was not measured"
     if change.sign == 0:
@@ -107,7 +107,7 @@ def fate(change: Change | None, block: Block) -> str:
 
 
 def outcome(change: Change | None, block: Block, what: str) -> str:
-    """Say what became of something learnt, so that a stranger sees how much that is."""
+    """Describe the fate of a stage with its amount."""
     if change is None:
         return "was not measured"
     verb = ("shows no change on", "got better on", "forgot")[change.sign]
@@ -130,7 +130,7 @@ def headline(results: Results) -> str:
 
 
 def caption(results: Results) -> str:
-    """Return what was learnt, without which what was kept says little, and how to read the picture."""
+    """Return the caption: learning first, then how to read the picture."""
     gains = []
     for block in results.stage_blocks() if results.last > 1 else ():
         clauses = compared(results, lambda line, b=block: gained(results.learnt(line, b), b))
@@ -143,7 +143,7 @@ def caption(results: Results) -> str:
 
 
 def compared(results: Results, describe: Callable[[Line], str]) -> list[str]:
-    """Tell of plain fine-tuning and of the best merge, as far as they have come."""
+    """Summarise plain fine-tuning and the best merge so far."""
     best = next((line for b in results.stage_blocks() if (line := results.best(b))), None)
     name = best.name + ", the best merge," * (len(results.merges) > 1) if best else ""
     named = [(line_label("previous"), results.baseline), (name, best)]
@@ -151,12 +151,12 @@ def compared(results: Results, describe: Callable[[Line], str]) -> list[str]:
 
 
 def gained(change: Change | None, block: Block) -> str:
-    """Return a change in words, or that it was not measured."""
+    """Format a change, or report it as not measured."""
     return amount(change.mean, block) if change else "not measured"
 
 
 def verdict(results: Results, line: Line) -> str:
-    """Say in one sentence what a merge made of the stages, against plain fine-tuning and the mean of the experts."""
+    """Compare a merge with plain fine-tuning and the mean expert."""
     plain = results.baseline
     if len(line.rows) < 2:
         return "not measured yet."
@@ -200,7 +200,7 @@ def _scope_text(change: Change, block: Block, where: str) -> str:
 
 
 def badge(results: Results, line: Line) -> str:
-    """Return better, worse or same: the whole of the stages against plain fine-tuning, in the first block."""
+    """Return better, worse or same, over all stages of the first block."""
     plain = results.baseline
     t = min(len(line.rows), len(plain.rows)) - 1 if plain else 0
     if not plain or t < 1:

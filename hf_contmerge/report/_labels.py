@@ -1,4 +1,4 @@
-"""Names in a picture, beside what they name and off each other."""
+"""Names in a picture, next to their lines and dots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BOLD = 0.68
 
 @dataclass(frozen=True)
 class Label:
-    """A text at the right end of a panel, at a height in data units."""
+    """A text at the right edge of a panel, in data units."""
 
     at: float
     text: str
@@ -36,7 +36,7 @@ class Dot:
 
 
 def label_ends(axes: Axes, labels: Sequence[Label], stages: Sequence[str]) -> None:
-    """Write the labels to the right of the lines' ends, pushed apart, each with a leader to its line."""
+    """Write labels right of the lines' ends, apart, with leaders."""
     if not labels:
         return
     axes.autoscale(False)
@@ -57,7 +57,7 @@ def label_ends(axes: Axes, labels: Sequence[Label], stages: Sequence[str]) -> No
 
 
 def name_region(axes: Axes, text: str) -> None:
-    """Say at the bottom on the right what it means to lie there, if no label is in the way."""
+    """Annotate the shaded region at the bottom right, unless a label covers it."""
     size, (low, high) = 8.0, axes.get_ylim()
     scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
     if all((label.get_position()[1] - low) * scale > 2.2 * size for label in axes.texts if label.get_text() != text):
@@ -66,7 +66,7 @@ def name_region(axes: Axes, text: str) -> None:
 
 
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Write the stages' names under the ticks where they fit; else numbers, which the panels' titles explain."""
+    """Write stage names under the ticks; numbers where names do not fit."""
     span = axes.get_xlim()[1] - axes.get_xlim()[0]
     step = axes.get_window_extent().width * 72 / axes.figure.dpi / span
     width = 8.5 * LETTER
@@ -78,7 +78,7 @@ def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
 
 
 def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Return ascending heights moved as little as needed to lie `gap` apart, between 0 and `top` if they fit."""
+    """Spread heights to a minimum `gap` between 0 and `top`."""
     up, down = list(heights), list(heights)
     for i in range(1, len(up)):
         up[i] = max(up[i], up[i - 1] + gap)
@@ -94,7 +94,7 @@ def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
 
 
 def label_dots(axes: Axes, dots: Sequence[Dot]) -> None:
-    """Name the dots, each to the right of its own; where two are close, the lower name goes lower."""
+    """Name the dots; of two close ones, the lower name goes lower."""
     from matplotlib.patheffects import withStroke
 
     axes.autoscale(False)

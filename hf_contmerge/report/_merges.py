@@ -1,4 +1,4 @@
-"""What the merges did, from their records: geometry of the task vectors, ownership, vectors of other models."""
+"""The merges by their records: geometry, ownership, vectors of models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MERGED = "merged: "
 
 
 def geometry_section(run: Run) -> Section:
-    """Return how the stages' vectors lie to each other and to the merged models, and whose each weight is."""
+    """Return sections on geometry and ownership of the stages' vectors."""
     tables: list[Table] = []
     groups: dict[str, list[tuple[Merge, int, dict[str, Any]]]] = {}
     for entry in run.recipe.merge:
@@ -36,12 +36,12 @@ def geometry_section(run: Run) -> Section:
 
 
 def last_merged_stage(run: Run, entry: Merge) -> int:
-    """Return the last stage that an entry has merged; 0 for none."""
+    """Return the last merged stage of an entry; 0 for none."""
     return max((t for t in run.stage_numbers() if run.merged(t, entry).is_done("merge")), default=0)
 
 
 def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, Any]]]) -> list[Table]:
-    """Return the tables of cosines and of opposite signs of one kind of expert, and of the models merged from it."""
+    """Return tables of cosines and opposite signs per kind of expert."""
     _, far, fullest = max(group, key=lambda merged: len(_folded(run, merged[1], merged[2])))
     names = _folded(run, far, fullest)
     tables = []
@@ -61,7 +61,7 @@ def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, 
 
 
 def _folded(run: Run, t: int, record: Mapping[str, Any]) -> list[str]:
-    """Return the names of the stages whose experts are in a merge: all so far, but for a guard's decisions."""
+    """Return the stages in a merge: all, unless a guard dropped some."""
     folded = record.get("folded", [{"stage": i, "replayed": False} for i in range(1, t + 1)])
     return [run.stage(x["stage"]).name + " (again, with replay)" * x["replayed"] for x in folded]
 
@@ -83,7 +83,7 @@ def _angle(value: float | None, key: str) -> Cell:
 
 
 def ownership_tables(run: Run) -> list[Table]:
-    """Return, for each rule that selects, the share of each layer's weights that each stage owns."""
+    """Return each stage's share of each layer, for selecting rules."""
     tables = []
     for entry in run.recipe.merge:
         t = last_merged_stage(run, entry)
@@ -99,7 +99,7 @@ def ownership_tables(run: Run) -> list[Table]:
 
 
 def vectors(run: Run) -> list[Table]:
-    """Return, for each stage that is the difference of two models, how it lies to what the stage before had learnt."""
+    """Return each given vector's relation to earlier learning."""
     tables = []
     for t, place in run.places():
         facts = place.record("train").get("vector", {}) if place.is_done("train") else {}

@@ -1,4 +1,4 @@
-"""The report as a page and as Markdown: what fills their templates."""
+"""The report as an HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ def _values(run: Run, results: Results, sections: Sequence[Section]) -> dict[str
 
 
 def frozen_recipe(run: Run) -> str:
-    """Return the recipe with every default, as frozen in the run folder; a token must not be shown."""
+    """Return the frozen recipe with defaults, secrets blanked."""
     return _TOKEN.sub(r"\1(removed)", recipe_yaml(run.recipe))

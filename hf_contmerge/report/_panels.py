@@ -1,4 +1,4 @@
-"""The panels of the picture: one per stage, general ability, the plane of learning and forgetting, a search's curve.
+"""The picture's panels: stages, general ability, the learning plane, searches.
 
 All show changes against the base model, paired on the same documents, with their intervals. Up is better everywhere. A
 hollow marker is a change inside the noise.
@@ -27,14 +27,14 @@ _NAMED = 4  # stages: with more, a panel has no room for a word among its lines
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows: `of` is a stage's number for the kind `stage`, and None otherwise."""
+    """A panel. `of`: the stage's number for the kind `stage`, else None."""
 
     kind: str
     block: Block
     of: int | None = None
 
     def alt_text(self, results: Results) -> str:
-        """Return in words what the panel shows, for those who cannot see it."""
+        """Describe the panel in words, as alternative text."""
         if self.of:
             return f"Stage {results.stages[self.of - 1].name}: {_stage_finding(results, self.of, self.block)}"
         return f"General ability ({self.block})" if self.kind == "general" else "Learning against forgetting"
@@ -53,7 +53,7 @@ class StyledLine:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is written into a panel once its size is known."""
+    """Texts of a panel, placed once its size is known."""
 
     title: str
     finding: str
@@ -66,7 +66,7 @@ class Drawing:
 
 
 def panels(results: Results) -> list[Panel]:
-    """Return the panels that there is something for: stages, general abilities, the plane."""
+    """Return the panels with data: stages, general abilities, the plane."""
     stages = [Panel("stage", b, j) for j in range(1, results.last + 1) if (b := stage_block(results, j))]
     measured = [results.base[t].block for t in results.general_tasks if t in results.base]
     general = [Panel("general", b) for b in results.blocks() if results.last and b in measured]
@@ -75,14 +75,14 @@ def panels(results: Results) -> list[Panel]:
 
 
 def draw_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
-    """Draw a panel; return what to write into it."""
+    """Draw a panel; return its texts."""
     if panel.kind == "stage":
         return _stage_panel(axes, results, panel)
     return (_general_panel if panel.kind == "general" else _plane_panel)(axes, results, panel.block)
 
 
 def stage_block(results: Results, j: int) -> Block | None:
-    """Return the kind of score that a stage is drawn with: perplexity if it has one, as every held-out text does."""
+    """Return a stage's block: perplexity if measured, as for held-out texts."""
     names = results.stages[j - 1].task_names()
     return next((b for b in results.blocks() if any(_is(results, t, b) for t in names)), None)
 
@@ -93,7 +93,7 @@ def _is(results: Results, task: str, block: Block) -> bool:
 
 
 def drawn_lines(results: Results) -> list[StyledLine]:
-    """Return the lines in the order in which they are drawn: plain fine-tuning, then the merges."""
+    """Return the lines in drawing order: plain fine-tuning, then merges."""
     plain = [StyledLine(results.baseline, line_label("previous"), INK, "X", "--")] if results.baseline else []
     return plain + [
         StyledLine(line, line.name, COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)], "-")
@@ -103,7 +103,7 @@ def drawn_lines(results: Results) -> list[StyledLine]:
 
 @dataclass(frozen=True)
 class _Point:
-    """A change after a stage, and whether it is to be drawn as one inside the noise."""
+    """A change after a stage, and its mark for noise."""
 
     stage: int
     change: Change
@@ -148,7 +148,7 @@ def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
 
 
 def _at_end(name: str, row: Any, tasks: Sequence[str], change: float, block: Block) -> str:
-    """Return a label with the score as its task reports it or, for the mean of several tasks, with the change."""
+    """Return a label: the score, or the change for several tasks."""
     if len(tasks) == 1 and tasks[0] in row:
         return f"{name} {natural(row[tasks[0]].value, block)}"
     return _with_change(name, change, block) if change else name
@@ -159,7 +159,7 @@ def _with_change(name: str, change: float, block: Block) -> str:
 
 
 def _name_drop(axes: Axes, points: Sequence[_Point]) -> None:
-    """Name the steepest fall of plain fine-tuning, where a stage is known to be worse than when it was learnt."""
+    """Name the steepest proven fall of plain fine-tuning."""
     if len(points) < 2 or points[-1].hollow or points[-1].change.mean > points[0].change.mean:
         return
     a, b = min(pairwise(points), key=lambda pair: pair[1].change.mean - pair[0].change.mean)
@@ -182,14 +182,14 @@ def _trace(axes: Axes, d: StyledLine, points: Sequence[_Point], shift: float) ->
 
 
 def _bars(changes: Sequence[Change]) -> list[list[float]]:
-    """Return how far the intervals reach below and above; nothing where none is known."""
+    """Return the intervals' reach below and above, where known."""
     below = [c.mean - c.low if c.low is not None else 0.0 for c in changes]
     above = [c.high - c.mean if c.high is not None else 0.0 for c in changes]
     return [[max(0.0, v) for v in below], [max(0.0, v) for v in above]]
 
 
 def _stage_finding(results: Results, j: int, block: Block) -> str:
-    """Say what became of a stage: since it was learnt or, for the last one, in learning it."""
+    """Describe a stage since it was learnt; the last one by learning."""
     names = results.stages[j - 1].task_names()
     ends = [(c.mean, x) for x in results.merges if len(x.rows) > j
             and (c := results.change(x.rows[-1], results.base, names, block))]  # fmt: skip
@@ -235,7 +235,7 @@ def _dots(results: Results, block: Block) -> list[tuple[StyledLine, Change, Chan
 
 
 def _plane_panel(axes: Axes, results: Results, block: Block) -> Drawing:
-    """Draw BWT over what was learnt. Where all is measured, final average = learnt + BWT (T-1)/T: the slanted lines."""
+    """Draw BWT over learning, with lines of equal final average."""
     dots, per_unit = _dots(results, block), 100 if block == "accuracy" else 1
     unit = "points" if block == "accuracy" else "nats"
     for d, learnt, kept in dots:
@@ -262,7 +262,7 @@ def _stage_names(results: Results) -> tuple[str, ...]:
 
 
 def _common_limits(results: Results, block: Block) -> tuple[float, float] | None:
-    """Return the least and the greatest that any stage's panel of this block shows, so that they compare."""
+    """Return the range of a block's panels, for one scale."""
     values = [
         value
         for j in range(1, results.last + 1) if stage_block(results, j) == block

@@ -1,4 +1,4 @@
-"""The picture of a run: what each stage left of the earlier ones. Whole, for a README, and in parts, for a phone.
+"""The picture of a run: whole for a README, in parts for a phone.
 
 One panel per stage (up is better, one line per way of learning), one for general ability, and the plane of what was
 learnt against what was kept. All panels of one kind of score share their scale.
@@ -34,7 +34,7 @@ _BOLD = 0.64
 
 
 def draw_forgetting(results: Results, path: Path) -> None:
-    """Write the whole picture as a PNG file; the panels are as many as there is something to show."""
+    """Write the whole picture as a PNG file."""
     shown = panels(results)
     columns, rows, spots = _layout(sum(p.kind == "stage" for p in shown), len(shown))
     width = max(7.5, (4.4 if columns <= 3 else 3.5) * columns)
@@ -53,7 +53,7 @@ def draw_forgetting(results: Results, path: Path) -> None:
 
 
 def draw_alone(results: Results, panel: Panel) -> bytes:
-    """Return one panel as a PNG that can be read on a phone."""
+    """Return one panel as a PNG for a phone."""
     with _figure(3.8, 3.2, layout=None) as figure:  # fixed margins: a page has many, and a layout takes longer to find
         figure.subplots_adjust(left=0.165, right=0.975, bottom=0.165)
         axes = figure.add_subplot()
@@ -65,7 +65,7 @@ def draw_alone(results: Results, panel: Panel) -> bytes:
 
 
 def draw_curve(curve: Curve) -> bytes:
-    """Return the search of a coefficient as a PNG: what each try kept of the experts' gain, a line per stage."""
+    """Return a coefficient's search as a PNG, a line per stage."""
     with _figure(4.4, 3.2) as figure:
         axes = figure.add_subplot()
         axes.set_title(
@@ -88,7 +88,7 @@ def draw_curve(curve: Curve) -> bytes:
 
 @contextmanager
 def _figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Any:
-    """Give a figure of a size in inches, in the style of the report."""
+    """Return a figure in the report's style. Sizes are inches."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -108,7 +108,7 @@ def _saved(figure: Figure) -> bytes:
 
 
 def _layout(stages: int, panels: int) -> tuple[int, int, tuple[tuple[int, int], list[tuple[Any, Any]]]]:
-    """Return columns, rows, and ((grid rows, grid columns), a place in the grid for each panel); two rows at most."""
+    """Return columns, rows and places of the panels; two rows at most."""
     others = panels - stages
     if panels <= 3:
         return max(panels, 1), 1, ((1, max(panels, 1)), [(0, i) for i in range(panels)])
@@ -132,7 +132,7 @@ def _slants(axes: Axes, share: float) -> None:
 
 
 def _finish(figure: Figure, drawn: Sequence[tuple[Axes, Drawing]]) -> None:
-    """Set what needs the panels' final sizes: wrapped titles, room for the labels, their heights."""
+    """Lay out titles and labels once panels have their sizes."""
     figure.draw_without_rendering()
     _write_titles(figure, drawn)
     figure.draw_without_rendering()
@@ -141,7 +141,7 @@ def _finish(figure: Figure, drawn: Sequence[tuple[Axes, Drawing]]) -> None:
 
 
 def _write_titles(figure: Figure, drawn: Sequence[tuple[Axes, Drawing]]) -> float:
-    """Write the panels' titles and findings; return the height of the findings in points."""
+    """Write titles and findings; return the findings' height in points."""
     wrapped = []
     for axes, drawing in drawn:
         width = axes.get_window_extent().width * 72 / figure.dpi

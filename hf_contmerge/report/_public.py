@@ -1,4 +1,4 @@
-"""What of a run the world may see: paths of this machine are reduced to names, secrets are blanked."""
+"""The public part of a run: names for paths, blanks for secrets."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def mapped(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
 
 
 def hub_id(name: str) -> str | None:
-    """Return the Hub id, without a revision, that a recipe means by a name; None for something on this machine."""
+    """Return the Hub id behind a name; None for a local model."""
     if not HUB_ID.fullmatch(name) or _FILE.search(name) or Path(name).exists():
         return None
     return name.partition("@")[0]
 
 
 def public_name(name: str) -> str:
-    """Return a Hub id or an address as it is, and a local path as its last component."""
+    """Return a Hub id or address unchanged, a path's last component."""
     if hub_id(name) or ("://" in name and not name.startswith("file:")):
         return name
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2] or "."
@@ -65,7 +65,7 @@ def public_recipe(recipe: Recipe) -> str:
 
 
 def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
-    """Return the stage's merge.yml with models named as in the recipe or, if made here, by their place in the run."""
+    """Return the stage's merge.yml with public model names."""
     file = run.merged(t, entry).mergekit_recipe
     if not file.is_file():
         return None
@@ -94,6 +94,6 @@ def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
 
 
 def expert_of(run: Run, entry: Merge, t: int) -> ExpertPlace:
-    """Return the place of the expert that a merge entry folds at a stage."""
+    """Return the place of the expert behind a merge."""
     start = entry.start_from or named_rule(entry.rule).start_from
     return run.expert(t, f"merged-{entry.name}" if start == "merged" else start)

@@ -1,4 +1,4 @@
-"""What was measured of a run, and its paired changes."""
+"""The measurements of a run and their paired changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_contmerge.scoring.forgetting.paired import Change, Group, mean_change
 
 @dataclass(frozen=True)
 class Results:
-    """What has been measured of a run so far. Lines differ in length while a stage is being worked on."""
+    """Measurements of a run so far. Lines differ in length during a stage."""
 
     stages: tuple[Stage, ...]
     general_tasks: tuple[str, ...]
@@ -32,7 +32,7 @@ class Results:
 
     @property
     def last(self) -> int:
-        """The number of stages of which something has been measured."""
+        """The number of stages with measurements."""
         return max(len(line.rows) for line in (*self.experts, *self.merges)) - 1
 
     @property
@@ -41,11 +41,11 @@ class Results:
         return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
 
     def named_lines(self) -> list[tuple[str, Line]]:
-        """Return all lines by the names that people read."""
+        """Return all lines by their display names."""
         return [(line_label(x.name), x) for x in self.experts] + [(x.name, x) for x in self.merges]
 
     def blocks(self) -> list[Block]:
-        """Return the blocks in which anything was measured, perplexity first: every held-out text has it."""
+        """Return the measured blocks, perplexity first."""
         lines = (*self.experts, *self.merges)
         return [
             b
@@ -54,7 +54,7 @@ class Results:
         ]
 
     def stage_blocks(self) -> list[Block]:
-        """Return the blocks in which some stage was measured."""
+        """Return the blocks with a measured stage."""
         lines = (*self.merges, *self.experts)
         return [
             b for b in self.blocks()
@@ -62,7 +62,7 @@ class Results:
         ]  # fmt: skip
 
     def learnt(self, line: Line, block: Block) -> Change | None:
-        """Return what the line gained on each stage when it was learnt: LA less the base's average."""
+        """Return a line's gain at learning time: LA minus the base's average."""
         own = [(line.rows[j], self.base, self.stages[j - 1].task_names()) for j in range(1, len(line.rows))]
         return self.mean_change(own, block)
 
@@ -73,15 +73,15 @@ class Results:
         return self.mean_change(later, block)
 
     def overall(self, line: Line, other: Line, t: int, block: Block) -> Change | None:
-        """Return how a line differs from another after stage t, over all stages so far."""
+        """Return a line's difference from another after stage t."""
         return self.mean_change([(line.rows[t], other.rows[t], s.task_names()) for s in self.stages[:t]], block)
 
     def change(self, new: Scores, old: Scores, tasks: Sequence[str], block: Block) -> Change | None:
-        """Return the paired change of some tasks between two models of the run."""
+        """Return the paired change of tasks between two models."""
         return self.mean_change([(new, old, tasks)], block)
 
     def mean_change(self, groups: Sequence[Group], block: Block) -> Change | None:
-        """Return the mean over groups; each is computed once, however many parts of the report show it."""
+        """Return the mean over groups, computed once."""
         measured = [(new, old, _of_block(new, old, tasks, block)) for new, old, tasks in groups]
         key = (block, *((id(new), id(old), tasks) for new, old, tasks in measured))
         if key not in self._changes:  # which keeps the scores, so that an id stands for one of them
@@ -89,7 +89,7 @@ class Results:
         return self._changes[key][1]
 
     def best(self, block: Block) -> Line | None:
-        """Return the merge whose final average is the highest, of those that have come furthest."""
+        """Return the merge with the highest final average."""
         far = max(len(line.rows) for line in self.merges)
         scored = [
             (acc, line) for line in self.merges
@@ -103,13 +103,13 @@ def _of_block(new: Scores, old: Scores, tasks: Sequence[str], block: Block) -> t
 
 
 def line_label(kind: str) -> str:
-    """Return what to call an expert kind."""
+    """Return the name of an expert kind."""
     names = {"previous": "fine-tuning alone", "base": "independent experts"}
     return names.get(kind, f"experts from {kind.removeprefix('merged-')}")
 
 
 def task_facts(results: Results) -> dict[str, Any]:
-    """Return what is known of each task: its stage, block, metric, documents, and the base model's score."""
+    """Return each task's stage, block, metric, documents and base score."""
     of_stage = {task: stage.name for stage in results.stages for task in stage.task_names()}
     facts = {}
     for task in (*of_stage, *results.general_tasks):
@@ -125,5 +125,5 @@ def task_facts(results: Results) -> dict[str, Any]:
 
 
 def any_score(results: Results, task: str) -> TaskScore | None:
-    """Return some score of a task, for what all of its scores have in common."""
+    """Return any score of a task, for its common properties."""
     return next((row[task] for x in (*results.merges, *results.experts) for row in x.rows if task in row), None)

@@ -1,4 +1,4 @@
-"""The report's tables and sections: what is on them. How they look is the templates' business."""
+"""The report's tables and sections; templates give them their look."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEPT = 300  # characters of a document; of a longer one the scores keep only th
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in words, what to say of it, how good or bad it is (1 to -1, 0 for no change seen), and if marked."""
+    """A formatted value with tooltip, shade (-1 worse to 1 better) and highlight."""
 
     text: str = MISSING
     hint: str = ""
@@ -58,7 +58,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Quote:
-    """A document that shows something: where it is from, its beginning, and what the models made of it."""
+    """A document as an example: source, beginning, answers of the models."""
 
     source: str
     text: str
@@ -72,7 +72,7 @@ class Quote:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a section, as a PNG file's bytes, and what it shows in words."""
+    """A PNG picture with a description."""
 
     png: bytes
     alt: str
@@ -80,7 +80,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report with a heading of its own; one without contents is left out."""
+    """A part of the report with a heading; left out if empty."""
 
     title: str
     intro: str = ""
@@ -113,7 +113,7 @@ def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
 
 
 def _largest(results: Results, tasks: Sequence[str]) -> float:
-    """Return the largest change of any of the tasks against the base: the darkest shade."""
+    """Return the largest change against the base: the darkest shade."""
     lines, base = (*results.experts, *results.merges), results.base
     changes = [abs(row[t].utility - base[t].utility) for x in lines for row in x.rows for t in tasks
              if t in row and t in base]  # fmt: skip
@@ -121,7 +121,7 @@ def _largest(results: Results, tasks: Sequence[str]) -> float:
 
 
 def score_cell(results: Results, row: Scores, task: str, largest: float, *, own: bool = False) -> Cell:
-    """Return a score, shaded by its change against the base where that is more than noise."""
+    """Return a score, shaded by its proven change against the base."""
     score = row.get(task)
     if score is None:
         return Cell()
@@ -136,7 +136,7 @@ def score_cell(results: Results, row: Scores, task: str, largest: float, *, own:
 
 
 def change_cell(change: Change | None, block: Block) -> Cell:
-    """Return a change with its interval; shaded if it is more than noise, and else said to be none."""
+    """Return a change with its interval, shaded if it is proven."""
     if change is None:
         return Cell()
     if change.low is None or change.high is None:
@@ -148,7 +148,7 @@ def change_cell(change: Change | None, block: Block) -> Cell:
 
 
 def metric_tables(results: Results) -> list[Table]:
-    """Return one table per block: the metrics that some line has, of each line."""
+    """Return a table of each line's metrics per block."""
     return [
         metric_table(
             {n: x.metrics(results.stages, results.general_tasks, block) for n, x in results.named_lines()}, block
@@ -158,7 +158,7 @@ def metric_tables(results: Results) -> list[Table]:
 
 
 def metric_table(metrics: Mapping[str, Mapping[str, float | None]], block: Block) -> Table:
-    """Return a table of the metrics that some line has. `found`: line -> its metrics in a block."""
+    """Return a table of measured metrics. `found`: line -> metrics."""
     names = known_metrics(metrics.values())
     rows = [[Cell(line), *(metric_cell(values[m], block, m) for m in names)] for line, values in metrics.items()]
     title = f"Metrics, {block}, in {_METRIC_UNITS[block]}"
@@ -175,7 +175,7 @@ def metric_cell(value: float | None, block: Block, name: str) -> Cell:
 
 
 def final_table(results: Results, block: Block) -> Table:
-    """Return metrics and last scores of all lines; with many tasks only the metrics, to fit a terminal."""
+    """Return metrics and last scores; only metrics if tasks are many."""
     tasks = [t for t in task_facts(results) if (s := any_score(results, t)) and s.block == block]
     tasks = tasks if len(tasks) <= 4 else []
     largest = _largest(results, tasks)
@@ -189,7 +189,7 @@ def final_table(results: Results, block: Block) -> Table:
 
 
 def task_tables(results: Results) -> list[Table]:
-    """Return one table per task: each line's score after each stage, and what became of it, with intervals."""
+    """Return a table per task: scores after each stage, and changes."""
     tables = []
     for task, facts in task_facts(results).items():
         if facts["block"] and task in results.base:
@@ -218,7 +218,7 @@ def _task_table(results: Results, task: str, block: Block, stage: str | None) ->
 
 
 def _detectable(change: Change | None, block: Block) -> Cell:
-    """Return the smallest true change that such documents would have shown in four of five samples."""
+    """Return the smallest change with 80 % power on these documents."""
     if change is None or change.detectable is None:
         return Cell()
     return Cell(amount(change.detectable, block, sign=False))
@@ -226,7 +226,7 @@ def _detectable(change: Change | None, block: Block) -> Cell:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase took at a place."""
+    """The cost of a phase at a place."""
 
     what: str
     """The place's folder in the run."""
@@ -239,7 +239,7 @@ class Cost:
 
 
 def costs(run: Run) -> list[Cost]:
-    """Return seconds and peak memory of each phase that is done."""
+    """Return seconds and peak memory of each finished phase."""
     spent = []
     for _, place in run.places():
         for phase in PHASES[:-1]:

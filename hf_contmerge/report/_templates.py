@@ -1,4 +1,4 @@
-"""Fills the wing's templates. Every value is escaped for its kind of file, HTML or Markdown, unless it is Markup."""
+"""Fills the templates. Values are escaped for HTML or Markdown."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _environment(suffix: str) -> Environment:
 
 
 def escape_markdown(value: object) -> Markup:
-    """Escape what Markdown takes for markup, and keep it on one line."""
+    """Escape Markdown's markup, on one line."""
     if isinstance(value, Markup):
         return value
     text = " ".join(str(value).splitlines())

@@ -14,7 +14,7 @@ _WORD = 12  # characters: longer ones may be broken
 
 
 def rich_table(table: Table) -> RichTable:
-    """Return a table for the terminal. Where that is narrow, lines are broken, numbers never."""
+    """Return a terminal table. Narrow ones break lines, never numbers."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table as RichTable

@@ -1,4 +1,4 @@
-"""The model card: a merged model's whole lineage, and what of a recipe the world may see.
+"""The model card: a merged model's lineage and public recipe.
 
 What was not measured says so.
 """
@@ -36,7 +36,7 @@ _ON_THE_CARD = ("acc", "la", "bwt", "normalised", "general_delta", "fuar")
 
 
 def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
-    """Return the README.md of a merge entry's model after the last merged stage. Raises RunError if there is none."""
+    """Return the README.md of an entry's last merge. Raises RunError without one."""
     t = last_merged(run, entry)
     recipe, rule = run.recipe, named_rule(entry.rule)
     shown_id = repo_id or (recipe.publish.repo_id if recipe.publish else recipe.name)
@@ -66,7 +66,7 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
 
 
 def last_merged(run: Run, entry: Merge) -> int:
-    """Return the number of the last stage that a merge entry has merged. Raises RunError if there is none."""
+    """Return the last merged stage. Raises RunError without one."""
     if t := last_merged_stage(run, entry):
         return t
     missing = "merge" if expert_of(run, entry, 1).is_done("train") else "train"
@@ -170,7 +170,7 @@ def _scores(run: Run, lines: Sequence[Line], t: int) -> Table | None:
 
 
 def _metrics(run: Run, lines: Sequence[Line], t: int) -> dict[Block, dict[str, dict[str, float | None]]]:
-    """Return block -> line -> its metrics, of what was measured."""
+    """Return block -> line -> measured metrics."""
     stages = [run.stage(s) for s in range(1, t + 1)]
     general = [task.name for task in run.recipe.evaluate.general_tasks]
     measured = {score.block for line in lines for row in line.rows for score in row.values()}
@@ -184,7 +184,7 @@ def _metrics(run: Run, lines: Sequence[Line], t: int) -> dict[Block, dict[str, d
 
 
 def _lines(run: Run, entry: Merge, t: int) -> list[Line]:
-    """Return fine-tuning alone and then this merge, with a row for the base and one for each of the t stages."""
+    """Return the lines of fine-tuning and of this merge, base first."""
     names = {"previous": "fine-tuning alone, in sequence", "base": "fine-tuning alone, each stage from the base"}
     names[f"merged-{entry.name}"] = "fine-tuning from the merged model"
     experts, merges = load_lines(run, [kind for kind in run.expert_kinds() if kind in names])

@@ -1,4 +1,4 @@
-"""Several runs side by side: where their recipes differ, their metrics, and their models on the same documents.
+"""Several runs next to each other: recipes, metrics, models on equal documents.
 
     contmerge compare RUN RUN... [--out DIR]        DIR/ index.html  compare.md  compare.csv
 
@@ -39,20 +39,20 @@ _SHOWN = 60
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run, what it has found, and what to call it."""
+    """A run, its results and its name."""
 
     label: str
     run: Run
     results: Results
 
     def lines(self) -> list[tuple[str, Line]]:
-        """Return the lines of which something was measured, by their names."""
+        """Return the measured lines by name."""
         return [(name, line) for name, line in self.results.named_lines() if len(line.rows) > 1]
 
 
 @dataclass(frozen=True)
 class LinePair:
-    """A line of a run against one of the reference's, both at the end, on the tasks that they have in common."""
+    """A line against one of the reference run, on common tasks."""
 
     new: ComparedRun
     old: ComparedRun
@@ -67,18 +67,18 @@ class LinePair:
         return f"{self.new.label}: {new}" + ("" if new == old else f" (against {old})")
 
     def comparable(self, block: Block) -> list[str]:
-        """Return the tasks of a block that both have measured on the same documents."""
+        """Return a block's tasks with equal documents in both."""
         new, old = self.scores
         return [t for t in self.tasks if new[t].block == block and same_documents(new[t], old[t])]
 
     def change(self, tasks: Sequence[str], block: Block) -> Change | None:
-        """Return the mean paired difference over tasks that are comparable; None where there is none."""
+        """Return the mean paired difference over comparable tasks, or None."""
         return mean_change([(*self.scores, tasks)], block) if tasks else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that there is to tell of some runs."""
+    """The comparison of several runs."""
 
     runs: tuple[ComparedRun, ...]
     pairs: tuple[LinePair, ...]
@@ -168,7 +168,7 @@ def sections(comparison: Comparison) -> list[Section]:
 
 
 def _difference_tables(comparison: Comparison) -> list[Table]:
-    """Return one table per block: tasks down, lines of the other runs across."""
+    """Return a table per block: tasks down, other runs' lines across."""
     tables = []
     for block in reversed(BLOCKS):
         pairs = [d for d in comparison.pairs if any(d.scores[0][t].block == block for t in d.tasks)]
@@ -205,7 +205,7 @@ def _metric_tables(comparison: Comparison) -> list[Table]:
 
 
 def _recipe_table(comparison: Comparison) -> Table:
-    """Return the fields in which not all recipes are alike; a token must not be shown."""
+    """Return the differing recipe fields, secrets blanked."""
     dumped = [dict(flat_fields(c.run.recipe.model_dump(mode="json"))) for c in comparison.runs]
     names = dict.fromkeys(name for fields in dumped for name in fields if not name.endswith("hub_token"))
     rows = []
@@ -231,7 +231,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> Path:
-    """Write index.html, compare.md and compare.csv; return the page's path. Raises ResourceError if it cannot."""
+    """Write index.html, compare.md and compare.csv. Raises ResourceError."""
     shown = {"title": comparison.title, "findings": findings(comparison), "sections": sections(comparison)}
     page = folder / "index.html"
     try:
@@ -246,7 +246,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
 
 
 def _rows(comparison: Comparison) -> Iterator[tuple[Any, ...]]:
-    """Yield a row for each task of each pair; the difference is empty where the documents are others."""
+    """Yield a row per task and pair; differences need equal documents."""
     for pair in comparison.pairs:
         for task in pair.tasks:
             new, old = (scores[task] for scores in pair.scores)

@@ -1,4 +1,4 @@
-"""From a run folder to a model on the Hub: a card that tells how the model came about, and one commit with all of it.
+"""From a run folder to a model on the Hub, in one commit.
 
 What leaves the machine: the merged weights, config and tokenizer, and three files written here: README.md (the card),
 recipe.yml and merge.yml. Paths of this machine are reduced to names in all of them, secrets in a recipe are blanked,
@@ -34,7 +34,7 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = None, private: bool | None = None) -> str:
-    """Push a merged model, as it is after the last merged stage, to the Hub in one commit; return the commit's URL.
+    """Push the last merged model in one commit; return its URL.
 
     Args:
         run: with at least one stage merged.
@@ -94,7 +94,7 @@ def _checked_repo_id(repo_id: str | None) -> str:
 
 
 def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
-    """Return path in the repository -> contents of all that is pushed."""
+    """Return path in the repository -> contents."""
     folder = run.merged(t, entry).model
     merged = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     refused = [name for name, path in merged.items() if path.suffix not in _UPLOADED]
@@ -113,7 +113,7 @@ def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
 
 
 def _commit(api: Any, repo_id: str, files: dict[str, Contents], message: str) -> str:
-    """Make one commit of all files, see that they are there, and return the commit's URL."""
+    """Commit all files, verify them, and return the commit's URL."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     # An earlier push may have been cut into other shards: transformers would go on reading those.
@@ -182,7 +182,7 @@ def _explanation(error: BaseException, repo_id: str, endpoint: str) -> str:
 
 
 def _cleaned(path: Path) -> Contents:
-    """Return a file, or the contents of a config without the paths that some versions of transformers leave in it."""
+    """Return a file's contents; configs lose local paths."""
     if path.suffix != ".json" or "config" not in path.name:  # a vocabulary may hold "/home" as a token: leave it alone
         return path
     data = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The report of a run, whole or half done: what was learnt, what was forgotten, what each merge rule made of it.
+"""The report of a run, whole or half done.
 
     report/  index.html       one file to look at, on a phone and on paper too; the picture is inside
              report.md        the same as Markdown
@@ -51,7 +51,7 @@ _COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", 
 
 
 def write_report(run: Run) -> Path:
-    """Write the report of what there is; return the path of the picture. Leaves the report's record to the caller."""
+    """Write the report; return the picture's path. The caller writes the record."""
     from hf_contmerge.report._pages import markdown, page  # jinja2 is for reports that are written, not shown again
     from hf_contmerge.report._templates import fill
 
@@ -74,7 +74,7 @@ def write_report(run: Run) -> Path:
 
 
 def sections(run: Run, results: Results) -> list[Section]:
-    """Return the parts of the report below its picture; those with nothing to show are empty."""
+    """Return the sections below the picture; some may be empty."""
     shades = (
         "▴ and blue: better than the base; ▾ and orange: worse; plain: no change shades, the 95 % interval holds 0. A "
         "frame marks the stage just learnt. Point at a number for more."
@@ -95,7 +95,7 @@ def sections(run: Run, results: Results) -> list[Section]:
 
 
 def _choices(run: Run) -> Section:
-    """Return what a guard tried and what `auto` found, with the curves; empty where nothing was chosen."""
+    """Return the sections on choices, with their curves; empty without any."""
     pictures = [Picture(draw_curve(curve), f"{curve.entry}: search of {curve.word}") for curve in curves(run)]
     hint = " In the curves a ring marks what was taken, a hollow mark what cost general ability." * bool(pictures)
     return Section("Choosing the merges", choices_intro(run) + hint, choice_tables(run), pictures=pictures)
@@ -107,7 +107,7 @@ def _write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 
 
 def show_report(run: Run, *, browser: bool = False) -> None:
-    """Print the table of scores and where the report lies; open it, if asked and if there is a browser."""
+    """Print the table and the report's path; open it if asked."""
     folder = run.folder / "report"
     print_table(run)
     print(f"Report:  {folder / 'index.html'}\nPicture: {folder / 'forgetting.png'}")
@@ -116,7 +116,7 @@ def show_report(run: Run, *, browser: bool = False) -> None:
 
 
 def print_table(run: Run) -> None:
-    """Print what a user wants to see at the end: metrics and final scores of each line, then the verdicts."""
+    """Print metrics and final scores of each line, then verdicts."""
     from rich.console import Console
 
     results, console = load_results(run), Console()
@@ -127,7 +127,7 @@ def print_table(run: Run) -> None:
 
 
 def load_results(run: Run) -> Results:
-    """Read what has been measured of a run. The first stage's expert is plain fine-tuning, whatever its kind."""
+    """Load a run's results. The first expert is plain fine-tuning."""
     experts, merges = load_lines(run, tuple(dict.fromkeys(("previous", *run.expert_kinds()))))
     measured = max(len(line.rows) for line in (*experts, *merges)) - 1
     if measured > 1 and "previous" not in run.expert_kinds():  # this run does not train it

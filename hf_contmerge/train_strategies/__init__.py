@@ -1,4 +1,4 @@
-"""Training strategies: how an expert is trained, on top of TRL's trainers; one strategy a file.
+"""Training strategies on top of TRL's trainers; one strategy a file.
 
 A strategy is a dataclass whose fields are its parameters, as with merge rules: `train_strategies/lora.py` with a class
 `Lora` is `strategy: lora` in the recipe. One object trains one stage. Several can be combined (`strategy: [lora,
@@ -35,7 +35,7 @@ Gradient = Callable[[], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class StageSize:
-    """How much a stage is trained on, for those who ask what it will leave behind."""
+    """The size of a stage's training, for memory estimates."""
 
     number: int
     """Counted from 1."""
@@ -50,7 +50,7 @@ class StageSize:
 
 @dataclass
 class TrainStrategy:
-    """What differs from plain fine-tuning. Every hook does nothing unless a strategy overrides it."""
+    """Base of strategies. Hooks do nothing unless overridden."""
 
     carrier: ClassVar[bool] = False
     """Whether it says which tensors are trained. A stage has exactly one such strategy."""
@@ -68,7 +68,7 @@ class TrainStrategy:
     """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
 
     def keeps_adapter(self) -> bool:
-        """Say whether the expert is saved as a peft adapter of the base, instead of a whole model."""
+        """Say if the expert is saved as a peft adapter."""
         return False
 
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
@@ -82,7 +82,7 @@ class TrainStrategy:
         return fresh
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
-        """Return what is trained, made from the model that the stage starts from."""
+        """Return the model to train, made from the stage's start."""
         return model
 
     def rate(self, name: str) -> float:
@@ -97,7 +97,7 @@ class TrainStrategy:
         return 1.0
 
     def before_step(self, model: nn.Module, gradient: Gradient) -> None:
-        """Change the weights before an optimizer step, with the step's gradient on request.
+        """Change the weights before an optimizer step, with its gradient on request.
 
         Called once per step, on all ranks, before the step's own forward passes.
 
@@ -110,7 +110,7 @@ class TrainStrategy:
         """
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
-        """Return what to add to a micro-batch's loss, summed over the tokens that count; the trainer divides.
+        """Return an addition to a micro-batch's loss, summed over counted tokens.
 
         Called after the forward pass whose loss it joins.
         """
@@ -137,10 +137,10 @@ class TrainStrategy:
         """Change the weights just after the optimizer's step."""
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
-        """Look at the trained model and the stage's examples once more; called before `remember`, on all ranks."""
+        """Review the trained model on the stage's examples; on all ranks."""
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
-        """Write what later stages need into the folder `out`, which exists; called after training, on all ranks.
+        """Write the memory of later stages into `out`; on all ranks.
 
         Args:
             model: the trained model, as `open` made it.
@@ -154,13 +154,13 @@ class TrainStrategy:
         return 0
 
     def close(self, model: Any) -> Any:
-        """Return the model to save: with the tensors that it started with, same names and shapes."""
+        """Return the model to save, with its original names and shapes."""
         return model
 
 
 @dataclass
 class Combined:
-    """The strategies of one stage, by name, the carrier first; each hook calls all of them."""
+    """The strategies of one stage by name, carrier first."""
 
     parts: Mapping[str, TrainStrategy]
     _rates: dict[str, float] = field(default_factory=dict, init=False, repr=False)
@@ -175,16 +175,16 @@ class Combined:
         return sum(part.bytes_per_parameter for part in self.parts.values())
 
     def not_sharded(self) -> list[str]:
-        """Return the names of those that FSDP2 would break."""
+        """Return the strategies without FSDP2 support."""
         return [name for name, part in self.parts.items() if not part.sharded]
 
     def texts_only(self) -> list[str]:
-        """Return the names of those that cannot learn from preference pairs."""
+        """Return the strategies without support for preference pairs."""
         weighing = self.overriding("token_weights")
         return [name for name, part in self.parts.items() if part.texts_only or name in weighing]
 
     def overriding(self, hook: str) -> list[str]:
-        """Return the names of the strategies that override a hook."""
+        """Return the strategies with their own version of a hook."""
         plain = getattr(TrainStrategy, hook)
         return [name for name, part in self.parts.items() if getattr(type(part), hook) is not plain]
 
@@ -199,7 +199,7 @@ class Combined:
         return fresh
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
-        """Open the carrier, then the parts with rates, then the others, which see as trained only what will be."""
+        """Open the carrier, then parts with rates, then the others."""
         rated = self.overriding("rate")
         opened: Any = model
         for name in dict.fromkeys([next(iter(self.parts)), *rated, *self.parts]):
@@ -209,7 +209,7 @@ class Combined:
         return opened
 
     def _apply_rates(self, model: nn.Module, part: str) -> None:
-        """Note a part's factors, and freeze the weights whose factor is 0. Raises ValueError for a bad factor."""
+        """Keep a part's factors; freeze weights of factor 0. Raises ValueError."""
         for name, weight in trained(model):
             factor = self.parts[part].rate(name)
             if not (math.isfinite(factor) and factor >= 0):
@@ -234,7 +234,7 @@ class Combined:
         return {weight: self._rates[name] for name, weight in names.items()}
 
     def before_step(self, model: nn.Module, accumulate: Callable[[], None]) -> None:
-        """Call the hook of all parts. `accumulate`: computes the step's gradient and leaves it in `.grad`."""
+        """Call the hook of all parts. `accumulate` leaves the gradient in `.grad`."""
 
         def gradient() -> Mapping[str, Tensor]:
             accumulate()
@@ -244,7 +244,7 @@ class Combined:
             part.before_step(model, gradient)
 
     def token_weights(self, *tokens: Tensor) -> Tensor:
-        """Return the product of all parts' weights. `tokens`: the arguments of the hook."""
+        """Return the product of all parts' weights. `tokens`: the hook's arguments."""
         weights = torch.ones_like(tokens[0])
         for name in self.overriding("token_weights"):
             weights = weights * self.parts[name].token_weights(*tokens)
@@ -267,7 +267,7 @@ class Combined:
             part.review(model, likelihoods)
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path, *, main: bool) -> None:
-        """Let each part write into its own folder below `out`; without anything to remember there is no `out`."""
+        """Let each part write its memory below `out`; remove empty folders."""
         for name, part in self.parts.items():
             folder = out / name
             if main:
@@ -310,7 +310,7 @@ def strategy_class(name: str) -> type[TrainStrategy]:
 
 
 def named_strategy(name: str, *, where: str = "") -> type[TrainStrategy]:
-    """Return the class of a strategy. Raises RecipeError if there is none; `where`: the place that asks for it."""
+    """Return a strategy's class. `where`: the place in the recipe, for errors."""
     return _STRATEGIES.named(name, where=where)
 
 
@@ -329,7 +329,7 @@ def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:
 
 
 def _checked(what: str, value: Any, kind: Any) -> Any:
-    """Return a parameter's value as its field is annotated: float, Annotated[int, Field(ge=1)], list[str], ..."""
+    """Return a parameter's value, checked against the field's annotation."""
     try:
         strict = ConfigDict(strict=True, allow_inf_nan=False)
         return TypeAdapter(kind, config=strict).validate_python(value)
@@ -339,7 +339,7 @@ def _checked(what: str, value: Any, kind: Any) -> Any:
 
 
 def combine(names: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> Combined:
-    """Make the strategies of a stage, from their names and the parameters of each.
+    """Make the strategies of a stage from names and parameters.
 
     Raises as `get_strategy`, and ValueError for strategies that cannot be combined.
     """

@@ -1,4 +1,4 @@
-"""What strategies say to each other across ranks."""
+"""Sums and roles across ranks, for strategies."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def is_main() -> bool:
-    """Say whether this is the process that writes."""
+    """Say if this is the main process."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -15,7 +15,7 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what torch puts int
 
 
 class Start:
-    """A copy of some of a model's trained weights, taken when it is made (`open`): a checkpoint comes in later."""
+    """A copy of trained weights at the stage's start."""
 
     def __init__(self, model: nn.Module, chosen: Callable[[str], object]) -> None:
         self.weights: dict[str, Tensor] = {
@@ -23,7 +23,7 @@ class Start:
         }
 
     def moved(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Yield name, weight and (weight - its start) of those that have a gradient now.
+        """Yield name, weight and its change, for weights with a gradient.
 
         Raises RecipeError under FSDP's first version, which flattens the weights.
         """
@@ -40,7 +40,7 @@ class Start:
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the weights that are trained, each once, by the names that they have without wrappers."""
+    """Yield the trained weights once each, by names without wrappers."""
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             for wrapper in _WRAPPERS:
@@ -49,7 +49,7 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of the trained weights by name, and leave none in the model."""
+    """Take the trained weights' gradients out of the model, by name."""
     gradients = {name: weight.grad for name, weight in trained(model) if weight.grad is not None}
     for weight in model.parameters():
         weight.grad = None
@@ -57,7 +57,7 @@ def take_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def laid_out_like(weight: Tensor, value: Tensor) -> Tensor:
-    """Return a whole tensor on the device of a weight, shared out among the ranks as that is (FSDP2), if it is."""
+    """Lay out a whole tensor like a weight, sharded or not."""
     if not isinstance(weight, DTensor) or isinstance(value, DTensor):
         return value.to(weight.device)
     if value.is_meta:  # where only the first rank has loaded the weights; it sends each rank its part
@@ -66,5 +66,5 @@ def laid_out_like(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def plain_model(model: Any) -> Any:
-    """Return the model within peft's wrapper, if it has one; adapters are in its layers."""
+    """Return the model inside peft's wrapper, with adapter layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""Anchor: L2 to the weights that the stage starts from, on chosen modules.
+"""Anchor: L2 to the stage's starting weights, on chosen modules.
 
 Smith, Tian, Halbe, Hsu and Kira, "A Closer Look at Rehearsal-Free Continual Learning", arXiv 2203.17269, who find that
 holding only the attention's weights keeps most of what is known and leaves the rest free to learn.

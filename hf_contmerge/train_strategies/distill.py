@@ -1,4 +1,4 @@
-"""Distill: stay near the predictions of the model that the stage starts from.
+"""Distill: stay near the predictions of the stage's starting model.
 
 Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv 1606.09282; the factor T^2, which keeps the gradient's
 size, as in Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
@@ -78,7 +78,7 @@ class Distill(TrainStrategy):
 
 
 def _require_plain_head(model: Any) -> None:
-    """Raise ValueError for a model whose logits are more than its head's output (soft caps, scales)."""
+    """Raise ValueError for logits beyond the head's output (caps, scales)."""
     ids = torch.arange(4, device=model.device).unsqueeze(0)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits

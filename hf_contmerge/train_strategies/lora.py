@@ -1,4 +1,4 @@
-"""LoRA: train low-rank additions to the linear layers, and fold them in at the end, or keep them as an adapter.
+"""LoRA: low-rank additions, folded in or kept as an adapter.
 
 Hu et al., ICLR 2022, arXiv 2106.09685.
 """
@@ -19,7 +19,7 @@ from hf_contmerge.train_strategies._weights import trained
 
 @dataclass(init=False)
 class Lora(TrainStrategy):
-    """W <- W + (alpha / r) B A. Parameters: any field of peft's LoraConfig, by its own name, and `keep`.
+    """W <- W + (alpha / r) B A. Parameters: those of peft's LoraConfig.
 
     With `keep` the expert is a peft adapter of the base, not a whole model, and a stage that starts from the one before
     goes on training that same adapter, with the settings that it has.
@@ -51,7 +51,7 @@ class Lora(TrainStrategy):
 
 
 def trained_a(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield each linear layer's name and its A (r, in), which has a gradient after a backward pass."""
+    """Yield each linear layer's name and its A (r, in)."""
     for name, weight in trained(model):
         module, found, _ = name.partition(".lora_A.")
         if found:
@@ -59,6 +59,6 @@ def trained_a(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Return a weight as it is on a single machine, on the processor; under FSDP2 all ranks call this together."""
+    """Return a whole weight on the CPU; all ranks call this."""
     full = getattr(weight.detach(), "full_tensor", None)  # of a DTensor
     return (full() if full else weight.detach()).float().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""MIGU: magnitude-based gradient updating, which trains only the rows that speak up.
+"""MIGU: magnitude-based gradient updates of the rows with large outputs.
 
 Du et al., "Unlocking Continual Learning Abilities in Language Models", EMNLP 2024 Findings, arXiv 2406.17245.
 """
@@ -58,7 +58,7 @@ class Migu(TrainStrategy):
         self._counts = inputs.get("attention_mask")
 
     def _note(self, layer: nn.Module, _: Any, output: Tensor) -> None:
-        """Add up what a layer says of each token, (..., token, row); padding does not count."""
+        """Add up a layer's outputs (..., token, row) without padding."""
         if not (layer.training and torch.is_grad_enabled()):
             return
         assert isinstance(layer, nn.Linear)

@@ -1,4 +1,4 @@
-"""O-LoRA: a LoRA for each stage, in directions that no earlier stage's LoRA reads.
+"""O-LoRA: a LoRA per stage, orthogonal to earlier ones.
 
 Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning", Findings of EMNLP 2023, arXiv
 2310.14152.

@@ -1,4 +1,4 @@
-"""OSF: train what a weight's small singular values span, and keep the large ones as they are.
+"""OSF: train the span of small singular values, keep the large.
 
 Nayak et al., "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning", arXiv 2504.07097, by
 peft's OSFConfig. Each stage decomposes the weights that it starts from anew, and folds its change in at the end.
@@ -74,7 +74,7 @@ def osf_layers(model: nn.Module) -> Iterator[Any]:
 
 
 def _off(low: Tensor, high: Any, start: Any) -> Tensor:
-    """Return the columns of `low` (d, r) without their part along those of `high`.
+    """Return `low` (d, r) without its components along `high`.
 
     Where the low and the high part are all of the space, peft keeps no `high`: what is along `start` is the rest.
     """

@@ -1,4 +1,4 @@
-"""QLoRA: a LoRA on a copy of the model that is held in 4 bits, folded into the model as it was.
+"""QLoRA: a LoRA on a 4-bit copy, folded into the full model.
 
 Dettmers et al., NeurIPS 2023, arXiv 2305.14314. Not tried by the project's own tests, which have no CUDA.
 """
@@ -20,7 +20,7 @@ from hf_contmerge.train_strategies.lora import Lora
 
 @dataclass(init=False)
 class Qlora(Lora):
-    """W <- W + (alpha / r) B A, where B and A were trained against W in 4-bit NormalFloat. Parameters: lora's.
+    """W <- W + (alpha / r) B A, with B and A trained against 4-bit W.
 
     The model in float stays in main memory (4 bytes a parameter there), so that what is saved has its names and shapes.
     """

@@ -32,7 +32,7 @@ _BYTES_PER_TOKEN = 4
 
 @dataclass
 class Replay(TrainStrategy):
-    """Of the examples trained on, `share` are old: drawn from the memory, from its start again where it is too small.
+    """Mixes old examples in: `share` of the training examples.
 
     The memory holds `examples` in all (1000, if nothing is said), or as many as have `tokens` in all. The stages so far
     share it equally: each keeps the examples with its lowest keys, and fewer with every stage. Held-out examples are
@@ -79,7 +79,7 @@ class Replay(TrainStrategy):
 
 
 def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) -> datasets.Dataset:
-    """Return old examples in the columns of fresh ones, with which they are to be mixed.
+    """Return old examples in the columns of fresh ones.
 
     Raises DataError where one cannot be made of the other: conversations and plain text.
     """
@@ -102,18 +102,18 @@ def _form(data: datasets.Dataset) -> str:
 
 
 def _remembered(memory: Path) -> list[tuple[Path, datasets.Dataset]]:
-    """Return each stage's file and examples, in stage order, those with the lowest keys first."""
+    """Return each stage's file and examples, lowest keys first."""
     tables = ((path, parquet.read_table(path)) for path in sorted(memory.glob("*.parquet")))
     return [(path, datasets.Dataset(InMemoryTable(table))) for path, table in tables]
 
 
 def _key(row: Any) -> str:
-    """Return an example's random number, which depends on nothing but its words."""
+    """Return an example's random number, a function of its words."""
     return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _token_counts(data: datasets.Dataset, model: Any) -> list[int]:
-    """Return the length of each example's words in tokens of the model, without what a chat template adds."""
+    """Return each example's tokens, without the chat template's."""
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     return [max(1, sum(len(tokenizer(text)["input_ids"]) for text in _texts(row))) for row in data]
 

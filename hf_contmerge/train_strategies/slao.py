@@ -1,4 +1,4 @@
-"""SLAO: a LoRA that starts in the directions of the last stage's; its other half is the merge rule of that name.
+"""SLAO: a LoRA that starts in the last one's directions.
 
 Qiao and Mahdavi, "Merge before Forget: A Single LoRA Continual Learning via Continual Merging", arXiv 2512.23017.
 """
@@ -53,6 +53,6 @@ class Slao(Lora):
 
 
 def orthonormal_rows(a: Tensor) -> Tensor:
-    """Return the basis of the rows of A (r, n), r <= n, that QR finds, with signs that do not depend on the library."""
+    """Return the row basis of A (r, n) by QR, with fixed signs."""
     q, r = torch.linalg.qr(a.double().T)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T.to(a.dtype)

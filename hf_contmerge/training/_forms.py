@@ -1,4 +1,4 @@
-"""The forms that examples have, recognised by their columns, and which rows can be used.
+"""The forms of examples, recognised by columns; usable rows.
 
     preference            prompt, chosen, rejected        answers compared (DPO); the prompt may also stand in both
     messages              messages                        conversations
@@ -34,7 +34,7 @@ COLUMNS: dict[Form, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Fit:
-    """Rows that can be used, with the columns of their form alone, and why how many others cannot."""
+    """Usable rows in their form's columns, and counts of the others."""
 
     form: Form
     rows: datasets.Dataset
@@ -42,7 +42,7 @@ class Fit:
 
 
 def fit_rows(rows: datasets.Dataset, spec: DataSource) -> Fit:
-    """Find the form of rows, and leave out those that lack a column or are not as long as the entry asks for.
+    """Find the form of rows; drop incomplete, short and long ones.
 
     Raises DataError for columns that make no form, or that hold something else.
     """
@@ -72,7 +72,7 @@ def require_columns(rows: datasets.Dataset, columns: list[str] | tuple[str, ...]
 
 
 def _in_form(rows: datasets.Dataset, spec: DataSource) -> tuple[Form, datasets.Dataset, tuple[str, ...]]:
-    """Return the form, the columns that it is made of, and their names."""
+    """Return the form, its columns and their names."""
     if spec.text is not None:
         columns = format_columns(spec.text, f"`text` of {spec.path}")
         require_columns(rows, columns, spec.path)
@@ -96,7 +96,7 @@ def _in_form(rows: datasets.Dataset, spec: DataSource) -> tuple[Form, datasets.D
 
 
 def _finished(form: Form, rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
-    """Return whole rows with exactly the columns of their form, checked to hold what they should."""
+    """Return rows in exactly their form's columns, with checked values."""
     if len(rows) == 0:
         return rows
     if form == "messages" and not _is_talk(rows[0]["messages"]):
@@ -116,7 +116,7 @@ def _finished(form: Form, rows: datasets.Dataset, spec: DataSource) -> datasets.
 
 
 def _with_prompt(rows: datasets.Dataset) -> datasets.Dataset:
-    """Return pairs with a prompt of their own, also where it stands at the start of both answers instead."""
+    """Return pairs with a separate prompt, split from the answers if needed."""
     from trl.data_utils import extract_prompt
 
     first = rows[0]
@@ -127,7 +127,7 @@ def _with_prompt(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def _worded(rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
-    """Return rows with words in the place of class numbers. Raises DataError for a number that has none."""
+    """Replace class numbers by words. Raises DataError for an unknown number."""
     require_columns(rows, tuple(spec.labels), spec.path)
     for column, words in spec.labels.items():
         numbers = rows[column]
@@ -142,7 +142,7 @@ def _worded(rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
 
 
 def format_columns(text: str, where: str) -> tuple[str, ...]:
-    """Return the columns that a format string names, or the one that it is. `where`: it stands, for errors."""
+    """Return the columns of a format string, or the one column."""
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(text) if name]
     except ValueError as error:
@@ -166,7 +166,7 @@ def _where(rows: datasets.Dataset, accept: Any) -> datasets.Dataset:
 
 
 def _lacks(value: Any, *, alone: bool) -> bool:
-    """Say whether a value is null or, as the only one of its row, blank."""
+    """Say if a value is null, or blank and the row's only one."""
     return value is None or (alone and isinstance(value, str) and not value.strip())
 
 
@@ -175,7 +175,7 @@ def _is_talk(value: Any) -> bool:
 
 
 def _length(row: Row, form: Form) -> int:
-    """Return the characters of an example, of a pair those with the longer answer, without a template's."""
+    """Count an example's characters; a pair counts its longer answer."""
     if form == "preference":
         return _chars(row["prompt"]) + max(_chars(row["chosen"]), _chars(row["rejected"]))
     return sum(_chars(value) for value in row.values())

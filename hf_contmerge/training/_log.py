@@ -1,4 +1,4 @@
-"""What is logged of a training: the points of the loss curve, the same whether it was resumed or not."""
+"""The points of a training's loss curve, equal after a resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OF_THE_MACHINE = ("runtime", "per_second")
 
 
 def curve(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a trainer's log without what an unbroken and a resumed run do not have in common."""
+    """Return a trainer's log without values of one process or machine."""
     points = ({k: v for k, v in entry.items() if not _differs(k)} for entry in log)
     return [point for point in points if any("loss" in key for key in point)]
 
@@ -28,14 +28,14 @@ def _differs(key: str) -> bool:
 
 
 class TrainingLog(TrainerCallback):
-    """Passes on what is logged, and sees to it that a resumed run logs the same.
+    """Passes points on, with equal logs for resumed runs.
 
     A mean over the steps since the last log cannot be taken up in the middle, so a step with a checkpoint is logged
     too; and the last one, so that there is always a loss to record.
     """
 
     def __init__(self, on_log: OnLog, *, last_checkpoint: bool) -> None:
-        """`last_checkpoint`: whether to write one after the last step, from which only saving would be left."""
+        """`last_checkpoint`: write one after the last step."""
         self._on_log, self._last_checkpoint = on_log, last_checkpoint
         self._progress: StepProgress | None = None
 

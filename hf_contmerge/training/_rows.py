@@ -1,4 +1,4 @@
-"""Rows of a dataset entry: from a file or folder here, from the Hub, or out of the package; whole, or streamed."""
+"""Rows of a dataset: files, folders, the Hub, the package; streamed too."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_rows(spec: DataSource) -> datasets.Dataset:
 
 
 def stream_rows(spec: DataSource, *, seed: int) -> Iterator[datasets.Dataset]:
-    """Yield the rows of a dataset entry in parts, shuffled through a buffer, fetching them as they are asked for.
+    """Yield a stream's rows in parts, shuffled through a buffer.
 
     Raises as `load_rows`, from the first part on.
     """
@@ -58,12 +58,12 @@ def stream_rows(spec: DataSource, *, seed: int) -> Iterator[datasets.Dataset]:
 
 
 def empty(spec: DataSource) -> DataError:
-    """Return the error that says that there is nothing to train on."""
+    """Return the error for a dataset without rows."""
     return DataError(f"{spec.path} (split {spec.split}) is empty.")
 
 
 def _saved(spec: DataSource) -> datasets.Dataset | None:
-    """Return the rows that lie here as datasets has them: the package's own, or what `Dataset.save_to_disk` wrote."""
+    """Return rows of the package, or of `Dataset.save_to_disk`."""
     folder = Path(spec.path).expanduser()
     if spec.path.startswith("quickstart:"):
         from hf_contmerge.run.quickstart import load_quickstart, quickstart_names
@@ -83,7 +83,7 @@ def _saved(spec: DataSource) -> datasets.Dataset | None:
 
 
 def _source(spec: DataSource) -> dict[str, Any]:
-    """Return the arguments of `datasets.load_dataset`. Raises DataError for a file that cannot be one."""
+    """Return the arguments of `datasets.load_dataset`. Raises DataError for other files."""
     path = Path(spec.path).expanduser()
     kind = _READERS.get(path.suffix.lower())
     if kind and not path.is_file():
@@ -100,7 +100,7 @@ def _source(spec: DataSource) -> dict[str, Any]:
 
 @contextmanager
 def _clear(spec: DataSource) -> Iterator[None]:
-    """Say what is wrong when rows cannot be had."""
+    """Turn loading failures into clear errors."""
     try:
         yield
     except (DataError, ResourceError):  # the former is a ValueError too

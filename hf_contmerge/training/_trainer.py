@@ -1,4 +1,4 @@
-"""Where we join TRL's trainers: whole checkpoints, and the hooks of training strategies.
+"""TRL's trainers with whole checkpoints and strategy hooks.
 
 Gradients and weights are a callback's business. The other hooks are subclasses, which a trainer gets only where a
 strategy overrides the hook: plain training runs TRL's code.
@@ -37,7 +37,7 @@ class StrategySteps(TrainerCallback):
 
 
 def trainer_class(plain: type, strategies: Combined) -> type:
-    """Return a trainer with whole checkpoints and with the hooks that the strategies override.
+    """Return a trainer class with whole checkpoints and the overridden hooks.
 
     Raises RecipeError for strategies that cannot learn what this trainer teaches.
     """
@@ -86,7 +86,7 @@ class AddedLoss(StageTrainer):
 
 
 class WeightedTokens(StageTrainer):
-    """Weights the tokens of SFTTrainer's loss, which it computes from the log probabilities of its fused head."""
+    """Weights the tokens of SFTTrainer's loss by its fused head's log probabilities."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         def weighted(**inputs: Any) -> Any:
@@ -115,7 +115,7 @@ class RatedWeights(StageTrainer):
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, rates: dict[Tensor, float]) -> None:
-    """Move weights with a factor into groups after the others; the logged rate is the first group's.
+    """Put weights with a factor into later groups; the first one's rate is logged.
 
     Raises RecipeError for an optimizer that is not given the model's weights.
     """
@@ -149,7 +149,7 @@ class GradientBefore(StageTrainer):
             self.strategies.before_step(self.model, self._accumulate)
 
     def _accumulate(self) -> None:
-        """Leave the gradient of the coming step in `.grad`, and nothing else: no metrics, no random numbers drawn."""
+        """Leave the coming step's gradient in `.grad`, without side effects."""
         batches, items = self._batches
         metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
         device = self.accelerator.device
@@ -176,7 +176,7 @@ _HOOKS: dict[str, type[StageTrainer]] = {
 
 
 def likelihoods(trainer: Any, *, seed: int) -> Likelihoods:
-    """Return what gives a strategy the log likelihoods of a sample of the examples that a trainer has trained on.
+    """Return a reader of log likelihoods for a sample of examples.
 
     Each example comes by itself, through the trainer's collator and its fused head. The ranks share the sample.
     """
@@ -209,7 +209,7 @@ _REFERENCE = "ref"  # TRL's name of the copy
 
 
 def reference_model(form: Form, opened: Any, start: Path, base: Path, **init: Any) -> dict[str, Any]:
-    """Return the argument of the trainer that says what the reference is, or none where none is needed.
+    """Return the trainer's reference argument; empty where none is needed.
 
     Args:
         form: of the examples.
@@ -228,6 +228,6 @@ def reference_model(form: Form, opened: Any, start: Path, base: Path, **init: An
 
 
 def drop_reference(model: Any) -> None:
-    """Remove the adapter that TRL has added to be the reference, before the model is looked at or saved."""
+    """Remove TRL's reference adapter before the model is reviewed or saved."""
     if _REFERENCE in getattr(model, "peft_config", {}):
         model.delete_adapter(_REFERENCE)

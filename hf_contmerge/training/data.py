@@ -1,4 +1,4 @@
-"""A dataset entry of the recipe -> what TRL trains on, and the held-out documents that measure forgetting."""
+"""A dataset entry -> examples for TRL and held-out documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MEASURED: dict[Form, tuple[str, ...]] = {**COLUMNS, "preference": ("prompt", "c
 
 @dataclass(frozen=True)
 class StageData:
-    """A stage's examples, in a fixed order; `heldout` shares no document with `train`."""
+    """A stage's examples; `heldout` and `train` share no document."""
 
     form: Form
     train: datasets.Dataset
@@ -81,7 +81,7 @@ def require_chat_template(tokenizer: Any) -> None:
 
 
 def task_rows(task: Task) -> list[Row]:
-    """Return the rows of a task that is made from a dataset, in the columns that our task files use."""
+    """Return the rows of a task's dataset, in task file columns."""
     assert task.dataset is not None
     if task.kind == "perplexity":
         form, rows = _examples(task.dataset, seed=0, at_most=task.dataset.heldout)
@@ -98,7 +98,7 @@ def task_rows(task: Task) -> list[Row]:
 
 
 def _choice_rows(task: Task, rows: datasets.Dataset, asked: tuple[str, ...]) -> list[Row]:
-    """Return the rows of a multiple_choice task. `asked`: the columns that its question is made of."""
+    """Return the rows of a multiple_choice task. `asked`: the question's columns."""
     assert task.dataset is not None
     words = task.choices
     require_columns(rows, (*asked, *((words,) if isinstance(words, str) else ()), task.answer), task.dataset.path)
@@ -122,19 +122,19 @@ def _choice_rows(task: Task, rows: datasets.Dataset, asked: tuple[str, ...]) -> 
 
 
 def _some(rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
-    """Return `max_examples` rows drawn at random, always the same; without that word, all in their order."""
+    """Return `max_examples` random rows, always the same; or all."""
     if not spec.max_examples or len(rows) <= spec.max_examples:
         return rows
     return rows.shuffle(seed=0, keep_in_memory=True).select(range(spec.max_examples))
 
 
 def _filled(question: str, row: Row) -> str:
-    """Return a prompt: the value of a column, or a format over columns."""
+    """Return a prompt: a column's value, or a format over columns."""
     return row[question] if question in row else question.format(**row)
 
 
 def _examples(spec: Dataset, *, seed: int, at_most: int) -> tuple[Form, datasets.Dataset]:
-    """Return the form of a dataset and its usable examples, shuffled; of a stream, `at_most` (0: all)."""
+    """Return a dataset's form and usable examples, shuffled; `at_most` of a stream."""
     if not spec.streaming:
         whole = load_rows(spec)
         fit = fit_rows(whole, spec)
@@ -154,7 +154,7 @@ def _examples(spec: Dataset, *, seed: int, at_most: int) -> tuple[Form, datasets
 
 
 def _tell_left_out(spec: Dataset, left_out: Counter[str], read: int) -> None:
-    """Say how many rows cannot be used. Raises DataError if that is all of them."""
+    """Report unusable rows. Raises DataError if no row is left."""
     for reason, count in left_out.items():
         if count:
             LOG.warning("%s: %d of %d rows are left out, for they %s", spec.path, count, read, reason)
@@ -167,7 +167,7 @@ def _tell_left_out(spec: Dataset, left_out: Counter[str], read: int) -> None:
 
 
 def _without(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> datasets.Dataset:
-    """Drop training examples that also stand in the held-out ones: a memorised document measures nothing."""
+    """Drop training examples with a held-out twin: memorised documents measure nothing."""
 
     def key(row: Row) -> str:
         return json.dumps([row[c] for c in _MEASURED[form]], sort_keys=True)

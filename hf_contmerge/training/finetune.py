@@ -1,4 +1,4 @@
-"""One stage of fine-tuning: a model folder and a dataset in, a model folder out, by TRL's trainers; resumable."""
+"""One stage of fine-tuning by TRL's trainers; resumable."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def train_expert(
 
 
 def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any:
-    """Load the model, open it for the strategies, and return TRL's trainer of it."""
+    """Load and open the model; return TRL's trainer of it."""
     trainer_type, config_type = trl_classes(job.data.form)
     tokenizer = AutoTokenizer.from_pretrained(job.base, trust_remote_code=job.trust_remote_code)
     settings = sft_settings(job.train, job.data, tokenizer, numel=Weights(job.base).numel())
@@ -94,7 +94,7 @@ def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any
 
 
 def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | None) -> None:
-    """Let the strategies write what later stages need; drop the copy that was DPO's reference."""
+    """Let strategies write their memory; drop DPO's reference copy."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     drop_reference(model)
     if out:
@@ -103,7 +103,7 @@ def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | Non
 
 
 def _record(trainer: Any, data: StageData) -> dict[str, Any]:
-    """Return what the stage's record keeps of a training that is over."""
+    """Return a finished training's part of the record."""
     history = trainer.state.log_history
     log = curve(history)
     losses = [e["loss"] for e in log if "loss" in e]
@@ -125,7 +125,7 @@ def _open(strategies: Combined, model: PreTrainedModel, memory: Path | None, tra
 
 
 def share_out_on_processors(trainer: Any) -> None:
-    """Let FSDP do on processors what it does on GPUs, where accelerate (1.15) takes no notice of it."""
+    """Make FSDP work on CPUs, where accelerate (1.15) ignores it."""
     state = trainer.accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -134,7 +134,7 @@ def share_out_on_processors(trainer: Any) -> None:
 
 
 def _check_ranks(trainer: Any, strategies: Combined) -> None:
-    """Raise RecipeError where the launcher or the precision leaves a strategy without what it needs."""
+    """Raise RecipeError for a launcher or precision without a strategy's needs."""
     names = strategies.not_sharded()
     if trainer.is_fsdp_enabled and names:
         raise RecipeError(
@@ -156,7 +156,7 @@ def _check_ranks(trainer: Any, strategies: Combined) -> None:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end: trainer_state.json comes last, after all ranks."""
+    """Return the newest complete checkpoint: trainer_state.json comes last."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A stage to train outside a run: what a call of `finetune_stage` asks for, and whether that has been done before.
+"""A training job, and a stage's training outside a run.
 
 An expert's folder has a folder `contmerge` with the record (train.json) and the strategies' memory; it appears whole.
 """
@@ -37,7 +37,7 @@ OWN = "contmerge"  # the folder in an expert's folder with what is not the model
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """What `finetune_stage` has made. It stands for its folder wherever a model is named."""
+    """The result of `finetune_stage`; stands for its folder as a model name."""
 
     folder: Path
     base: Path
@@ -78,7 +78,7 @@ class TrainJob:
     """The stage's number."""
 
     def inputs(self) -> dict[str, Any]:
-        """Return what the expert depends on, for its record."""
+        """Return the inputs that decide the expert, for its record."""
         start = expert_sha256(self.start)
         return {
             "start_sha256": start,
@@ -93,7 +93,7 @@ class TrainJob:
 def recipe_of(
     data: Data, strategy: str | Sequence[str], parameters: Mapping[str, Any], seed: int, training: Mapping[str, Any]
 ) -> Recipe:
-    """Return the recipe of one stage, which says of wrong words what it says of those in a file."""
+    """Return the recipe of one stage, for the same error messages."""
     fields = dict(training)
     code = fields.pop("trust_remote_code", False)
     names = strategy if isinstance(strategy, str) else list(strategy)
@@ -110,7 +110,7 @@ def recipe_of(
 
 
 def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None) -> TrainJob:
-    """Find and check what a stage is trained from and on. Raises as `finetune_stage`."""
+    """Find and check a stage's models and data. Raises as `finetune_stage`."""
     start = resolve_model(os.fspath(model), adapters=True)
     before = model if isinstance(model, TrainedExpert) else None
     known, memory, stage = (before.base, before.memory, before.stage + 1) if before else (None, None, 1)
@@ -140,7 +140,7 @@ def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None
 
 
 def base_of(start: Path) -> Path:
-    """Return the base of a model that was given without one: an adapter names its own, a whole model is it."""
+    """Return the base of a model: an adapter's own, or itself."""
     if not is_adapter(start):
         return start
     name = read_settings(start).get("base_model_name_or_path")
@@ -158,7 +158,7 @@ def _check_kept_adapter(train: Train, start: Path, base: Path) -> None:
 
 
 def _in_memory(data: datasets.Dataset, spec: Dataset, seed: int) -> StageData:
-    """Return rows that are in memory already as a stage's, shuffled as those of a file are."""
+    """Return rows in memory as a stage's data, shuffled like a file's."""
     fit = fit_rows(data, spec)
     if not len(fit.rows):
         raise DataError(f"data has no row to train on: of {len(data)}, all lack something.")
@@ -167,6 +167,6 @@ def _in_memory(data: datasets.Dataset, spec: Dataset, seed: int) -> StageData:
 
 
 def rows_sha256(rows: datasets.Dataset) -> str:
-    """Return the digest of examples, whatever their order, which is the seed's."""
+    """Return the digest of examples in any order."""
     each = (hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest() for row in rows_of(rows))
     return hashlib.sha256(b"".join(sorted(each))).hexdigest()

@@ -1,4 +1,4 @@
-"""Writing what was trained as a model folder."""
+"""Writes trained models as model folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_contmerge.train_strategies import Combined
 
 
 def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path) -> None:
-    """Write what was trained to `out`; all ranks call this together."""
+    """Write a trainer's model to `out`; all ranks call this."""
     accelerator = trainer.accelerator
     model, main = strategies.close(accelerator.unwrap_model(trainer.model)), accelerator.is_main_process
     state = None
@@ -37,7 +37,7 @@ def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path) -> No
 
 
 def whole_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
-    """Return the weights of a model that is shared out (FSDP2), on the processor; all ranks call this together.
+    """Return an FSDP2 model's whole weights on the CPU; all ranks call this.
 
     `keep`: whether this rank wants them. Tied weights stay one tensor, so that they are saved once.
     """
@@ -53,7 +53,7 @@ def whole_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
 
 
 def write_expert(place: Place, model: Any, processing: Any, base: Path, ranks: Ranks) -> Path:
-    """Write a model in memory to a place's `expert`, which appears whole; all ranks call this together.
+    """Write a model in memory to a place's `expert`; all ranks call this.
 
     Args:
         place: gets the folder.
@@ -86,7 +86,7 @@ def _write_model(model: Any, processing: Any, base: Path, folder: Path, ranks: R
 
 
 def write_adapter(model: Any, folder: Path, ranks: Ranks) -> Path:
-    """Write the active adapter; return its folder, which peft gives any but the first a name of its own."""
+    """Write the active adapter; return its folder, a subfolder for named ones."""
     state, name = _whole_if_shared(model, ranks), model.active_adapter
     ranks.first(lambda: model.save_pretrained(folder, state_dict=state, selected_adapters=[name]))
     return folder if name == "default" else folder / name
@@ -100,7 +100,7 @@ def _lift(inner: Path, folder: Path) -> None:
 
 
 def _whole_if_shared(model: Any, ranks: Ranks) -> dict[str, Tensor] | None:
-    """Return the weights of a model that the ranks share (FSDP2); None for one that each rank has whole."""
+    """Return an FSDP2 model's whole weights; None for an unsharded one."""
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
         return whole_state(model, keep=ranks.is_main)
     return None

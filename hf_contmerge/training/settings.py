@@ -1,4 +1,4 @@
-"""What a recipe says of training, checked and turned into fields of TRL's configs."""
+"""A recipe's training settings, checked and turned into TRL's fields."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SFT_LOSSES = ("nll", "dft", "chunked_nll")  # values of `loss_type` that SFTTra
 
 
 def make_strategies(train: Train) -> Combined:
-    """Return the strategies that the recipe names. Raises RecipeError for an unknown name, parameter or union."""
+    """Return the recipe's strategies. Raises RecipeError for unknown or conflicting ones."""
     for name in train.strategy:
         named_strategy(name, where="train")
     try:
@@ -39,7 +39,7 @@ def make_strategies(train: Train) -> Combined:
 
 
 def bad_parameters(train: Train, error: Exception) -> RecipeError:
-    """Return the error for parameters that a strategy does not take."""
+    """Return the error for rejected strategy parameters."""
     return RecipeError(f"train.parameters: {error} (strategy {' + '.join(train.strategy)})")
 
 
@@ -48,7 +48,7 @@ Check = Callable[[], object]
 
 
 def training_checks(train: Train, start: Path, *, memory: bool = True) -> Iterator[Check]:
-    """Yield the checks of training that need no data. `memory`: also whether it fits this machine."""
+    """Yield the checks without data. `memory`: include the machine's."""
     yield partial(make_strategies, train)
     yield partial(_check_settings, train)
     if memory:
@@ -56,19 +56,19 @@ def training_checks(train: Train, start: Path, *, memory: bool = True) -> Iterat
 
 
 def data_checks(recipe: Recipe, data: Mapping[str, StageData]) -> Iterator[Check]:
-    """Yield the checks of training that need the stages' data."""
+    """Yield the checks with the stages' data."""
     yield partial(_check_stages, recipe, data)
 
 
 def _check_settings(train: Train) -> None:
-    """Raise RecipeError for fields that the trainers do not have, or values that they refuse."""
+    """Raise RecipeError for unknown fields and rejected values."""
     known = {**config_fields("preference"), **config_fields("text")}
     _check_fields(train.sft_fields, known, "train", others=("strategy", "parameters", "statistics"))
     _check_values(train, "text", "train")
 
 
 def _check_memory(train: Train, start: Path) -> None:
-    """Raise ResourceError if this machine has less memory than the weights, gradients and optimizer take."""
+    """Raise ResourceError if weights, gradients and optimizer exceed the memory."""
     strategies = make_strategies(train)
     need = Weights(start).numel() * strategies.bytes_per_parameter
     have = (
@@ -84,7 +84,7 @@ def _check_memory(train: Train, start: Path) -> None:
 
 
 def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
-    """Raise RecipeError for settings that do not fit the form of a stage's examples, or that no stage uses."""
+    """Raise RecipeError for settings without a stage of their form."""
     forms: dict[str, Form] = {stage.name: data[stage.name].form for stage in recipe.stages if stage.dataset}
     used = {name: value for form in forms.values() for name, value in config_fields(form).items()}
     if not used:
@@ -124,7 +124,7 @@ def _check_values(train: Train, form: Form, where: str) -> None:
 
 
 def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:
-    """Raise RecipeError where a field changes the loss of a token and a strategy weights it."""
+    """Raise RecipeError for a second weighting of the tokens' loss."""
     names = strategies.overriding("token_weights")
     if names and fields.get("loss_type") == "dft":
         raise RecipeError(
@@ -139,7 +139,7 @@ def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], wher
 
 
 def _fields_for(form: Form, train: Train) -> dict[str, Any]:
-    """Return those of a stage's fields that its trainer knows: `packing` means nothing to pairs, `beta` to texts."""
+    """Return the fields of a form's trainer: pairs have no `packing`."""
     fields = {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
     if form == "preference" and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
         del fields["loss_type"]
@@ -147,7 +147,7 @@ def _fields_for(form: Form, train: Train) -> dict[str, Any]:
 
 
 def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBase, *, numel: int) -> dict[str, Any]:
-    """Return the fields of a stage's config, SFTConfig or DPOConfig: our defaults for its form, then the recipe's."""
+    """Return a stage's SFTConfig or DPOConfig fields: defaults, then the recipe's."""
     form: dict[str, Any] = {}
     if data.form == "text":  # pretraining: one stream, cut into blocks
         form = {"packing": True, "packing_strategy": "wrapped"}
@@ -169,7 +169,7 @@ def _defaults(*, numel: int) -> dict[str, Any]:
 
 
 def _marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether the loss can be kept to the assistant's turns: the chat template marks them, or TRL knows how to."""
+    """Say if the loss can cover the assistant's turns only."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     require_chat_template(tokenizer)
@@ -200,5 +200,5 @@ def trl_classes(form: Form) -> tuple[type, type]:
 
 
 def config_fields(form: Form) -> dict[str, Any]:
-    """Return the fields of the config for examples of a form, with their defaults."""
+    """Return a form's config fields with their defaults."""
     return {f.name: f.default for f in dataclasses.fields(trl_classes(form)[1])}

@@ -1,4 +1,4 @@
-"""Statistics of a trained expert, for merge rules that need them: second moments of the inputs of its linear maps.
+"""Statistics of experts: second moments of the linear maps' inputs.
 
     X'X / n     X: a linear map's input for each of n tokens, uncentred (RegMean, arXiv 2212.09849)
 
@@ -42,7 +42,7 @@ _CHARS = 32  # per token at most, before an example is tokenized
 
 
 class Inputs(NamedTuple):
-    """Second moments by weight, and the number of tokens that they are the mean of."""
+    """Second moments by weight, and the number of tokens."""
 
     moments: dict[str, Tensor]
     tokens: int
@@ -60,7 +60,7 @@ class Measured:
 
 
 def measure_expert(of: Measured, out: Path | None = None) -> Inputs:
-    """Write an expert's statistics to `out`, by default next to its weights. All ranks call this together.
+    """Write an expert's statistics to `out`; all ranks call this.
 
     Raises:
         ModelError: no weight of the model has such statistics.
@@ -85,7 +85,7 @@ def measure_expert(of: Measured, out: Path | None = None) -> Inputs:
 
 
 def collect_inputs(model: Any, batches: Iterable[Tensor], base: Weights) -> Inputs:
-    """Run a model; return the second moments of its linear maps' inputs, over all ranks.
+    """Run a model; return its inputs' second moments over all ranks.
 
     Args:
         model: of the base's architecture, in its plain form.
@@ -106,7 +106,7 @@ def collect_inputs(model: Any, batches: Iterable[Tensor], base: Weights) -> Inpu
 
 
 class _Watching:
-    """Adds what goes into linear maps to their sums, while it is entered."""
+    """Sums the inputs of linear maps while entered."""
 
     def __init__(self, maps: Mapping[str, nn.Linear], sums: Mapping[str, Tensor]) -> None:
         self._maps, self._sums = maps, sums
@@ -133,7 +133,7 @@ def _moment(inputs: Tensor) -> Tensor:
 
 
 def _linear_maps(model: nn.Module, base: Weights) -> dict[str, nn.Linear]:
-    """Return stored name -> module, of the linear maps that merge.
+    """Return stored name -> module of the mergeable linear maps.
 
     Raises ModelError if there are none.
     """
@@ -182,7 +182,7 @@ def _batches(sequences: Sequence[list[int]], size: int) -> list[Tensor]:
 
 
 def check_asked(rules: Mapping[str, MergeRule], train: Train) -> None:
-    """Raise RecipeError unless trained experts will have the statistics that merge entries need.
+    """Raise RecipeError for a merge entry without its statistics in `train`.
 
     `rules`: of the merge entries, by name.
     """
