@@ -27,7 +27,7 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.run.scores import load_scores
 from hf_contmerge.scoring.score import score_model
-from hf_contmerge.training.settings import check_training
+from hf_contmerge.training.settings import training_checks
 
 Data = dict[str, Any]
 WORDS = "the quick brown fox jumps over lazy dog while red blue green birds sing songs about law medicine and code"
@@ -229,6 +229,6 @@ def test_kept_adapter_that_would_start_from_a_given_model(home: Path, tmp_path: 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here, so that qlora may work")
 def test_qlora_without_cuda(home: Path) -> None:
     with pytest.raises(ResourceError) as caught:
-        check_training(Train(strategy=("qlora",)), home / "base")
+        [check() for check in training_checks(Train(strategy=("qlora",)), home / "base")]
     assert str(caught.value).startswith("train.strategy: qlora needs CUDA")
     assert "Use `strategy: lora`" in str(caught.value)

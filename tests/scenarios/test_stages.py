@@ -25,7 +25,7 @@ from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.training.data import StageData, documents, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
-from hf_contmerge.training.settings import check_stages
+from hf_contmerge.training.settings import data_checks
 
 Data = dict[str, Any]
 LIGHT = {
@@ -205,7 +205,7 @@ def test_settings_that_cannot_be(name: str, tmp_path: Path) -> None:
     asked["stages"][0]["train"] = own
     parsed = parse_recipe(asked)
     data = {s.name: load(Path(s.dataset.path)) for s in parsed.stages if s.dataset}
-    assert message in refused(RecipeError, lambda: check_stages(parsed, data), tmp_path)
+    assert message in refused(RecipeError, lambda: [check() for check in data_checks(parsed, data)], tmp_path)
 
 
 def test_a_loss_of_texts_for_pairs(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_loss_of_texts_for_pairs(tmp_path: Path) -> None:
     asked["stages"][1]["train"] = {"loss_type": "dft"}
     parsed = parse_recipe(asked)
     data = {s.name: load(Path(s.dataset.path)) for s in parsed.stages if s.dataset}
-    said = refused(RecipeError, lambda: check_stages(parsed, data), tmp_path)
+    said = refused(RecipeError, lambda: [check() for check in data_checks(parsed, data)], tmp_path)
     assert "train of stage pairs: loss_type dft is for texts, not pairs." in said
 
 
@@ -221,7 +221,9 @@ def test_setting_that_no_stage_uses(tmp_path: Path) -> None:
     asked = recipe(Path("base"), tmp_path, train={**LIGHT, "beta": 0.1})
     parsed = parse_recipe({**asked, "stages": asked["stages"][:1]})
     data = {"texts": load(tmp_path / "texts.jsonl")}
-    assert "Unknown field 'beta' in train." in refused(RecipeError, lambda: check_stages(parsed, data), tmp_path)
+    assert "Unknown field 'beta' in train." in refused(
+        RecipeError, lambda: [check() for check in data_checks(parsed, data)], tmp_path
+    )
 
 
 @pytest.mark.parametrize(
