@@ -105,7 +105,7 @@ def _public_word(key: str, value: str) -> str:
     """Return a recipe's string as the world may see it."""
     if key.endswith("hub_token"):
         return "(removed)"
-    if key in _NAMED or (key != "text" and LOCAL_PATH.match(value)):
+    if (value and key in _NAMED) or (key != "text" and LOCAL_PATH.match(value)):
         value = public_name(value)
     return _SECRET.sub("(removed)", value)
 
@@ -150,7 +150,8 @@ def _front_matter(run: Run, entry: Merge, t: int, shown_id: str) -> str:
 
     recipe, seen = run.recipe, [run.stage(s) for s in range(1, t + 1)]
     parents = [recipe.base_model, *(m for s in seen for m in (s.expert, s.minus) if m)]
-    datasets = [d for s in seen if s.dataset and (d := _hub_id(s.dataset.path))]
+    sources = [source.path for s in seen if s.dataset for source in s.dataset.sources()]
+    datasets = [d for path in sources if (d := _hub_id(path))]
     results = _eval_results(load_scores(run.merged(t, entry)))
     data = ModelCardData(
         # The Hub refuses a card whose base_model could not be a model's id, as with quickstart:smollm2.
@@ -198,7 +199,8 @@ def _stage_line(run: Run, entry: Merge, t: int) -> str:
     trained = place.record("train") if place.is_done("train") else {}
     merged = run.merged(t, entry).record("merge")
     if stage.dataset:
-        source = f"trained on {_told(stage.dataset.path)} (split {stage.dataset.split}), {_start(run, place, t)}"
+        read = " and ".join(f"{_told(each.path)} (split {each.split})" for each in stage.dataset.sources())
+        source = f"trained on {read}, {_start(run, place, t)}"
     else:
         source = f"given: {_told(str(stage.expert))}" + (f" minus {_told(stage.minus)}" if stage.minus else "")
     digests = merged.get("expert_sha256") or [trained.get("model_sha256")]  # of all experts folded so far

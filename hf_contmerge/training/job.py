@@ -24,7 +24,7 @@ from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.training._forms import fit_rows, rows_of
-from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.data import StageData, load_stage_data, stage_data_of
 from hf_contmerge.training.settings import check_stages, check_training, make_strategies
 
 ModelName = str | os.PathLike[str]
@@ -140,8 +140,7 @@ def _in_memory(data: datasets.Dataset, spec: Dataset, seed: int) -> StageData:
     fit = fit_rows(data, spec)
     if not len(fit.rows):
         raise DataError(f"data has no row to train on: of {len(data)}, all lack something.")
-    rows = fit.rows.shuffle(seed=seed, keep_in_memory=True)
-    return StageData(fit.form, rows, rows.select([]))
+    return stage_data_of(fit, spec.path, seed=seed)
 
 
 def _rows_sha256(rows: datasets.Dataset) -> str:

@@ -30,6 +30,7 @@ from hf_contmerge.run.steps import run_steps
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import heldout_documents, write_perplexity_task, write_task
+from hf_contmerge.scoring.leaks import leaks
 from hf_contmerge.scoring.setup import check_evaluate, check_template
 from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
@@ -218,6 +219,8 @@ def load_data(run: Run, base: Path, *, write: bool) -> dict[str, StageData]:
     for task in run.recipe.tasks():
         if task.dataset and write:
             write_task(run.tasks, task)
+    if write:
+        _log(leaks(run.recipe, data, run.tasks))
     return data
 
 
