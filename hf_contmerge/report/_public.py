@@ -48,7 +48,7 @@ def _public_word(key: str, value: str) -> str:
     """Return a recipe's string as the world may see it."""
     if key.endswith("hub_token"):
         return "(removed)"
-    if key in _NAMED or (key != "text" and LOCAL_PATH.match(value)):
+    if (value and key in _NAMED) or (key != "text" and LOCAL_PATH.match(value)):
         value = public_name(value)
     return without_secrets(value)
 

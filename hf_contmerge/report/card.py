@@ -81,7 +81,8 @@ def _front_matter(run: Run, entry: Merge, t: int, shown_id: str) -> str:
 
     recipe, merged = run.recipe, [run.stage(s) for s in range(1, t + 1)]
     parents = [recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
-    datasets = [d for s in merged if s.dataset and (d := hub_id(s.dataset.path))]
+    sources = [source.path for s in merged if s.dataset for source in s.dataset.sources()]
+    datasets = [d for path in sources if (d := hub_id(path))]
     results = _eval_results(load_scores(run.merged(t, entry)))
     data = ModelCardData(
         # The Hub refuses a card whose base_model could not be a model's id, as with quickstart:smollm2.
@@ -116,8 +117,9 @@ class _Ancestor:
 
     name: str
     source: str
-    split: str | None
-    """Of the dataset; None for an expert that was given."""
+    """The given expert."""
+    datasets: tuple[tuple[str, str], ...]
+    """Names and splits of the training data; empty for a given expert."""
     minus: str | None
     start: str
     expert_sha256: str | None
@@ -131,8 +133,8 @@ def _ancestor(run: Run, entry: Merge, t: int) -> _Ancestor:
     digests = merged.get("expert_sha256") or [trained.get("model_sha256")]  # of all experts folded so far
     return _Ancestor(
         name=stage.name,
-        source=_named(stage.dataset.path if stage.dataset else str(stage.expert)),
-        split=stage.dataset.split if stage.dataset else None,
+        source=_named(str(stage.expert or "")),
+        datasets=tuple((_named(s.path), s.split) for s in stage.dataset.sources()) if stage.dataset else (),
         minus=_named(stage.minus) if stage.minus else None,
         start=_start(run, place, t),
         expert_sha256=digests[-1],

@@ -110,7 +110,7 @@ class RatedWeights(StageTrainer):
         whole = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if not whole:
-            _split_groups(optimizer, self.strategies.rates(model or self.model))
+            _split_groups(optimizer, self.strategies.rates(self.model if model is None else model))
         return optimizer
 
 

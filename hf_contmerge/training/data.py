@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 
 from hf_contmerge.errors import DataError, ModelError
-from hf_contmerge.run.recipe.parts import Dataset, Task
-from hf_contmerge.training._forms import COLUMNS, Form, Row, fit_rows, format_columns, require_columns, rows_of
+from hf_contmerge.run.recipe.parts import Dataset, DataSource, Task
+from hf_contmerge.training._forms import COLUMNS, Fit, Form, Row, fit_rows, format_columns, require_columns, rows_of
+from hf_contmerge.training._mix import Portion, alike, in_proportion, joined, split_by_shares
 from hf_contmerge.training._rows import empty, load_rows, stream_rows
 
 LOG = logging.getLogger(__name__)
@@ -23,40 +24,99 @@ _MEASURED: dict[Form, tuple[str, ...]] = {**COLUMNS, "preference": ("prompt", "c
 
 
 @dataclass(frozen=True)
+class SourceCounts:
+    """How many rows of a dataset a stage uses, and why how many it does not."""
+
+    path: str
+    config: str | None
+    split: str
+    share: float
+    """In the mix; 1 for a dataset alone."""
+    train: int
+    heldout: int
+    left_out: Mapping[str, int]
+    """Reason ("lack text", ...) -> number of rows."""
+
+
+@dataclass(frozen=True)
 class StageData:
     """A stage's examples; `heldout` and `train` share no document."""
 
     form: Form
     train: datasets.Dataset
     heldout: datasets.Dataset
+    sources: tuple[SourceCounts, ...] = ()
+    """The dataset that the examples come from, or those of a mix."""
+    train_sources: tuple[int, ...] = ()
+    """For each example its place in `sources`. Training does not see it."""
+    heldout_sources: tuple[int, ...] = ()
 
 
 def load_stage_data(spec: Dataset, *, seed: int) -> StageData:
-    """Load a stage's dataset, shuffle it, and set its held-out examples aside.
+    """Load a stage's dataset, shuffle it, and set its held-out examples aside; of a mix, in the ratio of its shares.
 
     Raises:
-        DataError: the dataset is missing or too small, or lacks the columns.
+        DataError: a dataset is missing or too small, lacks the columns, or does not fit the others of a mix.
         ResourceError: the Hub cannot be reached.
     """
-    own = 0 if spec.heldout_split else spec.heldout
-    form, rows = _examples(spec, seed=seed, at_most=(spec.max_examples or 0) + own)
-    if spec.heldout_split:
-        other = spec.model_copy(update={"split": spec.heldout_split})
-        held = _examples(other, seed=seed, at_most=spec.heldout)[1]
-        heldout, train = held.select(range(min(spec.heldout or len(held), len(held)))), rows
+    held = split_by_shares(spec.heldout, spec.shares())
+    portions = [
+        _set_aside(_heldout_like(source, count, spec), share, count, seed=seed)
+        for source, share, count in zip(spec.sources(), spec.shares(), held, strict=True)
+    ]
+    portions = alike(portions)
+    heldout, heldout_sources = joined([portion.heldout for portion in portions], seed=seed)
+    portions = [_trained(portion, heldout) for portion in portions]
+    if spec.mix:
+        portions = in_proportion(portions, at_most=spec.max_examples)
+    train, train_sources = joined([portion.train for portion in portions], seed=seed)
+    sources = tuple(_counts(portion) for portion in portions)
+    return StageData(portions[0].form, train, heldout, sources, train_sources, heldout_sources)
+
+
+def stage_data_of(fit: Fit, path: str, *, seed: int) -> StageData:
+    """Return rows that are in memory as a stage's, shuffled as those of a file are; nothing is held out."""
+    rows = fit.rows.shuffle(seed=seed, keep_in_memory=True)
+    counts = SourceCounts(path, None, "train", 1.0, len(rows), 0, dict(+fit.left_out))
+    return StageData(fit.form, rows, rows.select([]), (counts,), (0,) * len(rows))
+
+
+def _heldout_like(source: DataSource, count: int, spec: Dataset) -> DataSource:
+    """Return a source without its `heldout_split` where its share of the held-out examples comes to none."""
+    return source.model_copy(update={"heldout_split": None}) if spec.heldout and not count else source
+
+
+def _set_aside(source: DataSource, share: float, count: int, *, seed: int) -> Portion:
+    """Load a dataset and set `count` held-out examples aside, or those of its `heldout_split` (0: all)."""
+    own = 0 if source.heldout_split else count
+    fit = _examples(source, seed=seed, at_most=(source.max_examples or 0) + own)
+    if source.heldout_split:
+        other = source.model_copy(update={"split": source.heldout_split})
+        held = _examples(other, seed=seed, at_most=count).rows
+        heldout, train = held.select(range(min(count or len(held), len(held)))), fit.rows
     else:
-        if len(rows) <= spec.heldout:
+        if len(fit.rows) <= count:
             raise DataError(
-                f"{spec.path} has {len(rows)} examples, but {spec.heldout} are to be held out and none would be "
+                f"{source.path} has {len(fit.rows)} examples, but {count} are to be held out and none would be "
                 "left to train on. Give more examples, or set `heldout` to a smaller number."
             )
-        heldout, train = rows.select(range(spec.heldout)), rows.select(range(spec.heldout, len(rows)))
-    train = _without(train, heldout, form)
-    if spec.max_examples:
-        train = train.select(range(min(spec.max_examples, len(train))))
-    if len(train) == 0:
-        raise DataError(f"{spec.path} has no example to train on once the held-out ones are removed.")
-    return StageData(form, train, heldout)
+        heldout, train = fit.rows.select(range(count)), fit.rows.select(range(count, len(fit.rows)))
+    return Portion(source, share, fit.form, train, heldout, fit.left_out)
+
+
+def _trained(portion: Portion, heldout: datasets.Dataset) -> Portion:
+    """Return a portion without examples that are held out, and without those beyond its `max_examples`."""
+    rest = portion.keeping(_without(portion.train, heldout, portion.form), "are copies of held-out ones")
+    if portion.source.max_examples:
+        rest = rest.first(portion.source.max_examples, "are more than `max_examples`")
+    if len(rest.train) == 0:
+        raise DataError(f"{portion.source.path} has no example to train on once the held-out ones are removed.")
+    return rest
+
+
+def _counts(portion: Portion) -> SourceCounts:
+    source, used = portion.source, (len(portion.train), len(portion.heldout))
+    return SourceCounts(source.path, source.config, source.split, portion.share, *used, dict(+portion.left_out))
 
 
 def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callable[[list[Row]], str]) -> list[str]:
@@ -84,10 +144,10 @@ def task_rows(task: Task) -> list[Row]:
     """Return the rows of a task's dataset, in task file columns."""
     assert task.dataset is not None
     if task.kind == "perplexity":
-        form, rows = _examples(task.dataset, seed=0, at_most=task.dataset.heldout)
-        if form != "text":
+        fit = _examples(task.dataset, seed=0, at_most=task.dataset.heldout)
+        if fit.form != "text":
             raise DataError(f"{task.dataset.path}: a perplexity task needs text; name its column with `text`.")
-        chosen = rows.select(range(min(task.dataset.heldout or len(rows), len(rows))))
+        chosen = fit.rows.select(range(min(task.dataset.heldout or len(fit.rows), len(fit.rows))))
         return [{"text": r["text"][: task.dataset.heldout_chars]} for r in rows_of(chosen)]
     rows = _some(load_rows(task.dataset), task.dataset)
     asked = format_columns(task.question, f"`question` of {task.dataset.path}")
@@ -121,7 +181,7 @@ def _choice_rows(task: Task, rows: datasets.Dataset, asked: tuple[str, ...]) -> 
     return found
 
 
-def _some(rows: datasets.Dataset, spec: Dataset) -> datasets.Dataset:
+def _some(rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
     """Return `max_examples` random rows, always the same; or all."""
     if not spec.max_examples or len(rows) <= spec.max_examples:
         return rows
@@ -133,14 +193,14 @@ def _filled(question: str, row: Row) -> str:
     return row[question] if question in row else question.format(**row)
 
 
-def _examples(spec: Dataset, *, seed: int, at_most: int) -> tuple[Form, datasets.Dataset]:
-    """Return a dataset's form and usable examples, shuffled; `at_most` of a stream."""
+def _examples(spec: DataSource, *, seed: int, at_most: int) -> Fit:
+    """Return a dataset's usable examples, shuffled; `at_most` of a stream (0: all)."""
     if not spec.streaming:
         whole = load_rows(spec)
         fit = fit_rows(whole, spec)
         _tell_left_out(spec, fit.left_out, len(whole))
         # In memory, or the order is written beside the user's files.
-        return fit.form, fit.rows.shuffle(seed=seed, keep_in_memory=True)
+        return replace(fit, rows=fit.rows.shuffle(seed=seed, keep_in_memory=True))
     found: list[Row] = []
     left_out, read, form = Counter[str](), 0, "text"
     for part in stream_rows(spec, seed=seed):
@@ -150,10 +210,10 @@ def _examples(spec: Dataset, *, seed: int, at_most: int) -> tuple[Form, datasets
         if at_most and len(found) >= at_most:
             break
     _tell_left_out(spec, left_out, read)
-    return form, datasets.Dataset.from_list(found[: at_most or None])
+    return Fit(form, datasets.Dataset.from_list(found[: at_most or None]), left_out)
 
 
-def _tell_left_out(spec: Dataset, left_out: Counter[str], read: int) -> None:
+def _tell_left_out(spec: DataSource, left_out: Counter[str], read: int) -> None:
     """Report unusable rows. Raises DataError if no row is left."""
     for reason, count in left_out.items():
         if count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -111,6 +112,7 @@ def _record(trainer: Any, data: StageData) -> dict[str, Any]:
         "loss": losses[-1] if losses else None,
         "steps": trainer.state.global_step,
         "examples": len(data.train),
+        "sources": [dataclasses.asdict(source) for source in data.sources],
         "tokens": trainer.state.num_input_tokens_seen or None,
         "log": log,
         "train_seconds": history[-1].get("train_runtime") if history else None,

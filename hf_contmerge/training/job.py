@@ -24,7 +24,7 @@ from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.training._forms import fit_rows, rows_of
-from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.data import StageData, load_stage_data, stage_data_of
 from hf_contmerge.training.settings import data_checks, make_strategies, training_checks
 
 ModelName = str | os.PathLike[str]
@@ -162,8 +162,7 @@ def _in_memory(data: datasets.Dataset, spec: Dataset, seed: int) -> StageData:
     fit = fit_rows(data, spec)
     if not len(fit.rows):
         raise DataError(f"data has no row to train on: of {len(data)}, all lack something.")
-    rows = fit.rows.shuffle(seed=seed, keep_in_memory=True)
-    return StageData(fit.form, rows, rows.select([]))
+    return stage_data_of(fit, spec.path, seed=seed)
 
 
 def rows_sha256(rows: datasets.Dataset) -> str:

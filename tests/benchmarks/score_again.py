@@ -41,13 +41,14 @@ def tasks_of(home: Path, *, quick: bool) -> tuple[str, Path]:
     from toys.recipes import toy_recipe
 
     from hf_contmerge import Run, load_recipe
-    from hf_contmerge.loop.plan.checks import load_data
+    from hf_contmerge.loop.plan.checks import Circumstances, Prepared, checks_of_data
     from hf_contmerge.models.folder import resolve_model
     from hf_contmerge.run.quickstart import quickstart_recipe
 
     recipe = toy_recipe("quickstart", home) if quick else load_recipe(quickstart_recipe())
     run = Run.open(recipe, home / "run")
-    load_data(run, resolve_model(recipe.base_model), write=True)
+    for check in checks_of_data(recipe, Prepared(resolve_model(recipe.base_model)), Circumstances(run.tasks)):
+        check()
     return recipe.base_model, run.folder
 
 

@@ -23,6 +23,7 @@ from hf_contmerge.report._findings import METRICS
 from hf_contmerge.report.card import model_card
 from hf_contmerge.report.push import push_merged
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.run.scores import Sample, TaskScore
 
@@ -65,7 +66,15 @@ def run(tmp_path: Path) -> Run:
         "stages": [
             {"name": "law", "dataset": str(home / "texts" / "law.jsonl")},
             {"name": "chat", "expert": "owner/tiny-chat@v2", "tasks": ["arc_easy"]},
-            {"name": "code", "dataset": "owner/code-texts"},
+            {
+                "name": "code",
+                "dataset": {
+                    "mix": [
+                        {"path": "owner/code-texts", "share": 0.8},
+                        {"path": str(home / "web.jsonl"), "share": 0.2},
+                    ]
+                },
+            },
         ],
         "train": {
             "max_steps": 2,
@@ -180,11 +189,22 @@ def test_nothing_of_this_machine_is_uploaded(run: Run, hub: Hub, tmp_path: Path)
     assert recipe.base_model == "tiny-base"
     assert recipe.stages[0].dataset
     assert recipe.stages[0].dataset.path == "law.jsonl"
+    assert recipe.stages[2].dataset
+    assert [source.path for source in recipe.stages[2].dataset.sources()] == ["owner/code-texts", "web.jsonl"]
     fields = {"max_steps": 2, "hub_token": "(removed)", "deepspeed": "ds.json", "run_name": "as (removed)"}
     assert recipe.train.sft_fields == fields
     mergekit = yaml.safe_load(files["merge.yml"])
     assert mergekit["base_model"] == "tiny-base"
     assert [m["model"] for m in mergekit["models"]] == ["stages/01-law/experts/base/expert", "owner/tiny-chat@v2"]
+
+
+def test_card_names_all_datasets_of_a_mix(run: Run) -> None:
+    mix = [{"path": "/data/law.jsonl", "share": 0.8}, {"path": "owner/cases", "share": 0.2, "split": "test"}]
+    law = run.stage(1).model_copy(update={"dataset": Dataset.model_validate({"mix": mix})})
+    stages = (law, *run.recipe.stages[1:])
+    card = model_card(Run(run.folder, run.recipe.model_copy(update={"stages": stages})), magmax(run))
+    assert ModelCard(card).data.to_dict()["datasets"] == ["owner/cases"]
+    assert "1. **law**, trained on `law.jsonl` (split train) and `owner/cases` (split test), starting from the" in card
 
 
 def test_pushing_again_sends_only_what_changed(run: Run, hub: Hub) -> None:

@@ -23,6 +23,7 @@ from hf_contmerge.runtime.files import FolderLock
 Data = dict[str, Any]
 
 LAW, CODE = {"name": "law", "dataset": "law.jsonl"}, {"name": "code", "dataset": "code.jsonl", "tasks": ["quiz"]}
+TEST = {"name": "exam", "kind": "exact_match", "dataset": {"path": "exam.jsonl", "split": "test"}}
 MAGMAX, EMA = {"rule": "magmax"}, {"rule": "ema", "parameters": {"beta": 0.9}}
 
 
@@ -354,6 +355,54 @@ def test_a_later_stage_may_change_while_an_earlier_one_is_done(run: Run) -> None
     Run.open(recipe(stages=[LAW, CODE | {"dataset": "rust.jsonl"}]), run.folder)
     with pytest.raises(RunError, match=r"stages\.1\.dataset\.path"):
         Run.open(recipe(stages=[LAW | {"dataset": "tax.jsonl"}, CODE]), run.folder)
+
+
+def mixed(*shares: float) -> Data:
+    return {"name": "code", "dataset": {"mix": [{"path": f"{i}.jsonl", "share": s} for i, s in enumerate(shares, 1)]}}
+
+
+@pytest.mark.parametrize(
+    ("new", "lines"),
+    [
+        (mixed(0.7, 0.3), ["dataset.mix.1.share: 0.6 -> 0.7", "dataset.mix.2.share: 0.4 -> 0.3"]),
+        (
+            mixed(0.6, 0.3, 0.1),
+            [
+                "dataset.mix.2.share: 0.4 -> 0.3", "dataset.mix.3.path: '(not set)' -> '3.jsonl'",
+                "dataset.mix.3.split: '(not set)' -> 'train'", "dataset.mix.3.streaming: '(not set)' -> False",
+                "dataset.mix.3.share: '(not set)' -> 0.1",
+            ],
+        ),
+        (mixed(0.6, 0.4) | {"tasks": [TEST]}, []),
+    ],
+    ids=["shares", "a third", "a task"],
+)  # fmt: skip
+def test_a_mix_is_compared_part_by_part(new: Data, lines: list[str], run: Run) -> None:
+    """What was trained on it must be trained again; the first stage need not."""
+    old = Run.open(recipe(stages=[LAW, mixed(0.6, 0.4)]), run.folder)
+    do(old.expert(1, "base"), "train")
+    do(old.expert(2, "previous"), "train")
+    again = recipe(stages=[LAW, new])
+    if not lines:
+        Run.open(again, run.folder)
+        return
+    with pytest.raises(RunError) as error:
+        Run.open(again, run.folder)
+    told = [line for line in str(error.value).splitlines() if line.startswith("  ")]
+    assert told == [f"  stages.2.{line}   used by train of 02-code/experts/previous" for line in lines]
+
+
+def test_another_split_of_a_task_is_scored_again_and_nothing_trained(run: Run) -> None:
+    old = Run.open(recipe(stages=[LAW | {"tasks": [TEST]}, CODE]), run.folder)
+    do(old.expert(1, "base"), "train")
+    other = TEST | {"dataset": {"path": "exam.jsonl", "split": "validation"}}
+    again = recipe(stages=[LAW | {"tasks": [other]}, CODE])
+    Run.open(again, run.folder)
+    do(old.expert(1, "base"), "score")
+    with pytest.raises(
+        RunError, match=r"stages\.1\.tasks\.exam\.dataset\.split: 'validation' -> 'test' +used by score"
+    ):
+        Run.open(recipe(stages=[LAW | {"tasks": [TEST]}, CODE]), run.folder)
 
 
 # redo

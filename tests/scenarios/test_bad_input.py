@@ -108,7 +108,7 @@ WORDS = {
     "parallel, validation.",
     "stages.0.dataset.helduot=3": "RECIPE: Unknown field 'helduot' in stages.0.dataset. Did you mean 'heldout' or "
     "'heldout_split'? Known: config, heldout, heldout_chars, heldout_split, labels, max_chars, max_examples, messages, "
-    "min_chars, path, revision, split, streaming, text.",
+    "min_chars, mix, path, revision, split, streaming, text.",
     "merge.0.rule=magmx": "Unknown rule 'magmx' in merge entry magmx. Did you mean 'magmax'? "
     f"Known: {', '.join(rule_names())}.",
     "merge.0.parameters.lamda=0.5": "merge entry magmax: magmax has no parameter 'lamda'; it has: lambda",

@@ -34,6 +34,7 @@ from hf_contmerge.run.steps import run_steps
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import heldout_documents, write_perplexity_task, write_task
+from hf_contmerge.scoring.leaks import leaks
 from hf_contmerge.scoring.setup import check_evaluate, check_template
 from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
@@ -130,18 +131,21 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
     if any(s.dataset for s in recipe.stages):
         yield from training_checks(recipe.train, prepared.base, memory=not how.plans)
         yield partial(check_asked, prepared.rules, recipe.train)
-    yield from _checks_of_data(recipe, prepared, how)
+    yield from checks_of_data(recipe, prepared, how)
     yield from _checks_of_tasks(run, prepared, how)
     if how.is_main and not how.plans:
         yield partial(check_disk, run, prepared)
 
 
-def _checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
+def checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
+    """Load the stages' data and write task files, check by check."""
     for stage in recipe.stages:
         yield partial(_load_stage, prepared, recipe, stage, how)
     for task in recipe.tasks():
         if task.dataset and how.is_main:
             yield partial(write_task, how.tasks, task)
+    if how.is_main:
+        yield partial(_warn_of_leaks, recipe, prepared, how)
     if prepared.is_whole(recipe):
         yield partial(check_kept_adapters, recipe, prepared)
         yield from data_checks(recipe, prepared.data)
@@ -258,6 +262,10 @@ def check_vectors(recipe: Recipe, prepared: Prepared) -> None:
     for stage in recipe.stages:
         if stage.expert and stage.minus:
             _log(check_origin(prepared.base, prepared.given[stage.expert], prepared.given[stage.minus]))
+
+
+def _warn_of_leaks(recipe: Recipe, prepared: Prepared, how: Circumstances) -> None:
+    _log(leaks(recipe, prepared.data, how.tasks))
 
 
 def _log(sentences: Iterable[str]) -> None:

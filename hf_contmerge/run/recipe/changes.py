@@ -51,13 +51,13 @@ def changes(old: Recipe, new: Recipe) -> Iterator[FieldChange]:
 
 
 def flat_fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, leaf) of a recipe dumped as JSON: stages by number, merge entries and tasks by name."""
+    """Yield (dotted path, leaf) of a recipe dumped as JSON: merge entries and tasks by name, other parts by number."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from flat_fields(item, f"{path}.{key}" if path else key)
-    elif isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value):
+    elif isinstance(value, list) and all(isinstance(v, dict) and {"name", "share"} & v.keys() for v in value):
         for number, item in enumerate(value, 1):
-            key = str(number) if path == "stages" else item["name"]
+            key = str(number) if path == "stages" or path.endswith(".mix") else item["name"]
             yield from flat_fields(item, f"{path}.{key}")
     else:
         yield path, value

@@ -276,6 +276,74 @@ def test_a_stage_has_one_source_and_a_task_is_whole(stage: Data, text: str) -> N
     assert text in told
 
 
+def test_a_mix_is_written_in_the_place_of_a_path() -> None:
+    mix = [{"path": "a.jsonl", "share": 0.7}, {"path": "owner/b", "share": 0.3, "split": "test", "text": "body"}]
+    recipe = parse_recipe(smallest() | {"stages": [{"name": "law", "dataset": {"mix": mix, "max_examples": 9}}]})
+    dataset = recipe.stages[0].dataset
+    assert dataset
+    assert [(s.path, s.split, s.text) for s in dataset.sources()] == [
+        ("a.jsonl", "train", None),
+        ("owner/b", "test", "body"),
+    ]
+    assert dataset.shares() == (0.7, 0.3)
+    assert recipe.stages[0].heldout_task == "law_heldout"
+    assert parse_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe  # as it is frozen, with every default
+
+
+A, B = {"path": "a.jsonl", "share": 0.7}, {"path": "b.jsonl", "share": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text"),
+    [
+        ({}, "stages.0.dataset: a dataset needs either `path` or `mix` (a list of datasets with their shares)"),
+        ({"path": "c.jsonl", "mix": [A, B]}, "stages.0.dataset: a dataset needs either `path` or `mix`"),
+        ({"mix": [A, A]}, "stages.0.dataset: the shares of a mix must sum to 1; 0.7 + 0.7 = 1.4"),
+        ({"mix": [A, {**B, "share": 0}]}, "stages.0.dataset.mix.1.share: Input should be greater than 0 (got 0)"),
+        ({"mix": [A, {"path": "b.jsonl"}]}, "stages.0.dataset.mix.1.share is missing."),
+        ({"mix": [A, {**B, "spilt": "x"}]}, "Unknown field 'spilt' in stages.0.dataset.mix.1. Did you mean 'split'?"),
+        (
+            {"mix": [A, {**B, "heldout": 3}]},
+            "Unknown field 'heldout' in stages.0.dataset.mix.1. Did you mean 'heldout_s",
+        ),
+        (
+            {"mix": [A, B], "split": "test"},
+            "stages.0.dataset: `split` belongs to each dataset of the mix; write it there",
+        ),
+        (
+            {"mix": [A, B], "text": "body"},
+            "stages.0.dataset: `text` belongs to each dataset of the mix; write it there",
+        ),
+        (
+            {"mix": [A, {**B, "streaming": True}]},
+            "stages.0.dataset.mix.1: `streaming` needs `max_examples`: where to st",
+        ),
+        (
+            {"mix": [A, {**B, "streaming": True, "max_examples": 9, "heldout_split": "test"}], "heldout": 0},
+            "stages.0.dataset: `heldout: 0` means all of `heldout_split`, which a stream has no end of; give a number",
+        ),
+    ],
+)
+def test_a_mix_that_cannot_be(dataset: Data, text: str) -> None:
+    assert text in refusal(smallest() | {"stages": [{"name": "law", "dataset": dataset}]})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text"),
+    [
+        ({"mix": [A, B]}, "a task scores one dataset; make a task of each part of the mix"),
+        (
+            {"path": "a.jsonl", "heldout_split": "test"},
+            "a task scores the `split` of its dataset; write `split`, not `heldout_split`",
+        ),
+    ],
+)
+def test_what_the_dataset_of_a_task_cannot_have(dataset: Data, text: str) -> None:
+    task = {"name": "quiz", "kind": "perplexity", "dataset": dataset}
+    told = refusal(smallest() | {"evaluate": {"general_tasks": [task]}})
+    assert f"evaluate.general_tasks.0: {text}" in told
+
+
 def test_a_mergekit_recipe_is_sent_to_mergekit() -> None:
     told = refusal({"merge_method": "opcm", "models": [{"model": "a"}], "base_model": "b"})
     assert told.startswith(

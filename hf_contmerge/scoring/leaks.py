@@ -1,0 +1,93 @@
+"""Tasks that score what a stage of the same recipe is trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hf_contmerge.run.recipe.parts import Dataset, DataSource, Task
+from hf_contmerge.run.recipe.schema import Recipe
+from hf_contmerge.training.data import StageData
+
+
+def leaks(recipe: Recipe, data: Mapping[str, StageData], folder: Path) -> Iterator[str]:
+    """Yield a sentence for each stage that is trained on what a task scores.
+
+    Found are tasks made from a split that a stage reads, in whatever words, and single documents of perplexity tasks
+    and held-out texts among the texts of a stage. What tasks of lm-eval score is not looked at.
+
+    Args:
+        recipe: of the run.
+        data: the examples of its stages.
+        folder: of the files of tasks made from datasets.
+    """
+    texts = _TaskTexts(recipe, folder)
+    for stage in recipe.stages:
+        if stage.dataset and stage.name in data:
+            shared = texts.among(data[stage.name], without=stage.heldout_task)
+            for task in recipe.tasks():
+                if task.dataset and _reads(stage.dataset, task.dataset):
+                    shared.pop(task.name, None)
+                    yield _same_split(task, task.dataset, stage.name)
+            for name, count in shared.items():
+                yield (
+                    f"Stage {stage.name} is trained on {count} of the {texts.count(name)} documents that task {name} "
+                    "scores: of these, it measures what was memorised. Remove them from one of the two datasets."
+                )
+
+
+def _same_split(task: Task, dataset: Dataset, stage: str) -> str:
+    return (
+        f"Task {task.name} scores the split {dataset.split} of {dataset.path}, on which stage {stage} is trained: it "
+        f"measures what was memorised. Score another split, `dataset: {{path: {dataset.path}, split: ...}}`, or "
+        "another dataset."
+    )
+
+
+def _reads(stage: Dataset, task: Dataset) -> bool:
+    return any(_overlap(source, task) for source in stage.sources())
+
+
+def _overlap(one: DataSource, other: DataSource) -> bool:
+    """Say whether two sources surely have rows in common; of two different slices of a split this is not known."""
+    if (one.path, one.config, one.revision) != (other.path, other.config, other.revision):
+        return False
+    sliced = "[" in one.split and "[" in other.split
+    return one.split == other.split or (not sliced and _whole(one.split) == _whole(other.split))
+
+
+def _whole(split: str) -> str:
+    return split.partition("[")[0]
+
+
+class _TaskTexts:
+    """The documents of the perplexity tasks and held-out texts of a recipe."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        made = {task.name: task.dataset for task in recipe.tasks() if task.kind == "perplexity"}
+        made |= {stage.heldout_task: stage.dataset for stage in recipe.stages if stage.heldout_task}
+        self._tasks: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        """Where documents are cut -> document -> the tasks that have it."""
+        for name, dataset in made.items():
+            for text in _documents(folder / f"{name}.jsonl"):
+                self._tasks[dataset.heldout_chars if dataset else 0][text].add(name)
+
+    def count(self, task: str) -> int:
+        return sum(task in names for texts in self._tasks.values() for names in texts.values())
+
+    def among(self, data: StageData, *, without: str | None) -> dict[str, int]:
+        """Return how many documents of each task are examples to train on. `without`: a task that is left out."""
+        shared: dict[str, set[str]] = defaultdict(set)
+        for text in data.train["text"] if data.form == "text" else ():
+            for chars, tasks in self._tasks.items():
+                for name in tasks.get(text[:chars], ()):
+                    shared[name].add(text[:chars])
+        return {name: len(texts) for name, texts in shared.items() if name != without}
+
+
+def _documents(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8") as lines:
+            yield from (json.loads(line)["text"] for line in lines)

@@ -1,0 +1,107 @@
+"""The examples of one dataset, and how those of several become one stage's: by shares, each row's source noted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import datasets
+import numpy as np
+import pyarrow
+
+from hf_contmerge.errors import DataError
+from hf_contmerge.run.recipe.parts import DataSource
+from hf_contmerge.training._forms import Form
+
+_ROUNDING = 1e-9
+"""Of 0.7 * 10, say, which must count as 7."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The examples of one dataset that are trained on, and that are held out."""
+
+    source: DataSource
+    share: float
+    form: Form
+    train: datasets.Dataset
+    heldout: datasets.Dataset
+    left_out: Counter[str]
+    """Why rows of the split are neither -> how many."""
+
+    def keeping(self, train: datasets.Dataset, why: str) -> Portion:
+        """Return the portion with these training examples only. `why`: the reason for the others."""
+        dropped = Counter({why: len(self.train) - len(train)})
+        return replace(self, train=train, left_out=self.left_out + dropped)
+
+    def first(self, count: int, why: str) -> Portion:
+        """Return the portion with its first training examples only. `why`: the reason for the others."""
+        return self.keeping(self.train.select(range(min(count, len(self.train)))), why)
+
+
+def split_by_shares(count: int, shares: Sequence[float]) -> list[int]:
+    """Return how many of `count` fall to each share: whole numbers with that sum, by the largest remainders."""
+    wanted = [count * share for share in shares]
+    parts = [math.floor(number + _ROUNDING) for number in wanted]
+    order = sorted(range(len(parts)), key=lambda i: parts[i] - wanted[i])
+    for i in order[: count - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def in_proportion(portions: Sequence[Portion], *, at_most: int | None) -> list[Portion]:
+    """Return portions whose training examples stand in the ratio of their shares, as many as there are.
+
+    Raises DataError for a share that comes to no example.
+    """
+    shares = [portion.share for portion in portions]
+    size = min(math.floor(len(portion.train) / portion.share + _ROUNDING) for portion in portions)
+    size = min(size, at_most or size)
+    counts = split_by_shares(size, shares)
+    for portion, count in zip(portions, counts, strict=True):
+        if not count:
+            raise DataError(
+                f"A mix of {size} examples has none of {portion.source.path}, whose share is {portion.share:g}. Raise "
+                "`max_examples` or the share, or give more examples."
+            )
+    return [
+        portion.first(count, "are more than the mix takes") for portion, count in zip(portions, counts, strict=True)
+    ]
+
+
+def alike(portions: Sequence[Portion]) -> list[Portion]:
+    """Return portions with the columns of the first. Raises DataError for examples of another form or type."""
+    first = portions[0]
+    for other in portions[1:]:
+        if other.form != first.form:
+            raise DataError(
+                f"The datasets of a mix must have one form: {first.source.path} has {first.form} and "
+                f"{other.source.path} has {other.form}. Name a column or a format with `text`, or leave one out."
+            )
+    features = first.train.features
+    return [portion if portion.train.features == features else _cast(portion, first) for portion in portions]
+
+
+def _cast(portion: Portion, first: Portion) -> Portion:
+    try:
+        train, heldout = (
+            rows.cast(first.train.features, keep_in_memory=True) for rows in (portion.train, portion.heldout)
+        )
+    except (ValueError, TypeError, pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"The datasets of a mix must have columns of one type: {portion.source.path} cannot be read like "
+            f"{first.source.path} ({error}). Convert one of them, or leave it out."
+        ) from error
+    return replace(portion, train=train, heldout=heldout)
+
+
+def joined(parts: Sequence[datasets.Dataset], *, seed: int) -> tuple[datasets.Dataset, tuple[int, ...]]:
+    """Return all rows in one shuffled dataset, and for each the place of its part."""
+    if len(parts) == 1:  # shuffled already
+        return parts[0], (0,) * len(parts[0])
+    rows = datasets.concatenate_datasets(list(parts))
+    places = np.repeat(range(len(parts)), [len(part) for part in parts])
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return rows.select(order, keep_in_memory=True), tuple(places[order].tolist())
