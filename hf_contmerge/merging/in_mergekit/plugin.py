@@ -232,7 +232,12 @@ def _refuse_twins(config: Any) -> None:
 
 def _require_statistics(config: Any) -> None:
     """Raise MergekitRecipeError for a model without the statistics that the rule needs."""
-    rule = rule_class(config.merge_method)
+    if not isinstance(registry.get(config.merge_method), RuleMethod):
+        return
+    try:
+        rule = rule_class(config.merge_method)
+    except ContmergeError as error:
+        raise MergekitRecipeError(str(error)) from error
     for model in config.referenced_models() if rule.needs else ():
         if model == config.base_model:
             continue
