@@ -16,12 +16,12 @@ Row = dict[str, Any]
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    (tmp_path / "law").mkdir()
+    (tmp_path / "folder").mkdir()
     for split, count in (("train", 12), ("test", 6)):
         rows = [
             {"text": f"{split} {i}: \u2028 the court", "query": f"{split} {i}?", "gold": "yes"} for i in range(count)
         ]
-        write_jsonl(tmp_path / "law" / f"{split}.jsonl", rows)
+        write_jsonl(tmp_path / "folder" / f"{split}.jsonl", rows)
     write_jsonl(tmp_path / "copy.jsonl", [{"text": f"train {i}: \u2028 the court"} for i in range(9)])
     write_jsonl(tmp_path / "code.jsonl", [{"text": f"def f{i}(): ..."} for i in range(9)])
     return tmp_path
@@ -50,17 +50,17 @@ def exam(path: Path, kind: str = "exact_match", **dataset: Any) -> Row:
 def test_a_task_may_score_another_split_of_a_stages_dataset(
     home: Path, base_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stages = [{"name": "law", "dataset": {"path": str(home / "law"), "text": "text"}}]
+    stages = [{"name": "law", "dataset": {"path": str(home / "folder"), "text": "text"}}]
     same = (
-        "Task exam scores the split train of HOME/law, on which stage law is trained: it measures what was memorised. "
-        "Score another split, `dataset: {path: HOME/law, split: ...}`, or another dataset."
+        "Task exam scores the split train of HOME/folder, on which stage law is trained: it measures what was "
+        "memorised. Score another split, `dataset: {path: HOME/folder, split: ...}`, or another dataset."
     )
     for kind in ("exact_match", "perplexity"):
         more = {"text": "text"} if kind == "perplexity" else {}
         ask = {"home": home, "base": base_folder, "caplog": caplog, "stages": stages}
-        assert notes(**ask, tasks=[exam(home / "law", kind, **more)]) == [same]
-        assert notes(**ask, tasks=[exam(home / "law", kind, split="test", **more)]) == []
-        assert notes(**ask, tasks=[exam(home / "law", kind, split="train[:3]", **more)])[0].startswith(
+        assert notes(**ask, tasks=[exam(home / "folder", kind, **more)]) == [same]
+        assert notes(**ask, tasks=[exam(home / "folder", kind, split="test", **more)]) == []
+        assert notes(**ask, tasks=[exam(home / "folder", kind, split="train[:3]", **more)])[0].startswith(
             "Task exam scores"
         )
     task = (home / "run" / "tasks" / "exam.jsonl").read_text(encoding="utf-8")
@@ -70,9 +70,9 @@ def test_a_task_may_score_another_split_of_a_stages_dataset(
 
 def test_slices_of_one_split(home: Path, base_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of two different slices it is not known, by their names, whether they overlap."""
-    stages = [{"name": "law", "dataset": {"path": str(home / "law"), "text": "text", "split": "train[:6]"}}]
+    stages = [{"name": "law", "dataset": {"path": str(home / "folder"), "text": "text", "split": "train[:6]"}}]
     for split, noted in (("train[6:]", 0), ("train[:6]", 1), ("train", 1)):
-        found = notes(home, base_folder, caplog, stages=stages, tasks=[exam(home / "law", split=split)])
+        found = notes(home, base_folder, caplog, stages=stages, tasks=[exam(home / "folder", split=split)])
         assert len(found) == noted, split
 
 
@@ -80,7 +80,7 @@ def test_documents_that_stand_in_a_stages_texts(
     home: Path, base_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In a copy of the file, in a part of a mix, and in the held-out texts of another stage; cut where those are."""
-    stages: list[Row] = [{"name": "law", "dataset": {"path": str(home / "law"), "text": "text", "heldout": 0}}]
+    stages: list[Row] = [{"name": "law", "dataset": {"path": str(home / "folder"), "text": "text", "heldout": 0}}]
     wanted = (
         "Stage {} is trained on {} of the {} documents that task {} scores: of these, it measures what was memorised. "
         "Remove them from one of the two datasets."
