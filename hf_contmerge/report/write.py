@@ -76,11 +76,11 @@ def write_report(run: Run) -> Path:
 def sections(run: Run, results: Results) -> list[Section]:
     """Return the parts of the report below its picture; those with nothing to show are empty."""
     shades = (
-        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change shades, the 95 % interval holds 0. A "
+        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change seen, the 95 % interval holds 0. A "
         "frame marks the stage just learnt. Point at a number for more."
     )
     intervals = (
-        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change shades. The last column is the "
+        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change seen. The last column is the "
         "smallest true change that such documents would have shown in four of five samples: a smaller one may have "
         "happened unseen."
     )
