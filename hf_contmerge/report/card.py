@@ -1,6 +1,6 @@
 """The model card: a merged model's whole lineage, and what of a recipe the world may see.
 
-What was not measured says so.
+Missing scores are named as such.
 """
 
 from __future__ import annotations
