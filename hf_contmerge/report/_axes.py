@@ -13,7 +13,7 @@ from hf_contmerge.run.scores import Block
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito's colours, told apart by all kinds of colour vision; their yellow is too pale for lines on white.
+# Okabe and Ito's colours, distinct in all kinds of colour vision; their yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 INK, GREY, FAINT, WORSE = "#1a1a1a", "#6b6b6b", "#e9e9e6", "#fbeee6"
@@ -42,7 +42,7 @@ def change_axis(axes: Axes, block: Block, limits: tuple[float, float] | None) ->
         axes.set_ylim(*limits)
     low, high = axes.get_ylim()
     room = 0.08 * (high - low)
-    short = max(0.0, {"perplexity": 0.1, "accuracy": 0.04}[block] - (high - low))  # do not blow up what is nothing
+    short = max(0.0, {"perplexity": 0.1, "accuracy": 0.04}[block] - (high - low))  # do not magnify noise
     low, high = low - room - short / 2, high + room + short / 2
     axes.set_ylim(low, high)
     axes.axhspan(low, 0, color=WORSE, lw=0, zorder=0)

@@ -14,12 +14,13 @@ from hf_contmerge.run.places import MergePlace
 from hf_contmerge.scoring.forgetting.paired import Change
 
 _WHAT = {
-    "fold": "as the recipe says", "auto": "a coefficient", "shrink": "a smaller share of the merge",
-    "rule": "another rule", "replay": "trained again, with replay", "keep_previous": "the merge before, unchanged",
+    "fold": "as in the recipe", "auto": "a coefficient", "shrink": "a smaller share of the merge",
+    "rule": "another rule", "replay": "trained again, with replay", "keep_previous": "the previous merge, unchanged",
 }  # fmt: skip
 
 _HEAD = (
-    "try", "scale", "holds", "largest loss", "not ruled out", "gain on the newest", "of the experts' gain", "rule"
+    "attempt", "scale", "within budget", "largest loss", "not ruled out", "gain on the newest stage",
+    "share of the experts' gain", "rule",
 )  # fmt: skip
 
 
@@ -48,23 +49,23 @@ def choices_intro(run: Run) -> str:
     if recipe.guard:
         limit, on = f"{recipe.guard.max_forgetting:g}", " and ".join(recipe.guard.on)
         parts.append(
-            f"The budget: a loss of at most {limit} (as a share of right answers, or in nats) on {on}, at a confidence "
-            f"of {100 * recipe.guard.confidence:g} %. The first try that holds is taken."
+            f"Budget: a loss of at most {limit} (share of right answers, or nats) on {on}, at "
+            f"{100 * recipe.guard.confidence:g} % confidence. The first attempt within the budget is taken."
         )
     if any(entry.auto for entry in recipe.merge):
         parts.append(
-            "The coefficient is that with the highest share of what the stages' experts had gained over the base, of "
-            "those that keep the general tasks within the noise."
+            "The coefficient keeps the largest share of the stage experts' gain over the base, among those that lose "
+            "no more than noise on the general tasks."
         )
     share = f"{100 * recipe.evaluate.validation:g} %"
-    parts.append(f"All of this was decided on validation documents ({share} of each task), which no result here shows.")
+    parts.append(f"Decisions use validation documents ({share} of each task); results use the other documents.")
     return " ".join(parts)
 
 
 def choice_tables(run: Run) -> list[Table]:
     """Return a table per chosen or failed merge, one try a row."""
     return [
-        Table(f"{place.entry.name} of {run.stage(t).name}{'' if done else ': nothing held, the run stopped'}",
+        Table(f"{place.entry.name} of {run.stage(t).name}{'' if done else ': over the budget, the run stopped'}",
               _HEAD, [_row(attempt, done) for attempt in tries])
         for t, place, tries, done in _chosen(run)
     ]  # fmt: skip

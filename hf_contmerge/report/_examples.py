@@ -1,7 +1,8 @@
 """Documents lost by plain fine-tuning and kept by a merge.
 
-A document of a stage was known when the stage was learnt, one of a general task was known to the base. Right or wrong:
-known, then wrong after plain fine-tuning, right with the merge. A log-likelihood: it fell most, and came back most.
+The reference of a stage is the model right after that stage; the reference of a general task is the base. Answers:
+right in the reference, wrong after plain fine-tuning, right with the merge. Texts: the largest fall and recovery of the
+log-likelihood.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
 
 _EACH = 2  # examples of a task
-_TASKS = 12  # a report is no archive
-_LEAST = 0.1  # nats per word, of a fall and of a return: less is nothing to show
+_TASKS = 12  # with examples
+_LEAST = 0.1  # nats per word, of the fall and of the recovery
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def examples(results: Results) -> Section:
     quotes, counts = [], []
     for story in _stories(results, plain, merge)[:_TASKS]:
         texts = results.base[story.task].texts
-        if len(texts) != len(story.before.gains):  # from a version that did not keep them
+        if len(texts) != len(story.before.gains):  # older versions kept no texts
             continue
         documents = _answers(story) if story.before.block == "accuracy" else _texts(story)
         if documents and story.before.block == "accuracy":
@@ -50,15 +51,15 @@ def examples(results: Results) -> Section:
             Quote(f"{story.task}, document {i + 1}", texts[i], _outcome(story, i, merge)) for i in documents[:_EACH]
         ]
     intro = (
-        f"Documents that {line_label('previous')} made worse and that {merge.name} has kept or brought back, the "
-        f"clearest of each task. {' '.join(counts)}"
+        f"Documents lost by {line_label('previous')} and kept or regained by {merge.name}, the clearest of each "
+        f"task. {' '.join(counts)}"
     )
     return Section(title, intro.rstrip(), quotes=quotes)
 
 
 def _stories(results: Results, plain: Line, merge: Line) -> list[_Story]:
     last_plain, last_merge, candidates = plain.rows[-1], merge.rows[-1], []
-    for j, stage in enumerate(results.stages[: len(plain.rows) - 2], 1):  # the last one had no time to be forgotten
+    for j, stage in enumerate(results.stages[: len(plain.rows) - 2], 1):  # nothing came after the last one
         candidates += [(task, plain.rows[j], f"after {stage.name}") for task in stage.task_names()]
     candidates += [(task, results.base, "base") for task in results.general_tasks]
     return [
@@ -91,8 +92,8 @@ def _count(story: _Story, merge: Line) -> str:
     back = len(_answers(story))
     new = sum(x == 1 and y == 1 and z == 0 for x, y, z in zip(a, b, c, strict=True))
     return (
-        f"{story.task}: of {sum(x == 1 for x in a)} right answers ({story.before_name}) {line_label('previous')} lost "
-        f"{lost}, of which {merge.name} has {back}; it lost {new} others."
+        f"{story.task}: of {sum(x == 1 for x in a)} right answers ({story.before_name}), {line_label('previous')} lost "
+        f"{lost}; {merge.name} has {back} of these right, and lost {new} more."
     )
 
 

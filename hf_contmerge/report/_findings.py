@@ -12,8 +12,8 @@ from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change
 
 UNITS = {
-    "accuracy": "share of right answers, 0 to 1; the metric as it is",
-    "perplexity": "-ln(perplexity): nats per word for word_perplexity; higher is better, 0.1 nats is about a tenth",
+    "accuracy": "share of right answers, 0 to 1",
+    "perplexity": "-ln(perplexity), in nats per word for word_perplexity; higher is better; 0.1 nats is about 10 %",
 }
 
 
@@ -24,40 +24,38 @@ class Metric:
     short: str
     meaning: str
     signed: bool = False
-    """Whether a gain has a plus sign."""
+    """Show a plus sign."""
     unit: bool = True
-    """Whether it has the block's unit; a share has none."""
+    """In the block's unit; a share has none."""
 
 
 METRICS = {
     "acc": Metric("ACC", "mean utility over the stages learnt so far, at the end"),
     "aia": Metric("AIA", "ACC after each stage, averaged over the run"),
     "la": Metric("LA", "mean utility of each stage right after it was learnt"),
-    "bwt": Metric(
-        "BWT", "mean change of the earlier stages since they were learnt; negative is forgetting", signed=True
-    ),
+    "bwt": Metric("BWT", "mean change of earlier stages since they were learnt; negative is forgetting", signed=True),
     "bwt_per_stage": Metric(
-        "BWT/T", "the same sum divided by all stages, the last one's 0 included, as TRACE has it", signed=True
+        "BWT/T", "BWT summed and divided by the number of all stages, as TRACE defines it", signed=True
     ),
-    "forgetting": Metric("F", "mean drop of the earlier stages from their best; higher is worse"),
+    "forgetting": Metric("F", "mean drop of earlier stages from their best; higher is worse"),
     "fwt": Metric("FWT", "mean gain over the base on a stage before it is learnt; needs `matrix: full`", signed=True),
     "intransigence": Metric(
-        "I", "mean lack against an expert of that stage alone, when it was learnt; higher is worse"
+        "I", "mean shortfall of each stage, when learnt, against its single-stage expert; higher is worse"
     ),
     "normalised": Metric(
         "of expert",
-        "what is there at the end of all that experts of each stage alone gain over the base; 1 is all",
+        "share of the single-stage experts' gain over the base that the final model keeps; 1 is all",
         unit=False,
     ),
     "general_delta": Metric("general Δ", "mean change of the general tasks against the base", signed=True),
     "fuar": Metric(
         "FUAR",
-        "right answers lost on earlier stages and general tasks, for each that was won on the stages",
+        "right answers lost on earlier stages and general tasks, per right answer gained on the stages",
         unit=False,
     ),
 }
-"""What summary.json calls a metric -> its words; nowhere else are there any."""
-_ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 is nothing to boast of where nothing was learnt
+"""Name in summary.json -> words: the only place with words for metrics."""
+_ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 says nothing without LA
 
 
 def known_metrics(lines_metrics: Iterable[Mapping[str, float | None]]) -> list[str]:
@@ -126,7 +124,7 @@ def headline(results: Results) -> str:
         if clauses:
             again = [t.replace(f" {what} (", " them (" if results.last > 2 else " it (") for t in clauses[1:]]
             return f"{stages}, " + "; ".join([clauses[0], *again])
-    return f"{stages}, there is nothing to compare yet" if results.last else "Nothing has been learnt yet"
+    return f"{stages}, nothing to compare yet" if results.last else "Nothing has been learnt yet"
 
 
 def caption(results: Results) -> str:
@@ -136,9 +134,9 @@ def caption(results: Results) -> str:
         clauses = compared(results, lambda line, b=block: gained(results.learnt(line, b), b))
         gains.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(clauses)}. " if clauses else "")
     return (
-        "".join(gains) + "Bars: 95 % intervals of the change on the same documents; a hollow marker: no change seen "
-        "(of a stage since it was learnt, of general ability against the base). ★: an expert trained on that stage "
-        "alone. 0.1 nats is about a tenth of the perplexity."
+        "".join(gains) + "Bars: 95 % intervals, paired by document. Hollow marker: no change seen (a stage since it "
+        "was learnt, general ability against the base). ★: an expert trained on that stage alone. 0.1 nats is about "
+        "10 % of the perplexity."
     )
 
 
@@ -195,7 +193,7 @@ def _against(results: Results, line: Line, plain: Line, t: int) -> str:
 
 def _scope_text(change: Change, block: Block, where: str) -> str:
     if change.stderr is None:
-        return f"too few documents to tell {where} ({amount(change.mean, block)})"
+        return f"too few documents {where} ({amount(change.mean, block)})"
     return f"{change.seen} {where} ({amount(change.mean, block)}, {interval(change, block)})"
 
 

@@ -26,11 +26,11 @@ def geometry_section(run: Run) -> Section:
     if not groups:
         return Section("Geometry of the merges", tables=tables)
     intro = (
-        "A task vector is what training added to the base's weights. Cosine 0: two of them have nothing in common; "
-        "near 1: they go the same way, as experts that were trained one after the other: each holds those before. "
-        "Opposite signs: of the elements that both change, the share that they move in opposite directions; 50 % "
-        f"between strangers. Both were measured on {' or '.join(sorted(sampled))} of the weights, evenly spread; "
-        "lengths of experts are exact."
+        "A task vector is an expert's weights minus the base's. Cosine: 0 for unrelated vectors, near 1 for the same "
+        "direction, as between experts trained in sequence, each of which contains the earlier ones. Opposite signs: "
+        "share of the elements changed by both vectors that they move in opposite directions; 50 % for unrelated "
+        f"vectors. Both were measured on {' or '.join(sorted(sampled))} of the weights, evenly spread; lengths of "
+        "experts are exact."
     )
     return Section("Geometry of the merges", intro, tables=tables)
 
@@ -93,7 +93,7 @@ def ownership_tables(run: Run) -> list[Table]:
             shares = {owner: [layer[owner] for layer in layers.values()] for owner in owners}
             rows = [[Cell(owner), *(Cell(f"{100 * x:.0f}", shade=x) for x in shares[owner])] for owner in owners]
             header = ("owner", *(layer.removeprefix("layer ") for layer in layers))
-            title = f"{entry.name}: share of each layer's weights that a stage owns, in %"
+            title = f"{entry.name}: weights of each layer by the stage that owns them, in %"
             tables.append(Table(title, header, rows, judged=False))
     return tables
 
@@ -110,9 +110,9 @@ def vectors(run: Run) -> list[Table]:
             ]
             against = f"cosine with {run.stage(t - 1).name}"
             title = f"Vector {run.stage(t).name} ({place.folder.name})"
-            tables.append(Table(title, ("layer", against, "length over that one's"), rows))
+            tables.append(Table(title, ("layer", against, "ratio of lengths"), rows))
         if facts.get("special_tokens"):
             moved = [[Cell(token), Cell(f"{100 * x:.1f} %")] for token, x in facts["special_tokens"].items()]
             title = f"Special tokens of {run.stage(t).name} ({place.folder.name})"
-            tables.append(Table(title, ("token", "its embedding moved by"), moved))
+            tables.append(Table(title, ("token", "change of its embedding"), moved))
     return tables

@@ -1,7 +1,7 @@
 """The picture's panels: stages, general ability, the learning plane, searches.
 
-All show changes against the base model, paired on the same documents, with their intervals. Up is better everywhere. A
-hollow marker is a change inside the noise.
+All show changes against the base model, paired by document, with intervals. Up is better everywhere. A hollow marker is
+a change inside the noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_contmerge.scoring.forgetting.paired import Change
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NAMED = 4  # stages: with more, a panel has no room for a word among its lines
+_NAMED = 4  # stages; with more, a panel has no room for a word between its lines
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Drawing:
     stages: tuple[str, ...]
     labels: Sequence[Label] = ()
     dots: Sequence[Dot] = ()
-    """Of the plane, which has slanted lines of equal final averages too."""
+    """Dots of the plane, which also gets lines of equal final average."""
     worse: str = ""
-    """What it means to lie in the shaded region."""
+    """Text of the shaded region."""
 
 
 def panels(results: Results) -> list[Panel]:
@@ -144,7 +144,7 @@ def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
     stage_axis(axes, results, learnt=j)
     change_axis(axes, block, _common_limits(results, block))
     title, finding = f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block)
-    return Drawing(title, finding, _stage_names(results), labels, worse="worse than before all training")
+    return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base")
 
 
 def _at_end(name: str, row: Any, tasks: Sequence[str], change: float, block: Block) -> str:
@@ -251,7 +251,7 @@ def _plane_panel(axes: Axes, results: Results, block: Block) -> Drawing:
     finding = f"highest final average of the merges: {best.name}" if best else "up and right is better"
     return Drawing(
         "Learning against forgetting",
-        f"{finding}; slanted lines join equal final averages",
+        f"{finding}; slanted lines: equal final average",
         _stage_names(results),
         dots=[Dot(per_unit * learnt.mean, per_unit * kept.mean, d.label, d.colour) for d, learnt, kept in dots],
     )

@@ -1,7 +1,7 @@
 """The picture of a run: whole for a README, in parts for a phone.
 
-One panel per stage (up is better, one line per way of learning), one for general ability, and the plane of what was
-learnt against what was kept. All panels of one kind of score share their scale.
+One panel per stage (up is better, one line per way of learning), one for general ability, and the plane of learning
+against forgetting. All panels of one kind of score share their scale.
 """
 
 from __future__ import annotations

@@ -73,11 +73,11 @@ def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
     given = {
         expert_of(run, entry, s).model.resolve(): stage.expert
         for s in range(1, t + 1)
-        if (stage := run.stage(s)).expert and not stage.minus  # a difference is made here, into a folder of the run
+        if (stage := run.stage(s)).expert and not stage.minus  # a difference is written into the run
     }
 
     def public(key: str, value: str) -> str:
-        if key == "model" and "+" in value:  # mergekit's word for a model and an adapter of it
+        if key == "model" and "+" in value:  # mergekit's notation for a model with an adapter
             model, _, adapter = value.partition("+")
             return f"{public('base_model', model)}+{public(key, adapter)}"
         path = Path(value).resolve()

@@ -21,7 +21,7 @@ class Results:
     experts: tuple[Line, ...]
     merges: tuple[Line, ...]
     mean_of_experts: str | None = None
-    """The merge entry that is the plain mean of the experts, if there is one."""
+    """The merge entry with the plain mean of the experts, if any."""
     _changes: dict[Any, tuple[Sequence[Group], Change | None]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -84,7 +84,7 @@ class Results:
         """Return the mean over groups, computed once."""
         measured = [(new, old, _of_block(new, old, tasks, block)) for new, old, tasks in groups]
         key = (block, *((id(new), id(old), tasks) for new, old, tasks in measured))
-        if key not in self._changes:  # which keeps the scores, so that an id stands for one of them
+        if key not in self._changes:  # the entry keeps the scores alive, so that their ids stay theirs
             self._changes[key] = measured, mean_change(measured, block)
         return self._changes[key][1]
 

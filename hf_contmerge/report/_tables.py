@@ -23,7 +23,7 @@ from hf_contmerge.scoring.forgetting.paired import Change
 MISSING = "–"
 _METRIC_UNITS: dict[Block, str] = {"perplexity": "nats", "accuracy": "shares"}
 _AT_THE_END = ("acc", "la", "bwt", "general_delta")
-_KEPT = 300  # characters of a document; of a longer one the scores keep only the beginning
+_KEPT = 300  # characters; scores keep no more of a document
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Table:
     header: tuple[str, ...]
     rows: list[list[Cell]]
     judged: bool = True
-    """Whether a shade means better or worse, and not just more or less."""
+    """A shade means better or worse, not more or less."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Quote:
 
     @property
     def beginning(self) -> str:
-        """The text on one line, with dots where it goes on."""
+        """The text on one line, with dots where it was cut."""
         return " ".join(self.text.split()) + " …" * (len(self.text) >= _KEPT)
 
 
@@ -141,7 +141,7 @@ def change_cell(change: Change | None, block: Block) -> Cell:
         return Cell()
     if change.low is None or change.high is None:
         return Cell(f"{amount(change.mean, block)} (too few documents)")
-    least = "" if change.detectable is None else f"could have been seen: {amount(change.detectable, block, sign=False)}"
+    least = "" if change.detectable is None else f"detectable: {amount(change.detectable, block, sign=False)}"
     hint = least if change.sign else f"no change seen; {least}".rstrip("; ")
     mark = "" if change.sign else "≈ "
     return Cell(f"{mark}{amount(change.mean, block)} ({interval(change, block)})", hint, 0.4 * change.sign)
@@ -214,7 +214,7 @@ def _task_table(results: Results, task: str, block: Block, stage: str | None) ->
         rows.append([Cell(name), *cells, *(change_cell(c, block) for c in changes), _detectable(changes[-1], block)])
     since = ("since it was learnt",) if 0 < learnt < results.last else ()
     title = f"{task} ({'stage ' + stage if stage else 'general'}, {len(results.base[task].gains)} documents)"
-    return Table(title, ("line", *after, "against the base", *since, "could have been seen"), rows)
+    return Table(title, ("line", *after, "against the base", *since, "detectable"), rows)
 
 
 def _detectable(change: Change | None, block: Block) -> Cell:

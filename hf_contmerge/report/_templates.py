@@ -14,7 +14,7 @@ from markupsafe import Markup
 _FOLDER = Path(__file__).with_name("templates")
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~]|&(?=#?\w+;)")
 _LIST = re.compile(r"^(\d*)(#|[-+](?=\s)|(?<=\d)[.)](?=\s))")
-"""Where a heading or an item of a list begins, as it would at the start of a line."""
+"""A heading or a list item at the start of a line."""
 
 
 def fill(template: str, **values: Any) -> str:

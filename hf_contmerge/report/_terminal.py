@@ -10,7 +10,7 @@ from hf_contmerge.report._tables import Table
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-_WORD = 12  # characters: longer ones may be broken
+_WORD = 12  # characters; longer words may be broken
 
 
 def rich_table(table: Table) -> RichTable:

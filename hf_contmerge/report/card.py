@@ -1,6 +1,6 @@
 """The model card: a merged model's lineage and public recipe.
 
-What was not measured says so.
+Missing scores are named as such.
 """
 
 from __future__ import annotations

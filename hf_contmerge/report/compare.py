@@ -3,9 +3,8 @@
     contmerge compare RUN RUN... [--out DIR]        DIR/ index.html  compare.md  compare.csv
 
 The first run is the reference: each line of another run (a way of learning: a merge entry, plain fine-tuning ...) is
-held against the line of that name there, as both are at the end. Where no merge entry has a name in common, the best
-ones meet. Differences are paired, document by document, so they are there only for tasks that both measured on the same
-documents; of other tasks the report says so.
+compared with the reference's line of the same name, both after their last stage. Without a common merge entry, the best
+entries are compared. Differences are paired by document; tasks measured on other documents are listed, not compared.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _COLUMNS = (
     "high", "confidence", "stderr", "detectable", "documents", "seen",
 )  # fmt: skip
 _SHOWN = 60
-"""Characters of a recipe's field that a table shows."""
+"""Characters of a recipe field in a table."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class LinePair:
     new: ComparedRun
     old: ComparedRun
     names: tuple[str, str]
-    """Of the new line and of the old one."""
+    """Names of the new and of the old line."""
     scores: tuple[Scores, Scores]
     tasks: tuple[str, ...]
 
@@ -92,21 +91,19 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     """Compare runs; the first is the reference.
 
     Raises:
-        RunError: there is only one, or the others have no task in common with the first.
+        RunError: fewer than two runs, or no task in common with the first.
     """
     if len({run.folder.resolve() for run in runs}) < 2:
-        raise RunError("There is nothing to compare: name at least two different runs, the reference first.")
+        raise RunError("Nothing to compare: name at least two different runs, the reference first.")
     names = [run.folder.resolve().name for run in runs]
     labels = [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
     compared = [ComparedRun(label, run, load_results(run)) for label, run in zip(labels, runs, strict=True)]
     pairs = [pair for other in compared[1:] for pair in _pairs(other, compared[0])]
     if not any(pair.tasks for pair in pairs):
-        measured = "; ".join(
-            f"{c.label} has {', '.join(sorted(_tasks(c))) or 'measured nothing yet'}" for c in compared
-        )
+        measured = "; ".join(f"{c.label} has {', '.join(sorted(_tasks(c))) or 'no scores yet'}" for c in compared)
         raise RunError(
-            f"These runs have no task in common, so there is nothing to compare: {measured}. Give their recipes a "
-            "common general task (`evaluate.general_tasks`) and run them again: only what is missing is measured."
+            f"These runs have no task in common, so they cannot be compared: {measured}. Add a common general task "
+            "(`evaluate.general_tasks`) to their recipes and run them again: only missing scores are measured."
         )
     return Comparison(tuple(compared), tuple(pairs))
 
@@ -150,20 +147,20 @@ def _verdict(pair: LinePair) -> str:
             parts.append(f"{change.seen} {where} ({amount(change.mean, block)}, {interval(change, block)})")
     others = len(pair.tasks) - sum(len(pair.comparable(block)) for block in BLOCKS)
     if others:
-        parts.append(f"{others} measured on other documents, and not compared")
+        parts.append(f"{others} measured on other documents, not compared")
     return "; ".join(parts)
 
 
 def sections(comparison: Comparison) -> list[Section]:
     """Return the parts of the page."""
     paired = (
-        f"Each against {comparison.runs[0].label}, after the last stage of both, on the same documents; 95 % "
-        "intervals; ≈ is no change seen."
+        f"Each line against {comparison.runs[0].label}, both after their last stage, paired by document; 95 % "
+        "intervals; ≈: no change seen."
     )
     return [
         Section("Differences", paired, tables=_difference_tables(comparison)),
         Section("Metrics", "Over each run's own stages.", tables=_metric_tables(comparison)),
-        Section("Recipes", "The fields that differ, with their defaults.", tables=[_recipe_table(comparison)]),
+        Section("Recipes", "Fields that differ, defaults included.", tables=[_recipe_table(comparison)]),
     ]
 
 

@@ -1,9 +1,9 @@
 """From a run folder to a model on the Hub, in one commit.
 
-What leaves the machine: the merged weights, config and tokenizer, and three files written here: README.md (the card),
-recipe.yml and merge.yml. Paths of this machine are reduced to names in all of them, secrets in a recipe are blanked,
-and a file of any other type in the merged folder stops the push. Tokens are huggingface_hub's business: it takes them
-from HF_TOKEN or from `hf auth login`; they are never read here.
+Uploaded: the merged weights, config and tokenizer, and three files written here: README.md (the card), recipe.yml and
+merge.yml. Local paths are reduced to names and secrets of the recipe are blanked in all of them; any other type of file
+in the merged folder stops the push. huggingface_hub reads the token from HF_TOKEN or `hf auth login`; this module never
+does.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = Non
     """Push the last merged model in one commit; return its URL.
 
     Args:
-        run: with at least one stage merged.
+        run: a run with at least one merged stage.
         repo_id: owner/name; the recipe's `publish.repo_id` by default.
         entry: name of the merge entry; the recipe's `publish.merge`, or its only one, by default.
-        private: of a repository made by this push; the recipe's `publish.private` by default, else True.
+        private: visibility of a new repository; the recipe's `publish.private` by default, else True.
 
     Raises:
-        RecipeError: it is not said what to push or where to, or a public repository is there where a private is wanted.
-        RunError: no stage has been merged.
+        RecipeError: no merge or repository is named, or a private push meets a public repository.
+        RunError: no stage is merged.
         ModelError: the merged folder holds files of a type that is never uploaded.
         ResourceError: no network, no token, or no permission to write there.
     """
@@ -62,8 +62,8 @@ def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = Non
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and api.model_info(repo_id).private is False:
             raise RecipeError(
-                f"{repo_id} at {api.endpoint} is public, but this push is to be private. Make it private in its "
-                "settings, push to another repository, or agree with `--public`. Nothing was uploaded."
+                f"{repo_id} at {api.endpoint} is public, but this push is private. Make it private in its "
+                "settings, push to another repository, or allow it with `--public`. Nothing was uploaded."
             )
         return _commit(api, repo_id, files, message)
 
@@ -75,8 +75,8 @@ def _chosen_entry(recipe: Recipe, name: str | None) -> Merge:
         return recipe.merge[0]
     if name is None:
         raise RecipeError(
-            f"The run has {len(entries)} merges ({', '.join(entries)}), and it is not said which to push. "
-            f"Name one with `--merge {recipe.merge[0].name}`, or `publish: {{merge: ...}}` in the recipe."
+            f"The run has {len(entries)} merges ({', '.join(entries)}), and none is chosen. "
+            f"Choose one with `--merge {recipe.merge[0].name}`, or `publish: {{merge: ...}}` in the recipe."
         )
     if name not in entries:
         raise RecipeError(unknown("merge entry", name, entries, where="publish.merge"))
@@ -86,10 +86,10 @@ def _chosen_entry(recipe: Recipe, name: str | None) -> Merge:
 def _checked_repo_id(repo_id: str | None) -> str:
     if repo_id is None:
         raise RecipeError(
-            "It is not said where to push to. Give `--repo-id owner/name`, or `publish: {repo_id: ...}` in the recipe."
+            "No repository is named. Give `--repo-id owner/name`, or `publish: {repo_id: ...}` in the recipe."
         )
     if not HUB_ID.fullmatch(repo_id) or repo_id.count("/") != 1 or "@" in repo_id:
-        raise RecipeError(f"The repository to push to must be named owner/name, as on the Hub; got {repo_id!r}.")
+        raise RecipeError(f"The repository must be named owner/name, as on the Hub; got {repo_id!r}.")
     return repo_id
 
 
@@ -101,7 +101,7 @@ def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
     if refused:
         raise ModelError(
             f"{folder} holds {', '.join(refused)}. Only {', '.join(sorted(_UPLOADED))} files are ever uploaded: move "
-            "the others away and push again. Nothing was uploaded."
+            "the others elsewhere and push again. Nothing was uploaded."
         )
     if not any(path.suffix == ".safetensors" for path in merged.values()):
         raise RunError(f"{folder} holds no weights. Merge again: `contmerge redo {run.folder} merge`, then run.")
@@ -116,7 +116,7 @@ def _commit(api: Any, repo_id: str, files: dict[str, Contents], message: str) ->
     """Commit all files, verify them, and return the commit's URL."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    # An earlier push may have been cut into other shards: transformers would go on reading those.
+    # An earlier push may have other shards, which transformers would still read.
     stale = [n for n in api.list_repo_files(repo_id) if _WEIGHTS.fullmatch(n) and n not in files]
     operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=c) for n, c in files.items()]
     operations += [CommitOperationDelete(path_in_repo=n) for n in stale]
@@ -126,7 +126,7 @@ def _commit(api: Any, repo_id: str, files: dict[str, Contents], message: str) ->
     missing = [n for n, c in files.items() if sizes.get(n) != (len(c) if isinstance(c, bytes) else c.stat().st_size)]
     if missing:
         raise ResourceError(
-            f"{', '.join(missing)} did not arrive whole at {commit.commit_url}. Push again; what is there is not "
+            f"{', '.join(missing)} did not arrive whole at {commit.commit_url}. Push again; uploaded files are not "
             "sent twice."
         )
     return commit.commit_url
@@ -161,24 +161,27 @@ def _explanation(error: BaseException, repo_id: str, endpoint: str) -> str:
     if not isinstance(error, HfHubHTTPError):
         return (
             f"Cannot reach {endpoint} to push {repo_id} ({type(error).__name__}). Check the network, the proxy and "
-            "HF_ENDPOINT, then push again; what has arrived is not sent twice."
+            "HF_ENDPOINT, then push again; uploaded files are not sent twice."
         )
     status = error.response.status_code
     if status == 401:
         return (
-            f"{endpoint} asks who you are (401): there is no token here, or it is not valid any more. Log in with "
+            f"{endpoint} requires a login (401): the token is missing or no longer valid. Log in with "
             f"`hf auth login`, or set HF_TOKEN, then push {repo_id} again."
         )
     if status == 403:
         return (
-            f"{endpoint} does not let this token write to {repo_id} (403). Make one with write permission for "
-            f"{repo_id.split('/')[0]} at {endpoint}/settings/tokens, give it to `hf auth login`, and push again."
+            f"{endpoint} denies this token write access to {repo_id} (403). Create one with write permission for "
+            f"{repo_id.split('/')[0]} at {endpoint}/settings/tokens, pass it to `hf auth login`, and push again."
         )
     answer = error.server_message or error.response.reason_phrase
-    return f"{endpoint} answered {status} to the push of {repo_id}: {answer}. Push again later or mend what it names."
+    return (
+        f"{endpoint} answered {status} to the push of {repo_id}: {answer}. Fix the reported problem, or push again "
+        "later."
+    )
 
 
-# What must not leave the machine
+# What stays on this machine
 
 
 def _cleaned(path: Path) -> Contents:

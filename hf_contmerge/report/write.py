@@ -1,16 +1,16 @@
 """The report of a run, whole or half done.
 
-    report/  index.html       one file to look at, on a phone and on paper too; the picture is inside
+    report/  index.html       one file for screen, phone and paper; the picture is inside
              report.md        the same as Markdown
              forgetting.png   the picture
              summary.json     for scripts: matrices of utilities, metrics, tasks; null where not measured
-             scores.csv       every score, a row each
+             scores.csv       one row per score
              costs.html       seconds and memory of each phase
              costs.csv        the same for scripts
 
-All but the costs is the same, byte for byte, whenever and however often a run was interrupted.
+Everything but the costs is the same, byte for byte, for interrupted and uninterrupted runs.
 
-A verdict claims a change only where 0 lies outside the 95 % interval of the paired difference over documents.
+A verdict claims a change only if 0 lies outside the 95 % interval of the paired difference over documents.
 """
 
 from __future__ import annotations
@@ -76,13 +76,12 @@ def write_report(run: Run) -> Path:
 def sections(run: Run, results: Results) -> list[Section]:
     """Return the sections below the picture; some may be empty."""
     shades = (
-        "▴ and blue: better than the base; ▾ and orange: worse; plain: no change shades, the 95 % interval holds 0. A "
-        "frame marks the stage just learnt. Point at a number for more."
+        "▴ and blue: better than the base; ▾ and orange: worse; no colour: no change seen (the 95 % interval contains "
+        "0). A frame marks the stage just learnt. Hover over a number for details."
     )
     intervals = (
-        "Changes are paired on the same documents, with 95 % intervals; ≈ is no change shades. The last column is the "
-        "smallest true change that such documents would have shown in four of five samples: a smaller one may have "
-        "happened unseen."
+        "Changes are paired by document, with 95 % intervals; ≈: no change seen. The last column is the smallest true "
+        "change that these documents show in four of five samples; smaller changes may go unnoticed."
     )
     return [
         Section("Scores after each stage", shades, tables=heat_maps(results)),
@@ -97,7 +96,7 @@ def sections(run: Run, results: Results) -> list[Section]:
 def _choices(run: Run) -> Section:
     """Return the sections on choices, with their curves; empty without any."""
     pictures = [Picture(draw_curve(curve), f"{curve.entry}: search of {curve.word}") for curve in curves(run)]
-    hint = " In the curves a ring marks what was taken, a hollow mark what cost general ability." * bool(pictures)
+    hint = " In the curves, a ring marks the value taken; hollow marks lose general ability." * bool(pictures)
     return Section("Choosing the merges", choices_intro(run) + hint, choice_tables(run), pictures=pictures)
 
 
@@ -130,7 +129,7 @@ def load_results(run: Run) -> Results:
     """Load a run's results. The first expert is plain fine-tuning."""
     experts, merges = load_lines(run, tuple(dict.fromkeys(("previous", *run.expert_kinds()))))
     measured = max(len(line.rows) for line in (*experts, *merges)) - 1
-    if measured > 1 and "previous" not in run.expert_kinds():  # this run does not train it
+    if measured > 1 and "previous" not in run.expert_kinds():  # not trained in this run
         experts = [line for line in experts if line.name != "previous"]
     general = tuple(task.name for task in run.recipe.evaluate.general_tasks)
     mean = next((entry.name for entry in run.recipe.merge if entry.rule == "average"), None)

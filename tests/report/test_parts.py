@@ -63,10 +63,10 @@ def test_task_tables_tell_changes_with_intervals(run):
     tables = {table.title: table for table in task_tables(load_results(run))}
     stage = tables["s1_heldout (stage s1, 24 documents)"]
     assert stage.header == ("line", "base", "s1", "s2", "s3", "against the base", "since it was learnt",
-                            "could have been seen")  # fmt: skip
+                            "detectable")  # fmt: skip
     assert cell(stage, "fine-tuning alone", "since it was learnt").startswith("−1.20 nats (")
     assert cell(stage, "opcm", "against the base").startswith("+0.46 nats (+0.")
-    assert cell(stage, "opcm", "could have been seen").endswith(" nats")
+    assert cell(stage, "opcm", "detectable").endswith(" nats")
     assert cell(stage, "independent experts", "s3") == "–"
     assert "since it was learnt" not in tables["s3_heldout (stage s3, 24 documents)"].header
     assert "since it was learnt" not in tables["quiz (general, 24 documents)"].header
@@ -77,7 +77,7 @@ def test_noise_is_called_no_change():
     none = change_cell(Change(0.01, 0.02, -0.03, 0.05), "perplexity")
     assert (seen.text, seen.shade > 0) == ("+0.20 nats (+0.18 to +0.22)", True)
     assert (none.text, none.shade) == ("≈ +0.01 nats (−0.03 to +0.05)", 0.0)
-    assert none.hint == "no change seen; could have been seen: 0.06 nats"
+    assert none.hint == "no change seen; detectable: 0.06 nats"
     assert change_cell(Change(0.2, None), "accuracy").text == "+20.0 points (too few documents)"
     assert change_cell(None, "accuracy").text == "–"
 
@@ -124,7 +124,7 @@ def test_examples_are_those_that_were_lost_and_kept(run):
     assert quiz[0].text.startswith("quiz 1 <script>")
     assert quiz[0].outcome == "base: right (hen) → fine-tuning alone: wrong (fox) → opcm: right (hen)"
     assert (
-        "quiz: of 12 right answers (base) fine-tuning alone lost 4, of which opcm has 3; it lost 1 others."
+        "quiz: of 12 right answers (base), fine-tuning alone lost 4; opcm has 3 of these right, and lost 1 more."
         in found.intro
     )
     texts = [q for q in found.quotes if q.source.startswith("s1_heldout")]
@@ -216,17 +216,20 @@ def test_what_was_tried_is_told(tmp_path):
     ladder = [attempt("fold", 0.5, held=False, taken=False), attempt("shrink", 0.25, held=False, taken=False)]
     write_atomically(lost.guard_file, json.dumps({"tries": ladder}))
     first, second = choice_tables(run)
-    assert (first.title, second.title) == ("magmax of s1", "magmax of s2: nothing held, the run stopped")
+    assert (first.title, second.title) == (
+        "magmax of s1",
+        "magmax of s2: over the budget, the run stopped",
+    )
     assert [r[0].text for r in first.rows] == ["a coefficient", "a coefficient ← taken", "a coefficient"]
     told = [c.text for c in second.rows[0]]
-    assert told == ["as the recipe says", "0.5", "no", "general −5.0 points (−10.0 to −2.5)", "general −10.0 points",
+    assert told == ["as in the recipe", "0.5", "no", "general −5.0 points (−10.0 to −2.5)", "general −10.0 points",
                     "+0.25 nats", "–", "magmax (lambda 0.5)"]  # fmt: skip
     curve = curves(run)[0]
     assert (curve.entry, curve.word, list(curve.stages)) == ("magmax", "lambda", ["s1"])
     assert [(p.value, p.allowed, p.taken) for p in curve.stages["s1"]] == [
         (0.25, True, False), (0.5, True, True), (1.0, False, False)]  # fmt: skip
     chosen = next(s for s in sections(run, load_results(run)) if s.title == "Choosing the merges")
-    assert "validation documents (25 % of each task), which no result here shows" in chosen.intro
+    assert "validation documents (25 % of each task); results use the other documents" in chosen.intro
     assert "a loss of at most 0.05" in chosen.intro
     assert "98.76" not in markdown(run, load_results(run), [chosen]), "times are the machine's"
 

@@ -331,11 +331,11 @@ def test_other_files_are_refused_by_name(run: Run, name: str) -> None:
 
 def test_what_to_push_must_be_said(run: Run) -> None:
     silent = Run(run.folder, run.recipe.model_copy(update={"publish": None}))
-    with pytest.raises(RecipeError, match=r"2 merges \(magmax, opcm\), and it is not said which to push"):
+    with pytest.raises(RecipeError, match=r"2 merges \(magmax, opcm\), and none is chosen"):
         push_merged(silent, repo_id=REPO)
     with pytest.raises(RecipeError, match=r"Unknown merge entry 'magmx'.* Did you mean 'magmax'"):
         push_merged(run, entry="magmx")
-    with pytest.raises(RecipeError, match=r"not said where to push to\. Give `--repo-id owner/name`"):
+    with pytest.raises(RecipeError, match=r"No repository is named\. Give `--repo-id"):
         push_merged(silent, entry="magmax")
     with pytest.raises(RecipeError, match=r"must be named owner/name.* got 'law'"):
         push_merged(run, repo_id="law")
@@ -354,12 +354,12 @@ def test_an_unfinished_run_names_the_missing_phase(run: Run) -> None:
 def test_tokens_that_do_not_suffice(run: Run, hub: Hub) -> None:
     for token in ("", "hf_" + "expired123" * 4):
         assert refusal(run, hub, HF_TOKEN=token) == (
-            "ResourceError: HUB asks who you are (401): there is no token here, or it is not valid any more. "
+            "ResourceError: HUB requires a login (401): the token is missing or no longer valid. "
             f"Log in with `hf auth login`, or set HF_TOKEN, then push {REPO} again."
         )
     assert refusal(run, hub, HF_TOKEN=READ_TOKEN) == (
-        f"ResourceError: HUB does not let this token write to {REPO} (403). Make one with write permission for me at "
-        "HUB/settings/tokens, give it to `hf auth login`, and push again."
+        f"ResourceError: HUB denies this token write access to {REPO} (403). Create one with write permission for me "
+        "at HUB/settings/tokens, pass it to `hf auth login`, and push again."
     )
     assert not hub.repos
 
@@ -368,7 +368,7 @@ def test_a_connection_that_breaks_before_the_commit_leaves_nothing_half_pushed(r
     hub.fail["/commit/"] = "drop"
     assert refusal(run, hub) == (
         f"ResourceError: Cannot reach HUB to push {REPO} (RemoteProtocolError). Check the network, the proxy and "
-        "HF_ENDPOINT, then push again; what has arrived is not sent twice."
+        "HF_ENDPOINT, then push again; uploaded files are not sent twice."
     )
     assert [c.message for c in hub.repos[REPO].commits] == ["initial commit"]
     hub.fail.clear()
@@ -379,7 +379,7 @@ def test_a_connection_that_breaks_before_the_commit_leaves_nothing_half_pushed(r
 
 def test_a_refused_upload_and_a_hub_that_is_not_there(run: Run, hub: Hub) -> None:
     hub.fail["/lfs/"] = 403
-    assert "does not let this token write" in refusal(run, hub)
+    assert "denies this token write access" in refusal(run, hub)
     assert "Cannot reach http://127.0.0.1:9 to push me/law-chat (ConnectError)" in refusal(
         run, hub, HF_ENDPOINT="http://127.0.0.1:9"
     )
@@ -389,5 +389,5 @@ def test_a_refused_upload_and_a_hub_that_is_not_there(run: Run, hub: Hub) -> Non
 def test_a_private_push_does_not_go_to_a_public_repository(run: Run, hub: Hub) -> None:
     assert push(run, hub).returncode == 0
     hub.repos[REPO].private = False
-    assert f"RecipeError: {REPO} at HUB is public, but this push is to be private" in refusal(run, hub)
+    assert f"RecipeError: {REPO} at HUB is public, but this push is private" in refusal(run, hub)
     assert len(hub.repos[REPO].commits) == 2

@@ -328,5 +328,5 @@ def test_a_task_with_one_document_says_so(tmp_path):
     for entry in run.recipe.merge[1:]:
         run.merged(1, entry).undo("score")
     results = load_results(run)
-    assert "too few documents to tell on s1" in verdict(results, results.merges[0])
+    assert "too few documents on s1" in verdict(results, results.merges[0])
     write_report(run)
