@@ -1,4 +1,4 @@
-"""Scores models with lm-eval on all ranks; compares them document by document."""
+"""Scores models with lm-eval on all ranks and compares them per document."""
 
 from typing import TYPE_CHECKING
 
