@@ -1,4 +1,4 @@
-"""Scores models with lm-eval on all ranks and compares them per document."""
+"""Scores models with lm-eval and measures forgetting per document."""
 
 from typing import TYPE_CHECKING
 

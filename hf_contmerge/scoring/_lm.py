@@ -50,7 +50,7 @@ class SharedLM(_Parent):
         Args:
             model: a transformers model, or peft's around one.
             tokenizer: its tokenizer.
-            rank: this process among those sharing the work.
+            rank: this process among the processes sharing the work.
             size: number of processes sharing the work.
             batch_size: a number, or "auto".
             max_length: tokens per forward pass; default: the model's.
@@ -74,9 +74,9 @@ class SharedLM(_Parent):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
-        """Return each text's log-likelihood (nats), summed over its windows.
+        """Return each text's log-likelihood in nats.
 
-        The windows of all texts are sorted together.
+        It is summed over the text's windows; the windows of all texts are sorted together.
         """
         windows, owners = [], []
         for i, request in enumerate(requests):
@@ -122,9 +122,10 @@ class SharedLM(_Parent):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None  # noqa: ARG002
     ) -> list[tuple[float, bool]]:  # fmt: skip
-        """Return (log-likelihood, greedy) of (name, context, continuation) token requests.
+        """Return (log-likelihood, greedy) of tokenised requests.
 
-        Requests with the same input tokens share a forward pass, e.g. single-token answers to one question.
+        Each request is (name, context, continuation). Requests with the same input tokens share a forward pass, e.g.
+        single-token answers to one question.
         """
         readers: dict[Tokens, list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
@@ -174,7 +175,10 @@ class SharedLM(_Parent):
         return answers
 
     def _logits(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
-        """Return logits [rows, positions, vocabulary] of the last `keep` positions, or all."""
+        """Return logits [rows, positions, vocabulary] of tokens [rows, length].
+
+        Positions are the last `keep`, or all for models without this option.
+        """
         asked = {"use_cache": False, "logits_to_keep": keep}
         logits = self.model(tokens, **{k: v for k, v in asked.items() if k in self._takes}).logits
         return logits.full_tensor() if isinstance(logits, DTensor) else logits
@@ -195,7 +199,10 @@ class SharedLM(_Parent):
         return min(gather_object([found])) if self._sharing[1] > 1 else found
 
     def _shared(self, batches: Sequence[T], costs: Sequence[int], work: Callable[[T], Any]) -> list[Any]:
-        """Apply `work` to every batch, balanced by `costs`; return all results everywhere."""
+        """Apply `work` to all batches, shared evenly by cost.
+
+        All ranks get all results.
+        """
         rank, size = self._sharing
         shares = self._shares(costs)
         found = [work(batches[i]) for i in shares[rank]]
@@ -219,7 +226,10 @@ class SharedLM(_Parent):
 
 
 def _likelihoods(logits: torch.Tensor, continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
-    """Return (log-likelihood, greedy) of continuations at the end of logits [positions, vocabulary]."""
+    """Return (log-likelihood, greedy) of each continuation.
+
+    Each one ends at the last position of the logits [positions, vocabulary].
+    """
     positions = max(1, (_CPU_PIECE if logits.device.type == "cpu" else _GPU_PIECE) // logits.shape[1])
     totals, best = [], []
     for piece in logits.split(positions):

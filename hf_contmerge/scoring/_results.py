@@ -1,4 +1,4 @@
-"""Converts lm-eval's results of one task to a per-document TaskScore."""
+"""Converts lm-eval's results to per-document scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ Row = Mapping[str, Any]
 
 
 def task_score(results: Any, name: str, leaves: Mapping[str, Any]) -> TaskScore:
-    """Convert one task's results; a group counts all documents of its leaves.
+    """Convert one task's results to a score.
+
+    A group counts all documents of its leaves together.
 
     Args:
         results: return value of lm-eval's `evaluate`.
@@ -60,7 +62,10 @@ def _details(results: Any, name: str, documents: Sequence[str]) -> dict[str, Any
 
 
 def _rows(results: Any, leaf: str) -> list[Row]:
-    """Return each document's results in order, for the task's first answer filter."""
+    """Return each document's results, in order.
+
+    A task with several answer filters counts the first.
+    """
     samples = sorted(results["samples"][leaf], key=lambda s: s["doc_id"])
     return [s for s in samples if s.get("filter") == samples[0].get("filter")]
 

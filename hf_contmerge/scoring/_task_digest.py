@@ -31,7 +31,10 @@ class _UnknownError(Exception):
 
 
 class _TaskLoader(_Loader):
-    """Loads lm-eval's YAML; `!function module.name` refers to code in a nearby file."""
+    """Loads lm-eval's YAML.
+
+    `!function module.name` refers to code in a nearby file.
+    """
 
 
 _TaskLoader.add_constructor("!function", lambda loader, node: {"!function": loader.construct_scalar(node)})
@@ -55,12 +58,12 @@ class TaskDigests:
 
     @classmethod
     def open(cls, folders: Sequence[Path], shelf: Shelf, own: Listing | None = None) -> TaskDigests:
-        """Read the task files of some folders; later folders take precedence.
+        """Read the task files of some folders.
 
         Args:
-            folders: folders of task YAML files.
+            folders: folders of task YAML files; later ones take precedence.
             shelf: cache of file digests.
-            own: lm-eval's own tasks; default: the remembered list.
+            own: lm-eval's own tasks; default: the remembered listing.
         """
         ours = [_listing(folder) for folder in reversed(folders) if folder.is_dir()]
         return cls([*ours, own or _own_listing(shelf) or Listing()], shelf)

@@ -99,8 +99,8 @@ def digest(value: Any) -> str:
 def stamp(files: Iterable[Path]) -> tuple[str, bool]:
     """Return a fingerprint of files without reading them, and its reliability.
 
-    It covers each file's real path, device, inode, size and times (ns). It is unreliable for files written a moment ago,
-    because another write could leave all of these unchanged.
+    It covers each file's real path, device, inode, size and times (ns). It is unreliable for files written a
+    moment ago: another write could leave all of these unchanged.
     """
     stats = sorted((str(path.resolve()), path.stat()) for path in files)
     words = [(p, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats]

@@ -47,7 +47,9 @@ def write_choice_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]
 def write_answer_task(
     folder: Path, name: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, stop: Sequence[str]
 ) -> None:
-    """Write an lm-eval exact-match generation task; surrounding blanks are ignored.
+    """Write an lm-eval exact-match generation task.
+
+    Blanks around an answer are ignored.
 
     Args:
         folder: the task folder.
@@ -81,7 +83,10 @@ def write_task(folder: Path, task: Task) -> None:
 
 
 def heldout_documents(data: StageData, *, chars: int, tokenizer_folder: Path) -> list[str]:
-    """Return a stage's held-out examples; conversations use the tokenizer's chat template."""
+    """Return a stage's held-out examples as documents.
+
+    Conversations use the tokenizer's chat template.
+    """
 
     def render(messages: list[dict[str, Any]]) -> str:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

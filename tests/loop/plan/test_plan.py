@@ -230,7 +230,7 @@ def test_what_strategies_remember_is_counted(
             {"backend": "vllm"}, "needs vLLM, which is not installed",
             marks=pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed"),
         ),
-        ({"parallel": "tensor"}, "spreads each matrix over the ranks of a job, and this one has one"),
+        ({"parallel": "tensor"}, "spreads each matrix over the ranks of a job; this job has one rank"),
     ],
 )  # fmt: skip
 def test_plan_and_run_refuse_the_same_scoring(
@@ -251,7 +251,7 @@ def test_scoring_is_checked_for_the_processes_of_the_job(
     recipe["evaluate"]["parallel"] = "tensor"
     assert plan(recipe, "--processes", "2")[0] == 0
     recipe["evaluate"]["parallel"] = "layers"
-    assert "Start one a machine" in plan(recipe, "--processes", "2")[2]
+    assert "Start one per machine" in plan(recipe, "--processes", "2")[2]
 
 
 def test_a_tracker_that_is_unknown(recipe: Data, plan: Callable[..., tuple[int, str, str]]) -> None:
