@@ -351,7 +351,7 @@ def test_ways_that_this_job_does_not_have(way: dict[str, str], base_folder: Path
     nothing = tasks / "no model is looked for here"
     message = refused(ResourceError, lambda: score_model(nothing, [], task_folder=tasks, evaluate=how, ranks=ranks))
     assert message.startswith(f"`evaluate.{name}: {value}` ")
-    assert ("this one has one" if name == "parallel" else "is not installed") in message
+    assert ("this job has one rank" if name == "parallel" else "is not installed") in message
 
 
 def test_batch_size_auto_is_what_memory_holds(base_folder: Path) -> None:

@@ -45,7 +45,7 @@ class Part:
 
     @property
     def paired_answers(self) -> bool:
-        """True if every gain is 1 (now right), -1 (now wrong) or 0."""
+        """True if all gains are 1 (now right), -1 (now wrong) or 0."""
         return set(self.weights) == {1.0} and set(self.gains) <= {-1.0, 0.0, 1.0}
 
 
@@ -140,7 +140,7 @@ def exceeds(changes: Iterable[Change | None], allowed: float, confidence: float 
     """Check for a drop larger than `allowed` among several changes.
 
     The test is one-sided and Bonferroni-corrected: a model without losses triggers it in at most 1 - confidence of all
-    cases, for any number of changes. Changes that were not measured, or measured on a single document, never trigger it.
+    cases, for any number of changes. Changes not measured, or measured on a single document, never trigger it.
 
     Args:
         changes: new - old, each in the utility of its block.

@@ -77,7 +77,7 @@ def objective(now: Scores, base: Scores, alone: Mapping[str, Scores], tasks: Map
     """Return the mean share of each stage's gain kept by a merge.
 
     (R - base) / (expert - base) per block: 0 is the base, 1 the expert. Accuracies and perplexities can thus be
-    averaged. A gain smaller than its noise is replaced by the noise in the denominator, to keep the stage from dominating.
+    averaged. The denominator is at least the noise of the gain, to keep a stage from dominating.
 
     Args:
         now: scores of the merged model, all on validation documents.

@@ -143,9 +143,7 @@ def test_other_documents_are_refused():
     assert same_documents(old, old)
     assert same_documents(old, score(sample)), "it was not kept which they were"
     assert not same_documents(old, new)
-    with pytest.raises(
-        RunError, match=r"scores of the task x: the old score has 2 documents.*contmerge redo RUN score"
-    ):
+    with pytest.raises(RunError, match=r"of the task x: the old score has 2 documents.*contmerge redo RUN score"):
         mean_change([({"x": new}, {"x": old}, ["x"])], "perplexity")
 
 
