@@ -45,7 +45,7 @@ class Part:
 
     @property
     def paired_answers(self) -> bool:
-        """True if all gains are 1 (now right), -1 (now wrong) or 0."""
+        """True if gains are 1 (now right), -1 (now wrong) or 0."""
         return set(self.weights) == {1.0} and set(self.gains) <= {-1.0, 0.0, 1.0}
 
 
