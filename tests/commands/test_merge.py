@@ -111,7 +111,7 @@ def test_from_nothing_to_a_model(home: Path, tmp_path: Path, done: Run) -> None:
 
     out = tmp_path / "out"
     words = ("--dtype", "bfloat16", "--shard-size", "40KB", "--tokenizer-from", home / "code")
-    assert done("export", state, out, *words) == f"{out} is written.\n"
+    assert done("export", state, out, *words) == f"Wrote {out}.\n"
     assert len(list(out.glob("*.safetensors"))) > 1
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
     assert json.loads((out / "merge.json").read_text())["experts"] == log["experts"]
@@ -150,7 +150,7 @@ def test_a_recipe_of_mergekit_is_the_same_merge(rule: str, home: Path, tmp_path:
     """The bytes of a state's export."""
     recipe = write_recipe(home, tmp_path, rule, ("law", "medicine", "code"))
     said = done("from-recipe", recipe, tmp_path / "out", "--shard-size", "1GB")
-    assert said.startswith(f"{tmp_path}/out is written: {rule}, scale ")
+    assert said.startswith(f"Wrote {tmp_path}/out: {rule}, scale ")
     done("init", tmp_path / "state", "--base", home / "base", "--rule", rule)
     done("add", tmp_path / "state", home / "law", home / "medicine", home / "code")
     done("export", tmp_path / "state", tmp_path / "exported")
@@ -188,16 +188,16 @@ def test_words_that_are_wrong(home: Path, tmp_path: Path, refused: Run) -> None:
     export = ("export", home / "state", out)
     for size in ("5 pounds", "GB", "", "infGB", "5GBB"):
         assert refused(*export, "--shard-size", size) == (
-            f"A size is a number and KB, MB, GB or TB, as in 5GB; got {size!r}."
+            f"Invalid size {size!r}. Give a number and KB, MB, GB or TB, as in 5GB."
         )
-    assert refused(*export, "--shard-size", "0").startswith("A shard of 0 holds nothing")
+    assert refused(*export, "--shard-size", "0").startswith("A shard of 0 is empty")
     assert refused(*export, "--dtype", "int8") == "Unknown dtype 'int8'. Known: bfloat16, float16, float32."
     assert refused(*export, "--rank", "4").startswith("--rank belongs to --as-adapter")
     assert refused(*export, "--as-adapter", "--rank", "0") == "--rank 0: an adapter's rank must be at least 1."
     for device in ("tpu", "meta", "cuda:x"):
-        assert refused(*export, "--device", device) == f"--device {device} is no device: give cpu, cuda or cuda:N."
+        assert refused(*export, "--device", device) == f"--device {device}: unknown device. Give cpu, cuda or cuda:N."
     assert refused(*export, "--workers", "-1") == (
-        "--workers -1: give a number of threads, or leave it out for one for each core."
+        "--workers -1: give a number of threads, or omit it for one per core."
     )
     assert refused("add", home / "state", home / "code", "--as", "a", "--as", "b").startswith("1 experts but 2 stage")
     assert not list(tmp_path.iterdir())
@@ -206,7 +206,7 @@ def test_words_that_are_wrong(home: Path, tmp_path: Path, refused: Run) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(home: Path, tmp_path: Path, refused: Run) -> None:
     assert refused("export", home / "state", tmp_path / "out", "--device", "cuda") == (
-        "--device cuda: this machine, or this torch, has no CUDA. Leave it out."
+        "--device cuda: CUDA is missing on this machine or in this torch. Use cpu."
     )
 
 

@@ -325,7 +325,7 @@ def test_a_drop_within_the_noise_breaks_nothing() -> None:
     found = judged(now, BASE, BASE, {"max_forgetting": 0})
     assert found.held
     low = min(s.change.low for s in found.losses)
-    told = f"within the noise; a loss of {-low:.4g} of accuracy by the general tasks cannot be ruled out"
+    told = f"within the noise; a loss of {-low:.4g} of accuracy on the general tasks cannot be ruled out"
     assert found.in_words(Guard(max_forgetting=0)).endswith(told)
 
 

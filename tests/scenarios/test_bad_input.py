@@ -501,8 +501,8 @@ def test_tasks_of_a_hub_that_does_not_answer(recipe: Data, tmp_path: Path) -> No
     assert done.returncode == 2
     assert done.stderr.count("Retrying") == 5
     assert done.stderr.splitlines()[-1] == (
-        "Error: The datasets of 3 tasks are not here, and the Hub cannot be reached: hellaswag, piqa, arc_easy. "
-        "Check the network and HF_HUB_OFFLINE, or leave these tasks out."
+        "Error: The datasets of 3 tasks are missing, and the Hub cannot be reached: hellaswag, piqa, arc_easy. "
+        "Check the network and HF_HUB_OFFLINE, or remove these tasks."
     )
 
 

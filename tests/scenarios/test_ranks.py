@@ -248,7 +248,7 @@ def test_loop_on_two_ranks(run: Run, recipe: Path) -> None:
     assert (run.folder / "report" / "index.html").is_file()
     times = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()}
     printed = torchrun(SCRIPT, recipe, "--run", run.folder)
-    assert printed.count(f"All of {run.folder} is done.") == 1
+    assert printed.count(f"{run.folder} is complete.") == 1
     assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()} == times
 
 
