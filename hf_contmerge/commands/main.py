@@ -5,6 +5,7 @@ contmerge new [RECIPE] [--base MODEL --stage NAME=SOURCE ...]     write a commen
 contmerge plan RECIPE [--run DIR] [--set A.B=C] [--json]          check all of it; memory, disk and time of each phase
 contmerge status RUN                                              what is done, what is next
 contmerge score MODEL [--tasks A,B] [--run RUN] ...               measure a model; at once, where it was before
+contmerge statistics MODEL --data FILE [--base MODEL] ...         what some merge rules need to know of an expert
 contmerge report RUN                                              write the report again, print the table
 contmerge compare RUN RUN... [--out DIR]                          several runs side by side, on the same documents
 contmerge redo RUN PHASE [--stage NAME]                           drop a phase and what follows from it
@@ -155,6 +156,7 @@ _COMMANDS: dict[str, tuple[str, Add]] = {
     "plan": ("check a recipe; estimate memory, disk and time", _of("plan")),
     "status": ("what is done, what is next", _add_status),
     "score": ("measure a model; at once, where it was before", _of("score")),
+    "statistics": ("measure an expert for merge rules that need it", _of("statistics")),
     "report": ("write the report again, print the table", _add_report),
     "compare": ("several runs side by side, on the same documents", _add_compare),
     "redo": ("drop a phase and what follows from it", _add_redo),
