@@ -1,4 +1,4 @@
-"""Second moments of a model's inputs: against a forward pass by hand, by the command, after training, on two ranks."""
+"""Second moments of all linear maps' inputs: against a forward pass by hand, by the command, on two ranks."""
 
 import json
 import logging
@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from toys import rules
 from toys.loras import loaded, lora
 from toys.models import perturbed, toy_llama, toy_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
@@ -21,14 +20,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_contmerge import merge_rules
 from hf_contmerge.commands.main import main
-from hf_contmerge.errors import ModelError, RecipeError
-from hf_contmerge.models.statistics import Statistics, statistics_digest
+from hf_contmerge.errors import ModelError
+from hf_contmerge.models.statistics import Statistics
 from hf_contmerge.models.weights import Weights
-from hf_contmerge.run.recipe.parts import Dataset, StatisticsSettings
+from hf_contmerge.run.recipe.parts import StatisticsSettings
 from hf_contmerge.run.recipe.schema import Train
-from hf_contmerge.training.data import load_stage_data
-from hf_contmerge.training.finetune import train_expert
-from hf_contmerge.training.statistics import check_asked, collect_inputs
+from hf_contmerge.training.statistics import collect_inputs
 
 BIN = Path(sys.executable).parent
 CPU = torch.device("cpu")
@@ -244,42 +241,7 @@ def test_two_ranks_find_what_one_finds(base_folder: Path, data: Path, tmp_path: 
     assert records[0] == records[1]
 
 
-# After training
-
-
-@pytest.mark.parametrize("strategy", [{}, {"strategy": "lora", "parameters": {"r": 4, "keep": True}}])
-def test_training_leaves_what_the_command_would(
-    strategy: dict[str, Any], base_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    stage = load_stage_data(Dataset(path=str(data), heldout=0), seed=0)
-    train = Train(
-        max_steps=2, max_length=32, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no",
-        statistics=["inputs"], **strategy,
-    )  # fmt: skip
-    expert = tmp_path / "expert"
-    expert.mkdir()
-    train_expert(
-        start=base_folder, base=base_folder, data=stage, train=train, seed=0, out=expert,
-        checkpoints=tmp_path / "checkpoints",
-    )  # fmt: skip
-    assert (expert / "adapter_config.json").is_file() == bool(strategy)
-    digest, first = statistics_digest(expert), read(expert)
-    model = loaded(base_folder, expert).merge_and_unload() if strategy else load(expert)
-    assert_equal(first, by_hand(model, tokens_of(data)))
-    assert main(["statistics", str(expert), "--data", str(data)]) == 0
-    assert statistics_digest(expert) == digest
-
-
-def test_without_being_asked_training_measures_nothing(base_folder: Path, data: Path, tmp_path: Path) -> None:
-    stage = load_stage_data(Dataset(path=str(data), heldout=0), seed=0)
-    train = Train(max_steps=1, max_length=32, save_strategy="no")
-    (tmp_path / "expert").mkdir()
-    train_expert(
-        start=base_folder, base=base_folder, data=stage, train=train, seed=0, out=tmp_path / "expert",
-        checkpoints=tmp_path / "checkpoints",
-    )  # fmt: skip
-    assert statistics_digest(tmp_path / "expert") is None
-    assert not (tmp_path / "expert/statistics").exists()
+# The recipe's word
 
 
 def test_how_recipes_ask_for_them() -> None:
@@ -292,34 +254,3 @@ def test_how_recipes_ask_for_them() -> None:
     for wrong in (["fisher"], [], {"examples": 0}):
         with pytest.raises(ValueError, match="statistics"):
             Train.model_validate({"statistics": wrong})
-
-
-def test_a_rule_that_needs_what_training_does_not_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules.installed(monkeypatch)
-    entries = {"mine": merge_rules.get_rule("gramweighted"), "magmax": merge_rules.get_rule("magmax")}
-    with pytest.raises(RecipeError, match=r"entry mine needs .*'inputs'.*Add `statistics: \[inputs\]` to `train`"):
-        check_asked(entries, Train())
-    check_asked(entries, Train.model_validate({"statistics": ["inputs"]}))
-    del entries["mine"]
-    check_asked(entries, Train())
-
-
-# Their digest
-
-
-def test_the_digest_is_that_of_tensors_and_record(base_folder: Path, data: Path, tmp_path: Path) -> None:
-    expert = perturbed(base_folder, tmp_path / "law", seed=3, size=0.05)
-    assert statistics_digest(expert) is None
-    digests = []
-    for words in ([], ["--examples", "4"], []):
-        assert main(["statistics", str(expert), "--data", str(data), *words]) == 0
-        digests.append(statistics_digest(expert))
-    assert digests[0] == digests[2] != digests[1]
-    file = expert / "statistics/inputs.safetensors"
-    values = load_file(file)
-    next(iter(values.values()))[0, 0] += 1
-    save_file(values, file, metadata={"format": "pt"})
-    assert statistics_digest(expert) not in digests
-    (expert / "statistics/statistics.json").write_text("{")
-    with pytest.raises(ModelError, match=r"Cannot read .*statistics\.json.*Remove its folder and measure again"):
-        statistics_digest(expert)
