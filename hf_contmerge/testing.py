@@ -327,8 +327,8 @@ def has_marks_that_fit(rule: MergeRule) -> None:
     one = not (rule.basis_free or rule.selects) or rule.slots == 1
     _require(one, rule, f"with {rule.slots} `slots` it can be neither `basis_free` nor `selects`")
     named = type(rule).parts is not MergeRule.parts
-    plain = not (rule.basis_free or rule.selects)
-    _require(plain or not named, rule, "with parts of its own it can be neither `basis_free` nor `selects`")
+    whole = named or rule.needs
+    _require(not (rule.basis_free and whole), rule, "with named parts or statistics it cannot be `basis_free`")
     _require(not rule.basis_free or rule.unit != "tensor", rule, "a `basis_free` rule has a smaller `unit` than tensor")
 
 
@@ -377,6 +377,7 @@ def selects_one_experts_values(case: _Case) -> None:
     experts = draw(case.shape, 4)
     for stage in range(1, 5) if case.rule.selects else ():
         state = case.fold(experts[:stage])
+        state = state if isinstance(state, torch.Tensor) else next(iter(state.values()))  # the first part selects
         owned = torch.stack([state == d for d in [*experts[:stage], torch.zeros(case.shape)]]).any(0)
         strangers = int((~owned).sum())
         _require(not strangers, case, f"`selects`, but {strangers} elements after stage {stage} are no expert's")
