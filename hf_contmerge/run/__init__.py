@@ -1,1 +1,1 @@
-"""What a run asks for, and what of it is on disk."""
+"""Recipes, and the state of runs on disk."""

@@ -1,4 +1,4 @@
-"""Versions of the packages that results depend on."""
+"""Package versions, recorded with results and compared across ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "a
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
+    """Return the versions to record with a result."""
     found = {}
     for package in _RECORDED_PACKAGES:
         try:
@@ -25,7 +25,10 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def version(package: str, parts: int | None = None) -> str:
-    """Return an installed package's version, or its first parts; an empty word where it is not installed."""
+    """Return an installed package's version; "" if it is missing.
+
+    `parts`: how many of its parts to keep, such as 2 for "2.9".
+    """
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 
@@ -39,7 +42,7 @@ _MUST_AGREE = ("hf_contmerge", "torch", "transformers", "tokenizers", "datasets"
 
 
 def check_versions(ranks: Ranks) -> None:
-    """Raise ResourceError unless all ranks have the same versions of what scores depend on."""
+    """Raise ResourceError if package versions behind scores differ between ranks."""
     if ranks.size == 1:
         return
     ours = {name: version(name) for name in _MUST_AGREE}
@@ -50,7 +53,7 @@ def check_versions(ranks: Ranks) -> None:
         if differ:
             raise mark_shared(
                 ResourceError(
-                    f"Rank {rank} (on {other_host}) and rank 0 (on {host}) have {', '.join(differ)}; their scores "
-                    "could not be compared. Install the same versions on all machines."
+                    f"Rank {rank} (on {other_host}) and rank 0 (on {host}) have different versions: "
+                    f"{', '.join(differ)}. Their scores are not comparable. Install the same versions on all machines."
                 )
             )
