@@ -34,7 +34,7 @@ class _MergekitFinder:
 
             def exec_module(module):
                 execute(module)
-                _act(self.awaited.pop(name, None))
+                _run_hook(self.awaited.pop(name, None))
                 if not self.awaited and self in sys.meta_path:
                     sys.meta_path.remove(self)
 
@@ -49,7 +49,7 @@ def register():
     awaited = dict(_HOOKS)
     for name in _HOOKS:
         if hasattr(sys.modules.get(name), "__file__") and _executed(sys.modules[name]):
-            _act(awaited.pop(name))
+            _run_hook(awaited.pop(name))
     if awaited:
         sys.meta_path.insert(0, _MergekitFinder(awaited))
 
@@ -58,7 +58,7 @@ def _executed(module):
     return not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
-def _act(hook):
+def _run_hook(hook):
     """Run a plugin hook; log failures instead of raising."""
     if hook is None:
         return

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-_MANY = 30  # longer lists of names are shortened
+_LONGEST_LIST = 30  # longer lists of names are shortened
 SHARED = "All ranks of the job raise this error."
 
 
@@ -66,7 +66,7 @@ def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> s
     near = difflib.get_close_matches(word, options, n=2, cutoff=0.6)
     place = f" in {where}" if where else ""
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    shown = options if len(options) <= _MANY else difflib.get_close_matches(word, options, n=8, cutoff=0)
+    shown = options if len(options) <= _LONGEST_LIST else difflib.get_close_matches(word, options, n=8, cutoff=0)
     rest = f" and {len(options) - len(shown)} more" if len(options) > len(shown) else ""
     return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(shown) or '(none)'}{rest}."
 

@@ -73,12 +73,12 @@ def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
                 (folder / path.name).symlink_to(path.resolve())
         for file in files:
             try:
-                found = api.parse_safetensors_file_metadata(repo, file, revision=at)
+                metadata = api.parse_safetensors_file_metadata(repo, file, revision=at)
             except SafetensorsParsingError as error:
                 raise ModelError(
                     f"{file} of {name} is not a safetensors file: {error}. Name another model or revision."
                 ) from error
-            _write_empty(folder / file, found)
+            _write_empty(folder / file, metadata)
     Weights(folder)  # raises for a damaged model
     config = ("config.json", "adapter_config.json") if adapters else ("config.json",)
     if not any((folder / c).is_file() for c in config):
@@ -93,14 +93,14 @@ def _weight_files(texts: Path, files: list[str]) -> list[str]:
     return [f for f in files if "/" not in f]
 
 
-def _write_empty(path: Path, found: Any) -> None:
+def _write_empty(path: Path, metadata: Any) -> None:
     """Write a safetensors file from huggingface_hub's parsed header, its data a hole."""
     entries = {
         name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
-        for name, info in found.tensors.items()
+        for name, info in metadata.tensors.items()
     }
     header = header_bytes(entries)
-    end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+    end = max((info.data_offsets[1] for info in metadata.tensors.values()), default=0)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + end)

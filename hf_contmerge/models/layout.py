@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.lora.matching import Names
+from hf_contmerge.models.lora.matching import StoredNames
 from hf_contmerge.models.weights import Weights
 
-_CURE = "Use the base's architecture and tokenizer, without added tokens."
+_FIX = "Use the base's architecture and tokenizer, without added tokens."
 
 
 def check_layout(model: Any, base: Weights) -> None:
@@ -23,20 +23,20 @@ def check_layout(model: Any, base: Weights) -> None:
     names in both forms are compared here; the trained weights are compared in full when they are added.
     """
     ours = _tensors(model)
-    names = Names(base)
+    names = StoredNames(base)
     stored = {name: names.find(name) for name in ours}
-    found = {name: there for name, there in stored.items() if there}
-    for name, there in found.items():
-        if ours[name] != base.shape(there):
+    common = {name: match for name, match in stored.items() if match}
+    for name, match in common.items():
+        if ours[name] != base.shape(match):
             raise ModelError(
-                f"{name} has shape {ours[name]} in the model to train, {base.shape(there)} in {base.folder}. {_CURE}"
+                f"{name} has shape {ours[name]} in the model to train, {base.shape(match)} in {base.folder}. {_FIX}"
             )
-    more = [name for name in ours if name not in found]
-    fewer = sorted(set(base.names) - set(found.values()))
-    if not found or (more and not fewer):
-        raise ModelError(f"The model to train has {_some(more)}, missing from {base.folder}. {_CURE}")
-    if fewer and not more:
-        raise ModelError(f"The model to train lacks {_some(fewer)} of {base.folder}. {_CURE}")
+    extra = [name for name in ours if name not in common]
+    missing = sorted(set(base.names) - set(common.values()))
+    if not common or (extra and not missing):
+        raise ModelError(f"The model to train has {_brief(extra)}, missing from {base.folder}. {_FIX}")
+    if missing and not extra:
+        raise ModelError(f"The model to train lacks {_brief(missing)} of {base.folder}. {_FIX}")
 
 
 def _tensors(model: Any) -> dict[str, tuple[int, ...]]:
@@ -46,7 +46,7 @@ def _tensors(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in tensors if name in kept}
 
 
-def _some(names: Iterable[str]) -> str:
+def _brief(names: Iterable[str]) -> str:
     listed = list(names)
     return listed[0] + (f" and {len(listed) - 1} more tensors" if len(listed) > 1 else "")
 
@@ -61,7 +61,7 @@ def check_same_layout(base: Path, other: Path) -> None:
         )
     missing, extra = set(ours.names) - set(theirs.names), set(theirs.names) - set(ours.names)
     if missing or extra:
-        which = f"lacks {_some(sorted(missing))}" if missing else f"has {_some(sorted(extra))}, which the base lacks"
+        which = f"lacks {_brief(sorted(missing))}" if missing else f"has {_brief(sorted(extra))}, which the base lacks"
         raise ModelError(f"{other} does not fit {base}: it {which}. Both must have the same architecture.")
     for name in ours.names:
         if ours.shape(name) != theirs.shape(name):
@@ -111,7 +111,7 @@ def model_in_memory(base: Weights) -> ModelInMemory:
     from transformers.pytorch_utils import Conv1D
 
     model = _skeleton(base)
-    shapes, names = {n: tuple(t.shape) for n, t in model.state_dict().items()}, Names(base)
+    shapes, names = {n: tuple(t.shape) for n, t in model.state_dict().items()}, StoredNames(base)
     stored = {name: names.find(name) for name in shapes}
     kinds = {f"{name}.weight": type(module) for name, module in model.named_modules()}
     return ModelInMemory(

@@ -136,20 +136,20 @@ class Weights:
         weight_map = _weight_map(index) if index.is_file() else {}
         files = sorted(set(weight_map.values()))
         if not files:
-            alone = (self.folder / "model.safetensors").is_file()
-            files = ["model.safetensors"] if alone else sorted(p.name for p in self.folder.glob("*.safetensors"))
+            single = (self.folder / "model.safetensors").is_file()
+            files = ["model.safetensors"] if single else sorted(p.name for p in self.folder.glob("*.safetensors"))
         if not files:
             raise ModelError(
                 f"{self.folder} holds no *.safetensors. Pickled weights (.bin, .pt) are not read: load the model "
                 "once with transformers and call save_pretrained."
             )
-        found = {name: entry for file in files for name, entry in self._open(file).items()}
-        absent = [n for n, file in weight_map.items() if n not in found or found[n].file != file]
+        entries = {name: entry for file in files for name, entry in self._open(file).items()}
+        absent = [n for n, file in weight_map.items() if n not in entries or entries[n].file != file]
         if absent:
             raise ModelError(
                 f"{index} places {absent[0]} in {weight_map[absent[0]]}, where it is missing. Fetch the model again."
             )
-        return {n: found[n] for n in weight_map} or found
+        return {n: entries[n] for n in weight_map} or entries
 
     def _open(self, file: str) -> dict[str, _Entry]:
         path = self.folder / file

@@ -72,7 +72,7 @@ class Run:
             raise RunError(f"{self.folder} is a file. Name a folder with --run.")
         if self._recipe_file.exists():
             self._refuse_changes(load_recipe(self._recipe_file))
-        elif self.folder.exists() and any(not _is_left_by_a_start(p) for p in self.folder.iterdir()):
+        elif self.folder.exists() and any(not _is_leftover(p) for p in self.folder.iterdir()):
             raise RunError(f"{self.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
 
     @classmethod
@@ -219,10 +219,10 @@ class Run:
         """Raise RunError if a finished phase used a changed field."""
         before = Run(self.folder, frozen)
         done = [(t, place, phase) for t, place in before.places() for phase in PHASES if place.is_done(phase)]
-        found = list(changes(frozen, self.recipe))
-        renamed = {change.stage for change in found if change.field == f"stages.{change.stage}.name"}
+        differences = list(changes(frozen, self.recipe))
+        renamed = {change.stage for change in differences if change.field == f"stages.{change.stage}.name"}
         lines, redo = [], set()
-        for change in found:
+        for change in differences:
             users: dict[str, list[str]] = {}
             for t, place, phase in done:
                 if _has_used(change, phase, t, place, renamed):
@@ -240,7 +240,7 @@ class Run:
             )
 
 
-def _is_left_by_a_start(path: Path) -> bool:
+def _is_leftover(path: Path) -> bool:
     """Return True for leftovers of a first start killed before recipe.yml."""
     return path.name.startswith((".recipe.yml.", ".lock"))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-_SCORED = ("score.parquet", ".score.parquet")  # results per document
+_SCORE_FILES = ("score.parquet", ".score.parquet")  # results per document
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Place:
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         """Return the names of a phase's outputs, without its record."""
-        return {"report": ("report", ".report"), "score": (*_SCORED, "validation")}.get(phase, ())
+        return {"report": ("report", ".report"), "score": (*_SCORE_FILES, "validation")}.get(phase, ())
 
     def _record_file(self, phase: Phase) -> Path:
         return self.folder / f"{phase}.json"
@@ -103,7 +103,7 @@ class ExpertPlace(Place):
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         trained = ("expert", ".expert", "memory", ".memory", "checkpoints")
-        return {"train": trained, "score": (*_SCORED, "validation")}.get(phase, ())
+        return {"train": trained, "score": (*_SCORE_FILES, "validation")}.get(phase, ())
 
 
 @dataclass(frozen=True)
@@ -145,4 +145,4 @@ class MergePlace(Place):
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         merged = ("merged", ".merged", "running", ".running", "merge.yml")
         chosen = ("guard.json", "validation", ".validation", "replay", ".replay-memory")
-        return {"merge": merged + chosen, "score": _SCORED}.get(phase, ())
+        return {"merge": merged + chosen, "score": _SCORE_FILES}.get(phase, ())

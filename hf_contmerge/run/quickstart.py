@@ -76,13 +76,13 @@ def _files(package: str, ending: str) -> list[Path]:
             f"The quickstart reads the package {package}, which is not installed in {sys.prefix}. {advice}"
         ) from error
     listed = (Path(str(file.locate())) for file in installed.files or () if file.as_posix().endswith(ending))
-    found = sorted(path for path in listed if path.is_file())
-    if not found:
+    files = sorted(path for path in listed if path.is_file())
+    if not files:
         raise DataError(
             f"The quickstart reads *{ending} from the package {package}, but version {installed.version} "
             f"in {sys.prefix} has no such file. {advice}"
         )
-    return found
+    return files
 
 
 def _rows(documents: Iterable[str]) -> list[Row]:
@@ -117,12 +117,12 @@ def _bible() -> list[Row]:
 
 def _pydocs() -> list[Row]:
     documents: list[str] = []
-    seen: set[str] = set()
+    taken: set[str] = set()
     # Chapters repeat sections that are topics too: a fifth of the text. Each paragraph is taken once, from the longest
     # topic, so that no held-out document is in the training text as well.
     for topic in sorted(topics.values(), key=len, reverse=True):
-        fresh = [p for p in topic.split("\n\n") if p.strip() not in seen]
-        seen.update(p.strip() for p in fresh)
+        fresh = [p for p in topic.split("\n\n") if p.strip() not in taken]
+        taken.update(p.strip() for p in fresh)
         documents += _cut("\n\n".join(fresh).rstrip(), least=600, most=1500, ends=(r"(?=\n\n|\Z)", r"(?=\n)"))
     return _rows(documents)
 

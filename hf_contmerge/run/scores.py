@@ -25,7 +25,7 @@ BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")
 DOCUMENTS_FILE = "score.parquet"
 _COLUMNS = {"documents": "document", "gains": "gain", "weights": "weight", "answers": "answer", "texts": "text"}
 """Per-document field of TaskScore -> column."""
-_CURE = "Restore the file, or score again with `contmerge redo RUN score`, then `contmerge run`."
+_FIX = "Restore the file, or score again with `contmerge redo RUN score`, then `contmerge run`."
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def load_scores(place: Place) -> Scores:
     documents = _read_documents(place.folder / DOCUMENTS_FILE)
     absent = [name for name in tasks if name not in documents]
     if absent:
-        raise RunError(f"{place.folder / DOCUMENTS_FILE} has no document of the task {absent[0]}. {_CURE}")
+        raise RunError(f"{place.folder / DOCUMENTS_FILE} has no document of the task {absent[0]}. {_FIX}")
     return {name: TaskScore.from_json({**task, **documents[name]}) for name, task in tasks.items()}
 
 
@@ -146,7 +146,7 @@ def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:
         table = parquet.read_table(path).to_pydict()
         columns = {field: table[column] for field, column in _COLUMNS.items()}
     except (OSError, ArrowException, KeyError) as error:
-        raise RunError(f"Cannot read {path}: {error}. {_CURE}") from error
+        raise RunError(f"Cannot read {path}: {error}. {_FIX}") from error
     rows: dict[str, list[int]] = {}
     for row, task in enumerate(table["task"]):
         rows.setdefault(task, []).append(row)

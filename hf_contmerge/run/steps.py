@@ -41,8 +41,8 @@ def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
         merges = [run.merged(t, entry) for entry in recipe.merge]
         yield from (Step("train", t, place) for place in experts.values())
         yield from (Step("merge", t, place) for place in merges)
-        seen = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
+        stages = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
         for place in experts.values():
             alone = place.kind == "base" and t > 1  # an independent expert has learnt its own stage only
-            yield Step("score", t, place, tuple(recipe.measured([t] if alone else seen, general=not alone)))
-        yield from (Step("score", t, place, tuple(recipe.measured(seen))) for place in merges)
+            yield Step("score", t, place, tuple(recipe.measured([t] if alone else stages, general=not alone)))
+        yield from (Step("score", t, place, tuple(recipe.measured(stages))) for place in merges)

@@ -90,7 +90,7 @@ class Crew:
     ) -> dict[str, T]:
         count = min(self.thread_count(), len(jobs))
         queue, results, errors = iter(range(len(jobs))), {}, []
-        lock, room = threading.Lock(), _Room(_free_memory(self.device) / self.ranks.per_host * MEMORY_SHARE)
+        lock, budget = threading.Lock(), _MemoryBudget(_free_memory(self.device) / self.ranks.per_host * MEMORY_SHARE)
 
         def worker() -> None:
             torch.set_num_threads(1)  # the setting is per thread
@@ -103,7 +103,7 @@ class Crew:
                 try:
                     for ahead in jobs[number + count : number + count + 1]:
                         prefetch(ahead)
-                    with room.of(job.memory):
+                    with budget.reserve(job.memory):
                         result = work(job)
                     with lock:
                         results[job.name] = result
@@ -127,14 +127,14 @@ class Crew:
         return results
 
 
-class _Room:
+class _MemoryBudget:
     """Admits threads while their bytes fit; an oversized job runs alone."""
 
     def __init__(self, size: float) -> None:
         self._free, self._inside, self._changed = size, 0, threading.Condition()
 
     @contextmanager
-    def of(self, need: int) -> Iterator[None]:
+    def reserve(self, need: int) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: need <= self._free or not self._inside)
             self._free, self._inside = self._free - need, self._inside + 1

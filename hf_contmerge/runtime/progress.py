@@ -50,11 +50,11 @@ class StepProgress:
     def __init__(self, total: int, step: int, tokens: int) -> None:
         """Start at `step` of `total`; `step` and `tokens` are nonzero after resuming."""
         self._total, self._first = total, step
-        self._began = self._told = time.monotonic()
+        self._began = self._last_line = time.monotonic()
         self._tokens, self._bar = tokens, _step_bar() if sys.stderr.isatty() else None
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task("train", total=total, completed=step, told="")
+            self._task = self._bar.add_task("train", total=total, completed=step, status="")
 
     def step(self, number: int) -> None:
         """Advance the bar to step `number`."""
@@ -68,14 +68,14 @@ class StepProgress:
         """
         now = time.monotonic()
         speed = (tokens - self._tokens) / max(now - self._began, 1e-9)
-        told = f"loss {loss:.4g}" + (f", {speed:,.0f} tokens/s" if tokens > self._tokens else "")
+        status = f"loss {loss:.4g}" + (f", {speed:,.0f} tokens/s" if tokens > self._tokens else "")
         if self._bar:
-            self._bar.update(self._task, told=told)
-        elif now - self._told >= _SECONDS_BETWEEN_LINES or number >= self._total:
-            self._told = now
+            self._bar.update(self._task, status=status)
+        elif now - self._last_line >= _SECONDS_BETWEEN_LINES or number >= self._total:
+            self._last_line = now
             left = (now - self._began) / max(number - self._first, 1) * (self._total - number)
             rest = f", {timedelta(seconds=round(left))} left" if number < self._total else ""
-            LOG.info("  step %d/%d: %s%s", number, self._total, told, rest)
+            LOG.info("  step %d/%d: %s%s", number, self._total, status, rest)
 
     def close(self) -> None:
         if self._bar:
@@ -86,5 +86,5 @@ def _step_bar() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)

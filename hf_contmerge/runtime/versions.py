@@ -14,13 +14,13 @@ _RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "a
 
 def versions() -> dict[str, str]:
     """Return the versions to record with a result."""
-    found = {}
+    installed = {}
     for package in _RECORDED_PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @functools.cache

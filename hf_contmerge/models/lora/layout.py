@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.lora.matching import Names, equal, is_conv1d, match_parameters, tied_table
+from hf_contmerge.models.lora.matching import StoredNames, equal, is_conv1d, match_parameters, tied_table
 from hf_contmerge.models.lora.settings import CONFIG, scaling, token_rows
 from hf_contmerge.models.weights import Weights
 
@@ -67,7 +67,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """The adapter's change of one weight.
 
     Applied in this order: take `whole`, set `rows`, add `bias`, add `low_rank`.
@@ -93,16 +93,16 @@ class Layout:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], tensors: Weights, base: Weights) -> None:
         self.folder, self.settings, self.tensors, self.base = folder, settings, tensors, base
-        self.names = Names(base)
-        self.changes: dict[str, Change] = {}
-        modules, wholes = self._sorted_keys()
-        self._settle_tied_table(modules, wholes)
+        self.names = StoredNames(base)
+        self.changes: dict[str, WeightChange] = {}
+        modules, wholes = self._classify_keys()
+        self._resolve_tied_table(modules, wholes)
         for name, key in wholes.items():
             self._add_whole(name, key)
         for module, levels in modules.items():
             self._add_module(module, levels)
 
-    def _sorted_keys(self) -> tuple[dict[str, dict[int, Parts]], Parts]:
+    def _classify_keys(self) -> tuple[dict[str, dict[int, Parts]], Parts]:
         """Return module -> level -> parts, and the keys of whole weights."""
         modules: dict[str, dict[int, Parts]] = defaultdict(lambda: defaultdict(dict))
         wholes: Parts = {}
@@ -132,7 +132,7 @@ class Layout:
                 del kept[name]
         return kept
 
-    def _settle_tied_table(self, modules: dict[str, dict[int, Parts]], wholes: Parts) -> None:
+    def _resolve_tied_table(self, modules: dict[str, dict[int, Parts]], wholes: Parts) -> None:
         """Drop the output head's change where tied to the input table.
 
         Raises ModelError if the two changes differ: one stored table cannot have two values.
@@ -211,9 +211,9 @@ class Layout:
 
     def _low_rank(self, place: str, a: str, b: str, *, experts: int = 0, magnitude: str | None = None) -> LowRank:
         rank, scale = scaling(self.settings, place)
-        found, expected = (self.tensors.shape(a)[0], self.tensors.shape(b)[1]), rank * (experts or 1)
-        if found != (expected, expected):
-            self._fail(f"has rank {found[0]} (A) and {found[1]} (B) for {place}; {CONFIG} says {expected}")
+        ranks, expected = (self.tensors.shape(a)[0], self.tensors.shape(b)[1]), rank * (experts or 1)
+        if ranks != (expected, expected):
+            self._fail(f"has rank {ranks[0]} (A) and {ranks[1]} (B) for {place}; {CONFIG} says {expected}")
         return LowRank(a, b, rank, scale, experts=experts, magnitude=magnitude)
 
     def _add_linear(self, module: str, parts: Parts) -> None:
@@ -246,17 +246,17 @@ class Layout:
 
     def _parameters(self, module: str) -> dict[str, str]:
         """Return name in memory -> stored name of a module's target_parameters."""
-        found = {}
+        parameters = {}
         for target in self.settings.get("target_parameters") or ():
             name = f"{module}.{target.rpartition('.')[2]}"
             if f".{name}".endswith(f".{target}"):
-                found[name] = self.names.find(name)
-        if lacking := [name for name, stored in found.items() if stored is None]:
+                parameters[name] = self.names.find(name)
+        if lacking := [name for name, stored in parameters.items() if stored is None]:
             raise ModelError(
                 f"{self.folder} changes {lacking[0]}, but {self.base.folder} stores no tensor of this name. Experts "
                 f"stored one by one cannot be matched with a stack. {_MERGE_FIRST}"
             )
-        return found
+        return parameters
 
     def _add_parameters(self, module: str, targets: Mapping[str, str], levels: Mapping[int, Parts]) -> None:
         """Add the changes of a module's target_parameters.
@@ -280,7 +280,7 @@ class Layout:
     def _add(self, stored: str, **change: Any) -> None:
         if not self.base.dtype(stored).is_floating_point:
             raise ModelError(f"{stored} of {self.base.folder} is {self.base.dtype(stored)}: dequantise the base first.")
-        self.changes[stored] = replace(self.changes.get(stored, Change()), **change)
+        self.changes[stored] = replace(self.changes.get(stored, WeightChange()), **change)
 
     def _stored(self, name: str, key: str) -> str:
         stored = self.names.find(name)
@@ -298,8 +298,8 @@ class Layout:
 
     def _require_magnitude(self, inner: LowRank, outputs: int, stored: str) -> None:
         if inner.magnitude and self.tensors.shape(inner.magnitude) != (outputs,):
-            found = self.tensors.shape(inner.magnitude)
-            self._fail(f"holds {inner.magnitude} of shape {found}; {stored} needs {(outputs,)}")
+            shape = self.tensors.shape(inner.magnitude)
+            self._fail(f"holds {inner.magnitude} of shape {shape}; {stored} needs {(outputs,)}")
 
     def _refuse_tied(self, key: str, table: str) -> NoReturn:
         raise ModelError(

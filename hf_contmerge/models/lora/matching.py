@@ -19,7 +19,7 @@ _TABLE = re.compile(r"(^|\.)(\w*embed\w*|wte)\.weight$")
 _ROWS = 4096  # rows of a table compared at once
 
 
-class Names:
+class StoredNames:
     """Finds a weight's stored name by its name in memory."""
 
     def __init__(self, base: Weights) -> None:
@@ -36,10 +36,10 @@ class Names:
         """
         if name in self._stored:
             return name
-        found = self._bare.get(_bare(name)) or [n for n in sorted(self._stored) if n.endswith(f".{name}")]
-        if len(found) > 1:
-            raise ModelError(f"{name} is ambiguous: the base has {' and '.join(found)}. Give its original base.")
-        return found[0] if found else None
+        matches = self._bare.get(_bare(name)) or [n for n in sorted(self._stored) if n.endswith(f".{name}")]
+        if len(matches) > 1:
+            raise ModelError(f"{name} is ambiguous: the base has {' and '.join(matches)}. Give its original base.")
+        return matches[0] if matches else None
 
 
 def _bare(name: str) -> str:
@@ -68,8 +68,8 @@ def is_conv1d(base: Weights, name: str, change: tuple[int, int], *, flag: bool) 
     if _bias(name) not in stored:
         return flag and (shape != change or shape[0] == shape[1])
     oblong = [name] if shape[0] != shape[1] else [n for n in base.names if _bias(n) in stored and _is_oblong(base, n)]
-    found = {base.shape(_bias(n)) == base.shape(n)[1:] for n in oblong}
-    return found.pop() if len(found) == 1 else flag
+    transposed = {base.shape(_bias(n)) == base.shape(n)[1:] for n in oblong}
+    return transposed.pop() if len(transposed) == 1 else flag
 
 
 def _bias(name: str) -> str:

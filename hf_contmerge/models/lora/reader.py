@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.lora.layout import FILE, Change, Layout, LowRank
+from hf_contmerge.models.lora.layout import FILE, Layout, LowRank, WeightChange
 from hf_contmerge.models.lora.settings import CONFIG, is_same_base, read_settings
 from hf_contmerge.models.weights import Weights
 
@@ -81,7 +81,7 @@ class Adapter:
             return self._with_magnitude(delta, change.low_rank, base).sub_(base) if change.low_rank.magnitude else delta
         return self._replaced(change, base).sub_(base)
 
-    def _replaced(self, change: Change, base: Tensor) -> Tensor:
+    def _replaced(self, change: WeightChange, base: Tensor) -> Tensor:
         """Return the expert's weight; the adapter holds rows or all of it."""
         expert = (self._read(change.whole) if change.whole else base).to(torch.float32, copy=True)
         if change.rows:
@@ -130,7 +130,7 @@ def check_base(adapter: Adapter, base_names: Collection[str], *, force: bool = F
     )
 
 
-def _plain(change: Change) -> LowRank | None:
+def _plain(change: WeightChange) -> LowRank | None:
     """Return a change's low-rank part, if there is no other part."""
     inner = change.low_rank
     return inner if inner and not (inner.magnitude or inner.experts or change.whole or change.rows) else None

@@ -43,9 +43,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {path}: {error}. Save or fetch the adapter again.") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        found = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
+        peft_type = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise ModelError(
-            f"{path} has peft_type {found}; only LORA is supported. Merge the adapter into its base "
+            f"{path} has peft_type {peft_type}; only LORA is supported. Merge the adapter into its base "
             "(merge_and_unload, save_pretrained) and give the merged folder."
         )
     _require_known(path, settings)
@@ -88,10 +88,10 @@ def _identities(name: str) -> set[str]:
     cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)(?:/|$)", plain)
     if cached:
         return {f"{cached[1]}/{cached[2]}".lower(), str(Path(plain).resolve())}
-    found = {str(Path(plain).expanduser().resolve())}
+    names = {str(Path(plain).expanduser().resolve())}
     if not plain.startswith(("/", "~", ".")):
-        found.add(plain.partition("@")[0].lower())
-    return found
+        names.add(plain.partition("@")[0].lower())
+    return names
 
 
 def _is_tail(name: str, other: str) -> bool:

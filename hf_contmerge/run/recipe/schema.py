@@ -86,7 +86,7 @@ class Train(BaseModel):
         return self.parameters
 
     @model_validator(mode="after")
-    def _parameters_have_an_owner(self) -> Train:
+    def _parameters_by_strategy(self) -> Train:
         if len(self.strategy) > 1:
             for name, value in self.parameters.items():
                 if name not in self.strategy or not isinstance(value, dict):
@@ -187,7 +187,7 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
-    def _something_to_watch(self) -> Recipe:
+    def _guard_has_tasks(self) -> Recipe:
         staged = any(s.task_names() for s in self.stages)
         watched = {"general": bool(self.evaluate.general_tasks), "stages": staged}
         if self.guard and not any(watched[what] for what in self.guard.on):
@@ -212,10 +212,10 @@ class Recipe(Part):
 
         Chat template and generation config come from it too.
         """
-        seen = [s for s in self.stages[:t] if s.expert]
+        given = [s for s in self.stages[:t] if s.expert]
         if entry.tokenizer_from:
-            return next((s.expert for s in seen if s.name == entry.tokenizer_from), None)
-        return next((s.expert for s in reversed(seen) if s.minus), None)
+            return next((s.expert for s in given if s.name == entry.tokenizer_from), None)
+        return next((s.expert for s in reversed(given) if s.minus), None)
 
     def tasks(self) -> Iterator[Task]:
         """Yield the recipe's tasks, without the stages' held-out texts."""

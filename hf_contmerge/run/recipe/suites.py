@@ -58,9 +58,9 @@ def stream_stages(name: str, order: int) -> tuple[StreamStage, ...]:
     stream = streams[name]
     if order not in stream["orders"]:
         raise RecipeError(unknown("order", str(order), map(str, stream["orders"]), where=name))
-    found: Mapping[str, Mapping[str, Any]] = stream["stages"]
+    stages: Mapping[str, Mapping[str, Any]] = stream["stages"]
     return tuple(
-        StreamStage(n, found[n]["path"], found[n]["question"], found[n]["label"], tuple(found[n]["words"]))
+        StreamStage(n, stages[n]["path"], stages[n]["question"], stages[n]["label"], tuple(stages[n]["words"]))
         for n in stream["orders"][order]
     )
 
@@ -73,14 +73,14 @@ def expand_suites(value: Any) -> Any:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
         return value
-    found: list[Any] = []
+    tasks: list[Any] = []
     for item in values:
         if not isinstance(item, str) or item not in suite_names():
-            found.append(item)
+            tasks.append(item)
             continue
-        known = {i.get("name") if isinstance(i, dict) else i for i in found if isinstance(i, dict | str)}
-        found += [{"name": task, "suite": item} for task in suite_tasks(item) if task not in known]
-    return tuple(found)
+        names = {i.get("name") if isinstance(i, dict) else i for i in tasks if isinstance(i, dict | str)}
+        tasks += [{"name": task, "suite": item} for task in suite_tasks(item) if task not in names]
+    return tuple(tasks)
 
 
 @functools.cache
