@@ -103,7 +103,7 @@ def test_redo(recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_redo_of_a_stage_whose_state_is_pruned(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["redo", str(run.folder), "merge", "--stage", "code"]) == 2
     assert capsys.readouterr().err == (
-        "Error: The running state after law is gone for magmax: it was pruned when code was merged. Use "
+        "Error: The running state after law was pruned for magmax when code was merged. Use "
         f"`contmerge redo {run.folder} merge` to redo all stages.\n"
     )
     assert main(["redo", str(run.folder), "merge", "--stage", "lore"]) == 2

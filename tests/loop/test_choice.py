@@ -266,7 +266,7 @@ def test_bad_guards_are_refused(home: Path, guard: Data, words: str) -> None:
 def test_a_guard_needs_something_to_watch(home: Path) -> None:
     data = recipe(home, "quiet", guard={"on": ["general"]})
     data["evaluate"]["general_tasks"] = []
-    with pytest.raises(RecipeError, match=r"nothing to watch: give evaluate\.general_tasks"):
+    with pytest.raises(RecipeError, match=r"no tasks to watch: set evaluate\.general_tasks"):
         parse_recipe(data)
 
 
