@@ -83,7 +83,7 @@ def weight(is_matrix: bool, stage: int = 1, name: str = "w", shape: Sequence[int
 
 
 def zeros(rule: MergeRule, shape: Sequence[int], *, is_matrix: bool = True) -> Any:
-    """Return the state before the first expert: a tensor, or the parts of a rule that names parts."""
+    """Return the first state: a tensor, or named parts."""
     parts = {name: torch.zeros(part) for name, part in rule.parts(weight(is_matrix, shape=shape)).items()}
     return parts[""] if list(parts) == [""] else parts
 
@@ -310,7 +310,7 @@ def equals_its_oracle(rule: MergeRule, oracle: Oracle) -> None:
 
 @_on_each_weight
 def returns_a_single_expert(case: _Case) -> None:
-    """Check a merge of one expert: the expert. Few rules promise it for all parameters."""
+    """Check a merge of one expert: few rules return it unchanged."""
     base, expert = draw(case.shape, 2)
     merged = merge(case.rule, base, [expert], is_matrix=case.is_matrix)
     _require_equal(merged, base + (expert - base), case, "a single expert is not returned as it is")

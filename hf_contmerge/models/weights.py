@@ -120,7 +120,7 @@ class Weights:
 
     @functools.cached_property
     def depths(self) -> Mapping[str, float]:
-        """The place of each weight's layer, from 0 to 1; of weights in layers."""
+        """The place of each weight's layer, from 0 to 1."""
         return depths(self.names)
 
     def nbytes(self, name: str) -> int:
@@ -200,7 +200,7 @@ Plan = Iterable[_Item]
 
 
 def fill_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Fill files with tensors in their order, up to `limit` bytes each; return tensor -> number of its file."""
+    """Assign tensors to files of at most `limit` bytes, in order."""
     files: dict[str, int] = {}
     number = used = 0
     for name, size in sizes.items():
