@@ -34,7 +34,7 @@ def check_layout(model: Any, base: Weights) -> None:
     extra = [name for name in ours if name not in common]
     missing = sorted(set(base.names) - set(common.values()))
     if not common or (extra and not missing):
-        raise ModelError(f"The model to train has {_brief(extra)}, missing from {base.folder}. {_FIX}")
+        raise ModelError(f"The model to train has {_brief(extra)}, which {base.folder} lacks. {_FIX}")
     if missing and not extra:
         raise ModelError(f"The model to train lacks {_brief(missing)} of {base.folder}. {_FIX}")
 
