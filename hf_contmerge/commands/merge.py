@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,19 +236,17 @@ def _model_shard_size(args: argparse.Namespace) -> int:
 def _parameters(settings: list[str]) -> dict[str, Any]:
     import yaml
 
-    found = {}
+    from hf_contmerge.run.recipe.text import read_yaml
+
+    found: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
             raise RecipeError(f"--set {setting}: expected NAME=VALUE, as in --set alpha=0.5.")
         try:
-            parsed = yaml.safe_load(value)
+            found[name.strip()] = read_yaml(value)
         except yaml.YAMLError:
-            parsed = value
-        if isinstance(parsed, str):  # PyYAML reads 1e-5 as a string
-            with suppress(ValueError):
-                parsed = float(parsed)
-        found[name.strip()] = parsed
+            found[name.strip()] = value
     return found
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hf_contmerge.errors import ContmergeError, RecipeError, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, parameter_types, rule_class, rule_names
-from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN
+from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number
 from hf_contmerge.merging.in_mergekit.tensors import from_this_tensor, from_whole_model
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
@@ -122,7 +122,7 @@ class RuleMethod(GroupMergeMethod):
                 if word == "scale":
                     _checked_scale(value)
                 else:
-                    get_rule(self.spec.name, **{word: _as_number(value)})
+                    get_rule(self.spec.name, **{word: as_number(value)})
         except ValueError as error:
             raise MergekitRecipeError(str(error)) from error
 
@@ -285,18 +285,9 @@ def _values(setting: Any) -> list[Any]:
     return _values(setting.value) if hasattr(setting, "value") else [setting]
 
 
-def _as_number(value: Any) -> Any:
-    """Return a spelled number as a number: YAML leaves 1e-1 a string."""
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else number
-
-
 def _checked_scale(value: Any) -> float | str:
     """Return `model`, `tensor` or a finite number. Raises ValueError for anything else."""
-    number = _as_number(value)
+    number = as_number(value)
     if number in ("model", "tensor"):
         return number
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
