@@ -1,4 +1,4 @@
-"""Pass 1 of a merge: task vectors into state, and model if possible."""
+"""Pass 1 of a merge: task vectors into state and model."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class Fold:
         return _Squares(tuple(n**2 for n in norms), state.norm() ** 2)
 
     def _in_one_go(self, name: str) -> bool:
-        """Say if an adapter's change makes pieces useless: B @ A comes whole."""
+        """Say if an adapter's change, B @ A, comes whole."""
         return any(expert.is_whole(name) for expert in self.experts)
 
     def _owners(self, name: str, before: Parts | None, base: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Piece:
         return flat[self.start : self.stop].reshape(self.shape)
 
     def of_state(self, state: Parts, weight: Weight) -> Parts:
-        """Cut the piece out of a state with parts of the weight's shape."""
+        """Cut the piece out of a state, part by part."""
         if self.shape == weight.shape:
             return state
         lead = {name: part.shape[: part.ndim - len(weight.shape)] for name, part in state.items()}

@@ -40,7 +40,7 @@ def state_numel(rule: MergeRule, weight: Weight) -> int:
 
 
 def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:
-    """Say if a weight is a linear map or a stack of them.
+    """Say if a weight is a linear map or a stack.
 
     Vocabulary tables (embeddings, output heads; by name or by their size) and routers of expert mixtures are not.
     """

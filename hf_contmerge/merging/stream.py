@@ -1,4 +1,4 @@
-"""Merging as a stream: one read and one write per tensor and pass.
+"""Streamed merging: one read and write per tensor and pass.
 
     pass 1, per tensor:  base.w, expert.w ... -> task_vectors -> rule.update(old running.w) -> new running.w    + norms
     between:             norms -> rule.scale() -> one number

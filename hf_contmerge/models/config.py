@@ -27,7 +27,7 @@ def layer_of(name: str) -> str:
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
-    """Return weight -> its layer's place in the stack, from 0 to 1.
+    """Return weight -> its layer's relative depth, from 0 to 1.
 
     Each stack counts by itself (encoder, decoder, vision tower). Weights outside the layers are left out.
     """

@@ -36,7 +36,7 @@ class Expert(Protocol):
         ...
 
     def factors(self, name: str, /) -> tuple[Tensor, Tensor] | None:
-        """Return float32 factors left (m, r), right (r, n); None without a rank."""
+        """Return float32 factors left (m, r), right (r, n), or None."""
         ...
 
     def reader(self, name: str, base: Tensor, /) -> Reader:

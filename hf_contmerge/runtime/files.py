@@ -55,11 +55,14 @@ def remove(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Flush a folder's files to disk."""
+    """Flush a folder's files and entries to disk, those of its subfolders too."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
@@ -94,10 +97,6 @@ def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
         remove(scratch)
         scratch.mkdir(parents=True)
 
-    def publish() -> None:
-        remove(out)
-        scratch.rename(out)
-
     ranks.first(make)
     try:
         yield scratch
@@ -105,4 +104,4 @@ def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
         if ranks.is_main:
             remove(scratch)
         raise
-    ranks.first(publish)
+    ranks.first(lambda: put_in_place(scratch, out))
