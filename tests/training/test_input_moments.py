@@ -209,11 +209,14 @@ def test_conversations_are_read_in_the_chat_template(base_folder: Path, tmp_path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["owner/model", "--data", "law.jsonl"], "owner/model is no folder here, so its statistics have no place"),
+        (
+            ["owner/model", "--data", "law.jsonl"],
+            "owner/model is not a local folder, so its statistics need a destination. Give --out",
+        ),
         (["BASE", "--data", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
-        (["BASE", "--data", "DATA", "--examples", "0"], "--examples 0: give a number from 1 on"),
-        (["BASE", "--data", "DATA", "--batch-size", "-1"], "--batch-size -1: give a number from 1 on"),
-        (["BASE", "--data", "DATA", "--base", "OTHER"], "Both must be of one architecture"),
+        (["BASE", "--data", "DATA", "--examples", "0"], "--examples 0: expected 1 or more."),
+        (["BASE", "--data", "DATA", "--batch-size", "-1"], "--batch-size -1: expected 1 or more."),
+        (["BASE", "--data", "DATA", "--base", "OTHER"], "Both must have the same architecture"),
     ],
 )
 def test_what_the_command_refuses(
