@@ -1,16 +1,16 @@
-"""How the stock `mergekit-yaml` comes to know our merge methods.
+"""Registers our merge methods in the stock `mergekit-yaml`.
 
-mergekit 0.1.5 reads no entry points, but PyTorch loads those of the group `torch.backends` at the end of
-`import torch`, and mergekit imports torch first. So `register` runs at every `import torch` on the machine: it must
-cost next to nothing and must never break torch. It only puts a finder on sys.meta_path, which waits for three modules
-of mergekit and then lets merging/in_mergekit/plugin.py do its part. HF_CONTMERGE_AUTOLOAD=0 turns it off.
+mergekit 0.1.5 reads no entry points, but PyTorch loads the group `torch.backends` at the end of `import torch`, and
+mergekit imports torch first. `register` therefore runs at every `import torch` on the machine: it must be cheap and
+must never break torch. It only adds a finder to sys.meta_path. The finder waits for three mergekit modules and then
+calls merging/in_mergekit/plugin.py. HF_CONTMERGE_AUTOLOAD=0 disables it.
 """
 
 import os
 import sys
 
-# Not the package mergekit.merge_methods: whoever imports it before torch has it half executed when torch calls
-# `register`, too late to wait for it. Its registry comes after torch either way.
+# Not the package mergekit.merge_methods: imported before torch, it is already half executed when torch calls
+# `register`. Its registry always comes after torch.
 _HOOKS = {
     "mergekit.merge_methods.registry": "register_rules",
     "mergekit.plan": "guard_planner",
@@ -19,7 +19,7 @@ _HOOKS = {
 
 
 class _MergekitFinder:
-    """Finds no modules of its own; lets the plugin act once each awaited module has been executed."""
+    """Finds no modules itself; runs a plugin hook after each awaited module."""
 
     def __init__(self, awaited):
         self.awaited = awaited
@@ -34,7 +34,7 @@ class _MergekitFinder:
 
             def exec_module(module):
                 execute(module)
-                _act(self.awaited.pop(name, None))
+                _run_hook(self.awaited.pop(name, None))
                 if not self.awaited and self in sys.meta_path:
                     sys.meta_path.remove(self)
 
@@ -43,13 +43,13 @@ class _MergekitFinder:
 
 
 def register():
-    """Wait for mergekit. PyTorch calls this; twice does no harm."""
+    """Wait for mergekit; called by PyTorch, perhaps repeatedly."""
     if os.environ.get("HF_CONTMERGE_AUTOLOAD") == "0" or any(type(f) is _MergekitFinder for f in sys.meta_path):
         return
     awaited = dict(_HOOKS)
     for name in _HOOKS:
         if hasattr(sys.modules.get(name), "__file__") and _executed(sys.modules[name]):
-            _act(awaited.pop(name))
+            _run_hook(awaited.pop(name))
     if awaited:
         sys.meta_path.insert(0, _MergekitFinder(awaited))
 
@@ -58,8 +58,8 @@ def _executed(module):
     return not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
-def _act(hook):
-    """Call a function of the plugin. Whatever fails in there is ours: mergekit and torch must go on without us."""
+def _run_hook(hook):
+    """Run a plugin hook; log failures instead of raising."""
     if hook is None:
         return
     try:
@@ -69,4 +69,4 @@ def _act(hook):
     except Exception:
         import logging
 
-        logging.getLogger("hf_contmerge").exception("hf_contmerge's merge methods could not be loaded into mergekit")
+        logging.getLogger("hf_contmerge").exception("Cannot load hf_contmerge's merge methods into mergekit")

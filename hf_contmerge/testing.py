@@ -83,7 +83,7 @@ def weight(is_matrix: bool, stage: int = 1, name: str = "w", shape: Sequence[int
 
 
 def zeros(rule: MergeRule, shape: Sequence[int], *, is_matrix: bool = True) -> Any:
-    """Return the state before the first expert: a tensor, or the parts of a rule that names parts."""
+    """Return the first state: a tensor, or named parts."""
     parts = {name: torch.zeros(part) for name, part in rule.parts(weight(is_matrix, shape=shape)).items()}
     return parts[""] if list(parts) == [""] else parts
 
@@ -310,7 +310,7 @@ def equals_its_oracle(rule: MergeRule, oracle: Oracle) -> None:
 
 @_on_each_weight
 def returns_a_single_expert(case: _Case) -> None:
-    """Check a merge of one expert: the expert. Few rules promise it for all parameters."""
+    """Check a merge of one expert: few rules return it unchanged."""
     base, expert = draw(case.shape, 2)
     merged = merge(case.rule, base, [expert], is_matrix=case.is_matrix)
     _require_equal(merged, base + (expert - base), case, "a single expert is not returned as it is")
@@ -327,8 +327,8 @@ def has_marks_that_fit(rule: MergeRule) -> None:
     one = not (rule.basis_free or rule.selects) or rule.slots == 1
     _require(one, rule, f"with {rule.slots} `slots` it can be neither `basis_free` nor `selects`")
     named = type(rule).parts is not MergeRule.parts
-    plain = not (rule.basis_free or rule.selects)
-    _require(plain or not named, rule, "with parts of its own it can be neither `basis_free` nor `selects`")
+    whole = named or rule.needs
+    _require(not (rule.basis_free and whole), rule, "with named parts or statistics it cannot be `basis_free`")
     _require(not rule.basis_free or rule.unit != "tensor", rule, "a `basis_free` rule has a smaller `unit` than tensor")
 
 
@@ -377,6 +377,7 @@ def selects_one_experts_values(case: _Case) -> None:
     experts = draw(case.shape, 4)
     for stage in range(1, 5) if case.rule.selects else ():
         state = case.fold(experts[:stage])
+        state = state if isinstance(state, torch.Tensor) else next(iter(state.values()))  # the first part selects
         owned = torch.stack([state == d for d in [*experts[:stage], torch.zeros(case.shape)]]).any(0)
         strangers = int((~owned).sum())
         _require(not strangers, case, f"`selects`, but {strangers} elements after stage {stage} are no expert's")

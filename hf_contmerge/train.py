@@ -1,12 +1,12 @@
-"""The loop: for each stage train, merge, score; then report. Resumable at every phase, on one CPU or on nodes of GPUs.
+"""Trains, merges and scores each stage of a recipe.
 
     accelerate launch hf_contmerge/train.py recipes/quickstart.yml
     accelerate launch hf_contmerge/train.py recipes/quickstart.yml --run runs/x --set merge.0.rule=ema --until merge
     accelerate launch --num_processes 8 hf_contmerge/train.py recipes/magmax-llama.yml
     torchrun --nproc-per-node 2 -- hf_contmerge/train.py recipes/quickstart.yml --run runs/x     (two CPU ranks)
 
-Without a recipe it runs the quickstart. Every rank runs this same loop; the main process decides what is done and
-writes records, all ranks train and score together.
+The default recipe is the quickstart. Every phase is resumable, on one CPU or on nodes of GPUs. Every rank runs the same
+loop: the main process decides and writes records; all ranks train and score together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-# A script's own folder comes first on sys.path, where our modules would shadow others of the same name.
+# A script's folder comes first on sys.path, where our modules would shadow others of the same name.
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
@@ -26,7 +26,7 @@ from hf_contmerge.runtime.plugins import use_plugins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the recipe that the command line names; return the exit code."""
+    """Run a recipe; return the exit code."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train, merge and score, stage after stage.")
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -6,8 +6,8 @@ import argparse
 
 
 def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--plugin`; whoever calls the command passes it to `use_plugins`."""
+    """Add `--plugin`; its caller passes the files to `use_plugins`."""
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py",
-        help="run the code of this file, and use its rules and strategies (repeatable)",
+        help="run this file and use its rules and strategies (repeatable)",
     )  # fmt: skip

@@ -2,18 +2,18 @@
 
 contmerge run RECIPE [--run DIR] [--set A.B=C] [--until PHASE]    start or resume a run
 contmerge new [RECIPE] [--base MODEL --stage NAME=SOURCE ...]     write a commented recipe
-contmerge plan RECIPE [--run DIR] [--set A.B=C] [--json]          check all of it; memory, disk and time of each phase
-contmerge status RUN                                              what is done, what is next
-contmerge score MODEL [--tasks A,B] [--run RUN] ...               measure a model; at once, where it was before
-contmerge statistics MODEL --data FILE [--base MODEL] ...         what some merge rules need to know of an expert
+contmerge plan RECIPE [--run DIR] [--set A.B=C] [--json]          check a recipe; memory, disk and time of each phase
+contmerge status RUN                                              show finished and remaining phases
+contmerge score MODEL [--tasks A,B] [--run RUN] ...               measure a model; cached scores are instant
+contmerge statistics MODEL --data FILE [--base MODEL] ...         measure an expert for merge rules with statistics
 contmerge report RUN                                              write the report again, print the table
-contmerge compare RUN RUN... [--out DIR]                          several runs side by side, on the same documents
-contmerge redo RUN PHASE [--stage NAME]                           drop a phase and what follows from it
-contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         put a merged model on the Hub, with its lineage
+contmerge compare RUN RUN... [--out DIR]                          compare runs on the same documents
+contmerge redo RUN PHASE [--stage NAME]                           drop a phase and all later ones
+contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         push a merged model to the Hub, with its lineage
 contmerge merge init|add|export|log|drop|owners|from-recipe ...   merge without a run; see `contmerge merge --help`
 contmerge yaml RECIPE OUT ...                                     mergekit-yaml, with our merge methods
 
-With --plugin FILE.py, the commands that train or merge use rules and strategies of yours.
+With --plugin FILE.py, commands that train or merge use your own rules and strategies.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ Add = Callable[[argparse.ArgumentParser], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out one command; return the exit code."""
+    """Run one command; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["yaml"]:  # mergekit has options of its own
+    if words[:1] == ["yaml"]:  # mergekit parses its own options
         return _yaml(words[1:])
     args = _parse(words)
     with clear_errors() as outcome:
@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    """Return what the words say. Only the named command's module is loaded, for its answer may take no longer."""
+    """Parse the arguments.
+
+    Only the module of the named command is imported, to keep start-up short.
+    """
     parser = argparse.ArgumentParser(
         prog="contmerge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,9 +97,9 @@ def _add_redo(parser: argparse.ArgumentParser) -> None:
 
 def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--merge", metavar="ENTRY", help="which merge entry of the run")
+    parser.add_argument("--merge", metavar="ENTRY", help="merge entry of the run")
     parser.add_argument("--repo-id", metavar="OWNER/NAME")
-    parser.add_argument("--public", action="store_true", help="anybody may read it")
+    parser.add_argument("--public", action="store_true", help="make the repository public")
     add_plugin_argument(parser)
     parser.set_defaults(do=_push)
 
@@ -106,7 +109,7 @@ def _status(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     run = Run.load(args.run)
-    table = Table("stage", "what", *PHASES[:-1], title=str(run.folder))
+    table = Table("stage", "folder", *PHASES[:-1], title=str(run.folder))
     for t, place in run.places():
         stage = run.stage(t).name if t else "base"
         done = ["✓" if place.is_done(p) else "·" for p in PHASES[:-1]]
@@ -115,7 +118,7 @@ def _status(args: argparse.Namespace) -> None:
     print(
         "complete"
         if run.is_complete()
-        else f"unfinished: `contmerge run {run.folder / 'recipe.yml'} --run {run.folder}` goes on"
+        else f"unfinished: `contmerge run {run.folder / 'recipe.yml'} --run {run.folder}` resumes it"
     )
 
 
@@ -133,7 +136,7 @@ def _compare(args: argparse.Namespace) -> None:
     comparison = compare_runs([Run.load(folder) for folder in args.runs])
     page = write_comparison(comparison, Path(args.out)) if args.out else None
     print_comparison(comparison)
-    print(f"Page: {page}" if page else "--out DIR writes this as a page, as Markdown and as CSV.")
+    print(f"Page: {page}" if page else "Use --out DIR to write this as a page, Markdown and CSV.")
 
 
 def _redo(args: argparse.Namespace) -> None:
@@ -175,11 +178,14 @@ class _Outcome:
 
 @contextmanager
 def clear_errors() -> Iterator[_Outcome]:
-    """Turn what a user can mend into one message and its exit code; let everything else through with its traceback."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our own lines tell the progress
+    """Print user errors as one message and set their exit code.
+
+    Other errors keep their traceback.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our log lines report progress
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_contmerge").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself
+    logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
     outcome = _Outcome()
     try:
         yield outcome
@@ -196,14 +202,17 @@ def clear_errors() -> Iterator[_Outcome]:
             raise
         _tell(
             error,
-            f"cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. What is done is kept: mend "
-            "that and give the same command again.",
+            f"cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. Finished work is kept: fix "
+            "this and run the same command again.",
         )
         outcome.code = 2
 
 
 def _tell(error: Exception, message: str) -> None:
-    """Print one line: what all ranks raise is told by the first, anything else by the rank that it befell."""
+    """Print an error on one line.
+
+    Rank 0 prints errors raised on all ranks; other errors are printed by their own rank.
+    """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or SHARED not in getattr(error, "__notes__", ()):
         print(f"Error on rank {rank}: {message}" if rank else f"Error: {message}", file=sys.stderr)
@@ -213,17 +222,17 @@ _COMMANDS: dict[str, tuple[str, Add]] = {
     "run": ("start or resume a run", _of("run")),
     "new": ("write a commented recipe", _of("new")),
     "plan": ("check a recipe; estimate memory, disk and time", _of("plan")),
-    "status": ("what is done, what is next", _add_status),
-    "score": ("measure a model; at once, where it was before", _of("score")),
-    "statistics": ("measure an expert for merge rules that need it", _of("statistics")),
+    "status": ("show finished and remaining phases", _add_status),
+    "score": ("measure a model; cached scores are instant", _of("score")),
+    "statistics": ("measure an expert for merge rules with statistics", _of("statistics")),
     "report": ("write the report again, print the table", _add_report),
-    "compare": ("several runs side by side, on the same documents", _add_compare),
-    "redo": ("drop a phase and what follows from it", _add_redo),
-    "push": ("put a merged model on the Hub, with its lineage", _add_push),
+    "compare": ("compare runs on the same documents", _add_compare),
+    "redo": ("drop a phase and all later ones", _add_redo),
+    "push": ("push a merged model to the Hub, with its lineage", _add_push),
     "merge": ("merge without a run: init, add, export, log, drop, owners, from-recipe", _of("merge")),
     "yaml": ("mergekit-yaml, with our merge methods", lambda _: None),
 }
-"""Name -> (what it does, what adds its arguments)."""
+"""Name -> (help text, function to add its arguments)."""
 
 
 if __name__ == "__main__":

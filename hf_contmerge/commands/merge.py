@@ -1,11 +1,10 @@
-"""`contmerge merge`: merging without a run, on a state folder that grows, or once from a mergekit recipe."""
+"""`contmerge merge`: merging without a run, incrementally or from a mergekit recipe."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the commands of `contmerge merge`."""
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
 
-    init = _command(kinds, "init", _init, "start a state: no expert yet", state=True)
+    init = _command(kinds, "init", _init, "start an empty state", state=True)
     init.add_argument("--base", required=True, metavar="MODEL", help="a folder, a Hub id[@revision] or a .gguf file")
     init.add_argument("--rule", required=True, help="magmax, opcm, average ...")
     init.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the rule")
 
-    add = _command(kinds, "add", _add, "fold experts in, in this order", state=True, works=True)
+    add = _command(kinds, "add", _add, "fold experts into the state, in this order", state=True, works=True)
     add.add_argument(
         "experts", nargs="+", metavar="EXPERT", help="a full model or a peft adapter; a folder or a Hub id"
     )
@@ -44,24 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = _command(kinds, "export", _export, "write the merged model", state=True, works=True)
     export.add_argument("out", metavar="OUT")
     export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the base's)")
-    export.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of each file of weights (default: 5GB)")
-    export.add_argument("--tokenizer-from", metavar="MODEL", help="whose tokenizer and chat template it gets")
+    export.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
+    export.add_argument("--tokenizer-from", metavar="MODEL", help="source of the tokenizer and chat template")
     export.add_argument("--as-adapter", action="store_true", help="write one peft LoRA adapter instead of a model")
-    export.add_argument("--rank", type=int, help="of that adapter (default: what is exact)")
+    export.add_argument("--rank", type=int, help="rank of the adapter (default: exact)")
 
-    log = _command(kinds, "log", _log, "what has been folded, in order", state=True)
-    log.add_argument("--json", action="store_true", help="all of it, for programs")
+    log = _command(kinds, "log", _log, "list the folded experts, in order", state=True)
+    log.add_argument("--json", action="store_true", help="print the full log as JSON")
 
-    drop = _command(kinds, "drop", _drop, "rebuild without a stage, from the other experts", state=True, works=True)
+    drop = _command(kinds, "drop", _drop, "remove a stage: rebuild from the other experts", state=True, works=True)
     drop.add_argument("stage", metavar="STAGE")
 
-    owners = _command(kinds, "owners", _owners, "which stage owns which share of the weights, by layer", state=True)
-    owners.add_argument("--out", metavar="DIR", help="where owners.json and owners.png go (default: the state folder)")
+    owners = _command(kinds, "owners", _owners, "show each stage's share of the weights, by layer", state=True)
+    owners.add_argument("--out", metavar="DIR", help="folder for the table and picture (default: the state folder)")
 
-    recipe = _command(kinds, "from-recipe", _from_recipe, "merge once, as a mergekit recipe says", works=True)
+    recipe = _command(kinds, "from-recipe", _from_recipe, "merge once, from a mergekit recipe", works=True)
     recipe.add_argument("recipe", metavar="RECIPE")
     recipe.add_argument("out", metavar="OUT")
-    recipe.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of each file of weights (default: 5GB)")
+    recipe.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
     recipe.add_argument("--force", action="store_true", help="accept an adapter of another base")
 
 
@@ -79,7 +78,7 @@ def _command(
     if state:
         parser.add_argument("state", metavar="STATE")
     if works:
-        parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one for each core)")
+        parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
         parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.set_defaults(do=do)
     return parser
@@ -93,7 +92,7 @@ def _init(args: argparse.Namespace) -> None:
 
     def parsed() -> dict[str, Any]:
         found = _parameters(args.set)
-        make_rule(args.rule, found)  # a setting called `base` is no parameter of a rule, but one of `create`
+        make_rule(args.rule, found)  # before `create`, whose own arguments (`base`) are no rule parameters
         return found
 
     crew = Crew(ranks=find_ranks())
@@ -118,11 +117,11 @@ def _export(args: argparse.Namespace) -> None:
 
         errors = export_adapter(state, Path(args.out), rank=args.rank, crew=crew)
         worst = max(errors, key=lambda name: errors[name])
-        _say(f"{args.out}: {len(errors)} modules; largest relative error {errors[worst]:.1e}, of {worst}")
+        _say(f"{args.out}: {len(errors)} modules; largest relative error {errors[worst]:.1e} ({worst})")
         return
     size = crew.ranks.all(_model_shard_size, args)
     state.export(args.out, dtype=args.dtype, shard_size=size, tokenizer_from=args.tokenizer_from, crew=crew)
-    _say(f"{args.out} is written.")
+    _say(f"Wrote {args.out}.")
 
 
 def _log(args: argparse.Namespace) -> None:
@@ -164,7 +163,7 @@ def _from_recipe(args: argparse.Namespace) -> None:
     found = carry_out(recipe, Path(args.out), shard_size=size, crew=crew, force=args.force)
     if crew.ranks.is_main:
         norms = ", ".join(f"{n:.4g}" for n in found.norms.experts)
-        _say(f"{args.out} is written: {recipe.rule}, scale {found.scale:.6g}, norms of the task vectors {norms}")
+        _say(f"Wrote {args.out}: {recipe.rule}, scale {found.scale:.6g}, norms of the task vectors {norms}")
 
 
 def _print_log(state: MergeState) -> None:
@@ -186,7 +185,11 @@ def _state(args: argparse.Namespace, crew: Crew) -> MergeState:
 
 
 def _load(folder: str) -> MergeState:
-    """Return the state in a folder. Raises RunError if there is none, or its rule's plugin is another or not given."""
+    """Load the state in a folder.
+
+    Raises:
+        RunError: the folder holds no state, or its rule's plugin is missing or changed.
+    """
     from hf_contmerge.merging.state import MergeState
 
     state = MergeState.load(folder)
@@ -212,15 +215,15 @@ def _device(name: str, workers: int) -> torch.device:
     import torch
 
     if workers < 0:
-        raise RecipeError(f"--workers {workers}: give a number of threads, or leave it out for one for each core.")
+        raise RecipeError(f"--workers {workers}: give a number of threads, or omit it for one per core.")
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"--device {name} is no device: give cpu, cuda or cuda:N.")
+        raise RecipeError(f"--device {name}: unknown device. Give cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"--device {name}: this machine, or this torch, has no CUDA. Leave it out.")
+        raise RecipeError(f"--device {name}: CUDA is missing on this machine or in this torch. Use cpu.")
     return device
 
 
@@ -233,30 +236,32 @@ def _model_shard_size(args: argparse.Namespace) -> int:
 def _parameters(settings: list[str]) -> dict[str, Any]:
     import yaml
 
-    found = {}
+    from hf_contmerge.run.recipe.text import read_yaml
+
+    found: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
             raise RecipeError(f"--set {setting}: expected NAME=VALUE, as in --set alpha=0.5.")
         try:
-            parsed = yaml.safe_load(value)
+            found[name.strip()] = read_yaml(value)
         except yaml.YAMLError:
-            parsed = value
-        if isinstance(parsed, str):  # PyYAML takes 1e-5 for a word
-            with suppress(ValueError):
-                parsed = float(parsed)
-        found[name.strip()] = parsed
+            found[name.strip()] = value
     return found
 
 
 def _size(text: str) -> int:
-    """Return a number of bytes: 5GB, 500MB, 1000. Raises RecipeError for anything else."""
+    """Parse a number of bytes: 5GB, 500MB, 1000.
+
+    Raises:
+        RecipeError: the text is no size.
+    """
     number = text.upper().rstrip("KMGTB")
     unit = text.upper()[len(number) :]
     try:
         size = int(float(number) * _UNITS[unit])
     except (KeyError, ValueError, OverflowError) as error:
-        raise RecipeError(f"A size is a number and KB, MB, GB or TB, as in 5GB; got {text!r}.") from error
+        raise RecipeError(f"Invalid size {text!r}. Give a number and KB, MB, GB or TB, as in 5GB.") from error
     if size < 1:
-        raise RecipeError(f"A shard of {text} holds nothing. Give a size such as 5GB.")
+        raise RecipeError(f"A shard of {text} is empty. Give a size such as 5GB.")
     return size

@@ -3,9 +3,9 @@
     contmerge new mine.yml                                             asks on a terminal
     contmerge new mine.yml --base Qwen/Qwen3-0.6B --stage law=data/law.jsonl --stage code=model:me/coder --gpus 8
 
-A source is a dataset (a file, a folder, a Hub id) or, with `model:` before it, a model that is trained already. A local
-folder that holds a config.json or an adapter_config.json is known to be one without that word. A benchmark's stages
-come in one of its published orders:
+A source is a dataset (a file, a folder, a Hub id) or, with the prefix `model:`, a trained model. A local folder with a
+config.json or an adapter_config.json is recognised as a model without the prefix. A benchmark's stages come in one of
+its published orders:
 
     contmerge new bench.yml --base Qwen/Qwen3-0.6B --suite cl-standard --order 2
 """
@@ -36,7 +36,7 @@ _MODEL = "model:"
 
 @dataclass(frozen=True)
 class Source:
-    """What one stage learns from."""
+    """One stage's dataset or trained model."""
 
     stage: str
     path: str
@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a new recipe is made of. `gpus`: 0 for a laptop's processor."""
+    """The contents of a new recipe; `gpus` is 0 for a CPU."""
 
     name: str
     base: str
@@ -63,44 +63,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="MODEL", help="the pretrained model: a Hub id, a folder, a .gguf file")
     parser.add_argument(
         "--stage", action="append", default=[], metavar="NAME=SOURCE",
-        help="what to learn, in order: a dataset, or model:OWNER/MODEL for one that is trained already",
+        help="what to learn, in order: a dataset, or model:OWNER/MODEL for a trained model",
     )  # fmt: skip
     parser.add_argument(
         "--suite", metavar="NAME", help=f"the stages of a benchmark instead: {', '.join(stream_names())}"
     )
-    parser.add_argument("--order", type=int, default=1, metavar="N", help="which of its published orders (default: 1)")
-    parser.add_argument("--gpus", type=int, metavar="N", help="how many GPUs it runs on; 0: the processor alone")
-    parser.add_argument(
-        "--rule", action="append", default=[], metavar="RULE", help="how to merge; several side by side"
-    )
+    parser.add_argument("--order", type=int, default=1, metavar="N", help="published order of the suite (default: 1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs; 0: CPU only")
+    parser.add_argument("--rule", action="append", default=[], metavar="RULE", help="merge rule (repeatable)")
     add_plugin_argument(parser)
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     parser.set_defaults(do=new_command)
 
 
 def new_command(args: argparse.Namespace) -> None:
-    """Write the recipe that the flags, or the answers, describe; say what to do next.
+    """Write a recipe from flags or answers; print the next commands.
 
     Raises:
-        RecipeError: the file exists, a word is wrong, or there is nobody to ask.
+        RecipeError: the file exists, a value is invalid, or questions remain without a terminal.
         ResourceError: the file cannot be written.
     """
     path = Path(args.recipe)
     if path.exists() and not args.force:
-        raise RecipeError(f"{path} exists. Name another file, or overwrite it with --force.")
+        raise RecipeError(f"{path} exists. Choose another file, or overwrite it with --force.")
     answers = _answers(args, path)
     text = recipe_text(answers, path.as_posix())
     parse_recipe(read_yaml(text), where=str(path))
     try:
         write_atomically(path, text)
     except OSError as error:
-        raise ResourceError(f"Cannot write {path}: {error.strerror}. Name a file elsewhere.") from error
+        raise ResourceError(f"Cannot write {path}: {error.strerror}. Choose another file.") from error
     plan, launch = _next(answers, path.as_posix())
-    print(f"Wrote {path}. Look it over, then:\n  {plan}\n  {launch}")
+    print(f"Wrote {path}. Review it, then run:\n  {plan}\n  {launch}")
 
 
 def recipe_text(answers: Answers, path: str) -> str:
-    """Return a recipe as YAML, with comments that say what to change. `path`: where it will lie."""
+    """Return a recipe as YAML with comments.
+
+    Args:
+        answers: contents of the recipe.
+        path: its future file.
+    """
     from hf_contmerge.merging.rules import make_rule
 
     for rule in answers.rules:
@@ -112,14 +115,14 @@ def recipe_text(answers: Answers, path: str) -> str:
 def _answers(args: argparse.Namespace, path: Path) -> Answers:
     base, stages = args.base, list(args.stage)
     if args.suite and stages:
-        raise RecipeError("`--suite` brings its own stages; leave out either it or `--stage`.")
+        raise RecipeError("`--suite` and `--stage` both define the stages; give only one of them.")
     stream = stream_stages(args.suite, args.order) if args.suite else ()
     if not (base and (stages or stream)):
         _require_terminal(args)
         base = base or _ask("Which base model? (a Hub id, a folder, a .gguf file)", str)
         stages = stages or ([] if stream else _ask_stages())
         if args.gpus is None:
-            args.gpus = _ask("Where will it run? (0: this processor, 1: one GPU, n: so many GPUs)", int)
+            args.gpus = _ask("How many GPUs will it run on? (0: CPU only)", int)
     if args.gpus is None:
         import torch
 
@@ -133,7 +136,11 @@ def _answers(args: argparse.Namespace, path: Path) -> Answers:
 
 
 def parse_source(words: str) -> Source:
-    """Read NAME=SOURCE. Raises RecipeError for anything else."""
+    """Parse NAME=SOURCE.
+
+    Raises:
+        RecipeError: the text has another form.
+    """
     name, equals, path = words.partition("=")
     path = path.strip()
     is_model = path.startswith(_MODEL)
@@ -150,28 +157,32 @@ def _require_terminal(args: argparse.Namespace) -> None:
         return
     missing = [flag for flag, given in (("--base", args.base), ("--stage", args.stage or args.suite)) if not given]
     raise RecipeError(
-        f"`contmerge new` asks its questions on a terminal, and there is none; {' and '.join(missing)} missing. Give "
+        f"`contmerge new` needs a terminal for its questions, or flags; missing: {', '.join(missing)}. Give "
         "`--base MODEL --stage NAME=SOURCE [--stage ...] [--gpus N]`."
     )
 
 
 def _ask(question: str, read: Callable[[str], T]) -> T:
-    """Ask until there is an answer. Raises RecipeError at the end of the input."""
+    """Ask until the answer is valid.
+
+    Raises:
+        RecipeError: the input ended.
+    """
     while True:
         try:
             answer = input(f"{question}\n> ").strip()
         except EOFError as error:
-            raise RecipeError("The input ended before all questions were answered; nothing was written.") from error
+            raise RecipeError("The input ended before all questions were answered; no file was written.") from error
         try:
             if answer:
                 return read(answer)
-        except ValueError as error:  # a RecipeError too
+        except ValueError as error:  # includes RecipeError
             print(error)
 
 
 def _ask_stages() -> list[str]:
     print(
-        "What should it learn, in order? One NAME=SOURCE a line, an empty line to end; a source is a dataset\n"
+        "What should it learn, in order? One NAME=SOURCE per line, an empty line to end; a source is a dataset\n"
         "(law=data/law.jsonl, chat=HuggingFaceH4/no_robots) or a trained model (code=model:me/coder)."
     )
     stages: list[str] = []
@@ -179,7 +190,7 @@ def _ask_stages() -> list[str]:
         try:
             line = input(f"{len(stages) + 1}> ").strip()
         except EOFError as error:
-            raise RecipeError("The input ended before all questions were answered; nothing was written.") from error
+            raise RecipeError("The input ended before all questions were answered; no file was written.") from error
         if not line and stages:
             return stages
         try:
@@ -191,13 +202,16 @@ def _ask_stages() -> list[str]:
 
 
 def _scalar(word: str) -> str:
-    """Return a word as YAML reads it back inside a flow mapping: bare where that is safe, else quoted as in JSON."""
+    """Return a word as YAML for a flow mapping.
+
+    It is quoted as in JSON if necessary.
+    """
     plain = re.fullmatch(r"[A-Za-z./~][\w./~-]*", word) and read_yaml(word) == word
     return word if plain else json.dumps(word, ensure_ascii=False)
 
 
 def _next(answers: Answers, path: str) -> tuple[str, str]:
-    """Return the commands that check and carry out the recipe."""
+    """Return the commands to check and to run the recipe."""
     words = shlex.join([path, *(word for file in answers.plugins for word in ("--plugin", file))])
     many = f"accelerate launch --num_processes {answers.gpus} -m hf_contmerge.train"
     return f"contmerge plan {words}", f"{many if answers.gpus > 1 else 'contmerge run'} {words}"
@@ -207,29 +221,28 @@ def _head(answers: Answers, path: str) -> str:
     plan, launch = _next(answers, path)
     listed = ", ".join(_scalar(Path(os.path.relpath(p, Path(path).parent)).as_posix()) for p in answers.plugins)
     return (
-        f"# Written by `contmerge new`. What a line means, and what to change, stands behind it; then:\n"
-        f"#   {plan}      checks all of it, without fetching weights: memory, disk, time\n"
+        f"# Written by `contmerge new`. Comments explain each line; review it, then run:\n"
+        f"#   {plan}      checks it and estimates memory, disk and time, without fetching weights\n"
         f"#   {launch}\n\n"
         f"name: {_scalar(answers.name)}    # the results go to runs/{answers.name}\n"
         f"base_model: {_scalar(answers.base)}    # a Hub id (owner/model, owner/model@revision), a folder, a .gguf\n"
-        "seed: 0\n"
-        + (f"plugins: [{listed}]    # code that the rules come from; it runs with --plugin only\n" if listed else "")
+        "seed: 0\n" + (f"plugins: [{listed}]    # code with the rules; it runs only with --plugin\n" if listed else "")
     )
 
 
 def _stages(answers: Answers) -> str:
-    lines = ["stages:    # learnt in this order; each is merged with all before it"]
+    lines = ["stages:    # learnt in this order; each is merged with all earlier ones"]
     if answers.stream:
         return "\n".join([*lines, *(line for stage in answers.stream for line in _stream_lines(stage))]) + "\n"
     for source in answers.sources:
         if source.is_model:
-            lines.append(f"  - {{name: {_scalar(source.stage)}, expert: {_scalar(source.path)}}}    # trained already")
+            lines.append(f"  - {{name: {_scalar(source.stage)}, expert: {_scalar(source.path)}}}    # already trained")
         else:
             data = f"{{path: {_scalar(source.path)}, heldout: 32}}"
             lines.append(f"  - {{name: {_scalar(source.stage)}, dataset: {data}}}")
     lines += [
-        "  # heldout: so many examples are never trained on, and measure what later stages forget of this one.",
-        "  # A dataset needs a column `text`, or `messages`, or `prompt` and `completion`. Otherwise say which column",
+        "  # heldout: number of examples excluded from training, to measure later forgetting of this stage.",
+        "  # A dataset needs a column `text`, or `messages`, or `prompt` and `completion`. Otherwise name the column",
         '  # or format to read: dataset: {path: ..., text: "{question}\\n{answer}"}. Fewer examples: max_examples: 99.',
         "  # The vector between two models is a stage too: {name: chat, expert: owner/instruct, minus: owner/base}.",
     ]
@@ -237,7 +250,10 @@ def _stages(answers: Answers) -> str:
 
 
 def _stream_lines(stage: StreamStage) -> list[str]:
-    """Return a stage of a benchmark: what it learns from, and the multiple choice among the names of its classes."""
+    """Return the lines of a benchmark stage.
+
+    They hold its dataset and a multiple-choice task over its class names.
+    """
     question, words = json.dumps(stage.question), ", ".join(map(_scalar, stage.words))
     text = json.dumps(f"{stage.question} {{{stage.label}}}")
     return [
@@ -246,7 +262,7 @@ def _stream_lines(stage: StreamStage) -> list[str]:
         f"      path: {stage.path}",
         f"      text: {text}",
         f"      labels: {{{stage.label}: &{stage.name} [{words}]}}",
-        "      max_examples: 1000    # drawn at random, as are those of the test",
+        "      max_examples: 1000    # drawn at random, like the test examples",
         "      heldout: 0",
         "    tasks:",
         f"      - name: {stage.name}_class",
@@ -260,23 +276,23 @@ def _stream_lines(stage: StreamStage) -> list[str]:
 
 def _train(answers: Answers) -> str:
     steps, batch, length, note = (
-        (500, 8, 2048, "fill the memory of a GPU; `contmerge plan` tells how much it takes")
+        (500, 8, 2048, "fill the GPU memory; `contmerge plan` reports the amount")
         if answers.gpus
-        else (50, 2, 256, "small, for a processor")
+        else (50, 2, 256, "small, for a CPU")
     )
     trained = bool(answers.stream) or any(not s.is_model for s in answers.sources)
     lines = [
         "train:    # any field of TRL's SFTConfig, by its own name"
-        + ("" if trained else "; unused: all stages are given"),
-        "  strategy: [full, anchor]    # or, where memory is short, lora, with parameters: {r: 16} below it",
-        f"  max_steps: {steps}    # of each stage; or num_train_epochs: 1",
+        + ("" if trained else "; unused: all stages are trained"),
+        "  strategy: [full, anchor]    # or, to save memory, lora, with parameters: {r: 16} below it",
+        f"  max_steps: {steps}    # per stage; or num_train_epochs: 1",
         f"  per_device_train_batch_size: {batch}    # {note}",
         "  gradient_accumulation_steps: 1    # a larger batch without more memory",
         f"  max_length: {length}    # tokens; longer examples are cut",
         "  learning_rate: 1.0e-5    # about 1.0e-4 with lora",
         "  warmup_steps: 5",
         "  gradient_checkpointing: true    # less memory for a third more time",
-        "  save_strategy: steps    # checkpoints, to resume inside a stage; two of them are on the disk at a time",
+        "  save_strategy: steps    # checkpoints, to resume inside a stage; the disk holds two at a time",
         f"  save_steps: {max(steps // 5, 1)}",
     ]
     return "\n".join(lines) + "\n"
@@ -296,7 +312,7 @@ def _merge(answers: Answers) -> str:
 def _evaluate() -> str:
     return (
         "evaluate:\n"
-        "  general_tasks: []    # what it could do and should still do: lm-eval's names, or a suite such as general\n"
+        "  general_tasks: []    # abilities to keep: lm-eval task names, or a suite such as general\n"
         "  batch_size: auto\n"
         "# publish: {repo_id: me/my-model}    # then: contmerge push RUN\n"
     )

@@ -1,7 +1,7 @@
-"""`contmerge plan`: everything that can be known of a run before it starts, without fetching weights.
+"""`contmerge plan`: checks and cost estimates before a run, without fetching weights.
 
-It checks what `contmerge run` would check, and tells all that is wrong instead of the first; then it estimates memory,
-disk and time for each phase on this machine, and refuses what cannot fit, with what would.
+It runs the checks of `contmerge run` and lists all errors instead of the first. It estimates memory, disk and time for
+each phase on this machine, and rejects phases too large for it, with alternatives.
 """
 
 from __future__ import annotations
@@ -21,29 +21,33 @@ from hf_contmerge.runtime.plugins import require_given
 
 
 class PlanError(ContmergeError):
-    """A run cannot be carried out as its recipe says. The message lists all that is wrong."""
+    """The recipe cannot run; the message lists all errors."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `contmerge plan`."""
     parser.add_argument("recipe", help="a YAML file")
-    parser.add_argument("--run", metavar="DIR", help="the run folder; what is done there is not counted")
+    parser.add_argument("--run", metavar="DIR", help="the run folder; finished phases are not counted")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
-    parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
     add_plugin_argument(parser)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(do=plan_command)
 
 
 def plan_command(args: argparse.Namespace) -> None:
-    """Print the plan of a recipe. Raises PlanError if anything is wrong with it."""
-    recipe = load_recipe(args.recipe, args.set)  # refused, if it must be, before torch is loaded
+    """Print the plan of a recipe.
+
+    Raises:
+        PlanError: the recipe has errors.
+    """
+    recipe = load_recipe(args.recipe, args.set)  # recipe errors appear before torch is loaded
     require_given(recipe.plugins, args.recipe)
     from hf_contmerge.runtime.launching import keep_freed_memory
 
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
     findings = Findings()
-    keep_freed_memory()  # as the run will, whose steps are timed here
+    keep_freed_memory()  # the run does so too, and its steps are timed here
     plan = make_plan(run, findings, processes=args.processes)
     if args.json:
         print(json.dumps({**plan, "notes": findings.notes, "errors": findings.errors}, indent=1))
@@ -54,9 +58,9 @@ def plan_command(args: argparse.Namespace) -> None:
     if findings.errors:
         many = len(findings.errors) > 1
         listed = "".join(f"\n  {i}. {e}" if many else f" {e}" for i, e in enumerate(findings.errors, 1))
-        raise PlanError(f"{args.recipe} cannot be run as it is:{listed}")
+        raise PlanError(f"{args.recipe} cannot run:{listed}")
     if not args.json:
-        print("All that could be checked is in order.")
+        print("All checks passed.")
 
 
 def _print_table(plan: dict[str, Any]) -> None:
@@ -68,7 +72,7 @@ def _print_table(plan: dict[str, Any]) -> None:
         by_phase[p["phase"]] += p["seconds"]
     times = ", ".join(f"{phase} {_duration(seconds)}" for phase, seconds in by_phase.items())
     last = (
-        f"In all: {size(total['memory_bytes'])} of memory"
+        f"Total: {size(total['memory_bytes'])} of memory"
         + (f", {size(total['gpu_bytes'])} of each GPU" if machine["gpu_bytes"] else "")
         + f"; on the disk up to {size(total['disk_peak_bytes'])}, {size(total['disk_kept_bytes'])} at the end; "
         f"{_duration(total['seconds'])} ({times}).\n"
@@ -86,7 +90,7 @@ def _print_table(plan: dict[str, Any]) -> None:
         Console().print(table)
     else:
         print("\n".join("  ".join(row) for row in rows))
-    print(last if rows else "All of it is done.")
+    print(last if rows else "All phases are done.")
 
 
 def _row(p: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`contmerge run` and train.py: carry out a recipe."""
+"""`contmerge run` and train.py: run a recipe."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
     parser.add_argument("--until", choices=PHASES, default="report", help="stop after this phase")
     add_plugin_argument(parser)
-    parser.add_argument("--open", action="store_true", help="show the report in a browser, where there is one")
+    parser.add_argument("--open", action="store_true", help="show the report in a browser, if available")
     parser.set_defaults(do=run_command)
 
 
 def run_command(args: argparse.Namespace) -> None:
-    """Do what the parsed arguments say: start, resume, or tell that all is done."""
+    """Start or resume a run; report a finished one."""
     file = args.recipe or quickstart_recipe()
     recipe = load_recipe(file, args.set)
     require_given(recipe.plugins, file)
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
-    if not run.is_complete():  # answered before torch is loaded
+    if not run.is_complete():  # a finished run needs no torch
         from hf_contmerge.runtime.launching import keep_freed_memory, leave_ranks
 
         keep_freed_memory()
         run = run_recipe(recipe, args.run, until=args.until)
         leave_ranks()
     elif int(os.environ.get("RANK", "0")) == 0:
-        print(f"All of {run.folder} is done.")
+        print(f"{run.folder} is complete.")
     if int(os.environ.get("RANK", "0")) == 0 and run.is_complete():
         from hf_contmerge.report.write import show_report
 

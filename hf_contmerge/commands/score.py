@@ -1,11 +1,11 @@
-"""`contmerge score`: measure one model, outside of a run; at once, where it has been measured before.
+"""`contmerge score`: measure one model outside a run; cached scores are instant.
 
     contmerge score runs/x/stages/02-code/merges/opcm/merged --run runs/x
     contmerge score owner/model --tasks arc_easy,piqa --limit 200
     contmerge score path/to/adapter --base owner/model --tasks law --include-path my_tasks
     torchrun --nproc-per-node 2 --no-python contmerge score MODEL --tasks arc_easy
 
-What the cache knows is answered without torch, transformers or lm-eval, which take seconds to load.
+Cached scores are printed without torch, transformers and lm-eval, whose imports take seconds.
 """
 
 from __future__ import annotations
@@ -35,54 +35,58 @@ _PER_DOCUMENT = ("gains", "weights", "documents", "texts", "answers")
 
 @dataclass(frozen=True)
 class Answer:
-    """What there is to tell."""
+    """The scores to print."""
 
     model: str
-    """The digest that the scores belong to."""
+    """Digest of the scored model."""
     dtype: str
     scores: dict[str, TaskScore]
     cached: frozenset[str]
-    """The tasks whose scores were known."""
+    """Tasks with cached scores."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `contmerge score`."""
     parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id[@revision], a peft adapter or a .gguf file")
-    parser.add_argument("--tasks", metavar="A,B", help="lm-eval's, those of --include-path, or of --run (all of them)")
-    parser.add_argument("--run", metavar="RUN", help="measure as this run does: its tasks, limits and dtype")
-    parser.add_argument("--base", metavar="MODEL", help="the base of an adapter (default: the one that it names)")
+    parser.add_argument("--tasks", metavar="A,B", help="of lm-eval, --include-path or --run (default: all of --run)")
+    parser.add_argument("--run", metavar="RUN", help="use this run's tasks, limits and dtype")
+    parser.add_argument("--base", metavar="MODEL", help="base of an adapter (default: from its config)")
     parser.add_argument("--include-path", metavar="DIR", help="a folder of lm-eval task YAML files")
     parser.add_argument("--limit", type=_from(1), metavar="N", help="the first N documents of each task")
     parser.add_argument("--num-fewshot", type=_from(0), metavar="N", help="examples before each question")
     parser.add_argument("--batch-size", type=_batch, metavar="N", help="a number or auto (default: 8)")
-    parser.add_argument("--max-length", type=_from(2), metavar="N", help="tokens that the model reads at once")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
-    parser.add_argument("--json", metavar="OUT", help="write the scores into a file as well")
-    parser.add_argument("--no-cache", action="store_true", help="measure again what is known, and keep nothing")
-    parser.add_argument("--cpu", action="store_true", help="compute on the processor")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code of its own")
+    parser.add_argument("--max-length", type=_from(2), metavar="N", help="tokens per forward pass")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the weights")
+    parser.add_argument("--json", metavar="OUT", help="also write the scores to a file")
+    parser.add_argument("--no-cache", action="store_true", help="ignore and do not write cached scores")
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow the model's own code to run")
     parser.set_defaults(do=score_command)
 
 
 def score_command(args: argparse.Namespace) -> None:
-    """Do what the parsed arguments say. Raises ContmergeError for what a user can mend."""
+    """Measure a model and print its scores.
+
+    Raises:
+        ContmergeError: a user error.
+    """
     if args.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     out = Path(args.json) if args.json else None
     if out and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise ResourceError(f"--json {out}: give a file in a folder that is there; nothing was measured.")
+        raise ResourceError(f"--json {out}: give a file in an existing folder; nothing was measured.")
     asked = _asked(args)
     cache = ScoreCache.open(use=asked.evaluate.cache)
     answer = None if int(os.environ.get("WORLD_SIZE", "1")) > 1 else _known(args, asked, cache)
     answer = answer or _measured(args, asked, cache)
-    if answer:  # the other ranks have nothing to tell
+    if answer:  # only the main process prints
         _show(args.model, asked, answer)
         if out:
             write_atomically(out, json.dumps(_summary(args.model, asked, answer), indent=1) + "\n")
 
 
 def _asked(args: argparse.Namespace) -> Asked:
-    """Return what is to be measured, with the model as it was named: where it lies is looked up later."""
+    """Build the score request; model names are resolved later."""
     run = Run.load(args.run) if args.run else None
     if not args.tasks and not run:
         raise RecipeError("Nothing to measure: give --tasks (one name, or several with commas), or --run.")
@@ -91,7 +95,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     given = {field: value for field, value in given.items() if value is not None}
     evaluate = Evaluate.model_validate(kept | given | ({"cache": False} if args.no_cache else {}))
     if evaluate.include_path and not Path(evaluate.include_path).is_dir():
-        raise RecipeError(f"--include-path {evaluate.include_path}: there is no such folder of task YAML files.")
+        raise RecipeError(f"--include-path {evaluate.include_path}: no such folder. Give a folder of task files.")
     here = run.tasks if run else Path(os.devnull)
     return Asked(
         Path(args.model), Path(args.base) if args.base else None, _tasks(args, run), here, evaluate,
@@ -101,22 +105,28 @@ def _asked(args: argparse.Namespace) -> Asked:
 
 
 def _tasks(args: argparse.Namespace, run: Run | None) -> list[Task]:
-    """Return the tasks that are named, or else all of the run; a run's own have the run's number of examples."""
+    """Return the named tasks, or all tasks of the run.
+
+    The run's own tasks keep the run's number of few-shot examples.
+    """
     known = {task.name: task for task in run.recipe.measured(run.stage_numbers())} if run else {}
     names = list(dict.fromkeys(n.strip() for n in args.tasks.split(",") if n.strip())) if args.tasks else list(known)
     if not names:
         raise RecipeError(f"--tasks {args.tasks!r} names no task. Give one name, or several with commas.")
     try:
-        named = Evaluate.model_validate({"general_tasks": names}).general_tasks  # a suite becomes its tasks
+        named = Evaluate.model_validate({"general_tasks": names}).general_tasks  # expands suites
     except ValidationError as error:
         wrong = error.errors()[0]["input"]
-        raise RecipeError(f"--tasks: {wrong!r} is no task's name. Put commas between names, and no blanks.") from error
+        raise RecipeError(f"--tasks: {wrong!r} is not a task name. Use commas between names, no blanks.") from error
     tasks = [known.get(task.name, task) for task in named]
     return [t if args.num_fewshot is None else t.model_copy(update={"num_fewshot": args.num_fewshot}) for t in tasks]
 
 
 def _known(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
-    """Return the answer if the cache has all of it; None if anything has to be fetched, read or measured."""
+    """Return the answer if it is completely cached, else None.
+
+    Nothing is fetched, hashed or measured.
+    """
     folder = _seen_folder(args.model, cache.shelf)
     if folder is None:
         return None
@@ -129,7 +139,11 @@ def _known(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer 
 
 
 def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
-    """Measure what the cache does not know, on all ranks; return the answer on the main one, else None."""
+    """Measure missing scores on all ranks.
+
+    Returns:
+        The answer on the main process, None elsewhere.
+    """
     from hf_contmerge.models.layout import check_tokenizer
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
     from hf_contmerge.scoring.score import score_asked
@@ -157,23 +171,27 @@ def _answer(seen: Lookup, scores: dict[str, TaskScore]) -> Answer:
 
 
 def _base_name(args: argparse.Namespace, folder: Path) -> str | None:
-    """Return the model that an adapter belongs to, None for a whole model. Raises ModelError if nobody names it."""
+    """Return an adapter's base model; None for a whole model.
+
+    Raises:
+        ModelError: the base is unknown, or --base was given for a whole model.
+    """
     settings = folder / "adapter_config.json"
     if not settings.is_file():
         if args.base:
-            raise ModelError(f"{args.model} is a whole model, and --base is that of an adapter. Leave --base out.")
+            raise ModelError(f"{args.model} is a whole model; --base is for adapters only. Remove --base.")
         return None
     try:
         named = args.base or json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except ValueError as error:
         raise ModelError(f"Cannot read {settings}: {error}. Save or fetch the adapter again.") from error
     if not named:
-        raise ModelError(f"{args.model} is an adapter that names no base model. Give it with --base.")
+        raise ModelError(f"{args.model} is an adapter without a base model in its config. Give --base.")
     return named
 
 
 def _found_folder(name: str, shelf: Shelf) -> Path:
-    """Return the folder of a model, fetching or converting it where that is needed. Raises as `resolve_model`."""
+    """Return a model's folder after fetching or converting it. Raises as `resolve_model`."""
     from hf_contmerge.models.folder import model_path, resolve_model
 
     path, folder = model_path(name), resolve_model(name, adapters=True)
@@ -183,7 +201,7 @@ def _found_folder(name: str, shelf: Shelf) -> Path:
 
 
 def _seen_folder(name: str, shelf: Shelf) -> Path | None:
-    """Return a model's folder if that can be told without reading weights or asking the network."""
+    """Return a model's folder if known without reading weights or network access."""
     path = Path(name).expanduser()
     if name.startswith("quickstart:"):
         from hf_contmerge.run.quickstart import quickstart_model
@@ -194,12 +212,12 @@ def _seen_folder(name: str, shelf: Shelf) -> Path | None:
         return Path(found) if found and Path(found).is_dir() else None
     if path.is_dir():
         return path if any(path.glob("*.safetensors")) else None
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON  # else the Hub may have a newer one
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON  # online, the Hub may have a newer one
     return _snapshot(name) if offline and name.count("/") == 1 else None
 
 
 def _snapshot(name: str) -> Path | None:
-    """Return the folder of a model in the Hub's cache."""
+    """Return a model's folder in the Hub cache."""
     repo, _, revision = name.partition("@")
     root = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
     place = root / f"models--{repo.replace('/', '--')}"
@@ -224,7 +242,10 @@ def _show(name: str, asked: Asked, answer: Answer) -> None:
 
 
 def _stderr(score: TaskScore) -> float | None:
-    """Return the standard error of the value: of a perplexity exp(-u), that of u times the value (delta method)."""
+    """Return the standard error of a score's value.
+
+    For a perplexity exp(-u), it is the standard error of u times the value (delta method).
+    """
     return score.stderr if score.stderr is None or score.block == "accuracy" else score.stderr * score.value
 
 

@@ -1,4 +1,6 @@
-"""`contmerge statistics`: measure an expert for merge rules that need it; training writes the same by itself.
+"""`contmerge statistics`: measure an expert for merge rules with statistics.
+
+Training writes the same files.
 
 contmerge statistics experts/law --data law.jsonl
 contmerge statistics path/to/adapter --data owner/texts --examples 64
@@ -25,24 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `contmerge statistics`."""
     known = StatisticsSettings()
     parser.add_argument("model", metavar="MODEL", help="a trained model or a peft adapter; a folder or a Hub id")
-    parser.add_argument("--data", required=True, metavar="FILE", help="what it was trained on: a file or a Hub id")
+    parser.add_argument("--data", required=True, metavar="FILE", help="its training data: a file or a Hub id")
     parser.add_argument("--text", metavar="COLUMN", help="the column with text, or a format over columns")
     parser.add_argument("--base", metavar="MODEL", help="the pretrained model (default: an adapter's own, or MODEL)")
-    parser.add_argument("--out", metavar="DIR", help="where the files go (default: MODEL/statistics)")
+    parser.add_argument("--out", metavar="DIR", help="output folder (default: MODEL/statistics)")
     for word, what in (
         ("examples", "read at most N examples"),
-        ("batch-size", "of N examples"),
+        ("batch-size", "N examples per batch"),
         ("max-length", "cut examples after N tokens"),
     ):
         default = getattr(known, word.replace("-", "_"))
         parser.add_argument(f"--{word}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
-    parser.add_argument("--cpu", action="store_true", help="compute on the processor")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code of its own")
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow the model's own code to run")
     parser.set_defaults(do=statistics_command)
 
 
 def statistics_command(args: argparse.Namespace) -> None:
-    """Carry out the parsed arguments."""
+    """Measure an expert and write its statistics."""
     if args.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
@@ -64,7 +66,7 @@ def _settings(args: argparse.Namespace) -> StatisticsSettings:
         return StatisticsSettings.model_validate(fields)
     except ValidationError as error:
         wrong = str(error.errors()[0]["loc"][0])
-        raise RecipeError(f"--{wrong.replace('_', '-')} {fields[wrong]}: give a number from 1 on.") from error
+        raise RecipeError(f"--{wrong.replace('_', '-')} {fields[wrong]}: expected 1 or more.") from error
 
 
 def _out(args: argparse.Namespace) -> Path:
@@ -73,14 +75,18 @@ def _out(args: argparse.Namespace) -> Path:
     folder = Path(args.model).expanduser()
     if not args.out and not folder.is_dir():
         raise RecipeError(
-            f"{args.model} is no folder here, so its statistics have no place. Give --out; or download it, for rules "
-            f"look for them in the expert's own folder, under {FOLDER}/."
+            f"{args.model} is not a local folder, so its statistics need a destination. Give --out; or download the "
+            f"expert, because rules look for statistics in its folder, under {FOLDER}/."
         )
     return Path(args.out) if args.out else folder / FOLDER
 
 
 def _look_up(args: argparse.Namespace, settings: StatisticsSettings) -> Measured:
-    """Find the model, its base and the data. Raises ContmergeError for user errors."""
+    """Find the model, its base and the data.
+
+    Raises:
+        ContmergeError: a user error.
+    """
     from hf_contmerge.models.folder import is_adapter, resolve_model
     from hf_contmerge.models.layout import check_same_layout, check_tokenizer
     from hf_contmerge.training.data import load_stage_data

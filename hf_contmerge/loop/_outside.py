@@ -15,6 +15,7 @@ from typing import Any
 from hf_contmerge.errors import RunError
 from hf_contmerge.run.places import ExpertPlace, Record
 from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
+from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.training.job import OWN
 
 
@@ -33,6 +34,7 @@ def finished(out: Path, inputs: Mapping[str, Any]) -> Record | None:
                 f"{out} holds an expert with other settings: {', '.join(other)} differ (see {file}). Choose another "
                 "folder, or remove this one to train again."
             )
+        require_same(record.get("versions", {}), out, cure=", or choose another folder")
         return record
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and holds no expert of finetune_stage. Choose a new folder, or remove it.")

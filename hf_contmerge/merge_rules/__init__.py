@@ -1,4 +1,4 @@
-"""Merge rules: the maths of continual merging, one method a file. Rules import torch and the standard library only.
+"""Merge rules: the maths of continual merging, one method a file.
 
     running_t = rule.update(running_{t-1}, expert_t - base)               one tensor, float32, running_0 = 0
     merged_t  = base + rule.scale(norms_t) * rule.read_out(running_t)     the scale is one number for the whole model
@@ -31,13 +31,13 @@ INPUTS_LIMIT = 8192
 
 
 def inputs_shape(width: int) -> Shape:
-    """Return the shape of the statistic `inputs` of a linear map with so many inputs."""
+    """Return the shape of the statistic `inputs` for a map's width."""
     return (width, width) if width <= INPUTS_LIMIT else (width,)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight that a rule works on."""
+    """A weight of the model, for rules."""
 
     name: str
     """As the base model stores it."""
@@ -59,7 +59,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Norms:
-    """Frobenius norms over all floating tensors of a model, every stored tensor once.
+    """Frobenius norms over a model's floating tensors, each stored tensor once.
 
     `experts`: |expert_t - base| for t = 1..T, in stage order. `running`: |running_T|, over all slots or parts.
     """
@@ -70,7 +70,7 @@ class Norms:
 
 @dataclass(frozen=True)
 class MergeRule(ABC):
-    """One continual merging method: a pure update of one tensor and a pure scale for the whole model."""
+    """A merging method: a pure update per tensor, a scale per model."""
 
     reference: ClassVar[str]
     """Where the method was published (a URL)."""
@@ -98,7 +98,7 @@ class MergeRule(ABC):
     one pass over a state that is there. Recipes may say `auto` for them."""
 
     def parts(self, weight: Weight) -> Mapping[str, Shape]:
-        """Return name -> shape of the state's parts, in order; each is float32.
+        """Return name -> shape of the state's parts, each float32.
 
         A rule that overrides this gets and returns a mapping of these names as its running state. A weight with a part
         that does not end in the weight's own shape comes in one piece.
@@ -107,7 +107,7 @@ class MergeRule(ABC):
 
     @abstractmethod
     def update(self, running: Any, task_vector: Tensor, weight: Weight) -> State:
-        """Fold one expert into the running state. All is float32; float64 where factors are folded as small cores.
+        """Fold one expert into the running state, in float32 or float64.
 
         Args:
             running: a tensor of the weight's shape, or (slots, *shape) where the rule has more slots than one; or the
@@ -120,7 +120,7 @@ class MergeRule(ABC):
         """
 
     def read_out(self, running: Any, weight: Weight) -> Tensor:
-        """Return what the scale multiplies: float32, the weight's shape. Without slots, the running tensor itself."""
+        """Return the tensor to scale: float32, the weight's shape."""
         return running
 
     @abstractmethod
@@ -128,7 +128,7 @@ class MergeRule(ABC):
         """Return the factor in merged = base + scale * read_out(running)."""
 
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters under the names that recipes use."""
+        """Return the parameters by their names in recipes."""
         return {yaml_word(f.name): getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
@@ -156,12 +156,12 @@ def rule_class(name: str) -> type[MergeRule]:
 
 
 def named_rule(name: str, *, where: str = "") -> type[MergeRule]:
-    """Return the class of a rule. Raises RecipeError if there is none; `where`: the place that asks for it."""
+    """Return a rule's class. `where`: the place in a recipe, for errors."""
     return _RULES.named(name, where=where)
 
 
 def get_rule(name: str, /, **parameters: Any) -> MergeRule:
-    """Make a rule from its name and its parameters as recipes spell them. Raises as `rule_class` and `rule_of`."""
+    """Make a rule by name and parameters. Raises as `rule_class` and `rule_of`."""
     return rule_of(rule_class(name), name, parameters)
 
 

@@ -1,4 +1,4 @@
-"""The running state of one weight while all experts are low-rank adapters: left @ core @ right', never a large matrix.
+"""A weight's state under low-rank experts: left @ core @ right'.
 
 A `basis_free` rule does the same to U S V' as to S, for any U and V with orthonormal columns. So with the directions of
 all experts so far as the columns of `left` and `right`, the rule's own update is applied to small cores.
@@ -68,7 +68,7 @@ class Factored:
         return float(torch.linalg.vector_norm(self.core, dtype=torch.float64))
 
     def truncated(self, rank: int | None) -> tuple[Tensor, Tensor, float]:
-        """Return the best approximation of a rank as two factors: left (m, r), right (r, n), float32, equally large.
+        """Return the best rank-r approximation as left (m, r), right (r, n).
 
         Args:
             rank: at most that many directions, fewer if there are no more. None: as many as it takes to leave out no
@@ -122,7 +122,7 @@ def fold_factors(
 
 
 def pays(shape: Sequence[int], rank: int) -> bool:
-    """Say whether a weight (m, n) is better kept as factors of that rank: while they take half the dense bytes or less.
+    """Say if factors take at most half the dense bytes.
 
     Measured for appends of rank 16 to weights of 1024 x 1024 to 4096 x 11008, on one core: sums take as long as on a
     dense state where the factors take 0.28 of its bytes, and twice as long at 0.55, while the state that is read and
@@ -134,7 +134,7 @@ def pays(shape: Sequence[int], rank: int) -> bool:
 
 @dataclass(frozen=True)
 class _Side:
-    """The left or the right factors of several experts, side by side: factors = old @ inside + new @ outside.
+    """Stacked factors of experts: factors = old @ inside + new @ outside.
 
     `old` (m, R) float32 are the directions held so far, `new` (m, q) float64 orthonormal ones that are orthogonal to
     them; `outside` (q, K) is upper triangular, so that the first k factors need the first k new directions only.
@@ -148,7 +148,7 @@ class _Side:
 
     @classmethod
     def split(cls, old: Tensor, factors: Sequence[Tensor]) -> _Side:
-        """Project twice, for what the first pass leaves of the old directions, then QR; all in float64."""
+        """Project twice, then QR, in float64: once leaves remainders."""
         rest = torch.cat([f.double() for f in factors], dim=1)
         inside = rest.new_zeros(old.shape[1], rest.shape[1])
         wide = old.double()
@@ -160,12 +160,12 @@ class _Side:
         return cls(old, new, inside, outside, [f.shape[1] for f in factors])
 
     def triangles(self) -> list[Tensor]:
-        """Return per expert T (r, r) with |factor @ x| = |T @ x| for every x."""
+        """Return T (r, r) per expert: |factor @ x| = |T @ x|."""
         coordinates = torch.cat([self.inside, self.outside])
         return [torch.linalg.qr(c, mode="r").R for c in coordinates.split(self.widths, dim=1)]
 
     def reduced(self, weights: Sequence[Tensor], allowed: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
-        """Leave out the new directions that the experts do not need.
+        """Drop new directions without weight in the experts.
 
         Args:
             weights: the other side's triangles: factor @ weight' is as large as the expert in every direction.
@@ -218,7 +218,7 @@ def _fold_batch(
 
 
 def _square(left: Tensor, core: Tensor, right: Tensor) -> Factored:
-    """Make the core (R, Q) square: of experts that share one side, the other needs no more directions than that one.
+    """Make the core (R, Q) square if experts share one side.
 
     A core that is square keeps its directions as they are: they are written once. Others come from a new QR, so that
     rounding to float32 does not build up in either case.
@@ -235,12 +235,12 @@ def _square(left: Tensor, core: Tensor, right: Tensor) -> Factored:
 
 
 def _count(s: Tensor, allowed: float) -> int:
-    """Return how many leading singular values must be kept for the others' norm to be at most `allowed`."""
+    """Return the number of leading singular values to keep."""
     return int((s.square().flip(0).cumsum(0).sqrt() > allowed).sum())
 
 
 def _batches(experts: Sequence[Factors | None]) -> Iterator[Sequence[Factors | None]]:
-    """Yield the experts in order, as many at a time as have _COLUMNS_AT_ONCE columns together, at least one."""
+    """Yield experts in order, in groups of _COLUMNS_AT_ONCE columns."""
     start = columns = 0
     for k, factors in enumerate(experts):
         width = factors[0].shape[1] if factors else 0

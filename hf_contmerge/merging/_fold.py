@@ -1,4 +1,4 @@
-"""Pass 1 of a merge: task vectors into the state, and into the merged model with it where that can be."""
+"""Pass 1 of a merge: task vectors into state and model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATE_SHARD = 2**30
 
 @dataclass(frozen=True)
 class Fold:
-    """Pass 1, and pass 2 with it where that can be."""
+    """Pass 1, with pass 2 in the same sweep where possible."""
 
     rule: MergeRule
     base: Weights
@@ -43,7 +43,7 @@ class Fold:
     def run(
         self, earlier: Sequence[float], out: Path | None, merged: Output | None, later: Output | None = None
     ) -> Norms:
-        """Fold all experts; write the state to `out` and the model to `merged`, as far as they are given.
+        """Fold all experts; write the state to `out`, the model to `merged`.
 
         `later`: the model that will be written from the state, for which there must be room.
         """
@@ -80,7 +80,7 @@ class Fold:
         return Norms((*earlier, *norms), math.sqrt(math.fsum(s.running for s in squares.values())))
 
     def _forms(self) -> tuple[set[str], set[str]]:
-        """Return the names of the weights whose new state is dense, and of those that stay in factors."""
+        """Return the weights with dense states and those in factors."""
         dense, low_rank = set(), set()
         for name in self.base.floating():
             old = self.before.rank(name) if self.before else 0
@@ -116,7 +116,7 @@ class Fold:
         return writers
 
     def _groups(self, dense: set[str], writers: Mapping[str, WeightsWriter]) -> dict[str, int]:
-        """Return weight -> the number of the file that its result goes into, of the state if that is written."""
+        """Return weight -> number of its result's file."""
         if running := writers.get("running"):
             first = {name: next(iter(self.rule.parts(self._weight(name)))) for name in dense}
             return {name: running.shard_of(key_of(name, part)) for name, part in first.items()}
@@ -176,7 +176,7 @@ class Fold:
         return _Squares(tuple(n**2 for n in norms), state.norm() ** 2)
 
     def _in_one_go(self, name: str) -> bool:
-        """Say whether a weight must be worked on as a whole: an adapter's B @ A comes in one piece."""
+        """Say if an adapter's change, B @ A, comes whole."""
         return any(expert.is_whole(name) for expert in self.experts)
 
     def _owners(self, name: str, before: Parts | None, base: Tensor) -> Tensor:
@@ -212,14 +212,14 @@ class Fold:
 
 @dataclass(frozen=True)
 class _Squares:
-    """Squared norms of one weight: of each expert's task vector, and of the new state."""
+    """Squared norms of a weight's task vectors and new state."""
 
     experts: tuple[float, ...]
     running: float
 
 
 def _write_state(writer: WeightsWriter, weight: Weight, piece: Piece, state: Parts) -> None:
-    """Write a piece of a state; of a part with leading axes (slots), one run for each of their indices."""
+    """Write a piece of a state, a run per slot."""
     for name, part in state.items():
         whole = piece.shape == weight.shape
         runs = [part] if whole else part.reshape(-1, piece.stop - piece.start)

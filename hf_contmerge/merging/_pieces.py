@@ -1,4 +1,4 @@
-"""Merging one tensor: in which pieces, and its state in parts. The rules have the maths; this hands it out."""
+"""The pieces of a tensor, and its state in parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of a weight's elements, and the shape in which a rule sees it."""
+    """A run of a weight's elements, with its shape for rules."""
 
     start: int
     stop: int
@@ -29,7 +29,7 @@ class Piece:
         return flat[self.start : self.stop].reshape(self.shape)
 
     def of_state(self, state: Parts, weight: Weight) -> Parts:
-        """Cut the piece out of a state, whose parts end in the weight's shape if there are several pieces."""
+        """Cut the piece out of a state, part by part."""
         if self.shape == weight.shape:
             return state
         lead = {name: part.shape[: part.ndim - len(weight.shape)] for name, part in state.items()}
@@ -44,7 +44,7 @@ class Piece:
 
 
 def pieces(rule: MergeRule, weight: Weight, device: torch.device, *, whole: bool = False) -> Iterator[Piece]:
-    """Yield the pieces in which a weight is worked on: whole, or flat runs of its elements."""
+    """Yield a weight's pieces: the whole, or flat runs."""
     numel = math.prod(weight.shape)
     if whole or needs_whole(rule, weight):
         yield Piece(0, numel, weight.shape)
@@ -63,7 +63,7 @@ def updated(rule: MergeRule, state: Parts, change: Tensor, weight: Weight) -> Pa
 
 
 def read_out(rule: MergeRule, state: Parts, weight: Weight) -> Tensor:
-    """Return what the scale multiplies."""
+    """Return the tensor to scale."""
     return rule.read_out(state.get("", state), weight)
 
 
@@ -91,7 +91,7 @@ def merged_tensor(
 def fold_tensor(
     rule: MergeRule, weights: Sequence[Weight], piece: Piece, base: Tensor, experts: Sequence[Tensor]
 ) -> tuple[Parts, Norms]:
-    """Fold one piece of experts in memory; return its state after all of them, and its own norms.
+    """Fold a piece of experts in memory; return state and norms.
 
     `weights`: the weight as each expert meets it.
     """
@@ -105,5 +105,5 @@ def fold_tensor(
 
 
 def square(tensor: Tensor) -> float:
-    """Return the sum of squares, in float64: not finite if and only if some element is not."""
+    """Return the sum of squares in float64; finite only for finite elements."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2

@@ -1,4 +1,4 @@
-"""What merging a tensor costs: seconds and memory, from its shape and the rule."""
+"""The cost of merging a tensor: seconds and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOT_A_LINEAR_MAP = re.compile(
 
 
 def needs_whole(rule: MergeRule, weight: Weight) -> bool:
-    """Say whether a rule must see a weight in one piece."""
+    """Say if a rule needs a weight in one piece."""
     if rule.unit == "tensor" or (weight.is_matrix and (rule.unit == "matrix" or rule.needs)):
         return True
     axes = len(weight.shape)
@@ -40,7 +40,7 @@ def state_numel(rule: MergeRule, weight: Weight) -> int:
 
 
 def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:
-    """Say whether a weight is a linear map, or a 3-D stack of them, which projection rules project.
+    """Say if a weight is a linear map or a stack.
 
     Vocabulary tables (embeddings, output heads; by name or by their size) and routers of expert mixtures are not.
     """

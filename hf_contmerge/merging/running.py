@@ -1,4 +1,4 @@
-"""The state of a rule in a folder: for each weight a tensor or parts, or low-rank factors, or nothing while it is zero.
+"""A rule's state in a folder: tensors, parts or low-rank factors.
 
 model.safetensors ...            float32: a tensor for each weight, under its name, (slots, *shape) for some rules; of
                                  rules with named parts, <weight>::<part>
@@ -35,11 +35,11 @@ class Running:
         self._factors = {path.stem: path for path in sorted((folder / "factors").glob("*.safetensors"))}
 
     def names(self) -> set[str]:
-        """Return the names of the weights that are not all zero."""
+        """Return the names of the nonzero weights."""
         return {*self._keys, *self._factors}
 
     def rank(self, name: str) -> int | None:
-        """Return the rank of a weight that is kept as factors; 0 for one that is zero; None for a dense one."""
+        """Return a weight's rank: 0 for zero, None for dense."""
         if name in self._factors:
             return max(Weights(self._factors[name]).shape("core"))
         return None if name in self._keys else 0
@@ -57,7 +57,7 @@ class Running:
         return Factored(*(file.tensor(part) for part in ("left", "core", "right")))
 
     def owners(self, name: str) -> Tensor:
-        """Return the stage that each element of a weight is of (uint8; 0: still the base's)."""
+        """Return the owning stage of each element (uint8; 0: the base)."""
         assert self._owners is not None
         return self._owners.tensor(name)
 
@@ -69,7 +69,7 @@ class Running:
 
 
 def key_of(name: str, part: str) -> str:
-    """Return the name of a part of a weight's state in the files."""
+    """Return the stored name of a part of a weight's state."""
     return f"{name}{_OF}{part}" if part else name
 
 

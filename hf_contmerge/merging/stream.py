@@ -1,4 +1,4 @@
-"""Merging as a stream: each tensor is read once and written once per pass.
+"""Streamed merging: one read and write per tensor and pass.
 
     pass 1, per tensor:  base.w, expert.w ... -> task_vectors -> rule.update(old running.w) -> new running.w    + norms
     between:             norms -> rule.scale() -> one number
@@ -44,7 +44,7 @@ def merge_experts(
     merged_out: Output | None = None,
     crew: Crew | None = None,
 ) -> Merged:
-    """Fold experts into a rule's state, and write the new state, the merged model, or both.
+    """Fold experts into a rule's state; write state, model or both.
 
     Args:
         rule: the method.
@@ -88,7 +88,7 @@ def _statistics(rule: MergeRule, experts: Sequence[Expert], crew: Crew) -> list[
 
 
 def write_sum(base: Path, expert: Path, minus: Path, out: Path) -> None:
-    """Write base + (expert - minus) in float32: the model whose task vector is the difference of two others.
+    """Write base + (expert - minus) in float32, as a model folder.
 
     So an instruction vector (instruct - its base) becomes a stage like any other (arXiv 2310.04799, 2409.19854). The
     tokenizer, chat template and generation config are the instruct model's.

@@ -1,4 +1,4 @@
-"""Pass 2 of a merge: base + scale * read_out(running), as a model folder."""
+"""Pass 2 of a merge: base + scale * read_out(running)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_contmerge.runtime.crew import Crew, Job
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging found: the norms over all experts so far, and the scale that they gave."""
+    """The norms of all experts so far, and the scale."""
 
     norms: Norms
     scale: float
@@ -32,7 +32,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a merged model goes: an empty folder, the dtype of the weights (None: the base's), the bytes per file."""
+    """The place of a merged model: empty folder, dtype, bytes per file."""
 
     folder: Path
     dtype: torch.dtype | None = None
@@ -51,7 +51,7 @@ def write_merged(
     only: Expert | None = None,
     crew: Crew | None = None,
 ) -> None:
-    """Do pass 2: write base + scale * read_out(running) as a model folder. `only`: the expert, if there is but one."""
+    """Write base + scale * read_out(running). `only`: a single expert."""
     crew, state = crew or Crew(), Running(running)
     writer = model_writer(base, out, crew)
     model = MergedModel(rule, base, found.scale, len(found.norms.experts), writer, only, crew)
@@ -89,7 +89,7 @@ class MergedModel:
     crew: Crew
 
     def write(self, name: str, running: Parts | None) -> None:
-        """Write a tensor from its state, or the base's own where there is none."""
+        """Write a tensor from its state; without one, the base's."""
         tensor = self.base.tensor(name)
         if running is None:
             dtype = self.writer.dtype(name)
@@ -116,14 +116,14 @@ def model_writer(base: Weights, out: Output, crew: Crew) -> WeightsWriter:
 
 
 def merged_plan(base: Weights, dtype: torch.dtype | None) -> Plan:
-    """Return what a merged model consists of: the base's tensors, the floating ones in `dtype` if one is given."""
+    """Return a merged model's tensors, the floating ones in `dtype`."""
     floating = set(base.floating())
     return [(n, base.shape(n), dtype if n in floating and dtype else base.dtype(n)) for n in base.names]
 
 
 @contextmanager
 def opened(crew: Crew, writers: Sequence[WeightsWriter], later: Sequence[WeightsWriter] = ()) -> Iterator[None]:
-    """Make and open the files to be written, once there is known to be room for them; close them when all are done.
+    """Open the output files, once there is room for them.
 
     `later`: what is to be written after that, for which there must be room too.
     """
@@ -144,7 +144,7 @@ def opened(crew: Crew, writers: Sequence[WeightsWriter], later: Sequence[Weights
 
 
 def check_room(writers: Sequence[WeightsWriter]) -> None:
-    """Raise ResourceError if the disk cannot hold what will be written."""
+    """Raise ResourceError if the disk cannot hold the output."""
     needed: dict[int, tuple[Path, int]] = {}
     for writer in writers:
         writer.folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Names in a model's files: the layers that its weights belong to, the tokens of its tokenizer."""
+"""Names of layers and tokens in a model's files."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from typing import Any
 from hf_contmerge.errors import ModelError
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
-"""Endings of the files that make weights a model: config, tokenizer, chat template, generation config."""
+"""Endings of a model's other files: config, tokenizer, chat template, generation config."""
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _STACK = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
 
 
 def layer_of(name: str) -> str:
-    """Return which layer a weight is in; outside the layers, the words of its name (embed_tokens, norm)."""
+    """Return a weight's layer, else its bare name.
+
+    For example "layer 3", embed_tokens, norm.
+    """
     number = _LAYER.search(name)
     return f"layer {number.group(1)}" if number else name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
-    """Return weight -> its layer's place in its stack: 0 for the first layer, 1 for the last one.
+    """Return weight -> its layer's relative depth, from 0 to 1.
 
     Each stack counts by itself (encoder, decoder, vision tower). Weights outside the layers are left out.
     """
@@ -36,7 +39,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 
 
 def layer_order(layer: str) -> tuple[int, int, str]:
-    """Return what to sort layers by, as data goes through them; `all` comes last."""
+    """Return a layer's sort key: forward order, `all` last."""
     number = layer.removeprefix("layer ")
     if number.isdigit():
         return (1, int(number), "")
@@ -44,7 +47,10 @@ def layer_order(layer: str) -> tuple[int, int, str]:
 
 
 def tokens_of(folder: Path) -> dict[str, int] | None:
-    """Return token -> number of a fast tokenizer, added ones too; None if there is no tokenizer.json."""
+    """Return token -> id of a fast tokenizer.
+
+    Includes added tokens. None without a tokenizer.json.
+    """
     values = _tokenizer(folder)
     if values is None:
         return None
@@ -59,7 +65,7 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
 
 
 def special_tokens(folder: Path) -> dict[str, int]:
-    """Return token -> number of a fast tokenizer's special tokens."""
+    """Return token -> id of a fast tokenizer's special tokens."""
     added = (_tokenizer(folder) or {}).get("added_tokens") or ()
     return {token["content"]: token["id"] for token in added if token.get("special")}
 
@@ -74,13 +80,13 @@ def _tokenizer(folder: Path) -> Mapping[str, Any] | None:
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """Return config.json of a model folder."""
+    """Read config.json of a model folder."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read {folder / 'config.json'}: {error}") from error
+        raise ModelError(f"Cannot read {folder / 'config.json'}: {error}. Fetch or save the model again.") from error
 
 
 def text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a config that is about text, where a model has others too; empty where it has none."""
+    """Return the text part of a multimodal config, else an empty mapping."""
     return values.get("text_config") or {}

@@ -1,4 +1,4 @@
-"""Experts as the engine sees them: task vectors, weight by weight, from a full model or from a peft adapter."""
+"""Experts as task vectors, from full models or peft adapters."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ Reader = Callable[[int, int, Tensor], Tensor]
 
 
 class Expert(Protocol):
-    """A trained model, weight by weight, as the difference from its base. Names are the base's."""
+    """A trained model as the difference from its base, weight by weight."""
 
     folder: Path
     kind: ExpertKind
 
     def rank(self, name: str, /) -> int | None:
-        """Return the rank of a weight's change; 0 for no change; None where it is not known to be low."""
+        """Return a change's rank: 0 for none, None if unknown or high."""
         ...
 
     def factors(self, name: str, /) -> tuple[Tensor, Tensor] | None:
-        """Return float32 left (m, r) and right (r, n) with change = left @ right; None where `rank` is 0 or None."""
+        """Return float32 factors left (m, r), right (r, n), or None."""
         ...
 
     def reader(self, name: str, base: Tensor, /) -> Reader:
-        """Return a function that gives any run of a weight's change. `base`: the base's tensor, in any dtype."""
+        """Return a reader of a weight's change. `base`: the base's tensor."""
         ...
 
     def is_whole(self, name: str, /) -> bool:
-        """Say whether a weight's change is computed as a whole, so that reading parts of it gains nothing."""
+        """Say if a weight's change is computed in one piece."""
         ...
 
     def values(self, name: str, /) -> Tensor | None:
@@ -131,7 +131,7 @@ class AdapterExpert:
 
 
 def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = (), force: bool = False) -> Expert:
-    """Open a full model or a peft adapter, and check from its headers that it fits the base.
+    """Open a full model or an adapter; check the fit by headers.
 
     `base_names`: under which names an adapter may know its base. `force`: accept an adapter of another base.
     """
@@ -143,7 +143,7 @@ def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = ()
 
 
 def expert_sha256(folder: Path) -> str:
-    """Return the digest of an expert: of its tensors, and of what an adapter's config makes of them."""
+    """Return the digest of an expert's tensors and adapter settings."""
     if not is_adapter(folder):
         return weights_sha256(folder)
     digest = weights_sha256(folder / FILE)  # a merged model may lie beside it
@@ -152,7 +152,7 @@ def expert_sha256(folder: Path) -> str:
 
 
 def first_twin(folders: Sequence[Path]) -> tuple[int, int] | None:
-    """Return the first expert with an earlier one's weights, and that one, by their places in the list.
+    """Return the indices of a twin and its original, or None.
 
     Of experts that differ in the first bytes of any tensor, no more is read.
     """
@@ -168,7 +168,7 @@ def first_twin(folders: Sequence[Path]) -> tuple[int, int] | None:
 
 
 def twins_refused(model: str, twin: str) -> str:
-    """Return the message for an expert with the weights of an earlier one in the same merge."""
+    """Return the message for two experts with the same weights."""
     same = "is listed twice" if Path(model).resolve() == Path(twin).resolve() else f"has the same weights as {twin}"
     return (
         f"{model} {same}; an expert must not be folded twice. Leave it out, or name the right one. Nothing was merged."

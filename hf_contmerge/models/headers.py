@@ -1,7 +1,7 @@
-"""A model without its weights: a folder with its config, tokenizer and the headers of its safetensors.
+"""Model folders with empty weights: config, tokenizer and safetensors headers.
 
-The files of weights are there, of their full length, and empty: sparse files that take no room. So whatever reads
-names, shapes and dtypes works on such a folder as on the model, and nothing larger than a header was fetched for it.
+Weight files have their full length but no data: sparse files without disk space. Code that reads names, shapes and
+dtypes therefore works on such a folder as on the model, and nothing larger than a header is fetched.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _INDEX = "model.safetensors.index.json"
 
 
 def resolve_headers(name: str, scratch: Path, *, adapters: bool = False) -> Path:
-    """Return a folder with all of a model but its weights: its own folder if it is here, else one below `scratch`.
+    """Return a local model's folder, else one with its headers below `scratch`.
 
-    `adapters`: a peft adapter will do as well. Raises as `model_folder.resolve_model`.
+    `adapters`: accept a peft adapter as well. Raises as `folder.resolve_model` does.
     """
     path = model_path(name)
     if path.suffix == ".gguf" and path.is_file():
@@ -36,7 +36,7 @@ def resolve_headers(name: str, scratch: Path, *, adapters: bool = False) -> Path
 
 
 def needs_converting(name: str) -> bool:
-    """Say whether a model is a GGUF file that has not been dequantised on this machine yet."""
+    """Return True for a GGUF file not yet dequantised on this machine."""
     path = model_path(name)
     if path.suffix != ".gguf" or not path.is_file():
         return False
@@ -44,7 +44,7 @@ def needs_converting(name: str) -> bool:
 
 
 def _cached(name: str) -> Path | None:
-    """Return the folder of a model of the Hub that was fetched before, with its weights."""
+    """Return a Hub model's cached folder, if complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -52,7 +52,7 @@ def _cached(name: str) -> Path | None:
     try:
         folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
         Weights(folder)
-    except (LocalEntryNotFoundError, ModelError):  # not there, or not all of it
+    except (LocalEntryNotFoundError, ModelError):  # missing or incomplete
         return None
     return folder
 
@@ -73,39 +73,41 @@ def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
                 (folder / path.name).symlink_to(path.resolve())
         for file in files:
             try:
-                found = api.parse_safetensors_file_metadata(repo, file, revision=at)
+                metadata = api.parse_safetensors_file_metadata(repo, file, revision=at)
             except SafetensorsParsingError as error:
-                raise ModelError(f"{file} of {name} is no safetensors file: {error}") from error
-            _write_empty(folder / file, found)
-    Weights(folder)  # says what is wrong with it
+                raise ModelError(
+                    f"{file} of {name} is not a safetensors file: {error}. Name another model or revision."
+                ) from error
+            _write_empty(folder / file, metadata)
+    Weights(folder)  # raises for a damaged model
     config = ("config.json", "adapter_config.json") if adapters else ("config.json",)
     if not any((folder / c).is_file() for c in config):
-        raise ModelError(f"{name} has no {' or '.join(config)}. A model is what `save_pretrained` writes.")
+        raise ModelError(f"{name} has no {' or '.join(config)}. Name a model written by `save_pretrained`.")
     return folder
 
 
 def _weight_files(texts: Path, files: list[str]) -> list[str]:
-    """Return the files of weights among those of a repository."""
+    """Return the index's files, else the top folder's safetensors."""
     if (texts / _INDEX).is_file():
         return sorted(set(json.loads((texts / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     return [f for f in files if "/" not in f]
 
 
-def _write_empty(path: Path, found: Any) -> None:
-    """Write a safetensors file of the header that huggingface_hub has parsed, its data a hole of the full length."""
+def _write_empty(path: Path, metadata: Any) -> None:
+    """Write a safetensors file from huggingface_hub's parsed header, its data a hole."""
     entries = {
         name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
-        for name, info in found.tensors.items()
+        for name, info in metadata.tensors.items()
     }
     header = header_bytes(entries)
-    end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+    end = max((info.data_offsets[1] for info in metadata.tensors.values()), default=0)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + end)
 
 
 def _of_gguf(path: Path, folder: Path) -> Path:
-    """Return a folder as the conversion to bfloat16 will leave it, from the GGUF file's own header."""
+    """Write a GGUF file's bfloat16 folder without data."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:

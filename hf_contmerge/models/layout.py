@@ -1,4 +1,4 @@
-"""Whether a model that is about to be trained can be merged afterwards: by its names and shapes, before any step."""
+"""Checks names and shapes against the base model, before training."""
 
 from __future__ import annotations
 
@@ -10,50 +10,49 @@ from typing import Any
 import torch
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.lora.matching import Names
+from hf_contmerge.models.lora.matching import StoredNames
 from hf_contmerge.models.weights import Weights
 
-_CURE = "Train a model of the base's architecture, with the base's tokenizer and no tokens added."
+_FIX = "Use the base's architecture and tokenizer, without added tokens."
 
 
 def check_layout(model: Any, base: Weights) -> None:
-    """Raise ModelError if a model in memory does not have the tensors of the base.
+    """Raise ModelError if a model's tensors differ from the base's.
 
-    Some architectures hold weights in another form in memory than in their files (stacks of experts). Of those the
-    names that are in both are compared; all of it is compared when the trained weights are added.
+    Some architectures hold weights in another form in memory than in their files (stacks of experts). For those, only
+    names in both forms are compared here; the trained weights are compared in full when they are added.
     """
     ours = _tensors(model)
-    names = Names(base)
+    names = StoredNames(base)
     stored = {name: names.find(name) for name in ours}
-    found = {name: there for name, there in stored.items() if there}
-    for name, there in found.items():
-        if ours[name] != base.shape(there):
+    common = {name: match for name, match in stored.items() if match}
+    for name, match in common.items():
+        if ours[name] != base.shape(match):
             raise ModelError(
-                f"{name} has shape {ours[name]} in the model to be trained, {base.shape(there)} in {base.folder}. "
-                f"{_CURE}"
+                f"{name} has shape {ours[name]} in the model to train, {base.shape(match)} in {base.folder}. {_FIX}"
             )
-    more = [name for name in ours if name not in found]
-    fewer = sorted(set(base.names) - set(found.values()))
-    if not found or (more and not fewer):
-        raise ModelError(f"The model to be trained has {_some(more)}, which {base.folder} lacks. {_CURE}")
-    if fewer and not more:
-        raise ModelError(f"The model to be trained lacks {_some(fewer)} of {base.folder}. {_CURE}")
+    extra = [name for name in ours if name not in common]
+    missing = sorted(set(base.names) - set(common.values()))
+    if not common or (extra and not missing):
+        raise ModelError(f"The model to train has {_brief(extra)}, which {base.folder} lacks. {_FIX}")
+    if missing and not extra:
+        raise ModelError(f"The model to train lacks {_brief(missing)} of {base.folder}. {_FIX}")
 
 
 def _tensors(model: Any) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of what `save_pretrained` would write, each tied tensor once."""
+    """Return name -> shape of the tensors saved by `save_pretrained`."""
     kept = model.state_dict()
-    tensors = [*model.named_parameters(), *model.named_buffers()]  # tied ones come once
+    tensors = [*model.named_parameters(), *model.named_buffers()]  # lists tied tensors once
     return {name: tuple(t.shape) for name, t in tensors if name in kept}
 
 
-def _some(names: Iterable[str]) -> str:
+def _brief(names: Iterable[str]) -> str:
     listed = list(names)
     return listed[0] + (f" and {len(listed) - 1} more tensors" if len(listed) > 1 else "")
 
 
 def check_same_layout(base: Path, other: Path) -> None:
-    """Raise ModelError unless two folders hold tensors of the same names and shapes over the same vocabulary."""
+    """Raise ModelError if names, shapes or vocabulary of two models differ."""
     ours, theirs = Weights(base), Weights(other)
     if ours.vocabulary != theirs.vocabulary:
         raise ModelError(
@@ -62,30 +61,32 @@ def check_same_layout(base: Path, other: Path) -> None:
         )
     missing, extra = set(ours.names) - set(theirs.names), set(theirs.names) - set(ours.names)
     if missing or extra:
-        which = f"lacks {_some(sorted(missing))}" if missing else f"has {_some(sorted(extra))}, which the base lacks"
-        raise ModelError(f"{other} does not fit {base}: it {which}. Both must be of one architecture.")
+        which = f"lacks {_brief(sorted(missing))}" if missing else f"has {_brief(sorted(extra))}, which the base lacks"
+        raise ModelError(f"{other} does not fit {base}: it {which}. Both must have the same architecture.")
     for name in ours.names:
         if ours.shape(name) != theirs.shape(name):
             raise ModelError(
                 f"{name} has shape {theirs.shape(name)} in {other}, {ours.shape(name)} in {base}. "
-                "Both must be of one architecture and size."
+                "Both must have the same architecture and size."
             )
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ModelError if a model folder has no tokenizer, without which nothing can be trained or scored."""
+    """Raise ModelError if a model folder has no tokenizer."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise ModelError(
-            f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model). Save the model's beside it."
+            f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model). Save the model's tokenizer there."
         )
 
 
 @dataclass(frozen=True)
 class ModelInMemory:
-    """The model of a base, as peft would wrap it.
+    """Names of a base model's weights in memory, as used by peft.
 
-    `names`: stored name -> name in memory; a weight that is held in another form there (in a stack of experts) is
-    missing. `tables`, `conv1d`: the names in memory of embedding tables, and of linear maps that are stored (in, out).
+    Attributes:
+        names: stored name -> name in memory. Weights held in another form (in a stack of experts) are missing.
+        tables: names in memory of embedding tables.
+        conv1d: names in memory of linear maps stored as (in, out).
     """
 
     names: dict[str, str]
@@ -96,18 +97,21 @@ class ModelInMemory:
         """Return a weight's name in memory. Raises ModelError if it has none."""
         if stored not in self.names:
             raise ModelError(
-                f"transformers holds {stored} in another form in memory, where no LoRA can be put on it. Export the "
-                "merged model, without --as-adapter."
+                f"transformers holds {stored} in another form in memory, so LoRA cannot target it. Export the "
+                "merged model without --as-adapter."
             )
         return self.names[stored]
 
 
 def model_in_memory(base: Weights) -> ModelInMemory:
-    """Build the base's model on no device. Raises ModelError if transformers does not know its architecture."""
+    """Build the base's model on the meta device; return its names.
+
+    Raises ModelError for an architecture unknown to transformers.
+    """
     from transformers.pytorch_utils import Conv1D
 
     model = _skeleton(base)
-    shapes, names = {n: tuple(t.shape) for n, t in model.state_dict().items()}, Names(base)
+    shapes, names = {n: tuple(t.shape) for n, t in model.state_dict().items()}, StoredNames(base)
     stored = {name: names.find(name) for name in shapes}
     kinds = {f"{name}.weight": type(module) for name, module in model.named_modules()}
     return ModelInMemory(
@@ -127,6 +131,6 @@ def _skeleton(base: Weights) -> Any:
             return own(config) if own else transformers.AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise ModelError(
-            f"transformers does not know the architecture of {base.folder}, so it is not known what peft calls "
-            "its weights. Export the merged model, without --as-adapter."
+            f"transformers does not know the architecture of {base.folder}, so peft's names for its weights "
+            "are unknown. Export the merged model without --as-adapter."
         ) from error

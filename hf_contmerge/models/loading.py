@@ -1,4 +1,4 @@
-"""Models out of expert folders, whichever kind they are of: a whole model, or a peft adapter of the base."""
+"""Loads whole models and peft adapters for training and scoring."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: An
 
     Args:
         folder: a whole model, or an adapter of the base.
-        base: the pretrained model, which an adapter is loaded onto.
-        as_adapter: leave an adapter as it is, to go on training it; else it is merged in, in memory.
-        init: dtype and whatever else `from_pretrained` takes.
+        base: the pretrained model below an adapter.
+        as_adapter: keep an adapter separate, for further training; else merge it into the base in memory.
+        init: dtype and other arguments of `from_pretrained`.
 
     Returns:
-        A PreTrainedModel with the base's tensor names; or, of an adapter that is left as it is, a PeftModel.
+        A PreTrainedModel with the base's tensor names; a PeftModel for an adapter kept separate.
     """
     if not is_adapter(folder):
         return AutoModelForCausalLM.from_pretrained(folder, **init)

@@ -1,4 +1,4 @@
-"""Statistics of an expert, next to its weights, for merge rules that need them.
+"""Statistics of an expert, next to its weights.
 
 EXPERT/statistics/statistics.json       the expert's digest; by kind: examples, tokens and digest of the data, and which
                                         weights have the same statistic as another one, stored once
@@ -46,7 +46,7 @@ class Statistics:
         return tuple(sorted(self._same))
 
     def of(self, name: str, kinds: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-        """Return kind -> statistic of a weight, for those kinds that it has."""
+        """Return kind -> statistic of a weight."""
         found = {kind: self._tensors[kind].tensor(key) for kind in kinds if (key := self._key(kind, name))}
         return {kind: tensor.to(device) for kind, tensor in found.items()}
 
@@ -62,7 +62,7 @@ class Statistics:
 
 
 def check_statistics(rule: MergeRule | type[MergeRule], experts: Iterable[Path]) -> None:
-    """Raise ModelError unless experts have the statistics that a rule needs, taken of their present weights."""
+    """Raise ModelError for experts without current statistics for the rule."""
     for folder in experts if rule.needs else ():
         statistics, cure = Statistics(folder), f"write them with `contmerge statistics {folder} --data FILE`."
         name = (rule if isinstance(rule, type) else type(rule)).__name__
@@ -110,7 +110,7 @@ def write_statistics(
 
 
 def _equal_neighbours(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return weight -> an earlier one with the same statistic: q, k and v read one input, and so do gate and up."""
+    """Return weight -> earlier weight with the same statistic."""
     same: dict[str, str] = {}
     latest: str | None = None
     for name, tensor in tensors.items():

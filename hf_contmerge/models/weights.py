@@ -1,4 +1,4 @@
-"""Safetensors files, one tensor at a time: read through memory maps, written into shards, fingerprinted."""
+"""Reads, writes and hashes safetensors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config, depths, text_config
 
 SHARD_SIZE = 5_000_000_000
-"""Bytes per file of weights, as `save_pretrained` has it."""
+"""Bytes per weight file, as in `save_pretrained`."""
 
 _TIED_HEAD = "lm_head.weight"
 _CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,7 +34,7 @@ _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies."""
+    """The place of a tensor."""
 
     file: str
     code: str
@@ -44,12 +44,17 @@ class _Entry:
 
 
 class Weights:
-    """The tensors of a model folder, memory-mapped: names, shapes and dtypes from headers, data when asked for.
+    """The memory-mapped tensors of a model folder.
 
-    A tied output table that is stored a second time is left out: it is the input table, and counts once. Each tensor
-    has a mapping of its own, which goes with it: what has been read and dropped does not stay in memory.
+    Names, shapes and dtypes come from the headers; data is read on demand. A tied output table stored a second time is
+    left out and counts once, as the input table. Each tensor has a separate mapping, released with it: dropped tensors
+    do not stay in memory.
 
-    `folder` may also be a single file. Raises ModelError for a missing, truncated or unsafe file.
+    Args:
+        folder: a model folder, or a single file.
+
+    Raises:
+        ModelError: a file is missing, truncated or unsafe.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +82,10 @@ class Weights:
         return _CODES[code]
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor over the file's own pages. Writing to it changes neither the file nor what others read."""
+        """Return a tensor over the file's pages, copied on write.
+
+        Writing to it changes neither the file nor other readers' tensors.
+        """
         entry, dtype = self._entries[name], self.dtype(name)
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
@@ -90,14 +98,14 @@ class Weights:
         return flat.reshape(entry.shape)
 
     def prefetch(self, name: str) -> None:
-        """Ask the system to read a tensor's pages ahead, without waiting for them."""
+        """Start reading a tensor's pages in the background."""
         entry = self._entries[name]
         if hasattr(os, "posix_fadvise"):
             file = self._files[entry.file].fileno()
             os.posix_fadvise(file, entry.begin, entry.end - entry.begin, os.POSIX_FADV_WILLNEED)
 
     def floating(self) -> tuple[str, ...]:
-        """Return the names of the floating tensors, which are those that merge."""
+        """Return the names of the floating (mergeable) tensors."""
         return tuple(n for n in self.names if self.dtype(n).is_floating_point)
 
     def numel(self) -> int:
@@ -106,21 +114,24 @@ class Weights:
 
     @functools.cached_property
     def vocabulary(self) -> int | None:
-        """The number of rows of the vocabulary tables, where config.json tells it."""
+        """Rows of the vocabulary tables, by config.json."""
         values = config(self.folder)
         return values.get("vocab_size") or text_config(values).get("vocab_size")
 
     @functools.cached_property
     def depths(self) -> Mapping[str, float]:
-        """The place of each weight's layer, from 0 to 1; of weights in layers."""
+        """The place of each weight's layer, from 0 to 1."""
         return depths(self.names)
 
     def nbytes(self, name: str) -> int:
-        """Return the size of a tensor in its file."""
+        """Return a tensor's size in its file."""
         return self._entries[name].end - self._entries[name].begin
 
     def stamp(self) -> str:
-        """Return a word that changes whenever a file of the folder does: names, sizes and times, no contents."""
+        """Return a digest of the files' names, sizes and times.
+
+        It changes with every change of a file; contents are not read.
+        """
         stats = [(name, os.fstat(file.fileno())) for name, file in sorted(self._files.items())]
         text = "\n".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -130,28 +141,30 @@ class Weights:
         weight_map = _weight_map(index) if index.is_file() else {}
         files = sorted(set(weight_map.values()))
         if not files:
-            alone = (self.folder / "model.safetensors").is_file()
-            files = ["model.safetensors"] if alone else sorted(p.name for p in self.folder.glob("*.safetensors"))
+            single = (self.folder / "model.safetensors").is_file()
+            files = ["model.safetensors"] if single else sorted(p.name for p in self.folder.glob("*.safetensors"))
         if not files:
             raise ModelError(
                 f"{self.folder} holds no *.safetensors. Pickled weights (.bin, .pt) are not read: load the model "
                 "once with transformers and call save_pretrained."
             )
-        found = {name: entry for file in files for name, entry in self._open(file).items()}
-        absent = [n for n, file in weight_map.items() if n not in found or found[n].file != file]
+        entries = {name: entry for file in files for name, entry in self._open(file).items()}
+        absent = [n for n, file in weight_map.items() if n not in entries or entries[n].file != file]
         if absent:
-            raise ModelError(f"{index} places {absent[0]} in {weight_map[absent[0]]}, which lacks it. Fetch it again.")
-        return {n: found[n] for n in weight_map} or found
+            raise ModelError(
+                f"{index} places {absent[0]} in {weight_map[absent[0]]}, where it is missing. Fetch the model again."
+            )
+        return {n: entries[n] for n in weight_map} or entries
 
     def _open(self, file: str) -> dict[str, _Entry]:
         path = self.folder / file
         try:
-            with safe_open(path, framework="pt"):  # the format's own library checks the header against the file
+            with safe_open(path, framework="pt"):  # safetensors checks the header against the file
                 pass
             self._files[file] = handle = path.open("rb")
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path} is truncated or no safetensors file ({error}). Fetch or write it again."
+                f"{path} is truncated or not a safetensors file ({error}). Fetch or write it again."
             ) from error
         (length,) = struct.unpack("<Q", handle.read(8))
         header, data = json.loads(handle.read(length)), 8 + length
@@ -163,7 +176,10 @@ class Weights:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return tensor name -> file name of a sharded model. Raises ModelError for files that are missing or elsewhere."""
+    """Return tensor name -> file name of a sharded model.
+
+    Raises ModelError for files missing or outside the folder.
+    """
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         weight_map = {name: str(file) for name, file in weight_map.items()}
@@ -180,11 +196,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 _Item = tuple[str, Sequence[int], torch.dtype]
 Plan = Iterable[_Item]
-"""Name, shape and dtype of each tensor to be written."""
+"""Name, shape and dtype of each tensor to write."""
 
 
 def fill_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Fill files with tensors in their order, up to `limit` bytes each; return tensor -> number of its file."""
+    """Assign tensors to files of at most `limit` bytes, in order."""
     files: dict[str, int] = {}
     number = used = 0
     for name, size in sizes.items():
@@ -195,17 +211,18 @@ def fill_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
 
 
 class WeightsWriter:
-    """Writes safetensors shards tensor by tensor, in any order and from any number of threads and processes.
+    """Writes safetensors shards tensor by tensor, in any order.
 
-    The layout is planned from names, shapes and dtypes, so every tensor's place is known before the first one is
-    written, and memory holds the tensors in flight only. Files are named and indexed as `save_pretrained` does.
+    Any number of threads and processes may write. The layout follows from names, shapes and dtypes: every tensor's
+    place is known before the first write, and memory holds only the tensors in flight. Files are named and indexed as
+    by `save_pretrained`.
 
     Args:
-        folder: where the files go; it exists.
-        plan: what will be written.
+        folder: an existing folder.
+        plan: the tensors to write.
         shard_size: bytes per file.
         files: tensor -> number of its file; by default, files are filled up to `shard_size`.
-        leader: whether this process makes the files; the others open them when they are there.
+        leader: create the files in this process; the others open existing files.
     """
 
     def __init__(
@@ -238,11 +255,11 @@ class WeightsWriter:
         return self._items[name][1]
 
     def shard_of(self, name: str) -> int:
-        """Return the number of the file that a tensor goes into."""
+        """Return the number of a tensor's file."""
         return self._shard_of[name]
 
     def create(self) -> None:
-        """Make the files, with their headers and full sizes, and the index."""
+        """Create the index and the files, in full size."""
         for number, shard in enumerate(self._shards):
             header = _header(shard)
             with (self.folder / self._file_name(number)).open("wb") as file:
@@ -263,7 +280,7 @@ class WeightsWriter:
         return self
 
     def write(self, name: str, tensor: Tensor, *, start: int = 0) -> None:
-        """Put a tensor, or a run of its elements from the flat index `start` on, in its place."""
+        """Write a tensor, or elements from `start` on."""
         shape, dtype = self._items[name]
         whole = start == 0 and tuple(tensor.shape) == shape
         if tensor.dtype != dtype or not (whole or start + tensor.numel() <= math.prod(shape)):
@@ -291,9 +308,10 @@ class WeightsWriter:
 
 
 def weights_sha256(folder: Path, *, workers: int | None = None) -> str:
-    """Return the digest of a model's tensors (names, dtypes, shapes, bytes), however they are sharded.
+    """Return a digest of a model's tensors, independent of shards.
 
-    It is the digest of the tensors' own digests, which as many threads find as the machine has cores.
+    It covers names, dtypes, shapes and bytes: a digest of the tensors' digests, computed in `workers` threads (default:
+    one per core).
     """
     weights = Weights(folder)
 
@@ -306,7 +324,7 @@ def weights_sha256(folder: Path, *, workers: int | None = None) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return a tensor's raw bytes, without a copy where it is contiguous and in main memory."""
+    """Return a tensor's raw bytes; contiguous CPU tensors are not copied."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
@@ -325,7 +343,7 @@ def _header(shard: Sequence[_Item]) -> bytes:
 
 
 def header_bytes(entries: Mapping[str, Any]) -> bytes:
-    """Return the start of a safetensors file: the length of the JSON, then the JSON, padded to eight bytes."""
+    """Return a safetensors header: JSON length, then JSON padded to eight bytes."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -57,7 +57,7 @@ def label_ends(axes: Axes, labels: Sequence[Label], stages: Sequence[str]) -> No
 
 
 def name_region(axes: Axes, text: str) -> None:
-    """Annotate the shaded region at the bottom right, unless a label covers it."""
+    """Annotate the shaded region at the bottom right, if free."""
     size, (low, high) = 8.0, axes.get_ylim()
     scale = axes.get_window_extent().height * 72 / axes.figure.dpi / (high - low)
     if all((label.get_position()[1] - low) * scale > 2.2 * size for label in axes.texts if label.get_text() != text):

@@ -1,4 +1,4 @@
-"""The picture of a run: whole for a README, in parts for a phone.
+"""The picture of a run: whole, or in parts for phones.
 
 One panel per stage (up is better, one line per way of learning), one for general ability, and the plane of learning
 against forgetting. All panels of one kind of score share their scale.

@@ -14,7 +14,10 @@ from hf_contmerge.scoring.forgetting.paired import Change, Group, mean_change
 
 @dataclass(frozen=True)
 class Results:
-    """Measurements of a run so far. Lines differ in length during a stage."""
+    """Measurements of a run so far.
+
+    Lines differ in length during a stage.
+    """
 
     stages: tuple[Stage, ...]
     general_tasks: tuple[str, ...]

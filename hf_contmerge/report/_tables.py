@@ -28,7 +28,10 @@ _KEPT = 300  # characters; scores keep no more of a document
 
 @dataclass(frozen=True)
 class Cell:
-    """A formatted value with tooltip, shade (-1 worse to 1 better) and highlight."""
+    """A formatted value with tooltip, shade and highlight.
+
+    The shade is from -1 (worse) to 1 (better).
+    """
 
     text: str = MISSING
     hint: str = ""

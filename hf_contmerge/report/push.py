@@ -1,4 +1,4 @@
-"""From a run folder to a model on the Hub, in one commit.
+"""Pushes a run's models to the Hub, in one commit.
 
 Uploaded: the merged weights, config and tokenizer, and three files written here: README.md (the card), recipe.yml and
 merge.yml. Local paths are reduced to names and secrets of the recipe are blanked in all of them; any other type of file

@@ -1,4 +1,4 @@
-"""What a run asks for, and what of it is on disk."""
+"""Recipes, and the state of runs on disk."""
 
 from typing import TYPE_CHECKING
 

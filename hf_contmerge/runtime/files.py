@@ -1,4 +1,4 @@
-"""Files and folders that appear whole, are locked, and reach the disk."""
+"""Atomic files and folders, folder locks, flushes to disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_contmerge.runtime.ranks import Ranks
 
 
 class FolderLock:
-    """Keeps a second process out of a folder; the kernel lets go of it however the holder dies."""
+    """Locks a folder against other processes; the kernel unlocks after crashes."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ".lock"
@@ -35,7 +35,7 @@ class FolderLock:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old text or the new one, whole."""
+    """Replace a file atomically: a crash leaves the old or new text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.new")
     with scratch.open("w", encoding="utf-8") as file:
@@ -47,7 +47,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -55,15 +55,18 @@ def remove(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Make the system write a folder's files to the disk."""
+    """Flush a folder's files and entries to disk, those of its subfolders too."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the system write a folder's own entries (names, renames) to the disk."""
+    """Flush a folder's entries (names, renames) to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -72,7 +75,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def put_in_place(scratch: Path, final: Path) -> None:
-    """Make a finished folder appear under its name, whole and on the disk, in place of what is there."""
+    """Flush a folder to disk; rename it to `final`."""
     sync_files(scratch)
     remove(final)
     scratch.rename(final)
@@ -81,11 +84,11 @@ def put_in_place(scratch: Path, final: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
-    """Yield a hidden folder beside `out`, which takes its place when all has been written; after an error, it is gone.
+    """Yield a hidden folder, renamed to `out` at the end.
 
-    Raises RunError if `out` exists and is not empty.
+    It is removed after an error. Raises RunError if `out` exists and is not empty.
     """
-    out = out.absolute()  # "." has no name of its own
+    out = out.absolute()  # "." has no name
     scratch = out.with_name(f".{out.name}.partial")
 
     def make() -> None:
@@ -94,10 +97,6 @@ def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
         remove(scratch)
         scratch.mkdir(parents=True)
 
-    def publish() -> None:
-        remove(out)
-        scratch.rename(out)
-
     ranks.first(make)
     try:
         yield scratch
@@ -105,4 +104,4 @@ def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
         if ranks.is_main:
             remove(scratch)
         raise
-    ranks.first(publish)
+    ranks.first(lambda: put_in_place(scratch, out))

@@ -1,4 +1,4 @@
-"""How this process joins the others of its job: torchrun's, accelerate launch's, or a cluster's launcher."""
+"""Joins the ranks of torchrun, accelerate launch or a cluster's launcher."""
 
 from __future__ import annotations
 
@@ -21,32 +21,35 @@ from hf_contmerge.runtime.progress import progress_bar
 from hf_contmerge.runtime.ranks import find_ranks
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
-_PATIENCE = 7200  # seconds; saving a large model takes the first rank longer than NCCL's ten minutes
+_PATIENCE = 7200  # seconds; rank 0 may need more than NCCL's ten minutes to save a large model
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for its next tensors. Only for a process that is ours alone.
+    """Keep freed memory for the process's next tensors.
 
-    On a CPU, each step of training frees and takes gigabytes. glibc gives large blocks back at once, and the kernel
-    then clears each page of the next ones, which takes a third of a step. Without glibc, nothing is done. What is kept
-    is below the peak, so the peak hardly grows; it does not fall before the process ends.
+    Only for our own processes, never from a library call. On a CPU, each training step frees and allocates gigabytes;
+    glibc returns large blocks at once, and the kernel then clears each page of the next ones: a third of a step. The
+    kept memory is below the peak, so the peak hardly grows, but it does not fall before the process ends. No effect
+    without glibc.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none that can be opened
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, or none to open
         set_option = ctypes.CDLL(None).mallopt
         set_option(_TRIM_THRESHOLD, -1)
         set_option(_MMAP_MAX, 0)
 
 
 def join_ranks(fields: Mapping[str, Any] = MappingProxyType({})) -> tuple[PartialState, Crew]:
-    """Meet the other ranks; return them as accelerate knows them, and as our own work is shared among them.
+    """Join the other ranks; return accelerate's state and our crew.
 
-    `fields`: of the recipe's `train`; `ddp_timeout` and `deepspeed` are looked at.
+    A dead rank ends all others: its launcher ends the ranks on its machine, broken connections end those elsewhere.
+    Time limits are for frozen machines: the recipe's `ddp_timeout` or two hours where ranks compute together, two days
+    where they wait for rank 0 to look up, hash or publish files.
 
-    A rank that dies takes the others with it: the launcher ends those on its machine, and connections that break end
-    those on others. Time limits are for machines that freeze: `ddp_timeout` of the recipe, or two hours, where ranks
-    compute together, and days where they wait for the first to look things up, hash or publish.
+    Args:
+        fields: the recipe's `train`; only `ddp_timeout` and `deepspeed` are read.
 
-    Raises ResourceError if DeepSpeed is asked for and not installed.
+    Raises:
+        ResourceError: DeepSpeed is requested but not installed.
     """
     _check_deepspeed(fields)
     patience = timedelta(seconds=float(fields.get("ddp_timeout") or _PATIENCE))
@@ -56,9 +59,10 @@ def join_ranks(fields: Mapping[str, Any] = MappingProxyType({})) -> tuple[Partia
 
 
 def leave_ranks() -> None:
-    """Part from the other ranks at the end of all work: their connections' threads would abort a process that ends.
+    """Disconnect from the other ranks, after all work.
 
-    Not after a failure, where it might wait for ranks that are gone.
+    The threads of open connections would abort the exiting process. Not for use after a failure: it might wait for
+    ranks that have ended.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

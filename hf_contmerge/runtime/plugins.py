@@ -58,7 +58,7 @@ class Registry(Generic[T]):
         self._kind, self._home, self._base = kind, home, base
 
     def names(self) -> tuple[str, ...]:
-        """Return all words. Entry points without a module are left out, with a warning."""
+        """Return all words. Entry points without a module only warn."""
         packaged = {entry.name for entry in _entry_points(self._home) if not _is_missing(entry)}
         return tuple(sorted({*self._own(), *packaged, *(word for word, _, _ in self._filed())}))
 
@@ -83,7 +83,7 @@ class Registry(Generic[T]):
         return cls
 
     def named(self, word: str, *, where: str = "") -> type[T]:
-        """Return the class behind a user's word. Raises RecipeError, for unknown words too."""
+        """Return the class behind a word. Raises RecipeError."""
         try:
             return self.find(word)
         except KeyError as error:
@@ -134,7 +134,7 @@ def _entry_points(group: str) -> tuple[EntryPoint, ...]:
 
 @functools.cache
 def _is_missing(entry: EntryPoint) -> bool:
-    """Report whether an entry point's package is gone. Imports nothing; warns once."""
+    """Report if an entry point's package is missing. Imports nothing."""
     package = entry.value.partition(":")[0].strip().partition(".")[0]
     try:
         missing = importlib.util.find_spec(package) is None
@@ -272,7 +272,7 @@ def given_plugins() -> dict[str, str]:
 
 
 def used_plugins(words: Iterable[str] | None = None) -> dict[str, str]:
-    """Return package -> version and plugin file -> digest behind words; by default all used ones."""
+    """Return package -> version, plugin file -> digest; by default all used."""
     return {name: v for word in (_USED if words is None else words) for name, v in _USED.get(word, {}).items()}
 
 

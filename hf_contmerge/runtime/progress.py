@@ -1,4 +1,4 @@
-"""How far work on tensors and trainings are, for whoever looks at a terminal; of trainings, lines for a log too."""
+"""Progress bars for merging and training; log lines without a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 10
 
 @contextmanager
 def progress_bar(jobs: Sequence[Job], what: str) -> Iterator[Callable[[Job], None]]:
-    """Show how far the jobs are, if there is a terminal; yield what is to be called with each that is finished."""
+    """Show a bar on a terminal; yield a callback for finished jobs."""
     if not sys.stderr.isatty():
         yield lambda _job: None
         return
@@ -32,7 +32,7 @@ def progress_bar(jobs: Sequence[Job], what: str) -> Iterator[Callable[[Job], Non
     counter = TextColumn("{task.fields[tensors]}/{task.fields[of]} tensors")
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), counter, TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        # Bytes are what the eye follows, but time goes by cost: a matrix to decompose takes longer than it weighs.
+        # Shown in bytes but advanced by cost: decomposing a matrix takes longer than its bytes suggest.
         total = sum(job.nbytes for job in jobs)
         per_cost = total / (sum(job.cost for job in jobs) or 1.0)
         task, done = progress.add_task(what, total=total, tensors=0, of=len(jobs)), [0]
@@ -45,34 +45,37 @@ def progress_bar(jobs: Sequence[Job], what: str) -> Iterator[Callable[[Job], Non
 
 
 class StepProgress:
-    """How far a training is: a bar on a terminal, else a line now and then."""
+    """Training progress: a bar on a terminal, else periodic log lines."""
 
     def __init__(self, total: int, step: int, tokens: int) -> None:
-        """`total`: steps in all; `step`, `tokens`: where it starts from, which is not 0 after a resume."""
+        """Start at `step` of `total`; `step` and `tokens` are nonzero after resuming."""
         self._total, self._first = total, step
-        self._began = self._told = time.monotonic()
+        self._began = self._last_line = time.monotonic()
         self._tokens, self._bar = tokens, _step_bar() if sys.stderr.isatty() else None
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task("train", total=total, completed=step, told="")
+            self._task = self._bar.add_task("train", total=total, completed=step, status="")
 
     def step(self, number: int) -> None:
-        """Say that so many steps are done."""
+        """Advance the bar to step `number`."""
         if self._bar:
             self._bar.update(self._task, completed=number)
 
     def tell(self, number: int, loss: float, tokens: int) -> None:
-        """Show a loss. `tokens`: trained on so far, by all ranks; 0 if nobody counts them."""
+        """Report a loss.
+
+        `tokens`: tokens trained on so far by all ranks; 0 if not counted.
+        """
         now = time.monotonic()
         speed = (tokens - self._tokens) / max(now - self._began, 1e-9)
-        told = f"loss {loss:.4g}" + (f", {speed:,.0f} tokens/s" if tokens > self._tokens else "")
+        status = f"loss {loss:.4g}" + (f", {speed:,.0f} tokens/s" if tokens > self._tokens else "")
         if self._bar:
-            self._bar.update(self._task, told=told)
-        elif now - self._told >= _SECONDS_BETWEEN_LINES or number >= self._total:
-            self._told = now
+            self._bar.update(self._task, status=status)
+        elif now - self._last_line >= _SECONDS_BETWEEN_LINES or number >= self._total:
+            self._last_line = now
             left = (now - self._began) / max(number - self._first, 1) * (self._total - number)
             rest = f", {timedelta(seconds=round(left))} left" if number < self._total else ""
-            LOG.info("  step %d/%d: %s%s", number, self._total, told, rest)
+            LOG.info("  step %d/%d: %s%s", number, self._total, status, rest)
 
     def close(self) -> None:
         if self._bar:
@@ -83,5 +86,5 @@ def _step_bar() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)

@@ -1,4 +1,4 @@
-"""The processes of one job, and how they do something together."""
+"""The processes of one job and their collective calls."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 _PATIENCE = timedelta(days=2)
-"""How long a rank waits for the others. A launcher ends them all when one dies; hashing a large model takes hours."""
+"""Longest wait for other ranks. Launchers end all ranks when one dies; hashing a large model takes hours."""
 
 
 class Ranks:
-    """The processes of one job; all that the package knows of a launcher.
+    """The processes of one job, independent of the launcher.
 
-    A function that fails on any rank raises its error on every rank, so that no rank waits for one that has ended.
+    A function that fails on any rank raises its error on every rank: no rank waits for one that has ended.
     """
 
     rank: int
@@ -48,11 +48,17 @@ class Ranks:
         return self._call(lambda: do(*args, **kwargs), main_only=False)
 
     def main_first(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function on rank 0, then on the others, which find what it fetched or wrote."""
+        """Call a function on rank 0, then on the others.
+
+        The others find the files fetched or written by rank 0.
+        """
         return self._leader_first(self.is_main, self.size, lambda: do(*args, **kwargs))
 
     def local_main_first(self, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function on the first rank of each host, then on the others, which find what it fetched."""
+        """Call a function on each host's first rank, then on the others.
+
+        The others find the files fetched on their host.
+        """
         return self._leader_first(self.rank % self.per_host == 0, self.per_host, lambda: do(*args, **kwargs))
 
     def _leader_first(self, leads: bool, group: int, do: Callable[[], T]) -> T:
@@ -78,7 +84,7 @@ class Ranks:
 
 
 class OneRank(Ranks):
-    """A process on its own."""
+    """A single process."""
 
     rank, size, per_host = 0, 1, 1
 
@@ -87,16 +93,16 @@ class OneRank(Ranks):
 
 
 class LaunchedRanks(Ranks):
-    """The ranks that torchrun, accelerate launch or a cluster's launcher has started."""
+    """The ranks started by torchrun, accelerate launch or a cluster's launcher."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
 
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=_PATIENCE)
-            atexit.register(dist.destroy_process_group)  # its threads would abort a process that ends around them
+            atexit.register(dist.destroy_process_group)  # its threads would abort the exiting process
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # Lists of Python objects travel over gloo whatever backend the training uses.
+        # Lists of Python objects need gloo, independent of the training's backend.
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.per_host = ranks_per_host(self.gather(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -109,13 +115,14 @@ class LaunchedRanks(Ranks):
 
 
 def find_ranks() -> Ranks:
-    """Return the ranks of the job that this process belongs to."""
+    """Return the ranks of this process's job."""
     return LaunchedRanks() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneRank()
 
 
 def ranks_per_host(counts: Sequence[int]) -> int:
-    """Return how many ranks share a host, from what each rank says; 1 where hosts have different numbers of them.
+    """Return the ranks per host; 1 where hosts differ.
 
-    1 is always safe: every rank then counts as a host, and writes files of its own.
+    `counts`: the number reported by each rank. 1 is always safe: every rank then counts as a host and writes separate
+    files.
     """
     return counts[0] if len(set(counts)) == 1 and len(counts) % counts[0] == 0 else 1

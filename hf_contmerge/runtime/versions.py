@@ -1,4 +1,4 @@
-"""Versions of the packages that results depend on."""
+"""Package versions, recorded with results and compared across ranks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ _RECORDED_PACKAGES = ("hf_contmerge", "torch", "transformers", "trl", "peft", "a
 
 
 def versions(words: Iterable[str] | None = None) -> dict[str, str]:
-    """Return package -> version and plugin file -> digest behind a result.
+    """Return the versions to record with a result.
 
     `words`: its rule or strategies; by default all used by this process.
     """
-    found = {}
+    installed = {}
     for package in _RECORDED_PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | used_plugins(words)
+    return installed | used_plugins(words)
 
 
 @functools.cache
 def version(package: str, parts: int | None = None) -> str:
-    """Return an installed package's version, or its first parts; an empty word where it is not installed."""
+    """Return an installed package's version; "" if it is missing.
+
+    `parts`: how many of its parts to keep, such as 2 for "2.9".
+    """
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 
@@ -55,7 +58,7 @@ def check_versions(ranks: Ranks) -> None:
         if differ:
             raise mark_shared(
                 ResourceError(
-                    f"Rank {rank} (on {other_host}) and rank 0 (on {host}) have {', '.join(differ)}; their scores "
-                    "could not be compared. Install the same versions on all machines."
+                    f"Rank {rank} (on {other_host}) and rank 0 (on {host}) have different versions: "
+                    f"{', '.join(differ)}. Their scores are not comparable. Install the same versions on all machines."
                 )
             )

@@ -1,4 +1,4 @@
-"""Scores models with lm-eval on all ranks; compares them document by document."""
+"""Scores models with lm-eval and measures forgetting per document."""
 
 from typing import TYPE_CHECKING
 

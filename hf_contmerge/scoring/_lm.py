@@ -1,8 +1,8 @@
-"""lm-eval's view of a model: the requests of all tasks sorted by length, in batches that the ranks share.
+"""An lm-eval model with length-sorted batches shared among ranks.
 
-HFLM takes the local rank for the rank, ignores ranks on CPUs and forgoes them for a model in memory. Here every rank
-sees all requests, forms the same batches and computes its share of them; then all have all answers. So the answers are
-those of one process to the last bit, with any number of documents and ranks.
+HFLM takes the local rank for the rank, ignores ranks on CPUs and drops them for a model in memory. Here every rank
+sees all requests, forms the same batches, computes its share and gathers all answers. The answers are bit-identical
+to a single process, for any number of documents and ranks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
 T = TypeVar("T")
 Tokens = tuple[int, ...]
 
-_LARGEST_BATCH = 128  # that `auto` tries on a GPU
+_LARGEST_BATCH = 128  # upper limit of `auto` on a GPU
 _CPU_PIECE, _GPU_PIECE = 2**19, 2**26
-"""Logits that are made float32 at a time: on a CPU as many as its cache holds, twice as fast as all at once."""
+"""Logits converted to float32 at a time; the CPU figure fits its cache, twice as fast as all at once."""
 _Parent: Any = HFLM  # its registration hides its type
 
 
 class SharedLM(_Parent):
-    """HFLM whose ranks share the batches; to lm-eval, they are one process each."""
+    """HFLM with batches shared among ranks; lm-eval sees one process each."""
 
     def __init__(
         self,
@@ -43,13 +43,20 @@ class SharedLM(_Parent):
         batch_size: int | str = "auto",
         max_length: int | None = None,
     ) -> None:
-        """Wrap a loaded model. `rank`, `size`: among the processes that share its work.
+        """Wrap a loaded model.
 
-        Without a float32 softmax, a bfloat16 model's log-likelihoods would be rounded to two digits before they are
-        summed.
+        Log-softmax runs in float32: bfloat16 log-likelihoods would be rounded to two digits before they are summed.
+
+        Args:
+            model: a transformers model, or peft's around one.
+            tokenizer: its tokenizer.
+            rank: this process among the processes sharing the work.
+            size: number of processes sharing the work.
+            batch_size: a number, or "auto".
+            max_length: tokens per forward pass; default: the model's.
         """
         shared_out = any(isinstance(p, DTensor) for p in model.parameters())
-        # Where ranks compute together, one that found its memory full would leave the others waiting for it.
+        # Ranks that compute together would wait forever for one that ran out of memory.
         fixed = model.device.type == "cpu" or shared_out
         batch = AUTO_BATCH_SIZE if batch_size == "auto" and fixed else batch_size
         super().__init__(
@@ -59,15 +66,18 @@ class SharedLM(_Parent):
         self._sharing = (rank, size)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
         self._takes = inspect.signature(inner.forward).parameters.keys()
-        # A forward pass of weights that are shared out is one of all ranks together.
+        # A forward pass of sharded weights involves all ranks.
         self._in_step = size > 1 and shared_out
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
-        """Return (log-likelihood in nats, whether it is what the model would say) of each continuation."""
+        """Return (log-likelihood in nats, is greedy) of each continuation."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
-        """Return the log-likelihood (nats) of each text: the sum over its windows, which all are sorted together."""
+        """Return each text's log-likelihood in nats.
+
+        It is summed over the text's windows; the windows of all texts are sorted together.
+        """
         windows, owners = [], []
         for i, request in enumerate(requests):
             parts = get_rolling_token_windows(
@@ -83,18 +93,22 @@ class SharedLM(_Parent):
         return sums
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
-        """Return what the model writes after each prompt. Raises ResourceError for weights that are shared out."""
+        """Generate a continuation of each prompt.
+
+        Raises:
+            ResourceError: the model's weights are sharded over the ranks.
+        """
         if self._in_step:
             raise ResourceError(
-                "A model whose weights are shared out over the ranks cannot write texts here, which end at different "
-                "times. Score it without tasks that generate, or from its folder."
+                "A model with weights sharded over the ranks cannot generate text here, because texts end at different "
+                "times. Score it without generation tasks, or score its saved folder."
             )
         lengths = [len(self.tok_encode(r.args[0])) for r in requests]
         settings = [json.dumps(r.args[1], sort_keys=True, default=str) for r in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -lengths[i], requests[i].args[0]))
         rows, asked = self._rows(max(lengths) + self.max_gen_toks), self.batch_size_per_gpu
         batches: list[list[int]] = []
-        for i in order:  # a batch is of one kind of settings
+        for i in order:  # one batch has one set of generation settings
             if not batches or len(batches[-1]) == rows or settings[batches[-1][-1]] != settings[i]:
                 batches.append([])
             batches[-1].append(i)
@@ -108,18 +122,19 @@ class SharedLM(_Parent):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None  # noqa: ARG002
     ) -> list[tuple[float, bool]]:  # fmt: skip
-        """Return (log-likelihood, greedy) of (name, context, continuation) requests, which are lists of tokens.
+        """Return (log-likelihood, greedy) of tokenised requests.
 
-        Requests that read the same tokens share a forward pass: answers of one token to one question, for example.
+        Each request is (name, context, continuation). Requests with the same input tokens share a forward pass, e.g.
+        single-token answers to one question.
         """
         readers: dict[Tokens, list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise DataError(
-                    f"An answer to measure has {len(continuation)} tokens, and {self.max_length} are the most that "
-                    "the model reads. Give answers that are neither empty nor that long, or a larger max_length."
+                    f"An answer has {len(continuation)} tokens; expected 1 to {self.max_length} (max_length). "
+                    "Shorten the answers, remove empty ones, or raise max_length."
                 )
-            # From the left, where it is too long; the last token is only predicted.
+            # Truncated on the left; the last token is only predicted.
             readers.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
         if not readers:
             return []
@@ -139,13 +154,17 @@ class SharedLM(_Parent):
 
     @torch.no_grad()
     def _read(self, batch: Sequence[Tokens], wanted: Sequence[Sequence[list[int]]]) -> list[list[tuple[float, bool]]]:
-        """Return the answers to a batch: for each row, one for each continuation that it ends with but for a token."""
+        """Score a batch of token rows.
+
+        Returns:
+            For each row, one answer per wanted continuation; the row ends with the continuation minus its last token.
+        """
         length = len(batch[0])
         tokens = torch.zeros((len(batch), length), dtype=torch.long)
         for row, words in enumerate(batch):
             tokens[row, : len(words)] = torch.tensor(words)
         longest = [max(map(len, w)) for w in wanted]
-        # Of logits over a whole vocabulary, none are computed before the first continuation begins.
+        # Logits over a whole vocabulary are large: compute none before the first continuation.
         keep = max(length - len(words) + n for words, n in zip(batch, longest, strict=True))
         logits = self._logits(tokens.to(self.device), keep)
         skipped = length - logits.shape[1]
@@ -156,13 +175,16 @@ class SharedLM(_Parent):
         return answers
 
     def _logits(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
-        """Return logits [rows, positions, vocabulary] of tokens [rows, length], of the last `keep` positions or all."""
+        """Return logits [rows, positions, vocabulary] of tokens [rows, length].
+
+        Positions are the last `keep`, or all for models without this option.
+        """
         asked = {"use_cache": False, "logits_to_keep": keep}
         logits = self.model(tokens, **{k: v for k, v in asked.items() if k in self._takes}).logits
         return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
     def _rows(self, length: int) -> int:
-        """Return how many rows of a length fit into a batch, on every rank."""
+        """Return the batch size for a sequence length, equal on all ranks."""
         if self.batch_size_per_gpu != "auto":
             return self.batch_size_per_gpu
 
@@ -177,7 +199,10 @@ class SharedLM(_Parent):
         return min(gather_object([found])) if self._sharing[1] > 1 else found
 
     def _shared(self, batches: Sequence[T], costs: Sequence[int], work: Callable[[T], Any]) -> list[Any]:
-        """Return what `work` makes of each batch, on all ranks, which share `costs` evenly."""
+        """Apply `work` to all batches, shared evenly by cost.
+
+        All ranks get all results.
+        """
         rank, size = self._sharing
         shares = self._shares(costs)
         found = [work(batches[i]) for i in shares[rank]]
@@ -188,9 +213,9 @@ class SharedLM(_Parent):
         return [answers[i] for i in range(len(batches))]
 
     def _shares(self, costs: Sequence[int]) -> list[list[int]]:
-        """Return which batches each rank computes: the next one goes to the rank that has the least to do."""
+        """Assign batches to ranks: the next one to the least loaded rank."""
         size = self._sharing[1]
-        if self._in_step:  # all wait for each other in each batch: those of like lengths go together
+        if self._in_step:  # ranks wait for each other in every batch, so similar lengths go together
             return [list(range(rank, len(costs), size)) for rank in range(size)]
         shares, loads = [list[int]() for _ in range(size)], [0] * size
         for i, cost in enumerate(costs):
@@ -201,7 +226,10 @@ class SharedLM(_Parent):
 
 
 def _likelihoods(logits: torch.Tensor, continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
-    """Return (log-likelihood, greedy) of continuations that logits [positions, vocabulary] end with."""
+    """Return (log-likelihood, greedy) of each continuation.
+
+    Each one ends at the last position of the logits [positions, vocabulary].
+    """
     positions = max(1, (_CPU_PIECE if logits.device.type == "cpu" else _GPU_PIECE) // logits.shape[1])
     totals, best = [], []
     for piece in logits.split(positions):

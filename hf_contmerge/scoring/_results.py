@@ -1,4 +1,4 @@
-"""lm-eval's results of one task -> a TaskScore, document by document."""
+"""Converts lm-eval's results to per-document scores."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ _PERPLEXITIES = ("word_perplexity", "perplexity", "byte_perplexity")
 _SHOWN = 300, 100  # characters of a document, of an answer
 
 Row = Mapping[str, Any]
-"""What lm-eval logs of one document."""
+"""lm-eval's log entry for one document."""
 
 
 def task_score(results: Any, name: str, leaves: Mapping[str, Any]) -> TaskScore:
-    """Return one task's score; a group's is that of all the documents of its leaves together.
+    """Convert one task's results to a score.
+
+    A group counts all documents of its leaves together.
 
     Args:
-        results: what lm-eval's `evaluate` returned.
-        name: of the task.
+        results: return value of lm-eval's `evaluate`.
+        name: name of the task.
         leaves: lm-eval's own tasks in it, by name.
 
     Raises:
-        DataError: it has no documents, no number for each, or one that is nan or infinite.
+        DataError: no documents, no number for each document, or a nan or infinite number.
     """
     rows = [(row, leaf) for key, leaf in leaves.items() for row in _rows(results, key)]
     samples = [row for row, _ in rows]
     if not samples:
-        raise DataError(f"The task {name} has no documents to measure.")
+        raise DataError(f"The task {name} has no documents. Check its dataset, or remove the task.")
     metric = _metric(name, samples)
     block: Block = "perplexity" if metric in _PERPLEXITIES else "accuracy"
     values = [s[metric] for s in samples]
     pairs = [tuple(map(float, v)) if isinstance(v, tuple | list) else (float(v), 1.0) for v in values]
     sample = Sample(tuple(g for g, _ in pairs), tuple(w for _, w in pairs))
     if not math.isfinite(sample.utility) or any(_is_nan(s) for s in samples):
-        raise DataError(f"The task {name} gave nan or infinity on this model: the weights are damaged or diverged.")
+        raise DataError(f"The task {name} gave nan or infinity on this model: its weights are damaged or diverged.")
     documents = tuple(s["doc_hash"] for s in samples)
     value = math.exp(-sample.utility) if block == "perplexity" else sample.utility
     return TaskScore(
@@ -60,13 +62,19 @@ def _details(results: Any, name: str, documents: Sequence[str]) -> dict[str, Any
 
 
 def _rows(results: Any, leaf: str) -> list[Row]:
-    """Return the results of each document, in order; where a task filters answers in several ways, the first way."""
+    """Return each document's results, in order.
+
+    A task with several answer filters counts the first.
+    """
     samples = sorted(results["samples"][leaf], key=lambda s: s["doc_id"])
     return [s for s in samples if s.get("filter") == samples[0].get("filter")]
 
 
 def _metric(name: str, samples: Sequence[Row]) -> str:
-    """Return the metric to take, which all documents must have as a number of their own (or a sum and its weight)."""
+    """Choose the first known metric reported by every document.
+
+    Accuracies must be plain numbers; perplexities may be (sum, weight).
+    """
 
     def has(sample: Row, metric: str) -> bool:
         return metric in sample and (metric in _PERPLEXITIES or not isinstance(sample[metric], tuple | list))
@@ -74,26 +82,32 @@ def _metric(name: str, samples: Sequence[Row]) -> str:
     metrics = (*_ACCURACIES, *_PERPLEXITIES)
     found = next((m for m in metrics if all(has(s, m) for s in samples)), None)
     if found is None:
-        raise DataError(f"The task {name} reports none of {', '.join(metrics)} for every document; use another.")
+        raise DataError(f"The task {name} reports none of {', '.join(metrics)} for every document. Use another task.")
     return found
 
 
 def _is_nan(sample: Row) -> bool:
-    """Say whether a log-likelihood is no number: a multiple choice among such ones would still give an accuracy."""
+    """Check for nan log-likelihoods.
+
+    A multiple-choice task still reports an accuracy among nan values.
+    """
     answers = [r[0] if isinstance(r, tuple | list) else r for r in sample["filtered_resps"]]
     return any(isinstance(a, float) and math.isnan(a) for a in answers)
 
 
 def _text(row: Row, leaf: Any) -> str:
-    """Return what a document says: its question without the examples before it, or its text."""
+    """Return a document's question without few-shot examples, or its text."""
     question = leaf.doc_to_text(row["doc"])
     if isinstance(question, str) and question.strip():
         return question.strip()
-    return str(row["arguments"][0][0]).strip()  # a text to read; or the first of several questions to one answer
+    return str(row["arguments"][0][0]).strip()  # a text to score, or the first of several questions with one answer
 
 
 def _answer(row: Row, leaf: Any) -> str:
-    """Return what the model wrote or chose; where it was given one answer to judge, that one if it would say so."""
+    """Return the generated text or the chosen answer.
+
+    For a single-candidate task: the candidate if greedy decoding would produce it, else "".
+    """
     responses = row["filtered_resps"]
     if leaf.OUTPUT_TYPE == "generate_until":
         first = responses[0]
@@ -101,5 +115,5 @@ def _answer(row: Row, leaf: Any) -> str:
     if leaf.OUTPUT_TYPE != "multiple_choice":
         return str(row["target"]).strip() if responses[0][1] else ""
     choices = leaf.doc_to_choice(row["doc"])
-    likelihoods = [found for found, _ in responses[: len(choices)]]  # others may follow, to compare with
+    likelihoods = [found for found, _ in responses[: len(choices)]]  # unconditional likelihoods may follow
     return str(choices[max(range(len(likelihoods)), key=likelihoods.__getitem__)]).strip()

@@ -1,8 +1,8 @@
-"""What a task measures, as a digest that is found from files alone: neither lm-eval nor torch is loaded for it.
+"""Digests of evaluation tasks, computed from files without lm-eval or torch.
 
-It is that of the task's YAML as lm-eval resolves it (includes, the members of a group or a tag), of the Python beside
-it, and of its data: local files by their bytes, a dataset of the Hub by the commit that lies in the cache of
-`datasets`. Where files stand is no part of it. What cannot be known so has no digest.
+A digest covers the task's YAML as lm-eval resolves it (includes, members of a group or tag), the Python files next to
+it, and its data: local files by their bytes, Hub datasets by the commit in the cache of `datasets`. File locations do
+not count. Tasks with parts outside these files have no digest.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ _SKIPPED = {"__pycache__", ".ipynb_checkpoints"}
 
 
 class _UnknownError(Exception):
-    """A part of a task that files do not tell."""
+    """Part of a task cannot be identified from files."""
 
 
 class _TaskLoader(_Loader):
-    """YAML as lm-eval has it: `!function module.name` stands for code in a file nearby."""
+    """Loads lm-eval's YAML.
+
+    `!function module.name` refers to code in a nearby file.
+    """
 
 
 _TaskLoader.add_constructor("!function", lambda loader, node: {"!function": loader.construct_scalar(node)})
@@ -39,7 +42,7 @@ _TaskLoader.add_constructor("!function", lambda loader, node: {"!function": load
 
 @dataclass(frozen=True)
 class Listing:
-    """Where tasks are written down: name -> YAML file of a task or group; tag -> the names of its tasks."""
+    """Task files by task or group name; task names by tag."""
 
     files: Mapping[str, Path] = field(default_factory=dict)
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -47,27 +50,38 @@ class Listing:
 
 @dataclass(frozen=True)
 class TaskDigests:
-    """The digests of tasks in some folders or of lm-eval's own."""
+    """The digests of tasks in given folders or of lm-eval's own."""
 
     listings: Sequence[Listing]
-    """The first one counts that has a name."""
+    """In order of precedence."""
     shelf: Shelf
 
     @classmethod
     def open(cls, folders: Sequence[Path], shelf: Shelf, own: Listing | None = None) -> TaskDigests:
-        """Read the task files of some folders, of which the last counts first. `own`: those that lm-eval brings."""
+        """Read the task files of some folders.
+
+        Args:
+            folders: folders of task YAML files; later ones take precedence.
+            shelf: cache of file digests.
+            own: lm-eval's own tasks; default: the remembered listing.
+        """
         ours = [_listing(folder) for folder in reversed(folders) if folder.is_dir()]
         return cls([*ours, own or _own_listing(shelf) or Listing()], shelf)
 
     def sha256(self, name: str) -> str | None:
-        """Return the digest of a task, a group or a tag; None where files do not tell it."""
+        """Return the digest of a task, group or tag; None if unknown."""
         try:
             return digest(["task", self._parts(name, frozenset())])
         except (_UnknownError, OSError, yaml.YAMLError, UnicodeDecodeError):
             return None
 
     def _parts(self, name: str, above: frozenset[str]) -> Any:
-        """Return all that a name stands for. `above`: the groups that it is a member of."""
+        """Resolve a name to all its content.
+
+        Args:
+            name: a task, group or tag.
+            above: enclosing groups, to detect circles.
+        """
         if name in above:
             raise _UnknownError(name)
         for listing in self.listings:
@@ -92,7 +106,7 @@ class TaskDigests:
                 yield list(self._members({**config, **member}, member["task"], above))
             elif isinstance(member, dict) and self._is_listed(str(member.get("task") or member.get("group"))):
                 if "dataset_path" in member or "dataset_kwargs" in member:
-                    raise _UnknownError(str(member))  # other data than the task's own
+                    raise _UnknownError(str(member))  # replaces the task's own data
                 yield self._parts(str(member.get("task") or member.get("group")), above)
             elif isinstance(member, dict):
                 yield self._with_data({**config, **member})
@@ -103,7 +117,7 @@ class TaskDigests:
         return any(name in listing.files or name in listing.tags for listing in self.listings)
 
     def _with_data(self, config: Mapping[str, Any]) -> Any:
-        """Return a task's settings with the digests of its data in the place of paths."""
+        """Return a task's settings, with data paths replaced by digests."""
         path, options = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})
         elsewhere = {"class", "custom_dataset", "use_prompt"} & config.keys() or "data_dir" in options
         if elsewhere or not isinstance(path, str):
@@ -117,7 +131,7 @@ class TaskDigests:
         return {**config, "dataset_kwargs": options, "commit": commit}
 
     def _contents(self, files: Any) -> Any:
-        """Return the digests of files where their names stand."""
+        """Replace file names by digests of their contents."""
         if isinstance(files, dict):
             return {split: self._contents(names) for split, names in files.items()}
         if isinstance(files, list):
@@ -129,7 +143,12 @@ class TaskDigests:
 
 
 def keep_own_listing(shelf: Shelf, index: Mapping[str, Any]) -> Listing | None:
-    """Remember which tasks lm-eval brings. `index`: its name -> entry (yaml_path, tags), of all of them or none."""
+    """Remember lm-eval's own tasks.
+
+    Args:
+        shelf: where to keep the listing.
+        index: name -> entry (yaml_path, tags), of all of lm-eval's tasks or none.
+    """
     if not index:
         return None
     files = {name: str(entry.yaml_path) for name, entry in index.items() if entry.yaml_path}
@@ -139,7 +158,7 @@ def keep_own_listing(shelf: Shelf, index: Mapping[str, Any]) -> Listing | None:
 
 
 def _own_listing(shelf: Shelf) -> Listing | None:
-    """Return which tasks lm-eval brings, if that was remembered."""
+    """Return the remembered listing of lm-eval's own tasks, if any."""
     found = shelf.find(_own_key())
     if not found:
         return None
@@ -149,12 +168,15 @@ def _own_listing(shelf: Shelf) -> Listing | None:
 def _own_key() -> str:
     from importlib.util import find_spec
 
-    package = find_spec("lm_eval")  # found, not imported
+    package = find_spec("lm_eval")  # located without importing it
     return digest(["tasks of lm-eval", version("lm_eval"), package.origin if package else None])
 
 
 def _listing(folder: Path) -> Listing:
-    """Return the tasks of a folder. Of two files with one name the first counts, as in lm-eval."""
+    """List a folder's tasks.
+
+    The first file of a name wins, as in lm-eval.
+    """
     files: dict[str, Path] = {}
     tags: dict[str, list[str]] = {}
     for path in sorted(folder.glob("**/*.yaml"), key=lambda p: p.as_posix()):
@@ -163,7 +185,7 @@ def _listing(folder: Path) -> Listing:
         try:
             config = _resolved(path)
         except (_UnknownError, OSError, yaml.YAMLError, UnicodeDecodeError):
-            continue  # no task, for lm-eval either
+            continue  # lm-eval skips it too
         name = config.get("group") or config.get("task")
         if isinstance(name, str) and name not in files:
             files[name] = path
@@ -177,7 +199,7 @@ def _words(value: Any) -> list[str]:
 
 
 def _resolved(path: Path, above: frozenset[Path] = frozenset()) -> dict[str, Any]:
-    """Return what a task file says, with the files that it includes; its own words win."""
+    """Return a task file's settings merged over those of its includes."""
     path = path.resolve()
     config = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
     if not isinstance(config, dict) or path in above:
@@ -192,7 +214,7 @@ def _resolved(path: Path, above: frozenset[Path] = frozenset()) -> dict[str, Any
 
 
 def _functions(config: Any) -> Iterator[str]:
-    """Yield the names of the functions that a task's settings call."""
+    """Yield the names of functions in a task's settings."""
     if isinstance(config, dict) and set(config) == {"!function"}:
         yield str(config["!function"])
     elif isinstance(config, dict | list):
@@ -201,15 +223,22 @@ def _functions(config: Any) -> Iterator[str]:
 
 
 def _code(config: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Return the Python files of a task: those that its functions are in, and what lies beside, which these import."""
+    """Return a task's Python files.
+
+    Neighbouring files count as well: the files with the task's functions may import them.
+    """
     named = {folder / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in _functions(config)}
     if not all(path.is_file() for path in named):
-        raise _UnknownError(str(folder))  # of an installed package
+        raise _UnknownError(str(folder))  # a function of an installed package
     return sorted({*named, *folder.glob("*.py")}) if named else []
 
 
 def _hub_commit(path: str, name: str | None, revision: str | None) -> str:
-    """Return the commit of a Hub dataset that has been prepared on this machine, if it is only one."""
+    """Return the commit of a Hub dataset prepared on this machine.
+
+    Raises:
+        _UnknownError: the cache has no commit, or several.
+    """
     if revision and _COMMIT.fullmatch(revision):
         return revision
     root = Path(os.environ.get("HF_DATASETS_CACHE") or hugging_face_home() / "datasets").expanduser()

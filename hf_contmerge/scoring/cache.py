@@ -1,8 +1,8 @@
-"""What has been measured before, on this machine: small files, each under the digest of all that its value depends on.
+"""Cache of scores on this machine: small files named by digest.
 
-They lie in $HF_CONTMERGE_CACHE, or ~/.cache/hf_contmerge/scores; `off` there keeps nothing. The folder may be deleted
-at any time, and any number of processes may use it at once: a file is written whole or not at all, and one that is
-damaged counts as absent.
+They lie in $HF_CONTMERGE_CACHE, or ~/.cache/hf_contmerge/scores; the value `off` disables the cache. The folder may be
+deleted at any time, and any number of processes may use it at once. Files are written atomically; damaged files count
+as missing.
 """
 
 from __future__ import annotations
@@ -27,26 +27,30 @@ LOG = logging.getLogger(__name__)
 
 VARIABLE = "HF_CONTMERGE_CACHE"
 _OFF = "off"
-_FORMAT = 1  # of the files; others are not read
-_YOUNG = 2.0  # seconds; a file may change once more within one tick of the clock of its file system
+_FORMAT = 1  # file format; other formats are ignored
+_YOUNG = 2.0  # seconds; a file may change again within one clock tick of its file system
 
 
 @dataclass(frozen=True)
 class Shelf:
-    """JSON values under digests. `folder` None: nothing is found, and nothing is kept."""
+    """JSON values by digest; empty and read-only if `folder` is None."""
 
     folder: Path | None
 
     @classmethod
     def open(cls, *, use: bool = True) -> Shelf:
-        """Return the one that the environment names. `use`: whether it is wanted at all."""
+        """Open the shelf named by the environment.
+
+        Args:
+            use: False for a disabled shelf.
+        """
         named = os.environ.get(VARIABLE, "")
         if not use or named == _OFF:
             return cls(None)
         return cls(Path(named).expanduser() if named else user_cache() / "hf_contmerge" / "scores")
 
     def find(self, key: str) -> Any | None:
-        """Return what is kept under a digest; None, which is never kept, if it is absent or damaged."""
+        """Return the value of a digest; None if missing or damaged."""
         if self.folder is None:
             return None
         path = self._file(key)
@@ -55,15 +59,15 @@ class Shelf:
         except FileNotFoundError:
             return None
         except (OSError, EOFError, zlib.error, ValueError) as error:
-            LOG.warning("%s cannot be read (%s) and counts as absent.", path, error)
+            LOG.warning("Cannot read %s (%s); treating it as missing.", path, error)
             return None
         if not isinstance(entry, dict) or (entry.get("format"), entry.get("key")) != (_FORMAT, key):
-            LOG.warning("%s is no entry of this cache and counts as absent.", path)
+            LOG.warning("%s is not an entry of this cache; treating it as missing.", path)
             return None
         return entry["value"]
 
     def keep(self, key: str, value: Any) -> None:
-        """Keep a value under a digest. Where the folder cannot be written, that is logged and nothing else happens."""
+        """Store a value under a digest. Write errors are only logged."""
         if self.folder is None:
             return
         text = json.dumps({"format": _FORMAT, "key": key, "value": value}, ensure_ascii=False)
@@ -80,7 +84,7 @@ class Shelf:
                     Path(scratch).unlink(missing_ok=True)
                 raise
         except OSError as error:
-            LOG.warning("The cache of scores cannot be written (%s). Set %s to another folder.", error, VARIABLE)
+            LOG.warning("Cannot write the score cache (%s). Set %s to another folder.", error, VARIABLE)
 
     def _file(self, key: str) -> Path:
         assert self.folder
@@ -88,15 +92,15 @@ class Shelf:
 
 
 def digest(value: Any) -> str:
-    """Return the digest of anything that JSON can say; the order of a mapping's keys does not count."""
+    """Return the SHA-256 of a JSON value, regardless of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def stamp(files: Iterable[Path]) -> tuple[str, bool]:
-    """Return a word that changes whenever one of the files does, and whether it can be relied on from now on.
+    """Return a fingerprint of files without reading them, and its reliability.
 
-    It says where each file lies (past links), its inode, size and times (ns), and nothing of its contents. A file that
-    was written a moment ago may be written again without any of these changing.
+    It covers each file's real path, device, inode, size and times (ns). It is unreliable for files written a
+    moment ago: another write could leave all of these unchanged.
     """
     stats = sorted((str(path.resolve()), path.stat()) for path in files)
     words = [(p, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats]
@@ -105,7 +109,7 @@ def stamp(files: Iterable[Path]) -> tuple[str, bool]:
 
 
 def remembered(shelf: Shelf, what: str, files: Iterable[Path], find: Callable[[], Any]) -> Any:
-    """Return what `find` makes of the files, or what it made of them before if they have not been touched since."""
+    """Return `find()`, or its cached value if the files are unchanged."""
     word, settled = stamp(files)
     key = digest([what, word])
     value = shelf.find(key)
@@ -117,7 +121,7 @@ def remembered(shelf: Shelf, what: str, files: Iterable[Path], find: Callable[[]
 
 
 def file_sha256(path: Path, shelf: Shelf) -> str:
-    """Return the digest of a file's bytes, which are read once as long as the file is not touched."""
+    """Return a file's digest, cached while the file is unchanged."""
 
     def read() -> str:
         with path.open("rb") as file:
@@ -132,19 +136,24 @@ def _nothing(_: str) -> TaskScore | None:
 
 @dataclass(frozen=True)
 class ScoreCache:
-    """Scores under their keys (keys.py)."""
+    """Scores by key (keys.py)."""
 
     shelf: Shelf
     here: Callable[[str], TaskScore | None] = field(default=_nothing)
-    """Where to look first: what the run at hand has measured itself."""
+    """First place to look: the current run's own scores."""
 
     @classmethod
     def open(cls, *, use: bool = True, here: Callable[[str], TaskScore | None] = _nothing) -> ScoreCache:
-        """Return the cache that the environment names. `use`: whether any but `here` is wanted."""
+        """Open the cache named by the environment.
+
+        Args:
+            use: False for `here` alone.
+            here: first place to look up a key.
+        """
         return cls(Shelf.open(use=use), here)
 
     def find(self, key: str) -> TaskScore | None:
-        """Return the score that was measured under a key, if there was one."""
+        """Return the score of a key, or None."""
         known = self.here(key)
         if known is not None:
             return known
@@ -152,19 +161,19 @@ class ScoreCache:
         try:
             return None if entry is None else TaskScore.from_json(entry)
         except (TypeError, AttributeError):
-            LOG.warning("The entry %s is not a score as this version keeps them, and counts as absent.", key)
+            LOG.warning("The cache entry %s has another version's format; treating it as missing.", key)
             return None
 
     def keep(self, key: str, score: TaskScore) -> None:
-        """Keep a score for all runs to come."""
+        """Store a score for later runs."""
         self.shelf.keep(key, score.to_json())
 
 
 def user_cache() -> Path:
-    """Return the user's folder for what can be made again."""
+    """Return the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def hugging_face_home() -> Path:
-    """Return where the Hub's libraries keep what they fetch, without importing them."""
+    """Return the Hub libraries' cache root without importing them."""
     return Path(os.environ.get("HF_HOME") or user_cache() / "huggingface")

@@ -1,4 +1,4 @@
-"""Write what a recipe makes of datasets as lm-eval task files, so that the stock command measures the same:
+"""lm-eval task files for a recipe's datasets, usable with the stock command:
 
 lm_eval --model hf --model_args pretrained=FOLDER --include_path RUN/tasks --tasks law_heldout
 """
@@ -18,7 +18,7 @@ from hf_contmerge.training.data import StageData, documents, require_chat_templa
 
 
 def write_perplexity_task(folder: Path, name: str, documents: Sequence[str]) -> None:
-    """Write an lm-eval task that measures the perplexity of documents."""
+    """Write an lm-eval perplexity task over documents."""
     data = _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in documents])
     aggregations = {"word_perplexity": "weighted_perplexity", "byte_perplexity": "weighted_perplexity",
                     "bits_per_byte": "bits_per_byte"}  # fmt: skip
@@ -30,7 +30,13 @@ def write_perplexity_task(folder: Path, name: str, documents: Sequence[str]) -> 
 
 
 def write_choice_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write an lm-eval multiple-choice task. Rows have `query`, `choices` and `gold` (the right one's index)."""
+    """Write an lm-eval multiple-choice task.
+
+    Args:
+        folder: the task folder.
+        name: name of the task.
+        rows: `query`, `choices` and `gold` (index of the right choice).
+    """
     data = _write_rows(folder / f"{name}.jsonl", rows)
     _write_task(folder, name, data, {
         "output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
@@ -41,14 +47,16 @@ def write_choice_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]
 def write_answer_task(
     folder: Path, name: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, stop: Sequence[str]
 ) -> None:
-    """Write an lm-eval task whose answer the model writes, and must write exactly, but for blanks around it.
+    """Write an lm-eval exact-match generation task.
+
+    Blanks around an answer are ignored.
 
     Args:
-        folder: where it will lie.
-        name: of the task.
-        rows: `query` (the prompt) and `gold` (the text expected).
-        max_new_tokens: the most that the model may write.
-        stop: where its answer ends.
+        folder: the task folder.
+        name: name of the task.
+        rows: `query` (the prompt) and `gold` (the expected text).
+        max_new_tokens: generation limit.
+        stop: strings that end the answer.
     """
     data = _write_rows(folder / f"{name}.jsonl", rows)
     _write_task(folder, name, data, {
@@ -60,7 +68,11 @@ def write_answer_task(
 
 
 def write_task(folder: Path, task: Task) -> None:
-    """Write the lm-eval task that a recipe makes from a dataset. Raises DataError as corpus does."""
+    """Write the lm-eval task for a recipe's dataset.
+
+    Raises:
+        DataError: the dataset is unusable; see `task_rows`.
+    """
     rows = task_rows(task)
     if task.kind == "perplexity":
         write_perplexity_task(folder, task.name, [row["text"] for row in rows])
@@ -71,7 +83,10 @@ def write_task(folder: Path, task: Task) -> None:
 
 
 def heldout_documents(data: StageData, *, chars: int, tokenizer_folder: Path) -> list[str]:
-    """Return a stage's held-out examples as documents; conversations in the tokenizer's chat template."""
+    """Return a stage's held-out examples as documents.
+
+    Conversations use the tokenizer's chat template.
+    """
 
     def render(messages: list[dict[str, Any]]) -> str:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

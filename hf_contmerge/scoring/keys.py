@@ -1,10 +1,12 @@
-"""The key of a score: a digest of all that the numbers depend on, found without torch where the files were seen before.
+"""Cache keys of scores, found without torch for known files.
 
-    the weights (as stored, and the type that they are scored in), config, tokenizer and template, model code
+A key is a digest of everything the numbers depend on:
+
+    the weights (as stored, and their dtype when scored), config, tokenizer and template, model code
     the task (_task_digest.py): its YAML as resolved, its code, its data;  few-shot, limit, length, part
     the versions of lm-eval, torch and transformers
 
-Batch size, device and number of processes are no part of it: they change a score in its last digits only.
+Batch size, device and number of processes are excluded: they change only the last digits of a score.
 """
 
 from __future__ import annotations
@@ -25,20 +27,20 @@ from hf_contmerge.runtime.versions import version
 from hf_contmerge.scoring._task_digest import Listing, TaskDigests
 from hf_contmerge.scoring.cache import ScoreCache, Shelf, digest, file_sha256, remembered, stamp
 
-_FORMAT = 2  # of what is measured and how: raise it when scores of the same inputs change
+_FORMAT = 2  # raise it when scores of the same inputs change
 _IN_KEY_OTHERWISE = {"dtype", "validation"}
-"""Fields of `evaluate` that decide a score: the dtype is known as the model's, `validation` counts for a part only."""
+"""`evaluate` fields keyed elsewhere: dtype with the model, `validation` with the part."""
 _NOT_OF_A_TASK = {
     "name", "suite", "dataset", "kind", "question", "choices", "answer", "max_new_tokens", "stop",
 }  # fmt: skip
-"""Fields of a task that made its files, which are digested."""
+"""Task fields covered by the digest of the task's files."""
 _NO_MATTER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-"""Words of config.json that differ between copies of one model, and change nothing once the dtype is chosen."""
+"""config.json fields without effect on scores once the dtype is chosen; they differ between copies of a model."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be measured of which model."""
+    """A request to score one model on some tasks."""
 
     folder: Path
     """The model, or an adapter of `base`."""
@@ -51,7 +53,7 @@ class Asked:
 
     @property
     def whole(self) -> Path:
-        """The folder of a whole model: that of the config and the tokenizer."""
+        """Folder with config and tokenizer (an adapter's base)."""
         return self.base if self.base and self._is_adapter else self.folder
 
     @property
@@ -61,18 +63,24 @@ class Asked:
 
 @dataclass(frozen=True)
 class ModelKey:
-    """A model as it is scored."""
+    """Identity of a model and its dtype when scored."""
 
     sha256: str
-    """The digest of its weights as stored, of its companions, and of the dtype."""
+    """Digest of the stored weights, companion files and dtype."""
     dtype: str
-    """What the weights are scored in: float32, bfloat16 or float16."""
+    """float32, bfloat16 or float16."""
 
 
 def model_key(asked: Asked, shelf: Shelf, *, read: bool = True) -> ModelKey | None:
-    """Return a model's part of the keys. `read`: whether weights that were not seen before may be read; else None.
+    """Return a model's part of the keys.
 
-    Raises ModelError for a folder that is no model.
+    Args:
+        asked: the model.
+        shelf: cache of digests.
+        read: allow reading weights. If False and a digest is missing, return None.
+
+    Raises:
+        ModelError: the folder holds no model.
     """
     folders = list(dict.fromkeys((asked.whole, asked.folder)))
     weights = [_weights_sha256(folder, shelf, read=read) for folder in folders]
@@ -84,9 +92,13 @@ def model_key(asked: Asked, shelf: Shelf, *, read: bool = True) -> ModelKey | No
 
 
 def score_keys(asked: Asked, model: ModelKey, shelf: Shelf, own: Listing | None = None) -> dict[str, str | None]:
-    """Return task -> key of its score; None where files do not tell what the task is.
+    """Return task -> cache key; None for unidentifiable tasks.
 
-    `own`: the tasks that lm-eval brings, where it has been loaded; else those that were listed once.
+    Args:
+        asked: the tasks and settings.
+        model: identity of the model.
+        shelf: cache of digests.
+        own: lm-eval's own tasks, if loaded; default: the remembered listing.
     """
     digests = TaskDigests.open(asked.evaluate.task_folders(asked.task_folder), shelf, own)
     found: dict[str, str | None] = {}
@@ -98,20 +110,26 @@ def score_keys(asked: Asked, model: ModelKey, shelf: Shelf, own: Listing | None 
 
 @dataclass(frozen=True)
 class Lookup:
-    """What is known of a model before it is loaded."""
+    """Cached scores of a model, found before loading it."""
 
     model: ModelKey
     keys: Mapping[str, str | None]
-    """Task -> key of its score; None where it cannot be known without loading the task."""
+    """Task -> key of its score; None if only loading the task can identify it."""
     found: Mapping[str, TaskScore]
-    """Task -> score that was measured before."""
+    """Task -> cached score."""
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
         return [task for task in tasks if task.name not in self.found]
 
 
 def look_up(asked: Asked, cache: ScoreCache, *, read: bool = True) -> Lookup | None:
-    """Return what the cache knows of a model. `read`: as in `model_key`; without it, None if the answer needs that."""
+    """Look a model's scores up in the cache.
+
+    Args:
+        asked: the model and the tasks.
+        cache: earlier scores.
+        read: allow hashing weights. If False and a hash is missing, return None.
+    """
     model = model_key(asked, cache.shelf, read=read)
     if model is None:
         return None
@@ -123,10 +141,16 @@ def look_up(asked: Asked, cache: ScoreCache, *, read: bool = True) -> Lookup | N
 def keep_scores(
     asked: Asked, seen: Lookup, scores: Mapping[str, TaskScore], cache: ScoreCache, own: Listing | None = None
 ) -> dict[str, TaskScore]:
-    """Keep what has just been measured, and return it with the keys among its details.
+    """Cache new scores; return them with their keys in `details`.
 
-    The tasks' files are looked at again: a dataset may have been fetched only now, and what was changed while it was
-    measured has no key. `own`: as in `score_keys`.
+    Keys are computed again, because measuring may have fetched a dataset. Tasks changed meanwhile get no key.
+
+    Args:
+        asked: the request.
+        seen: the lookup before measuring.
+        scores: new scores by task.
+        cache: where to keep them.
+        own: as in `score_keys`.
     """
     keys, marked = score_keys(asked, seen.model, cache.shelf, own), {}
     for name, score in scores.items():
@@ -138,7 +162,7 @@ def keep_scores(
 
 
 def _settings(asked: Asked, task: Task) -> Mapping[str, Any]:
-    """Return how a task is measured."""
+    """Return the settings and versions in a key."""
     values = asked.evaluate.measured_by()
     versions = [version("lm_eval"), version("torch", 2), version("transformers", 2), version("datasets", 1)]
     if asked.evaluate.backend != "hf":
@@ -156,12 +180,12 @@ def _weights_sha256(folder: Path, shelf: Shelf, *, read: bool) -> str | None:
     files = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     files += [path for path in [folder / "adapter_config.json"] if path.is_file()]
     if not files:
-        raise ModelError(f"{folder} holds no *.safetensors. A model is a folder as `save_pretrained` writes it.")
+        raise ModelError(f"{folder} holds no *.safetensors. Give a model folder written by `save_pretrained`.")
 
     def find() -> str | None:
         if not read:
             return None
-        from hf_contmerge.models.experts import expert_sha256  # torch is not loaded for what was seen before
+        from hf_contmerge.models.experts import expert_sha256  # imports torch: needless for known files
 
         return expert_sha256(folder)
 
@@ -169,7 +193,10 @@ def _weights_sha256(folder: Path, shelf: Shelf, *, read: bool) -> str | None:
 
 
 def _companions(folder: Path, shelf: Shelf) -> dict[str, str]:
-    """Return the digests of what makes weights a model: config, tokenizer, template, generation settings, code."""
+    """Return digests of the files next to the weights.
+
+    These are config, tokenizer, template, generation settings and code.
+    """
     found = {}
     for path in sorted(folder.iterdir()):
         name = path.name
@@ -182,13 +209,16 @@ def _companions(folder: Path, shelf: Shelf) -> dict[str, str]:
         if name in ("config.json", "generation_config.json"):
             values = json.loads(path.read_text(encoding="utf-8"))
             found[name] = digest({k: v for k, v in values.items() if k not in _NO_MATTER})
-        elif name != "adapter_config.json":  # a part of the weights' digest
+        elif name != "adapter_config.json":  # covered by the weights' digest
             found[name] = file_sha256(path, shelf)
     return found
 
 
 def _dtype(asked: Asked, shelf: Shelf, *, read: bool) -> str | None:
-    """Return the type that the weights are scored in; None where this machine has to be asked, and may not."""
+    """Return the dtype to score in.
+
+    None if it depends on the hardware, the answer is not cached and `read` is False.
+    """
     if asked.evaluate.dtype != "auto":
         return asked.evaluate.dtype
     key = digest(["dtype", _machine(), stamp(asked.whole.glob("*.safetensors"))[0]])
@@ -204,7 +234,10 @@ def _dtype(asked: Asked, shelf: Shelf, *, read: bool) -> str | None:
 
 
 def _machine() -> list[str]:
-    """Return what decides in which type this machine computes, as far as it can be told without torch."""
+    """Return the facts behind the choice of dtype, without torch.
+
+    They are the hardware, the torch version and environment variables.
+    """
     words = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ACCELERATE_USE_CPU")
     devices = sorted(str(p) for p in Path("/dev").glob("nvidia*")) + [
         p for p in ("/dev/kfd", "/dev/dxg") if os.path.exists(p)

@@ -1,4 +1,4 @@
-"""Tasks that score what a stage of the same recipe is trained on."""
+"""Finds tasks with documents from a stage's training data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_contmerge.training.data import StageData
 
 
 def leaks(recipe: Recipe, data: Mapping[str, StageData], folder: Path) -> Iterator[str]:
-    """Yield a sentence for each stage that is trained on what a task scores.
+    """Yield a sentence for each stage trained on a task's documents.
 
     Found are tasks made from a split that a stage reads, in whatever words, and single documents of perplexity tasks
     and held-out texts among the texts of a stage. What tasks of lm-eval score is not looked at.
@@ -51,7 +51,10 @@ def _reads(stage: Dataset, task: Dataset) -> bool:
 
 
 def _overlap(one: DataSource, other: DataSource) -> bool:
-    """Say whether two sources surely have rows in common; of two different slices of a split this is not known."""
+    """Say if two sources surely share rows.
+
+    Unknown, and False, for two different slices of a split.
+    """
     if (one.path, one.config, one.revision) != (other.path, other.config, other.revision):
         return False
     sliced = "[" in one.split and "[" in other.split
@@ -78,7 +81,10 @@ class _TaskTexts:
         return sum(task in names for texts in self._tasks.values() for names in texts.values())
 
     def among(self, data: StageData, *, without: str | None) -> dict[str, int]:
-        """Return how many documents of each task are examples to train on. `without`: a task that is left out."""
+        """Return task -> number of its documents among the training examples.
+
+        The task `without` is left out.
+        """
         shared: dict[str, set[str]] = defaultdict(set)
         for text in data.train["text"] if data.form == "text" else ():
             for chars, tasks in self._tasks.items():

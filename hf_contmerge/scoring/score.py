@@ -1,4 +1,4 @@
-"""Score a model with lm-eval, on all ranks of all nodes: a folder, or a model that is in memory already."""
+"""Scores model folders or loaded models with lm-eval, on all ranks."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from hf_contmerge.scoring.tasks import DocumentPart, LoadedTask, load_task, own_
 T = TypeVar("T")
 
 _SEEDS = 0, 1234
-"""Of Python, and of numpy, torch and few-shot examples: those of the stock command."""
+"""Seeds of the stock command: Python; numpy, torch and few-shot examples."""
 _ALL = 2**30
-"""More requests than any task makes."""
+"""Larger than the number of requests of any task."""
 
 
 def score_model(
@@ -49,26 +49,28 @@ def score_model(
     trust_remote_code: bool = False,
     part: DocumentPart = "all",
 ) -> tuple[str, dict[str, TaskScore]]:
-    """Measure a model on tasks. All ranks call this together; the result is whole on the main process only.
+    """Score a model on tasks; the main process gets the result.
+
+    All ranks call this together.
 
     Args:
         folder: the model, or an adapter of `base`.
-        tasks: what to measure; those made from datasets have been written to `task_folder`.
-        task_folder: where they lie.
+        tasks: tasks to measure; tasks made from datasets already lie in `task_folder`.
+        task_folder: folder of task files.
         evaluate: batch size, dtype, limits.
         ranks: accelerate's PartialState: device, rank and world size, over all nodes.
-        base: the model that an adapter belongs to; a whole model needs none.
-        cache: what has been measured before; without it, that of this machine, unless `evaluate` forbids it.
-        trust_remote_code: let the model run code of its own.
-        part: which of each task's documents to measure.
+        base: the base model of an adapter; None for a whole model.
+        cache: earlier scores; default: this machine's cache, unless `evaluate` disables it.
+        trust_remote_code: allow the model's own code to run.
+        part: document subset to measure.
 
     Returns:
-        The digest of the model as it was scored (weights, dtype, tokenizer), and the score of each task by name.
+        The digest of the scored model (weights, dtype, tokenizer), and the score of each task by name.
 
     Raises:
         DataError: a task gave no number.
-        ModelError: the folder is no model, or the tokenizer lacks the chat template that `evaluate` asks for.
-        ResourceError: this machine cannot do what `evaluate` asks for.
+        ModelError: the folder holds no model, or the tokenizer lacks the chat template requested by `evaluate`.
+        ResourceError: this machine does not support the settings in `evaluate`.
     """
     asked = Asked(folder, base, tuple(tasks), task_folder, evaluate, part, trust_remote_code)
     seen, fresh = score_asked(asked, ranks=ranks, cache=cache or ScoreCache.open(use=evaluate.cache))
@@ -77,15 +79,15 @@ def score_model(
 
 
 def score_asked(asked: Asked, *, ranks: PartialState, cache: ScoreCache) -> tuple[Lookup, dict[str, TaskScore]]:
-    """Measure what the cache does not know, and keep it there. Raises as `score_model`.
+    """Measure and cache missing scores. Raises as `score_model`.
 
     Returns:
-        What was known, on all ranks; and what has been measured, on the main process.
+        The cache lookup, on all ranks; the new scores, on the main process only.
     """
     adapter = asked.folder != asked.whole
     check_evaluate(asked.evaluate, processes=ranks.num_processes, adapter=adapter)
     seen = _from_main(ranks, lambda: look_up(asked, cache))
-    assert seen  # weights may be read
+    assert seen  # None only with read=False
     missing = seen.missing(asked.tasks)
     if not missing:
         return seen, {}
@@ -99,12 +101,15 @@ def score_asked(asked: Asked, *, ranks: PartialState, cache: ScoreCache) -> tupl
 
 
 def _own_tasks(seen: Lookup, cache: ScoreCache) -> Listing | None:
-    """Remember the tasks that lm-eval brings, if one of them had no key for want of their list."""
+    """Remember lm-eval's own tasks, if a task lacks a key."""
     return None if all(seen.keys.values()) else keep_own_listing(cache.shelf, own_tasks())
 
 
 def _from_main(ranks: PartialState, do: Callable[[], T]) -> T:
-    """Return what the main process finds on all ranks; or raise its failure there, so that none waits for it."""
+    """Run a function on the main process; share its result or error.
+
+    Raising on every rank keeps the others from waiting.
+    """
     if ranks.num_processes == 1:
         return do()
     outcome: list[Any] = [None, None]
@@ -122,7 +127,7 @@ def _from_main(ranks: PartialState, do: Callable[[], T]) -> T:
 def _measure_folder(
     asked: Asked, tasks: Sequence[Task], dtype: torch.dtype, ranks: PartialState
 ) -> dict[str, TaskScore]:
-    """Load a model and measure it; the result is on the main process."""
+    """Load and score a model; the main process gets the result."""
     evaluate, remote, part = asked.evaluate, asked.trust_remote_code, cast(DocumentPart, asked.part)
     if evaluate.backend == "vllm":
         return _measure(_vllm(asked.folder, dtype, evaluate), tasks, asked.task_folder, evaluate, part)
@@ -143,29 +148,29 @@ def score_loaded(
     ranks: PartialState,
     part: DocumentPart = "all",
 ) -> dict[str, TaskScore]:
-    """Measure a model that is in memory, in training too: its mode and all random states are left as they were.
+    """Score a loaded model; restore its mode and random states.
 
-    All ranks, each of which has the model, call this together and share the work; the result is on the main process.
+    All ranks hold the model, call this together and share the work. The main process gets the result.
 
     Args:
-        model: a transformers model, or peft's around one, on the device where it shall run; not a DDP wrapper.
+        model: a transformers model, or peft's around one, on its final device; not a DDP wrapper.
         tokenizer: its tokenizer.
-        tasks: what to measure; those made from datasets have been written to `task_folder`.
-        task_folder: where they lie.
-        evaluate: batch size, limits; not dtype, which is the model's.
+        tasks: tasks to measure; tasks made from datasets already lie in `task_folder`.
+        task_folder: folder of task files.
+        evaluate: batch size, limits; the dtype is the model's.
         ranks: accelerate's PartialState.
-        part: which of each task's documents to measure.
+        part: document subset to measure.
 
     Raises:
         DataError: a task gave no number.
-        ModelError: the tokenizer lacks the chat template that `evaluate` asks for.
+        ModelError: the tokenizer lacks the chat template requested by `evaluate`.
     """
     from hf_contmerge.scoring._lm import SharedLM
 
     if evaluate.chat_template:
         require_template(tokenizer)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what we do on purpose
-    alone = evaluate.parallel == "tensor"  # all ranks are one model
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about intended settings
+    alone = evaluate.parallel == "tensor"  # all ranks form one model
     sharing = {} if alone else {"rank": ranks.process_index, "size": ranks.num_processes}
     with _as_it_was(model):
         lm = SharedLM(
@@ -178,10 +183,10 @@ def score_loaded(
 def _measure(
     lm: Any, tasks: Sequence[Task], task_folder: Path, evaluate: Evaluate, part: DocumentPart
 ) -> dict[str, TaskScore]:
-    """Return the scores of tasks.
+    """Score tasks in as few lm-eval calls as possible.
 
-    All are measured in one call, whose batches are of like lengths across tasks. Its parts must have names of their
-    own, so the same one with other few-shot examples waits for a second call.
+    One call batches similar lengths across tasks. Task names must be unique within a call, so a task repeated
+    with other few-shot examples waits for a second call.
     """
     manager = task_manager([t.name for t in tasks], evaluate.task_folders(task_folder))
     rounds: list[list[LoadedTask]] = []
@@ -199,13 +204,13 @@ def _measure(
 
 
 def _agree(one: LoadedTask, other: LoadedTask) -> bool:
-    """Say whether what two tasks have in common is asked in the same way."""
+    """Check for equal few-shot settings in the tasks common to both."""
     common = one.leaves.keys() & other.leaves.keys()
     return all(one.leaves[n].get_config("num_fewshot") == other.leaves[n].get_config("num_fewshot") for n in common)
 
 
 def _evaluate(lm: Any, tasks: Sequence[LoadedTask], evaluate: Evaluate, part: DocumentPart) -> Any:
-    """Return lm-eval's results of tasks in one call; on every rank, and the same."""
+    """Run lm-eval on tasks in one call, identically on all ranks."""
     from lm_eval.evaluator import evaluate as lm_evaluate
 
     leaves = {name: leaf for task in tasks for name, leaf in task.leaves.items()}
@@ -222,7 +227,7 @@ def _evaluate(lm: Any, tasks: Sequence[LoadedTask], evaluate: Evaluate, part: Do
 
 
 def _seed() -> None:
-    """Give random generators the stock command's seeds, for tasks that draw."""
+    """Seed random generators as the stock command does."""
     random.seed(_SEEDS[0])
     numpy.random.seed(_SEEDS[1])
     torch.manual_seed(_SEEDS[1])
@@ -230,7 +235,7 @@ def _seed() -> None:
 
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
-    """Let a model be scored; give it its mode, and random generators their states back."""
+    """Enter eval mode; restore mode and random states on exit."""
     training, states = model.training, (random.getstate(), numpy.random.get_state())
     model.eval()
     try:
@@ -243,7 +248,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
 
 
 def _load(folder: Path, whole: Path, evaluate: Evaluate, ranks: PartialState, **init: Any) -> Any:
-    """Return a model where it will run."""
+    """Load a model onto its devices."""
     if evaluate.parallel == "layers":
         return load_model(folder, whole, device_map="auto", **init)
     if evaluate.parallel == "tensor":
@@ -252,16 +257,16 @@ def _load(folder: Path, whole: Path, evaluate: Evaluate, ranks: PartialState, **
 
 
 def _vllm(folder: Path, dtype: torch.dtype, evaluate: Evaluate) -> Any:
-    """Return lm-eval's view of a model that vLLM loads."""
+    """Load a model in vLLM, wrapped for lm-eval."""
     from lm_eval.models.vllm_causallms import VLLM
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     make: Any = VLLM  # its registration hides its type
     gpus = max(1, torch.cuda.device_count())
-    # vLLM forms batches itself. To lm-eval "auto" means a bar as well, by whose time vLLM divides: 0, if bars are off.
+    # vLLM forms batches itself. lm-eval's "auto" adds a progress bar; with bars off, vLLM divides by its time, 0.
     batch_size = _ALL if evaluate.batch_size == "auto" else evaluate.batch_size
     return make(
         pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), batch_size=batch_size,
         max_model_len=evaluate.max_length, tensor_parallel_size=gpus if evaluate.parallel == "tensor" else 1,
-        gpu_memory_utilization=0.2 if current_platform.is_cpu() else 0.9,  # others live in main memory too
+        gpu_memory_utilization=0.2 if current_platform.is_cpu() else 0.9,  # other processes use main memory too
     )  # fmt: skip

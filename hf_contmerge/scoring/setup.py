@@ -1,4 +1,4 @@
-"""Whether this job can score as a recipe asks, told before a model is loaded or trained."""
+"""Checks a job's scoring settings before a model is loaded or trained."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ AUTO_BATCH_SIZE = 8
 
 
 def check_evaluate(evaluate: Evaluate, *, processes: int, per_machine: int = 1, adapter: bool = False) -> None:
-    """Raise an error unless this machine can run models in the way that `evaluate` asks for.
+    """Check `evaluate` against this machine and the number of processes.
 
     Args:
-        evaluate: of the recipe.
-        processes: how many ranks the job has.
-        per_machine: how many of them run on a machine.
-        adapter: whether adapters, which are no whole models, will be scored.
+        evaluate: scoring settings of the recipe.
+        processes: number of ranks in the job.
+        per_machine: number of ranks per machine.
+        adapter: True if adapters will be scored.
 
     Raises:
-        ResourceError: there is no vLLM, nothing that it can compute on, or the wrong number of processes.
-        RecipeError: two words contradict each other.
+        ResourceError: vLLM or its hardware is missing, or the number of processes is wrong.
+        RecipeError: two settings contradict each other.
     """
     if evaluate.backend == "vllm":
         _check_vllm(evaluate, processes=processes, adapter=adapter)
     if evaluate.parallel == "layers" and per_machine > 1:
         raise ResourceError(
-            f"`evaluate.parallel: layers` spreads one process over all GPUs of a machine, and {per_machine} processes "
-            "run on this one. Start one a machine (`--nproc-per-node 1`), or set `parallel: tensor`."
+            f"`evaluate.parallel: layers` spreads one process over all GPUs of a machine; got {per_machine} processes "
+            "per machine. Start one per machine (`--nproc-per-node 1`), or set `parallel: tensor`."
         )
     if evaluate.parallel == "tensor" and evaluate.backend == "hf" and processes < 2:
         raise ResourceError(
-            "`evaluate.parallel: tensor` spreads each matrix over the ranks of a job, and this one has one. Start a "
-            "rank for each GPU (`torchrun --nproc-per-node N`), or set `parallel: layers`."
+            "`evaluate.parallel: tensor` spreads each matrix over the ranks of a job; this job has one rank. Start a "
+            "rank per GPU (`torchrun --nproc-per-node N`), or set `parallel: layers`."
         )
     if evaluate.parallel == "tensor" and adapter:
         raise RecipeError(
-            "`evaluate.parallel: tensor` cannot load adapters, which stages leave with `keep: true`. Set `parallel: "
+            "`evaluate.parallel: tensor` cannot load adapters, the result of stages with `keep: true`. Set `parallel: "
             "layers`, or remove `keep`."
         )
 
@@ -55,33 +55,41 @@ def _check_vllm(evaluate: Evaluate, *, processes: int, adapter: bool) -> None:
         )
     if processes > 1:
         raise ResourceError(
-            f"`evaluate.backend: vllm` starts processes of its own, and this job has {processes}. Score in a job of "
-            "one process, with `parallel: tensor` to use all its GPUs; or set `backend: hf`."
+            f"`evaluate.backend: vllm` starts its own processes and needs a job of one process; this one has "
+            f"{processes}. Start one process, with `parallel: tensor` to use all its GPUs, or set `backend: hf`."
         )
     if evaluate.parallel == "layers" or adapter:
         raise RecipeError(
-            "`evaluate.backend: vllm` loads whole models, by `parallel: data` (one GPU) or `parallel: tensor` (all of "
-            "them); neither `layers` nor adapters. Set `backend: hf`."
+            "`evaluate.backend: vllm` loads whole models with `parallel: data` (one GPU) or `parallel: tensor` (all "
+            "GPUs). It supports neither `parallel: layers` nor adapters. Set `backend: hf`."
         )
-    # Last: it takes seconds to load.
+    # Last, because this import takes seconds.
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     if current_platform.is_unspecified():
         raise ResourceError(
-            "`evaluate.backend: vllm`: the vLLM that is installed finds nothing here to compute on; mostly it is built "
-            "for GPUs, and this machine has none. Remove the line."
+            "`evaluate.backend: vllm`: the installed vLLM supports no device of this machine, probably because it is "
+            "a GPU build and no GPU is available. Remove the line."
         )
 
 
 def require_template(tokenizer: Any) -> None:
-    """Raise ModelError if a tokenizer cannot put prompts into a chat template."""
+    """Check for a chat template in a tokenizer.
+
+    Raises:
+        ModelError: the template is missing.
+    """
     if not tokenizer.chat_template:
         raise ModelError(
-            f"The tokenizer of {tokenizer.name_or_path} has no chat template, which `evaluate.chat_template: true` "
-            "needs. Remove the line, or give the base model a tokenizer with one."
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template; `evaluate.chat_template: true` "
+            "needs one. Remove the line, or use a base model with a chat template."
         )
 
 
 def check_template(folder: Path) -> None:
-    """Raise ModelError if the tokenizer of a model folder has no chat template."""
+    """Check for a chat template in a model folder's tokenizer.
+
+    Raises:
+        ModelError: the template is missing.
+    """
     require_template(AutoTokenizer.from_pretrained(folder))

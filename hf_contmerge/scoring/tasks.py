@@ -1,4 +1,4 @@
-"""lm-eval's tasks: found by name, loaded, and looked at before a model is."""
+"""Finds, loads and checks lm-eval's tasks before loading a model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 
 DocumentPart = Literal["all", "test", "validation"]
-"""Which of a task's documents to measure: what is chosen on the validation part must not be judged by it."""
+"""Document subset to measure: choices made on the validation part are judged on the test part."""
 
-_OWN: dict[str, Any] = {}  # lm-eval's own tasks, once this process has listed them
-_SAMPLED = 32  # documents of a task, to tell how long its requests are
+_OWN: dict[str, Any] = {}  # lm-eval's own tasks, filled on demand
+_SAMPLED = 32  # documents per task, to estimate request lengths
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What a task asks of a model: how often, some of the texts, and whether it wants text back."""
+    """A task's requests to a model: number, sample texts and kind."""
 
     count: int
     texts: tuple[str, ...]
@@ -34,29 +34,29 @@ class Requests:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """lm-eval's tasks under a name, and the groups that join them."""
+    """lm-eval's tasks and groups loaded under one name."""
 
     name: str
     leaves: Mapping[str, Any]
-    """One, or those of a group or a tag, by their own names."""
+    """One task, or the members of a group or tag, by name."""
     groups: Mapping[str, Any]
 
 
 def check_tasks(
     tasks: Sequence[Task], folders: Sequence[Path], *, split: bool = False, limit: int | None = None
 ) -> None:
-    """Load all tasks, to see that they and their data are there.
+    """Load all tasks to check them and their data.
 
     Args:
-        tasks: what will be measured.
-        folders: where tasks of our own lie.
-        split: whether their documents will be split into a validation and a test part.
-        limit: how many documents of each will be measured; None for all.
+        tasks: tasks to measure.
+        folders: folders of our own task files.
+        split: True if documents will be split into a validation and a test part.
+        limit: documents per task; None for all.
 
     Raises:
-        RecipeError: a task is neither in the folders nor known to lm-eval, or runs what a model writes.
-        DataError: its dataset is missing, cannot be read, or has too few documents.
-        ResourceError: the Hub, where its dataset lies, cannot be reached; all such tasks are named at once.
+        RecipeError: a task is unknown, or runs code written by the model.
+        DataError: a dataset is missing, unreadable or too small.
+        ResourceError: datasets on the Hub cannot be reached; the message names all affected tasks.
     """
     manager = task_manager([t.name for t in tasks], folders)
     for task in tasks:
@@ -71,28 +71,38 @@ def check_tasks(
                 _check_documents(load_task(manager, task), limit, split=split)
             except ResourceError as error:
                 absent[f"{task.name} (of the suite {task.suite})" if task.suite else task.name] = error
-                constants.HF_HUB_OFFLINE = True  # one task's retries of 20 seconds tell enough
+                constants.HF_HUB_OFFLINE = True  # retries take 20 seconds: once is enough
     finally:
         constants.HF_HUB_OFFLINE = offline
     if len(absent) == 1:
         raise next(iter(absent.values()))
     if absent:
         raise ResourceError(
-            f"The datasets of {len(absent)} tasks are not here, and the Hub cannot be reached: {', '.join(absent)}. "
-            "Check the network and HF_HUB_OFFLINE, or leave these tasks out."
+            f"The datasets of {len(absent)} tasks are missing, and the Hub cannot be reached: {', '.join(absent)}. "
+            "Check the network and HF_HUB_OFFLINE, or remove these tasks."
         )
 
 
 def load_libraries() -> None:
-    """Import what scoring imports when it begins, so that the memory of a process that has them can be measured."""
+    """Import the libraries of scoring.
+
+    The plan measures the memory of a process with these imports.
+    """
     import lm_eval.evaluator
     import lm_eval.models.huggingface  # noqa: F401
 
 
 def sample_requests(name: str, folders: Sequence[Path], *, few_shot: int | None, limit: int | None) -> Requests:
-    """Return what a task will ask of a model, from its first documents. Raises as `check_tasks`.
+    """Estimate a task's requests from its first documents.
 
-    `few_shot`, `limit`: as the recipe has them; None: as the task does.
+    Args:
+        name: name of the task.
+        folders: folders of our own task files.
+        few_shot: number of examples; None for the task's default.
+        limit: number of documents; None for all.
+
+    Raises:
+        ContmergeError: as `check_tasks`.
     """
     loaded = load_task(task_manager([name], folders), Task(name=name, num_fewshot=few_shot))
     count, sampled = 0, []
@@ -107,12 +117,15 @@ def sample_requests(name: str, folders: Sequence[Path], *, few_shot: int | None,
 
 
 def task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
-    """Return lm-eval's index of tasks: of those in the folders, and of its own if one of the names is."""
+    """Index the tasks in folders.
+
+    lm-eval's own tasks are added if a name needs them.
+    """
     from lm_eval.tasks import TaskManager
 
     include: list[str | Path] = [str(f) for f in folders if f.is_dir()]
     ours = TaskManager(include_path=include, include_defaults=False)
-    # Indexing lm-eval's own tasks takes seconds: only when one of them is meant.
+    # Indexing lm-eval's own tasks takes seconds.
     if set(names) <= set(ours.all_tasks):
         return ours
     whole = TaskManager(include_path=include)
@@ -121,27 +134,30 @@ def task_manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
 
 
 def own_tasks() -> Mapping[str, Any]:
-    """Return the entries of lm-eval's own tasks, groups and tags by name, if `task_manager` has come to list them."""
+    """Return lm-eval's own task entries, as listed by `task_manager`."""
     return dict(_OWN)
 
 
 def load_task(manager: Any, task: Task) -> LoadedTask:
-    """Return lm-eval's tasks and groups under a name, with the few-shot examples asked for. Raises as `check_tasks`."""
+    """Load lm-eval's tasks and groups under one name.
+
+    Raises as `check_tasks`.
+    """
     name = task.name
     try:
         loaded: Mapping[str, Mapping[str, Any]] = manager.load([name])
     except ConnectionError as error:
         raise ResourceError(
-            f"The dataset of the task {name} is not here, and the Hub cannot be reached: {error}. Check the network "
-            "and HF_HUB_OFFLINE, or leave the task out."
+            f"The dataset of the task {name} is missing, and the Hub cannot be reached: {error}. Check the network "
+            "and HF_HUB_OFFLINE, or remove the task."
         ) from error
     except (FileNotFoundError, DatasetGenerationError) as error:
-        raise DataError(f"The dataset of the task {name} cannot be read: {error.__cause__ or error}") from error
+        raise DataError(f"Cannot read the dataset of the task {name}: {error.__cause__ or error}") from error
     for leaf in loaded["tasks"].values():
         if getattr(leaf, "UNSAFE_CODE", False):
             raise RecipeError(
-                f"The task {name} runs the program code that a model writes, which this program does not. Leave it "
-                "out, and measure it with lm_eval's own command inside a sandbox."
+                f"The task {name} runs code written by the model, which is not supported here. Remove it, and "
+                "measure it with the lm_eval command inside a sandbox."
             )
         shots = leaf.get_config("num_fewshot") or 0 if task.num_fewshot is None else task.num_fewshot
         leaf.set_config(key="num_fewshot", value=shots)
@@ -149,12 +165,12 @@ def load_task(manager: Any, task: Task) -> LoadedTask:
 
 
 def part_indices(leaf: Any, part: DocumentPart, evaluate: Evaluate) -> list[int]:
-    """Return which of a task's documents belong to a part, in order.
+    """Return the indices of the documents in a part, in order.
 
     A document belongs to the validation part if its digest, as a fraction of all digests, is below
-    `evaluate.validation`: on every machine, in every task and at every `limit` the same; so two copies of a document
-    never lie on different sides. A side that this leaves with less than two gets the nearest ones, if there are four:
-    one document says nothing of the noise.
+    `evaluate.validation`. The split is the same on every machine, in every task and at every `limit`; copies of a
+    document share a side. A side with fewer than two documents gets the nearest ones, if there are at least four: one
+    document gives no estimate of the noise.
     """
     documents = list(leaf.eval_docs)[: evaluate.limit]
     everything = range(len(documents))
@@ -171,7 +187,7 @@ def part_indices(leaf: Any, part: DocumentPart, evaluate: Evaluate) -> list[int]
 
 
 def _place(document: Any) -> float:
-    """Return where a document's digest lies between 0 and 1."""
+    """Map a document's digest to a fraction from 0 to 1."""
     from lm_eval.utils import handle_non_serializable
 
     text = json.dumps(document, default=handle_non_serializable, ensure_ascii=False, sort_keys=True)
@@ -182,13 +198,12 @@ def _check_documents(task: LoadedTask, limit: int | None, *, split: bool) -> Non
     for name, leaf in task.leaves.items():
         count = len(list(leaf.eval_docs)[:limit])
         if count < 1 + split:
-            need = "A guard or an `auto` parameter needs at least two, to choose on one and judge by another." * split
+            need = "A guard or an `auto` parameter needs at least two: one to choose on, one to judge by." * split
             raise DataError(
-                f"The task {name} has {count or 'no'} document{'s' * (count != 1)} to measure. "
-                f"{need or 'Leave it out.'}"
+                f"The task {name} has {count or 'no'} document{'s' * (count != 1)} to measure. {need or 'Remove it.'}"
             )
 
 
 def _near(name: str, known: Sequence[str]) -> list[str]:
-    """Return the few of lm-eval's thousands of tasks that a message should show."""
+    """Return close matches among lm-eval's thousands of tasks."""
     return difflib.get_close_matches(name, known, n=8, cutoff=0.4)

@@ -1,4 +1,4 @@
-"""SLAO: a LoRA that starts in the last one's directions.
+"""SLAO: a LoRA in the directions of the last one.
 
 Qiao and Mahdavi, "Merge before Forget: A Single LoRA Continual Learning via Continual Merging", arXiv 2512.23017.
 """
@@ -53,6 +53,6 @@ class Slao(Lora):
 
 
 def orthonormal_rows(a: Tensor) -> Tensor:
-    """Return the row basis of A (r, n) by QR, with fixed signs."""
+    """Return the row basis of A (r, n), with fixed signs."""
     q, r = torch.linalg.qr(a.double().T)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T.to(a.dtype)

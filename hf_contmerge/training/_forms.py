@@ -166,7 +166,7 @@ def _where(rows: datasets.Dataset, accept: Any) -> datasets.Dataset:
 
 
 def _lacks(value: Any, *, alone: bool) -> bool:
-    """Say if a value is null, or blank and the row's only one."""
+    """Say if a value is null, or a row's only and blank."""
     return value is None or (alone and isinstance(value, str) and not value.strip())
 
 

@@ -1,4 +1,4 @@
-"""The examples of one dataset, and how those of several become one stage's: by shares, each row's source noted."""
+"""Mixes of datasets by shares, with each row's source."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Portion:
-    """The examples of one dataset that are trained on, and that are held out."""
+    """The training and held-out examples of one dataset."""
 
     source: DataSource
     share: float
@@ -32,17 +32,17 @@ class Portion:
     """Why rows of the split are neither -> how many."""
 
     def keeping(self, train: datasets.Dataset, why: str) -> Portion:
-        """Return the portion with these training examples only. `why`: the reason for the others."""
+        """Return the portion with these training examples. `why`: reason for others."""
         dropped = Counter({why: len(self.train) - len(train)})
         return replace(self, train=train, left_out=self.left_out + dropped)
 
     def first(self, count: int, why: str) -> Portion:
-        """Return the portion with its first training examples only. `why`: the reason for the others."""
+        """Return the portion with its first examples. `why`: reason for others."""
         return self.keeping(self.train.select(range(min(count, len(self.train)))), why)
 
 
 def split_by_shares(count: int, shares: Sequence[float]) -> list[int]:
-    """Return how many of `count` fall to each share: whole numbers with that sum, by the largest remainders."""
+    """Divide `count` by shares into whole numbers, by largest remainders."""
     wanted = [count * share for share in shares]
     parts = [math.floor(number + _ROUNDING) for number in wanted]
     order = sorted(range(len(parts)), key=lambda i: parts[i] - wanted[i])
@@ -52,7 +52,7 @@ def split_by_shares(count: int, shares: Sequence[float]) -> list[int]:
 
 
 def in_proportion(portions: Sequence[Portion], *, at_most: int | None) -> list[Portion]:
-    """Return portions whose training examples stand in the ratio of their shares, as many as there are.
+    """Return portions in the ratio of their shares, as large as possible.
 
     Raises DataError for a share that comes to no example.
     """
@@ -72,7 +72,7 @@ def in_proportion(portions: Sequence[Portion], *, at_most: int | None) -> list[P
 
 
 def alike(portions: Sequence[Portion]) -> list[Portion]:
-    """Return portions with the columns of the first. Raises DataError for examples of another form or type."""
+    """Return portions with equal columns. Raises DataError for other forms."""
     first = portions[0]
     for other in portions[1:]:
         if other.form != first.form:
@@ -98,7 +98,7 @@ def _cast(portion: Portion, first: Portion) -> Portion:
 
 
 def joined(parts: Sequence[datasets.Dataset], *, seed: int) -> tuple[datasets.Dataset, tuple[int, ...]]:
-    """Return all rows in one shuffled dataset, and for each the place of its part."""
+    """Return all rows shuffled in one dataset, with their parts."""
     if len(parts) == 1:  # shuffled already
         return parts[0], (0,) * len(parts[0])
     rows = datasets.concatenate_datasets(list(parts))

@@ -115,7 +115,7 @@ class RatedWeights(StageTrainer):
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, rates: dict[Tensor, float]) -> None:
-    """Put weights with a factor into later groups; the first one's rate is logged.
+    """Put weights with a factor into later groups; log the first's rate.
 
     Raises RecipeError for an optimizer that is not given the model's weights.
     """

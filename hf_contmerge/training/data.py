@@ -25,7 +25,7 @@ _MEASURED: dict[Form, tuple[str, ...]] = {**COLUMNS, "preference": ("prompt", "c
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """How many rows of a dataset a stage uses, and why how many it does not."""
+    """Counts of a dataset's used rows, and of others by reason."""
 
     path: str
     config: str | None
@@ -53,7 +53,7 @@ class StageData:
 
 
 def load_stage_data(spec: Dataset, *, seed: int) -> StageData:
-    """Load a stage's dataset, shuffle it, and set its held-out examples aside; of a mix, in the ratio of its shares.
+    """Load and shuffle a stage's dataset or mix; hold examples out.
 
     Raises:
         DataError: a dataset is missing or too small, lacks the columns, or does not fit the others of a mix.
@@ -75,19 +75,19 @@ def load_stage_data(spec: Dataset, *, seed: int) -> StageData:
 
 
 def stage_data_of(fit: Fit, path: str, *, seed: int) -> StageData:
-    """Return rows that are in memory as a stage's, shuffled as those of a file are; nothing is held out."""
+    """Return rows in memory as a stage's, shuffled like a file's."""
     rows = fit.rows.shuffle(seed=seed, keep_in_memory=True)
     counts = SourceCounts(path, None, "train", 1.0, len(rows), 0, dict(+fit.left_out))
     return StageData(fit.form, rows, rows.select([]), (counts,), (0,) * len(rows))
 
 
 def _heldout_like(source: DataSource, count: int, spec: Dataset) -> DataSource:
-    """Return a source without its `heldout_split` where its share of the held-out examples comes to none."""
+    """Drop a source's `heldout_split` if its share rounds to zero."""
     return source.model_copy(update={"heldout_split": None}) if spec.heldout and not count else source
 
 
 def _set_aside(source: DataSource, share: float, count: int, *, seed: int) -> Portion:
-    """Load a dataset and set `count` held-out examples aside, or those of its `heldout_split` (0: all)."""
+    """Load a dataset; hold out `count` examples or its `heldout_split`."""
     own = 0 if source.heldout_split else count
     fit = _examples(source, seed=seed, at_most=(source.max_examples or 0) + own)
     if source.heldout_split:
@@ -105,7 +105,7 @@ def _set_aside(source: DataSource, share: float, count: int, *, seed: int) -> Po
 
 
 def _trained(portion: Portion, heldout: datasets.Dataset) -> Portion:
-    """Return a portion without examples that are held out, and without those beyond its `max_examples`."""
+    """Return a portion without held-out twins, up to `max_examples`."""
     rest = portion.keeping(_without(portion.train, heldout, portion.form), "are copies of held-out ones")
     if portion.source.max_examples:
         rest = rest.first(portion.source.max_examples, "are more than `max_examples`")

@@ -78,7 +78,7 @@ class TrainJob:
     """The stage's number."""
 
     def inputs(self) -> dict[str, Any]:
-        """Return the inputs that decide the expert, for its record."""
+        """Return the inputs behind the expert, for its record."""
         start = expert_sha256(self.start)
         return {
             "start_sha256": start,

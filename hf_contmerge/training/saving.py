@@ -37,7 +37,7 @@ def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path) -> No
 
 
 def whole_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
-    """Return an FSDP2 model's whole weights on the CPU; all ranks call this.
+    """Return an FSDP2 model's whole weights on the CPU; collective.
 
     `keep`: whether this rank wants them. Tied weights stay one tensor, so that they are saved once.
     """
@@ -53,7 +53,7 @@ def whole_state(model: Any, *, keep: bool) -> dict[str, Tensor]:
 
 
 def write_expert(place: Place, model: Any, processing: Any, base: Path, ranks: Ranks) -> Path:
-    """Write a model in memory to a place's `expert`; all ranks call this.
+    """Write a model in memory to a place's `expert`; collective.
 
     Args:
         place: gets the folder.

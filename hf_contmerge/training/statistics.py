@@ -27,7 +27,7 @@ from hf_contmerge.merge_rules import MergeRule, inputs_shape
 from hf_contmerge.merging.costs import is_matrix
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.loading import load_model
-from hf_contmerge.models.lora.matching import Names
+from hf_contmerge.models.lora.matching import StoredNames
 from hf_contmerge.models.statistics import FOLDER, write_statistics
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import StatisticsSettings
@@ -137,7 +137,7 @@ def _linear_maps(model: nn.Module, base: Weights) -> dict[str, nn.Linear]:
 
     Raises ModelError if there are none.
     """
-    names, wanted = Names(base), {n for n in base.floating() if is_matrix(n, base.shape(n), base.vocabulary)}
+    names, wanted = StoredNames(base), {n for n in base.floating() if is_matrix(n, base.shape(n), base.vocabulary)}
     linear = ((f"{path}.weight", module) for path, module in model.named_modules() if isinstance(module, nn.Linear))
     maps = {stored: module for name, module in linear if (stored := names.find(name)) in wanted and stored}
     without = sorted(wanted - maps.keys())

@@ -65,7 +65,7 @@ def test_status_of_half_a_run_tells_how_to_go_on(
     run = run_recipe(parse_recipe(recipe), tmp_path / "run", until="train")
     assert main(["status", str(run.folder)]) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == f"unfinished: `contmerge run {run.folder}/recipe.yml --run {run.folder}` goes on"
+    assert out.splitlines()[-1] == f"unfinished: `contmerge run {run.folder}/recipe.yml --run {run.folder}` resumes it"
     assert main(["run", f"{run.folder}/recipe.yml", "--run", str(run.folder), "--until", "merge"]) == 0
     assert run.merged(2, run.recipe.merge[0]).is_done("merge")
 
@@ -84,7 +84,7 @@ def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 def test_run_of_a_complete_run(run: Run, recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "cli.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     assert main(["run", str(tmp_path / "cli.yml"), "--run", str(run.folder)]) == 0
-    assert capsys.readouterr().out.startswith(f"All of {run.folder} is done.\n")
+    assert capsys.readouterr().out.startswith(f"{run.folder} is complete.\n")
 
 
 def test_redo(recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +103,7 @@ def test_redo(recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_redo_of_a_stage_whose_state_is_pruned(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["redo", str(run.folder), "merge", "--stage", "code"]) == 2
     assert capsys.readouterr().err == (
-        "Error: The running state after law is gone for magmax: it was pruned when code was merged. Use "
+        "Error: The running state after law was pruned for magmax when code was merged. Use "
         f"`contmerge redo {run.folder} merge` to redo all stages.\n"
     )
     assert main(["redo", str(run.folder), "merge", "--stage", "lore"]) == 2

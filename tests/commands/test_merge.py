@@ -111,7 +111,7 @@ def test_from_nothing_to_a_model(home: Path, tmp_path: Path, done: Run) -> None:
 
     out = tmp_path / "out"
     words = ("--dtype", "bfloat16", "--shard-size", "40KB", "--tokenizer-from", home / "code")
-    assert done("export", state, out, *words) == f"{out} is written.\n"
+    assert done("export", state, out, *words) == f"Wrote {out}.\n"
     assert len(list(out.glob("*.safetensors"))) > 1
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
     assert json.loads((out / "merge.json").read_text())["experts"] == log["experts"]
@@ -150,7 +150,7 @@ def test_a_recipe_of_mergekit_is_the_same_merge(rule: str, home: Path, tmp_path:
     """The bytes of a state's export."""
     recipe = write_recipe(home, tmp_path, rule, ("law", "medicine", "code"))
     said = done("from-recipe", recipe, tmp_path / "out", "--shard-size", "1GB")
-    assert said.startswith(f"{tmp_path}/out is written: {rule}, scale ")
+    assert said.startswith(f"Wrote {tmp_path}/out: {rule}, scale ")
     done("init", tmp_path / "state", "--base", home / "base", "--rule", rule)
     done("add", tmp_path / "state", home / "law", home / "medicine", home / "code")
     done("export", tmp_path / "state", tmp_path / "exported")
@@ -188,16 +188,16 @@ def test_words_that_are_wrong(home: Path, tmp_path: Path, refused: Run) -> None:
     export = ("export", home / "state", out)
     for size in ("5 pounds", "GB", "", "infGB", "5GBB"):
         assert refused(*export, "--shard-size", size) == (
-            f"A size is a number and KB, MB, GB or TB, as in 5GB; got {size!r}."
+            f"Invalid size {size!r}. Give a number and KB, MB, GB or TB, as in 5GB."
         )
-    assert refused(*export, "--shard-size", "0").startswith("A shard of 0 holds nothing")
+    assert refused(*export, "--shard-size", "0").startswith("A shard of 0 is empty")
     assert refused(*export, "--dtype", "int8") == "Unknown dtype 'int8'. Known: bfloat16, float16, float32."
     assert refused(*export, "--rank", "4").startswith("--rank belongs to --as-adapter")
     assert refused(*export, "--as-adapter", "--rank", "0") == "--rank 0: an adapter's rank must be at least 1."
     for device in ("tpu", "meta", "cuda:x"):
-        assert refused(*export, "--device", device) == f"--device {device} is no device: give cpu, cuda or cuda:N."
+        assert refused(*export, "--device", device) == f"--device {device}: unknown device. Give cpu, cuda or cuda:N."
     assert refused(*export, "--workers", "-1") == (
-        "--workers -1: give a number of threads, or leave it out for one for each core."
+        "--workers -1: give a number of threads, or omit it for one per core."
     )
     assert refused("add", home / "state", home / "code", "--as", "a", "--as", "b").startswith("1 experts but 2 stage")
     assert not list(tmp_path.iterdir())
@@ -206,7 +206,7 @@ def test_words_that_are_wrong(home: Path, tmp_path: Path, refused: Run) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(home: Path, tmp_path: Path, refused: Run) -> None:
     assert refused("export", home / "state", tmp_path / "out", "--device", "cuda") == (
-        "--device cuda: this machine, or this torch, has no CUDA. Leave it out."
+        "--device cuda: CUDA is missing on this machine or in this torch. Use cpu."
     )
 
 
@@ -323,20 +323,20 @@ INDEX = "EXPERT/model.safetensors.index.json"
 BAD: dict[str, tuple[Change, str]] = {
     "shape": (
         edit_weights(lambda v: v.update({NORM: torch.ones(31)})),
-        f"{NORM} has shape (31,) in EXPERT, (32,) in BASE. Both must be of one architecture and size.",
+        f"{NORM} has shape (31,) in EXPERT, (32,) in BASE. Both must have the same architecture and size.",
     ),
     "shape of the same size": (
         edit_weights(lambda v: v.update({UP: v[UP].T.contiguous()})),
-        f"{UP} has shape (32, 64) in EXPERT, (64, 32) in BASE. Both must be of one architecture and size.",
+        f"{UP} has shape (32, 64) in EXPERT, (64, 32) in BASE. Both must have the same architecture and size.",
     ),
     "name": (
         edit_weights(lambda v: v.update({"model.nrom.weight": v.pop(NORM)})),
-        f"EXPERT does not fit BASE: it lacks {NORM}. Both must be of one architecture.",
+        f"EXPERT does not fit BASE: it lacks {NORM}. Both must have the same architecture.",
     ),
     "name too many": (
         edit_weights(lambda v: v.update(a=torch.ones(1), b=torch.ones(1))),
-        "EXPERT does not fit BASE: it has a and 1 more tensors, which the base lacks. Both must be of one "
-        "architecture.",
+        "EXPERT does not fit BASE: it has a and 1 more tensors, which the base lacks. Both must have the "
+        "same architecture.",
     ),
     "fp8": (
         edit_weights(fp8),
@@ -365,7 +365,8 @@ BAD: dict[str, tuple[Change, str]] = {
         in_shards(
             lambda _, index: index["weight_map"].update({"model.more.weight": "model-00001-of-00002.safetensors"})
         ),
-        f"{INDEX} places model.more.weight in model-00001-of-00002.safetensors, which lacks it. Fetch it again.",
+        f"{INDEX} places model.more.weight in model-00001-of-00002.safetensors, where it is missing. "
+        "Fetch the model again.",
     ),
     "index that leaves the folder": (
         in_shards(point("../base/model.safetensors")),
@@ -377,19 +378,19 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "truncated": (
         edit_bytes(lambda raw: raw[:-1000]),
-        "FILE is truncated or no safetensors file (REASON). Fetch or write it again.",
+        "FILE is truncated or not a safetensors file (REASON). Fetch or write it again.",
     ),
     "truncated header": (
         edit_bytes(lambda raw: raw[:100]),
-        "FILE is truncated or no safetensors file (REASON). Fetch or write it again.",
+        "FILE is truncated or not a safetensors file (REASON). Fetch or write it again.",
     ),
     "corrupted header": (
         edit_bytes(garbled),
-        "FILE is truncated or no safetensors file (REASON). Fetch or write it again.",
+        "FILE is truncated or not a safetensors file (REASON). Fetch or write it again.",
     ),
     "no safetensors": (
         edit_bytes(lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "FILE is truncated or no safetensors file (REASON). Fetch or write it again.",
+        "FILE is truncated or not a safetensors file (REASON). Fetch or write it again.",
     ),
     "pickled": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin").touch(),
@@ -401,11 +402,11 @@ BAD: dict[str, tuple[Change, str]] = {
     "minus Inf": (set_value(-math.inf), NO_NUMBER),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
-        "EXPERT has no config.json. A model is a folder as `save_pretrained` writes it.",
+        "EXPERT has no config.json. Give a folder written by `save_pretrained`.",
     ),
     "broken config": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "Cannot read EXPERT/config.json: REASON",
+        "Cannot read EXPERT/config.json: REASON. Fetch or save the model again.",
     ),
     "nothing": (shutil.rmtree, "There is no model at EXPERT. Give a folder, a .gguf file, or a Hub id (owner/model)."),
 }
@@ -494,11 +495,11 @@ def test_an_expert_of_another_size(home: Path, state: Path, tmp_path: Path, refu
     wide = toy_llama(tmp_path / "wide", seed=3, hidden=64)
     assert refused("add", state, deep) == (
         f"{deep} does not fit {home}/base: it has model.layers.2.input_layernorm.weight and 8 more tensors, which the "
-        "base lacks. Both must be of one architecture."
+        "base lacks. Both must have the same architecture."
     )
     assert refused("add", state, wide) == (
-        f"model.embed_tokens.weight has shape (384, 64) in {wide}, (384, 32) in {home}/base. Both must be of one "
-        "architecture and size."
+        f"model.embed_tokens.weight has shape (384, 64) in {wide}, (384, 32) in {home}/base. Both must have the "
+        "same architecture and size."
     )
     assert digests(state) == before
 
@@ -563,7 +564,7 @@ def test_a_damaged_state(home: Path, state: Path, refused: Run) -> None:
     running = state / "running-1/model.safetensors"
     running.write_bytes(running.read_bytes()[:-8])
     before = digests(state)
-    assert refused("add", state, home / "code").startswith(f"{running} is truncated or no safetensors file")
+    assert refused("add", state, home / "code").startswith(f"{running} is truncated or not a safetensors file")
     assert digests(state) == before
     shutil.rmtree(running.parent)
     assert refused("add", state, home / "code").startswith(f"The running state {running.parent} is missing. Restore")

@@ -77,7 +77,7 @@ def test_a_file_is_overwritten_only_by_force(tmp_path: Path, capsys: pytest.Capt
     path.write_text("precious")
     words = ["new", str(path), "--base", "b/c", "--stage", DATA, "--gpus", "0"]
     assert main(words) == 2
-    assert "mine.yml exists. Name another file, or overwrite it with --force." in capsys.readouterr().err
+    assert "mine.yml exists. Choose another file, or overwrite it with --force." in capsys.readouterr().err
     assert path.read_text() == "precious"
     assert main([*words, "--force"]) == 0
     assert load_recipe(path).stages
@@ -102,7 +102,7 @@ def test_wrong_words(words: list[str], message: str, tmp_path: Path, capsys: pyt
 def test_nobody_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert main(["new", str(tmp_path / "x.yml"), "--base", "b/c"]) == 2
-    assert "asks its questions on a terminal, and there is none; --stage missing" in capsys.readouterr().err
+    assert "needs a terminal for its questions, or flags; missing: --stage." in capsys.readouterr().err
 
 
 def test_three_questions_on_a_terminal(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_adapter(model: Path, score: Score, tmp_path: Path, capsys: pytest.Captu
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
     capsys.readouterr()
     assert refused(capsys, adapter, "--tasks", "arc_easy") == (
-        f"{adapter} is an adapter that names no base model. Give it with --base."
+        f"{adapter} is an adapter without a base model in its config. Give --base."
     )
 
 
@@ -154,11 +154,11 @@ def test_run_gives_tasks_and_settings(model: Path, tasks: Path, cache: Path, tmp
 WRONG: dict[str, tuple[Sequence[str], str]] = {
     "no task": ((), "Nothing to measure: give --tasks (one name, or several with commas), or --run."),
     "commas": (("--tasks", ","), "--tasks ',' names no task. Give one name, or several with commas."),
-    "a blank": (("--tasks", "a b"), "--tasks: 'a b' is no task's name. Put commas between names, and no blanks."),
+    "a blank": (("--tasks", "a b"), "--tasks: 'a b' is not a task name. Use commas between names, no blanks."),
     "no run": (("--run", "nowhere"), "nowhere holds no run (no recipe.yml)."),
-    "no folder of tasks": (("--tasks", "x", "--include-path", "nowhere"), "--include-path nowhere: there is no such"),
-    "no folder for JSON": (("--tasks", "x", "--json", "nowhere/x"), "--json nowhere/x: give a file in a folder that"),
-    "a base of a whole model": (("--tasks", "x", "--base", "y"), " is a whole model, and --base is that of an"),
+    "no folder of tasks": (("--tasks", "x", "--include-path", "nowhere"), "--include-path nowhere: no such folder."),
+    "no folder for JSON": (("--tasks", "x", "--json", "nowhere/x"), "--json nowhere/x: give a file in an existing"),
+    "a base of a whole model": (("--tasks", "x", "--base", "y"), " is a whole model; --base is for adapters"),
 }
 
 

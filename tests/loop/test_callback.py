@@ -215,13 +215,13 @@ def test_a_model_that_does_not_fit_the_base(base_folder: Path, tmp_path: Path) -
         made.train()
 
     other = toy_llama(tmp_path / "other", seed=2, hidden=16)
-    with pytest.raises(ModelError, match=r"has shape \(384, 16\) in the model to be trained, \(384, 32\) in"):
+    with pytest.raises(ModelError, match=r"has shape \(384, 16\) in the model to train, \(384, 32\) in"):
         begin(other, "shape")
     with pytest.raises(ModelError, match=r"has model.layers.2.*which .*base lacks"):
         begin(toy_llama(tmp_path / "deep", seed=2, layers=3), "deep")
     with pytest.raises(ModelError, match=r"lacks model.layers.1.*of .*base"):
         begin(toy_llama(tmp_path / "flat", seed=2, layers=1), "flat")
-    with pytest.raises(ModelError, match=r"has shape \(392, 32\) in the model to be trained"):
+    with pytest.raises(ModelError, match=r"has shape \(392, 32\) in the model to train"):
         begin(base_folder, "tokens", change=lambda model: model.resize_token_embeddings(392))
     with pytest.raises(ModelError, match="peft_type PROMPT_TUNING; only LORA"):
         begin(base_folder, "prompt", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))

@@ -266,7 +266,7 @@ def test_bad_guards_are_refused(home: Path, guard: Data, words: str) -> None:
 def test_a_guard_needs_something_to_watch(home: Path) -> None:
     data = recipe(home, "quiet", guard={"on": ["general"]})
     data["evaluate"]["general_tasks"] = []
-    with pytest.raises(RecipeError, match=r"nothing to watch: give evaluate\.general_tasks"):
+    with pytest.raises(RecipeError, match=r"no tasks to watch: set evaluate\.general_tasks"):
         parse_recipe(data)
 
 
@@ -325,7 +325,7 @@ def test_a_drop_within_the_noise_breaks_nothing() -> None:
     found = judged(now, BASE, BASE, {"max_forgetting": 0})
     assert found.held
     low = min(s.change.low for s in found.losses)
-    told = f"within the noise; a loss of {-low:.4g} of accuracy by the general tasks cannot be ruled out"
+    told = f"within the noise; a loss of {-low:.4g} of accuracy on the general tasks cannot be ruled out"
     assert found.in_words(Guard(max_forgetting=0)).endswith(told)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,6 +78,20 @@ def test_the_same_call_finds_what_it_has_made(experts: tuple[TrainedExpert, ...]
     assert (code.folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(RunError, match=r"with other settings: seed differ.*Choose another folder"):
         finetune_stage(law, home / "code.jsonl", home / "experts/code", seed=3, **how)
+
+
+def test_an_expert_made_with_a_plugin_is_found_with_the_same_plugin_only(
+    experts: tuple[TrainedExpert, ...], base_folder: Path, home: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(experts[0].folder, tmp_path / "law")
+    file = copy / "contmerge" / "train.json"
+    record = json.loads(file.read_text())
+    assert record["versions"]["torch"]
+    record["versions"]["calm.py"] = "sha256:0"
+    file.write_text(json.dumps(record))
+    how: dict[str, Any] = {"strategy": ["full", "replay"], "parameters": {"replay": {"examples": 4}}, **TRAIN}
+    with pytest.raises(RunError, match=r"law was made with the plugin calm\.py: add `--plugin calm\.py`"):
+        finetune_stage(base_folder, home / "law.jsonl", copy, **how)
 
 
 def test_rows_in_memory_are_those_of_a_file(base_folder: Path, home: Path, tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_second_run_does_nothing_and_loads_no_torch(run: Run, recipe: Data, tmp_
     done = subprocess.run(command, capture_output=True, text=True)
     after_it = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"All of {run.folder} is done.\n")
+    assert done.stdout.startswith(f"{run.folder} is complete.\n")
     assert times(run.folder, "*") == before
     # Processor seconds: others on the machine do not count.
     assert after_it.ru_utime + after_it.ru_stime - before_it.ru_utime - before_it.ru_stime < 3

@@ -235,7 +235,7 @@ def test_an_adapter_that_changes_nothing(models: dict[str, Path], tmp_path: Path
     assert state.log().experts[0].norm == 0
     before = tensors(models["base"])
     assert all(torch.equal(t, before[n]) for n, t in tensors(state.export(tmp_path / "out")).items())
-    with pytest.raises(ModelError, match="the merged model is the base"):
+    with pytest.raises(ModelError, match="of the merged model equal the base"):
         export_adapter(state, tmp_path / "adapter")
     state.add(models["a1"])
     assert_merged(state, models["base"], [fresh, models["a1"]], tmp_path / "out2")

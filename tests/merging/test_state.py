@@ -366,7 +366,7 @@ def test_a_running_state_that_is_truncated(base_folder: Path, expert_folders: tu
     file = state.folder / "running-1/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     before = digests(state.folder)
-    with pytest.raises(ModelError, match=f"{file} is truncated or no safetensors file"):
+    with pytest.raises(ModelError, match=f"{file} is truncated or not a safetensors file"):
         state.add(expert_folders[1])
     assert digests(state.folder) == before
 

@@ -262,11 +262,11 @@ def test_stamp_tells_a_file_that_has_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda f: f.write_bytes(f.read_bytes()[:-8]), "is truncated or no safetensors file"),
-        (lambda f: f.write_bytes(f.read_bytes() + b"x"), "is truncated or no safetensors file"),
-        (lambda f: f.write_bytes(f.read_bytes()[:20]), "is truncated or no safetensors file"),
-        (lambda f: f.write_bytes(b"garbage!" * 9), "is truncated or no safetensors file"),
-        (lambda f: f.write_bytes(b""), "is truncated or no safetensors file"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-8]), "is truncated or not a safetensors file"),
+        (lambda f: f.write_bytes(f.read_bytes() + b"x"), "is truncated or not a safetensors file"),
+        (lambda f: f.write_bytes(f.read_bytes()[:20]), "is truncated or not a safetensors file"),
+        (lambda f: f.write_bytes(b"garbage!" * 9), "is truncated or not a safetensors file"),
+        (lambda f: f.write_bytes(b""), "is truncated or not a safetensors file"),
         (lambda f: f.rename(f.with_suffix(".bin")), "holds no *.safetensors. Pickled weights"),
     ],
 )
@@ -312,7 +312,7 @@ def test_index_that_promises_what_its_file_lacks(tmp_path: Path) -> None:
         index.write_text(json.dumps({"weight_map": {**data["weight_map"], name: target}}))
         with pytest.raises(ModelError) as error:
             Weights(folder)
-        assert str(error.value) == f"{index} places {name} in {target}, which lacks it. Fetch it again."
+        assert str(error.value) == f"{index} places {name} in {target}, where it is missing. Fetch the model again."
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": null}', "\xff"])

@@ -153,7 +153,9 @@ def test_mean_change_averages_tasks_then_stages_and_combines_errors():
 
 def test_scores_of_other_documents_are_refused():
     old, new = make_score(-3.0, seed="x"), make_score(-3.0, seed="x", documents=12)
-    with pytest.raises(RunError, match=r"The task x was measured on 24 documents .*contmerge redo RUN score"):
+    with pytest.raises(
+        RunError, match=r"task x: the old score has 24 documents, the new one 12 .*contmerge redo RUN score"
+    ):
         mean_change([({"x": new}, {"x": old}, ["x"])], "perplexity")
 
 

@@ -319,7 +319,7 @@ def test_what_a_done_phase_has_used_may_not_change(done: Run, changes: Data, lin
     told = str(error.value)
     assert told.startswith(f"{done.folder} was made by another recipe:\n")
     assert f"\n{line}" in told
-    assert f"drop what used it with `contmerge redo {done.folder} {command}` and run again" in told
+    assert f"undo these phases with `contmerge redo {done.folder} {command}` and run again" in told
     assert Run.load(done.folder).recipe == done.recipe
     done.redo(command)
     assert Run.open(recipe(**changes), done.folder).recipe == recipe(**changes), "the command that was told must help"
@@ -467,7 +467,7 @@ def test_redo_from_a_stage_whose_state_was_pruned_is_refused(done: Run) -> None:
         with pytest.raises(RunError) as error:
             done.redo(phase, stage="code")
         assert str(error.value) == (
-            "The running state after law is gone for magmax, ema: it was pruned when code was merged. "
+            "The running state after law was pruned for magmax, ema when code was merged. "
             f"Use `contmerge redo {done.folder} {phase}` to redo all stages."
         )
         assert records(done) == before

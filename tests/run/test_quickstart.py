@@ -129,7 +129,7 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch, tmp_path: Path
         missing.value
     )
     assert f"from the package {package}, but version 9.9" in str(empty.value)
-    assert str(empty.value).endswith(f"holds no such file. Install it with: {command}")
+    assert str(empty.value).endswith(f"has no such file. Install it with: {command}")
 
 
 def test_the_commands_are_those_of_the_project():

@@ -99,7 +99,7 @@ def test_damaged_file(damage: str, tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         load_scores(place)
     assert str(path) in str(caught.value)
-    assert str(caught.value).endswith("or measure anew with `contmerge redo RUN score`, then `contmerge run`.")
+    assert str(caught.value).endswith("or score again with `contmerge redo RUN score`, then `contmerge run`.")
 
 
 def test_undo_removes_the_file(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_damaged_adapter(home: Path, tmp_path: Path) -> None:
     message = refused(
         ModelError, tmp_path / "run", recipe(home, given={"name": "g", "expert": str(tmp_path / "adapter")})
     )
-    assert "adapter_model.safetensors is truncated or no safetensors file" in message
+    assert "adapter_model.safetensors is truncated or not a safetensors file" in message
 
 
 def test_kept_adapter_that_would_start_from_the_merged_model(home: Path, tmp_path: Path) -> None:

@@ -123,8 +123,8 @@ WORDS = {
     "(a trained model)",
     "stages.0.minus=x": "RECIPE: stages.0: `minus` needs `expert`: the stage's task vector is expert - minus",
     "base_model=nowhere": "There is no model at nowhere. Give a folder, a .gguf file, or a Hub id (owner/model).",
-    "merge.9.rule=ema": "--set merge.9.rule=ema: the recipe has no place 'merge.9.rule'",
-    "merge.0.rule": "--set wants path=value, such as merge.0.rule=opcm; got 'merge.0.rule'",
+    "merge.9.rule=ema": "--set merge.9.rule=ema: the recipe has no path 'merge.9.rule'",
+    "merge.0.rule": "--set expects path=value, such as merge.0.rule=opcm; got 'merge.0.rule'",
 }
 
 
@@ -155,8 +155,8 @@ def test_unknown_task(refused: Refused) -> None:
 
 
 def test_two_of_one_name(refused: Refused, recipe: Data) -> None:
-    assert refused(*to("stages.1.name=a")).endswith("two stages are named a; give each a `name` of its own")
-    assert refused(*to("merge=[ema, ema]")).endswith("two merge entries are named ema; give each a `name` of its own")
+    assert refused(*to("stages.1.name=a")).endswith("two stages are named a; give each a different `name`")
+    assert refused(*to("merge=[ema, ema]")).endswith("two merge entries are named ema; give each a different `name`")
 
 
 def test_task_named_like_held_out_text(refused: Refused, recipe: Data, home: Path) -> None:
@@ -276,7 +276,7 @@ def with_value(value: float) -> Callable[[Path], None]:
 def test_expert_of_another_depth(refused: Refused, home: Path) -> None:
     assert refused(*to(f"stages.1.expert={home / 'deep'}")) == (
         f"{home / 'deep'} does not fit {home / 'base'}: it has model.layers.2.input_layernorm.weight and 8 more "
-        "tensors, which the base lacks. Both must be of one architecture."
+        "tensors, which the base lacks. Both must have the same architecture."
     )
 
 
@@ -285,7 +285,7 @@ def test_expert_of_another_width(refused: Refused, home: Path) -> None:
     vocabulary = load_file(home / "base/model.safetensors")["model.embed_tokens.weight"].shape[0]
     assert message == (
         f"model.embed_tokens.weight has shape ({vocabulary}, 64) in {home / 'wide'}, ({vocabulary}, 32) in "
-        f"{home / 'base'}. Both must be of one architecture and size."
+        f"{home / 'base'}. Both must have the same architecture and size."
     )
 
 
@@ -324,7 +324,7 @@ def test_truncated_weights(refused: Refused, home: Path, tmp_path: Path) -> None
 
     folder = changed(home, tmp_path / "cut", cut)
     message = refused(*to(f"stages.1.expert={folder}"))
-    assert message.startswith(f"{folder}/model.safetensors is truncated or no safetensors file (")
+    assert message.startswith(f"{folder}/model.safetensors is truncated or not a safetensors file (")
     assert message.endswith("). Fetch or write it again.")
 
 
@@ -342,7 +342,7 @@ def test_pickled_weights(refused: Refused, home: Path, tmp_path: Path) -> None:
 def test_model_without_config(refused: Refused, home: Path, tmp_path: Path) -> None:
     folder = changed(home, tmp_path / "bare", lambda f: (f / "config.json").unlink())
     assert refused(*to(f"base_model={folder}")) == (
-        f"{folder} has no config.json. A model is a folder as `save_pretrained` writes it."
+        f"{folder} has no config.json. Give a folder written by `save_pretrained`."
     )
 
 
@@ -501,8 +501,8 @@ def test_tasks_of_a_hub_that_does_not_answer(recipe: Data, tmp_path: Path) -> No
     assert done.returncode == 2
     assert done.stderr.count("Retrying") == 5
     assert done.stderr.splitlines()[-1] == (
-        "Error: The datasets of 3 tasks are not here, and the Hub cannot be reached: hellaswag, piqa, arc_easy. "
-        "Check the network and HF_HUB_OFFLINE, or leave these tasks out."
+        "Error: The datasets of 3 tasks are missing, and the Hub cannot be reached: hellaswag, piqa, arc_easy. "
+        "Check the network and HF_HUB_OFFLINE, or remove these tasks."
     )
 
 
@@ -512,7 +512,7 @@ def test_hub_without_network(recipe: Data, tmp_path: Path) -> None:
     done = command("run", path, "--run", tmp_path / "run")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "Error: Cannot fetch owner/model: no folder of that name is here, and the Hub cannot be reached "
+        "Error: Cannot fetch owner/model: it is not a local folder, and the Hub is unreachable "
         "(LocalEntryNotFoundError). Check the network and HF_HUB_OFFLINE, or name a local folder."
     )
     assert not (tmp_path / "run/stages").exists()

@@ -340,7 +340,7 @@ def test_a_run_with_a_plugin_and_its_changes(home: Path, plugin: Path, contmerge
     assert digest.startswith("sha256:")
     assert "my_gain.py" not in run.expert(1, "base").record("train")["versions"]
     plugin.with_suffix(".ran").unlink()
-    assert contmerge(*words)[1].startswith("All of runs/gains is done.\n")
+    assert contmerge(*words)[1].startswith("runs/gains is complete.\n")
     assert not plugin.with_suffix(".ran").exists()  # there was nothing to run it for
     plugin.write_text(plugin.read_text() + "# changed\n")
     code, _, said = contmerge(*words)

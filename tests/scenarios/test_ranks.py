@@ -248,7 +248,7 @@ def test_loop_on_two_ranks(run: Run, recipe: Path) -> None:
     assert (run.folder / "report" / "index.html").is_file()
     times = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()}
     printed = torchrun(SCRIPT, recipe, "--run", run.folder)
-    assert printed.count(f"All of {run.folder} is done.") == 1
+    assert printed.count(f"{run.folder} is complete.") == 1
     assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()} == times
 
 
@@ -307,7 +307,7 @@ def test_ranks_of_unequal_versions_end_before_the_start(recipe: Path, tmp_path: 
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 0.0.7\n")
     told = refused(tmp_path / "other.py", recipe, "--run", tmp_path / "run")
     assert "Rank 1 (on " in told
-    assert f"have lm_eval 0.0.7 and {version('lm_eval')}; their scores could not be compared." in told
+    assert f"have different versions: lm_eval 0.0.7 and {version('lm_eval')}. Their scores are not comparable." in told
     assert not list((tmp_path / "run" / "stages").rglob("*.json"))
 
 

@@ -230,7 +230,7 @@ def test_setting_that_no_stage_uses(tmp_path: Path) -> None:
     ("stage", "message"),
     [
         ({"expert": "a/b", "train": {"max_steps": 1}}, "`train` needs `dataset`: a given expert is not trained"),
-        ({"dataset": "x", "train": {"strategy": "lora"}}, "train.strategy is that of the whole run"),
+        ({"dataset": "x", "train": {"strategy": "lora"}}, "train.strategy applies to the whole run"),
         ({"dataset": {"path": "x", "streaming": True}}, "`streaming` needs `max_examples`: where to stop"),
         (
             {"dataset": {"path": "x", "streaming": True, "max_examples": 3, "split": "train[:9]"}},

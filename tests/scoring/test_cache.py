@@ -70,7 +70,7 @@ def test_damaged_entries_count_as_absent(tmp_path: Path, caplog: pytest.LogCaptu
         path.write_bytes(damaged)
         caplog.clear()
         assert shelf.find(KEY) is None
-        assert "counts as absent" in caplog.text
+        assert "as missing" in caplog.text
     shelf.keep(KEY, 1)
     assert shelf.find(KEY) == 1
 
@@ -79,7 +79,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "file").write_text("")
     shelf = Shelf(tmp_path / "file")
     shelf.keep(KEY, 1)
-    assert "The cache of scores cannot be written" in caplog.text
+    assert "Cannot write the score cache" in caplog.text
     assert "HF_CONTMERGE_CACHE" in caplog.text
     assert shelf.find(KEY) is None
 

@@ -231,7 +231,7 @@ def test_group_is_scored_over_all_its_documents(score: Callable[..., Any]) -> No
 def test_group_of_different_metrics(score: Callable[..., Any]) -> None:
     assert refused(DataError, lambda: score("mixed")) == (
         "The task mixed reports none of acc, exact_match, f1, acc_norm, prompt_level_strict_acc, word_perplexity, "
-        "perplexity, byte_perplexity for every document; use another."
+        "perplexity, byte_perplexity for every document. Use another task."
     )
 
 
@@ -330,7 +330,7 @@ def test_chat_template_that_is_not_there(base_folder: Path, tasks: Path, tmp_pat
     shutil.copytree(base_folder, tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     message = refused(ModelError, lambda: check_template(tmp_path / "plain"))
-    assert message.startswith(f"The tokenizer of {tmp_path / 'plain'} has no chat template, which `evaluate.chat_temp")
+    assert message.startswith(f"The tokenizer of {tmp_path / 'plain'} has no chat template; `evaluate.chat_temp")
     how, ranks = Evaluate(chat_template=True), PartialState(cpu=True)
     refused(
         ModelError,
@@ -351,7 +351,7 @@ def test_ways_that_this_job_does_not_have(way: dict[str, str], base_folder: Path
     nothing = tasks / "no model is looked for here"
     message = refused(ResourceError, lambda: score_model(nothing, [], task_folder=tasks, evaluate=how, ranks=ranks))
     assert message.startswith(f"`evaluate.{name}: {value}` ")
-    assert ("this one has one" if name == "parallel" else "is not installed") in message
+    assert ("this job has one rank" if name == "parallel" else "is not installed") in message
 
 
 def test_batch_size_auto_is_what_memory_holds(base_folder: Path) -> None:
@@ -404,7 +404,7 @@ def test_model_of_nan(task: str, tensor: str, base_folder: Path, tasks: Path, tm
         DataError,
         lambda: score_model(tmp_path / "nan", [Task(name=task)], task_folder=tasks, evaluate=how, ranks=ranks),
     )
-    assert message == f"The task {task} gave nan or infinity on this model: the weights are damaged or diverged."
+    assert message == f"The task {task} gave nan or infinity on this model: its weights are damaged or diverged."
 
 
 # Tasks made from datasets, and tasks that are not there
@@ -514,8 +514,8 @@ def test_task_whose_data_is_on_the_hub(tasks: Path) -> None:
     """conftest.py has set HF_HUB_OFFLINE."""
     wanted = [Task(name="texts"), Task(name="hellaswag"), Task(name="piqa", suite="general")]
     assert refused(ResourceError, lambda: check_tasks(wanted, [tasks])) == (
-        "The datasets of 2 tasks are not here, and the Hub cannot be reached: hellaswag, piqa (of the suite general). "
-        "Check the network and HF_HUB_OFFLINE, or leave these tasks out."
+        "The datasets of 2 tasks are missing, and the Hub cannot be reached: hellaswag, piqa (of the suite general). "
+        "Check the network and HF_HUB_OFFLINE, or remove these tasks."
     )
 
 
@@ -540,4 +540,4 @@ def test_task_whose_data_is_missing_or_broken(contents: str | None, tmp_path: Pa
     if contents:
         (tmp_path / "lost.jsonl").write_text(contents)
     message = refused(DataError, lambda: check_tasks([Task(name="lost")], [tmp_path]))
-    assert message.startswith("The dataset of the task lost cannot be read: ")
+    assert message.startswith("Cannot read the dataset of the task lost: ")

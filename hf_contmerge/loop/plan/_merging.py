@@ -10,7 +10,7 @@ from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun
 from hf_contmerge.loop.plan.disk import model_bytes, state_bytes
 from hf_contmerge.merge_rules import MergeRule
-from hf_contmerge.merging.costs import stream_job
+from hf_contmerge.merging.costs import state_numel, stream_job, weight_of
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.places import MergePlace
 from hf_contmerge.run.steps import Step
@@ -40,10 +40,17 @@ def _bytes_in_flight(planned: PlannedRun, rule: MergeRule, t: int, threads: int)
     for name in weights.names:
         job = stream_job(rule, weights, name, 3, 0)
         numel = math.prod(weights.shape(name))
-        mapped = weights.nbytes(name) + numel * expert.itemsize + (4 * rule.slots * numel if t > 1 else 0)
+        mapped = (
+            weights.nbytes(name) + numel * expert.itemsize + (4 * _state_numel(weights, name, rule) if t > 1 else 0)
+        )
         need.append((job.cost, job.memory + mapped))
     ordered = [memory for _, memory in sorted(need, reverse=True)]
     return max(sum(ordered[i : i + threads]) for i in range(len(ordered)))
+
+
+def _state_numel(weights: Weights, name: str, rule: MergeRule) -> int:
+    floating = weights.dtype(name).is_floating_point
+    return state_numel(rule, weight_of(weights, name, 1)) if floating else 0
 
 
 def _folding(weights: Weights, host: Host, rule: MergeRule, *, later: bool) -> float:

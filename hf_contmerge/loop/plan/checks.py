@@ -313,7 +313,11 @@ def check_ladder(recipe: Recipe) -> None:
 
 def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
     """Raise DataError if examples cannot be replayed later."""
-    stages = [(s.dataset.path, data[s.name].train.select([0])) for s in recipe.stages if s.dataset]
+    stages = [
+        (" + ".join(source.path for source in s.dataset.sources()), data[s.name].train.select([0]))
+        for s in recipe.stages
+        if s.dataset
+    ]
     ladder = recipe.guard.ladder if recipe.guard else ()
     replays = "replay" in recipe.train.strategy or any(rung.do == "replay" for rung in ladder)
     for (path, old), (_, fresh) in itertools.combinations(stages, 2) if replays else ():

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hf_contmerge.errors import ContmergeError, RecipeError, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, parameter_types, rule_class, rule_names
-from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN
+from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number
 from hf_contmerge.merging.in_mergekit.tensors import from_this_tensor, from_whole_model
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
@@ -44,14 +44,14 @@ LOG = logging.getLogger(__name__)
 
 
 class MergekitRecipeError(RecipeError, click.UsageError):
-    """A mergekit recipe that cannot be carried out: exit code 2 and a line from commands, a ValueError in Python."""
+    """An impossible mergekit recipe: exit code 2, a ValueError in Python."""
 
     def __init__(self, message: str) -> None:
         click.UsageError.__init__(self, message)
 
 
 class RuleSpec(MergeMethodSpec):
-    """A rule's declaration. The class is loaded when mergekit asks for more than its name."""
+    """A rule's declaration; its class is loaded on demand."""
 
     contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
 
@@ -83,13 +83,13 @@ class RuleSpec(MergeMethodSpec):
 
 
 class RuleMethod(GroupMergeMethod):
-    """One merge rule, as mergekit calls it. The order of `models` is the order of the stages."""
+    """A merge rule as a mergekit method. `models` are in stage order."""
 
     def __init__(self, name: str) -> None:
         self.spec: RuleSpec = RuleSpec(name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        """Merge one tensor; the result has the inputs' dtype, the arithmetic is float32."""
+        """Merge one tensor in float32; the result has the inputs' dtype."""
         try:
             scale = parameters.pop("scale", "tensor")
             rule = get_rule(self.spec.name, **parameters)
@@ -100,7 +100,7 @@ class RuleMethod(GroupMergeMethod):
             raise MergekitRecipeError(f"{self.spec.name}: {error}") from error
 
     def check(self, config: Any) -> None:
-        """Refuse, before any tensor is read, what mergekit would pass over in silence or what cannot be right."""
+        """Refuse settings with silent or wrong effects in mergekit."""
         known = [p.name for p in self.spec.parameters]
         for place, per_model, words in _settings(config):
             for word, setting in words.items():
@@ -122,12 +122,12 @@ class RuleMethod(GroupMergeMethod):
                 if word == "scale":
                     _checked_scale(value)
                 else:
-                    get_rule(self.spec.name, **{word: _as_number(value)})
+                    get_rule(self.spec.name, **{word: as_number(value)})
         except ValueError as error:
             raise MergekitRecipeError(str(error)) from error
 
     def _check_whole(self, config: Any) -> None:
-        """Refuse what has no whole-model scale: slices, and a rule whose parameters differ from tensor to tensor."""
+        """Refuse slices and uneven parameters for rules with whole-model scales."""
         scales = [config.parameters.get("scale", "model") if config.parameters else "model"]
         scales += [words["scale"] for _, _, words in _settings(config) if "scale" in words]
         if all("model" not in _values(scale) for scale in scales):
@@ -149,14 +149,14 @@ class RuleMethod(GroupMergeMethod):
 
 
 def install() -> None:
-    """Make mergekit know our rules and refuse what they cannot do right. Calling it again does no harm."""
+    """Register the rules in mergekit and guard it. Safe to repeat."""
     register_rules()
     guard_planner()
     guard_merge()
 
 
 def register_rules() -> None:
-    """Make every rule known to mergekit, but for names that it has already."""
+    """Register every rule with a free name in mergekit."""
     taken = {method.spec.name for method in registry.registered_methods()}
     for name in rule_names():
         if name not in taken:
@@ -164,7 +164,7 @@ def register_rules() -> None:
 
 
 def guard_planner() -> None:
-    """Let our methods look at the recipe before mergekit plans. mergekit passes over unknown parameters in silence."""
+    """Check recipes before mergekit plans: it ignores unknown parameters."""
     from mergekit.plan import MergePlanner
 
     original = MergePlanner.normalize_config
@@ -180,7 +180,7 @@ def guard_planner() -> None:
 
 
 def guard_merge() -> None:
-    """Refuse adapters that mergekit cannot read, before it trips over them."""
+    """Refuse adapters before mergekit fails on them."""
     import mergekit.merge as merge
 
     original = merge.get_architecture_info  # the first thing that run_merge calls
@@ -219,7 +219,7 @@ def _refuse_adapters(config: Any, options: Any) -> None:
 
 
 def _refuse_twins(config: Any) -> None:
-    """Raise MergekitRecipeError for a model listed twice, or listed with a copy of itself on this machine."""
+    """Raise MergekitRecipeError for a model listed twice, also as a copy."""
     for part in (config, *(config.modules or {}).values()):
         models = [m.model for m in part.models or () if m.model != config.base_model]
         folders = [Path((m.lora or m.model).path) for m in models]
@@ -231,7 +231,7 @@ def _refuse_twins(config: Any) -> None:
 
 
 def _require_statistics(config: Any) -> None:
-    """Raise MergekitRecipeError for a model without the statistics that the rule needs."""
+    """Raise MergekitRecipeError for a model without needed statistics."""
     if not isinstance(registry.get(config.merge_method), RuleMethod):
         return
     try:
@@ -261,7 +261,7 @@ _TOP = "the recipe"
 
 
 def _settings(config: Any) -> Iterator[tuple[str, bool, Mapping[str, Any]]]:
-    """Yield (place, whether it is one model's, parameters) of every level of a mergekit recipe."""
+    """Yield (place, per model, parameters) of every level of a recipe."""
     yield _TOP, False, config.parameters or {}
     parts: list[tuple[str, Any]] = [
         ("", config),
@@ -279,24 +279,15 @@ def _settings(config: Any) -> Iterator[tuple[str, bool, Mapping[str, Any]]]:
 
 
 def _values(setting: Any) -> list[Any]:
-    """Return all values that a mergekit setting can take: a constant, a gradient's points, a filter's choices."""
+    """Return all values of a mergekit setting: constants, gradients, filters."""
     if isinstance(setting, list):
         return [value for part in setting for value in _values(part)]
     return _values(setting.value) if hasattr(setting, "value") else [setting]
 
 
-def _as_number(value: Any) -> Any:
-    """Return a string that spells a number as that number: YAML leaves 1e-1 a string. Anything else as it is."""
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-    return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() else number
-
-
 def _checked_scale(value: Any) -> float | str:
     """Return `model`, `tensor` or a finite number. Raises ValueError for anything else."""
-    number = _as_number(value)
+    number = as_number(value)
     if number in ("model", "tensor"):
         return number
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):

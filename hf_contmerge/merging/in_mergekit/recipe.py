@@ -176,7 +176,7 @@ def _shared(entries: Sequence[_Entry], top: Mapping[str, Any], rule: str, path: 
     shared: dict[str, Any] = {}
     for entry in entries:
         for word in entry.parameters:
-            values = [_as_number(e.parameters.get(word, top.get(word))) for e in entries]
+            values = [as_number(e.parameters.get(word, top.get(word))) for e in entries]
             if rule not in MERGEKITS_OWN or word not in _OF_ONE_MODEL or any(v != values[0] for v in values):
                 raise RecipeError(
                     f"{path}: {word} of {entry.model} is a parameter of one model, but {rule} treats all experts "
@@ -190,7 +190,7 @@ def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str,
     parameters: dict[str, Any] = dict(_THEIR_DEFAULTS.get(rule, {}))
     theirs = MERGEKITS_OWN.get(rule, {})
     for word, raw in given.items():
-        value = _as_number(raw)
+        value = as_number(raw)
         if isinstance(value, list | dict):
             raise RecipeError(f"{path}: {word} must be one value for all tensors; got {value!r}. Use `mergekit-yaml`.")
         if word in theirs and word not in known:
@@ -209,7 +209,7 @@ def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str,
     return parameters
 
 
-def _as_number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """Convert numeric strings, such as YAML's 1e-1."""
     try:
         number = float(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""The tensors of a mergekit merge: what a kernel computes from those at hand, or from a pass over whole models.
+"""The tensors of a mergekit merge: in memory, or over whole models.
 
 A scale of the whole model needs the norms of all tensors, and mergekit hands over one at a time. So at the first one
 merging/stream.py's pass 1 runs over the files of the same models and keeps the state in a temporary folder, from which
@@ -33,14 +33,14 @@ from hf_contmerge.models.weights import Weights
 
 @dataclass(frozen=True)
 class WholeModel:
-    """The outcome of pass 1 over whole models: running tensors on disk, and the scale that their norms give."""
+    """The outcome of pass 1: running tensors on disk, and the scale."""
 
     running: Running
     scale: float
 
 
 def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) -> Tensor:
-    """Fold the tensors at hand, in order; scale by the rule on this tensor's own norms, or by a given number."""
+    """Fold tensors in memory; scale by their norms or a number."""
     assert group.base is not None
     base, experts, weights = group.base.tensor, [entry.tensor for entry in group.non_base], _weights_met(rule, group)
     if isinstance(scale, str) and not rule.whole_model_scale:
@@ -69,7 +69,7 @@ def _require_finite(name: str, norms: Norms, group: TensorGroup) -> None:
 
 
 def from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
-    """Read this tensor's running state of the whole-model pass back, and scale it by the whole model's norms."""
+    """Return this tensor from the whole-model pass, scaled by the model's norms."""
     assert group.base is not None
     base, weight = group.base.tensor, replace(_weight(group), name=_stored_name(group, _NO_WHOLE_SCALE))
     models = tuple(_weights(entry) for entry in (group.base, *group.non_base))
@@ -85,7 +85,7 @@ def from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """Compute as merging/stream.py's workers do: the last bit of a matrix product depends on the number of threads."""
+    """Compute with one thread: threads change matrix products' last bits."""
     before = torch.get_num_threads()
     if device.type != "cpu" or before == 1:
         yield
@@ -98,7 +98,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def _weight(group: TensorGroup) -> Weight:
-    """Describe a weight as merging/stream.py does; the name is that in the base's files, if any."""
+    """Describe a weight like merging/stream.py, by the base's stored name."""
     from mergekit.common import ModelReference
 
     assert group.base is not None
@@ -114,7 +114,7 @@ def _weight(group: TensorGroup) -> Weight:
 
 
 def _weights_met(rule: MergeRule, group: TensorGroup) -> list[Weight]:
-    """Return the weight as each expert meets it, with its statistics if the rule needs them."""
+    """Return the weight per expert, with needed statistics."""
     weight = _weight(group)
     if not rule.needs:
         return [replace(weight, stage=stage) for stage in range(1, weight.stage + 1)]
@@ -136,7 +136,7 @@ _latest: dict[tuple[MergeRule, tuple[Weights, ...]], WholeModel] = {}
 
 
 def _whole_model(rule: MergeRule, models: tuple[Weights, ...]) -> WholeModel:
-    """Run pass 1 over whole models (the base first), once per merge whatever the number of tensors and threads.
+    """Run pass 1 over whole models, once per merge.
 
     The latest outcome alone is kept: a sweep over alpha in one process must not fill the disk with running tensors.
     """
@@ -166,7 +166,7 @@ _NO_STATISTICS = "so it is not known which statistics are its. List whole models
 
 
 def _stored_name(group: TensorGroup, therefore: str) -> str:
-    """Return the name under which the files of all models hold the tensors that mergekit hands over.
+    """Return the stored name behind a tensor from mergekit.
 
     It is mergekit's own name, or another for an alias and for a tied head that is stored a second time: the
     whole-model pass counts that once, as the input table. Raises ValueError where there is no such name.
@@ -186,7 +186,7 @@ def _stored_name(group: TensorGroup, therefore: str) -> str:
 
 
 def _holds(entry: TensorEntry, name: str) -> bool:
-    """Say whether a model's files hold, under this name, the tensor that mergekit hands over."""
+    """Say if a model's files hold this tensor under this name."""
     weights, tensor = _weights(entry), entry.tensor
     if name not in weights.names or weights.shape(name) != tuple(tensor.shape):
         return False
@@ -195,7 +195,7 @@ def _holds(entry: TensorEntry, name: str) -> bool:
 
 
 def _weights(entry: TensorEntry) -> Weights:
-    """Return the files of a model, opened anew when they have changed since: the same object means the same content."""
+    """Return a model's files, reopened after changes."""
     folder = _folder(entry)
     stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors*"))]
     return _open(folder, tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
@@ -207,7 +207,7 @@ def _open(folder: Path, _stamp: tuple[tuple[str, int, int, int], ...]) -> Weight
 
 
 def _folder(entry: TensorEntry) -> Path:
-    """Return the folder from which mergekit reads a model."""
+    """Return the folder of a model in mergekit."""
     from mergekit.common import ModelReference
     from mergekit.io.tasks import LoaderCache
 

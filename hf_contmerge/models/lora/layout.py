@@ -1,15 +1,15 @@
-"""What each tensor of a peft LoRA folder does to which weight of the base: names, scalings, shapes.
+"""Maps tensors of a peft LoRA folder to base weights.
 
-The names in the file are those of the modules in memory, behind `base_model.model.`:
+Keys are names of modules in memory, behind `base_model.model.`:
 
     MODULE.lora_A.weight (r, in)  MODULE.lora_B.weight (out, r)      a linear map; with lora_B.bias (out) on its bias
     MODULE.lora_embedding_A (r, vocabulary)  lora_embedding_B (d, r) an embedding table
-    MODULE.lora_magnitude_vector                                     DoRA, beside either of these
+    MODULE.lora_magnitude_vector                                     DoRA, next to either of these
     MODULE.token_adapter.trainable_tokens_delta (rows, d)            new values of some rows
-    MODULE[.base_layer]*.lora_A.weight (r * experts, in) ...         target_parameters: one level for each parameter
-    anything else                                                    a weight of the base, whole
+    MODULE[.base_layer]*.lora_A.weight (r * experts, in) ...         target_parameters: one level per parameter
+    anything else                                                    a whole weight of the base
 
-Checked against the headers of both files; data is read only of whole tables, to see whether they are the base's own.
+Checked against the headers of both files. Data is read only for whole tables, to compare them with the base's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.lora.matching import Names, equal, is_conv1d, match_parameters, tied_table
+from hf_contmerge.models.lora.matching import StoredNames, equal, is_conv1d, match_parameters, tied_table
 from hf_contmerge.models.lora.settings import CONFIG, scaling, token_rows
 from hf_contmerge.models.weights import Weights
 
@@ -36,17 +36,24 @@ _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lo
 _TABLE_A, _TABLE_B, _TOKENS = "lora_embedding_A", "lora_embedding_B", "token_adapter.trainable_tokens_delta"
 _PARTS = (_A, _B, _BIAS, _MAGNITUDE, _TABLE_A, _TABLE_B, _TOKENS)
 _KEY = re.compile(rf"(?P<module>.+?)(?P<level>(\.base_layer)*)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
-_MERGE_FIRST = "Merge the adapter into its base with peft (merge_and_unload, save_pretrained), and give that folder."
+_MERGE_FIRST = "Merge the adapter into its base with peft (merge_and_unload, save_pretrained); give the merged folder."
 
 Parts = dict[str, str]  # part -> key in the file
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale * B @ A of one weight: the keys of A and B, and how the weight is stored.
+    """The change scale * B @ A of one weight.
 
-    `transposed`: the weight is stored (in, out), as Conv1D and embedding tables are. `embedding`: it is a table.
-    `experts`: slices of a 3-D stack, 0 for a matrix. `magnitude`: the key of DoRA's vector.
+    Attributes:
+        a: key of A.
+        b: key of B.
+        rank: rank of B @ A.
+        scale: factor of B @ A.
+        transposed: the weight is stored (in, out), as Conv1D and embedding tables are.
+        embedding: the weight is an embedding table.
+        experts: slices of a 3-D stack; 0 for a matrix.
+        magnitude: key of DoRA's vector.
     """
 
     a: str
@@ -60,10 +67,16 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Change:
-    """What the adapter does to one weight, in this order: take `whole`, set `rows`, add `bias`, add `low_rank`.
+class WeightChange:
+    """The adapter's change of one weight.
 
-    `whole`: a key. `rows`: a key and the rows that it replaces. `bias`: a key and its factor.
+    Applied in this order: take `whole`, set `rows`, add `bias`, add `low_rank`.
+
+    Attributes:
+        whole: a key.
+        rows: a key and the rows it replaces.
+        bias: a key and its factor.
+        low_rank: a product of two factors.
     """
 
     whole: str | None = None
@@ -73,29 +86,29 @@ class Change:
 
 
 class Layout:
-    """The reading of an adapter: `changes` has, by stored name, what it does to each weight that it changes.
+    """The changes of an adapter, by stored name of the weight.
 
-    Raises ModelError for a tensor that is not understood, does not fit its weight, or has no weight.
+    Raises ModelError for a tensor that is unknown, does not fit its weight, or has no weight.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], tensors: Weights, base: Weights) -> None:
         self.folder, self.settings, self.tensors, self.base = folder, settings, tensors, base
-        self.names = Names(base)
-        self.changes: dict[str, Change] = {}
-        modules, wholes = self._sorted_keys()
-        self._settle_tied_table(modules, wholes)
+        self.names = StoredNames(base)
+        self.changes: dict[str, WeightChange] = {}
+        modules, wholes = self._classify_keys()
+        self._resolve_tied_table(modules, wholes)
         for name, key in wholes.items():
             self._add_whole(name, key)
         for module, levels in modules.items():
             self._add_module(module, levels)
 
-    def _sorted_keys(self) -> tuple[dict[str, dict[int, Parts]], Parts]:
-        """Return module -> level -> parts, and the names in memory of what is stored whole -> key."""
+    def _classify_keys(self) -> tuple[dict[str, dict[int, Parts]], Parts]:
+        """Return module -> level -> parts, and the keys of whole weights."""
         modules: dict[str, dict[int, Parts]] = defaultdict(lambda: defaultdict(dict))
         wholes: Parts = {}
         for key in self.tensors.names:
             if not key.startswith(PREFIX):
-                self._fail(f"holds {key}, which does not begin with {PREFIX} and is not known here")
+                self._fail(f"holds the unknown key {key}; expected keys that begin with {PREFIX}")
             if not self.tensors.dtype(key).is_floating_point:
                 self._fail(f"holds {key} as {self.tensors.dtype(key)}, expected a floating type")
             name = key.removeprefix(PREFIX)
@@ -108,7 +121,7 @@ class Layout:
         return modules, self._without_copies(wholes)
 
     def _without_copies(self, wholes: Parts) -> Parts:
-        """Leave out the second copies that save_embedding_layers makes of a module to save, and of what it replaces."""
+        """Drop copies of saved modules (save_embedding_layers) and of their originals."""
         kept = dict(wholes)
         for name, key in wholes.items():
             plain = wholes.get(re.sub(r"\.(modules_to_save|original_module)(?=\.\w+$)", "", name))
@@ -119,10 +132,10 @@ class Layout:
                 del kept[name]
         return kept
 
-    def _settle_tied_table(self, modules: dict[str, dict[int, Parts]], wholes: Parts) -> None:
-        """Take the output head's share away where the base's two tables are one, if both are changed alike.
+    def _resolve_tied_table(self, modules: dict[str, dict[int, Parts]], wholes: Parts) -> None:
+        """Drop the output head's change where tied to the input table.
 
-        Raises ModelError where they are not: one stored table cannot be two.
+        Raises ModelError if the two changes differ: one stored table cannot have two values.
         """
         table = tied_table(self.base)
         if table is None:
@@ -148,7 +161,10 @@ class Layout:
             )
 
     def _are_twins(self, module: str, table: Parts, head: str, parts: Parts) -> bool:
-        """Say whether head and table carry the same change, as ensure_weight_tying makes it."""
+        """Return True if head and table change alike.
+
+        They do with ensure_weight_tying.
+        """
         read = self.tensors.tensor
         if set(parts) == {_TOKENS} == set(table):
             rows = token_rows(self.settings, module)
@@ -163,7 +179,7 @@ class Layout:
     def _add_whole(self, name: str, key: str) -> None:
         stored = self._stored(name, key)
         self._require_shape(key, self.tensors.shape(key), stored)
-        if not equal(self.tensors.tensor(key), self.base.tensor(stored)):  # else saved along, but not trained
+        if not equal(self.tensors.tensor(key), self.base.tensor(stored)):  # an equal table was saved, not trained
             self._add(stored, whole=key)
 
     def _add_module(self, module: str, levels: Mapping[int, Parts]) -> None:
@@ -181,23 +197,23 @@ class Layout:
             self._add_linear(module, self._checked(module, parts, _A, _B))
 
     def _checked(self, module: str, parts: Parts, a: str, b: str) -> Parts:
-        """Return the parts of a module, if A and B and what the config tells are there, and no more."""
+        """Return a module's parts, if complete and expected."""
         needed = {a, b} | ({_MAGNITUDE} if self.settings.get("use_dora") else set())
         allowed = needed | ({_BIAS} if b == _B else set())
         if lacking := needed - set(parts):
             self._fail(f"lacks {min(lacking)} of {module}")
         if extra := set(parts) - allowed:
-            self._fail(f"holds {parts[min(extra)]}, which does not belong to what {CONFIG} tells of {module}")
+            self._fail(f"holds {parts[min(extra)]}, which contradicts {CONFIG} for {module}")
         for part in (a, b):
             if len(self.tensors.shape(parts[part])) != 2:
-                self._fail(f"holds {parts[part]} of shape {self.tensors.shape(parts[part])}; only linear maps are read")
+                self._fail(f"holds {parts[part]} of shape {self.tensors.shape(parts[part])}; expected a matrix")
         return parts
 
     def _low_rank(self, place: str, a: str, b: str, *, experts: int = 0, magnitude: str | None = None) -> LowRank:
         rank, scale = scaling(self.settings, place)
-        found, expected = (self.tensors.shape(a)[0], self.tensors.shape(b)[1]), rank * (experts or 1)
-        if found != (expected, expected):
-            self._fail(f"has rank {found[0]} (A) and {found[1]} (B) for {place}; {CONFIG} says {expected}")
+        ranks, expected = (self.tensors.shape(a)[0], self.tensors.shape(b)[1]), rank * (experts or 1)
+        if ranks != (expected, expected):
+            self._fail(f"has rank {ranks[0]} (A) and {ranks[1]} (B) for {place}; {CONFIG} says {expected}")
         return LowRank(a, b, rank, scale, experts=experts, magnitude=magnitude)
 
     def _add_linear(self, module: str, parts: Parts) -> None:
@@ -229,21 +245,24 @@ class Layout:
         self._add(stored, rows=(key, rows))
 
     def _parameters(self, module: str) -> dict[str, str]:
-        """Return the names in memory -> stored names of a module's parameters that target_parameters names."""
-        found = {}
+        """Return name in memory -> stored name of a module's target_parameters."""
+        parameters = {}
         for target in self.settings.get("target_parameters") or ():
             name = f"{module}.{target.rpartition('.')[2]}"
             if f".{name}".endswith(f".{target}"):
-                found[name] = self.names.find(name)
-        if lacking := [name for name, stored in found.items() if stored is None]:
+                parameters[name] = self.names.find(name)
+        if lacking := [name for name, stored in parameters.items() if stored is None]:
             raise ModelError(
-                f"{self.folder} changes {lacking[0]}, which {self.base.folder} does not store under that name: experts "
-                f"that are stored one by one cannot be matched with a stack. {_MERGE_FIRST}"
+                f"{self.folder} changes {lacking[0]}, but {self.base.folder} stores no tensor of this name. Experts "
+                f"stored one by one cannot be matched with a stack. {_MERGE_FIRST}"
             )
-        return found
+        return parameters
 
     def _add_parameters(self, module: str, targets: Mapping[str, str], levels: Mapping[int, Parts]) -> None:
-        """Add what target_parameters names inside a module. Each level wraps one; which, the shapes tell."""
+        """Add the changes of a module's target_parameters.
+
+        Each wrapping level holds one parameter; shapes decide which.
+        """
         pairs = [self._checked(module, parts, _A, _B) for _, parts in sorted(levels.items())]
         changes = [(self.tensors.shape(pair[_B])[0], self.tensors.shape(pair[_A])[1]) for pair in pairs]
         shapes = {name: self.base.shape(stored) for name, stored in targets.items()}
@@ -261,30 +280,30 @@ class Layout:
     def _add(self, stored: str, **change: Any) -> None:
         if not self.base.dtype(stored).is_floating_point:
             raise ModelError(f"{stored} of {self.base.folder} is {self.base.dtype(stored)}: dequantise the base first.")
-        self.changes[stored] = replace(self.changes.get(stored, Change()), **change)
+        self.changes[stored] = replace(self.changes.get(stored, WeightChange()), **change)
 
     def _stored(self, name: str, key: str) -> str:
         stored = self.names.find(name)
         if stored is None:
-            why = "such a tensor is not known here" if "lora_" in name else "is this the adapter's base?"
-            raise ModelError(f"{self.folder / FILE} holds {key}; {self.base.folder} has no weight {name}: {why}")
+            why = "Such tensors are not supported." if "lora_" in name else "Give the adapter's base."
+            raise ModelError(f"{self.folder / FILE} holds {key}, but {self.base.folder} has no weight {name}. {why}")
         return stored
 
     def _require_shape(self, key: str, shape: Sequence[int], stored: str) -> None:
         if tuple(shape) != self.base.shape(stored):
             raise ModelError(
                 f"{key} in {self.folder / FILE} makes a change of shape {tuple(shape)}; {stored} of {self.base.folder} "
-                f"has shape {self.base.shape(stored)}. The adapter is of another base, or its vocabulary was resized."
+                f"has shape {self.base.shape(stored)}. The adapter has another base, or its vocabulary was resized."
             )
 
     def _require_magnitude(self, inner: LowRank, outputs: int, stored: str) -> None:
         if inner.magnitude and self.tensors.shape(inner.magnitude) != (outputs,):
-            found = self.tensors.shape(inner.magnitude)
-            self._fail(f"holds {inner.magnitude} of shape {found}; {stored} needs {(outputs,)}")
+            shape = self.tensors.shape(inner.magnitude)
+            self._fail(f"holds {inner.magnitude} of shape {shape}; {stored} needs {(outputs,)}")
 
     def _refuse_tied(self, key: str, table: str) -> NoReturn:
         raise ModelError(
-            f"{self.folder / FILE} holds {key}, which changes one of two tables that {self.base.folder} stores as one "
+            f"{self.folder / FILE} changes two tied tables differently ({key}); {self.base.folder} stores both as one "
             f"({table}, tie_word_embeddings). Train with ensure_weight_tying=True, or without the vocabulary tables."
         )
 

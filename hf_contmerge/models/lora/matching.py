@@ -1,4 +1,4 @@
-"""What an adapter must know of its base's weights: their stored names, their orientation, tied tables."""
+"""Matches an adapter's names and shapes with stored weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config, text_config
 from hf_contmerge.models.weights import Weights
 
-_WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model"}  # prefixes that come and go
+_WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model"}  # optional prefixes
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _TABLE = re.compile(r"(^|\.)(\w*embed\w*|wte)\.weight$")
-_ROWS = 4096  # of a table, compared at a time
+_ROWS = 4096  # rows of a table compared at once
 
 
-class Names:
-    """Finds the stored name of a weight that is known by its name in memory."""
+class StoredNames:
+    """Finds a weight's stored name by its name in memory."""
 
     def __init__(self, base: Weights) -> None:
         self._stored = set(base.names)
@@ -29,16 +29,17 @@ class Names:
             self._bare[_bare(name)].append(name)
 
     def find(self, name: str) -> str | None:
-        """Return the same name, else the one that differs by wrappers in front, else the only one that ends in it.
+        """Return the stored name of a weight, if any.
 
-        Raises ModelError if more than one does.
+        Tried in order: the same name, a name with other wrappers in front, the only name with this ending. Raises
+        ModelError for several matches.
         """
         if name in self._stored:
             return name
-        found = self._bare.get(_bare(name)) or [n for n in sorted(self._stored) if n.endswith(f".{name}")]
-        if len(found) > 1:
-            raise ModelError(f"The adapter's {name} may be {' or '.join(found)} of the base: none has that exact name.")
-        return found[0] if found else None
+        matches = self._bare.get(_bare(name)) or [n for n in sorted(self._stored) if n.endswith(f".{name}")]
+        if len(matches) > 1:
+            raise ModelError(f"{name} is ambiguous: the base has {' and '.join(matches)}. Give its original base.")
+        return matches[0] if matches else None
 
 
 def _bare(name: str) -> str:
@@ -49,10 +50,16 @@ def _bare(name: str) -> str:
 
 
 def is_conv1d(base: Weights, name: str, change: tuple[int, int], *, flag: bool) -> bool:
-    """Say whether a linear map's weight is stored (in, out). `change`: the adapter's (out, in).
+    """Return True if a linear map is stored (in, out).
 
-    Its bias tells, which is as long as the outputs; for a square weight, the biases of the base's other weights; where
-    there is none, `flag`: the adapter's fan_in_fan_out, which peft leaves as the last module had it.
+    The bias decides: its length is the number of outputs. For a square weight, the biases of the base's other weights
+    decide; without any bias, `flag` does.
+
+    Args:
+        base: the base's weights.
+        name: the weight's stored name.
+        change: the adapter's shape (out, in).
+        flag: the adapter's fan_in_fan_out, which peft keeps from the last module only.
     """
     shape = base.shape(name)
     if len(shape) != 2:
@@ -61,8 +68,8 @@ def is_conv1d(base: Weights, name: str, change: tuple[int, int], *, flag: bool) 
     if _bias(name) not in stored:
         return flag and (shape != change or shape[0] == shape[1])
     oblong = [name] if shape[0] != shape[1] else [n for n in base.names if _bias(n) in stored and _is_oblong(base, n)]
-    found = {base.shape(_bias(n)) == base.shape(n)[1:] for n in oblong}
-    return found.pop() if len(found) == 1 else flag
+    transposed = {base.shape(_bias(n)) == base.shape(n)[1:] for n in oblong}
+    return transposed.pop() if len(transposed) == 1 else flag
 
 
 def _bias(name: str) -> str:
@@ -77,10 +84,16 @@ def _is_oblong(base: Weights, name: str) -> bool:
 def match_parameters(
     shapes: Mapping[str, tuple[int, ...]], changes: Sequence[tuple[int, int]]
 ) -> list[tuple[str, bool]] | None:
-    """Return for each change (out, in) the parameter that it fits, and whether that is stored (experts, in, out).
+    """Match each change (out, in) with a parameter.
 
-    `shapes`: of the parameters, (out, in) or stacks of either order. A module stores all its stacks in one order, so an
-    oblong one tells that of a square one. None unless there is exactly one way.
+    A module stores all its stacks in one order, so an oblong stack decides the order of a square one.
+
+    Args:
+        shapes: the parameters' shapes, (out, in) or stacks of either order.
+        changes: the adapter's shapes (out, in).
+
+    Returns:
+        Each change's parameter, and True if stored (experts, in, out). None unless there is exactly one match.
     """
     orders = [
         order
@@ -97,12 +110,12 @@ def match_parameters(
 
 
 def _orders(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return which changes (out, in) a parameter of that shape may have."""
+    """Return the possible changes (out, in) of a parameter's shape."""
     return (shape,) if len(shape) == 2 else (shape[1:], shape[:0:-1])
 
 
 def tied_table(base: Weights) -> str | None:
-    """Return the stored name of the table that is both the input embedding and the output head, if there is one."""
+    """Return the tied vocabulary table's stored name, if any."""
     values = config(base.folder) if (base.folder / "config.json").is_file() else {}
     text = text_config(values)
     tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings"))
@@ -115,7 +128,10 @@ def tied_table(base: Weights) -> str | None:
 
 
 def equal(ours: Tensor, theirs: Tensor) -> bool:
-    """Say whether two tensors hold the same numbers, in whatever floating types. Memory holds some rows of each."""
+    """Compare the numbers of two tensors, in any types.
+
+    Tensors of different types are compared some rows at a time, to save memory.
+    """
     if ours.shape != theirs.shape:
         return False
     if ours.dtype == theirs.dtype:

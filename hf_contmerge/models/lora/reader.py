@@ -1,11 +1,11 @@
-"""peft LoRA folders as what they are: task vectors, read weight by weight. peft itself is not needed.
+"""Reads peft LoRA folders as task vectors, without peft.
 
     D = scaling * B @ A                                              LoRA; scaling = alpha / r, or alpha / sqrt(r)
-    D = m / |W + scaling * B @ A| * (W + scaling * B @ A) - W         DoRA; the norm is that of each output's weights
+    D = m / |W + scaling * B @ A| * (W + scaling * B @ A) - W         DoRA; one norm per output
     D = whole - W                                                    modules_to_save, biases, saved embedding tables
     D[rows] = given - W[rows]                                        trainable_token_indices
 
-Key names, patterns and scalings are those of peft 0.21: base + D is what its `merge_and_unload` gives.
+Key names, patterns and scalings follow peft 0.21: base + D equals the result of its `merge_and_unload`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.lora.layout import FILE, Change, Layout, LowRank
+from hf_contmerge.models.lora.layout import FILE, Layout, LowRank, WeightChange
 from hf_contmerge.models.lora.settings import CONFIG, is_same_base, read_settings
 from hf_contmerge.models.weights import Weights
 
 
 class Adapter:
-    """A peft LoRA folder, read as the task vector that it is: D = expert - base, weight by weight.
+    """A peft LoRA folder as a task vector D.
 
-    Settings and headers are checked when it is opened; each call reads one weight's tensors. A whole table that equals
-    the base's (save_embedding_layers) is no change, and is not among `names`.
+    D = expert - base, weight by weight. Settings and headers are checked on opening; each call reads one weight's
+    tensors. A whole table equal to the base's (save_embedding_layers) is no change, and is missing from `names`.
 
     Args:
-        folder: has adapter_config.json and adapter_model.safetensors.
-        base: the weights of its base model.
+        folder: with adapter_config.json and adapter_model.safetensors.
+        base: the base model's weights.
 
     Raises:
-        ModelError: the folder is no LoRA adapter, damaged, pickled, of a kind that is no change of weights, or has a
-            tensor that is unknown or does not fit the base's weight.
+        ModelError: the folder is no LoRA adapter, damaged, pickled or no change of weights, or holds a tensor that is
+            unknown or does not fit the base.
     """
 
     def __init__(self, folder: Path, base: Weights) -> None:
@@ -46,14 +46,17 @@ class Adapter:
         self.names: tuple[str, ...] = tuple(sorted(self._changes))
 
     def rank(self, name: str) -> int | None:
-        """Return r of a weight's change without reading data; None if it is not low-rank, or a stack of matrices."""
+        """Return r of a weight's change, without reading data.
+
+        None for a stack of matrices or a change that is not purely low-rank.
+        """
         inner = _plain(self._changes[name])
         return inner.rank if inner else None
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return float32 left (m, r) and right (r, n) with D = left @ right; None where `rank` is None.
+        """Return the float32 factors of D = left @ right.
 
-        Raises KeyError for a name that is not among `names`.
+        Shapes: left (m, r), right (r, n). None where `rank` is None. Raises KeyError for a name missing from `names`.
         """
         inner = _plain(self._changes[name])
         if inner is None:
@@ -63,9 +66,9 @@ class Adapter:
         return left.float() * inner.scale, right.float().contiguous()
 
     def task_vector(self, name: str, base: Tensor) -> Tensor:
-        """Return D in float32, of the weight's shape; zeros where the adapter does not touch it.
+        """Return D in float32; zeros without a change.
 
-        `base`: the base's tensor, in any floating type. It is not changed.
+        `base`: the base's tensor of the same shape, in any floating type. It stays unchanged.
         """
         change = self._changes.get(name)
         if change is None:
@@ -78,8 +81,8 @@ class Adapter:
             return self._with_magnitude(delta, change.low_rank, base).sub_(base) if change.low_rank.magnitude else delta
         return self._replaced(change, base).sub_(base)
 
-    def _replaced(self, change: Change, base: Tensor) -> Tensor:
-        """Return the expert's own weight, where the adapter holds the whole of it or some rows."""
+    def _replaced(self, change: WeightChange, base: Tensor) -> Tensor:
+        """Return the expert's weight; the adapter holds rows or all of it."""
         expert = (self._read(change.whole) if change.whole else base).to(torch.float32, copy=True)
         if change.rows:
             key, rows = change.rows
@@ -99,7 +102,10 @@ class Adapter:
         return torch.bmm(a.mT, b.mT) if inner.transposed else torch.bmm(b, a)
 
     def _with_magnitude(self, delta: Tensor, inner: LowRank, weight: Tensor) -> Tensor:
-        """Return DoRA's weight: each output's row of W + delta, at its own length. Works in `delta`'s memory."""
+        """Return DoRA's weight: W + delta, scaled per output to `magnitude`.
+
+        Works in `delta`'s memory.
+        """
         assert inner.magnitude
         inputs = 0 if inner.transposed else 1
         delta.add_(weight)
@@ -111,21 +117,21 @@ class Adapter:
 
 
 def check_base(adapter: Adapter, base_names: Collection[str], *, force: bool = False) -> None:
-    """Raise ModelError if an adapter says that it was trained on another base than the one called `base_names`.
+    """Raise ModelError if an adapter names another base than `base_names`.
 
-    Hub ids compare without case and revision, cache folders by the id that they hold, paths as resolved. An adapter
-    that names no base is accepted.
+    Hub ids compare without case and revision, cache folders by their Hub id, paths as resolved. An adapter without a
+    base name is accepted.
     """
     if force or not adapter.base_model or is_same_base(adapter.base_model, base_names):
         return
     raise ModelError(
         f"{adapter.folder} was trained on {adapter.base_model}, not on {' alias '.join(base_names) or 'this base'}: it "
-        "would change weights that it does not belong to. Give its own base, or --force if this is a copy of it."
+        "does not match this base model. Give the adapter's base, or --force if this is a copy of it."
     )
 
 
-def _plain(change: Change) -> LowRank | None:
-    """Return the low-rank part of a change that is nothing else."""
+def _plain(change: WeightChange) -> LowRank | None:
+    """Return a change's low-rank part, if there is no other part."""
     inner = change.low_rank
     return inner if inner and not (inner.magnitude or inner.experts or change.whole or change.rows) else None
 

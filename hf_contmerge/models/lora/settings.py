@@ -1,4 +1,4 @@
-"""A peft LoRA folder's settings: which can be read as weights, the scaling of each module, the base's name."""
+"""Reads a peft LoRA folder's settings: scaling, token rows, base name."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hf_contmerge.errors import ModelError
 
 CONFIG = "adapter_config.json"
 
-_BY_PATH = "Save it from peft with path_initial_model_for_weight_conversion=..., which makes a plain LoRA of it."
+_BY_PATH = "Save it from peft with path_initial_model_for_weight_conversion=..., which converts it to a plain LoRA."
 _REFUSED = {
-    "alora_invocation_tokens": "acts on some tokens only, which no change of the weights can do",
-    "arrow_config": "routes tokens among adapters, which no change of the weights can do",
-    "kasa_config": "is taken against a base whose small singular values were cut off",
+    "alora_invocation_tokens": "acts on some tokens only, unlike a change of weights",
+    "arrow_config": "routes tokens among adapters, unlike a change of weights",
+    "kasa_config": "is relative to a base without its small singular values",
     "layer_replication": "makes a model with more layers than the base",
     "monteclora_config": "draws its weights at random",
-    "use_bdlora": "is block-diagonal (BD-LoRA), which is not read",
+    "use_bdlora": "is block-diagonal (BD-LoRA), which is not supported",
     "use_qalora": "pools its inputs (QA-LoRA) for a quantised base",
-    "velora_config": "is VeLoRA, which is not read",
+    "velora_config": "is VeLoRA, which is not supported",
 }
-# Read here, or of no consequence once the adapter is trained.
+# Read here, or without effect after training.
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -36,26 +36,26 @@ _KNOWN = {
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json. Raises ModelError if it is not that of a LoRA whose maths is known here."""
+    """Return adapter_config.json. Raises ModelError for unsupported adapters."""
     path = folder / CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {path}: {error}. Save or fetch the adapter again.") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        found = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
+        peft_type = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise ModelError(
-            f"{path} has peft_type {found}; only LORA is read as it is. Merge the adapter into its base "
-            "(merge_and_unload, save_pretrained) and give that folder."
+            f"{path} has peft_type {peft_type}; only LORA is supported. Merge the adapter into its base "
+            "(merge_and_unload, save_pretrained) and give the merged folder."
         )
     _require_known(path, settings)
     return settings
 
 
 def scaling(settings: Mapping[str, Any], place: str) -> tuple[int, float]:
-    """Return the rank and the factor before B @ A of a module or parameter, by its path in memory.
+    """Return the rank and the factor of B @ A.
 
-    Raises ModelError for a pattern that is none.
+    `place`: path in memory of the module or parameter. Raises ModelError for an invalid pattern.
     """
     rank = _pattern(settings, "rank_pattern", place, settings.get("r", 8))
     alpha = _pattern(settings, "alpha_pattern", place, settings.get("lora_alpha", 8))
@@ -63,7 +63,7 @@ def scaling(settings: Mapping[str, Any], place: str) -> tuple[int, float]:
 
 
 def token_rows(settings: Mapping[str, Any], module: str) -> tuple[int, ...]:
-    """Return the rows of a table that trainable_token_indices names; none if it names none."""
+    """Return a table's rows in trainable_token_indices, possibly none."""
     chosen = settings.get("trainable_token_indices") or ()
     if isinstance(chosen, dict):
         chosen = next((rows for suffix, rows in chosen.items() if module.endswith(suffix)), ())
@@ -71,25 +71,34 @@ def token_rows(settings: Mapping[str, Any], module: str) -> tuple[int, ...]:
 
 
 def is_same_base(name: str, others: Collection[str]) -> bool:
-    """Say whether a base's name (Hub id or path, with or without revision) means the same as one of others."""
+    """Return True if a base's name matches one of `others`.
+
+    Names are Hub ids or paths, with or without revision.
+    """
     ours = _identities(name)
     return any(ours & _identities(other) or _is_tail(name, other) or _is_tail(other, name) for other in others)
 
 
 def _identities(name: str) -> set[str]:
-    """Return what a base may be called: its Hub id without case and revision, the id behind a cache path, its path."""
+    """Return a base's Hub id (lower case, no revision) and resolved path.
+
+    Hub ids also come from cache paths.
+    """
     plain = name.rstrip("/") or name
     cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)(?:/|$)", plain)
     if cached:
         return {f"{cached[1]}/{cached[2]}".lower(), str(Path(plain).resolve())}
-    found = {str(Path(plain).expanduser().resolve())}
+    names = {str(Path(plain).expanduser().resolve())}
     if not plain.startswith(("/", "~", ".")):
-        found.add(plain.partition("@")[0].lower())
-    return found
+        names.add(plain.partition("@")[0].lower())
+    return names
 
 
 def _is_tail(name: str, other: str) -> bool:
-    """Say whether a relative path of at least two parts is the end of an absolute one: it was given elsewhere."""
+    """Return True if a relative path ends an absolute one.
+
+    It was given in another working directory. Two parts at least must agree.
+    """
     parts, whole = Path(name).parts, Path(other).parts
     parts = parts[next((i for i, p in enumerate(parts) if p != ".."), 0) :]
     return (
@@ -98,13 +107,16 @@ def _is_tail(name: str, other: str) -> bool:
 
 
 def _pattern(settings: Mapping[str, Any], word: str, place: str, default: Any) -> Any:
-    """Return the value of the first pattern that the end of a module's path matches, as peft finds it."""
+    """Return the value of the first matching pattern, as in peft.
+
+    Patterns match the end of a module's path.
+    """
     for pattern, value in (settings.get(word) or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", place):
                 return value
         except re.error as error:
-            raise ModelError(f"{word} in {CONFIG} holds {pattern!r}, which is no pattern: {error}.") from error
+            raise ModelError(f"{word} in {CONFIG} holds {pattern!r}, an invalid pattern: {error}. Fix it.") from error
     return default
 
 
@@ -114,14 +126,14 @@ def _require_known(path: Path, settings: Mapping[str, Any]) -> None:
             raise ModelError(f"{path} sets {word}: the adapter {_REFUSED[word]}. It cannot be merged as weights.")
         if value and word not in _KNOWN:
             raise ModelError(
-                f"{path} sets {word} to {value!r}, which is not known here. If it does not change what the adapter "
-                "computes, remove that line; else merge the adapter into its base with peft, and give that folder."
+                f"{path} sets {word} to {value!r}, an unknown setting. If it does not change the adapter's "
+                "output, remove this line; else merge the adapter into its base with peft and give the merged folder."
             )
     init = str(settings.get("init_lora_weights")).lower()
     if init.startswith(("pissa", "corda", "olora", "lora_ga")):
         raise ModelError(
-            f"{path} has init_lora_weights {init}: the adapter was trained on a base that this changed, so it does not "
-            f"fit the base as it is. {_BY_PATH}"
+            f"{path} has init_lora_weights {init}: training started from a changed base, so the adapter does not "
+            f"fit the original one. {_BY_PATH}"
         )
     if init == "loftq":
         raise ModelError(f"{path} has init_lora_weights loftq: the adapter corrects a quantised base, not this one.")

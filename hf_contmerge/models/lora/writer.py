@@ -1,4 +1,7 @@
-"""Writes low-rank changes as a peft LoRA folder, which the stock `PeftModel.from_pretrained(base, folder)` loads."""
+"""Writes low-rank changes as a peft LoRA folder.
+
+The stock `PeftModel.from_pretrained(base, folder)` loads it.
+"""
 
 from __future__ import annotations
 
@@ -35,23 +38,24 @@ def write_adapter(
     conv1d: Collection[str] = (),
     tied: str | None = None,
 ) -> None:
-    """Write an adapter that gives base + left @ right; each module has its own rank, and all a scaling of 1.
+    """Write an adapter for base + left @ right.
+
+    Ranks may differ between modules; every scaling is 1.
 
     Args:
-        out: the folder; it is made if it is not there.
-        factors: name of a weight (MODULE.weight, as the model in memory calls it) -> left (m, r) and right (r, n),
-            float32. An iterator is drawn from one pair at a time, and memory holds that pair only. Pairs of rank 0 are
-            left out.
-        base_model: what the adapter calls its base: a Hub id or a folder.
-        whole: weights that change in another way, with their new values: `modules_to_save`, so give all tensors of a
-            module. The bias of a module that is in `factors` may be given alone.
-        embeddings: which of the names are embedding tables.
-        conv1d: which of the names are linear maps that are stored (in, out).
-        tied: the table that is both the input embedding and the output head, if there is one. Its change must be given
-            whole: peft applies a LoRA of it to one of the two, or twice when it is merged.
+        out: the folder; created if missing.
+        factors: weight's name in memory (MODULE.weight) -> left (m, r) and right (r, n), float32. Only one pair of an
+            iterator is in memory at a time. Pairs of rank 0 are left out.
+        base_model: name of the base in the adapter: a Hub id or a folder.
+        whole: new values of weights with other changes. They become `modules_to_save`, so give all tensors of a module.
+            The bias of a module in `factors` may be given alone.
+        embeddings: names of embedding tables.
+        conv1d: names of linear maps stored (in, out).
+        tied: the table shared by input embedding and output head, if any. Its change must be in `whole`: peft applies a
+            LoRA on it to one of the two, or twice when merged.
 
     Raises:
-        ModelError: there is nothing to write, which peft could not load; or a name is not that of a module's weight.
+        ModelError: no change to write, which peft could not load; or a name is not a module's weight.
     """
     pairs = cast(Iterable[tuple[str, Factors]], factors.items() if isinstance(factors, Mapping) else factors)
     out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,8 @@ def write_adapter(
                     file.add(f"{PREFIX}{module}.{part}", tensor)
         if not ranks:
             raise ModelError(
-                f"No low-rank change is to be written to {out}: the merged model is the base in all of them."
+                f"No low-rank change to write to {out}: all matrices of the merged model equal the base. "
+                "Export the whole model."
             )
         saved = _add_whole(file, whole or {}, ranks, tied)
         file.finish(out / FILE)
@@ -77,7 +82,10 @@ def write_adapter(
 
 
 def _parts(left: Tensor, right: Tensor, *, table: bool, swapped: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield peft's A (r, in) and B (out, r), whose product is left @ right, or its transpose for (in, out) weights."""
+    """Yield peft's A (r, in) and B (out, r).
+
+    B @ A is left @ right, or its transpose for weights stored (in, out).
+    """
     if table:
         yield from (("lora_embedding_A", left.T), ("lora_embedding_B", right.T))
     else:
@@ -86,7 +94,10 @@ def _parts(left: Tensor, right: Tensor, *, table: bool, swapped: bool) -> Iterat
 
 
 def _add_whole(file: _Tensors, whole: Mapping[str, Tensor], ranks: Mapping[str, int], tied: str | None) -> list[str]:
-    """Add whole weights; return their modules, less those that have factors, whose biases peft takes as they are."""
+    """Add whole weights; return the modules to save.
+
+    Modules with factors are excluded: peft reads their biases without modules_to_save.
+    """
     saved = set()
     # peft asks for a tied table under both of its names; ensure_weight_tying then makes one module of them.
     copies = {_HEAD: whole[tied]} if tied and tied in whole else {}
@@ -94,7 +105,7 @@ def _add_whole(file: _Tensors, whole: Mapping[str, Tensor], ranks: Mapping[str, 
     for name, tensor in sorted({**whole, **copies}.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         module, _, parameter = name.rpartition(".")
         if module in ranks and parameter == "weight":
-            raise ModelError(f"{name} is given both by its factors and whole.")
+            raise ModelError(f"{name} has both factors and a whole value. Give one of them.")
         file.add(f"{PREFIX}{module}.base_layer.{parameter}" if module in ranks else PREFIX + name, tensor)
         if module not in ranks and name not in copies:
             saved.add(module)
@@ -103,12 +114,12 @@ def _add_whole(file: _Tensors, whole: Mapping[str, Tensor], ranks: Mapping[str, 
 
 def _module(name: str) -> str:
     if not name.endswith(".weight"):
-        raise ModelError(f"{name} is no module's weight, so a LoRA cannot hold its change. Export the whole model.")
+        raise ModelError(f"{name} is not a module's weight, so LoRA cannot hold its change. Export the whole model.")
     return name.removesuffix(".weight")
 
 
 def _settings(ranks: Mapping[str, int], saved: list[str], base_model: str, *, lora_bias: bool) -> dict[str, Any]:
-    """Return adapter_config.json: alpha is the rank everywhere, which makes every scaling 1."""
+    """Return adapter_config.json with alpha = rank, for scalings of 1."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {re.escape(module): rank for module, rank in ranks.items() if rank != usual}
     return {
@@ -131,7 +142,10 @@ def _settings(ranks: Mapping[str, int], saved: list[str], base_model: str, *, lo
 
 
 class _Tensors:
-    """A safetensors file in the making. Its data waits in a scratch file: the header before it needs all shapes."""
+    """A safetensors file under construction.
+
+    Data waits in a scratch file, because the header in front needs all shapes.
+    """
 
     def __init__(self, data: BinaryIO) -> None:
         self._data = data

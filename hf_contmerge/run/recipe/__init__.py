@@ -1,1 +1,1 @@
-"""The recipe: its fields, how it is read, what a change of it undoes."""
+"""Recipes: fields, parsing, and consequences of changes."""

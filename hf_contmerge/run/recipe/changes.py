@@ -1,4 +1,7 @@
-"""What differs between two recipes, and which phase first uses it. What is only added is no change."""
+"""Differences between two recipes, with the first phase affected.
+
+Pure additions are not differences.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ _NOT_SET = "(not set)"
 
 @dataclass(frozen=True)
 class FieldChange:
-    """One field that two recipes do not have in common."""
+    """A field with different values in two recipes."""
 
     field: str
-    """Dotted; stages by number (their order counts), merge entries and tasks by name."""
+    """Dotted path; stages by number (their order counts), merge entries and tasks by name."""
     old: Any
     new: Any
     phase: Phase
@@ -35,13 +38,16 @@ class FieldChange:
 
 
 def changes(old: Recipe, new: Recipe) -> Iterator[FieldChange]:
-    """Yield what differs, apart from fields that no phase uses and from stages, merge entries and tasks added."""
-    if old.tunes != new.tunes:  # then other documents are measured
-        parts = {False: "all", True: "all but those set aside"}
+    """Yield the changed fields of some phase.
+
+    Added stages, merge entries and tasks are left out.
+    """
+    if old.tunes != new.tunes:  # the measured documents differ
+        parts = {False: "all", True: "all but the validation documents"}
         yield FieldChange("documents measured (guard, auto)", parts[old.tunes], parts[new.tunes], "score")
     before, after = dict(flat_fields(old.model_dump(mode="json"))), dict(flat_fields(new.model_dump(mode="json")))
     if not (old.tunes and new.tunes):
-        after["evaluate.validation"] = before["evaluate.validation"]  # nothing was set aside that could still be
+        after["evaluate.validation"] = before["evaluate.validation"]  # ignored unless both use it
     added = {_piece(f) for f in after} - {_piece(f) for f in before}
     for field in before | after:
         use = use_of(field)
@@ -51,7 +57,10 @@ def changes(old: Recipe, new: Recipe) -> Iterator[FieldChange]:
 
 
 def flat_fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, leaf) of a recipe dumped as JSON: merge entries and tasks by name, other parts by number."""
+    """Yield (dotted path, value) of each leaf of a dumped recipe.
+
+    Merge entries and tasks by name, other parts by number.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
             yield from flat_fields(item, f"{path}.{key}" if path else key)
@@ -64,7 +73,7 @@ def flat_fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _piece(field: str) -> str:
-    """Return what is added as one piece: a stage, a merge entry, a task, or else the field itself."""
+    """Return a field's unit of addition: stage, merge entry, task, else itself."""
     parts = field.split(".")
     if parts[0] in ("stages", "merge") and len(parts) > 1:
         return ".".join(parts[:4] if "tasks" in parts else parts[:2])

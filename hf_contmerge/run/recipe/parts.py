@@ -1,4 +1,4 @@
-"""What recipes say of data."""
+"""Parts of a recipe: data, tasks, measuring, guards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Part(BaseModel):
 
 
 class DataSource(Part):
-    """Rows of one dataset, and which of them are examples."""
+    """Rows of one dataset, and the choice of examples."""
 
     path: str
     """A .json/.jsonl/.parquet/.csv/.txt/.arrow file or a folder of them, a Hub id, or quickstart:<name>."""
@@ -68,7 +68,7 @@ class MixedSource(DataSource):
 
 
 class Dataset(DataSource):
-    """Texts or conversations, of one dataset or a mix of several, and what is held out to measure forgetting."""
+    """Texts or conversations, and the examples held out."""
 
     path: str = ""
     mix: tuple[MixedSource, ...] = ()
@@ -80,7 +80,7 @@ class Dataset(DataSource):
     """Longer held-out documents are cut here, so that a row of scores costs a known time."""
 
     def sources(self) -> tuple[DataSource, ...]:
-        """Return the datasets that examples come from: this one, or those of the mix."""
+        """Return the datasets of the examples: this one, or the mix."""
         return self.mix or (self,)
 
     def shares(self) -> tuple[float, ...]:
@@ -89,7 +89,7 @@ class Dataset(DataSource):
 
     @property
     def holds_out(self) -> bool:
-        """Whether any example is held out."""
+        """True if any example is held out."""
         return bool(self.heldout or any(source.heldout_split for source in self.sources()))
 
     @model_validator(mode="after")
@@ -121,7 +121,7 @@ DatasetField = Annotated[Dataset, BeforeValidator(_as_dataset)]
 
 
 class StatisticsSettings(Part):
-    """What is measured of a trained expert, for merge rules that need it."""
+    """Measurements of a trained expert, for merge rules."""
 
     kinds: Annotated[tuple[Literal["inputs"], ...], Field(min_length=1)] = ("inputs",)
     """inputs: the second moments of the inputs of linear maps."""
@@ -145,7 +145,7 @@ def _as_words(value: Any) -> Any:
 
 
 class Task(Part):
-    """One thing to measure: a task that lm-eval knows by name, or one made from a dataset."""
+    """A task: one of lm-eval's, or made from a dataset."""
 
     name: Name
     dataset: DatasetField | None = None
@@ -192,7 +192,7 @@ TasksField = Annotated[tuple[TaskField, ...], BeforeValidator(expand_suites)]
 
 
 class Evaluate(Part):
-    """What is measured after each stage, for experts and merged models alike."""
+    """The measurements after each stage, for experts and merges alike."""
 
     general_tasks: TasksField = ()
     """Abilities that no stage teaches: what the base could do and should still do at the end."""
@@ -223,14 +223,14 @@ class Evaluate(Part):
         return [own, *([Path(self.include_path)] if self.include_path else [])]
 
     def measured_by(self) -> dict[str, Any]:
-        """Return the fields on which a score depends: two that differ in one of them cannot be compared."""
+        """Return the fields behind a score; others may differ in comparisons."""
         return {
             word: value for word, value in self.model_dump(mode="json").items() if use_of(f"evaluate.{word}").compares
         }
 
 
 class Rung(Part):
-    """One thing to try when a merge forgets too much: `shrink`, `replay`, `keep_previous`, or `{rule: name}`."""
+    """A reaction to forgetting: `shrink`, `replay`, `keep_previous`, `{rule: name}`."""
 
     do: Literal["shrink", "rule", "replay", "keep_previous"]
     """shrink: a smaller scale. rule: all experts so far, folded by another rule. replay: the stage trained again with
@@ -263,7 +263,7 @@ def _as_list(value: Any) -> Any:
 
 
 class Guard(Part):
-    """A forgetting budget: what no merge may lose, and what is tried where one would."""
+    """A forgetting budget, and the reactions to a broken one."""
 
     max_forgetting: Annotated[float, Field(ge=0)] = 0.01
     """The drop that is tolerated, in each block of tasks: a share of accuracy, nats of -ln(perplexity)."""

@@ -1,4 +1,4 @@
-"""The phases of a run, and which one uses which field of a recipe: one table for all who ask."""
+"""Phases of a run, and their recipe fields."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Use:
     """A row of the table."""
 
     patterns: str
-    """Dotted fields, as `changes.flat_fields` names them; `*` stands for anything."""
+    """Dotted fields, as in `changes.flat_fields`; `*` matches anything."""
     phase: Phase | None
     """The first phase that uses them."""
     undoes: bool = True
-    """Whether a change makes the results of that phase wrong."""
+    """Whether a change invalidates the phase's results."""
     compares: bool = False
-    """Whether two scores that differ in them cannot be compared."""
+    """Whether scores with different values are incomparable."""
 
 
 _USES = (
@@ -37,9 +37,9 @@ _USES = (
     Use("evaluate.*",                                                         "score", True,   True),
     Use("*",                                                                  "train"),
 )  # fmt: skip
-"""The first row that matches counts. What measures a task (its data, its code) is part of the task's own digest."""
+"""The first matching row counts. A task's data and code are part of its digest instead."""
 
 
 def use_of(field: str) -> Use:
-    """Return the row of a field."""
+    """Return a field's row of the table."""
     return next(use for use in _USES if any(fnmatchcase(field, pattern) for pattern in use.patterns.split()))

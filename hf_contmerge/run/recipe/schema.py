@@ -1,19 +1,19 @@
-"""The recipe: what to train on, in which order, how to merge, what to measure. The only reader of our YAML.
+"""The recipe's fields: stages, training, merging, evaluation, guard, publishing.
 
     name: law-then-code                     # the run's folder is runs/<name>
     base_model: Qwen/Qwen3-0.6B             # a Hub id, a folder, a .gguf file
     stages:
-      - {name: law,  dataset: law.jsonl}                          # learnt from data, or
+      - {name: law,  dataset: law.jsonl}                          # trained on data, or
       - {name: code, expert: owner/code-model}                    # given, or
-      - {name: chat, expert: owner/instruct, minus: owner/base}   # a vector between two other models
+      - {name: chat, expert: owner/instruct, minus: owner/base}   # the difference of two other models
     train:    {max_steps: 500, learning_rate: 1.0e-5}             # any field of TRL's SFTConfig, plus `strategy`
     merge:    [{rule: magmax, parameters: {lambda: 0.5}}, {rule: opcm}]
     evaluate: {general_tasks: [hellaswag]}
     guard:    {max_forgetting: 0.01, on: [general, stages], ladder: [shrink, keep_previous]}
     publish:  {repo_id: me/law-code, merge: opcm}
 
-Imports neither torch nor transformers, so that "is all of this done?" is answered at once. Whether a rule, a
-strategy, a task or a column exists is asked by the phase that needs it, before any work is spent.
+Imports neither torch nor transformers, so that a finished run answers at once. The existence of rules, strategies,
+tasks and columns is checked later, before the first phase.
 """
 
 from __future__ import annotations
@@ -39,25 +39,24 @@ StartFrom = Literal["base", "previous", "merged"]
 
 
 class Stage(Part):
-    """One thing to learn: from a dataset, from a given expert, or from the difference of two models."""
+    """A stage: a dataset, a given expert, or a difference of models."""
 
     name: Name
     dataset: DatasetField | None = None
     expert: str | None = None
     minus: str | None = None
     train: dict[str, Any] = Field(default={})
-    """SFTConfig fields that this stage has otherwise than the run: learning_rate, max_steps, ...; with preference pairs
-    those of DPOConfig."""
+    """Overrides of the run's SFTConfig fields: learning_rate, max_steps, ...; DPOConfig fields for preference pairs."""
     tasks: TasksField = ()
-    """Measured beside the perplexity of the stage's held-out text."""
+    """Tasks in addition to the perplexity of the stage's held-out text."""
 
     @property
     def heldout_task(self) -> str | None:
-        """The name of the task that measures the stage's own held-out text."""
+        """Name of the task for the stage's held-out text."""
         return f"{self.name}_heldout" if self.dataset and self.dataset.holds_out else None
 
     def task_names(self) -> tuple[str, ...]:
-        """Return the names of all tasks that measure this stage."""
+        """Return the names of all tasks of this stage."""
         own = (self.heldout_task,) if self.heldout_task else ()
         return own + tuple(t.name for t in self.tasks)
 
@@ -71,7 +70,7 @@ class Stage(Part):
             raise ValueError("`train` needs `dataset`: a given expert is not trained")
         for word in ("strategy", "parameters"):
             if word in self.train:
-                raise ValueError(f"train.{word} is that of the whole run; set it in `train` of the recipe")
+                raise ValueError(f"train.{word} applies to the whole run; set it in `train` of the recipe")
         return self
 
 
@@ -80,56 +79,59 @@ def _as_names(value: Any) -> Any:
 
 
 class Train(BaseModel):
-    """How experts are trained: `strategy`, its `parameters`, and any field of TRL's SFTConfig by its own name."""
+    """Training settings: `strategy`, its `parameters`, any field of TRL's SFTConfig."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     strategy: Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)] = ("full",)
-    """One name, or several that are combined: [lora, replay]."""
+    """One name, or several to combine: [lora, replay]."""
     parameters: dict[str, Any] = {}
-    """Of the strategy; of several, under the name of each: {lora: {r: 8}, replay: {examples: 100}}."""
+    """Parameters of the strategy; of several, by name: {lora: {r: 8}, replay: {examples: 100}}."""
     statistics: StatisticsSettings | None = None
     """Of each expert, for merge rules that need them: [inputs], or {examples: 64, ...}."""
 
     def parameters_of(self) -> dict[str, dict[str, Any]]:
-        """Return the parameters under the name of the strategy that they belong to."""
+        """Return strategy -> its parameters."""
         if len(self.strategy) == 1 and set(self.parameters) != set(self.strategy):
             return {self.strategy[0]: self.parameters}
         return self.parameters
 
     @model_validator(mode="after")
-    def _parameters_have_an_owner(self) -> Train:
+    def _parameters_by_strategy(self) -> Train:
         if len(self.strategy) > 1:
             for name, value in self.parameters.items():
                 if name not in self.strategy or not isinstance(value, dict):
                     raise ValueError(
-                        f"parameters.{name}: with several strategies each one's parameters go under its name, such as "
+                        f"parameters.{name}: with several strategies, put the parameters of each under its name, as in "
                         f"`parameters: {{{self.strategy[0]}: {{...}}}}`"
                     )
         return self
 
     @property
     def sft_fields(self) -> dict[str, Any]:
-        """The SFTConfig fields that the recipe sets."""
+        """SFTConfig fields set in the recipe."""
         return dict(self.model_extra or {})
 
 
 class Merge(Part):
-    """One merge rule of the run, applied after each stage. Several can run side by side on the same experts."""
+    """A merge rule, applied after each stage.
+
+    Several can run side by side on the same experts.
+    """
 
     name: Name = ""
     rule: str
     parameters: dict[str, bool | int | float | str] = Field(default={})
-    """`auto` for one that only enters the scale: searched after each stage, on validation documents."""
+    """By name. `auto`: searched after each stage on validation documents, for parameters of the scale only."""
     start_from: StartFrom | None = None
-    """Which experts it folds; without it, those that the rule's paper uses."""
+    """Start of the experts' training; default: as in the rule's paper."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the merged model's weights; auto is the base model's own."""
+    """Type of the merged model's weights; auto: the base model's."""
     shard_size: Annotated[int, Field(ge=1)] = 5_000_000_000
-    """Bytes in a file of weights, as in `save_pretrained(max_shard_size=...)`."""
+    """Bytes per weight file, as in `save_pretrained(max_shard_size=...)`."""
     tokenizer_from: Name | None = None
-    """Whose tokenizer, chat template and generation config the merged model gets, once it holds that stage: a stage's
-    with `expert`, or `base`. Without it, those of the newest `expert` that has a `minus`, else the base's."""
+    """Source of the merged model's tokenizer, chat template and generation config: `base`, or a stage with `expert`,
+    used from that stage on. Default: the newest `expert` with a `minus`, else the base."""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,27 +144,27 @@ class Merge(Part):
 
     @property
     def auto(self) -> str | None:
-        """The parameter that is `auto`, if one is."""
+        """Name of the `auto` parameter, if any."""
         return next((word for word, value in self.parameters.items() if value == "auto"), None)
 
 
 class Publish(Part):
-    """Where the result goes."""
+    """The Hub repository for the result."""
 
     repo_id: str
     merge: str | None = None
-    """Which merge of the run; without it, its only one."""
+    """Merge entry to publish; default: the only one."""
     private: bool = True
     license: str | None = None
 
 
 class Recipe(Part):
-    """A whole run."""
+    """The recipe of a run."""
 
     name: Name
     base_model: str
     output: str | None = None
-    """The run folder; without it, runs/<name>."""
+    """The run folder; default: runs/<name>."""
     seed: int = 0
     trust_remote_code: bool = False
     plugins: tuple[str, ...] = ()
@@ -184,7 +186,7 @@ class Recipe(Part):
         ):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
-                raise ValueError(f"two {what} are named {', '.join(twice)}; give each a `name` of its own")
+                raise ValueError(f"two {what} are named {', '.join(twice)}; give each a different `name`")
         return self
 
     @model_validator(mode="after")
@@ -194,46 +196,49 @@ class Recipe(Part):
             if entry.tokenizer_from not in (None, "base", *given):
                 raise ValueError(
                     f"tokenizer_from of merge entry {entry.name} must be `base` or a stage with `expert` "
-                    f"({', '.join(given) or 'there is none'}); got {entry.tokenizer_from}"
+                    f"({', '.join(given) or 'none in this recipe'}); got {entry.tokenizer_from}"
                 )
         return self
 
     @model_validator(mode="after")
-    def _something_to_watch(self) -> Recipe:
+    def _guard_has_tasks(self) -> Recipe:
         staged = any(s.task_names() for s in self.stages)
         watched = {"general": bool(self.evaluate.general_tasks), "stages": staged}
         if self.guard and not any(watched[what] for what in self.guard.on):
             raise ValueError(
-                f"guard.on ({', '.join(self.guard.on)}) has nothing to watch: give evaluate.general_tasks, or give "
+                f"guard.on ({', '.join(self.guard.on)}) has no tasks to watch: set evaluate.general_tasks, or give "
                 "stages `heldout` text or `tasks`"
             )
         if any(m.auto for m in self.merge) and not staged:
-            raise ValueError("an `auto` parameter needs stages that are measured: give them `heldout` text or `tasks`")
+            raise ValueError("an `auto` parameter needs measured stages: give them `heldout` text or `tasks`")
         return self
 
     @property
     def tunes(self) -> bool:
-        """Whether something is chosen by scores (a guard, an `auto` parameter), for which documents are set aside.
+        """True if a guard or `auto` parameter uses scores.
 
-        Then choices see only each task's validation documents, and results are told of the others.
+        Choices then see only each task's validation documents; results are reported on the others.
         """
         return self.guard is not None or any(m.auto for m in self.merge)
 
     def tokenizer_model(self, t: int, entry: Merge) -> str | None:
-        """Return the model whose tokenizer and settings the merge of the first t stages gets; None: the base's."""
-        seen = [s for s in self.stages[:t] if s.expert]
+        """Return the tokenizer's model for a merge of t stages; None: base.
+
+        Chat template and generation config come from it too.
+        """
+        given = [s for s in self.stages[:t] if s.expert]
         if entry.tokenizer_from:
-            return next((s.expert for s in seen if s.name == entry.tokenizer_from), None)
-        return next((s.expert for s in reversed(seen) if s.minus), None)
+            return next((s.expert for s in given if s.name == entry.tokenizer_from), None)
+        return next((s.expert for s in reversed(given) if s.minus), None)
 
     def tasks(self) -> Iterator[Task]:
-        """Yield the tasks that the recipe names, without the stages' held-out texts."""
+        """Yield the recipe's tasks, without the stages' held-out texts."""
         for stage in self.stages:
             yield from stage.tasks
         yield from self.evaluate.general_tasks
 
     def measured(self, stages: Iterable[int], *, general: bool = True) -> Iterator[Task]:
-        """Yield the tasks that measure some stages (counted from 1), then the general ones."""
+        """Yield the tasks of some stages (from 1), then the general ones."""
         for t in stages:
             stage = self.stages[t - 1]
             if stage.heldout_task:
@@ -243,9 +248,9 @@ class Recipe(Part):
             yield from self.evaluate.general_tasks
 
     def train_of(self, stage: Stage) -> Train:
-        """Return how a stage is trained: as the run says, with the fields that the stage has otherwise."""
+        """Return a stage's training settings: the run's with its overrides."""
         return Train.model_validate({**self.train.model_dump(), **stage.train})
 
     def run_folder(self) -> Path:
-        """Return the folder that the run writes to, unless the command line names another."""
+        """Return the run folder, unless the command line names another."""
         return Path(self.output or f"runs/{self.name}")

@@ -1,4 +1,4 @@
-"""Tasks and benchmarks under one name; `task_suites.yml` beside this file lists them with their sources."""
+"""Task suites and benchmark streams, with sources, from `suites.yml`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hf_contmerge.errors import RecipeError, unknown
 
 @dataclass(frozen=True)
 class StreamStage:
-    """A dataset of a stream: texts of several classes, whose names are to be learnt."""
+    """A dataset of a stream, for text classification."""
 
     name: str
     path: str
-    """On the Hub."""
+    """Dataset on the Hub."""
     question: str
-    """A format over its columns."""
+    """Format string over its columns."""
     label: str
-    """The column with the number of the class."""
+    """Column with the number of the class."""
     words: tuple[str, ...]
-    """What stands for each class."""
+    """Name of each class, by its number."""
 
 
 def suite_tasks(name: str) -> tuple[str, ...]:
-    """Return lm-eval's names of the tasks of a suite. Raises RecipeError for an unknown one."""
+    """Return a suite's lm-eval tasks. Raises RecipeError if unknown."""
     suites = _contents()["suites"]
     if name not in suites:
         raise RecipeError(unknown("suite", name, suites))
@@ -37,17 +37,20 @@ def suite_tasks(name: str) -> tuple[str, ...]:
 
 
 def suite_names() -> tuple[str, ...]:
-    """Return the names that may stand in a list of tasks."""
+    """Return the suites' names, allowed in lists of tasks."""
     return tuple(_contents()["suites"])
 
 
 def stream_names() -> tuple[str, ...]:
-    """Return the names of the benchmarks that are stages."""
+    """Return the names of the benchmark streams."""
     return tuple(_contents()["streams"])
 
 
 def stream_stages(name: str, order: int) -> tuple[StreamStage, ...]:
-    """Return the stages of a stream in one of its published orders. Raises RecipeError for an unknown one."""
+    """Return a stream's stages in a published order.
+
+    Raises RecipeError for an unknown stream or order.
+    """
     streams = _contents()["streams"]
     if name not in streams:
         hint = f" {name} is a suite of tasks: name it in `general_tasks`." if name in suite_names() else ""
@@ -55,29 +58,29 @@ def stream_stages(name: str, order: int) -> tuple[StreamStage, ...]:
     stream = streams[name]
     if order not in stream["orders"]:
         raise RecipeError(unknown("order", str(order), map(str, stream["orders"]), where=name))
-    found: Mapping[str, Mapping[str, Any]] = stream["stages"]
+    stages: Mapping[str, Mapping[str, Any]] = stream["stages"]
     return tuple(
-        StreamStage(n, found[n]["path"], found[n]["question"], found[n]["label"], tuple(found[n]["words"]))
+        StreamStage(n, stages[n]["path"], stages[n]["question"], stages[n]["label"], tuple(stages[n]["words"]))
         for n in stream["orders"][order]
     )
 
 
 def expand_suites(value: Any) -> Any:
-    """Return a recipe's list of tasks with the tasks of each suite in the place of its name.
+    """Replace suites in a recipe's list of tasks by their tasks.
 
-    A task that a suite repeats is taken once, from where it stands first. `{name: general}` means a task of that name.
+    Duplicates are dropped; the first occurrence wins. `{name: general}` means a task of that name.
     """
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple):
         return value
-    found: list[Any] = []
+    tasks: list[Any] = []
     for item in values:
         if not isinstance(item, str) or item not in suite_names():
-            found.append(item)
+            tasks.append(item)
             continue
-        known = {i.get("name") if isinstance(i, dict) else i for i in found if isinstance(i, dict | str)}
-        found += [{"name": task, "suite": item} for task in suite_tasks(item) if task not in known]
-    return tuple(found)
+        names = {i.get("name") if isinstance(i, dict) else i for i in tasks if isinstance(i, dict | str)}
+        tasks += [{"name": task, "suite": item} for task in suite_tasks(item) if task not in names]
+    return tuple(tasks)
 
 
 @functools.cache

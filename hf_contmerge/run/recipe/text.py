@@ -1,4 +1,4 @@
-"""A recipe's text: the YAML that we read, and changes to it from the command line."""
+"""Reads recipes from YAML, with command-line overrides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 
 
 class _Loader(SafeLoader):
-    """Safe YAML in which 1e-5 is a number, as it is in YAML 1.2 and in everybody's recipes."""
+    """Safe YAML with 1e-5 as a number, as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -30,16 +30,19 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """Return what YAML text means. Raises yaml.YAMLError."""
+    """Parse YAML text. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
 
 
 def apply_override(data: Any, override: str) -> None:
-    """Change what YAML text meant as `--set a.b=c` says. Raises RecipeError if there is no such place."""
+    """Apply `--set a.b=c` to parsed YAML.
+
+    Raises RecipeError for a missing path.
+    """
     dotted, equals, value = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set wants path=value, such as merge.0.rule=opcm; got {override!r}")
+        raise RecipeError(f"--set expects path=value, such as merge.0.rule=opcm; got {override!r}")
     try:
         new = read_yaml(value)
     except yaml.YAMLError as error:
@@ -55,13 +58,13 @@ def apply_override(data: Any, override: str) -> None:
                 at = at[key]
             if isinstance(at, str):  # a shorthand such as `dataset: file.jsonl` has no fields to set
                 place = ".".join(keys[: i + 1])
-                raise RecipeError(f"--set {override}: {place} is {at!r}; write it out as a mapping first")
+                raise RecipeError(f"--set {override}: {place} is {at!r}; write it as a mapping first")
         last: Any = int(keys[-1]) if isinstance(at, list) else keys[-1]
         at[last] = new
     except RecipeError:  # a ValueError too
         raise
     except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise RecipeError(f"--set {override}: the recipe has no place {dotted!r}") from error
+        raise RecipeError(f"--set {override}: the recipe has no path {dotted!r}") from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -69,10 +72,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `a.b=c` as after `--set`: a dotted path (numbers index lists) and a YAML value.
+        overrides: `a.b=c`, as for `--set`: a dotted path (numbers index lists) and a YAML value.
 
     Raises:
-        RecipeError: the file is missing or no YAML, or a field is unknown, missing or of the wrong type.
+        RecipeError: the file is missing or not YAML, or a field is unknown, missing or of the wrong type.
     """
     path = Path(path)
     try:
@@ -87,7 +90,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
-    """Check the contents of a recipe. Raises RecipeError as `load_recipe` does."""
+    """Check parsed YAML and return the recipe.
+
+    Raises RecipeError as `load_recipe` does.
+    """
     if not isinstance(data, dict):
         raise RecipeError(f"{where} must hold a mapping with name, base_model, stages and merge; got {data!r:.80}")
     if "merge_method" in data:
@@ -102,15 +108,15 @@ def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Return the recipe with every default written out, as the run folder keeps it."""
+    """Return a recipe as YAML, with all defaults."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _explain(error: ValidationError, where: str) -> str:
-    """Turn pydantic's list into one sentence a field, with the nearest known names."""
+    """Format pydantic's errors, one sentence per field, with suggestions."""
     lines = []
     for item in error.errors():
-        if item["type"] == "too_short" and item["input"]:  # of a list whose items are wrong, which is told already
+        if item["type"] == "too_short" and item["input"]:  # a list with wrong items, reported separately
             continue
         place = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":

@@ -1,1 +1,1 @@
-"""What was forgotten, with intervals; budgets and searches that go by it."""
+"""Forgetting with confidence intervals; budgets and searches based on it."""

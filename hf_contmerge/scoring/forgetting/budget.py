@@ -1,7 +1,7 @@
-"""The forgetting budget: what a merge has lost of what was there before it, and whether that is too much.
+"""The forgetting budget: losses of a merge against earlier scores.
 
-Judged on validation documents alone, so that the test documents, on which results are told, have decided nothing.
-Accuracies (shares) and perplexities (nats) are never averaged: each group of tasks has one loss per block.
+Judged on validation documents alone: the test documents, used for reporting, decide nothing. Accuracies (shares) and
+perplexities (nats) are never averaged: each group of tasks has one loss per block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _UNITS: dict[Block, str] = {"accuracy": "of accuracy", "perplexity": "nats"}
 
 @dataclass(frozen=True)
 class Shift:
-    """How one block of a group's tasks has changed: the general ones, or one stage's."""
+    """Change of one block in a group of tasks."""
 
     group: str
     """`general`, or the stage's name."""
@@ -35,7 +35,10 @@ class Shift:
         return "the general tasks" if self.group == GENERAL else f"stage {self.group}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the change as records keep it. `mean`, `low`, `high`: below zero where something was lost."""
+        """Return the change for records.
+
+        `mean`, `low` and `high` are negative for a loss.
+        """
         change = self.change
         return {
             "group": self.group, "block": self.block, "mean": change.mean, "low": change.low, "high": change.high,
@@ -45,27 +48,33 @@ class Shift:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a merged model has lost against what was there, and what it has gained on the newest stage."""
+    """A merged model's losses against references, and its newest stage's gains."""
 
     held: bool
     losses: tuple[Shift, ...]
-    """Their intervals share the guard's confidence: one sided, all together."""
+    """One-sided intervals with the guard's confidence jointly."""
     gains: tuple[Shift, ...]
-    """Of the newest stage against the base: a merge that keeps all by learning nothing shows here."""
+    """The newest stage against the base: exposes a merge that forgets nothing and learns nothing."""
 
     @property
     def worst(self) -> Shift | None:
-        """The loss that stands out of the noise the most; None where nothing could be compared."""
+        """The loss furthest outside the noise; None without comparisons."""
         return max(self.losses, key=_sure_drop, default=None)
 
     @property
     def drop(self) -> float:
-        """The largest drop that was measured, noise or not, to tell which of two merges is better; 0 without any."""
+        """The largest measured drop, significant or not; 0 without comparisons.
+
+        It ranks merges.
+        """
         return max((-s.change.mean for s in self.losses), default=0.0)
 
     @property
     def doubtful(self) -> Shift | None:
-        """The loss that may be the largest for all that its interval says; None where nothing could be compared."""
+        """The loss whose confidence interval reaches furthest down.
+
+        A loss without interval counts as furthest. None without comparisons.
+        """
         return min(self.losses, key=lambda s: -math.inf if s.change.low is None else s.change.low, default=None)
 
     def to_json(self) -> dict[str, Any]:
@@ -76,10 +85,10 @@ class Judgement:
         }
 
     def in_words(self, guard: Guard) -> str:
-        """Say which loss stands out, how large it is and how sure that is."""
+        """Describe the worst loss, its size and its certainty."""
         worst, doubtful = self.worst, self.doubtful
         if worst is None or doubtful is None:
-            return "nothing could be compared"
+            return "no comparison possible"
         sure, verb = _sure_drop(worst), "gained" if worst.change.mean > 0 else "lost"
         words = f"{worst.where} {verb} {abs(worst.change.mean):.4g} {_UNITS[worst.block]}"
         if sure > 0:
@@ -87,9 +96,9 @@ class Judgement:
         elif worst.change.sign == 0:
             words += ", within the noise"
         if doubtful.change.low is None:
-            return f"{words}; of {doubtful.where} too few documents are known to say what was lost"
+            return f"{words}; too few documents to measure the loss on {doubtful.where}"
         if sure <= 0 and doubtful.change.low < 0:
-            lost = f"{-doubtful.change.low:.4g} {_UNITS[doubtful.block]} by {doubtful.where}"
+            lost = f"{-doubtful.change.low:.4g} {_UNITS[doubtful.block]} on {doubtful.where}"
             return f"{words}; a loss of {lost} cannot be ruled out"
         return words
 
@@ -101,13 +110,14 @@ def judge(
 
     Args:
         now: its scores.
-        base: those of the base model, the reference of the general tasks.
-        references: earlier stage -> the scores of this merge right after it was learnt.
-        recipe: says which tasks belong to what.
+        base: scores of the base model, the reference of the general tasks.
+        references: earlier stage -> scores of this merge right after learning the stage.
+        recipe: assigns tasks to stages.
         guard: the budget.
-        stages: names of all stages so far, the newest last; it has nothing to forget yet.
+        stages: names of all stages so far, newest last; the newest cannot be forgotten yet.
 
-    Raises RunError if two scores were measured on different documents.
+    Raises:
+        RunError: two scores were measured on different documents.
     """
     tasks = {stage.name: stage.task_names() for stage in recipe.stages}
     watched: list[tuple[str, Scores, Sequence[str]]] = []
@@ -117,14 +127,14 @@ def judge(
         watched += [(name, references[name], tasks[name]) for name in stages[:-1]]
     found = [shift for group, then, names in watched for shift in shifts(group, now, then, names)]
     known = sum(s.change.stderr is not None for s in found)
-    shared = 1 - 2 * (1 - guard.confidence) / max(known, 1)  # as `exceeds` divides it: one side of each interval
+    shared = 1 - 2 * (1 - guard.confidence) / max(known, 1)  # one side per interval, divided as in `exceeds`
     losses = tuple(Shift(s.group, s.block, s.change.at(shared)) for s in found)
     held = not exceeds([s.change for s in found], guard.max_forgetting, guard.confidence)
     return Judgement(held, losses, tuple(shifts(stages[-1], now, base, tasks[stages[-1]])))
 
 
 def shifts(group: str, now: Scores, then: Scores, tasks: Sequence[str]) -> list[Shift]:
-    """Return how the mean over tasks has changed, block by block."""
+    """Return the mean change over tasks, by block."""
     found: list[Shift] = []
     for block in BLOCKS:
         change = mean_change([(now, then, tasks)], block)
@@ -134,5 +144,5 @@ def shifts(group: str, now: Scores, then: Scores, tasks: Sequence[str]) -> list[
 
 
 def _sure_drop(shift: Shift) -> float:
-    """Return the drop that the interval is sure of; below zero where it is not sure of any."""
+    """Return the drop at the interval's upper end; negative if uncertain."""
     return -shift.change.high if shift.change.high is not None else -math.inf

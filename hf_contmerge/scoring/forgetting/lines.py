@@ -1,4 +1,4 @@
-"""The lines of a report: the scores of one merge, or of fine-tuning alone, stage after stage."""
+"""Scores per stage of one merge or of sequential fine-tuning, for reports."""
 
 from __future__ import annotations
 
@@ -13,26 +13,38 @@ from hf_contmerge.scoring.forgetting.matrix import Row, ScoreMatrix, facts_ratio
 
 @dataclass(frozen=True)
 class Line:
-    """The scores of one way of learning, stage after stage: an expert kind or a merge entry. Row 0 is the base."""
+    """Stage-by-stage scores of an expert kind or merge entry.
+
+    Row 0 is the base.
+    """
 
     name: str
     rows: tuple[Scores, ...]
     alone: tuple[Scores, ...] = ()
-    """Of each stage's expert, trained from the base on that stage alone: what there is to reach."""
+    """Scores of each stage's expert, trained from the base on the stage alone: the target."""
 
     def matrix(self, stages: Sequence[Stage], block: Block) -> ScoreMatrix:
-        """Return R of one block: a stage's utility is the mean over its tasks of that block."""
+        """Return the score matrix R of one block.
+
+        A stage's utility is the mean over its tasks in the block.
+        """
         rows = tuple(tuple(_utility(scores, s.task_names(), block) for s in stages) for scores in self.rows)
         return ScoreMatrix(tuple(s.name for s in stages), rows)
 
     def general(self, tasks: Sequence[str], block: Block) -> ScoreMatrix | None:
-        """Return the same over general tasks, or None if no task is of this block. Only `rows` has a meaning here."""
+        """Return the score matrix over general tasks, if any.
+
+        None without tasks in the block. Its columns are tasks, so only `rows` is meaningful.
+        """
         here = [t for t in tasks if any(t in row and row[t].block == block for row in self.rows)]
         rows = tuple(tuple(row[t].utility if t in row else None for t in here) for row in self.rows)
         return ScoreMatrix(tuple(here), rows) if here else None
 
     def metrics(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> dict[str, float | None]:
-        """Return the metrics of one block by name: those of ScoreMatrix, general_delta and fuar."""
+        """Return one block's metrics by name.
+
+        They are ScoreMatrix's metrics, general_delta and fuar.
+        """
         general = self.general(tasks, block)
         delta = general_delta(general.rows[0], general.rows[-1]) if general else None
         found = self.matrix(stages, block).metrics(self._alone(stages, block))
@@ -44,7 +56,10 @@ class Line:
         return tuple(_utility(scores, s.task_names(), block) for s, scores in zip(stages, alone, strict=True))
 
     def _fuar(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> float | None:
-        """Return FUAR: old are the general tasks, known by the base, and each earlier stage, since it was learnt."""
+        """Return FUAR of one block.
+
+        Old tasks: general tasks (since the base) and those of earlier stages (since learnt). New tasks: each stage's.
+        """
         last = len(self.rows) - 1
         if block != "accuracy" or last < 1:
             return None
@@ -61,18 +76,18 @@ class Line:
 
 
 def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[Line]]:
-    """Return the lines of the expert kinds and of the merge entries, as far as they have been measured."""
+    """Load the measured lines of expert kinds and of merge entries."""
     base = load_scores(run.base)
     alone = tuple(load_scores(run.expert(t, "base")) for t in run.stage_numbers())
 
     def line(name: str, rows: Iterable[Scores]) -> Line:
         rows = list(rows)
-        while rows and not rows[-1]:  # stages still to come
+        while rows and not rows[-1]:  # stages not measured yet
             rows.pop()
         return Line(name, (base, *rows), alone)
 
     def experts_of(kind: str) -> Iterable[Scores]:
-        """Yield the scores of each stage's expert; in the first stage every kind is one."""
+        """Yield each stage's expert scores; all kinds share the first stage's expert."""
         return alone if kind == "base" else (alone[0], *(load_scores(run.expert(t, kind)) for t in later))
 
     later = run.stage_numbers()[1:]

@@ -1,13 +1,13 @@
-"""Whether a difference between two models is more than the noise of the documents it was measured on.
+"""Confidence intervals of paired differences between two models.
 
-Both models have seen the same documents, so what counts is how the difference varies from document to document. Three
-kinds of interval were held against simulated documents (tests/benchmarks/coverage.py); these cover the truth best:
+Both models were scored on the same documents, so only the variation of the difference between documents counts. Three
+kinds of interval were compared on simulated documents (tests/benchmarks/coverage.py). These have the best coverage:
 
-- right or wrong, 0 or 1: the score interval for paired proportions (Tango, Statistics in Medicine 17, 1998), which
-  stays sane where few documents or none at all changed sides;
-- all else: the jackknife of the ratio sum(gains) / sum(weights) with Student's t, its degrees of freedom from the
-  weights (Satterthwaite; Bell & McCaffrey 2002), made wider on one side where the documents' differences are skewed
-  (Johnson, JASA 73, 1978). It is as good as the studentised bootstrap, needs no seed, and costs one pass.
+- right or wrong, 0 or 1: the score interval for paired proportions (Tango, Statistics in Medicine 17, 1998), valid
+  even if few or no documents changed sides;
+- all other scores: the jackknife of the ratio sum(gains) / sum(weights) with Student's t, its degrees of freedom from
+  the weights (Satterthwaite; Bell & McCaffrey 2002), widened on one side for skewed differences (Johnson, JASA 73,
+  1978). It is as good as the studentised bootstrap, needs no seed, and costs one pass.
 
 Means over tasks combine by squaring the distances from the estimate to its limits (Zou & Donner 2008).
 """
@@ -30,7 +30,10 @@ _POWER = 0.8
 
 @dataclass(frozen=True)
 class Part:
-    """A task's share in a mean difference, and what each of its documents says: new gain - old gain, and its weight."""
+    """A task's share in a mean difference.
+
+    `gains` holds new - old per document, `weights` the documents' weights.
+    """
 
     share: float
     gains: tuple[float, ...]
@@ -42,13 +45,13 @@ class Part:
 
     @property
     def paired_answers(self) -> bool:
-        """Say whether each document is an answer that became right (1), became wrong (-1) or stayed (0)."""
+        """True if gains are 1 (now right), -1 (now wrong) or 0."""
         return set(self.weights) == {1.0} and set(self.gains) <= {-1.0, 0.0, 1.0}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A paired difference, in the block's utility, with its interval; None where too few documents are known."""
+    """A paired utility difference; interval fields are None for too few documents."""
 
     mean: float
     stderr: float | None
@@ -59,19 +62,19 @@ class Change:
 
     @property
     def sign(self) -> int:
-        """Return 1 for better, -1 for worse, 0 for no change seen: the interval holds 0, or none is known."""
+        """1 for better, -1 for worse, 0 for inconclusive."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return 0
         return int(math.copysign(1, self.mean))
 
     @property
     def seen(self) -> str:
-        """What the interval lets one say."""
+        """The conclusion in words."""
         return ("no change seen", "better", "worse")[self.sign]
 
     @property
     def detectable(self) -> float | None:
-        """The smallest true difference that such documents, as noisy as here, mostly show: in four of five samples."""
+        """The smallest true difference detectable in four of five such samples."""
         if self.low is None or self.high is None or self.low == self.high:
             return None
         normal = NormalDist()
@@ -79,21 +82,23 @@ class Change:
         return max(self.mean - self.low, self.high - self.mean) * (1 + normal.inv_cdf(_POWER) / seen)
 
     def at(self, confidence: float) -> Change:
-        """Return the same difference with the interval of another confidence, 0 to 1; none if no part is known."""
+        """Return the difference with another confidence level (0 to 1)."""
         if not self.parts:
             return Change(self.mean, self.stderr, confidence=confidence)
         return _change(self.parts, confidence)
 
 
 Group = tuple[Scores, Scores, Sequence[str]]
-"""New scores, old scores, and the tasks that are averaged first."""
+"""New scores, old scores, and the tasks averaged within the group."""
 
 
 def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFIDENCE) -> Change | None:
-    """Return the mean change over groups, as ScoreMatrix averages stages; None if a part was not measured.
+    """Return the mean change over groups; None if a score is missing.
+
+    Stages are averaged as in ScoreMatrix.
 
     Raises:
-        RunError: a task was measured on other documents in the two scores.
+        RunError: the two scores of a task were measured on different documents.
     """
     found = []
     for new, old, names in groups:
@@ -109,19 +114,21 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
 
 
 def paired_change(new: Sample, old: Sample, confidence: float = CONFIDENCE) -> Change:
-    """Return utility(new) - utility(old), both measured on the same documents.
+    """Return utility(new) - utility(old) on the same documents.
 
-    Pairing removes what the documents have in common, so that far smaller changes can be told from noise than by
-    comparing two separate standard errors.
+    Pairing removes the documents' common variation, and detects far smaller changes than two separate standard errors.
+
+    Raises:
+        ValueError: the samples have different documents.
     """
     if new.weights != old.weights:
-        raise ValueError("the two samples were not measured on the same documents")
+        raise ValueError("the two samples have different documents")
     gains = tuple(a - b for a, b in zip(new.gains, old.gains, strict=True))
     return _change((Part(1.0, gains, new.weights),), confidence)
 
 
 def same_documents(new: TaskScore, old: TaskScore) -> bool:
-    """Say whether two scores were measured on the same documents, as far as it was kept which they were."""
+    """Check two scores for equal documents, as far as recorded."""
     digests = new.details.get("documents_sha256"), old.details.get("documents_sha256")
     differ = (new.documents and old.documents and new.documents != old.documents) or (
         all(digests) and digests[0] != digests[1]
@@ -130,14 +137,14 @@ def same_documents(new: TaskScore, old: TaskScore) -> bool:
 
 
 def exceeds(changes: Iterable[Change | None], allowed: float, confidence: float = CONFIDENCE) -> bool:
-    """Say whether one of several changes is a drop by more than `allowed`, with this (one-sided) confidence.
+    """Check for a drop larger than `allowed` among several changes.
 
-    However many are asked for, a model that has lost nothing is accused in at most 1 - confidence of all cases: each
-    gets its part of that (Bonferroni). What was not measured, or on one document only, accuses nobody.
+    The test is one-sided and Bonferroni-corrected: a model without losses triggers it in at most 1 - confidence of all
+    cases, for any number of changes. Changes not measured, or measured on a single document, never trigger it.
 
     Args:
         changes: new - old, each in the utility of its block.
-        allowed: the drop that is tolerated, in the same units; 0 or more.
+        allowed: tolerated drop in the same units; 0 or more.
         confidence: 0 to 1.
     """
     known = [c for c in changes if c is not None and c.stderr is not None]
@@ -148,14 +155,17 @@ def exceeds(changes: Iterable[Change | None], allowed: float, confidence: float 
 def _paired(task: str, new: TaskScore, old: TaskScore, share: float) -> Part:
     if not same_documents(new, old):
         raise RunError(
-            f"The task {task} was measured on {len(old.gains)} documents once and on {len(new.gains)} "
-            "others later, so the scores cannot be compared. Measure again with `contmerge redo RUN score`."
+            f"Cannot compare scores of the task {task}: the old score has {len(old.gains)} documents, the new one "
+            f"{len(new.gains)} different ones. Measure again with `contmerge redo RUN score`."
         )
     return Part(share, tuple(a - b for a, b in zip(new.gains, old.gains, strict=True)), new.weights)
 
 
 def _joined(parts: Sequence[tuple[str, Part]]) -> tuple[Part, ...]:
-    """Make one part of a task that counts in several groups: its documents are the same, and not independent."""
+    """Combine a task's parts from several groups into one.
+
+    Their documents are the same and hence not independent.
+    """
     together: dict[tuple[str, tuple[float, ...]], list[Part]] = {}
     for task, part in parts:
         together.setdefault((task, part.weights), []).append(part)
@@ -168,9 +178,12 @@ def _joined(parts: Sequence[tuple[str, Part]]) -> tuple[Part, ...]:
 
 
 def _change(parts: Sequence[Part], confidence: float) -> Change:
-    """Return the mean of some tasks' differences; the documents of different tasks are independent of each other."""
+    """Return the weighted mean of tasks' differences, with its interval.
+
+    Documents of different tasks are independent.
+    """
     if not 0 < confidence < 1:
-        raise ValueError(f"a confidence lies between 0 and 1, such as 0.95; got {confidence}")
+        raise ValueError(f"confidence must be between 0 and 1, such as 0.95; got {confidence}")
     mean = math.fsum(p.share * p.mean for p in parts)
     spreads = [_Spread.of(p) for p in parts]
     known = [s for s in spreads if s is not None]
@@ -189,7 +202,7 @@ def _change(parts: Sequence[Part], confidence: float) -> Change:
 
 @dataclass(frozen=True)
 class _Spread:
-    """How a part of a mean varies over samples of documents: its second and third cumulant, and what they rest on."""
+    """Sampling variation of a part: variance, third cumulant and degrees of freedom."""
 
     variance: float
     third: float
@@ -198,14 +211,17 @@ class _Spread:
 
     @classmethod
     def of(cls, part: Part) -> _Spread | None:
-        """Return the jackknife's estimate for share * sum(gains) / sum(weights); None for fewer than two documents."""
+        """Estimate the variation of share * sum(gains) / sum(weights) by jackknife.
+
+        None for fewer than two documents.
+        """
         weights, gains = np.array(part.weights), np.array(part.gains)
         gains, weights = gains[weights > 0], weights[weights > 0]
         n, total = len(weights), weights.sum()
         if n < 2:
             return None
         h = weights / total
-        without = (gains - part.mean * weights) / total / (1 - h)  # by how much the ratio falls without this document
+        without = (gains - part.mean * weights) / total / (1 - h)  # drop of the ratio without this document
         variance = (n - 1) / n * float(without @ without)
         centred = without - without.mean()
         second = float(np.mean(centred**2))
@@ -215,27 +231,30 @@ class _Spread:
 
 
 def _freedom(h: np.ndarray) -> float:
-    """Return Satterthwaite's degrees of freedom of the jackknife variance; n - 1 for equal weights.
+    """Return Satterthwaite's degrees of freedom of the jackknife variance.
 
-    The variance is a quadratic form y'My of the documents' differences y, whose own variances are taken to grow as
-    their weights `h` (which sum to 1): trace(MV)^2 / trace(MVMV), where M = diag(a) - 1b' - b1' + s11', without
-    building M.
+    n - 1 for equal weights. The variance is a quadratic form y'My of the documents' differences y. Their variances are
+    assumed proportional to their weights `h` (summing to 1): trace(MV)^2 / trace(MVMV), where M = diag(a) - 1b' - b1' +
+    s11', without building M.
     """
     a = 1 / (1 - h) ** 2
     b = a * h
     s = float(b @ h)
     own = a - 2 * b + s
     apart = s**2 + 2 * float(b**2 @ h) + 2 * float(b @ h) ** 2 - 4 * s * float(b @ h)  # sum over all i, j of M_ij^2 V V
-    itself = float(((own**2 - (s - 2 * b) ** 2) * h**2).sum())  # the diagonal has other entries
+    itself = float(((own**2 - (s - 2 * b) ** 2) * h**2).sum())  # diagonal entries differ
     return float(own @ h) ** 2 / (apart + itself)
 
 
 def _limits(spreads: Sequence[_Spread], level: float) -> tuple[float, float]:
-    """Return how far a sum of parts may lie below and above its estimate; `level`: of one side, such as 0.975."""
+    """Return the distances from a sum's estimate to its limits.
+
+    The lower comes first. `level` is one-sided, such as 0.975.
+    """
     variance = math.fsum(s.variance for s in spreads)
     if variance == 0:
         return 0.0, 0.0
-    from scipy.special import stdtrit  # slow to import, and most commands need no interval
+    from scipy.special import stdtrit  # slow to import; most commands need no interval
 
     freedom = variance**2 / math.fsum(s.variance**2 / s.freedom for s in spreads)
     t = float(stdtrit(freedom, level))
@@ -244,7 +263,7 @@ def _limits(spreads: Sequence[_Spread], level: float) -> tuple[float, float]:
 
 
 def _answer_limits(part: Part, level: float) -> tuple[float, float]:
-    """Return the same for paired answers, times the part's share."""
+    """Return the same distances for paired answers, times the part's share."""
     z = NormalDist().inv_cdf(level)
     better, worse = part.gains.count(1.0), part.gains.count(-1.0)
     up = _score_limit(better, worse, len(part.gains), z)
@@ -253,10 +272,10 @@ def _answer_limits(part: Part, level: float) -> tuple[float, float]:
 
 
 def _score_limit(better: int, worse: int, n: int, z: float) -> float:
-    """Return the largest difference of two paired proportions that z standard deviations allow (Tango 1998).
+    """Return the upper score limit of a paired difference (Tango 1998).
 
     It solves better - worse - n*d = -z * sqrt(n * (2q + d(1 - d))) for d, where q is the most likely share of answers
-    that became wrong, given d. Found by halving, since the left side less the right one falls as d grows.
+    turned wrong, given d. Bisection works because left minus right falls with d.
     """
 
     def allowed(d: float) -> bool:

@@ -1,6 +1,6 @@
-"""Searching one number with few tries: how far a merge must shrink to hold a budget, and which coefficient is best.
+"""Searches one merge parameter in few attempts: a scale or a coefficient.
 
-Every try costs one pass over the state and one scoring of the validation documents; nothing is trained again.
+Every attempt costs one pass over the state and one scoring of the validation documents; nothing is trained again.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from hf_contmerge.scoring.forgetting.paired import exceeds, mean_change
 
 T = TypeVar("T")
 
-_HALVINGS = 3  # 1/2, 1/4, 1/8: a smaller share of a merge is hardly one
+_HALVINGS = 3  # 1/2, 1/4, 1/8; smaller shares keep hardly anything of the merge
 _BISECTIONS = 2
-_COARSE, _REFINED = 4, 2  # tries: four over the range, then twice two beside the best
+_COARSE, _REFINED = 4, 2  # attempts: four over the range, then twice two next to the best
 
 
 def largest_that_holds(attempt: Callable[[float], tuple[bool, float]]) -> float | None:
-    """Return the largest factor below 1 that holds, as far as a few tries can tell; None if none was found.
+    """Return the largest factor below 1 within the budget, or None.
 
-    It halves from 1 until one holds, and then halves the gap to the last that did not. Where a smaller factor loses
-    more than the one before it, the search ends: what is lost is what the merge had learnt, and shrinking loses more.
+    Halve from 1 until a factor holds, then bisect the gap to the last failure. The search ends if a smaller factor
+    loses more than the previous one: the loss is then knowledge held by the merge, and shrinking loses more of it.
 
     Args:
-        attempt: tries a factor; returns whether it holds, and its largest drop.
+        attempt: tries a factor; returns (within budget, largest drop).
     """
     below, above, last = None, 1.0, float("inf")
     for halving in range(1, _HALVINGS + 1):
@@ -47,12 +47,13 @@ def largest_that_holds(attempt: Callable[[float], tuple[bool, float]]) -> float 
 
 
 def best_coefficient(attempt: Callable[[float], tuple[bool, float]], default: float) -> float:
-    """Return the coefficient with the highest objective of those that are allowed, or of all if none is.
+    """Return the allowed coefficient with the highest objective.
 
-    Four tries over (0, max(1, 2 * default)], then two beside the best at half the distance, and two at a quarter.
+    If none is allowed, all count. Four attempts over (0, max(1, 2 * default)], then two next to the best at half the
+    distance, and two at a quarter.
 
     Args:
-        attempt: tries a coefficient; returns whether it is allowed, and its objective.
+        attempt: tries a coefficient; returns (allowed, objective).
         default: the rule's own coefficient.
     """
     top = max(1.0, 2 * default)
@@ -63,7 +64,7 @@ def best_coefficient(attempt: Callable[[float], tuple[bool, float]], default: fl
         for value in (_rounded(v) for v in values):
             if value > 0 and value not in tried:
                 tried[value] = attempt(value)
-        return max(tried, key=lambda v: (*tried[v], -v))  # of equals, the one that changes the model least
+        return max(tried, key=lambda v: (*tried[v], -v))  # ties: the smallest change to the model
 
     best = look_at([step * i for i in range(1, _COARSE + 1)])
     for _ in range(_REFINED):
@@ -73,14 +74,14 @@ def best_coefficient(attempt: Callable[[float], tuple[bool, float]], default: fl
 
 
 def objective(now: Scores, base: Scores, alone: Mapping[str, Scores], tasks: Mapping[str, Sequence[str]]) -> float:
-    """Return the mean over stages of what the merge has of each stage's own gain: 0 is the base, 1 the expert alone.
+    """Return the mean share of each stage's gain kept by a merge.
 
-    (R - base) / (expert - base), block by block, so that accuracies and perplexities can be averaged. A stage whose
-    expert has hardly gained anything is divided by the noise of that gain instead, so that it cannot outweigh the rest.
+    (R - base) / (expert - base) per block: 0 is the base, 1 the expert. Accuracies and perplexities can thus be
+    averaged. The denominator is at least the noise of the gain, to keep a stage from dominating.
 
     Args:
         now: scores of the merged model, all on validation documents.
-        base: of the base model.
+        base: scores of the base model.
         alone: stage -> scores of its expert.
         tasks: stage -> its tasks.
     """
@@ -97,10 +98,10 @@ def objective(now: Scores, base: Scores, alone: Mapping[str, Scores], tasks: Map
 
 
 def keeps_general(now: Scores, base: Scores, general: Sequence[str], confidence: float) -> bool:
-    """Say whether the general tasks are where the base has them, as far as their noise lets one see."""
+    """Check the general tasks for a significant drop below the base."""
     return not exceeds([s.change for s in shifts(GENERAL, now, base, general)], 0.0, confidence)
 
 
 def _rounded(value: float) -> float:
-    """Return a number that a recipe can show: six digits."""
+    """Round to six digits, for display in recipes."""
     return float(f"{value:.6g}")

@@ -418,7 +418,7 @@ def test_a_broken_plugin_breaks_neither_torch_nor_mergekit(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["2.0", "True"], done.stderr
-    assert "could not be loaded into mergekit" in done.stderr
+    assert "Cannot load hf_contmerge's merge methods into mergekit" in done.stderr
 
 
 def test_autoload_costs_next_to_nothing():

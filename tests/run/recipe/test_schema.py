@@ -153,11 +153,11 @@ def test_later_overrides_win(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("seed", "--set wants path=value, such as merge.0.rule=opcm; got 'seed'"),
-        ("merge..rule=opcm", "--set wants path=value"),
-        ("merge.1.rule=opcm", "--set merge.1.rule=opcm: the recipe has no place 'merge.1.rule'"),
-        ("merge.first.rule=opcm", "has no place 'merge.first.rule'"),
-        ("base_model.path=x", "base_model is 'owner/base'; write it out as a mapping first"),
+        ("seed", "--set expects path=value, such as merge.0.rule=opcm; got 'seed'"),
+        ("merge..rule=opcm", "--set expects path=value"),
+        ("merge.1.rule=opcm", "--set merge.1.rule=opcm: the recipe has no path 'merge.1.rule'"),
+        ("merge.first.rule=opcm", "has no path 'merge.first.rule'"),
+        ("base_model.path=x", "base_model is 'owner/base'; write it as a mapping first"),
         ("merge=[opcm", "--set merge=[opcm: '[opcm' is not a YAML value; put it in double quotes"),
         ("stages.0.dataset.text={a}{b}", "'{a}{b}' is not a YAML value; put it in double quotes"),
         ("sed=3", "Unknown field 'sed' in the recipe. Did you mean 'seed'?"),
@@ -247,7 +247,7 @@ STAGE_LAW = {"name": "law", "dataset": "law.jsonl"}
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"stages": [STAGE_LAW, STAGE_LAW]}, "two stages are named law; give each a `name` of its own"),
+        ({"stages": [STAGE_LAW, STAGE_LAW]}, "two stages are named law; give each a different `name`"),
         ({"merge": ["opcm", {"rule": "opcm", "parameters": {"alpha": 0.4}}]}, "two merge entries are named opcm; give"),
         (
             {"stages": [STAGE_LAW | {"tasks": ["quiz"]}], "evaluate": {"general_tasks": ["quiz"]}},

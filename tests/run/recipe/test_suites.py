@@ -103,7 +103,10 @@ def test_orders_are_those_published() -> None:
         (["--suite", "cl-standrad"], "Unknown stream 'cl-standrad'. Did you mean 'cl-standard'?"),
         (["--suite", "general"], "general is a suite of tasks: name it in `general_tasks`."),
         (["--suite", "cl-standard", "--order", "4"], "Unknown order '4' in cl-standard. Known: 1, 2, 3."),
-        (["--suite", "cl-standard", "--stage", "a=b"], "leave out either it or `--stage`"),
+        (
+            ["--suite", "cl-standard", "--stage", "a=b"],
+            "`--suite` and `--stage` both define the stages; give only one of them.",
+        ),
     ],
 )
 def test_wrong_words(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

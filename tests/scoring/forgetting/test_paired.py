@@ -136,14 +136,14 @@ def test_pairing_finds_a_change_that_two_errors_would_hide():
 
 
 def test_other_documents_are_refused():
-    with pytest.raises(ValueError, match="not measured on the same documents"):
+    with pytest.raises(ValueError, match="have different documents"):
         paired_change(Sample((1.0, 2.0), (1.0, 1.0)), Sample((1.0, 2.0), (1.0, 2.0)))
     sample = Sample((1.0, 2.0), (1.0, 1.0))
     old, new = score(sample, documents=("a", "b")), score(sample, documents=("a", "c"))
     assert same_documents(old, old)
     assert same_documents(old, score(sample)), "it was not kept which they were"
     assert not same_documents(old, new)
-    with pytest.raises(RunError, match=r"The task x was measured on 2 documents .*contmerge redo RUN score"):
+    with pytest.raises(RunError, match=r"of the task x: the old score has 2 documents.*contmerge redo RUN score"):
         mean_change([({"x": new}, {"x": old}, ["x"])], "perplexity")
 
 

@@ -127,7 +127,7 @@ def test_auto_is_refused_where_nothing_is_measured() -> None:
     with pytest.raises(RecipeError, match=r"`lambda: auto` needs scores .* measured only by `contmerge run`"):
         make_rule("magmax", {"lambda": "auto"})
     data = {"name": "x", "base_model": "b", "stages": [{"name": "s", "expert": "e"}], "merge": AUTO}
-    with pytest.raises(RecipeError, match="needs stages that are measured"):
+    with pytest.raises(RecipeError, match="needs measured stages"):
         parse_recipe(data)
 
 
