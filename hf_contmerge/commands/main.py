@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["yaml"]:  # mergekit parses its own options
         return _yaml(words[1:])
-    args = _parse(words)
+    return do(_parse(words))
+
+
+def do(args: argparse.Namespace) -> int:
+    """Run a parsed command; return its exit code."""
     with clear_errors() as outcome:
         use_plugins(args.plugin)
         args.do(args)
