@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (10 minutes on 2 cores)"
 	@echo "make test         install, then run the tests"
-	@echo "make slow         run the tests that need the real model"
+	@echo "make slow         run the slow tests: the real model, crashes, launchers"
 	@echo "make lint         run ruff and pyright"
 	@echo "make bench        measure the figures of docs/figures.md again (about an hour)"
 	@echo "make install      install into .venv, with pinned versions"
@@ -31,8 +31,9 @@ quickstart: install
 test: install
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# BUDGET: seconds after which no further slow test is started, such as `make slow BUDGET=3000`.
 slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(if $(BUDGET),--budget $(BUDGET) -rs)
 
 lint: install
 	$(BIN)/ruff check .

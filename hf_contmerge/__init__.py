@@ -1,4 +1,7 @@
-"""hf_contmerge: continual merging of large language models. Public names are loaded on first use."""
+"""hf_contmerge: continual merging of large language models.
+
+Public names are loaded on first use.
+"""
 
 from typing import TYPE_CHECKING
 

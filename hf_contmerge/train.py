@@ -20,20 +20,15 @@ from collections.abc import Sequence
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from hf_contmerge.commands.main import clear_errors
-from hf_contmerge.commands.run import add_arguments, run_command
-from hf_contmerge.runtime.plugins import use_plugins
+from hf_contmerge.commands.main import do
+from hf_contmerge.commands.run import add_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe; return the exit code."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train, merge and score, stage after stage.")
     add_arguments(parser)
-    args = parser.parse_args(argv)
-    with clear_errors() as outcome:
-        use_plugins(args.plugin)
-        run_command(args)
-    return outcome.code
+    return do(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What all tests share: settings that libraries read when they are imported, and the smallest models."""
 
+import datetime
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,31 @@ def expert_folders(base_folder: Path) -> tuple[Path, ...]:
     from toys.models import perturbed
 
     return tuple(perturbed(base_folder, base_folder.with_name(f"expert{i}"), seed=i, size=0.01) for i in (1, 2, 3))
+
+
+# A time budget, for continuous integration
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--budget", type=float, metavar="SECONDS", help="skip the tests that have not started by then; files take turns"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with another file each day, so that none is always among those left out."""
+    if config.getoption("--budget") is None or not items:
+        return
+    files = list(dict.fromkeys(item.path for item in items))
+    first = datetime.date.today().toordinal() % len(files)
+    place = {path: i for i, path in enumerate(files[first:] + files[:first])}
+    items.sort(key=lambda item: place[item.path])
+
+
+_STARTED = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() - _STARTED > budget:
+        pytest.skip(f"not started within the budget of {budget:.0f} s")

@@ -26,13 +26,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import SHARED, ContmergeError
-from hf_contmerge.run.folder import Run
-from hf_contmerge.run.recipe.phases import PHASES
-from hf_contmerge.runtime.files import FolderLock
 from hf_contmerge.runtime.plugins import use_plugins
 
 Add = Callable[[argparse.ArgumentParser], None]
@@ -43,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["yaml"]:  # mergekit parses its own options
         return _yaml(words[1:])
-    args = _parse(words)
+    return do(_parse(words))
+
+
+def do(args: argparse.Namespace) -> int:
+    """Run a parsed command; return its exit code."""
     with clear_errors() as outcome:
         use_plugins(args.plugin)
         args.do(args)
@@ -67,91 +67,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _of(module: str) -> Add:
-    return lambda parser: import_module(f"hf_contmerge.commands.{module}").add_arguments(parser)
-
-
-def _add_status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN")
-    parser.set_defaults(do=_status)
-
-
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--open", action="store_true", help="show it in a browser")
-    parser.set_defaults(do=_report)
-
-
-def _add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the first is the reference")
-    parser.add_argument("--out", metavar="DIR", help="write index.html, compare.md and compare.csv there")
-    parser.set_defaults(do=_compare)
-
-
-def _add_redo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("phase", choices=PHASES)
-    parser.add_argument("--stage", help="from this stage on (default: all)")
-    parser.set_defaults(do=_redo)
-
-
-def _add_push(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--merge", metavar="ENTRY", help="merge entry of the run")
-    parser.add_argument("--repo-id", metavar="OWNER/NAME")
-    parser.add_argument("--public", action="store_true", help="make the repository public")
-    add_plugin_argument(parser)
-    parser.set_defaults(do=_push)
-
-
-def _status(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    run = Run.load(args.run)
-    table = Table("stage", "folder", *PHASES[:-1], title=str(run.folder))
-    for t, place in run.places():
-        stage = run.stage(t).name if t else "base"
-        done = ["✓" if place.is_done(p) else "·" for p in PHASES[:-1]]
-        table.add_row(stage, str(place.folder.relative_to(run.folder / "stages")), *done)
-    Console().print(table)
-    print(
-        "complete"
-        if run.is_complete()
-        else f"unfinished: `contmerge run {run.folder / 'recipe.yml'} --run {run.folder}` resumes it"
-    )
-
-
-def _report(args: argparse.Namespace) -> None:
-    from hf_contmerge.report.write import show_report, write_report
-
-    run = Run.load(args.run)
-    write_report(run)
-    show_report(run, browser=args.open)
-
-
-def _compare(args: argparse.Namespace) -> None:
-    from hf_contmerge.report.compare import compare_runs, print_comparison, write_comparison
-
-    comparison = compare_runs([Run.load(folder) for folder in args.runs])
-    page = write_comparison(comparison, Path(args.out)) if args.out else None
-    print_comparison(comparison)
-    print(f"Page: {page}" if page else "Use --out DIR to write this as a page, Markdown and CSV.")
-
-
-def _redo(args: argparse.Namespace) -> None:
-    run = Run.load(args.run)
-    with FolderLock(run.folder):
-        undone = run.redo(args.phase, stage=args.stage)
-    print("\n".join(f"dropped {what}" for what in undone) or "nothing to drop")
-
-
-def _push(args: argparse.Namespace) -> None:
-    from hf_contmerge.report.push import push_merged
-
-    run = Run.load(args.run)
-    run.require_same_plugins()
-    print(push_merged(run, repo_id=args.repo_id, entry=args.merge, private=False if args.public else None))
+def _of(module: str, function: str = "add_arguments") -> Add:
+    return lambda parser: getattr(import_module(f"hf_contmerge.commands.{module}"), function)(parser)
 
 
 def _yaml(words: list[str]) -> int:
@@ -222,13 +139,13 @@ _COMMANDS: dict[str, tuple[str, Add]] = {
     "run": ("start or resume a run", _of("run")),
     "new": ("write a commented recipe", _of("new")),
     "plan": ("check a recipe; estimate memory, disk and time", _of("plan")),
-    "status": ("show finished and remaining phases", _add_status),
+    "status": ("show finished and remaining phases", _of("run_folder", "add_status")),
     "score": ("measure a model; cached scores are instant", _of("score")),
     "statistics": ("measure an expert for merge rules with statistics", _of("statistics")),
-    "report": ("write the report again, print the table", _add_report),
-    "compare": ("compare runs on the same documents", _add_compare),
-    "redo": ("drop a phase and all later ones", _add_redo),
-    "push": ("push a merged model to the Hub, with its lineage", _add_push),
+    "report": ("write the report again, print the table", _of("run_folder", "add_report")),
+    "compare": ("compare runs on the same documents", _of("run_folder", "add_compare")),
+    "redo": ("drop a phase and all later ones", _of("run_folder", "add_redo")),
+    "push": ("push a merged model to the Hub, with its lineage", _of("run_folder", "add_push")),
     "merge": ("merge without a run: init, add, export, log, drop, owners, from-recipe", _of("merge")),
     "yaml": ("mergekit-yaml, with our merge methods", lambda _: None),
 }

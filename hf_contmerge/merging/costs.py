@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 
 from hf_contmerge.merge_rules import MergeRule, Weight, inputs_shape
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Job
 
@@ -21,10 +20,6 @@ PIECE_ON_GPU = 2**26
 # Measured on one core; only their ratio matters, which decides who works on what.
 _BYTES_PER_SECOND, _FLOPS = 2e9, 3e10
 
-_NOT_A_LINEAR_MAP = re.compile(
-    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|shared|router|gate|\w*_router|\w*expert_gate)(\.|$)"
-)
-
 
 def needs_whole(rule: MergeRule, weight: Weight) -> bool:
     """Say if a rule needs a weight in one piece."""
@@ -37,16 +32,6 @@ def needs_whole(rule: MergeRule, weight: Weight) -> bool:
 def state_numel(rule: MergeRule, weight: Weight) -> int:
     """Return the number of elements of a weight's state."""
     return sum(math.prod(part) for part in rule.parts(weight).values())
-
-
-def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:
-    """Say if a weight is a linear map or a stack.
-
-    Vocabulary tables (embeddings, output heads; by name or by their size) and routers of expert mixtures are not.
-    """
-    if len(shape) not in (2, 3) or _NOT_A_LINEAR_MAP.search(name):
-        return False
-    return shape[0] != vocabulary
 
 
 def job_of(

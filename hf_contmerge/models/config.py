@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ COMPANIONS = (".json", ".jinja", ".model", ".txt")
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _STACK = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
+_NOT_A_LINEAR_MAP = re.compile(
+    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|shared|router|gate|\w*_router|\w*expert_gate)(\.|$)"
+)
 
 
 def layer_of(name: str) -> str:
@@ -36,6 +39,16 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     for stack, number in places.values():
         last[stack] = max(number, last.get(stack, 0))
     return {name: number / max(last[stack], 1) for name, (stack, number) in places.items()}
+
+
+def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:
+    """Say if a weight is a linear map or a stack.
+
+    Vocabulary tables (embeddings, output heads; by name or by their size) and routers of expert mixtures are not.
+    """
+    if len(shape) not in (2, 3) or _NOT_A_LINEAR_MAP.search(name):
+        return False
+    return shape[0] != vocabulary
 
 
 def layer_order(layer: str) -> tuple[int, int, str]:

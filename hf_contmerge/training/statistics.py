@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from hf_contmerge.errors import ModelError, RecipeError
 from hf_contmerge.merge_rules import MergeRule, inputs_shape
-from hf_contmerge.merging.costs import is_matrix
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.lora.matching import StoredNames

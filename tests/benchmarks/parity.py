@@ -24,10 +24,10 @@ from toys.models import perturbed, toy_llama
 
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule
 from hf_contmerge.merge_rules.opcm import Opcm
-from hf_contmerge.merging.costs import is_matrix
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.write import Output
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run

@@ -21,9 +21,9 @@ from hf_contmerge.errors import ModelError, RecipeError
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule, rule_names
 from hf_contmerge.merging._factored import pays
 from hf_contmerge.merging.adapter import export_adapter
-from hf_contmerge.merging.costs import is_matrix
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.state import MergeState
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.weights import Weights
 

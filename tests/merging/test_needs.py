@@ -21,10 +21,11 @@ from toys.teams import Team
 from hf_contmerge import merge_rules
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import get_rule
-from hf_contmerge.merging.costs import is_matrix, stream_job
+from hf_contmerge.merging.costs import stream_job
 from hf_contmerge.merging.in_mergekit.plugin import MergekitRecipeError, RuleMethod
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.merging.stream import merge_experts
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import expert_sha256, open_expert
 from hf_contmerge.models.statistics import Statistics, check_statistics, write_statistics
 from hf_contmerge.models.weights import Weights

@@ -21,10 +21,10 @@ from hf_contmerge.loop.plan.disk import state_bytes
 from hf_contmerge.merge_rules import Weight, get_rule
 from hf_contmerge.merging import _fold, _pieces
 from hf_contmerge.merging.adapter import export_adapter
-from hf_contmerge.merging.costs import is_matrix
 from hf_contmerge.merging.in_mergekit.plugin import RuleMethod
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.state import MergeState
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.weights import Weights
 

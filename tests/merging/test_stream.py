@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule, rule_class, rule_names
 from hf_contmerge.merging import _pieces as merge_tensor
-from hf_contmerge.merging.costs import is_matrix
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.stream import merge_experts, write_sum
 from hf_contmerge.merging.write import Merged, Output
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.weights import Weights

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._pieces import Piece, fold_tensor, merged_tensor, pieces, read_out
-from hf_contmerge.merging.costs import is_matrix
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.stream import merge_experts
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.statistics import Statistics
 from hf_contmerge.models.weights import Weights

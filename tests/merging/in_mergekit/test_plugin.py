@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge import _autoload
 from hf_contmerge.merge_rules import Norms, Weight, get_rule, rule_names
-from hf_contmerge.merging.costs import is_matrix
 from hf_contmerge.merging.in_mergekit.plugin import MergekitRecipeError, RuleMethod
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.write import Output
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.weights import Weights
 
