@@ -136,7 +136,7 @@ def require_chat_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer of {tokenizer.name_or_path} has no chat template, which a stage with `messages` needs. "
-            "Give the base model one, or give the stage `prompt` and `completion`, or `text`."
+            "Set `train.chat_template_path`, or give the stage `prompt` and `completion`, or `text`."
         )
 
 

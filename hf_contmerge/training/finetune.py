@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerState, set_seed
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.loading import load_model
@@ -29,8 +29,9 @@ from hf_contmerge.training._trainer import (
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.saving import save_expert
-from hf_contmerge.training.settings import bad_parameters, make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.settings import bad_parameters, config_of, make_strategies, sft_settings, trl_classes
 from hf_contmerge.training.statistics import Measured, measure_expert
+from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
 
 LOG = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def train_expert(
     _tell(trainer, on_log)
     _train_on(trainer, _newest_checkpoint(checkpoints))
     _remember(trainer, strategies, job, memory_out)
-    save_expert(trainer, strategies, job.base, out)
+    change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
+    save_expert(trainer, strategies, job.base, out, change)
     record = _record(trainer, job.data)
     del trainer
     gc.collect()
@@ -76,17 +78,18 @@ def train_expert(
 
 def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any:
     """Load and open the model; return TRL's trainer of it."""
-    trainer_type, config_type = trl_classes(job.data.form)
-    tokenizer = AutoTokenizer.from_pretrained(job.base, trust_remote_code=job.trust_remote_code)
+    trainer_type = trl_classes(job.data.form)[0]
+    tokenizer = stage_tokenizer(job.base, job.train, trust_remote_code=job.trust_remote_code)
     settings = sft_settings(job.train, job.data, tokenizer, numel=Weights(job.base).numel())
     init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
     init = {**init, "trust_remote_code": job.trust_remote_code}
     model = load_model(job.start, job.base, as_adapter=strategies.carrier.keeps_adapter(), **init)
     set_seed(job.seed)  # before the strategy draws what it adds; the trainer sets it only later
     opened = _open(strategies, model, job.memory, job.train)
+    config = config_of(job.data.form, {**settings, "output_dir": str(checkpoints), "seed": job.seed}, "train")
     return trainer_class(trainer_type, strategies)(
         model=opened,
-        args=config_type(**settings, output_dir=str(checkpoints), seed=job.seed),
+        args=config,
         train_dataset=strategies.mix(job.data.train, job.memory, seed=job.seed),
         processing_class=tokenizer,
         callbacks=[StrategySteps(strategies)],
