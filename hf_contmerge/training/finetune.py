@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, set_seed
 
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import DataError, RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
@@ -63,6 +63,7 @@ def train_expert(
     _check_ranks(trainer, strategies)
     _tell(trainer, on_log)
     _train_on(trainer, _newest_checkpoint(checkpoints))
+    _check_steps(trainer)
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
     save_expert(trainer, strategies, job.base, out, change)
@@ -157,6 +158,15 @@ def _check_ranks(trainer: Any, strategies: Combined) -> None:
         raise RecipeError(
             f"train.strategy: {' and '.join(looking)} looks at gradients before the step, and `fp16` scales them. Use "
             "`bf16: true`, or float32."
+        )
+
+
+def _check_steps(trainer: Any) -> None:
+    """Raise DataError if the trainer had no batch, about which it only warns."""
+    if trainer.state.global_step == 0:
+        raise DataError(
+            f"No step was taken: {len(trainer.train_dataset)} examples are left after tokenizing, fewer than a batch "
+            "of all ranks. Lower per_device_train_batch_size, set `dataloader_drop_last: false`, or give more examples."
         )
 
 

@@ -6,6 +6,7 @@ be hours in. The tiny model is a Llama over the base's tokens, so a step takes a
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -34,7 +35,8 @@ _ONE_STEP = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "save_strategy": "no",
     "logging_strategy": "no", "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
     "dataset_num_proc": None, "dataloader_num_workers": 0, "dataloader_prefetch_factor": None,
-    "dataloader_persistent_workers": False, "full_determinism": False, "router_aux_loss_coef": None,
+    "dataloader_persistent_workers": False, "dataloader_multiprocessing_context": None, "full_determinism": False,
+    "router_aux_loss_coef": None, "enable_jit_checkpoint": False,
 }  # fmt: skip
 """What would take long, or change this process, and has no check of TRL's to fail."""
 
@@ -49,6 +51,7 @@ def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_rem
     ):
         return
     _check_router(train, base, where, trust_remote_code)
+    _check_compiler(train, where)
     tokenizer = stage_tokenizer(base, train, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch, _quietly():
         settings = sft_settings(train, data, tokenizer, numel=0)
@@ -73,7 +76,8 @@ def _step(train: Train, data: StageData, tokenizer: Any, settings: dict[str, Any
         **({"ref_model": _tiny(tokenizer, lora=False)} if pairs and not lora else {}),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    if len(trainer.train_dataset):  # TRL may have dropped these few for their length
+        trainer.train()
 
 
 def _tiny(tokenizer: Any, *, lora: bool) -> Any:
@@ -102,6 +106,16 @@ def _check_router(train: Train, base: Path, where: str, trust_remote_code: bool)
             )
 
 
+def _check_compiler(train: Train, where: str) -> None:
+    """Refuse a backend or mode that torch.compile does not have; compile nothing."""
+    backend, mode = (train.sft_fields.get(f"torch_compile_{word}") for word in ("backend", "mode"))
+    if backend or mode:
+        try:
+            torch.compile(torch.nn.Identity(), backend=backend or "inductor", mode=mode)
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(f"{where}: torch.compile refuses {backend or mode}: {error}") from error
+
+
 def _first_sentence(error: Exception) -> str:
     words = " ".join(str(error).split()) or "no reason given"
     return f"{words if words.endswith('.') else words + '.'} ({type(error).__name__} of TRL or transformers)"
@@ -112,12 +126,14 @@ def _quietly() -> Iterator[None]:
     """Keep warnings for the real training, and random states for the caller."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     plain, arrays, level = random.getstate(), np.random.get_state(), logging.root.manager.disable
+    gc.freeze()  # the trainer collects garbage, which would look through all libraries for a second
     with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
             yield
         finally:
+            gc.unfreeze()
             logging.disable(level)
             random.setstate(plain)
             np.random.set_state(arrays)

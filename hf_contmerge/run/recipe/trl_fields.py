@@ -46,14 +46,20 @@ Steps = Annotated[Whole, AfterValidator(_limit)]
 Number = Annotated[int | float, BeforeValidator(_number), _from(-math.inf)]
 Positive = Annotated[Number, _from(0)]
 Auto = Literal["auto"]
-Interval = Annotated[str, BeforeValidator(lambda value: "no" if value is False else value)]
+_NO = BeforeValidator(lambda value: "no" if value is False else value)
 """YAML 1.1 reads an unquoted `no` as false."""
-Mode = Interval | bool
+Interval = Annotated[Literal["no", "steps", "epoch"], _NO]
+Counted = Annotated[Literal["no", "all", "non_padding"] | bool, _NO]
+Share = Annotated[Positive, Field(le=1)]
+Order = Literal["random", "sequential", "group_by_length"]
+Cut = Literal["keep_start", "keep_end"]
+Start = Literal["fork", "spawn", "forkserver"]
 Options = dict[str, Any]
 
 _WORDS: dict[Any, str] = {
-    None: "null", bool: "true or false", str: "a word", list[str]: "a list of words", Interval: "a word",
-    Mode: "a word",
+    None: "null", bool: "true or false", str: "a word", list[str]: "a list of words",
+    Interval: "no, steps or epoch", Counted: "no, all or non_padding", Order: "random, sequential or group_by_length",
+    Cut: "keep_start or keep_end", Start: "fork, spawn or forkserver", Share: "a number from 0 to 1",
     Whole: "a whole number", Count: "a whole number from 1 on", Steps: "a whole number from 1 on, or -1",
     Number: "a number", Positive: "a number from 0 on", list[Number]: "a list of numbers", Auto: "`auto`",
     Options: "a mapping",
@@ -163,14 +169,15 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     # Tokens and losses
     *_obeyed("eos_token pad_token chat_template_path", str, None, whole_run=True),
     *_obeyed("max_length", Count, None),
-    *_obeyed("truncation_mode packing_strategy", str),
+    *_obeyed("truncation_mode", Cut),
+    *_obeyed("packing_strategy", str),
     *_obeyed("pad_to_multiple_of", Count, Auto, None),
     *_obeyed("packing padding_free assistant_only_loss shuffle_dataset", bool),
     *_obeyed("completion_only_loss", bool, None),
     *_obeyed("loss_type", str, list[str]),
     # Preference pairs
     *_obeyed("beta label_smoothing f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha", Number),
-    *_obeyed("ld_alpha", Number, None),
+    *_obeyed("ld_alpha", Share, None),
     *_obeyed("loss_weights", list[Number], None),
     *_obeyed("f_divergence_type", str),
     *_obeyed("disable_dropout precompute_ref_log_probs use_weighting sync_ref_model", bool),
@@ -189,7 +196,7 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_obeyed("logging_strategy", Interval),
     *_obeyed("logging_steps", Positive),
     *_obeyed("logging_first_step log_on_each_node logging_nan_inf_filter skip_memory_metrics", bool),
-    *_obeyed("include_num_input_tokens_seen", Mode),
+    *_obeyed("include_num_input_tokens_seen", Counted),
     *_obeyed("log_level log_level_replica", str),
     *_obeyed("disable_tqdm", bool, None),
     *_obeyed("debug", str, list[str]),
@@ -201,8 +208,8 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_obeyed("dataset_num_proc dataloader_prefetch_factor", Count, None),
     *_obeyed("dataloader_num_workers", Annotated[Whole, _from(0)]),
     *_obeyed("dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers dataloader_in_order", bool),
-    *_obeyed("dataloader_multiprocessing_context", str, None),
-    *_obeyed("train_sampling_strategy", str),
+    *_obeyed("dataloader_multiprocessing_context", Start, None),
+    *_obeyed("train_sampling_strategy", Order),
     *_obeyed("accelerator_config", Options, str, None),
     *_refused("dataset_text_field", _COLUMNS, "text"),
     *_refused("dataset_kwargs label_names", _COLUMNS, None),
