@@ -89,10 +89,10 @@ def heldout_documents(data: StageData, *, chars: int, load_tokenizer: Callable[[
     """
     load = functools.cache(load_tokenizer)  # texts need none
 
-    def render(messages: list[dict[str, Any]]) -> str:
+    def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
         tokenizer = load()
         require_chat_template(tokenizer)
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
     return documents(data.heldout, data.form, chars=chars, render=render)
 

@@ -161,9 +161,9 @@ def _tokenized(of: Measured, rows: Any) -> list[list[int]]:
     )
     longest = min(of.settings.max_length, tokenizer.model_max_length)
 
-    def render(messages: list[dict[str, Any]]) -> str:
+    def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
         require_chat_template(tokenizer)
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
     texts = documents(rows, of.data.form, chars=_CHARS * longest, render=render)
     bos = tokenizer.bos_token or "\0"  # a chat template may have put it there

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from hf_contmerge.errors import DataError, ModelError, RecipeError, ResourceError, size
 from hf_contmerge.loop._entries import make_entry_rule, merge_kinds, with_replay
-from hf_contmerge.loop.plan._rehearsal import rehearse
 from hf_contmerge.loop.plan.disk import Trained, disk_need, disk_use
+from hf_contmerge.loop.plan.rehearsal import rehearse
 from hf_contmerge.loop.trackers import check_trackers
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.rules import make_rule
@@ -84,14 +84,16 @@ class Circumstances:
     """Whether this process writes task files and runs the once-per-job checks."""
     plans: bool = False
     """Whether weights are skipped, and memory and disk are judged by estimates."""
+    trust_remote_code: bool = False
+    """Whether the user, too, lets models run their own code."""
     resolve: Callable[..., Path] = resolve_model
     """Resolves a model name to a folder."""
 
 
-def prepare(run: Run, ranks: Ranks) -> Prepared:
+def prepare(run: Run, ranks: Ranks, *, trust_remote_code: bool = False) -> Prepared:
     """Run all checks; raise the first error."""
     check_versions(ranks)
-    how = Circumstances(run.tasks, ranks.size, ranks.per_host, ranks.is_main)
+    how = Circumstances(run.tasks, ranks.size, ranks.per_host, ranks.is_main, trust_remote_code=trust_remote_code)
 
     def look_up() -> Prepared:
         prepared = Prepared()
@@ -116,6 +118,9 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
     """
     recipe = run.recipe
     yield run.check_folder
+    yield partial(_check_trust, recipe, how)
+    if recipe.trust_remote_code and not how.trust_remote_code:
+        return  # later checks would load that code
     yield partial(check_trackers, recipe.train)
     for entry in recipe.merge:
         yield partial(_make_rule, prepared, entry)
@@ -267,6 +272,15 @@ def _load_stage(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
 
 
 # Checks
+
+
+def _check_trust(recipe: Recipe, how: Circumstances) -> None:
+    """Raise RecipeError for a recipe that trusts code which the user does not."""
+    if recipe.trust_remote_code and not how.trust_remote_code:
+        raise RecipeError(
+            f"`trust_remote_code: true` lets {recipe.base_model} run its own code, which happens only if you say so "
+            "too: read that code, then add `--trust-remote-code` (in Python: run_recipe(..., trust_remote_code=True))."
+        )
 
 
 def check_scoring(recipe: Recipe, prepared: Prepared, how: Circumstances) -> None:
