@@ -48,9 +48,7 @@ def _tools(value: Any, where: str) -> str | None:
     try:
         definitions = json.loads(value) if isinstance(value, str) else _without_nulls(value)
     except ValueError as error:
-        raise DataError(
-            f"{where}: the column {TOOLS} is no JSON ({error}). Give a list of tool definitions."
-        ) from error
+        raise DataError(f"{where}: the column {TOOLS} is no JSON ({error}). Give a list of definitions.") from error
     if not definitions:
         return None
     if not isinstance(definitions, list) or not all(isinstance(tool, dict) for tool in definitions):
