@@ -100,7 +100,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     return Asked(
         Path(args.model), Path(args.base) if args.base else None, _tasks(args, run), here, evaluate,
         "test" if run and run.recipe.tunes else "all",
-        args.trust_remote_code or bool(run and run.recipe.trust_remote_code),
+        args.trust_remote_code,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.merging.write import Output
+from hf_contmerge.models.tokenizer import UNCHANGED
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import MergePlace
 from hf_contmerge.training.job import TrainJob
@@ -126,7 +127,8 @@ class MergeJob:
         """Return the merged model's folder and settings."""
         entry = self.place.entry
         companions = self.prepared.given.get(self.run.recipe.tokenizer_model(self.t, entry) or "")
-        return Output(self.scratch("merged"), self.dtype, entry.shard_size, companions)
+        change = UNCHANGED if entry.tokenizer_from else self.prepared.change
+        return Output(self.scratch("merged"), self.dtype, entry.shard_size, companions, change)
 
     def keep_previous(self) -> RunningMerge:
         """Copy the previous state and model to scratch.

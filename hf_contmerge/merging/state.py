@@ -3,6 +3,7 @@
     STATE/
       state.json      base, rule, experts in order with digests and norms, name of the current running folder
       running-<n>/    state after all experts (running.py)
+      tokenizer_change.json   chat template, end and padding of the newest expert that was trained here with others
 
 Adding an expert reads the base, the state and that expert. Time and memory do not depend on the number of earlier
 experts, and added experts may be deleted. A change builds a new running folder and then replaces state.json, so a crash
@@ -41,11 +42,14 @@ from hf_contmerge.merging.rules import dtype_named, make_rule
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.models.folder import resolve_model
+from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, change_of_json, tokenizer_change
 from hf_contmerge.models.weights import SHARD_SIZE, Weights, weights_sha256
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
+from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder, write_atomically
 from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.runtime.versions import versions
+
+_CHANGE = "tokenizer_change.json"
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,7 @@ class MergeState:
                 for e, model, expert in zip(after.experts[len(log.experts) :], models, opened, strict=True)
             ]
             self._publish(log, after, (*log.experts, *added), crew)
+            crew.ranks.first(self._keep_change, merge.base, folders)
         return self
 
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:
@@ -223,7 +228,8 @@ class MergeState:
             out: a new folder.
             dtype: dtype of the floating weights (default: the base's).
             shard_size: maximum bytes of a weight file.
-            tokenizer_from: source of tokenizer, chat template and generation config (default: the base).
+            tokenizer_from: source of tokenizer, chat template and generation config (default: the base, with the chat
+                template, end and padding of the newest expert that was trained here with others).
             crew: threads and ranks that share the work.
         """
         crew, out = crew or Crew(), Path(out)
@@ -236,8 +242,9 @@ class MergeState:
 
         merge, kind = crew.ranks.all(open_merge)
         companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
+        change = UNCHANGED if companions else crew.ranks.first(self._trained_change)
         with new_folder(out, crew.ranks) as scratch:
-            merge.export(Output(scratch, kind, shard_size, companions), crew=crew)
+            merge.export(Output(scratch, kind, shard_size, companions, change), crew=crew)
             crew.ranks.first(_write_lineage, log, merge.scale, scratch)
         return out
 
@@ -290,6 +297,22 @@ class MergeState:
                 if crew.ranks.is_main:
                     self._clear_all_but({self.log().running})
                 raise
+
+    def _keep_change(self, base: Path, experts: Sequence[Path]) -> None:
+        """Keep how training changed the tokenizer: an expert's folder may be deleted."""
+        for folder in experts:
+            change = tokenizer_change(base, folder) if self._trained_here(folder) else None
+            if change:
+                write_atomically(self.folder / _CHANGE, change.as_json())
+
+    def _trained_here(self, expert: Path) -> bool:
+        """Report if our training wrote an expert: functions, a run, the callback."""
+        records = (expert / "contmerge" / "train.json", expert.parent / "train.json")
+        return any(file.is_file() for file in records) or self.folder.resolve() in expert.resolve().parents
+
+    def _trained_change(self) -> TokenizerChange:
+        file = self.folder / _CHANGE
+        return change_of_json(file.read_text(encoding="utf-8")) if file.is_file() else UNCHANGED
 
     def _clear_all_but(self, keep: set[str | None]) -> None:
         for path in self.folder.glob("running-*"):

@@ -18,6 +18,7 @@ from hf_contmerge.merging.costs import stream_job, weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
 from hf_contmerge.models.weights import SHARD_SIZE, Plan, Weights, WeightsWriter
 from hf_contmerge.runtime.crew import Crew, Job
 
@@ -39,6 +40,8 @@ class Output:
     shard_size: int = SHARD_SIZE
     companions: Path | None = None
     """Whose config, tokenizer, chat template and generation config it gets: the base's, if not said."""
+    change: TokenizerChange = UNCHANGED
+    """What training changed of that tokenizer."""
 
 
 def write_merged(
@@ -73,7 +76,12 @@ def write_merged(
 
 def write_companions(base: Weights, out: Output, crew: Crew) -> None:
     """Put config, tokenizer, chat template and generation config beside a model's weights."""
-    crew.ranks.first(copy_companions, base.folder, out.folder, dtype=out.dtype, tokenizer_from=out.companions)
+
+    def write() -> None:
+        copy_companions(base.folder, out.folder, dtype=out.dtype, tokenizer_from=out.companions)
+        out.change.write(out.folder)
+
+    crew.ranks.first(write)
 
 
 @dataclass(frozen=True)

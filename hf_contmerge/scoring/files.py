@@ -5,13 +5,13 @@ lm_eval --model hf --model_args pretrained=FOLDER --include_path RUN/tasks --tas
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer
 
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.training.data import StageData, documents, require_chat_template, task_rows
@@ -82,16 +82,17 @@ def write_task(folder: Path, task: Task) -> None:
         write_choice_task(folder, task.name, rows)
 
 
-def heldout_documents(data: StageData, *, chars: int, tokenizer_folder: Path) -> list[str]:
+def heldout_documents(data: StageData, *, chars: int, load_tokenizer: Callable[[], Any]) -> list[str]:
     """Return a stage's held-out examples as documents.
 
     Conversations use the tokenizer's chat template.
     """
+    load = functools.cache(load_tokenizer)  # texts need none
 
-    def render(messages: list[dict[str, Any]]) -> str:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
+        tokenizer = load()
         require_chat_template(tokenizer)
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
     return documents(data.heldout, data.form, chars=chars, render=render)
 

@@ -20,6 +20,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_contmerge.errors import ContmergeError, mark_shared
 from hf_contmerge.models.loading import load_model
+from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.scoring._results import task_score
@@ -132,7 +133,7 @@ def _measure_folder(
     if evaluate.backend == "vllm":
         return _measure(_vllm(asked.folder, dtype, evaluate), tasks, asked.task_folder, evaluate, part)
     model = _load(asked.folder, asked.whole, evaluate, ranks, dtype=dtype, trust_remote_code=remote)
-    tokenizer = AutoTokenizer.from_pretrained(asked.whole, trust_remote_code=remote)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(asked.whole, asked.folder), trust_remote_code=remote)
     return score_loaded(
         model, tokenizer, tasks, task_folder=asked.task_folder, evaluate=evaluate, ranks=ranks, part=part
     )

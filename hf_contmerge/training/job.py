@@ -95,6 +95,11 @@ def recipe_of(
 ) -> Recipe:
     """Return the recipe of one stage, for the same error messages."""
     fields = dict(training)
+    if fields.get("report_to") not in (None, "none", [], ["none"]):
+        raise RecipeError(
+            "finetune_stage.report_to: a function has no tracker run, which spans all stages. Log the record's `log` "
+            "yourself, or use `contmerge run` with `report_to`."
+        )
     code = fields.pop("trust_remote_code", False)
     names = strategy if isinstance(strategy, str) else list(strategy)
     spec = {"path": os.fspath(data)} if isinstance(data, str | os.PathLike) else data

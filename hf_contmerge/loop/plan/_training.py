@@ -19,7 +19,7 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.steps import Step
 from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies.lora import Lora
-from hf_contmerge.training.data import StageData
+from hf_contmerge.training.data import StageData, template_arguments
 from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
 
 _SAMPLED = 256  # examples with counted tokens
@@ -131,7 +131,8 @@ def _count_tokens(tokenizer: Any, example: Mapping[str, Any]) -> int:
     values = list(example.values())
     if any(isinstance(v, list) for v in values):
         turns = [turn for v in values for turn in (v if isinstance(v, list) else [])]
-        return len(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), verbose=False)["input_ids"])
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **template_arguments(example))
+        return len(tokenizer(text, verbose=False)["input_ids"])
     return 1 + len(tokenizer("".join(str(v) for v in values), verbose=False)["input_ids"])
 
 
@@ -139,5 +140,5 @@ def _texts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return an example's rows: one, or two of a pair."""
     if "rejected" not in row:
         return [row]
-    prompt = {"prompt": row.get("prompt", "")}
-    return [{**prompt, "answer": row["chosen"]}, {**prompt, "answer": row["rejected"]}]
+    shared = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    return [{**shared, "answer": row["chosen"]}, {**shared, "answer": row["rejected"]}]
