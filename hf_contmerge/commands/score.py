@@ -26,8 +26,8 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.runtime.versions import versions
-from hf_contmerge.scoring.cache import ScoreCache, Shelf, digest, hugging_face_home, remembered, stamp
-from hf_contmerge.scoring.keys import Asked, Lookup, look_up
+from hf_contmerge.scoring.cache import JsonStore, ScoreCache, digest, hugging_face_home, remembered, stamp
+from hf_contmerge.scoring.keys import KnownScores, ScoreRequest, known_scores
 
 _ON = ("1", "ON", "YES", "TRUE")
 _PER_DOCUMENT = ("gains", "weights", "documents", "texts", "answers")
@@ -75,17 +75,17 @@ def score_command(args: argparse.Namespace) -> None:
     out = Path(args.json) if args.json else None
     if out and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise ResourceError(f"--json {out}: give a file in an existing folder; nothing was measured.")
-    asked = _asked(args)
-    cache = ScoreCache.open(use=asked.evaluate.cache)
-    answer = None if int(os.environ.get("WORLD_SIZE", "1")) > 1 else _known(args, asked, cache)
-    answer = answer or _measured(args, asked, cache)
+    request = _request(args)
+    cache = ScoreCache.open(use=request.evaluate.cache)
+    answer = None if int(os.environ.get("WORLD_SIZE", "1")) > 1 else _known(args, request, cache)
+    answer = answer or _measured(args, request, cache)
     if answer:  # only the main process prints
-        _show(args.model, asked, answer)
+        _show(args.model, request, answer)
         if out:
-            write_atomically(out, json.dumps(_summary(args.model, asked, answer), indent=1) + "\n")
+            write_atomically(out, json.dumps(_summary(args.model, request, answer), indent=1) + "\n")
 
 
-def _asked(args: argparse.Namespace) -> Asked:
+def _request(args: argparse.Namespace) -> ScoreRequest:
     """Build the score request; model names are resolved later."""
     run = Run.load(args.run) if args.run else None
     if not args.tasks and not run:
@@ -97,7 +97,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     if evaluate.include_path and not Path(evaluate.include_path).is_dir():
         raise RecipeError(f"--include-path {evaluate.include_path}: no such folder. Give a folder of task files.")
     here = run.tasks if run else Path(os.devnull)
-    return Asked(
+    return ScoreRequest(
         Path(args.model), Path(args.base) if args.base else None, _tasks(args, run), here, evaluate,
         "test" if run and run.recipe.tunes else "all",
         args.trust_remote_code or bool(run and run.recipe.trust_remote_code),
@@ -122,23 +122,23 @@ def _tasks(args: argparse.Namespace, run: Run | None) -> list[Task]:
     return [t if args.num_fewshot is None else t.model_copy(update={"num_fewshot": args.num_fewshot}) for t in tasks]
 
 
-def _known(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
+def _known(args: argparse.Namespace, request: ScoreRequest, cache: ScoreCache) -> Answer | None:
     """Return the answer if it is completely cached, else None.
 
     Nothing is fetched, hashed or measured.
     """
-    folder = _seen_folder(args.model, cache.shelf)
+    folder = _seen_folder(args.model, cache.store)
     if folder is None:
         return None
     base = _base_name(args, folder)
-    found_base = _seen_folder(base, cache.shelf) if base else None
+    found_base = _seen_folder(base, cache.store) if base else None
     if base and found_base is None:
         return None
-    seen = look_up(replace(asked, folder=folder, base=found_base), cache, read=False)
-    return _answer(seen, {}) if seen and not seen.missing(asked.tasks) else None
+    known = known_scores(replace(request, folder=folder, base=found_base), cache, read=False)
+    return _answer(known, {}) if known and not known.missing(request.tasks) else None
 
 
-def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
+def _measured(args: argparse.Namespace, request: ScoreRequest, cache: ScoreCache) -> Answer | None:
     """Measure missing scores on all ranks.
 
     Returns:
@@ -146,28 +146,28 @@ def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answ
     """
     from hf_contmerge.models.layout import check_tokenizer
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
-    from hf_contmerge.scoring.score import score_asked
+    from hf_contmerge.scoring.score import measure_missing
     from hf_contmerge.scoring.tasks import check_tasks
 
     keep_freed_memory()
     ranks, crew = join_ranks()
 
-    def look() -> Asked:
-        folder = _found_folder(args.model, cache.shelf)
+    def look() -> ScoreRequest:
+        folder = _found_folder(args.model, cache.store)
         base = _base_name(args, folder)
-        whole = replace(asked, folder=folder, base=_found_folder(base, cache.shelf) if base else None)
+        whole = replace(request, folder=folder, base=_found_folder(base, cache.store) if base else None)
         check_tokenizer(whole.whole)
-        folders = asked.evaluate.task_folders(asked.task_folder)
-        check_tasks(asked.tasks, folders, split=asked.part != "all", limit=asked.evaluate.limit)
+        folders = request.evaluate.task_folders(request.task_folder)
+        check_tasks(request.tasks, folders, split=request.part != "all", limit=request.evaluate.limit)
         return whole
 
-    seen, scores = score_asked(crew.ranks.local_main_first(look), ranks=ranks, cache=cache)
+    known, scores = measure_missing(crew.ranks.local_main_first(look), ranks=ranks, cache=cache)
     leave_ranks()
-    return _answer(seen, scores) if ranks.is_main_process else None
+    return _answer(known, scores) if ranks.is_main_process else None
 
 
-def _answer(seen: Lookup, scores: dict[str, TaskScore]) -> Answer:
-    return Answer(seen.model.sha256, seen.model.dtype, {**seen.found, **scores}, frozenset(seen.found))
+def _answer(known: KnownScores, scores: dict[str, TaskScore]) -> Answer:
+    return Answer(known.model.sha256, known.model.dtype, {**known.scores, **scores}, frozenset(known.scores))
 
 
 def _base_name(args: argparse.Namespace, folder: Path) -> str | None:
@@ -190,17 +190,17 @@ def _base_name(args: argparse.Namespace, folder: Path) -> str | None:
     return named
 
 
-def _found_folder(name: str, shelf: Shelf) -> Path:
+def _found_folder(name: str, store: JsonStore) -> Path:
     """Return a model's folder after fetching or converting it. Raises as `resolve_model`."""
     from hf_contmerge.models.folder import model_path, resolve_model
 
     path, folder = model_path(name), resolve_model(name, adapters=True)
     if path.suffix == ".gguf" and path.is_file():
-        remembered(shelf, "converted", [path], lambda: str(folder))
+        remembered(store, "converted", [path], lambda: str(folder))
     return folder
 
 
-def _seen_folder(name: str, shelf: Shelf) -> Path | None:
+def _seen_folder(name: str, store: JsonStore) -> Path | None:
     """Return a model's folder if known without reading weights or network access."""
     path = Path(name).expanduser()
     if name.startswith("quickstart:"):
@@ -208,7 +208,7 @@ def _seen_folder(name: str, shelf: Shelf) -> Path | None:
 
         path = quickstart_model()
     if path.suffix == ".gguf" and path.is_file():
-        found = shelf.find(digest(["converted", stamp([path])[0]]))
+        found = store.find(digest(["converted", stamp([path])[0]]))
         return Path(found) if found and Path(found).is_dir() else None
     if path.is_dir():
         return path if any(path.glob("*.safetensors")) else None
@@ -227,12 +227,12 @@ def _snapshot(name: str) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) else None
 
 
-def _show(name: str, asked: Asked, answer: Answer) -> None:
+def _show(name: str, request: ScoreRequest, answer: Answer) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("task", "metric", "value", "documents", "", title=f"{name} ({answer.dtype})")
-    for task in asked.tasks:
+    for task in request.tasks:
         score = answer.scores[task.name]
         error = _stderr(score)
         value = f"{score.value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
@@ -249,15 +249,15 @@ def _stderr(score: TaskScore) -> float | None:
     return score.stderr if score.stderr is None or score.block == "accuracy" else score.stderr * score.value
 
 
-def _summary(name: str, asked: Asked, answer: Answer) -> dict[str, Any]:
+def _summary(name: str, request: ScoreRequest, answer: Answer) -> dict[str, Any]:
     tasks = {}
-    for task in asked.tasks:
+    for task in request.tasks:
         score = answer.scores[task.name]
         numbers = {field: value for field, value in score.to_json().items() if field not in _PER_DOCUMENT}
         cached = task.name in answer.cached
         tasks[task.name] = {**numbers, "value_stderr": _stderr(score), "documents": len(score.gains), "cached": cached}
     model = {"model": name, "scored_sha256": answer.model, "dtype": answer.dtype}
-    return {**model, "evaluate": asked.evaluate.model_dump(mode="json"), "tasks": tasks, "versions": versions()}
+    return {**model, "evaluate": request.evaluate.model_dump(mode="json"), "tasks": tasks, "versions": versions()}
 
 
 def _from(least: int) -> Callable[[str], int]:

@@ -88,8 +88,8 @@ class SharedLM(_Parent):
                 windows.append((None, context, continuation))
                 owners.append(i)
         sums = [0.0] * len(requests)
-        for i, (found, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            sums[i] += found
+        for i, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[i] += likelihood
         return sums
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
@@ -106,7 +106,7 @@ class SharedLM(_Parent):
         lengths = [len(self.tok_encode(r.args[0])) for r in requests]
         settings = [json.dumps(r.args[1], sort_keys=True, default=str) for r in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -lengths[i], requests[i].args[0]))
-        rows, asked = self._rows(max(lengths) + self.max_gen_toks), self.batch_size_per_gpu
+        rows, configured = self._rows(max(lengths) + self.max_gen_toks), self.batch_size_per_gpu
         batches: list[list[int]] = []
         for i in order:  # one batch has one set of generation settings
             if not batches or len(batches[-1]) == rows or settings[batches[-1][-1]] != settings[i]:
@@ -115,9 +115,9 @@ class SharedLM(_Parent):
         write, self.batch_size_per_gpu = super().generate_until, rows
         costs = [len(batch) * (lengths[batch[0]] + self.max_gen_toks) for batch in batches]
         texts = self._shared(batches, costs, lambda batch: write([requests[i] for i in batch], disable_tqdm=True))
-        self.batch_size_per_gpu = asked
-        found = dict(zip((i for batch in batches for i in batch), (t for part in texts for t in part), strict=True))
-        return [found[i] for i in range(len(requests))]
+        self.batch_size_per_gpu = configured
+        answers = dict(zip((i for batch in batches for i in batch), (t for part in texts for t in part), strict=True))
+        return [answers[i] for i in range(len(requests))]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None  # noqa: ARG002
@@ -145,12 +145,12 @@ class SharedLM(_Parent):
         def read(batch: Sequence[Tokens]) -> list[list[tuple[float, bool]]]:
             return self._read(batch, [[requests[i][2] for i in readers[tokens]] for tokens in batch])
 
-        found: dict[int, tuple[float, bool]] = {}
+        answers: dict[int, tuple[float, bool]] = {}
         costs = [len(batch) * len(batch[0]) for batch in batches]
-        for batch, answers in zip(batches, self._shared(batches, costs, read), strict=True):
-            for tokens, ours in zip(batch, answers, strict=True):
-                found |= dict(zip(readers[tokens], ours, strict=True))
-        return [found[i] for i in range(len(requests))]
+        for batch, batch_answers in zip(batches, self._shared(batches, costs, read), strict=True):
+            for tokens, row in zip(batch, batch_answers, strict=True):
+                answers |= dict(zip(readers[tokens], row, strict=True))
+        return [answers[i] for i in range(len(requests))]
 
     @torch.no_grad()
     def _read(self, batch: Sequence[Tokens], wanted: Sequence[Sequence[list[int]]]) -> list[list[tuple[float, bool]]]:
@@ -179,8 +179,8 @@ class SharedLM(_Parent):
 
         Positions are the last `keep`, or all for models without this option.
         """
-        asked = {"use_cache": False, "logits_to_keep": keep}
-        logits = self.model(tokens, **{k: v for k, v in asked.items() if k in self._takes}).logits
+        options = {"use_cache": False, "logits_to_keep": keep}
+        logits = self.model(tokens, **{k: v for k, v in options.items() if k in self._takes}).logits
         return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
     def _rows(self, length: int) -> int:
@@ -195,8 +195,8 @@ class SharedLM(_Parent):
             self._read([tuple(words)] * batch_size, [[words]] * batch_size)
             return batch_size
 
-        found: int = largest()  # pyright: ignore[reportCallIssue]
-        return min(gather_object([found])) if self._sharing[1] > 1 else found
+        own: int = largest()  # pyright: ignore[reportCallIssue]
+        return min(gather_object([own])) if self._sharing[1] > 1 else own
 
     def _shared(self, batches: Sequence[T], costs: Sequence[int], work: Callable[[T], Any]) -> list[Any]:
         """Apply `work` to all batches, shared evenly by cost.
@@ -205,10 +205,10 @@ class SharedLM(_Parent):
         """
         rank, size = self._sharing
         shares = self._shares(costs)
-        found = [work(batches[i]) for i in shares[rank]]
-        if self._in_step and len(found) < len(shares[0]):
-            work(batches[0])
-        every = gather_object([found]) if size > 1 else [found]
+        results = [work(batches[i]) for i in shares[rank]]
+        if self._in_step and len(results) < len(shares[0]):
+            work(batches[0])  # joins the others' last forward pass
+        every = gather_object([results]) if size > 1 else [results]
         answers = dict(pair for share, own in zip(shares, every, strict=True) for pair in zip(share, own, strict=True))
         return [answers[i] for i in range(len(batches))]
 

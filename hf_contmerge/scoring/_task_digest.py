@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from hf_contmerge.runtime.versions import version
-from hf_contmerge.scoring.cache import Shelf, digest, file_sha256, hugging_face_home
+from hf_contmerge.scoring.cache import JsonStore, digest, file_sha256, hugging_face_home
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FILES = {"json", "csv", "parquet", "text", "arrow", "xml"}  # readers of `datasets` for local files
@@ -54,19 +54,19 @@ class TaskDigests:
 
     listings: Sequence[Listing]
     """In order of precedence."""
-    shelf: Shelf
+    store: JsonStore
 
     @classmethod
-    def open(cls, folders: Sequence[Path], shelf: Shelf, own: Listing | None = None) -> TaskDigests:
+    def open(cls, folders: Sequence[Path], store: JsonStore, own: Listing | None = None) -> TaskDigests:
         """Read the task files of some folders.
 
         Args:
             folders: folders of task YAML files; later ones take precedence.
-            shelf: cache of file digests.
+            store: cache of file digests.
             own: lm-eval's own tasks; default: the remembered listing.
         """
         ours = [_listing(folder) for folder in reversed(folders) if folder.is_dir()]
-        return cls([*ours, own or _own_listing(shelf) or Listing()], shelf)
+        return cls([*ours, own or _own_listing(store) or Listing()], store)
 
     def sha256(self, name: str) -> str | None:
         """Return the digest of a task, group or tag; None if unknown."""
@@ -93,7 +93,7 @@ class TaskDigests:
 
     def _described(self, name: str, path: Path, above: frozenset[str]) -> Any:
         config = _resolved(path)
-        code = {p.name: file_sha256(p, self.shelf) for p in _code(config, path.parent)}
+        code = {p.name: file_sha256(p, self.store) for p in _code(config, path.parent)}
         if "group" not in config:
             return [name, code, self._with_data(config)]
         return [name, code, config, list(self._members(config, config.get("task"), above))]
@@ -136,33 +136,33 @@ class TaskDigests:
             return {split: self._contents(names) for split, names in files.items()}
         if isinstance(files, list):
             return [self._contents(name) for name in files]
-        found = sorted(glob.glob(os.path.expanduser(str(files)), recursive=True))
-        if not found or "://" in str(files):
+        paths = sorted(glob.glob(os.path.expanduser(str(files)), recursive=True))
+        if not paths or "://" in str(files):
             raise _UnknownError(str(files))
-        return [file_sha256(Path(path), self.shelf) for path in found]
+        return [file_sha256(Path(path), self.store) for path in paths]
 
 
-def keep_own_listing(shelf: Shelf, index: Mapping[str, Any]) -> Listing | None:
+def keep_own_listing(store: JsonStore, index: Mapping[str, Any]) -> Listing | None:
     """Remember lm-eval's own tasks.
 
     Args:
-        shelf: where to keep the listing.
+        store: where to keep the listing.
         index: name -> entry (yaml_path, tags), of all of lm-eval's tasks or none.
     """
     if not index:
         return None
     files = {name: str(entry.yaml_path) for name, entry in index.items() if entry.yaml_path}
     tags = {name: sorted(entry.tags) for name, entry in index.items() if not entry.yaml_path and entry.tags}
-    shelf.keep(_own_key(), {"files": files, "tags": tags})
+    store.keep(_own_key(), {"files": files, "tags": tags})
     return Listing({name: Path(path) for name, path in files.items()}, tags)
 
 
-def _own_listing(shelf: Shelf) -> Listing | None:
+def _own_listing(store: JsonStore) -> Listing | None:
     """Return the remembered listing of lm-eval's own tasks, if any."""
-    found = shelf.find(_own_key())
-    if not found:
+    saved = store.find(_own_key())
+    if not saved:
         return None
-    return Listing({name: Path(path) for name, path in found["files"].items()}, found["tags"])
+    return Listing({name: Path(path) for name, path in saved["files"].items()}, saved["tags"])
 
 
 def _own_key() -> str:
@@ -245,7 +245,7 @@ def _hub_commit(path: str, name: str | None, revision: str | None) -> str:
     owner, _, own = path.rpartition("/")
     own = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", own)).lower()
     prepared = (root / (f"{owner}___{own}" if owner else own)).glob("*/*/*")
-    found = {p.name for p in prepared if p.is_dir() and (name is None or p.parts[-3] == name)}
-    if len(found) != 1 or revision:
+    commits = {p.name for p in prepared if p.is_dir() and (name is None or p.parts[-3] == name)}
+    if len(commits) != 1 or revision:
         raise _UnknownError(path)
-    return found.pop()
+    return commits.pop()

@@ -25,7 +25,7 @@ from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.scoring._results import task_score
 from hf_contmerge.scoring._task_digest import Listing, keep_own_listing
 from hf_contmerge.scoring.cache import ScoreCache
-from hf_contmerge.scoring.keys import Asked, Lookup, keep_scores, look_up
+from hf_contmerge.scoring.keys import KnownScores, ScoreRequest, keep_scores, known_scores
 from hf_contmerge.scoring.setup import check_evaluate, require_template
 from hf_contmerge.scoring.tasks import DocumentPart, LoadedTask, load_task, own_tasks, part_indices, task_manager
 
@@ -72,37 +72,39 @@ def score_model(
         ModelError: the folder holds no model, or the tokenizer lacks the chat template requested by `evaluate`.
         ResourceError: this machine does not support the settings in `evaluate`.
     """
-    asked = Asked(folder, base, tuple(tasks), task_folder, evaluate, part, trust_remote_code)
-    seen, fresh = score_asked(asked, ranks=ranks, cache=cache or ScoreCache.open(use=evaluate.cache))
-    scores = {**seen.found, **fresh} if ranks.is_main_process else {}
-    return seen.model.sha256, {task.name: scores[task.name] for task in tasks if task.name in scores}
+    request = ScoreRequest(folder, base, tuple(tasks), task_folder, evaluate, part, trust_remote_code)
+    known, fresh = measure_missing(request, ranks=ranks, cache=cache or ScoreCache.open(use=evaluate.cache))
+    scores = {**known.scores, **fresh} if ranks.is_main_process else {}
+    return known.model.sha256, {task.name: scores[task.name] for task in tasks if task.name in scores}
 
 
-def score_asked(asked: Asked, *, ranks: PartialState, cache: ScoreCache) -> tuple[Lookup, dict[str, TaskScore]]:
+def measure_missing(
+    request: ScoreRequest, *, ranks: PartialState, cache: ScoreCache
+) -> tuple[KnownScores, dict[str, TaskScore]]:
     """Measure and cache missing scores. Raises as `score_model`.
 
     Returns:
         The cache lookup, on all ranks; the new scores, on the main process only.
     """
-    adapter = asked.folder != asked.whole
-    check_evaluate(asked.evaluate, processes=ranks.num_processes, adapter=adapter)
-    seen = _from_main(ranks, lambda: look_up(asked, cache))
-    assert seen  # None only with read=False
-    missing = seen.missing(asked.tasks)
+    adapter = request.folder != request.whole
+    check_evaluate(request.evaluate, processes=ranks.num_processes, adapter=adapter)
+    known = _from_main(ranks, lambda: known_scores(request, cache))
+    assert known  # None only with read=False
+    missing = known.missing(request.tasks)
     if not missing:
-        return seen, {}
-    scores = _measure_folder(asked, missing, getattr(torch, seen.model.dtype), ranks)
+        return known, {}
+    scores = _measure_folder(request, missing, getattr(torch, known.model.dtype), ranks)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if not ranks.is_main_process:
-        return seen, {}
-    return seen, keep_scores(asked, seen, scores, cache, _own_tasks(seen, cache))
+        return known, {}
+    return known, keep_scores(request, known, scores, cache, _own_tasks(known, cache))
 
 
-def _own_tasks(seen: Lookup, cache: ScoreCache) -> Listing | None:
+def _own_tasks(known: KnownScores, cache: ScoreCache) -> Listing | None:
     """Remember lm-eval's own tasks, if a task lacks a key."""
-    return None if all(seen.keys.values()) else keep_own_listing(cache.shelf, own_tasks())
+    return None if all(known.keys.values()) else keep_own_listing(cache.store, own_tasks())
 
 
 def _from_main(ranks: PartialState, do: Callable[[], T]) -> T:
@@ -125,16 +127,16 @@ def _from_main(ranks: PartialState, do: Callable[[], T]) -> T:
 
 
 def _measure_folder(
-    asked: Asked, tasks: Sequence[Task], dtype: torch.dtype, ranks: PartialState
+    request: ScoreRequest, tasks: Sequence[Task], dtype: torch.dtype, ranks: PartialState
 ) -> dict[str, TaskScore]:
     """Load and score a model; the main process gets the result."""
-    evaluate, remote, part = asked.evaluate, asked.trust_remote_code, cast(DocumentPart, asked.part)
+    evaluate, remote, part = request.evaluate, request.trust_remote_code, cast(DocumentPart, request.part)
     if evaluate.backend == "vllm":
-        return _measure(_vllm(asked.folder, dtype, evaluate), tasks, asked.task_folder, evaluate, part)
-    model = _load(asked.folder, asked.whole, evaluate, ranks, dtype=dtype, trust_remote_code=remote)
-    tokenizer = AutoTokenizer.from_pretrained(asked.whole, trust_remote_code=remote)
+        return _measure(_vllm(request.folder, dtype, evaluate), tasks, request.task_folder, evaluate, part)
+    model = _load(request.folder, request.whole, evaluate, ranks, dtype=dtype, trust_remote_code=remote)
+    tokenizer = AutoTokenizer.from_pretrained(request.whole, trust_remote_code=remote)
     return score_loaded(
-        model, tokenizer, tasks, task_folder=asked.task_folder, evaluate=evaluate, ranks=ranks, part=part
+        model, tokenizer, tasks, task_folder=request.task_folder, evaluate=evaluate, ranks=ranks, part=part
     )
 
 
@@ -172,7 +174,7 @@ def score_loaded(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about intended settings
     alone = evaluate.parallel == "tensor"  # all ranks form one model
     sharing = {} if alone else {"rank": ranks.process_index, "size": ranks.num_processes}
-    with _as_it_was(model):
+    with _undisturbed(model):
         lm = SharedLM(
             model, copy.deepcopy(tokenizer), batch_size=evaluate.batch_size, max_length=evaluate.max_length, **sharing
         )
@@ -234,7 +236,7 @@ def _seed() -> None:
 
 
 @contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
+def _undisturbed(model: Any) -> Iterator[None]:
     """Enter eval mode; restore mode and random states on exit."""
     training, states = model.training, (random.getstate(), numpy.random.get_state())
     model.eval()

@@ -109,9 +109,9 @@ def sample_requests(name: str, folders: Sequence[Path], *, few_shot: int | None,
     for leaf in loaded.leaves.values():
         documents = min(len(leaf.eval_docs), limit or len(leaf.eval_docs))
         leaf.build_all_requests(limit=min(documents, _SAMPLED))
-        asked = [tuple(word for word in i.args if isinstance(word, str)) for i in leaf.instances]
-        count += round(len(asked) * documents / min(documents, _SAMPLED)) if documents else 0
-        sampled += asked
+        requests = [tuple(word for word in i.args if isinstance(word, str)) for i in leaf.instances]
+        count += round(len(requests) * documents / min(documents, _SAMPLED)) if documents else 0
+        sampled += requests
     generates = any(leaf.OUTPUT_TYPE == "generate_until" for leaf in loaded.leaves.values())
     return Requests(count, tuple("".join(words) for words in sampled), generates)
 
