@@ -13,23 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from hf_contmerge.errors import ModelError, RecipeError, ResourceError
+from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.runtime.versions import versions
-from hf_contmerge.scoring.cache import JsonStore, ScoreCache, digest, hugging_face_home, remembered, stamp
-from hf_contmerge.scoring.keys import KnownScores, ScoreRequest, known_scores
+from hf_contmerge.scoring.cache import ScoreCache
+from hf_contmerge.scoring.keys import ScoreRequest
+from hf_contmerge.scoring.known import KnownScores, known_at_once
 
-_ON = ("1", "ON", "YES", "TRUE")
 _PER_DOCUMENT = ("gains", "weights", "documents", "texts", "answers")
 
 
@@ -77,9 +77,10 @@ def score_command(args: argparse.Namespace) -> None:
         raise ResourceError(f"--json {out}: give a file in an existing folder; nothing was measured.")
     request = _request(args)
     cache = ScoreCache.open(use=request.evaluate.cache)
-    answer = None if int(os.environ.get("WORLD_SIZE", "1")) > 1 else _known(args, request, cache)
-    answer = answer or _measured(args, request, cache)
-    if answer:  # only the main process prints
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    known = known_at_once(args.model, args.base, request, cache) if alone else None
+    answer = _answer(known, {}) if known else _measured(args, request, cache)
+    if answer:  # only rank 0 prints
         _show(args.model, request, answer)
         if out:
             write_atomically(out, json.dumps(_summary(args.model, request, answer), indent=1) + "\n")
@@ -98,7 +99,7 @@ def _request(args: argparse.Namespace) -> ScoreRequest:
         raise RecipeError(f"--include-path {evaluate.include_path}: no such folder. Give a folder of task files.")
     here = run.tasks if run else Path(os.devnull)
     return ScoreRequest(
-        Path(args.model), Path(args.base) if args.base else None, _tasks(args, run), here, evaluate,
+        _tasks(args, run), here, evaluate,
         "test" if run and run.recipe.tunes else "all",
         args.trust_remote_code or bool(run and run.recipe.trust_remote_code),
     )  # fmt: skip
@@ -122,109 +123,24 @@ def _tasks(args: argparse.Namespace, run: Run | None) -> list[Task]:
     return [t if args.num_fewshot is None else t.model_copy(update={"num_fewshot": args.num_fewshot}) for t in tasks]
 
 
-def _known(args: argparse.Namespace, request: ScoreRequest, cache: ScoreCache) -> Answer | None:
-    """Return the answer if it is completely cached, else None.
-
-    Nothing is fetched, hashed or measured.
-    """
-    folder = _seen_folder(args.model, cache.store)
-    if folder is None:
-        return None
-    base = _base_name(args, folder)
-    found_base = _seen_folder(base, cache.store) if base else None
-    if base and found_base is None:
-        return None
-    known = known_scores(replace(request, folder=folder, base=found_base), cache, read=False)
-    return _answer(known, {}) if known and not known.missing(request.tasks) else None
-
-
 def _measured(args: argparse.Namespace, request: ScoreRequest, cache: ScoreCache) -> Answer | None:
     """Measure missing scores on all ranks.
 
     Returns:
-        The answer on the main process, None elsewhere.
+        The answer on rank 0, None elsewhere.
     """
-    from hf_contmerge.models.layout import check_tokenizer
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
-    from hf_contmerge.scoring.score import measure_missing
-    from hf_contmerge.scoring.tasks import check_tasks
+    from hf_contmerge.scoring.score import measure_named
 
     keep_freed_memory()
-    ranks, crew = join_ranks()
-
-    def look() -> ScoreRequest:
-        folder = _found_folder(args.model, cache.store)
-        base = _base_name(args, folder)
-        whole = replace(request, folder=folder, base=_found_folder(base, cache.store) if base else None)
-        check_tokenizer(whole.whole)
-        folders = request.evaluate.task_folders(request.task_folder)
-        check_tasks(request.tasks, folders, split=request.part != "all", limit=request.evaluate.limit)
-        return whole
-
-    known, scores = measure_missing(crew.ranks.local_main_first(look), ranks=ranks, cache=cache)
+    _, crew = join_ranks()
+    known, scores = measure_named(args.model, args.base, request, ranks=crew.ranks, cache=cache)
     leave_ranks()
-    return _answer(known, scores) if ranks.is_main_process else None
+    return _answer(known, scores) if crew.ranks.is_main else None
 
 
-def _answer(known: KnownScores, scores: dict[str, TaskScore]) -> Answer:
+def _answer(known: KnownScores, scores: Mapping[str, TaskScore]) -> Answer:
     return Answer(known.model.sha256, known.model.dtype, {**known.scores, **scores}, frozenset(known.scores))
-
-
-def _base_name(args: argparse.Namespace, folder: Path) -> str | None:
-    """Return an adapter's base model; None for a whole model.
-
-    Raises:
-        ModelError: the base is unknown, or --base was given for a whole model.
-    """
-    settings = folder / "adapter_config.json"
-    if not settings.is_file():
-        if args.base:
-            raise ModelError(f"{args.model} is a whole model; --base is for adapters only. Remove --base.")
-        return None
-    try:
-        named = args.base or json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise ModelError(f"Cannot read {settings}: {error}. Save or fetch the adapter again.") from error
-    if not named:
-        raise ModelError(f"{args.model} is an adapter without a base model in its config. Give --base.")
-    return named
-
-
-def _found_folder(name: str, store: JsonStore) -> Path:
-    """Return a model's folder after fetching or converting it. Raises as `resolve_model`."""
-    from hf_contmerge.models.folder import model_path, resolve_model
-
-    path, folder = model_path(name), resolve_model(name, adapters=True)
-    if path.suffix == ".gguf" and path.is_file():
-        remembered(store, "converted", [path], lambda: str(folder))
-    return folder
-
-
-def _seen_folder(name: str, store: JsonStore) -> Path | None:
-    """Return a model's folder if known without reading weights or network access."""
-    path = Path(name).expanduser()
-    if name.startswith("quickstart:"):
-        from hf_contmerge.run.quickstart import quickstart_model
-
-        path = quickstart_model()
-    if path.suffix == ".gguf" and path.is_file():
-        found = store.find(digest(["converted", stamp([path])[0]]))
-        return Path(found) if found and Path(found).is_dir() else None
-    if path.is_dir():
-        return path if any(path.glob("*.safetensors")) else None
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON  # online, the Hub may have a newer one
-    return _snapshot(name) if offline and name.count("/") == 1 else None
-
-
-def _snapshot(name: str) -> Path | None:
-    """Return a model's folder in the Hub cache."""
-    repo, _, revision = name.partition("@")
-    root = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
-    place = root / f"models--{repo.replace('/', '--')}"
-    reference = place / "refs" / (revision or "main")
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    folder = place / "snapshots" / (commit or "main")
-    return folder if any(folder.glob("*.safetensors")) else None
 
 
 def _show(name: str, request: ScoreRequest, answer: Answer) -> None:

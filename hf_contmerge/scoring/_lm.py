@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.distributed.tensor import DTensor
 
 from hf_contmerge.errors import DataError, ResourceError
+from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
 
 T = TypeVar("T")
@@ -37,9 +38,8 @@ class SharedLM(_Parent):
         self,
         model: Any,
         tokenizer: Any,
+        ranks: Ranks,
         *,
-        rank: int = 0,
-        size: int = 1,
         batch_size: int | str = "auto",
         max_length: int | None = None,
     ) -> None:
@@ -50,8 +50,7 @@ class SharedLM(_Parent):
         Args:
             model: a transformers model, or peft's around one.
             tokenizer: its tokenizer.
-            rank: this process among the processes sharing the work.
-            size: number of processes sharing the work.
+            ranks: the processes sharing the work.
             batch_size: a number, or "auto".
             max_length: tokens per forward pass; default: the model's.
         """
@@ -63,11 +62,11 @@ class SharedLM(_Parent):
             pretrained=model, tokenizer=tokenizer, backend="causal", softmax_dtype="float32", batch_size=batch,
             max_length=max_length,
         )  # fmt: skip
-        self._sharing = (rank, size)
+        self._ranks = ranks
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
         self._takes = inspect.signature(inner.forward).parameters.keys()
         # A forward pass of sharded weights involves all ranks.
-        self._in_step = size > 1 and shared_out
+        self._in_step = ranks.size > 1 and shared_out
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
         """Return (log-likelihood in nats, is greedy) of each continuation."""
@@ -196,25 +195,24 @@ class SharedLM(_Parent):
             return batch_size
 
         own: int = largest()  # pyright: ignore[reportCallIssue]
-        return min(gather_object([own])) if self._sharing[1] > 1 else own
+        return min(self._ranks.gather(own))
 
     def _shared(self, batches: Sequence[T], costs: Sequence[int], work: Callable[[T], Any]) -> list[Any]:
         """Apply `work` to all batches, shared evenly by cost.
 
         All ranks get all results.
         """
-        rank, size = self._sharing
         shares = self._shares(costs)
-        results = [work(batches[i]) for i in shares[rank]]
+        results = [work(batches[i]) for i in shares[self._ranks.rank]]
         if self._in_step and len(results) < len(shares[0]):
             work(batches[0])  # joins the others' last forward pass
-        every = gather_object([results]) if size > 1 else [results]
+        every = self._ranks.gather(results)
         answers = dict(pair for share, own in zip(shares, every, strict=True) for pair in zip(share, own, strict=True))
         return [answers[i] for i in range(len(batches))]
 
     def _shares(self, costs: Sequence[int]) -> list[list[int]]:
         """Assign batches to ranks: the next one to the least loaded rank."""
-        size = self._sharing[1]
+        size = self._ranks.size
         if self._in_step:  # ranks wait for each other in every batch, so similar lengths go together
             return [list(range(rank, len(costs), size)) for rank in range(size)]
         shares, loads = [list[int]() for _ in range(size)], [0] * size

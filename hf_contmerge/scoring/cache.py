@@ -172,8 +172,3 @@ class ScoreCache:
 def user_cache() -> Path:
     """Return the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-def hugging_face_home() -> Path:
-    """Return the Hub libraries' cache root without importing them."""
-    return Path(os.environ.get("HF_HOME") or user_cache() / "huggingface")

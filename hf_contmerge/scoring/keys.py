@@ -15,17 +15,18 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import COMPANIONS
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.versions import version
-from hf_contmerge.scoring._task_digest import Listing, TaskDigests
-from hf_contmerge.scoring.cache import JsonStore, ScoreCache, digest, file_sha256, remembered, stamp
+from hf_contmerge.scoring._formats import Listing
+from hf_contmerge.scoring._task_digest import TaskDigests
+from hf_contmerge.scoring.cache import JsonStore, digest, file_sha256, remembered, stamp
+from hf_contmerge.scoring.locate import ModelFolders
 
 _FORMAT = 2  # raise it when scores of the same inputs change
 _IN_KEY_OTHERWISE = {"dtype", "validation"}
@@ -37,28 +38,19 @@ _NOT_OF_A_TASK = {
 _NO_MATTER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 """config.json fields without effect on scores once the dtype is chosen; they differ between copies of a model."""
 
+DocumentPart = Literal["all", "test", "validation"]
+"""Document subset to measure: choices made on the validation part are judged on the test part."""
+
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A request to score one model on some tasks."""
+    """A request to score a model on tasks."""
 
-    folder: Path
-    """The model, or an adapter of `base`."""
-    base: Path | None
     tasks: Sequence[Task]
     task_folder: Path
     evaluate: Evaluate
-    part: str = "all"
+    part: DocumentPart = "all"
     trust_remote_code: bool = False
-
-    @property
-    def whole(self) -> Path:
-        """Folder with config and tokenizer (an adapter's base)."""
-        return self.base if self.base and self._is_adapter else self.folder
-
-    @property
-    def _is_adapter(self) -> bool:
-        return (self.folder / "adapter_config.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -71,20 +63,21 @@ class ModelKey:
     """float32, bfloat16 or float16."""
 
 
-def model_key(request: ScoreRequest, store: JsonStore, *, read: bool = True) -> ModelKey | None:
+def model_key(model: ModelFolders, request: ScoreRequest, store: JsonStore, *, read: bool = True) -> ModelKey | None:
     """Return a model's part of the keys.
 
     Args:
-        asked: the model.
+        model: its folders.
+        request: dtype and trust in the model's code.
         store: cache of digests.
         read: allow reading weights. If False and a digest is missing, return None.
 
     Raises:
         ModelError: the folder holds no model.
     """
-    folders = list(dict.fromkeys((request.whole, request.folder)))
+    folders = list(dict.fromkeys((model.whole, model.folder)))
     weights = [_weights_sha256(folder, store, read=read) for folder in folders]
-    dtype = _dtype(request, store, read=read)
+    dtype = _dtype(model.whole, request.evaluate, store, read=read)
     if dtype is None or None in weights:
         return None
     companions = [_companions(folder, store) for folder in folders]
@@ -92,13 +85,13 @@ def model_key(request: ScoreRequest, store: JsonStore, *, read: bool = True) -> 
 
 
 def score_keys(
-    request: ScoreRequest, model: ModelKey, store: JsonStore, own: Listing | None = None
+    model: ModelKey, request: ScoreRequest, store: JsonStore, own: Listing | None = None
 ) -> dict[str, str | None]:
     """Return task -> cache key; None for unidentifiable tasks.
 
     Args:
-        asked: the tasks and settings.
         model: identity of the model.
+        request: tasks and settings.
         store: cache of digests.
         own: lm-eval's own tasks, if loaded; default: the remembered listing.
     """
@@ -108,63 +101,6 @@ def score_keys(
         sha256 = digests.sha256(task.name)
         keys[task.name] = None if sha256 is None else digest([model.sha256, sha256, _settings(request, task)])
     return keys
-
-
-@dataclass(frozen=True)
-class KnownScores:
-    """Cached scores of a model, found before loading it."""
-
-    model: ModelKey
-    keys: Mapping[str, str | None]
-    """Task -> key of its score; None if only loading the task can identify it."""
-    scores: Mapping[str, TaskScore]
-    """Task -> cached score."""
-
-    def missing(self, tasks: Sequence[Task]) -> list[Task]:
-        return [task for task in tasks if task.name not in self.scores]
-
-
-def known_scores(request: ScoreRequest, cache: ScoreCache, *, read: bool = True) -> KnownScores | None:
-    """Look a model's scores up in the cache.
-
-    Args:
-        asked: the model and the tasks.
-        cache: earlier scores.
-        read: allow hashing weights. If False and a hash is missing, return None.
-    """
-    model = model_key(request, cache.store, read=read)
-    if model is None:
-        return None
-    keys = score_keys(request, model, cache.store)
-    cached = {name: cache.find(key) for name, key in keys.items() if key}
-    return KnownScores(model, keys, {name: score for name, score in cached.items() if score})
-
-
-def keep_scores(
-    request: ScoreRequest,
-    known: KnownScores,
-    scores: Mapping[str, TaskScore],
-    cache: ScoreCache,
-    own: Listing | None = None,
-) -> dict[str, TaskScore]:
-    """Cache new scores; return them with their keys in `details`.
-
-    Keys are computed again, because measuring may have fetched a dataset. Tasks changed meanwhile get no key.
-
-    Args:
-        asked: the request.
-        seen: the lookup before measuring.
-        scores: new scores by task.
-        cache: where to keep them.
-        own: as in `score_keys`.
-    """
-    keys, marked = score_keys(request, known.model, cache.store, own), {}
-    for name, score in scores.items():
-        key = keys[name] if known.keys[name] in (None, keys[name]) else None
-        marked[name] = replace(score, details={**score.details, "key": key})
-        if key:
-            cache.keep(key, marked[name])
-    return marked
 
 
 def _settings(request: ScoreRequest, task: Task) -> Mapping[str, Any]:
@@ -220,21 +156,21 @@ def _companions(folder: Path, store: JsonStore) -> dict[str, str]:
     return digests
 
 
-def _dtype(request: ScoreRequest, store: JsonStore, *, read: bool) -> str | None:
+def _dtype(folder: Path, evaluate: Evaluate, store: JsonStore, *, read: bool) -> str | None:
     """Return the dtype to score in.
 
     None if it depends on the hardware, the answer is not cached and `read` is False.
     """
-    if request.evaluate.dtype != "auto":
-        return request.evaluate.dtype
-    key = digest(["dtype", _machine(), stamp(request.whole.glob("*.safetensors"))[0]])
+    if evaluate.dtype != "auto":
+        return evaluate.dtype
+    key = digest(["dtype", _machine(), stamp(folder.glob("*.safetensors"))[0]])
     cached = store.find(key)
     if cached is not None or not read:
         return cached
     from hf_contmerge.models.weights import Weights
     from hf_contmerge.runtime.device import bf16_pays
 
-    dtype = "bfloat16" if bf16_pays(Weights(request.whole).numel()) else "float32"
+    dtype = "bfloat16" if bf16_pays(Weights(folder).numel()) else "float32"
     store.keep(key, dtype)
     return dtype
 

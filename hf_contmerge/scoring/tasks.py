@@ -8,16 +8,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-
-DocumentPart = Literal["all", "test", "validation"]
-"""Document subset to measure: choices made on the validation part are judged on the test part."""
+from hf_contmerge.scoring.keys import DocumentPart
 
 _OWN: dict[str, Any] = {}  # lm-eval's own tasks, filled on demand
 _SAMPLED = 32  # documents per task, to estimate request lengths

@@ -15,17 +15,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from toys.models import toy_llama, write_jsonl
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import Sample, TaskScore
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring._task_digest import TaskDigests, keep_own_listing
 from hf_contmerge.scoring.cache import JsonStore, ScoreCache, digest, file_sha256, remembered, stamp
 from hf_contmerge.scoring.files import write_choice_task, write_perplexity_task
-from hf_contmerge.scoring.keys import ScoreRequest, known_scores, model_key, score_keys
+from hf_contmerge.scoring.keys import ScoreRequest, model_key, score_keys
+from hf_contmerge.scoring.known import known_scores
+from hf_contmerge.scoring.locate import ModelFolders
 from hf_contmerge.scoring.score import score_model
 
 ROWS = [{"query": f"the {a}", "choices": ["fox", "dog"], "gold": 0} for a in ("quick", "lazy", "red", "brown")]
@@ -177,13 +179,13 @@ def model(base_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base_folder, tmp_path / "model"))
 
 
-def request(folder: Path, tasks: Path | None = None, *names: str, **evaluate: Any) -> ScoreRequest:
+def request(tasks: Path, *names: str, **evaluate: Any) -> ScoreRequest:
     how = Evaluate.model_validate({"dtype": "float32", **evaluate})
-    return ScoreRequest(folder, None, [Task(name=n) for n in names], tasks or folder, how)
+    return ScoreRequest([Task(name=n) for n in names], tasks, how)
 
 
 def key_of(folder: Path, **evaluate: Any) -> str:
-    found = model_key(request(folder, **evaluate), JsonStore(None))
+    found = model_key(ModelFolders(folder), request(folder, **evaluate), JsonStore(None))
     assert found
     return found.sha256
 
@@ -237,12 +239,12 @@ def test_weights_are_read_only_where_that_is_allowed(model: Path, tmp_path: Path
     store = JsonStore(tmp_path / "cache")
     for path in model.iterdir():
         age(path)
-    what = request(model, dtype="auto")
-    assert model_key(what, store, read=False) is None
-    found = model_key(what, store)
-    assert model_key(what, store, read=False) == found
+    what = ModelFolders(model), request(model, dtype="auto"), store
+    assert model_key(*what, read=False) is None
+    found = model_key(*what)
+    assert model_key(*what, read=False) == found
     (model / "model.safetensors").touch()
-    assert model_key(what, store, read=False) is None
+    assert model_key(*what, read=False) is None
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
@@ -396,24 +398,24 @@ SETTINGS: tuple[dict[str, Any], ...] = ({}, {"limit": 2}, {"max_length": 64}, {"
 def test_settings_are_a_part_of_the_key(base_folder: Path, tasks: Path) -> None:
     keys = set()
     for settings in SETTINGS:
-        what = request(base_folder, tasks, "choice", "texts", **settings)
-        model = model_key(what, JsonStore(None))
+        what = request(tasks, "choice", "texts", **settings)
+        model = model_key(ModelFolders(base_folder), what, JsonStore(None))
         assert model
-        keys |= set(score_keys(what, model, JsonStore(None)).values())
+        keys |= set(score_keys(model, what, JsonStore(None)).values())
     assert len(keys) == 2 * len(SETTINGS)
-    few = ScoreRequest(base_folder, None, [Task(name="choice", num_fewshot=1)], tasks, Evaluate(dtype="float32"))
-    part = ScoreRequest(base_folder, None, [Task(name="choice")], tasks, Evaluate(dtype="float32"), part="test")
+    few = ScoreRequest([Task(name="choice", num_fewshot=1)], tasks, Evaluate(dtype="float32"))
+    part = ScoreRequest([Task(name="choice")], tasks, Evaluate(dtype="float32"), part="test")
     for what in (few, part):
-        keys |= set(score_keys(what, model, JsonStore(None)).values())
+        keys |= set(score_keys(model, what, JsonStore(None)).values())
     assert len(keys) == 2 * len(SETTINGS) + 2
-    same = request(base_folder, tasks, "choice", "texts", batch_size=3, cache=False)
-    assert set(score_keys(same, model, JsonStore(None)).values()) <= keys
+    same = request(tasks, "choice", "texts", batch_size=3, cache=False)
+    assert set(score_keys(model, same, JsonStore(None)).values()) <= keys
 
 
 def measured(folder: Path, tasks: Path, cache: ScoreCache, *names: str, **evaluate: Any) -> dict[str, TaskScore]:
     how = Evaluate.model_validate({"dtype": "float32", "batch_size": 4, **evaluate})
     wanted = [Task(name=n) for n in names]
-    return score_model(folder, wanted, task_folder=tasks, evaluate=how, ranks=PartialState(cpu=True), cache=cache)[1]
+    return score_model(folder, wanted, task_folder=tasks, evaluate=how, ranks=OneRank(), cache=cache)[1]
 
 
 class Counting(ScoreCache):
@@ -436,7 +438,7 @@ def test_nothing_is_measured_twice(base_folder: Path, tasks: Path, tmp_path: Pat
     assert Counting.kept == 2
     assert both["texts"] == first["texts"]
     copy = Path(shutil.copytree(base_folder, tmp_path / "copy"))
-    seen = known_scores(request(copy, tasks, "texts", "choice"), cache)
+    seen = known_scores(ModelFolders(copy), request(tasks, "texts", "choice"), cache)
     assert seen
     assert not seen.missing([Task(name="texts"), Task(name="choice")])
     without = measured(base_folder, tasks, ScoreCache(JsonStore(None)), "texts", "choice")
@@ -474,16 +476,19 @@ def test_keys_are_found_without_torch(base_folder: Path, tasks: Path, tmp_path: 
     model = Path(shutil.copytree(base_folder, tmp_path / "model"))
     for path in model.iterdir():
         age(path)
-    found = known_scores(request(model, tasks, "texts", "both", dtype="auto"), ScoreCache(store))
+    found = known_scores(ModelFolders(model), request(tasks, "texts", "both", dtype="auto"), ScoreCache(store))
     script = f"""
 import sys
 from pathlib import Path
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-from hf_contmerge.scoring.cache import ScoreCache, JsonStore
-from hf_contmerge.scoring.keys import ScoreRequest, known_scores
+from hf_contmerge.scoring.cache import JsonStore, ScoreCache
+from hf_contmerge.scoring.keys import ScoreRequest
+from hf_contmerge.scoring.known import known_scores
+from hf_contmerge.scoring.locate import ModelFolders
 tasks = [Task(name="texts"), Task(name="both")]
-request = ScoreRequest(Path({str(model)!r}), None, tasks, Path({str(tasks)!r}), Evaluate())
-print(known_scores(request, ScoreCache(JsonStore(Path({str(tmp_path / "cache")!r}))), read=False).keys)
+model = ModelFolders(Path({str(model)!r}))
+request = ScoreRequest(tasks, Path({str(tasks)!r}), Evaluate())
+print(known_scores(model, request, ScoreCache(JsonStore(Path({str(tmp_path / "cache")!r}))), read=False).keys)
 print(sorted(set(sys.modules) & {{"torch", "transformers", "lm_eval", "datasets", "pyarrow", "numpy"}}))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
