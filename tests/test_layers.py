@@ -61,6 +61,9 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "runtime/ranks": {"torch"},  # torch.distributed, where there are ranks
     "scoring/cache": set(),
     "scoring/keys": set(),
+    "scoring/known": set(),
+    "scoring/locate": set(),
+    "scoring/_formats": {"yaml"},
     "scoring/_task_digest": {"yaml"},
     "merging/costs": {"torch"},
     "merging/_factored": {"torch"},

@@ -240,7 +240,7 @@ def score_stage(
     """
     how = evaluate_of(evaluate, tasks_folder)
     wanted = tasks_of(tasks)
-    ranks, crew = _join(Train())
+    _, crew = _join(Train())
     check_versions(crew.ranks)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
@@ -248,13 +248,13 @@ def score_stage(
         if not isinstance(model, str | os.PathLike):
             if tokenizer is None:
                 raise RecipeError("score_stage: a model in memory needs a tokenizer. Pass `tokenizer`.")
-            scores = score_loaded(model, tokenizer, wanted, task_folder=made, evaluate=how, ranks=ranks)
+            scores = score_loaded(model, tokenizer, wanted, task_folder=made, evaluate=how, ranks=crew.ranks)
         else:
             folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(model), adapters=True))
             base_name = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
             whole = crew.ranks.local_main_first(lambda: resolve_model(str(base_name)) if base_name else base_of(folder))
             scores = score_model(
-                folder, wanted, task_folder=made, evaluate=how, ranks=ranks, base=whole,
+                folder, wanted, task_folder=made, evaluate=how, ranks=crew.ranks, base=whole,
                 trust_remote_code=trust_remote_code,
             )[1]  # fmt: skip
         return crew.ranks.first(lambda: scores)

@@ -87,7 +87,7 @@ class Measuring:
     def measure(self, model: Path, tasks: Sequence[Task]) -> tuple[str, Scores]:
         """Return a model's digest and rank 0's scores."""
         return score_model(
-            model, tasks, task_folder=self.task_folder, evaluate=self.evaluate, ranks=self.recorder.ranks,
+            model, tasks, task_folder=self.task_folder, evaluate=self.evaluate, ranks=self.recorder.crew.ranks,
             base=self.base, cache=self.cache, trust_remote_code=self.trust_remote_code, part=self.part,
         )  # fmt: skip
 

@@ -44,14 +44,13 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_CONTMERG
 SCORE = """
 import json, sys, time
 from pathlib import Path
-from accelerate import PartialState
 from hf_contmerge.runtime.launching import keep_freed_memory
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.scoring.score import score_model
 
 model, tasks, dtype, out, models, *names = sys.argv[1:]
 keep_freed_memory()
-ranks, seconds = PartialState(cpu=True), []
+ranks, seconds = OneRank(), []
 for _ in range(int(models)):
     ranks.wait_for_everyone()
     start = time.perf_counter()
