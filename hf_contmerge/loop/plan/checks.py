@@ -22,6 +22,7 @@ from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.merging.vectors import check_origin, check_vector
 from hf_contmerge.models.experts import check_mergeable
 from hf_contmerge.models.folder import is_adapter, resolve_model
+from hf_contmerge.models.function import check_function
 from hf_contmerge.models.layout import check_same_layout, check_tokenizer
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.lora.settings import is_same_base
@@ -216,6 +217,8 @@ def _find_given(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
         else:
             check_same_layout(base, path)
             check_mergeable(path)
+    if stage.expert and not stage.minus and not is_adapter(folders[stage.expert]):
+        check_function(base, folders[stage.expert])
     if stage.expert and stage.minus:
         _log(check_vector(base, folders[stage.expert], folders[stage.minus]))
     prepared.given |= folders
