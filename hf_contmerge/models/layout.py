@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,15 @@ from typing import Any
 import torch
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models._converted import Converted
 from hf_contmerge.models.architecture import Architecture, find_architecture, load_config
 from hf_contmerge.models.lora.matching import StoredNames
 from hf_contmerge.models.reading import known_architecture, read, tied_flag
 from hf_contmerge.models.weights import Weights
 
+LOG = logging.getLogger(__name__)
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|decoder|output\w*)\.(weight|bias)$")
 _FIX = "Use the base's architecture and tokenizer, without added tokens."
 
 
@@ -74,37 +80,57 @@ def weights_like(base: Weights, folder: Path) -> Weights:
             "correspond. Train the expert with the base's tokenizer, without new tokens."
         )
     if set(base.names) == set(other.names) and tied_flag(base.folder) == tied_flag(folder):
-        names = {name: name for name in base.names}
-    else:
-        names = _matched(base, other)
+        return _view(base, other, {name: name for name in base.names})
+    ours = known_architecture(base.folder, base.names)
+    theirs = ours and find_architecture(base.folder, tied=_is_tied(folder, ours))
+    if ours and theirs:
+        return _view(base, other, *_matched(base, other, ours, theirs))
+    _require(base, other, set(base.names) - set(other.names), set(other.names) - set(base.names))
+    return _view(base, other, {name: name for name in base.names})
+
+
+def _view(base: Weights, other: Weights, names: Mapping[str, str], made: Converted | None = None) -> Weights:
     for name, own in names.items():
         if base.shape(name) != other.shape(own):
             raise ModelError(
-                f"{name} has shape {other.shape(own)} in {folder}, {base.shape(name)} in {base.folder}. "
+                f"{name} has shape {other.shape(own)} in {other.folder}, {base.shape(name)} in {base.folder}. "
                 "Both must have the same architecture and size."
             )
-    return other.renamed(names, base)
+    return other.renamed(names, base, made.readers if made else None)
 
 
-def _matched(base: Weights, other: Weights) -> dict[str, str]:
-    """Return the base's name -> the other model's, of all weights that transformers loads."""
-    ours = known_architecture(base.folder, base.names)
-    theirs = ours and find_architecture(base.folder, tied=_is_tied(other.folder, ours))
-    if not ours or not theirs:
-        _require(base, other, set(base.names) - set(other.names), set(other.names) - set(base.names))
-        return {name: name for name in base.names}
+def _matched(
+    base: Weights, other: Weights, ours: Architecture, theirs: Architecture
+) -> tuple[dict[str, str], Converted]:
+    """Match all weights that transformers loads.
+
+    Returns:
+        The base's name -> the other model's, and the tensors that it holds in another form.
+    """
     mine, yours = read(ours, base.shapes(), base.equal), read(theirs, other.shapes(), other.equal)
     own = {place.key: name for name, place in yours.places.items()}
     held = {**yours.shared, **own}
     keys = {name: mine.places[name].key for name in base.names if name in mine.places}
-    _require(
-        base,
-        other,
-        {name for name, key in keys.items() if key not in held},
-        {name for key, name in own.items() if key not in keys.values()},
-    )
-    ignored = {name: name for name in base.names if name not in keys and name in other.names}
-    return ignored | {name: held[key] for name, key in keys.items()}
+    made = Converted(ours, base, other)
+    for name, key in keys.items():
+        if key not in held:
+            made.add(name, mine.places, yours.places)
+    missing = {name for name, key in keys.items() if key not in held} - made.readers.keys()
+    extra = {name for key, name in own.items() if key not in keys.values()} - made.taken
+    _require(base, other, missing, extra)
+    found = {name: held[key] for name, key in keys.items() if name not in made.readers}
+    return found | _ignored(base, other, set(keys), set(own.values())), made
+
+
+def _ignored(base: Weights, other: Weights, loaded: set[str], theirs: set[str]) -> dict[str, str]:
+    """Return the tensors that transformers loads from neither model; a missing one keeps the base's values."""
+    rest = [name for name in base.names if name not in loaded]
+    both = {name: name for name in rest if name in other.names and base.shape(name) == other.shape(name)}
+    if kept := [name for name in rest if name not in both]:
+        LOG.info("%s lacks %s, not loaded by transformers: the base's is kept", other.folder, _brief(kept))
+    if left := sorted(set(other.names) - theirs - both.keys()):
+        LOG.info("%s holds %s, not loaded by transformers: left out", other.folder, _brief(left))
+    return both
 
 
 def _is_tied(folder: Path, architecture: Architecture) -> bool:
@@ -119,6 +145,11 @@ def _require(base: Weights, other: Weights, missing: set[str], extra: set[str]) 
     """Raise ModelError for weights that only one of two models has."""
     if not missing and not extra:
         return
+    if extra and not missing and tied_flag(base.folder) is not False and all(_HEAD.search(name) for name in extra):
+        raise ModelError(
+            f"{other.folder} stores {min(extra)} apart from its input table, while {base.folder} ties both: one stored "
+            "table cannot hold two. Save the base with `tie_word_embeddings: false` and its head, or tie the expert."
+        )
     which = f"lacks {_brief(sorted(missing))}" if missing else f"has {_brief(sorted(extra))}, which the base lacks"
     raise ModelError(f"{other.folder} does not fit {base.folder}: it {which}. Both must have the same architecture.")
 

@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +68,7 @@ class Weights:
         alone = Path(folder).is_file()
         self.folder = Path(folder).parent if alone else Path(folder)
         self._files: dict[str, BinaryIO] = {}
+        self._made: dict[str, Callable[[], Tensor]] = {}
         self._entries = self._open(Path(folder).name) if alone else self._find()
         if not alone and (self.folder / "config.json").is_file():
             for name in self._no_weights():
@@ -91,6 +92,8 @@ class Weights:
 
         Writing to it changes neither the file nor other readers' tensors.
         """
+        if name in self._made:
+            return self._made[name]()
         entry, dtype = self._entries[name], self.dtype(name)
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
@@ -141,18 +144,22 @@ class Weights:
         text = "\n".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def renamed(self, names: Mapping[str, str], rest: Weights) -> Weights:
+    def renamed(
+        self, names: Mapping[str, str], rest: Weights, made: Mapping[str, Callable[[], Tensor]] | None = None
+    ) -> Weights:
         """Return these tensors under other names, in the layout of `rest`.
 
         Args:
             names: name in the view -> name here.
-            rest: source of the tensors that `names` lacks.
+            rest: source of the tensors that `names` and `made` lack.
+            made: name in the view -> function that makes its tensor from others.
         """
         view = copy.copy(self)
         view._files = {**self._files, **{f"{rest.folder}/{name}": file for name, file in rest._files.items()}}
         view._entries = {n: replace(e, file=f"{rest.folder}/{e.file}") for n, e in rest._entries.items()}
         view._entries |= {name: self._entries[own] for name, own in names.items()}
         view.names = rest.names
+        view._made = dict(made or {})
         return view
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -82,14 +82,16 @@ def write_task(folder: Path, task: Task) -> None:
         write_choice_task(folder, task.name, rows)
 
 
-def heldout_documents(data: StageData, *, chars: int, tokenizer_folder: Path) -> list[str]:
+def heldout_documents(
+    data: StageData, *, chars: int, tokenizer_folder: Path, trust_remote_code: bool = False
+) -> list[str]:
     """Return a stage's held-out examples as documents.
 
     Conversations use the tokenizer's chat template.
     """
 
     def render(messages: list[dict[str, Any]]) -> str:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=trust_remote_code)
         require_chat_template(tokenizer)
         return tokenizer.apply_chat_template(messages, tokenize=False)
 

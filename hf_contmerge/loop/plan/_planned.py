@@ -58,7 +58,7 @@ class PlannedRun:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.base)
+        return AutoTokenizer.from_pretrained(self.base, trust_remote_code=self.recipe.trust_remote_code)
 
     def expert_dtype(self, t: int) -> torch.dtype:
         """Return the dtype of stage t's expert."""

@@ -231,7 +231,8 @@ def _load_stage(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
     data = load_stage_data(stage.dataset, seed=recipe.seed)
     if stage.heldout_task and how.is_main:
         chars = stage.dataset.heldout_chars
-        documents = heldout_documents(data, chars=chars, tokenizer_folder=prepared.base)
+        trust = recipe.trust_remote_code
+        documents = heldout_documents(data, chars=chars, tokenizer_folder=prepared.base, trust_remote_code=trust)
         write_perplexity_task(how.tasks, stage.heldout_task, documents)
     prepared.data[stage.name] = data
 
@@ -245,7 +246,7 @@ def check_scoring(recipe: Recipe, prepared: Prepared, how: Circumstances) -> Non
     adapter = trained or any(is_adapter(folder) for folder in prepared.given.values())
     check_evaluate(recipe.evaluate, processes=how.processes, per_machine=how.per_machine, adapter=adapter)
     if recipe.evaluate.chat_template:
-        check_template(prepared.base)
+        check_template(prepared.base, trust_remote_code=recipe.trust_remote_code)
 
 
 def _check_companions(prepared: Prepared, recipe: Recipe, entry: Merge) -> None:
