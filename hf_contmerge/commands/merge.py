@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "experts", nargs="+", metavar="EXPERT", help="a full model or a peft adapter; a folder or a Hub id"
     )
     add.add_argument("--as", dest="stages", action="append", default=[], metavar="STAGE", help="its name in the log")
-    add.add_argument("--force", action="store_true", help="accept an adapter of another base")
+    add.add_argument(
+        "--force", action="store_true", help="accept an adapter of another base, or a model of another configuration"
+    )
 
     export = _command(kinds, "export", _export, "write the merged model", state=True, works=True)
     export.add_argument("out", metavar="OUT")
@@ -61,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("recipe", metavar="RECIPE")
     recipe.add_argument("out", metavar="OUT")
     recipe.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
-    recipe.add_argument("--force", action="store_true", help="accept an adapter of another base")
+    recipe.add_argument(
+        "--force", action="store_true", help="accept an adapter of another base, or a model of another configuration"
+    )
 
 
 def _command(

@@ -26,6 +26,7 @@ from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.write import Merged, Output, write_merged
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.models.layout import weights_like
 from hf_contmerge.models.statistics import Statistics, check_statistics
 from hf_contmerge.models.weights import Weights, WeightsWriter
 from hf_contmerge.runtime.crew import Crew
@@ -93,7 +94,8 @@ def write_sum(base: Path, expert: Path, minus: Path, out: Path) -> None:
     So an instruction vector (instruct - its base) becomes a stage like any other (arXiv 2310.04799, 2409.19854). The
     tokenizer, chat template and generation config are the instruct model's.
     """
-    weights, plus, less = Weights(base), Weights(expert), Weights(minus)
+    weights = Weights(base)
+    plus, less = weights_like(weights, expert), weights_like(weights, minus)
     floating = set(weights.floating())
     plan = [(n, weights.shape(n), torch.float32 if n in floating else weights.dtype(n)) for n in weights.names]
     with WeightsWriter(out, plan) as writer:

@@ -102,12 +102,12 @@ def training_step(
     return StepCost(held, held + meter.peak - weights, trained, meter.work, lora_a)
 
 
-def scoring_batch(folder: Path, *, batch: int, length: int, dtype: torch.dtype) -> StepCost:
+def scoring_batch(folder: Path, *, batch: int, length: int, init: dict[str, Any]) -> StepCost:
     """Return lm-eval's cost of one batch.
 
-    It is a forward pass and a float32 softmax over all logits.
+    It is a forward pass and a float32 softmax over all logits. `init`: keyword arguments of `from_pretrained`.
     """
-    model = _model(folder, {"dtype": dtype}).eval()
+    model = _model(folder, init).eval()
     with FakeTensorMode(), _Meter() as meter, torch.no_grad():
         _materialise(model)
         weights = meter.restart()
@@ -123,8 +123,9 @@ def _model(folder: Path, init: dict[str, Any]) -> Any:
     peft cannot move fake tensors.
     """
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=init["trust_remote_code"])
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **init)
+            return AutoModelForCausalLM.from_config(config, **init)
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ModelError(f"transformers cannot make a model from {folder / 'config.json'}: {error}") from error
 

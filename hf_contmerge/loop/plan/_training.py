@@ -103,6 +103,7 @@ def _dry_training(planned: PlannedRun, stage: str, train_json: str) -> _DryTrain
     train, data = Train.model_validate_json(train_json), planned.data[stage]
     fields = sft_settings(train, data, planned.tokenizer, numel=planned.weights.numel())
     init = {"dtype": torch.float32, **(fields.pop("model_init_kwargs", None) or {})}
+    init["trust_remote_code"] = planned.recipe.trust_remote_code
     settings: Any = trl_classes(data.form)[1](**fields, output_dir="unused", seed=planned.recipe.seed)
     shape = _shape(planned, data, settings)
     strategies = make_strategies(train)

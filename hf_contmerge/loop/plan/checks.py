@@ -23,6 +23,7 @@ from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.merging.vectors import check_origin, check_vector
 from hf_contmerge.models.experts import check_mergeable
 from hf_contmerge.models.folder import is_adapter, resolve_model
+from hf_contmerge.models.function import check_function
 from hf_contmerge.models.layout import check_same_layout, check_tokenizer
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.lora.settings import is_same_base
@@ -253,6 +254,8 @@ def _find_given(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
         else:
             check_same_layout(base, path)
             check_mergeable(path)
+    if stage.expert and not stage.minus and not is_adapter(folders[stage.expert]):
+        check_function(base, folders[stage.expert])
     if stage.expert and stage.minus:
         _log(check_vector(base, folders[stage.expert], folders[stage.minus]))
     prepared.given |= folders
@@ -289,7 +292,7 @@ def check_scoring(recipe: Recipe, prepared: Prepared, how: Circumstances) -> Non
     adapter = trained or any(is_adapter(folder) for folder in prepared.given.values())
     check_evaluate(recipe.evaluate, processes=how.processes, per_machine=how.per_machine, adapter=adapter)
     if recipe.evaluate.chat_template:
-        check_template(prepared.base)
+        check_template(prepared.base, trust_remote_code=recipe.trust_remote_code)
 
 
 def _check_companions(prepared: Prepared, recipe: Recipe, entry: Merge) -> None:

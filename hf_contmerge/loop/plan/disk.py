@@ -12,7 +12,7 @@ import torch
 from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.merge_rules import MergeRule, inputs_shape
 from hf_contmerge.merging.costs import state_numel, weight_of
-from hf_contmerge.models.config import COMPANIONS
+from hf_contmerge.models.contents import companions
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace
@@ -124,5 +124,4 @@ def _checkpoint_bytes(count: int, fields: Mapping[str, Any]) -> int:
 
 def _companions_bytes(base: Weights) -> int:
     """Return the bytes of config, tokenizer, ..."""
-    files = (p for p in base.folder.iterdir() if p.suffix in COMPANIONS)
-    return sum(p.stat().st_size for p in files if not p.name.endswith(".index.json"))
+    return sum(path.stat().st_size for path in companions(base.folder))

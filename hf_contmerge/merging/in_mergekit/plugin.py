@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -32,13 +33,18 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from hf_contmerge.errors import ContmergeError, RecipeError, unknown
+from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, parameter_types, rule_class, rule_names
 from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number
 from hf_contmerge.merging.in_mergekit.tensors import from_this_tensor, from_whole_model
+from hf_contmerge.models.contents import check_contents, weight_files
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.function import check_function
+from hf_contmerge.models.layout import weights_like
+from hf_contmerge.models.reading import tied_flag
 from hf_contmerge.models.statistics import check_statistics
+from hf_contmerge.models.weights import Weights
 
 LOG = logging.getLogger(__name__)
 
@@ -191,6 +197,7 @@ def guard_merge() -> None:
         if config.merge_method in rule_names():
             _warn_of_namesakes(config.merge_method)
             _refuse_adapters(config, options)
+            _refuse_other_readings(config)
             _refuse_twins(config)
             _require_statistics(config)
         return original(config, options)
@@ -216,6 +223,50 @@ def _refuse_adapters(config: Any, options: Any) -> None:
                 f"{model} is an adapter. Write `model: BASE+{model}` and give --lora-merge-cache DIR, or use "
                 "`contmerge merge from-recipe`, which reads adapters as they are."
             )
+
+
+def _refuse_other_readings(config: Any) -> None:
+    """Raise MergekitRecipeError for models that transformers reads otherwise than mergekit, or that do not fit."""
+    folders = [Path(model.model.path) for model in config.referenced_models()]
+    base = Path(config.base_model.model.path) if config.base_model else Path()
+    for folder in (f for f in folders if f.is_dir()):
+        try:
+            check_contents(folder)
+            _require_same_files(folder)
+            if base.is_dir() and folder != base:
+                check_function(base, folder)
+                _require_same_names(base, folder)
+        except ModelError as error:
+            raise MergekitRecipeError(str(error)) from error
+
+
+def _require_same_files(folder: Path) -> None:
+    """Raise ModelError if mergekit takes other tensors from a folder than transformers."""
+    index, weights = ShardedTensorIndex.from_disk(str(folder)), Weights(folder)
+    own_head = tied_flag(folder) and "lm_head.weight" in weights.names
+    if {shard.filename for shard in index.shards} != set(weight_files(folder)[0]):
+        what = "other files"
+    elif unlisted := sorted(set(weights.names) - set(index.tensor_paths)):
+        what = f"not {unlisted[0]}, which the index lacks"
+    elif own_head:
+        what = "a tied head, but a separate one is stored"
+    else:
+        return
+    raise ModelError(
+        f"mergekit would read {what} in {folder}, unlike transformers. Load it with transformers and call "
+        "save_pretrained, or use `contmerge merge from-recipe`."
+    )
+
+
+def _require_same_names(base: Path, folder: Path) -> None:
+    """Raise ModelError for a model whose weights have other names than the base's."""
+    weights, other = Weights(base), Weights(folder)
+    weights_like(weights, folder)
+    if different := sorted(set(weights.names) ^ set(other.names)):
+        raise ModelError(
+            f"{folder} and {base} store weights under different names ({different[0]}), which mergekit does not match. "
+            "Use `contmerge merge from-recipe`."
+        )
 
 
 def _refuse_twins(config: Any) -> None:

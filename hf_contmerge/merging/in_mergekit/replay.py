@@ -23,6 +23,7 @@ from hf_contmerge.merging.write import Output
 from hf_contmerge.models.config import tokens_of
 from hf_contmerge.models.experts import Expert, check_mergeable, open_expert
 from hf_contmerge.models.folder import is_adapter, resolve_model
+from hf_contmerge.models.layout import weights_like
 from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import new_folder
@@ -117,7 +118,7 @@ def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expe
     cure = "Set `dtype: float32`, and `out_dtype` to the dtype of the merged model."
     if asked == torch.float32:
         return out or asked
-    sources = [base, *(Weights(e.folder) for e in experts if e.kind == "model")]
+    sources = [base, *(weights_like(base, e.folder) for e in experts if e.kind == "model")]
     tensors: dict[torch.dtype, str] = {}
     as_base = True
     for name in base.floating():
