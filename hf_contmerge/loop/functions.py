@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from hf_contmerge.errors import RecipeError, RunError, unknown
 from hf_contmerge.loop._outside import clear_others, finished, is_trained, publish, working_folder
 from hf_contmerge.loop._record import Recorder
+from hf_contmerge.loop.plan.rehearsal import rehearse
 from hf_contmerge.loop.stages import train_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import expert_sha256
@@ -89,6 +90,9 @@ def finetune_stage(
         work = ExpertPlace(working_folder(out, inputs), "base")
         crew.ranks.first(clear_others, out, work.folder)
         if not crew.ranks.first(is_trained, work):
+            crew.ranks.all(
+                rehearse, job.train, job.data, job.base, "finetune_stage", trust_remote_code=job.trust_remote_code
+            )
             recorder = Recorder(work.folder, ranks, crew, quiet=True)
             train_at(work, job, recorder, more={"inputs": inputs})
         record = crew.ranks.first(publish, work, out)

@@ -89,8 +89,14 @@ def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) ->
         old = old.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=old.column_names)
     elif mine == {"prompt", "completion"} and theirs == {"text"} and isinstance(fresh[0]["prompt"], str):
         old = old.map(lambda row: {"prompt": "", "completion": row["text"]}, remove_columns=["text"])
+    features = datasets.Features(fresh.features)
+    if "tools" in mine | theirs:  # definitions that some conversations come with, and others without
+        features = datasets.Features({**features, "tools": datasets.Value("string")})
+        old = old if "tools" in theirs else old.add_column("tools", [None] * len(old))  # pyright: ignore
     try:
-        return old.select_columns(fresh.column_names).cast(fresh.features)
+        if lost := set(old.column_names) - set(features):
+            raise ValueError(f"the column {min(lost)} would be lost")
+        return old.select_columns(list(features)).cast(features)
     except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
         raise DataError(
             f"replay cannot mix the examples of {where} ({_form(old)}) with new ones ({_form(fresh)}). Give all stages "

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, set_seed
 
-from hf_contmerge.errors import DataError, RecipeError
+from hf_contmerge.errors import ContmergeError, DataError, RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
@@ -88,14 +88,21 @@ def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any
     set_seed(job.seed)  # before the strategy draws what it adds; the trainer sets it only later
     opened = _open(strategies, model, job.memory, job.train)
     config = config_of(job.data.form, {**settings, "output_dir": str(checkpoints), "seed": job.seed}, "train")
-    return trainer_class(trainer_type, strategies)(
-        model=opened,
-        args=config,
-        train_dataset=strategies.mix(job.data.train, job.memory, seed=job.seed),
-        processing_class=tokenizer,
-        callbacks=[StrategySteps(strategies)],
-        **reference_model(job.data.form, opened, job.start, job.base, **init),
-    )
+    examples = strategies.mix(job.data.train, job.memory, seed=job.seed)
+    reference = reference_model(job.data.form, opened, job.start, job.base, **init)
+    try:
+        return trainer_class(trainer_type, strategies)(
+            model=opened,
+            args=config,
+            train_dataset=examples,
+            processing_class=tokenizer,
+            callbacks=[StrategySteps(strategies)],
+            **reference,
+        )
+    except ContmergeError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:  # TRL's checks of settings
+        raise RecipeError(f"train cannot be followed: {error}") from error
 
 
 def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | None) -> None:
