@@ -34,7 +34,7 @@ HOMES = {
     "trl": {"training", "loop/plan"},
     "transformers": {
         "training", "train_strategies", "scoring", "loop/callback", "loop/plan",
-        "models/loading", "models/layout", "models/folder", "models/headers", "models/architecture",
+        "models/loading", "models/layout", "models/folder", "models/headers", "models/architecture", "models/memory",
     },
     "peft": {"training", "train_strategies", "models/loading"},  # adapters are merged and written without it
     "lm_eval": {"scoring"},

@@ -17,9 +17,9 @@ from hf_contmerge.merging._pieces import merged_tensor, read_out
 from hf_contmerge.merging.costs import weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.state import MergeState
-from hf_contmerge.models.layout import model_in_memory
 from hf_contmerge.models.lora.matching import tied_table
 from hf_contmerge.models.lora.writer import Factors, write_adapter
+from hf_contmerge.models.memory import in_memory
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import new_folder
@@ -57,7 +57,7 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
     dense = [n for n in low_rank if running.rank(n) is None]
     if dense and rank is None:
         raise RecipeError(_why_dense(log, rule, dense))
-    stages, errors, model = len(log.experts), dict[str, float](), model_in_memory(base)
+    stages, errors, model = len(log.experts), dict[str, float](), in_memory(base)
 
     def factors() -> Iterator[tuple[str, Factors]]:
         for name in low_rank:

@@ -53,14 +53,36 @@ def resolve_model(name: str, *, adapters: bool = False) -> Path:
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path)
     if path.is_dir():
+        _require_one_adapter(path)
         check_contents(path)
+        if is_adapter(path) and not adapters and not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path} is an adapter, but a whole model is needed. Merge the adapter into its base first "
+                "(merge_and_unload, save_pretrained), and give the merged folder."
+            )
         if not (adapters and is_adapter(path)):
             Weights(path)  # raises for a damaged model
         if not (path / "config.json").is_file() and not (adapters and (path / "adapter_config.json").is_file()):
             raise ModelError(f"{path} has no config.json. Give a folder written by `save_pretrained`.")
         return path
     check_hub_id(name)
-    return _from_hub(name)
+    folder = _from_hub(name)
+    _require_one_adapter(folder)
+    return folder
+
+
+def _require_one_adapter(folder: Path) -> None:
+    """Raise ModelError for a folder of several adapters, as peft saves a model that has them."""
+    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if is_adapter(folder):
+        others = [name for name in below if not re.fullmatch(r"checkpoint-\d+", name)]
+        if others:
+            LOG.warning("%s: the adapter in it is read, not those below: %s", folder, ", ".join(others))
+    elif below and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no model but {len(below)} adapter{'s' * (len(below) > 1)} in subfolders: "
+            f"{', '.join(below)}. Give the path of one of them, for example {folder / below[0]}."
+        )
 
 
 def model_path(name: str) -> Path:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models._converted import Converted
@@ -160,50 +157,3 @@ def check_tokenizer(folder: Path) -> None:
         raise ModelError(
             f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model). Save the model's tokenizer there."
         )
-
-
-@dataclass(frozen=True)
-class ModelInMemory:
-    """Names of a base model's weights in memory, as used by peft.
-
-    Attributes:
-        names: stored name -> name in memory. Weights held in another form (in a stack of experts) are missing.
-        tables: names in memory of embedding tables.
-        conv1d: names in memory of linear maps stored as (in, out).
-    """
-
-    names: dict[str, str]
-    tables: frozenset[str]
-    conv1d: frozenset[str]
-
-    def name(self, stored: str) -> str:
-        """Return a weight's name in memory. Raises ModelError if it has none."""
-        if stored not in self.names:
-            raise ModelError(
-                f"transformers holds {stored} in another form in memory, so LoRA cannot target it. Export the "
-                "merged model without --as-adapter."
-            )
-        return self.names[stored]
-
-
-def model_in_memory(base: Weights) -> ModelInMemory:
-    """Build the base's model on the meta device; return its names.
-
-    Raises ModelError for an architecture unknown to transformers.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    architecture = find_architecture(base.folder)
-    if architecture is None:
-        raise ModelError(
-            f"transformers does not know the architecture of {base.folder}, so peft's names for its weights "
-            "are unknown. Export the merged model without --as-adapter."
-        )
-    model, shapes, names = architecture.model, architecture.shapes, StoredNames(base)
-    stored = {name: names.find(name) for name in shapes}
-    kinds = {f"{name}.weight": type(module) for name, module in model.named_modules()}
-    return ModelInMemory(
-        {s: name for name, s in stored.items() if s and base.shape(s) == shapes[name]},
-        frozenset(n for n, kind in kinds.items() if issubclass(kind, torch.nn.Embedding)),
-        frozenset(n for n, kind in kinds.items() if issubclass(kind, Conv1D)),
-    )

@@ -185,8 +185,8 @@ def refused(kind: type[ContmergeError], run: Path, data: Data) -> str:
 def test_adapter_of_another_base(home: Path, tmp_path: Path) -> None:
     given = {"name": "given", "expert": str(home / "foreign")}
     message = refused(ModelError, tmp_path / "run", recipe(home, given=given))
-    assert message.startswith(f"{home}/foreign was trained on {home}/other, but `base_model` is {home}/base: ")
-    assert "Use an adapter of this base" in message
+    assert message.startswith(f"{home}/foreign was trained on {home}/other, not on {home}/base: it does not match ")
+    assert "write the recipe's name into base_model_name_or_path" in message
 
 
 @pytest.mark.parametrize(("expert", "minus"), [("adapter", "base"), ("expert", "adapter")])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from hf_contmerge.errors import DataError, ModelError, RecipeError, ResourceError, size
+from hf_contmerge.errors import DataError, RecipeError, ResourceError, size
 from hf_contmerge.loop._entries import make_entry_rule, merge_kinds, with_replay
 from hf_contmerge.loop.plan.disk import Trained, disk_need, disk_use
 from hf_contmerge.loop.plan.rehearsal import rehearse
@@ -25,8 +25,7 @@ from hf_contmerge.models.experts import check_mergeable
 from hf_contmerge.models.folder import is_adapter, resolve_model
 from hf_contmerge.models.function import check_function
 from hf_contmerge.models.layout import check_same_layout, check_tokenizer
-from hf_contmerge.models.lora.reader import Adapter
-from hf_contmerge.models.lora.settings import is_same_base
+from hf_contmerge.models.lora.reader import Adapter, check_base
 from hf_contmerge.models.statistics import check_statistics
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
 from hf_contmerge.models.weights import Weights
@@ -324,13 +323,8 @@ def _log(sentences: Iterable[str]) -> None:
 
 
 def _check_adapter(folder: Path, base: Path, name: str) -> None:
-    adapter = Adapter(folder, Weights(base))
-    if adapter.base_model and not is_same_base(adapter.base_model, {name, str(base.resolve())}):
-        raise ModelError(
-            f"{folder} was trained on {adapter.base_model}, but `base_model` is {name}: it does not match this base "
-            "model. Use an adapter of this base; if both names are copies of one model, write the recipe's name into "
-            f"base_model_name_or_path of {folder / 'adapter_config.json'}."
-        )
+    cure = f"write the recipe's name into base_model_name_or_path of {folder / 'adapter_config.json'}"
+    check_base(Adapter(folder, Weights(base)), (name, str(base.resolve())), cure=cure)
 
 
 def check_kept_adapters(recipe: Recipe, prepared: Prepared) -> None:
