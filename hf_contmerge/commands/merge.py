@@ -228,6 +228,8 @@ def _device(name: str, workers: int) -> torch.device:
         raise RecipeError(f"--device {name}: unknown device. Give cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"--device {name}: CUDA is missing on this machine or in this torch. Use cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0.")
     return device
 
 

@@ -15,7 +15,7 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._factored import fold_factors, pays
 from hf_contmerge.merging._pieces import Parts, Piece, pieces, square, state_square, updated
-from hf_contmerge.merging.costs import state_numel, stream_job, weight_of
+from hf_contmerge.merging.costs import Passage, piece_size, state_numel, stream_job, weight_of
 from hf_contmerge.merging.running import Running, key_of, write_factored
 from hf_contmerge.merging.write import MergedModel, Output, model_writer, opened, write_companions
 from hf_contmerge.models.experts import Expert
@@ -66,11 +66,11 @@ class Fold:
 
         names = self.base.names if merged else sorted(dense | low_rank)
         touched = len(self.experts) + len(writers)
-        groups = self._groups(dense, writers)
-        jobs = [
-            stream_job(self.rule, self.base, n, touched, groups.get(n, 0), whole=n in dense and self._in_one_go(n))
-            for n in names
-        ]
+        groups, size = self._groups(dense, writers), piece_size(self.crew.device)
+        passages = {
+            n: Passage(touched, groups.get(n, 0), whole=n in dense and self._in_one_go(n), piece=size) for n in names
+        }
+        jobs = [stream_job(self.rule, self.base, n, passage) for n, passage in passages.items()]
         with opened(self.crew, list(writers.values()), [model_writer(self.base, later, self.crew)] if later else []):
             squares = self.crew.run(jobs, work, what="merging", prefetch=lambda job: self._prefetch(job.name))
         if merged:

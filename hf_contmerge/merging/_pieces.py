@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Norms, Shape, Weight
-from hf_contmerge.merging.costs import PIECE, PIECE_ON_GPU, needs_whole
+from hf_contmerge.merging.costs import needs_whole, piece_size
 
 Parts = dict[str, Tensor]
 """A weight's state, or a piece of it. The only part of a rule that names none is called ""."""
@@ -49,7 +49,7 @@ def pieces(rule: MergeRule, weight: Weight, device: torch.device, *, whole: bool
     if whole or needs_whole(rule, weight):
         yield Piece(0, numel, weight.shape)
         return
-    size = PIECE if device.type == "cpu" else PIECE_ON_GPU
+    size = piece_size(device)
     for start in range(0, numel, size):
         stop = min(start + size, numel)
         yield Piece(start, stop, (stop - start,))

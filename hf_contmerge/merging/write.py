@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_contmerge.errors import ResourceError, size
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._pieces import Parts, Piece, merged_tensor, pieces, read_out
-from hf_contmerge.merging.costs import stream_job, weight_of
+from hf_contmerge.merging.costs import Passage, piece_size, stream_job, weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
@@ -64,7 +64,8 @@ def write_merged(
         state.prefetch(job.name)
 
     with opened(crew, [writer]):
-        jobs = [stream_job(rule, base, name, 2, writer.shard_of(name)) for name in writer.names]
+        size = piece_size(crew.device)
+        jobs = [stream_job(rule, base, n, Passage(2, writer.shard_of(n), piece=size)) for n in writer.names]
         crew.run(
             jobs,
             lambda job: model.write(job.name, state.state(job.name)),

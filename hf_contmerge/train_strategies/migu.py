@@ -49,7 +49,8 @@ class Migu(TrainStrategy):
         return model
 
     def adjust_gradients(self, model: nn.Module) -> None:
-        sums = sum_over_ranks(torch.cat(list(self._sums.values())))
+        device = next(model.parameters()).device  # layers that were not called have their first zeros, on the CPU
+        sums = sum_over_ranks(torch.cat([own.to(device) for own in self._sums.values()]))
         for layer, own in zip(self._sums, sums.split([len(s) for s in self._sums.values()]), strict=True):
             self._sums[layer] = torch.zeros_like(own)
             if own.any():

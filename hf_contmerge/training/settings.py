@@ -73,11 +73,7 @@ def _check_memory(train: Train, start: Path) -> None:
     """Raise ResourceError if weights, gradients and optimizer exceed the memory."""
     strategies = make_strategies(train)
     need = Weights(start).numel() * strategies.bytes_per_parameter
-    have = (
-        torch.cuda.mem_get_info()[1] * torch.cuda.device_count()
-        if torch.cuda.is_available()
-        else psutil.virtual_memory().total
-    )
+    have = psutil.virtual_memory().total if cpu_only() else torch.cuda.mem_get_info()[1] * torch.cuda.device_count()
     if need > have:
         raise ResourceError(
             f"Training {start} with strategy {' + '.join(train.strategy)} needs about {size(need)} and this "
