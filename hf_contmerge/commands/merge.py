@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = _command(kinds, "export", _export, "write the merged model", state=True, works=True)
     export.add_argument("out", metavar="OUT")
     export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the base's)")
+    export.add_argument("--rounding", help="of 16-bit weights: stochastic (default) or nearest")
     export.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
     export.add_argument("--tokenizer-from", metavar="MODEL", help="source of the tokenizer and chat template")
     export.add_argument("--as-adapter", action="store_true", help="write one peft LoRA adapter instead of a model")
@@ -124,8 +125,12 @@ def _export(args: argparse.Namespace) -> None:
         _say(f"{args.out}: {len(errors)} modules; largest relative error {errors[worst]:.1e} ({worst})")
         return
     size = crew.ranks.all(_model_shard_size, args)
-    state.export(args.out, dtype=args.dtype, shard_size=size, tokenizer_from=args.tokenizer_from, crew=crew)
-    _say(f"Wrote {args.out}.")
+    state.export(
+        args.out, dtype=args.dtype, rounding=args.rounding, shard_size=size, tokenizer_from=args.tokenizer_from,
+        crew=crew,
+    )  # fmt: skip
+    if crew.ranks.is_main:
+        _say(f"Wrote {args.out}. {_kept(state.exports()[-1])}.")
 
 
 def _log(args: argparse.Namespace) -> None:
@@ -134,7 +139,8 @@ def _log(args: argparse.Namespace) -> None:
 
     state = _load(args.state)
     if args.json:
-        _say(json.dumps({**dataclasses.asdict(state.log()), "scale": state.scale()}, indent=1))
+        log = {**dataclasses.asdict(state.log()), "scale": state.scale(), "exports": state.exports()}
+        _say(json.dumps(log, indent=1))
     else:
         _print_log(state)
 
@@ -177,6 +183,14 @@ def _print_log(state: MergeState) -> None:
     for number, e in enumerate(log.experts, 1):
         _say(f"{number:4d}  {e.stage:20s} {e.kind:8s} |D| {e.norm:10.4f}  {e.sha256[:12]}  {e.model}")
     _say(f"scale {rule.scale(log.norms()):.6g}, |running| {log.running_norm:.4f}" if log.experts else "no expert yet")
+    for e in state.exports():
+        _say(f"written after {e['experts']} experts: {e['model']}, {_kept(e)}")
+
+
+def _kept(export: dict[str, Any]) -> str:
+    from hf_contmerge.models.rounding import Survival
+
+    return Survival.read(export).in_words()
 
 
 def _say(text: str) -> None:

@@ -114,6 +114,7 @@ def merge_stage(
     stage: str | None = None,
     export: ModelName | None = None,
     dtype: str | None = None,
+    rounding: str | None = None,
     **parameters: Any,
 ) -> MergeState:
     """Fold an expert into a state; write the model.
@@ -128,6 +129,7 @@ def merge_stage(
         stage: the expert's name in the log (default: the last part of its path or Hub id).
         export: a new folder for the merged model.
         dtype: dtype of the merged weights (default: the base's).
+        rounding: stochastic (default) or nearest, for weights of 16 bits.
         parameters: parameters of the rule, as in recipes (`lambda` is written `lambda_`).
 
     Raises:
@@ -146,7 +148,7 @@ def merge_stage(
     if export:
         out, wanted = Path(export), number or len(opened.log().experts)
         if not crew.ranks.first(_is_exported, opened, out, wanted):
-            opened.export(out, dtype=dtype, crew=crew)
+            opened.export(out, dtype=dtype, rounding=rounding, crew=crew)
     return opened
 
 

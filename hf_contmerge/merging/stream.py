@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,14 +70,15 @@ def merge_experts(
     if state_out:
         crew.ranks.first(state_out.mkdir, exist_ok=True)
     fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew, statistics)
-    norms = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
-    found = Merged(norms, rule.scale(norms))
+    norms, survival = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
+    found = Merged(norms, rule.scale(norms), survival)
     if norms.running == 0:
         LOG.warning("No expert differs from the base %s in any weight: the merged model is the base", base.folder)
     if merged_out and not at_once:
         assert state_out is not None
         only = experts[0] if len(norms.experts) == 1 else None
-        write_merged(rule, base, state_out, found, merged_out, only=only, crew=crew)
+        survival = write_merged(rule, base, state_out, found, merged_out, only=only, crew=crew)
+        found = replace(found, survival=survival)
     if scratch:
         crew.ranks.first(shutil.rmtree, scratch)
     return found

@@ -116,6 +116,11 @@ class Weights:
         """Return the names of the floating (mergeable) tensors."""
         return tuple(n for n in self.names if self.dtype(n).is_floating_point)
 
+    @functools.cached_property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most floating elements."""
+        return main_dtype((name, self.shape(name), self.dtype(name)) for name in self.names)
+
     def numel(self) -> int:
         """Return the number of parameters."""
         return sum(math.prod(self.shape(n)) for n in self.names)
@@ -211,6 +216,23 @@ Plan = Iterable[_Item]
 """Name, shape and dtype of each tensor to write."""
 
 
+def main_dtype(plan: Plan) -> torch.dtype:
+    """Return the dtype of most floating elements."""
+    counts: dict[torch.dtype, int] = {}
+    for _, shape, dtype in plan:
+        if dtype.is_floating_point:
+            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def kept_dtype(own: torch.dtype, usual: torch.dtype, asked: torch.dtype) -> torch.dtype:
+    """Return a tensor's dtype in a model written as `asked`.
+
+    Float32 stays float32 in a model of 16 bits.
+    """
+    return own if own.itemsize > usual.itemsize and asked.itemsize <= usual.itemsize else asked
+
+
 def fill_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     """Assign tensors to files of at most `limit` bytes, in order."""
     files: dict[str, int] = {}
@@ -265,6 +287,10 @@ class WeightsWriter:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._items[name][1]
+
+    def plan(self) -> Plan:
+        """Return the tensors to write."""
+        return [(name, *self._items[name]) for name in self.names]
 
     def shard_of(self, name: str) -> int:
         """Return the number of a tensor's file."""

@@ -141,7 +141,9 @@ class Merge(Part):
     start_from: StartFrom | None = None
     """Start of the experts' training; default: as in the rule's paper."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the merged model's weights; auto: the base model's."""
+    """Type of the merged model's weights; auto: the base model's. Float32 weights of a 16-bit base stay float32."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """Of 16-bit weights. stochastic keeps the mean of updates smaller than the last bit; nearest drops them."""
     shard_size: Annotated[int, Field(ge=1)] = 5_000_000_000
     """Bytes per weight file, as in `save_pretrained(max_shard_size=...)`."""
     tokenizer_from: Name | None = None
