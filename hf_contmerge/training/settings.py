@@ -102,6 +102,25 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
             strategies = make_strategies(train)
             trainer_class(trl_classes(form)[0], strategies)
             _refuse_two_weightings(strategies, _fields_for(form, train), where)
+    _warn_of_rates(recipe, forms)
+
+
+def _warn_of_rates(recipe: Recipe, forms: Mapping[str, Form]) -> None:
+    """Warn of learning rates that a strategy finds too high, each once."""
+    stages: dict[str, list[str]] = {}
+    for stage in recipe.stages:
+        if stage.name in forms:
+            rate = _rate_of(forms[stage.name], recipe.train_of(stage))
+            for part in make_strategies(recipe.train).parts.values():
+                warning = part.warn_of_rate(rate)
+                if warning:
+                    stages.setdefault(f"learning_rate {rate:g}: {warning}", []).append(stage.name)
+    for warning, names in stages.items():
+        LOG.warning("train of %s: %s.", ", ".join(names), warning)
+
+
+def _rate_of(form: Form, train: Train) -> float:
+    return train.sft_fields.get("learning_rate", config_fields(form)["learning_rate"])
 
 
 def _check_fields(
