@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,7 +104,9 @@ class Osf(TrainStrategy):
             target_modules=self.target_modules,
             rank_pattern={f"^{re.escape(name)}$": rank for name, rank in kept.items()},
         )
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # ranks of layers that target_modules leaves out
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            return get_peft_model(model, config)
 
     def kept(self, size: int, share: float | None = None) -> int:
         """Return how many directions of a layer of rank `size` this stage keeps.

@@ -33,7 +33,7 @@ _BYTES_PER_TOKEN = 4
 
 @dataclass
 class Replay(TrainStrategy):
-    """Mixes old examples in: `share` of the training examples.
+    """Mixes old examples in: n_old = share / (1 - share) * n_new.
 
     The memory holds `examples` in all (1000, if nothing is said), or as many as have `tokens` in all. The stages so far
     share it equally: each keeps the examples with its lowest keys, and fewer with every stage. Held-out examples are

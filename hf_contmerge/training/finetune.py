@@ -29,7 +29,7 @@ from hf_contmerge.training._trainer import (
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.saving import save_expert
-from hf_contmerge.training.settings import bad_parameters, config_of, make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.settings import bad_parameters, config_of, sft_settings, trl_classes
 from hf_contmerge.training.statistics import Measured, measure_expert
 from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
 
@@ -56,7 +56,7 @@ def train_expert(
     Returns:
         For the record: the training loss, steps, tokens and the curve.
     """
-    strategies = make_strategies(job.train)
+    strategies = job.make(job.train)
     strategies.begin(job.stage)
     trainer = _make_trainer(job, strategies, checkpoints)
     share_out_on_processors(trainer)

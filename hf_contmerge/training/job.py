@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hf_contmerge.models.lora.settings import read_settings
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.train_strategies import Combined
 from hf_contmerge.training._forms import fit_rows, rows_of
 from hf_contmerge.training.data import StageData, load_stage_data, stage_data_of
 from hf_contmerge.training.settings import data_checks, make_strategies, training_checks
@@ -76,6 +77,8 @@ class TrainJob:
     trust_remote_code: bool = False
     stage: int = 1
     """The stage's number."""
+    make: Callable[[Train], Combined] = make_strategies
+    """Makes the strategies; by default those of the registry."""
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs behind the expert, for its record."""
