@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.distributed.tensor import DTensor
 
 from hf_contmerge.errors import DataError, ResourceError
 from hf_contmerge.runtime.ranks import Ranks
+from hf_contmerge.scoring._texts import TextTokens
 from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ _CPU_PIECE, _GPU_PIECE = 2**19, 2**26
 _Parent: Any = HFLM  # its registration hides its type
 
 
-class SharedLM(_Parent):
+class SharedLM(TextTokens, _Parent):
     """HFLM with batches shared among ranks; lm-eval sees one process each."""
 
     def __init__(
@@ -67,29 +67,6 @@ class SharedLM(_Parent):
         self._takes = inspect.signature(inner.forward).parameters.keys()
         # A forward pass of sharded weights involves all ranks.
         self._in_step = ranks.size > 1 and shared_out
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
-        """Return (log-likelihood in nats, is greedy) of each continuation."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
-        """Return each text's log-likelihood in nats.
-
-        It is summed over the text's windows; the windows of all texts are sorted together.
-        """
-        windows, owners = [], []
-        for i, request in enumerate(requests):
-            parts = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1,
-            )  # fmt: skip
-            for context, continuation in map(make_disjoint_window, parts):
-                windows.append((None, context, continuation))
-                owners.append(i)
-        sums = [0.0] * len(requests)
-        for i, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            sums[i] += likelihood
-        return sums
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
         """Generate a continuation of each prompt.

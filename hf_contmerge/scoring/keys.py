@@ -28,7 +28,7 @@ from hf_contmerge.scoring._task_digest import TaskDigests
 from hf_contmerge.scoring.cache import JsonStore, digest, file_sha256, remembered, stamp
 from hf_contmerge.scoring.locate import ModelFolders
 
-_FORMAT = 2  # raise it when scores of the same inputs change
+SCORES_VERSION = 3  # raise it when scores of the same inputs change
 _IN_KEY_OTHERWISE = {"dtype", "validation"}
 """`evaluate` fields keyed elsewhere: dtype with the model, `validation` with the part."""
 _NOT_OF_A_TASK = {
@@ -110,7 +110,7 @@ def _settings(request: ScoreRequest, task: Task) -> Mapping[str, Any]:
     if request.evaluate.backend != "hf":
         versions.append(version(request.evaluate.backend, 2))
     return {
-        "format": _FORMAT,
+        "format": SCORES_VERSION,
         "task": task.model_dump(mode="json", exclude=_NOT_OF_A_TASK),
         "evaluate": {field: value for field, value in values.items() if field not in _IN_KEY_OTHERWISE},
         "part": [request.part, values["validation"] if request.part != "all" else None],

@@ -37,8 +37,6 @@ from hf_contmerge.scoring.tasks import LoadedTask, check_tasks, load_task, own_t
 
 _SEEDS = 0, 1234
 """Seeds of the stock command: Python; numpy, torch and few-shot examples."""
-_ALL = 2**30
-"""Larger than the number of requests of any task."""
 
 
 def score_model(
@@ -133,7 +131,9 @@ def _measure_folder(model: ModelFolders, request: ScoreRequest, dtype: str, rank
     """Load and score a model; the main process gets the result."""
     evaluate, part, remote = request.evaluate, request.part, request.trust_remote_code
     if evaluate.backend == "vllm":
-        return _measure(_vllm(model.folder, dtype, evaluate), request.tasks, request.task_folder, evaluate, part)
+        from hf_contmerge.scoring._vllm import load_vllm
+
+        return _measure(load_vllm(model.folder, dtype, evaluate), request.tasks, request.task_folder, evaluate, part)
     loaded = _load(model, evaluate, dtype=getattr(torch, dtype), trust_remote_code=remote)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(model.whole, model.folder), trust_remote_code=remote)
     return score_loaded(
@@ -256,19 +256,3 @@ def _load(model: ModelFolders, evaluate: Evaluate, **init: Any) -> Any:
     if evaluate.parallel == "tensor":
         return load_model(model.folder, model.whole, distributed_config=DistributedConfig(tp_plan="auto"), **init)
     return load_model(model.folder, model.whole, **init).to(PartialState(cpu=cpu_only()).device)
-
-
-def _vllm(folder: Path, dtype: str, evaluate: Evaluate) -> Any:
-    """Load a model in vLLM, wrapped for lm-eval."""
-    from lm_eval.models.vllm_causallms import VLLM
-    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
-
-    make: Any = VLLM  # its registration hides its type
-    gpus = max(1, torch.cuda.device_count())
-    # vLLM forms batches itself. lm-eval's "auto" adds a progress bar; with bars off, vLLM divides by its time, 0.
-    batch_size = _ALL if evaluate.batch_size == "auto" else evaluate.batch_size
-    return make(
-        pretrained=str(folder), dtype=dtype, batch_size=batch_size,
-        max_model_len=evaluate.max_length, tensor_parallel_size=gpus if evaluate.parallel == "tensor" else 1,
-        gpu_memory_utilization=0.2 if current_platform.is_cpu() else 0.9,  # other processes use main memory too
-    )  # fmt: skip

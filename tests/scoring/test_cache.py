@@ -315,7 +315,12 @@ def test_other_data(tasks: Path) -> None:
 
 
 CHANGED: dict[str, tuple[str, str, str, set[str]]] = {
-    "settings": ("choice.yaml", "{{query}}", "Q: {{query}}", {"choice", "both", "nested", "child"}),
+    "settings": (
+        "choice.yaml",
+        "doc_to_text: query",
+        "doc_to_text: 'Q: {{query}}'",
+        {"choice", "both", "nested", "child"},
+    ),
     "a group": ("both.yaml", "- choice", "- tagged", {"both", "nested"}),
     "an override": ("nested.yaml", "num_fewshot: 1", "num_fewshot: 2", {"nested"}),
     "code": ("code/utils.py", "docs\n", "docs.select([0])\n", {"coded"}),

@@ -21,7 +21,13 @@ from hf_contmerge.errors import ContmergeError, DataError, ModelError, RecipeErr
 from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.ranks import OneRank
-from hf_contmerge.scoring.files import heldout_documents, write_choice_task, write_perplexity_task, write_task
+from hf_contmerge.scoring.files import (
+    heldout_documents,
+    write_answer_task,
+    write_choice_task,
+    write_perplexity_task,
+    write_task,
+)
 from hf_contmerge.scoring.score import score_loaded, score_model
 from hf_contmerge.scoring.setup import check_template
 from hf_contmerge.scoring.tasks import check_tasks, load_task, part_indices, task_manager
@@ -406,6 +412,18 @@ def test_model_of_nan(task: str, tensor: str, base_folder: Path, tasks: Path, tm
 
 
 # Tasks made from datasets, and tasks that are not there
+
+
+def test_values_that_look_like_python_stay_text(tmp_path: Path) -> None:
+    """lm-eval evaluates what its templates make of numbers and lists."""
+    choices = ["[1]", "7"]
+    write_choice_task(tmp_path, "c", [{"query": "7", "choices": choices, "gold": 1}])
+    write_answer_task(tmp_path, "a", [{"query": "7", "gold": "[1, 2]"}], max_new_tokens=1, stop=[])
+    manager = task_manager(["c", "a"], [tmp_path])
+    choice, answer = (load_task(manager, Task(name=name)).leaves[name] for name in ("c", "a"))
+    doc = choice.eval_docs[0]
+    assert (choice.doc_to_text(doc), choice.doc_to_choice(doc), choice.doc_to_target(doc)) == ("7", choices, 1)
+    assert (answer.doc_to_text(answer.eval_docs[0]), answer.doc_to_target(answer.eval_docs[0])) == ("7", "[1, 2]")
 
 
 def test_write_task(tmp_path: Path, score: Callable[..., Any], base_folder: Path) -> None:
