@@ -417,6 +417,7 @@ Folders = Sequence[Path]
 
 
 def _one_file(_tiny: Tiny, models: Sequence[Any], folders: Folders) -> bool:
+    """Base and experts in one file each, as `save_pretrained` writes them."""
     for model, folder in zip(models, folders, strict=True):
         model.save_pretrained(folder)
     return True
