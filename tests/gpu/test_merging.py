@@ -18,6 +18,7 @@ from toys.models import perturbed, toy_llama
 from hf_contmerge.merge_rules import Weight, get_rule, rule_class, rule_names
 from hf_contmerge.merging._factored import fold_factors
 from hf_contmerge.merging.state import MergeState
+from hf_contmerge.models.weights import _STAGED, WeightsWriter
 from hf_contmerge.runtime.crew import Crew
 
 CUDA = torch.device("cuda", 0)
@@ -189,3 +190,12 @@ def test_the_stock_mergekit_on_cuda(rule: str, models: list[Path], tmp_path: Pat
     command("-m", "hf_contmerge.commands.main", "yaml", recipe, tmp_path / "out", "--cuda")
     cpu = merged(rule, models, tmp_path / "cpu", device=torch.device("cpu")).folder / "merged"
     assert apart(tmp_path / "out", cpu, models[0]) <= 1e-4
+
+
+def test_a_tensor_larger_than_the_pinned_buffer_is_written_whole(tmp_path: Path) -> None:
+    numel = 2 * _STAGED // 4 + 1001
+    tensor = torch.arange(numel, dtype=torch.float32, device=CUDA)
+    with WeightsWriter(tmp_path, [("w", (numel,), torch.float32)]) as writer:
+        writer.write("w", tensor[: numel - 500])
+        writer.write("w", tensor[numel - 500 :], start=numel - 500)
+    assert torch.equal(weights(tmp_path)["w"], tensor.cpu())

@@ -91,5 +91,6 @@ def test_a_shipped_recipe_runs(name: str, stages: int | None, tmp_path: Path) ->
     last = run.stage_numbers()[-1]
     for entry in recipe.merge:
         place = run.merged(last, entry)
-        assert [place.record(phase)["device"] for phase in ("merge", "score")] == ["cuda:0", "cuda:0"]
-    assert run.expert(last, "base" if name != "magmax-llama" else "previous").record("train")["device"] == "cuda:0"
+        assert [place.record(phase)["device"] for phase in ("merge", "score")] == ["cuda", "cuda"]
+    kind = "previous" if name == "magmax-llama" else "base"
+    assert run.expert(last, kind).record("train")["device"] == "cuda"
