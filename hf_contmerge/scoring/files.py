@@ -5,13 +5,13 @@ lm_eval --model hf --model_args pretrained=FOLDER --include_path RUN/tasks --tas
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer
 
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.training.data import StageData, documents, require_chat_template, task_rows
@@ -24,7 +24,7 @@ def write_perplexity_task(folder: Path, name: str, documents: Sequence[str]) -> 
                     "bits_per_byte": "bits_per_byte"}  # fmt: skip
     metrics = [{"metric": m, "aggregation": a, "higher_is_better": False} for m, a in aggregations.items()]
     _write_task(folder, name, data, {
-        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
         "metric_list": metrics,
     })  # fmt: skip
 
@@ -39,7 +39,7 @@ def write_choice_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]
     """
     data = _write_rows(folder / f"{name}.jsonl", rows)
     _write_task(folder, name, data, {
-        "output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
+        "output_type": "multiple_choice", "doc_to_text": "query", "doc_to_choice": "choices",
         "doc_to_target": "gold", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     })  # fmt: skip
 
@@ -60,7 +60,7 @@ def write_answer_task(
     """
     data = _write_rows(folder / f"{name}.jsonl", rows)
     _write_task(folder, name, data, {
-        "output_type": "generate_until", "doc_to_text": "{{query}}", "doc_to_target": "{{gold}}",
+        "output_type": "generate_until", "doc_to_text": "query", "doc_to_target": "gold",
         "generation_kwargs": {"until": list(stop), "max_gen_toks": max_new_tokens, "do_sample": False},
         "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
@@ -82,16 +82,17 @@ def write_task(folder: Path, task: Task) -> None:
         write_choice_task(folder, task.name, rows)
 
 
-def heldout_documents(data: StageData, *, chars: int, tokenizer_folder: Path) -> list[str]:
+def heldout_documents(data: StageData, *, chars: int, load_tokenizer: Callable[[], Any]) -> list[str]:
     """Return a stage's held-out examples as documents.
 
     Conversations use the tokenizer's chat template.
     """
+    load = functools.cache(load_tokenizer)  # texts need none
 
-    def render(messages: list[dict[str, Any]]) -> str:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
+        tokenizer = load()
         require_chat_template(tokenizer)
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
     return documents(data.heldout, data.form, chars=chars, render=render)
 

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hf_contmerge.errors import DataError
+from hf_contmerge.models.loading import runs_own_code
 from hf_contmerge.train_strategies import StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main
 
@@ -32,7 +33,7 @@ _BYTES_PER_TOKEN = 4
 
 @dataclass
 class Replay(TrainStrategy):
-    """Mixes old examples in: `share` of the training examples.
+    """Mixes old examples in: n_old = share / (1 - share) * n_new.
 
     The memory holds `examples` in all (1000, if nothing is said), or as many as have `tokens` in all. The stages so far
     share it equally: each keeps the examples with its lowest keys, and fewer with every stage. Held-out examples are
@@ -88,8 +89,14 @@ def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) ->
         old = old.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=old.column_names)
     elif mine == {"prompt", "completion"} and theirs == {"text"} and isinstance(fresh[0]["prompt"], str):
         old = old.map(lambda row: {"prompt": "", "completion": row["text"]}, remove_columns=["text"])
+    features = datasets.Features(fresh.features)
+    if "tools" in mine | theirs:  # definitions that some conversations come with, and others without
+        features = datasets.Features({**features, "tools": datasets.Value("string")})
+        old = old if "tools" in theirs else old.add_column("tools", [None] * len(old))  # pyright: ignore
     try:
-        return old.select_columns(fresh.column_names).cast(fresh.features)
+        if lost := set(old.column_names) - set(features):
+            raise ValueError(f"the column {min(lost)} would be lost")
+        return old.select_columns(list(features)).cast(features)
     except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
         raise DataError(
             f"replay cannot mix the examples of {where} ({_form(old)}) with new ones ({_form(fresh)}). Give all stages "
@@ -114,7 +121,7 @@ def _key(row: Any) -> str:
 
 def _token_counts(data: datasets.Dataset, model: Any) -> list[int]:
     """Return each example's tokens, without the chat template's."""
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=runs_own_code(model))
     return [max(1, sum(len(tokenizer(text)["input_ids"]) for text in _texts(row))) for row in data]
 
 

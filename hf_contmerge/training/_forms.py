@@ -5,7 +5,8 @@
     prompt_completion     prompt, completion              text, or turns of a conversation
     text                  text                            pretraining
 
-`text` and `messages` of a dataset entry name columns that are called otherwise, and so choose the form too.
+`text` and `messages` of a dataset entry name columns that are called otherwise, and so choose the form too. Examples of
+conversations keep the columns `tools` and `chat_template_kwargs` (_extras.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import datasets
 
 from hf_contmerge.errors import DataError, unknown
 from hf_contmerge.run.recipe.parts import DataSource
+from hf_contmerge.training._extras import EXTRAS, extras_of, with_extras
 
 Form = Literal["text", "messages", "prompt_completion", "preference"]
 Row = dict[str, Any]
@@ -39,6 +41,8 @@ class Fit:
     form: Form
     rows: datasets.Dataset
     left_out: Counter[str] = field(default_factory=Counter)
+    unused: tuple[str, ...] = ()
+    """Columns without a use."""
 
 
 def fit_rows(rows: datasets.Dataset, spec: DataSource) -> Fit:
@@ -46,17 +50,19 @@ def fit_rows(rows: datasets.Dataset, spec: DataSource) -> Fit:
 
     Raises DataError for columns that make no form, or that hold something else.
     """
+    known = rows.column_names
     form, rows, words = _in_form(_worded(rows, spec), spec)
     left_out: Counter[str] = Counter()
-    whole = _where(rows, lambda row: not any(_lacks(value, alone=len(words) == 1) for value in row.values()))
+    whole = _where(rows, lambda row: not any(_lacks(row[name], alone=len(words) == 1) for name in _own(row)))
     left_out[f"lack {' or '.join(words)}"] = len(rows) - len(whole)
-    fit = Fit(form, _finished(form, whole, spec), left_out)
+    unused = tuple(name for name in known if name not in words and name not in rows.column_names)
+    fit = Fit(form, _finished(form, with_extras(whole, spec.path), spec), left_out, unused)
     low, high = spec.min_chars or 0, spec.max_chars
     if not low and high is None:
         return fit
     right = _where(fit.rows, lambda row: low <= _length(row, form) and (high is None or _length(row, form) <= high))
     left_out[f"have not {_span(spec)} characters"] = len(fit.rows) - len(right)
-    return Fit(form, right, left_out)
+    return Fit(form, right, left_out, unused)
 
 
 def rows_of(data: datasets.Dataset) -> Iterator[Row]:
@@ -79,7 +85,7 @@ def _in_form(rows: datasets.Dataset, spec: DataSource) -> tuple[Form, datasets.D
         return "text", rows.select_columns(list(columns)), columns
     if spec.messages is not None:
         require_columns(rows, (spec.messages,), spec.path)
-        rows = rows.select_columns([spec.messages])
+        rows = rows.select_columns([spec.messages, *extras_of(rows.column_names, talk=True)])
         rows = rows if spec.messages == "messages" else rows.rename_column(spec.messages, "messages")
         return "messages", rows, (spec.messages,)
     there = set(rows.column_names)
@@ -87,7 +93,8 @@ def _in_form(rows: datasets.Dataset, spec: DataSource) -> tuple[Form, datasets.D
         if form == "preference" and {"chosen", "rejected"} <= there:
             columns = tuple(c for c in columns if c in there)
         if set(columns) <= there:
-            return form, rows.select_columns(list(columns)), columns
+            talk = len(rows) > 0 and isinstance(rows[0][columns[-1]], list)
+            return form, rows.select_columns([*columns, *extras_of(rows.column_names, talk=talk)]), columns
     raise DataError(
         f"{spec.path} has the columns {', '.join(rows.column_names)}; a stage needs `messages`, or `prompt` and "
         "`completion`, or `prompt`, `chosen` and `rejected`, or `text`. Name the text's column, or a format such as "
@@ -121,9 +128,11 @@ def _with_prompt(rows: datasets.Dataset) -> datasets.Dataset:
 
     first = rows[0]
     if isinstance(first["chosen"], list) == isinstance(first.get("prompt", 0), list) and "prompt" in first:
-        return rows.select_columns(list(COLUMNS["preference"]))
+        return rows
     answers: Any = extract_prompt  # takes the turns that both have in common
-    return rows.select_columns(["chosen", "rejected"]).map(answers).select_columns(list(COLUMNS["preference"]))
+    rest = [name for name in rows.column_names if name != "prompt"]
+    extras = extras_of(rows.column_names, talk=True)
+    return rows.select_columns(rest).map(answers).select_columns([*COLUMNS["preference"], *extras])
 
 
 def _worded(rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
@@ -178,7 +187,12 @@ def _length(row: Row, form: Form) -> int:
     """Count an example's characters; a pair counts its longer answer."""
     if form == "preference":
         return _chars(row["prompt"]) + max(_chars(row["chosen"]), _chars(row["rejected"]))
-    return sum(_chars(value) for value in row.values())
+    return sum(_chars(row[name]) for name in _own(row))
+
+
+def _own(row: Row) -> Iterator[str]:
+    """Yield a row's columns without those for the chat template."""
+    yield from (name for name in row if name not in EXTRAS)
 
 
 def _chars(value: Any) -> int:

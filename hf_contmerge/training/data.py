@@ -13,6 +13,7 @@ import datasets
 
 from hf_contmerge.errors import DataError, ModelError
 from hf_contmerge.run.recipe.parts import Dataset, DataSource, Task
+from hf_contmerge.training._extras import template_arguments
 from hf_contmerge.training._forms import COLUMNS, Fit, Form, Row, fit_rows, format_columns, require_columns, rows_of
 from hf_contmerge.training._mix import Portion, alike, in_proportion, joined, split_by_shares
 from hf_contmerge.training._rows import empty, load_rows, stream_rows
@@ -119,14 +120,14 @@ def _counts(portion: Portion) -> SourceCounts:
     return SourceCounts(source.path, source.config, source.split, portion.share, *used, dict(+portion.left_out))
 
 
-def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callable[[list[Row]], str]) -> list[str]:
+def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callable[..., str]) -> list[str]:
     """Return held-out examples as plain documents of at most `chars` characters.
 
     Args:
         data: the examples.
         form: their form.
         chars: where longer documents are cut.
-        render: makes text of a conversation (the tokenizer's chat template).
+        render: makes text of a conversation by the tokenizer's chat template, with a row's `template_arguments`.
     """
     return [_as_text(row, form, render)[:chars] for row in rows_of(data)]
 
@@ -136,7 +137,7 @@ def require_chat_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer of {tokenizer.name_or_path} has no chat template, which a stage with `messages` needs. "
-            "Give the base model one, or give the stage `prompt` and `completion`, or `text`."
+            "Set `train.chat_template_path`, or give the stage `prompt` and `completion`, or `text`."
         )
 
 
@@ -198,6 +199,7 @@ def _examples(spec: DataSource, *, seed: int, at_most: int) -> Fit:
     if not spec.streaming:
         whole = load_rows(spec)
         fit = fit_rows(whole, spec)
+        _tell_unused(spec, fit)
         _tell_left_out(spec, fit.left_out, len(whole))
         # In memory, or the order is written beside the user's files.
         return replace(fit, rows=fit.rows.shuffle(seed=seed, keep_in_memory=True))
@@ -205,12 +207,20 @@ def _examples(spec: DataSource, *, seed: int, at_most: int) -> Fit:
     left_out, read, form = Counter[str](), 0, "text"
     for part in stream_rows(spec, seed=seed):
         fit = fit_rows(part, spec)
+        if not read:
+            _tell_unused(spec, fit)
         found += fit.rows.to_list()
         left_out, read, form = left_out + fit.left_out, read + len(part), fit.form
         if at_most and len(found) >= at_most:
             break
     _tell_left_out(spec, left_out, read)
     return Fit(form, datasets.Dataset.from_list(found[: at_most or None]), left_out)
+
+
+def _tell_unused(spec: DataSource, fit: Fit) -> None:
+    """Report columns without a use."""
+    if fit.unused:
+        LOG.info("%s: these columns are not used: %s", spec.path, ", ".join(fit.unused))
 
 
 def _tell_left_out(spec: DataSource, left_out: Counter[str], read: int) -> None:
@@ -230,17 +240,21 @@ def _without(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> 
     """Drop training examples with a held-out twin: memorised documents measure nothing."""
 
     def key(row: Row) -> str:
-        return json.dumps([row[c] for c in _MEASURED[form]], sort_keys=True)
+        return json.dumps([row[c] for c in _MEASURED[form]] + [template_arguments(row)], sort_keys=True)
 
     held = {key(row) for row in rows_of(heldout)}
     keep = [i for i, row in enumerate(rows_of(train)) if key(row) not in held]
     return train if len(keep) == len(train) else train.select(keep)
 
 
-def _as_text(row: Row, form: Form, render: Callable[[list[Row]], str]) -> str:
+def _as_text(row: Row, form: Form, render: Callable[..., str]) -> str:
     if form == "messages":
-        return render(row["messages"])
+        return render(row["messages"], **template_arguments(row))
     if form in ("prompt_completion", "preference"):
         prompt, completion = (row[column] for column in _MEASURED[form])
-        return prompt + completion if isinstance(prompt, str) else render([*prompt, *completion])
+        return (
+            prompt + completion
+            if isinstance(prompt, str)
+            else render([*prompt, *completion], **template_arguments(row))
+        )
     return row["text"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hf_contmerge.models.lora.settings import read_settings
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.train_strategies import Combined
 from hf_contmerge.training._forms import fit_rows, rows_of
 from hf_contmerge.training.data import StageData, load_stage_data, stage_data_of
 from hf_contmerge.training.settings import data_checks, make_strategies, training_checks
@@ -76,6 +77,8 @@ class TrainJob:
     trust_remote_code: bool = False
     stage: int = 1
     """The stage's number."""
+    make: Callable[[Train], Combined] = make_strategies
+    """Makes the strategies; by default those of the registry."""
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs behind the expert, for its record."""
@@ -95,6 +98,11 @@ def recipe_of(
 ) -> Recipe:
     """Return the recipe of one stage, for the same error messages."""
     fields = dict(training)
+    if fields.get("report_to") not in (None, "none", [], ["none"]):
+        raise RecipeError(
+            "finetune_stage.report_to: a function has no tracker run, which spans all stages. Log the record's `log` "
+            "yourself, or use `contmerge run` with `report_to`."
+        )
     code = fields.pop("trust_remote_code", False)
     names = strategy if isinstance(strategy, str) else list(strategy)
     spec = {"path": os.fspath(data)} if isinstance(data, str | os.PathLike) else data

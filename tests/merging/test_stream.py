@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule, rule_class, rule_names
-from hf_contmerge.merging import _pieces as merge_tensor
+from hf_contmerge.merging import costs
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.stream import merge_experts, write_sum
@@ -28,7 +28,7 @@ from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.testing import fold
+from hf_contmerge.testing.rules import fold
 
 Tensors = dict[str, torch.Tensor]
 
@@ -259,7 +259,7 @@ def test_models_and_adapters_in_one_sequence(name, base_folder, expert_folders, 
 def test_pieces_do_not_change_a_bit(name, base_folder, expert_folders, tmp_path, monkeypatch):
     rule = get_rule(name)
     whole, found = merge(rule, base_folder, expert_folders, tmp_path / "whole")
-    monkeypatch.setattr(merge_tensor, "PIECE", 37)
+    monkeypatch.setattr(costs, "PIECE", 37)
     cut, found_cut = merge(rule, base_folder, expert_folders, tmp_path / "cut")
     assert same_files(whole.parent / "running", cut.parent / "running")
     assert found_cut.norms.experts == pytest.approx(found.norms.experts, rel=1e-14)  # sums of sums round otherwise

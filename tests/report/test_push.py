@@ -320,12 +320,15 @@ def test_card_says_what_was_not_measured(run: Run) -> None:
     assert [r[1:] for r in rows] == [["not measured"] * 3] * 2
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pkl", "deep/modeling_x.py", "LICENSE"])
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "optimizer.pkl", "deep/modeling_x.py", "trainer_state.json", "notes.txt", ".env", "train.py"],
+)
 def test_other_files_are_refused_by_name(run: Run, name: str) -> None:
     path = run.merged(2, magmax(run)).model / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"x")
-    with pytest.raises(ModelError, match=rf"merged holds {re.escape(name)}\. Only \.jinja, \.json, .* ever uploaded"):
+    with pytest.raises(ModelError, match=rf"merged holds {re.escape(name)}\. Only weights, .* ever uploaded"):
         push_merged(run)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 from toys.loras import loaded, lora
 from toys.models import toy_llama, write_jsonl
@@ -26,6 +25,7 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.run.scores import load_scores
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.training.settings import training_checks
 
@@ -99,9 +99,7 @@ def test_scores_are_those_of_base_and_adapter(home: Path, tmp_path: Path) -> Non
     shutil.copytree(base, tmp_path / "whole")
     merged.save_pretrained(tmp_path / "whole")
     tasks = [Task(name="a_heldout")]
-    _, scores = score_model(
-        tmp_path / "whole", tasks, task_folder=run.tasks, evaluate=Evaluate(), ranks=PartialState(cpu=True)
-    )
+    _, scores = score_model(tmp_path / "whole", tasks, task_folder=run.tasks, evaluate=Evaluate(), ranks=OneRank())
     assert load_scores(place)["a_heldout"].value == scores["a_heldout"].value
 
 
@@ -187,8 +185,8 @@ def refused(kind: type[ContmergeError], run: Path, data: Data) -> str:
 def test_adapter_of_another_base(home: Path, tmp_path: Path) -> None:
     given = {"name": "given", "expert": str(home / "foreign")}
     message = refused(ModelError, tmp_path / "run", recipe(home, given=given))
-    assert message.startswith(f"{home}/foreign was trained on {home}/other, but `base_model` is {home}/base: ")
-    assert "Use an adapter of this base" in message
+    assert message.startswith(f"{home}/foreign was trained on {home}/other, not on {home}/base: it does not match ")
+    assert "write the recipe's name into base_model_name_or_path" in message
 
 
 @pytest.mark.parametrize(("expert", "minus"), [("adapter", "base"), ("expert", "adapter")])

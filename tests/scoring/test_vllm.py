@@ -4,10 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from accelerate import PartialState
 from toys.models import TEXT, perturbed, toy_llama
 
 from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.files import write_answer_task, write_choice_task, write_perplexity_task
 from hf_contmerge.scoring.score import score_model
 
@@ -32,7 +32,7 @@ def test_one_model_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         theirs, ours = (
             score_model(
                 folder, [Task(name=n) for n in ("texts", "choice", "written")], task_folder=tmp_path,
-                evaluate=Evaluate(dtype="float32", cache=False, backend=backend), ranks=PartialState(cpu=True),
+                evaluate=Evaluate(dtype="float32", cache=False, backend=backend), ranks=OneRank(),
             )[1]
             for backend in ("vllm", "hf")
         )  # fmt: skip
