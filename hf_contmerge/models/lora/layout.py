@@ -246,7 +246,10 @@ class Layout:
             self._fail(f"holds {parts[min(extra)]}, which contradicts {CONFIG} for {module}")
         for part in (a, b):
             if len(self.tensors.shape(parts[part])) != 2:
-                self._fail(f"holds {parts[part]} of shape {self.tensors.shape(parts[part])}; expected a matrix")
+                self._fail(
+                    f"holds {parts[part]} of shape {self.tensors.shape(parts[part])}; expected a matrix, since LoRA on "
+                    "convolutions is not supported"
+                )
         return parts
 
     def _low_rank(self, place: str, a: str, b: str, *, experts: int = 0, magnitude: str | None = None) -> LowRank:
