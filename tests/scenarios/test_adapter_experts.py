@@ -182,7 +182,11 @@ def test_kept_adapters_of_a_mixture_are_merged(home: Path, tmp_path: Path) -> No
     trained = json.loads((adapter / "adapter_config.json").read_text())["target_parameters"]
     assert {"gate_up_proj", "down_proj"} <= set(trained)
     loaded(base, adapter, torch.float32).merge_and_unload().save_pretrained(tmp_path / "right")
-    merged, right, before = weights(run.merged(1, run.recipe.merge[0]).model), weights(tmp_path / "right"), weights(base)
+    merged, right, before = (
+        weights(run.merged(1, run.recipe.merge[0]).model),
+        weights(tmp_path / "right"),
+        weights(base),
+    )
     assert merged.keys() == right.keys()
     for name in merged:
         torch.testing.assert_close(merged[name], right[name], atol=1e-6, rtol=0)

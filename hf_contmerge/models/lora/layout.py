@@ -360,6 +360,7 @@ class Layout:
         tensor = self.names.find(name)
         if tensor is None:
             why = "Such tensors are not supported." if "lora_" in name else "Give the adapter's base."
+            why = f"lora_bias needs a bias to be added to. {why}" if key.endswith(_BIAS) else why
             raise ModelError(f"{self.folder / FILE} holds {key}, but {self.base.folder} has no weight {name}. {why}")
         if not tensor.parts:
             raise ModelError(

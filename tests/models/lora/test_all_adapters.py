@@ -20,6 +20,7 @@ from peft.tuners.lora import config as lora_config
 from safetensors.torch import load_file, save_file
 from toys import ROOT
 from toys.loras import loaded, lora, whole
+from transformers.pytorch_utils import Conv1D
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.folder import resolve_model
@@ -134,7 +135,7 @@ class Names(NamedTuple):
 def names_of(model: Any) -> Names:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
-    linear = {n for n, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D") and m is not head}
+    linear = {n for n, m in modules.items() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}
     last = {n.rpartition(".")[2]: m for n, m in model.named_modules() if m is table or m is head}
     return Names(
         sorted(linear),
@@ -198,10 +199,12 @@ SETTINGS: dict[str, Callable[[Names], dict[str, Any]]] = {
 REFUSED = {
     "pissa": "init_lora_weights pissa", "olora": "init_lora_weights olora", "replication": "layer_replication",
     "qalora": "use_qalora", "alora": "alora_invocation_tokens", "kasa": "kasa_config", "bdlora": "use_bdlora",
+    "velora": "velora_config",
 }  # fmt: skip
 # What cannot be one change of the stored table: only one of two tied tables is changed.
 TIED = "changes two tied tables differently"
 CONVOLUTIONS = "LoRA on convolutions"
+NO_BIAS = "lora_bias needs a bias"  # peft trains it and cannot merge it
 
 SAMPLE = [
     ("llama", "list"), ("gpt2", "all-linear"), ("gpt-neox", "save-head"), ("gpt-neox", "head"),
@@ -235,8 +238,10 @@ def bases(tmp_path_factory) -> Callable[[str], Path]:
 def trained(base: Path, out: Path, setting: str) -> Path | None:
     """Save an adapter; None where peft cannot."""
     try:
-        return lora(base, out, seed=1, size=0.1, **SETTINGS[setting](names_of(whole(base, torch.float32))))
-    except (ValueError, RuntimeError, TypeError, AttributeError):
+        return lora(
+            base, out, seed=1, size=0.1, task_type=None, **SETTINGS[setting](names_of(whole(base, torch.float32)))
+        )
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):
         return None
 
 
@@ -282,7 +287,7 @@ def assert_expected(result: str, setting: str) -> None:
     if setting in REFUSED:
         assert result == "" or REFUSED[setting] in result
     elif result not in ("", "equal"):
-        assert TIED in result or CONVOLUTIONS in result
+        assert any(reason in result for reason in (TIED, CONVOLUTIONS, NO_BIAS)), result
 
 
 @pytest.mark.parametrize(("architecture", "setting"), SAMPLE)
@@ -300,7 +305,9 @@ def test_every_setting_is_what_peft_merges_or_is_refused(architecture: str, base
     assert {"all-linear", "save-norm"} <= equal or architecture == "mamba"
     assert len(equal) >= 8
     if architecture in ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss", "qwen3-vl-moe"):
-        assert {"parameters", "parameters-one", "parameters-patterns", "save-experts"} <= equal
+        assert {"parameters", "parameters-one", "parameters-patterns"} <= equal
+    if architecture in ("mixtral", "qwen3-vl-moe"):
+        assert "save-experts" in equal
 
 
 def test_one_of_several_tied_tables_is_refused(bases, tmp_path: Path) -> None:
