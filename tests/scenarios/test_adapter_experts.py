@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toys.loras import loaded, lora
-from toys.models import toy_llama, write_jsonl
+from toys.models import toy_llama, toy_mixture, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError
@@ -169,6 +169,26 @@ def test_loaded_model(home: Path) -> None:
     assert merged.state_dict().keys() == base.keys()
     going_on = load_model(home / "adapter", home / "base", as_adapter=True, dtype=torch.float32)
     assert {n.split(".")[-3] for n, p in going_on.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+def test_kept_adapters_of_a_mixture_are_merged(home: Path, tmp_path: Path) -> None:
+    """all-linear trains stacks in memory; the base's files hold their experts one by one."""
+    base = toy_mixture(tmp_path / "mixture", seed=0)
+    data = recipe(home, "a", merge=["average"], base_model=str(base))
+    run = run_recipe(parse_recipe(data), tmp_path / "run", until="merge")
+    adapter = run.expert(1, "base").model
+    trained = json.loads((adapter / "adapter_config.json").read_text())["target_parameters"]
+    assert {"gate_up_proj", "down_proj"} <= set(trained)
+    loaded(base, adapter, torch.float32).merge_and_unload().save_pretrained(tmp_path / "right")
+    merged, right, before = (
+        weights(run.merged(1, run.recipe.merge[0]).model),
+        weights(tmp_path / "right"),
+        weights(base),
+    )
+    assert merged.keys() == right.keys()
+    for name in merged:
+        torch.testing.assert_close(merged[name], right[name], atol=1e-6, rtol=0)
+    assert any(".experts.3.w1." in name and not merged[name].equal(before[name]) for name in merged)
 
 
 # What is refused

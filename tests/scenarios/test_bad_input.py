@@ -120,10 +120,10 @@ WORDS = {
     "train.save_strategy=sometimes": "RECIPE: train: save_strategy must be no, steps or epoch; got 'sometimes'",
     "train.eval_strategy=steps": "RECIPE: train: eval_strategy is refused: a stage is not evaluated while it trains, "
     "because the run measures every expert and merge. Use `evaluate`.",
-    "train.eos_token=<|stop|>": "train.eos_token: the tokenizer of BASE has no token '<|stop|>'. Name one of its tokens; "
-    "another would need a larger embedding, and the expert could not be merged.",
-    "train.assistant_only_loss=true": "train of stage a cannot be followed: You set `assistant_only_loss=True`, but the "
-    "dataset is not conversational. This option is only supported for conversational datasets. (ValueError of TRL or "
+    "train.eos_token=<|stop|>": "train.eos_token: the tokenizer of BASE has no token '<|stop|>'. Name one of its "
+    "tokens; another would need a larger embedding, and the expert could not be merged.",
+    "train.assistant_only_loss=true": "train of stage a cannot be followed: You set `assistant_only_loss=True`, but "
+    "the dataset is not conversational. This option is only supported for conversational datasets. (ValueError of TRL or "
     "transformers)",
     "trust_remote_code=true": "`trust_remote_code: true` lets BASE run its own code, which happens only if you say so "
     "too: read that code, then add `--trust-remote-code` (in Python: run_recipe(..., trust_remote_code=True)).",

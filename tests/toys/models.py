@@ -6,11 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from hf_contmerge.testing.toys import BOS, EOS, PAD
 from hf_contmerge.testing.toys import TEXT as TEXT
 from hf_contmerge.testing.toys import toy_llama as toy_llama
 from hf_contmerge.testing.toys import toy_tokenizer as toy_tokenizer
+
+
+def toy_mixture(folder: Path, *, seed: int) -> Path:
+    """Write a random Mixtral, whose files hold the experts one by one, with its tokenizer; return the folder."""
+    tokenizer = toy_tokenizer()
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=512,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        MixtralForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
 
 
 def perturbed(folder_in: Path, folder_out: Path, *, seed: int, size: float) -> Path:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -85,7 +87,7 @@ def training_step(
     add_fused_lm_head(model, outputs=_FUSED_OUTPUTS)
     numel = sum(p.numel() for p in model.parameters())
     opened = _opened(strategies, model)
-    with FakeTensorMode(), _Meter() as meter:
+    with _metering(folder) as meter:
         _materialise(opened)
         weights = meter.restart()
         inputs = torch.zeros((batch, length), dtype=torch.long)
@@ -108,7 +110,7 @@ def scoring_batch(folder: Path, *, batch: int, length: int, init: dict[str, Any]
     It is a forward pass and a float32 softmax over all logits. `init`: keyword arguments of `from_pretrained`.
     """
     model = _model(folder, init).eval()
-    with FakeTensorMode(), _Meter() as meter, torch.no_grad():
+    with _metering(folder) as meter, torch.no_grad():
         _materialise(model)
         weights = meter.restart()
         logits = model(input_ids=torch.zeros((batch, length), dtype=torch.long)).logits
@@ -172,6 +174,18 @@ def _moments(optimizer: str) -> int:
     if "8bit" in name:
         return 2
     return 0 if "sgd" in name or "adafactor" in name else _ADAM_BYTES
+
+
+@contextmanager
+def _metering(folder: Path) -> Iterator[_Meter]:
+    try:
+        with FakeTensorMode(), _Meter() as meter:
+            yield meter
+    except DataDependentOutputException as error:
+        raise ModelError(
+            f"The layers of {folder} compute what their data says ({error}), so a plan cannot estimate them without "
+            "weights. Training and scoring are not affected: start the run without a plan."
+        ) from error
 
 
 class _Meter(TorchDispatchMode):

@@ -246,7 +246,10 @@ class Layout:
             self._fail(f"holds {parts[min(extra)]}, which contradicts {CONFIG} for {module}")
         for part in (a, b):
             if len(self.tensors.shape(parts[part])) != 2:
-                self._fail(f"holds {parts[part]} of shape {self.tensors.shape(parts[part])}; expected a matrix")
+                self._fail(
+                    f"holds {parts[part]} of shape {self.tensors.shape(parts[part])}; expected a matrix, since LoRA on "
+                    "convolutions is not supported"
+                )
         return parts
 
     def _low_rank(self, place: str, a: str, b: str, *, experts: int = 0, magnitude: str | None = None) -> LowRank:
@@ -357,6 +360,7 @@ class Layout:
         tensor = self.names.find(name)
         if tensor is None:
             why = "Such tensors are not supported." if "lora_" in name else "Give the adapter's base."
+            why = f"lora_bias needs a bias to be added to. {why}" if key.endswith(_BIAS) else why
             raise ModelError(f"{self.folder / FILE} holds {key}, but {self.base.folder} has no weight {name}. {why}")
         if not tensor.parts:
             raise ModelError(

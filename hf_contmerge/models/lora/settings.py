@@ -53,7 +53,6 @@ TRAINING = {
     "runtime_config": "where to compute; never saved",
     "target_modules": "the file holds what was trained",
     "task_type": "which outputs the model has",
-    "velora_config": "compresses activations in training only",
 }
 """Settings without an effect on the weights after training."""
 
@@ -66,6 +65,7 @@ REFUSED = {
     "monteclora_config": "draws its weights at random",
     "use_bdlora": "is block-diagonal (BD-LoRA), which is not supported",
     "use_qalora": "pools its inputs (QA-LoRA) for a quantised base",
+    "velora_config": "is VeLoRA, which is not supported",
 }
 """Settings that are refused unless empty."""
 
