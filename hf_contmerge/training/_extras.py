@@ -35,7 +35,8 @@ def with_extras(rows: datasets.Dataset, where: str) -> datasets.Dataset:
     Raises DataError for tools that are no list, and for arguments that only some rows have.
     """
     if TOOLS in rows.column_names:
-        tools = [_tools(value, f"{where}, row {number}") for number, value in enumerate(rows[TOOLS], 1)]
+        exact = "Json(" in str(rows.features[TOOLS])  # nulls are the row's own
+        tools = [_tools(value, f"{where}, row {number}", exact=exact) for number, value in enumerate(rows[TOOLS], 1)]
         rows = rows.remove_columns([TOOLS]).add_column(TOOLS, tools)  # pyright: ignore
         rows = rows.cast_column(TOOLS, datasets.Value("string"))
     if ARGUMENTS in rows.column_names:
@@ -43,10 +44,10 @@ def with_extras(rows: datasets.Dataset, where: str) -> datasets.Dataset:
     return rows
 
 
-def _tools(value: Any, where: str) -> str | None:
+def _tools(value: Any, where: str, *, exact: bool) -> str | None:
     """Return tool definitions as JSON text; None without any."""
     try:
-        definitions = json.loads(value) if isinstance(value, str) else _without_nulls(value)
+        definitions = json.loads(value) if isinstance(value, str) else value if exact else _without_nulls(value)
     except ValueError as error:
         raise DataError(f"{where}: the column {TOOLS} is no JSON ({error}). Give a list of definitions.") from error
     if not definitions:

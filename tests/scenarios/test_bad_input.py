@@ -116,15 +116,15 @@ WORDS = {
     "merge.0.parameters.lambda=.nan": "merge entry magmax: magmax's lambda must be a finite float; got nan",
     "train.strategy=lorra": "Unknown strategy 'lorra' in train. Did you mean 'lora' or 'qlora'? "
     f"Known: {', '.join(strategy_names())}.",
-    "train.seed=1": "train.seed is set by `seed` of the recipe; remove it from `train`.",
+    "train.seed=1": "RECIPE: train: seed is set by `seed` of the recipe; remove it from `train`",
     "train.save_strategy=sometimes": "RECIPE: train: save_strategy must be no, steps or epoch; got 'sometimes'",
     "train.eval_strategy=steps": "RECIPE: train: eval_strategy is refused: a stage is not evaluated while it trains, "
     "because the run measures every expert and merge. Use `evaluate`.",
     "train.eos_token=<|stop|>": "train.eos_token: the tokenizer of BASE has no token '<|stop|>'. Name one of its "
     "tokens; another would need a larger embedding, and the expert could not be merged.",
     "train.assistant_only_loss=true": "train of stage a cannot be followed: You set `assistant_only_loss=True`, but "
-    "the dataset is not conversational. This option is only supported for conversational datasets. (ValueError of TRL or "
-    "transformers)",
+    "the dataset is not conversational. This option is only supported for conversational datasets. (ValueError of TRL "
+    "or transformers)",
     "trust_remote_code=true": "`trust_remote_code: true` lets BASE run its own code, which happens only if you say so "
     "too: read that code, then add `--trust-remote-code` (in Python: run_recipe(..., trust_remote_code=True)).",
     "stages.1.dataset=x.jsonl": "RECIPE: stages.1: a stage needs either `dataset` (to train on) or `expert` "

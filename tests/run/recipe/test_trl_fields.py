@@ -145,11 +145,11 @@ def page_rows() -> list[str]:
     """Return the page's table, made from ours."""
 
     def key(item: tuple[str, TrlField]) -> tuple[str, str]:
-        _, row = item
+        row = item[1]
         return ("obeyed; whole run only" if row.whole_run else row.use, row.reason)
 
     lines = []
-    for (use, reason), rows in groupby(sorted(TRL_FIELDS.items(), key=key), key=key):
+    for (use, reason), rows in groupby(sorted(sorted(TRL_FIELDS.items()), key=key), key=key):
         names = ", ".join(f"`{name}`" for name, _ in rows)
         lines.append(
             f"| {use} | {names} | {f'Set by {reason}.' if use == 'elsewhere' else reason[:1].upper() + reason[1:]} |"
