@@ -50,11 +50,12 @@ def check_function(base: Path, other: Path) -> None:
 
 def check_meaning(base: Path, other: Path) -> None:
     """Raise ModelError if config.json or the tokenizer give weights another meaning."""
-    _check_config(base, other)
+    check_config(base, other)
     check_tokens(base, other)
 
 
-def _check_config(base: Path, other: Path) -> None:
+def check_config(base: Path, other: Path) -> None:
+    """Raise ModelError if config.json gives equal weights another function."""
     ours, theirs = _meanings(base, other)
     different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if different:

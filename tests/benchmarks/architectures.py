@@ -58,7 +58,8 @@ differ, the recipe is refused; `contmerge merge from-recipe` takes it.
 The table is written by `tests/benchmarks/architectures.py`. Each cell builds a tiny base and two experts, stores them
 in that layout, merges them, loads the result with `from_pretrained`, and compares weights and logits with the average
 of the loaded models in float64. mergekit's column is its own linear merge of the same models, in one file each: `by
-names` means that the architecture is not in its list.
+names` means that the architecture is not in its list. A `no` there holds for this small configuration, as this release
+of transformers saves it: other settings and older files of the same architecture may work.
 """
 
 
@@ -78,6 +79,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             by_mergekit[tiny.name] = try_mergekit(tiny, Path(scratch))
         print(tiny.name, dict(Counter(cells[tiny.name, layout].outcome for layout in LAYOUTS)), by_mergekit[tiny.name])
+    if by_mergekit["LlamaForCausalLM"] != "yes":  # the control: mergekit merges Llama, so the trial itself is broken
+        sys.exit(f"mergekit: Llama is {by_mergekit['LlamaForCausalLM']}. The page is not written.")
     args.out.write_text(page(cells, by_mergekit), encoding="utf-8")
 
 
@@ -92,15 +95,18 @@ def try_mergekit(tiny: Tiny, folder: Path) -> str:
     for model, place in zip([base, moved(base, 1), moved(base, 2)], folders, strict=True):
         model.save_pretrained(place)
     models = [{"model": str(place), "parameters": {"weight": 1.0}} for place in folders[1:]]
-    recipe = MergeConfiguration.model_validate(
-        {"merge_method": "linear", "models": models, "base_model": str(folders[0]), "dtype": "float32"}
-    )
+    recipe = MergeConfiguration.model_validate({"merge_method": "linear", "models": models, "dtype": "float32"})
     options = MergeOptions(copy_tokenizer=False, quiet=True, lazy_unpickle=True)
     try:
         run_merge(recipe, str(folder / "out"), options)
-        merged = load(tiny, folder / "out")
     except Exception as error:  # whatever a user would see
-        return f"no: {type(error).__name__}"
+        print(f"mergekit, {tiny.name}: {type(error).__name__}: {error}")
+        return "no: an error"
+    try:
+        merged = load(tiny, folder / "out")
+    except AssertionError as error:
+        print(f"mergekit, {tiny.name}: {error}")
+        return "no: weights are missing"
     wanted = by_hand([load(tiny, place) for place in folders])
     state = {name: tensor for name, tensor in merged.state_dict().items() if tensor.is_floating_point()}
     same = all(torch.allclose(tensor.double(), wanted[name], atol=1e-6) for name, tensor in state.items())

@@ -43,8 +43,7 @@ from hf_contmerge.merging.rules import rounding_named
 from hf_contmerge.models.contents import check_contents, weight_files
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
-from hf_contmerge.models.function import check_function
-from hf_contmerge.models.layout import weights_like
+from hf_contmerge.models.function import check_config, check_function
 from hf_contmerge.models.reading import tied_flag
 from hf_contmerge.models.rounding import ROUNDINGS, Kept, Rounding, Survival
 from hf_contmerge.models.statistics import check_statistics
@@ -294,8 +293,13 @@ def _refuse_other_readings(config: Any) -> None:
         try:
             check_contents(folder)
             _require_same_files(folder)
-            if base.is_dir() and folder != base:
+            if not base.is_dir() or folder == base:
+                continue
+            if config.tokenizer or config.tokenizer_source:  # mergekit moves the rows of other vocabularies
+                check_config(base, folder)
+            else:
                 check_function(base, folder)
+            if not config.slices:
                 _require_same_names(base, folder)
         except ModelError as error:
             raise MergekitRecipeError(str(error)) from error
@@ -321,9 +325,7 @@ def _require_same_files(folder: Path) -> None:
 
 def _require_same_names(base: Path, folder: Path) -> None:
     """Raise ModelError for a model whose weights have other names than the base's."""
-    weights, other = Weights(base), Weights(folder)
-    weights_like(weights, folder)
-    if different := sorted(set(weights.names) ^ set(other.names)):
+    if different := sorted(set(Weights(base).names) ^ set(Weights(folder).names)):
         raise ModelError(
             f"{folder} and {base} store weights under different names ({different[0]}), which mergekit does not match. "
             "Use `contmerge merge from-recipe`."
