@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ class Merged:
 
     norms: Norms
     scale: float
-    survival: Survival | None = None
+    survival: Survival | None = field(default=None, compare=False)
     """None where no model was written."""
 
 

@@ -172,6 +172,11 @@ class Survival:
         by = "" if self.rounding == "none" else f", {self.rounding} rounding"
         return f"{self.dtype}{by}: {100 * self.survival:.1f} % of the update kept, relative error {self.error:.2g}"
 
+    @property
+    def taken(self) -> str:
+        """The share that rounding took, in words."""
+        return f"rounding to {self.dtype} took {100 * min(1.0, 1.0 - self.survival):.0f} % of the update"
+
     def advice(self) -> str:
         """Return what keeps more of the update."""
         other = "" if self.rounding == "stochastic" else ", `rounding: stochastic`"
