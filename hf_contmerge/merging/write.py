@@ -18,7 +18,8 @@ from hf_contmerge.merging.costs import stream_job, weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
-from hf_contmerge.models.rounding import Kept, Rounding, Survival
+from hf_contmerge.models.rounding import Rounding
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import SHARD_SIZE, Plan, Weights, WeightsWriter, kept_dtype, main_dtype
 from hf_contmerge.runtime.crew import Crew, Job
 

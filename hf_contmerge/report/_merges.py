@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_contmerge.errors import size
-from hf_contmerge.models.rounding import Survival
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.report._tables import Cell, Section, Table
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge

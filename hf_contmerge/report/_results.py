@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_contmerge.models.rounding import Survival
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' toys
 from toys.models import toy_llama
 
 from hf_contmerge import MergeState, finetune_stage, score_stage
-from hf_contmerge.models.rounding import LEAST, Kept, Survival
+from hf_contmerge.models.survival import LEAST, Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.launching import keep_freed_memory
 
@@ -127,7 +127,7 @@ def mixed(base: Weights, outs: dict[str, Path]) -> tuple[int, int, int]:
     near, exact, nbytes, wide = Weights(outs["nearest"]), Weights(outs["float32"]), 0, 0
     for name in base.names:
         start = base.tensor(name).float()
-        lossy = Kept.of(near.tensor(name), start, exact.tensor(name) - start).survival < LEAST
+        lossy = compared(near.tensor(name), start, exact.tensor(name) - start).survival < LEAST
         wide, nbytes = wide + lossy, nbytes + (exact if lossy else near).nbytes(name)
     return nbytes, wide, len(base.names)
 

@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 
-from hf_contmerge.models.rounding import Kept, Survival, rounded
+from hf_contmerge.models.rounding import compared, rounded
+from hf_contmerge.models.survival import Kept, Survival
 
 HALVES = [torch.bfloat16, torch.float16]
 TOP = torch.finfo(torch.float32).max
@@ -131,7 +132,7 @@ def test_kept_is_the_projection_on_the_update() -> None:
     parts = []
     for i in range(3):
         stored = (base[i].float() + update[i]).bfloat16()
-        parts.append(Kept.of(stored, base[i].float(), update[i]))
+        parts.append(compared(stored, base[i].float(), update[i]))
     stored = (base.float() + update).bfloat16().double()
     kept, far = Kept.sum(parts), (exact - base.double()).square().sum()
     assert kept.survival == pytest.approx(float(((stored - base.double()) * (exact - base.double())).sum() / far))

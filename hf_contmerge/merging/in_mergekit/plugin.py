@@ -41,8 +41,9 @@ from hf_contmerge.merging.in_mergekit.tensors import Storage, from_this_tensor, 
 from hf_contmerge.merging.rules import rounding_named
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
-from hf_contmerge.models.rounding import ROUNDINGS, Kept, Rounding, Survival
+from hf_contmerge.models.rounding import ROUNDINGS, Rounding
 from hf_contmerge.models.statistics import check_statistics
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import main_dtype
 
 LOG = logging.getLogger(__name__)
