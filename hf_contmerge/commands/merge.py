@@ -188,7 +188,7 @@ def _print_log(state: MergeState) -> None:
 
 
 def _kept(export: dict[str, Any]) -> str:
-    from hf_contmerge.models.rounding import Survival
+    from hf_contmerge.models.survival import Survival
 
     return Survival.read(export).in_words()
 

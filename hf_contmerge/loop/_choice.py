@@ -22,7 +22,7 @@ from hf_contmerge.loop.stages import measure_at
 from hf_contmerge.merge_rules import yaml_word
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import make_rule
-from hf_contmerge.models.rounding import Survival
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Guard, Rung, Task
 from hf_contmerge.run.scores import Scores, load_scores

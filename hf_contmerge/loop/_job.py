@@ -17,7 +17,7 @@ from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.merging.write import Output
-from hf_contmerge.models.rounding import Survival
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import MergePlace

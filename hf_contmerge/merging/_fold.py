@@ -19,8 +19,9 @@ from hf_contmerge.merging.costs import Passage, piece_size, state_numel, stream_
 from hf_contmerge.merging.running import Running, key_of, write_factored
 from hf_contmerge.merging.write import MergedModel, Output, model_writer, opened, write_companions
 from hf_contmerge.models.experts import Expert
-from hf_contmerge.models.rounding import Kept, Survival, square
+from hf_contmerge.models.rounding import square
 from hf_contmerge.models.statistics import Statistics
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import Weights, WeightsWriter, fill_files
 from hf_contmerge.runtime.crew import Crew, Job
 

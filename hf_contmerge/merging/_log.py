@@ -11,7 +11,7 @@ from typing import Any
 from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.merge_rules import Norms
 from hf_contmerge.merging.merge import FoldedExpert
-from hf_contmerge.models.rounding import Survival
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.runtime.files import write_atomically
 
 _EXPORTS = "exports.jsonl"

@@ -13,7 +13,8 @@ from torch import Tensor
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Shape, Weight
 from hf_contmerge.merging.costs import needs_whole, piece_size
-from hf_contmerge.models.rounding import Kept, Rounding, rounded, square
+from hf_contmerge.models.rounding import Rounding, compared, rounded, square
+from hf_contmerge.models.survival import Kept
 
 Parts = dict[str, Tensor]
 """A weight's state, or a piece of it. The only part of a rule that names none is called ""."""
@@ -102,7 +103,7 @@ def merged_piece(
         whole = expert.float()
         merged = torch.where(running == whole - wide, whole, merged)
     result = rounded(merged, stored.dtype, name=stored.name, start=stored.start, by=stored.by)
-    kept = Kept.of(result, wide, running * scale)
+    kept = compared(result, wide, running * scale)
     if not kept.finite:
         _refuse_overflow(stored, merged)
     return result, kept
@@ -112,7 +113,7 @@ def unchanged(base: Tensor, stored: Stored) -> tuple[Tensor, Kept]:
     """Return a piece without an update as stored, and what rounding adds to it. Raises as `merged_piece`."""
     wide = base.float()
     result = rounded(wide, stored.dtype, name=stored.name, start=stored.start, by=stored.by)
-    kept = Kept.of(result, wide, torch.zeros_like(wide))
+    kept = compared(result, wide, torch.zeros_like(wide))
     if not kept.finite and bool(torch.isfinite(wide).all()):
         _refuse_overflow(stored, wide)
     return result, kept if kept.finite else Kept()

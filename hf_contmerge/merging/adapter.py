@@ -20,7 +20,7 @@ from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.lora.matching import tied_table
 from hf_contmerge.models.lora.writer import Factors, write_adapter
 from hf_contmerge.models.memory import in_memory
-from hf_contmerge.models.rounding import Kept, Survival
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import new_folder

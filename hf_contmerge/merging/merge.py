@@ -15,7 +15,7 @@ from hf_contmerge.merge_rules import MergeRule, Norms
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.write import Merged, Output, write_merged
 from hf_contmerge.models.experts import Expert, expert_sha256, first_twin, open_expert, twins_refused
-from hf_contmerge.models.rounding import Survival
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
 

@@ -45,7 +45,7 @@ from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.models.folder import resolve_model
-from hf_contmerge.models.rounding import Survival
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, change_of_json, tokenizer_change
 from hf_contmerge.models.weights import SHARD_SIZE, Weights, weights_sha256
 from hf_contmerge.runtime.crew import Crew

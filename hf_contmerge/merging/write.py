@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from hf_contmerge.merging.costs import Passage, piece_size, stream_job, weight_o
 from hf_contmerge.merging.running import Running
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
-from hf_contmerge.models.rounding import Kept, Rounding, Survival
+from hf_contmerge.models.rounding import Rounding
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
 from hf_contmerge.models.weights import SHARD_SIZE, Plan, Weights, WeightsWriter, kept_dtype, main_dtype
 from hf_contmerge.runtime.crew import Crew, Job
@@ -30,7 +31,7 @@ class Merged:
 
     norms: Norms
     scale: float
-    survival: Survival | None = None
+    survival: Survival | None = field(default=None, compare=False)
     """None where no model was written."""
 
 

@@ -45,8 +45,9 @@ from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.function import check_config, check_function
 from hf_contmerge.models.reading import tied_flag
-from hf_contmerge.models.rounding import ROUNDINGS, Kept, Rounding, Survival
+from hf_contmerge.models.rounding import ROUNDINGS, Rounding
 from hf_contmerge.models.statistics import check_statistics
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import Weights, main_dtype
 
 LOG = logging.getLogger(__name__)

@@ -27,8 +27,9 @@ from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import open_expert
-from hf_contmerge.models.rounding import Kept, Rounding
+from hf_contmerge.models.rounding import Rounding
 from hf_contmerge.models.statistics import Statistics
+from hf_contmerge.models.survival import Kept
 from hf_contmerge.models.weights import Weights, kept_dtype
 
 
