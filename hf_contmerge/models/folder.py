@@ -72,7 +72,7 @@ def resolve_model(name: str, *, adapters: bool = False) -> Path:
 
 
 def _require_one_adapter(folder: Path) -> None:
-    """Raise ModelError for a folder of several adapters, as peft saves a model that has them."""
+    """Raise ModelError for a folder of several adapters, as saved by peft."""
     below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     if is_adapter(folder):
         others = [name for name in below if not re.fullmatch(r"checkpoint-\d+", name)]

@@ -51,7 +51,7 @@ class Held:
         name: its name.
         shape: its shape.
         parts: stored weights in it; none if it is computed or tied to another one.
-        form: an operation that makes it and is not understood here, else empty.
+        form: an unsupported operation behind it, else empty.
     """
 
     name: str
@@ -99,7 +99,7 @@ class InMemory:
         return any(isinstance(axis, int) for part in parts for axis in part.place)
 
     def tensor_of(self, stored: str) -> Held | None:
-        """Return the tensor that is a stored weight, unchanged but for its name."""
+        """Return the tensor equal to a stored weight, if any."""
         tensors = self._places.get(stored, ())
         if len(tensors) != 1 or len(tensors[0].parts) != 1:
             return None
@@ -120,7 +120,7 @@ class InMemory:
 
 
 def in_memory(base: Weights) -> InMemory:
-    """Build the base's model on the meta device; match its tensors with the stored weights.
+    """Build the base's model without data; match its tensors with files.
 
     An architecture unknown to transformers has no tensors.
     """
@@ -181,13 +181,13 @@ class _Rules:
         self.shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def in_order(self, stored: Iterable[str]) -> list[str]:
-        """Sort names as `from_pretrained` does; experts are stacked in this order."""
+        """Sort names as `from_pretrained` does, for the order of experts."""
         from transformers.core_model_loading import dot_natural_key
 
         return sorted(stored, key=dot_natural_key)
 
     def converted(self, stored: str) -> tuple[str, str | None]:
-        """Return a stored weight's name in memory and its converter's pattern, if any."""
+        """Return a weight's name in memory and its converter's pattern."""
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self.shapes)
@@ -196,7 +196,7 @@ class _Rules:
         return name, pattern
 
     def rename(self, name: str) -> str:
-        """Return today's name of a tensor in memory; adapters may have an older one."""
+        """Return today's name of a tensor; adapters may have older ones."""
         now, pattern = self.converted(name)
         return name if pattern else now
 
@@ -215,7 +215,7 @@ def _filled(tensor: Held, array: _Array | str) -> Held:
 def _targets(
     name: str, converter: Any, arrays: Mapping[str, list[_Array]], shapes: Mapping[str, Shape]
 ) -> dict[str, _Array | str]:
-    """Apply a converter to shapes; return its targets, or an operation without a meaning here."""
+    """Apply a converter to shapes; return its targets or an unsupported operation."""
     patterns = converter.target_patterns
     names = {p: name.replace(patterns[0], p, 1) if len(patterns) > 1 else name for p in patterns}
     lists = [arrays[pattern] for pattern in converter.source_patterns if pattern in arrays]
@@ -236,7 +236,7 @@ class _NotUnderstood(Exception):
 
 
 def _apply(operation: Any, lists: list[list[_Array]], targets: int, shape: Shape | None) -> list[list[_Array]]:
-    """Apply one operation of transformers to lists of arrays, one for each pattern."""
+    """Apply one operation to lists of arrays, one for each pattern."""
     kind = type(operation).__name__
     if kind == "MergeModulelist" and operation.dim == 0:
         return [[_Array.stacked(each)] for each in lists]
@@ -301,7 +301,7 @@ def whole_place(shape: Shape) -> tuple[slice, ...]:
 
 
 def _swaps(place: Place, order: Sequence[int]) -> bool:
-    """Return True if a new order of axes exchanges the last two axes of a part."""
+    """Return True if a new order exchanges a part's last two axes."""
     axes = [i for i in order if isinstance(place[i], slice)]
     kept, swapped = sorted(axes), [*sorted(axes)[:-2], *sorted(axes)[:-3:-1]]
     if axes not in (kept, swapped):

@@ -174,8 +174,9 @@ def test_loaded_model(home: Path) -> None:
 def test_kept_adapters_of_a_mixture_are_merged(home: Path, tmp_path: Path) -> None:
     """all-linear trains stacks in memory; the base's files hold their experts one by one."""
     base = toy_mixture(tmp_path / "mixture", seed=0)
-    data = recipe(home, "a", merge=["average"], base_model=str(base))
+    data = recipe(home, "ab", merge=["average", {"rule": "magmax"}], base_model=str(base))
     run = run_recipe(parse_recipe(data), tmp_path / "run", until="merge")
+    assert is_adapter(run.expert(2, "previous").model)
     adapter = run.expert(1, "base").model
     trained = json.loads((adapter / "adapter_config.json").read_text())["target_parameters"]
     assert {"gate_up_proj", "down_proj"} <= set(trained)

@@ -256,7 +256,7 @@ def _grouped_product(left: Tensor, right: Tensor, offs: Tensor, _bias: Any = Non
 
 
 def _grouped_sizes(left: Tensor, right: Tensor, offs: Tensor) -> tuple[int, int, int, int]:
-    """Return one expert's rows, inner size and columns, and the number of experts.
+    """Return one expert's rows, inner size, columns, and the number of experts.
 
     Tokens are taken to be spread evenly.
     """

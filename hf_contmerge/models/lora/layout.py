@@ -157,7 +157,7 @@ class Layout:
     def _resolve_ties(self, modules: dict[str, dict[int, Parts]], wholes: Parts) -> None:
         """Keep one change of each tied tensor.
 
-        Raises ModelError if the changes of its names differ: one stored tensor cannot have two values.
+        Raises ModelError if its names change differently: one stored tensor cannot have two values.
         """
         ties: dict[tuple[str, ...], dict[str, Tie]] = defaultdict(dict)
         for name in [*wholes, *(f"{module}.weight" for module in modules)]:
@@ -274,7 +274,7 @@ class Layout:
             self._add(bias, bias=(key, inner.scale))
 
     def _require_plain_expert(self, tensor: Held, key: str) -> None:
-        """Refuse settings that peft reads in another way for experts adapted one by one."""
+        """Refuse scalings changed by peft for experts adapted one by one."""
         words = [word for word in ("use_rslora", "rank_pattern", "alpha_pattern") if self.settings.get(word)]
         if words and self.names.is_stacked(tensor):
             self._fail(

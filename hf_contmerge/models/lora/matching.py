@@ -83,7 +83,7 @@ class HeldNames:
         )
 
     def tie(self, name: str) -> Tie | None:
-        """Return the tie that a weight belongs to; None if it is stored apart from the others."""
+        """Return a weight's tie; None if its names are stored apart."""
         tensor = self.find(name)
         member = tensor.name if tensor else _OUTPUT if re.search(r"(^|\.)lm_head\.weight$", name) else name
         members = self._ties.get(member, ())
@@ -98,7 +98,7 @@ class HeldNames:
         return self._memory.parameters(module)
 
     def is_stacked(self, tensor: Held) -> bool:
-        """Return True for a weight that is a slice of a stack in memory."""
+        """Return True for a slice of a stack in memory."""
         return self._memory.is_stacked(tensor.name)
 
     def is_in_out(self, tensor: Held) -> bool:
@@ -106,7 +106,10 @@ class HeldNames:
         return tensor.name.rpartition(".")[0] in self._memory.in_out
 
     def is_conv1d(self, tensor: Held, change: tuple[int, int], *, flag: bool) -> bool:
-        """Return True for a linear map (in, out). `change` and `flag` decide if its class is unknown."""
+        """Return True for a linear map (in, out).
+
+        `change` and `flag` decide if its class is unknown.
+        """
         if tensor.name in self._memory.held:
             return tensor.name in self._memory.conv1d
         return is_conv1d(self._base, tensor.parts[0].stored, change, flag=flag)
@@ -114,7 +117,10 @@ class HeldNames:
 
 @dataclass(frozen=True)
 class Tie:
-    """Names of one tensor. `member` is the one asked for, `table` the input embedding."""
+    """Names of one tensor.
+
+    `member`: the name asked for. `table`: the input embedding.
+    """
 
     member: str
     table: str

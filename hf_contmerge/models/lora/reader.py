@@ -114,7 +114,10 @@ class Adapter:
         return left @ right
 
     def _sides(self, inner: LowRank, part: Part) -> tuple[Tensor, Tensor]:
-        """Return the factors of a part, in the axes held in memory; of a stack, each with the experts in front."""
+        """Return a part's factors in the axes held in memory.
+
+        Stacks have the experts in front.
+        """
         a, b = self._read(inner.a).float(), self._read(inner.b).float()
         if inner.experts:
             a = a.reshape(inner.experts, -1, a.shape[1])[part.place[0]]  # (experts, r, in)

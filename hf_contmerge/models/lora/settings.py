@@ -118,7 +118,7 @@ def is_same_base(name: str, others: Collection[str]) -> bool:
 
 
 def is_same_revision(name: str, others: Collection[str]) -> bool:
-    """Return True if a base's revision matches one of `others`, or is unknown on one side.
+    """Return True if a base's revision matches `others`, or is unknown.
 
     A Hub id without revision is the branch main. Snapshots of the cache have their commit in the path.
     """

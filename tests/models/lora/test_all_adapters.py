@@ -302,8 +302,10 @@ def test_every_setting_is_what_peft_merges_or_is_refused(architecture: str, base
     for setting, result in results.items():
         assert_expected(result, setting)
     equal = {setting for setting, result in results.items() if result == "equal"}
-    assert {"all-linear", "save-norm"} <= equal or architecture == "mamba"
-    assert len(equal) >= 8
+    assert equal
+    if architecture != "mamba":  # peft adapts few of its modules
+        assert {"all-linear", "save-norm"} <= equal
+        assert len(equal) >= 8
     if architecture in ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss", "qwen3-vl-moe"):
         assert {"parameters", "parameters-one", "parameters-patterns"} <= equal
     if architecture in ("mixtral", "qwen3-vl-moe"):
