@@ -70,8 +70,8 @@ def finetune_stage(
         strategy: one or several names, as in recipes: full, lora, [lora, replay] ...
         parameters: parameters of the strategy.
         seed: seed for data order, dropout and sampling.
-        training: fields of TRL's SFTConfig (DPOConfig for preference pairs): learning_rate, max_steps, ...; and
-            `trust_remote_code`.
+        training: fields of TRL's SFTConfig (DPOConfig for preference pairs), as in recipes: learning_rate, max_steps,
+            ...; and `trust_remote_code`.
 
     Raises:
         RecipeError: an unknown field, strategy or parameter.

@@ -6,7 +6,7 @@
       - {name: law,  dataset: law.jsonl}                          # trained on data, or
       - {name: code, expert: owner/code-model}                    # given, or
       - {name: chat, expert: owner/instruct, minus: owner/base}   # the difference of two other models
-    train:    {max_steps: 500, learning_rate: 1.0e-5}             # any field of TRL's SFTConfig, plus `strategy`
+    train:    {max_steps: 500, learning_rate: 1.0e-5}             # fields of TRL's SFTConfig, plus `strategy`
     merge:    [{rule: magmax, parameters: {lambda: 0.5}}, {rule: opcm}]
     evaluate: {general_tasks: [hellaswag]}
     guard:    {max_forgetting: 0.01, on: [general, stages], ladder: [shrink, keep_previous]}
@@ -84,7 +84,7 @@ def _as_names(value: Any) -> Any:
 
 
 class Train(BaseModel):
-    """Training settings: `strategy`, its `parameters`, any field of TRL's SFTConfig."""
+    """Training settings: `strategy`, its `parameters`, fields of TRL's SFTConfig."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
