@@ -8,10 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 LOG = logging.getLogger(__name__)
 
@@ -65,13 +62,13 @@ class Survival:
     """The tensors that lost most, with the share that survives."""
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Kept], dtype: torch.dtype, rounding: str, nbytes: int) -> Survival:
+    def of(cls, tensors: Mapping[str, Kept], dtype: object, rounding: str, nbytes: int) -> Survival:
         """Sum up a model's tensors."""
         total = Kept.sum(tensors.values())
         changed = [(name, kept.survival) for name, kept in sorted(tensors.items()) if kept.update]
         worst = sorted((x for x in changed if x[1] < LEAST), key=lambda x: x[1])[:_WORST]
-        by = rounding if dtype.itemsize == 2 else "none"
         word = str(dtype).removeprefix("torch.")
+        by = rounding if word in ("bfloat16", "float16") else "none"
         return cls(word, by, total.survival, total.error, nbytes, tuple(worst))
 
     @classmethod

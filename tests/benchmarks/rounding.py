@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' toys
 from toys.models import toy_llama
 
 from hf_contmerge import MergeState, finetune_stage, score_stage
-from hf_contmerge.models.rounding import compared
+from hf_contmerge.models.rounding import Rounding, compared
 from hf_contmerge.models.survival import LEAST, Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.launching import keep_freed_memory
@@ -150,7 +150,7 @@ def speed(home: Path) -> None:
         (folder / "config.json").write_text("{}")
     base = Weights(home / "m0")
     experts = [open_expert(home / f"m{n}", base) for n in (1, 2)]
-    seconds: dict[str, list[float]] = {way: [] for way in ("nearest", "stochastic")}
+    seconds: dict[Rounding, list[float]] = {"nearest": [], "stochastic": []}
     for turn in range(5):
         for way, times in seconds.items():
             out = home / f"{way}-{turn}"
