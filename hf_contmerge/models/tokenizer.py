@@ -39,7 +39,7 @@ class TokenizerChange:
     def write(self, folder: Path) -> None:
         """Apply the change to the files of a model folder.
 
-        The end of text is added to those of the generation config, of which any stops a generation.
+        The generation config keeps its other ends: any of them stops a generation.
         """
         words = {f"{name}_token": token.text for name, token in self._tokens().items()}
         numbers = {f"{name}_token_id": token.number for name, token in self._tokens().items()}
@@ -70,7 +70,7 @@ UNCHANGED = TokenizerChange()
 
 
 def change_of_json(text: str) -> TokenizerChange:
-    """Return the change that `as_json` wrote."""
+    """Return the change written by `as_json`."""
     values = json.loads(text)
     eos, pad = (Token(*values[name]) if values[name] else None for name in ("eos", "pad"))
     return TokenizerChange(eos, pad, values["chat_template"])

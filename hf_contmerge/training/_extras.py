@@ -58,7 +58,7 @@ def _tools(value: Any, where: str, *, exact: bool) -> str | None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop the keys of other rows, which a column of structures fills with null."""
+    """Drop null keys: a column of structures has those of all rows."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -143,14 +143,14 @@ def _all_fields() -> set[str]:
 
 
 def _whose(field: str) -> str:
-    """Say which other form of examples a field belongs to."""
+    """Name the form of examples with this field."""
     forms: dict[Form, str] = {"preference": "preference pairs", "text": "texts and conversations"}
     owners = [words for form, words in forms.items() if field in config_fields(form)]
     return f" It is for {owners[0]}, and no stage here has them." if owners else ""
 
 
 def config_of(form: Form, fields: Mapping[str, Any], where: str) -> Any:
-    """Return a form's config. Raises RecipeError for what TRL or transformers refuses."""
+    """Return a form's config. Raises RecipeError for refused values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of old names, which TRL itself uses
         try:
@@ -164,7 +164,7 @@ def _check_values(train: Train, form: Form, where: str) -> None:
 
 
 def _check_form(train: Train, form: Form, where: str) -> None:
-    """Raise RecipeError for settings of TRL's that a form silently lacks."""
+    """Raise RecipeError for settings without effect on a form."""
     fields = train.sft_fields
     if fields.get("completion_only_loss") and form != "prompt_completion":
         raise RecipeError(

@@ -17,7 +17,7 @@ _JINJA = (".jinja", ".j2")
 
 
 def stage_tokenizer(base: Path, train: Train, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer that stages train with.
+    """Load the stages' tokenizer.
 
     Raises RecipeError for a token or a template that would need other weights than the base's.
     """

@@ -277,7 +277,7 @@ def _load_stage(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
 
 
 def _check_trust(recipe: Recipe, how: Circumstances) -> None:
-    """Raise RecipeError for a recipe that trusts code which the user does not."""
+    """Raise RecipeError for code of models without the user's consent."""
     if recipe.trust_remote_code and not how.trust_remote_code:
         raise RecipeError(
             f"`trust_remote_code: true` lets {recipe.base_model} run its own code, which happens only if you say so "

@@ -42,7 +42,7 @@ _ONE_STEP = {
 
 
 def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_remote_code: bool = False) -> None:
-    """Raise RecipeError for settings that TRL, transformers or this machine cannot follow.
+    """Raise RecipeError for settings without a working trainer.
 
     All ranks call this together. Launchers that shard weights are left out: they need the real model.
     """
@@ -90,7 +90,7 @@ def _tiny(tokenizer: Any, *, lora: bool) -> Any:
 
 
 def _shortest(rows: Dataset) -> Dataset:
-    """Return a few short rows, which any `max_length` leaves whole."""
+    """Return a few rows, short enough for any `max_length`."""
     some = rows.select(range(min(len(rows), _LOOKED_AT)))
     order = sorted(range(len(some)), key=lambda i: len(str(some[i])))
     return some.select(order[:_ROWS])
@@ -107,7 +107,7 @@ def _check_router(train: Train, base: Path, where: str, trust_remote_code: bool)
 
 
 def _check_compiler(train: Train, where: str) -> None:
-    """Refuse a backend or mode that torch.compile does not have; compile nothing."""
+    """Refuse unknown backends and modes of torch.compile; compile nothing."""
     backend, mode = (train.sft_fields.get(f"torch_compile_{word}") for word in ("backend", "mode"))
     if backend or mode:
         try:

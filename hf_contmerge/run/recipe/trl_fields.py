@@ -34,7 +34,7 @@ def _from(least: float) -> AfterValidator:
 
 
 def _limit(value: int) -> int:
-    """Refuse 0 steps, which the trainer takes for no limit."""
+    """Refuse 0 steps: the trainer takes them for no limit."""
     if value < 1 and value != -1:
         raise ValueError("no number of steps")
     return value
@@ -116,7 +116,7 @@ _LOADING = ("attn_implementation", "dtype", "experts_implementation")
 
 
 def _loading(value: Options) -> Options:
-    """Refuse arguments of `from_pretrained` that choose other files, formats or code."""
+    """Refuse arguments of `from_pretrained` for other files, formats or code."""
     for key, argument in value.items():
         named = key in _LOADING and isinstance(argument, str) and re.fullmatch(r"\w+", argument)  # owner/name is code
         if not named or (key == "dtype" and argument not in _DTYPES):
