@@ -80,7 +80,7 @@ def check_contents(folder: Path) -> None:
 
 def _no_weights(folder: Path) -> str:
     others = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
-    seen = f" It has {', '.join(others[:3])}, which `from_pretrained` or we do not read." if others else ""
+    seen = f" It has {', '.join(others[:3])}, which is not read." if others else ""
     return (
         f"{folder} holds no *.safetensors of a model: expected {SINGLE} or {INDEX}.{seen} Pickled weights (.bin, .pt) "
         "are not read: load the model once with transformers and call save_pretrained."

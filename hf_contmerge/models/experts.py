@@ -141,9 +141,10 @@ def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = ()
         force: accept an adapter of another base, or a model of another configuration or tokenizer.
     """
     if not is_adapter(folder):
+        expert = DenseExpert(folder, base)
         if not force:
             check_function(base.folder, folder)
-        return DenseExpert(folder, base)
+        return expert
     adapter = Adapter(folder, base)
     check_base(adapter, base_names, force=force)
     return AdapterExpert(adapter)

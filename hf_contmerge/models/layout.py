@@ -126,6 +126,8 @@ def _ignored(base: Weights, other: Weights, loaded: set[str], theirs: set[str]) 
     if kept := [name for name in rest if name not in both]:
         LOG.info("%s lacks %s, not loaded by transformers: the base's is kept", other.folder, _brief(kept))
     if left := sorted(set(other.names) - theirs - both.keys()):
+        own = known_architecture(other.folder, other.names)  # may be deeper than the base's
+        _require(base, other, set(), set(own.places(left)) if own else set())
         LOG.info("%s holds %s, not loaded by transformers: left out", other.folder, _brief(left))
     return both
 

@@ -333,11 +333,6 @@ BAD: dict[str, tuple[Change, str]] = {
         edit_weights(lambda v: v.update({"model.nrom.weight": v.pop(NORM)})),
         f"EXPERT does not fit BASE: it lacks {NORM}. Both must have the same architecture.",
     ),
-    "name too many": (
-        edit_weights(lambda v: v.update(a=torch.ones(1), b=torch.ones(1))),
-        "EXPERT does not fit BASE: it has a and 1 more tensors, which the base lacks. Both must have the "
-        "same architecture.",
-    ),
     "fp8": (
         edit_weights(fp8),
         "EXPERT: model.layers.0.mlp.up_proj.weight is stored as F8_E4M3, which cannot be merged. Dequantise the model "
@@ -365,8 +360,7 @@ BAD: dict[str, tuple[Change, str]] = {
         in_shards(
             lambda _, index: index["weight_map"].update({"model.more.weight": "model-00001-of-00002.safetensors"})
         ),
-        f"{INDEX} places model.more.weight in model-00001-of-00002.safetensors, where it is missing. "
-        "Fetch the model again.",
+        "EXPERT: the index lists model.more.weight, which no file holds. Fetch the model again.",
     ),
     "index that leaves the folder": (
         in_shards(point("../base/model.safetensors")),
@@ -394,7 +388,8 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "pickled": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin").touch(),
-        "EXPERT holds no *.safetensors. Pickled weights (.bin, .pt) are not read: load the model once with "
+        "EXPERT holds no *.safetensors of a model: expected model.safetensors or model.safetensors.index.json. It has "
+        "pytorch_model.bin, which is not read. Pickled weights (.bin, .pt) are not read: load the model once with "
         "transformers and call save_pretrained.",
     ),
     "NaN": (set_value(math.nan), NO_NUMBER),

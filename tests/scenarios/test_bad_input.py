@@ -342,7 +342,8 @@ def test_pickled_weights(refused: Refused, home: Path, tmp_path: Path) -> None:
 
     folder = changed(home, tmp_path / "pickled", pickle)
     assert refused(*to(f"stages.1.expert={folder}")) == (
-        f"{folder} holds no *.safetensors. Pickled weights (.bin, .pt) are not read: load the model once with "
+        f"{folder} holds no *.safetensors of a model: expected model.safetensors or model.safetensors.index.json. It "
+        "has pytorch_model.bin, which is not read. Pickled weights (.bin, .pt) are not read: load the model once with "
         "transformers and call save_pretrained."
     )
 
