@@ -1,8 +1,8 @@
 """All that can be asked of one GPU, in one go: does it work, is it what the CPU does, and how fast is it.
 
-    python tests/benchmarks/gpu.py --out gpu                      everything: 25 minutes at most
-    python tests/benchmarks/gpu.py --out gpu --parts merging opcm some parts only; earlier ones' rows are kept
-    python tests/benchmarks/gpu.py --out gpu --quick --device cpu to see that the script works, where there is no GPU
+    python tests/benchmarks/gpu.py                          everything: 25 minutes at most
+    python tests/benchmarks/gpu.py --parts merging opcm     some parts only; earlier ones' rows are kept
+    python tests/benchmarks/gpu.py --quick --device cpu     to see that the script works, where there is no GPU
 
 Each part is a process with a time limit, so that nothing that happens in one harms another. OUT/gpu.md and OUT/gpu.json
 are written after each, and say what failed, with the last lines, and what was not run. OUT/<part>.log has all words.
@@ -95,7 +95,7 @@ def tail(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu"))
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument(
         "--parts", nargs="+", default=list(LIMITS), choices=LIMITS, metavar="PART", help=" ".join(LIMITS)
     )
@@ -104,12 +104,14 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=None, help="for models (default: a temporary folder; 25 GB)")
     parser.add_argument("--do", choices=LIMITS, help=argparse.SUPPRESS)  # in the process of a part
     args = parser.parse_args()
+    args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.do:
         do(args)
         return
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() if not args.scratch else contextlib.nullcontext(args.scratch) as scratch:
+    given = args.scratch and contextlib.nullcontext(args.scratch.absolute())
+    with given or tempfile.TemporaryDirectory() as scratch:
         for part in args.parts:
             left = TOTAL - (time.monotonic() - start)
             if left > 0:

@@ -12,6 +12,7 @@ from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.statistics import Statistics
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import StatisticsSettings
+from hf_contmerge.train_strategies.migu import Migu
 from hf_contmerge.training.settings import training_checks
 from hf_contmerge.training.statistics import collect_inputs
 
@@ -35,6 +36,22 @@ def test_two_stages_in_bfloat16(case: str, base: Path, tmp_path: Path) -> None:
     assert {n: t.shape for n, t in expert.items()} == {n: t.shape for n, t in weights(base).items()}
     assert all(t.isfinite().all() for t in expert.values())
     assert any(not torch.equal(t, start[n]) for n, t in expert.items())
+
+
+def test_a_layer_that_no_step_calls_leaves_migu_on_the_card(base: Path) -> None:
+    """An expert of a mixture, for one, to which no token went."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.model.uncalled = torch.nn.Linear(4, 4)
+    strategy = Migu(fraction=0.25)
+    strategy.open(model, None)
+    model.to("cuda").train()
+    tokens = torch.arange(24, device="cuda").reshape(2, 12)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    strategy.adjust_gradients(model)
+    rows = model.model.layers[0].mlp.up_proj.weight.grad.abs().sum(1) > 0
+    assert int(rows.sum()) == round(0.25 * len(rows))
 
 
 @pytest.mark.parametrize("case", ["full", "lora", "ewc", "migu", "distill"])
