@@ -38,7 +38,7 @@ SELECTING = [name for name in rule_names() if rule_class(name).selects]
 def merge(rule: MergeRule, base: Path, experts: Sequence[Path], folder: Path, **options: Any) -> tuple[Path, Merged]:
     """Merge experts at once; return the merged folder, beside which the state is left as `running`, and the finding."""
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = {key: options.pop(key) for key in ("dtype", "shard_size", "companions") if key in options}
+    outputs = {key: options.pop(key) for key in ("dtype", "rounding", "shard_size", "companions") if key in options}
     weights, merged = Weights(base), folder / "merged"
     merged.mkdir()
     opened = [open_expert(e, weights, force=True) for e in experts]
