@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -51,6 +52,7 @@ class Replay(TrainStrategy):
         if not memory or not self.share:
             return fresh
         olds = [in_form_of(fresh, old.remove_columns([_KEY, _SIZE]), path) for path, old in _remembered(memory)]
+        fresh, *olds = (rows.cast(_widest([fresh, *olds]), keep_in_memory=True) for rows in (fresh, *olds))
         old = datasets.concatenate_datasets(olds).shuffle(seed=seed, keep_in_memory=True)
         count = round(len(fresh) * self.share / (1 - self.share))
         drawn = old.select([i % len(old) for i in range(count)])
@@ -89,12 +91,18 @@ def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) ->
     elif mine == {"prompt", "completion"} and theirs == {"text"} and isinstance(fresh[0]["prompt"], str):
         old = old.map(lambda row: {"prompt": "", "completion": row["text"]}, remove_columns=["text"])
     try:
-        return old.select_columns(fresh.column_names).cast(fresh.features)
+        old = old.select_columns(fresh.column_names)
+        return old.cast(_widest([fresh, old]))
     except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
         raise DataError(
             f"replay cannot mix the examples of {where} ({_form(old)}) with new ones ({_form(fresh)}). Give all stages "
             "one form (text, messages, or prompt and completion), or leave replay out."
         ) from error
+
+
+def _widest(parts: Sequence[datasets.Dataset]) -> datasets.Features:
+    """Return the features of the first part, or of one whose turns may have any fields."""
+    return next((rows.features for rows in parts if "Json(" in str(rows.features)), parts[0].features)
 
 
 def _form(data: datasets.Dataset) -> str:

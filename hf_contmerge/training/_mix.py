@@ -80,6 +80,7 @@ def alike(portions: Sequence[Portion]) -> list[Portion]:
                 f"The datasets of a mix must have one form: {first.source.path} has {first.form} and "
                 f"{other.source.path} has {other.form}. Name a column or a format with `text`, or leave one out."
             )
+    first = next((portion for portion in portions if "Json(" in str(portion.train.features)), first)  # the widest
     features = first.train.features
     return [portion if portion.train.features == features else _cast(portion, first) for portion in portions]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import datasets
+import pyarrow
 from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.arrow.arrow import Arrow
@@ -144,6 +145,8 @@ def _builder(spec: DataSource) -> datasets.DatasetBuilder:
     """Return the builder of a dataset's rows. Raises DataError for other files."""
     path = Path(spec.path).expanduser()
     kind = _kind(path)
+    if "::" in str(path) and path.exists():
+        raise DataError(f"{path}: `datasets` takes a name with '::' for a file in an archive. Rename it.")
     if kind and "://" in spec.path:
         return _file_builder(kind, DataFilesDict.from_patterns({"train": [spec.path]}))
     if kind and not path.is_dir():
@@ -236,7 +239,7 @@ def _clear(spec: DataSource) -> Iterator[None]:
             f"{spec.path} is made by a script of its own, which datasets {datasets.__version__} no longer runs. Set "
             "`revision: refs/convert/parquet`, where the Hub keeps a copy of many such datasets, or name another."
         ) from error
-    except (DatasetGenerationError, ValueError, json.JSONDecodeError) as error:
+    except (DatasetGenerationError, ValueError, json.JSONDecodeError, pyarrow.ArrowNotImplementedError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, DataError):
             raise cause from error

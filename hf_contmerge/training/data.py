@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,10 @@ class SourceCounts:
     left_out: Mapping[str, int]
     """Reason ("lack text", ...) -> number of rows."""
 
+    def sentences(self) -> list[str]:
+        """Return how many rows are left out, a sentence per reason."""
+        return [f"{count} rows of {self.path} are left out, for they {why}." for why, count in self.left_out.items()]
+
 
 @dataclass(frozen=True)
 class StageData:
@@ -88,6 +92,7 @@ def load_stage_data(spec: Dataset, *, seed: int, limits: Limits | None = None) -
         portions = in_proportion(portions, at_most=spec.max_examples)
     train, train_sources = joined([portion.train for portion in portions], seed=seed)
     sources = tuple(_counts(portion) for portion in portions)
+    _tell_chosen(sources)
     return StageData(portions[0].form, train, heldout, sources, train_sources, heldout_sources)
 
 
@@ -222,6 +227,14 @@ def _tell_left_out(spec: DataSource, left_out: Counter[str], read: int) -> None:
     if lengths:
         raise DataError(f"{spec.path} (split {spec.split}) has no example that is left: {read} {lengths[0]}.")
     raise empty(spec)
+
+
+def _tell_chosen(sources: Sequence[SourceCounts]) -> None:
+    """Report usable rows that are not trained on."""
+    for source in sources:
+        for sentence in source.sentences():
+            if " for they are " in sentence:  # others are warnings
+                LOG.info("%s", sentence)
 
 
 def _warn_left_out(path: str, count: int, read: int, why: str) -> None:

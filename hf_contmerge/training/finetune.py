@@ -57,14 +57,16 @@ def train_expert(
     """
     strategies = make_strategies(job.train)
     strategies.begin(job.stage)
-    trainer = _make_trainer(job, strategies, checkpoints)
+    examples = strategies.mix(job.data.train, job.memory, seed=job.seed)
+    trainer = _make_trainer(job, strategies, examples, checkpoints)
+    dropped = _dropped(trainer, len(examples))
     share_out_on_processors(trainer)
     _check_ranks(trainer, strategies)
     _tell(trainer, on_log)
     _train_on(trainer, _newest_checkpoint(checkpoints))
     _remember(trainer, strategies, job, memory_out)
     save_expert(trainer, strategies, job.base, out)
-    record = _record(trainer, job.data)
+    record = {**_record(trainer, job.data), **dropped}
     del trainer
     gc.collect()
     if torch.cuda.is_available():
@@ -74,7 +76,17 @@ def train_expert(
     return record
 
 
-def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any:
+def _dropped(trainer: Any, given: int) -> dict[str, int]:
+    """Return how many examples TRL dropped, if any: replayed ones may exceed this stage's `max_length`."""
+    count = 0 if getattr(trainer.args, "packing", False) else given - len(trainer.train_dataset)
+    if not count:
+        return {}
+    longest = trainer.args.max_length
+    LOG.warning("%d of %d examples have no token to learn from within `max_length` (%s)", count, given, longest)
+    return {"dropped": count}
+
+
+def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoints: Path) -> Any:
     """Load and open the model; return TRL's trainer of it."""
     trainer_type, config_type = trl_classes(job.data.form)
     tokenizer = AutoTokenizer.from_pretrained(job.base, trust_remote_code=job.trust_remote_code)
@@ -87,7 +99,7 @@ def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any
     return trainer_class(trainer_type, strategies)(
         model=opened,
         args=config_type(**settings, output_dir=str(checkpoints), seed=job.seed),
-        train_dataset=strategies.mix(job.data.train, job.memory, seed=job.seed),
+        train_dataset=examples,
         processing_class=tokenizer,
         callbacks=[StrategySteps(strategies)],
         **reference_model(job.data.form, opened, job.start, job.base, **init),

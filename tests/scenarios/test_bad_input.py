@@ -207,8 +207,8 @@ def test_our_recipe_given_to_mergekit(recipe: Data, tmp_path: Path) -> None:
 
 DATASETS = {
     "empty.jsonl": "HOME/empty.jsonl (split train) is empty.",
-    "broken.jsonl": "HOME/broken.jsonl cannot be read (split train): JSON parse error: Missing a name for object "
-    "member. in row 0",
+    "broken.jsonl": "HOME/broken.jsonl, line 1: this is no JSON (Expecting property name enclosed in double quotes). "
+    "Correct the file.",
     "blank.jsonl": "HOME/blank.jsonl (split train) is empty.",
     "folder": "There is no dataset HOME/folder, here or on the Hub: The directory at HOME/folder doesn't contain any "
     "data files",
@@ -252,7 +252,7 @@ def test_conversations_without_a_chat_template(refused: Refused, home: Path, tmp
 def test_answer_outside_the_choices(refused: Refused, recipe: Data, home: Path) -> None:
     path = str(home / "gold.jsonl")
     recipe["evaluate"] = {"general_tasks": [{"name": "mc", "kind": "multiple_choice", "dataset": path}]}
-    assert refused() == f"{path}: gold must be the index of the right choice; got 2 for 2 choices."
+    assert refused() == f"{path}, line 1: gold must be the index of the right choice; got 2 for 2 choices."
 
 
 # Models

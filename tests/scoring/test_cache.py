@@ -17,7 +17,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from toys.models import toy_llama, write_jsonl
+from toys.models import toy_llama
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -307,13 +307,18 @@ def test_tasks_of_another_folder(tasks: Path, tmp_path: Path) -> None:
 
 def test_other_data(tasks: Path) -> None:
     before = {name: task_digest(tasks, name) for name in KNOWN}
-    write_jsonl(tasks / "choice.jsonl", [*ROWS[:-1], {**ROWS[-1], "gold": 1}])
+    write_choice_task(tasks, "choice", [*ROWS[:-1], {**ROWS[-1], "gold": 1}])
     after = {name: task_digest(tasks, name) for name in KNOWN}
     assert {name for name in KNOWN if after[name] == before[name]} == {"texts"}
 
 
 CHANGED: dict[str, tuple[str, str, str, set[str]]] = {
-    "settings": ("choice.yaml", "{{query}}", "Q: {{query}}", {"choice", "both", "nested", "child"}),
+    "settings": (
+        "choice.yaml",
+        "doc_to_text: query",
+        "doc_to_text: 'Q: {{query}}'",
+        {"choice", "both", "nested", "child"},
+    ),
     "a group": ("both.yaml", "- choice", "- tagged", {"both", "nested"}),
     "an override": ("nested.yaml", "num_fewshot: 1", "num_fewshot: 2", {"nested"}),
     "code": ("code/utils.py", "docs\n", "docs.select([0])\n", {"coded"}),
