@@ -120,11 +120,11 @@ WORDS = {
     "train.save_strategy=sometimes": "RECIPE: train: save_strategy must be no, steps or epoch; got 'sometimes'",
     "train.eval_strategy=steps": "RECIPE: train: eval_strategy is refused: a stage is not evaluated while it trains, "
     "because the run measures every expert and merge. Use `evaluate`.",
-    "train.eos_token=<|stop|>": "train.eos_token: the tokenizer of BASE has no token '<|stop|>'. Name one of its tokens; "
-    "another would need a larger embedding, and the expert could not be merged.",
-    "train.assistant_only_loss=true": "train of stage a cannot be followed: You set `assistant_only_loss=True`, but the "
-    "dataset is not conversational. This option is only supported for conversational datasets. (ValueError of TRL or "
-    "transformers)",
+    "train.eos_token=<|stop|>": "train.eos_token: the tokenizer of BASE has no token '<|stop|>'. Name one of its "
+    "tokens; another would need a larger embedding, and the expert could not be merged.",
+    "train.assistant_only_loss=true": "train of stage a cannot be followed: You set `assistant_only_loss=True`, but "
+    "the dataset is not conversational. This option is only supported for conversational datasets. (ValueError of TRL "
+    "or transformers)",
     "trust_remote_code=true": "`trust_remote_code: true` lets BASE run its own code, which happens only if you say so "
     "too: read that code, then add `--trust-remote-code` (in Python: run_recipe(..., trust_remote_code=True)).",
     "stages.1.dataset=x.jsonl": "RECIPE: stages.1: a stage needs either `dataset` (to train on) or `expert` "
@@ -215,8 +215,8 @@ def test_our_recipe_given_to_mergekit(recipe: Data, tmp_path: Path) -> None:
 
 DATASETS = {
     "empty.jsonl": "HOME/empty.jsonl (split train) is empty.",
-    "broken.jsonl": "HOME/broken.jsonl cannot be read (split train): JSON parse error: Missing a name for object "
-    "member. in row 0",
+    "broken.jsonl": "HOME/broken.jsonl, line 1: this is no JSON (Expecting property name enclosed in double quotes). "
+    "Correct the file.",
     "blank.jsonl": "HOME/blank.jsonl (split train) is empty.",
     "folder": "There is no dataset HOME/folder, here or on the Hub: The directory at HOME/folder doesn't contain any "
     "data files",
@@ -260,7 +260,7 @@ def test_conversations_without_a_chat_template(refused: Refused, home: Path, tmp
 def test_answer_outside_the_choices(refused: Refused, recipe: Data, home: Path) -> None:
     path = str(home / "gold.jsonl")
     recipe["evaluate"] = {"general_tasks": [{"name": "mc", "kind": "multiple_choice", "dataset": path}]}
-    assert refused() == f"{path}: gold must be the index of the right choice; got 2 for 2 choices."
+    assert refused() == f"{path}, line 1: gold must be the index of the right choice; got 2 for 2 choices."
 
 
 # Models

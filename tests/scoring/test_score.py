@@ -1,5 +1,6 @@
 """Scores against the stock `lm_eval` command and plain transformers; groups, few-shot, limits, broken models."""
 
+import functools
 import json
 import math
 import random
@@ -507,9 +508,10 @@ def test_heldout_documents_of_conversations(base_folder: Path, tmp_path: Path) -
     turns = [{"role": "user", "content": "what lays eggs"}, {"role": "assistant", "content": "the hen"}]
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [*turns, {"role": "user", "content": c}]} for c in "abc"])
     data = load_stage_data(Dataset(path=str(path), heldout=1), seed=0)
-    whole = heldout_documents(data, chars=1000, tokenizer_folder=base_folder)
+    load = functools.partial(AutoTokenizer.from_pretrained, base_folder)
+    whole = heldout_documents(data, chars=1000, load_tokenizer=load)
     assert whole[0].startswith("<|im_start|>user\nwhat lays eggs<|im_end|>\n<|im_start|>assistant\nthe hen<|im_end|>\n")
-    assert heldout_documents(data, chars=20, tokenizer_folder=base_folder) == [whole[0][:20]]
+    assert heldout_documents(data, chars=20, load_tokenizer=load) == [whole[0][:20]]
 
 
 def refused(kind: type[ContmergeError], ask: Callable[[], Any]) -> str:

@@ -145,7 +145,7 @@ def page_rows() -> list[str]:
     """Return the page's table, made from ours."""
 
     def key(item: tuple[str, TrlField]) -> tuple[str, str]:
-        name, row = item
+        row = item[1]
         return ("obeyed; whole run only" if row.whole_run else row.use, row.reason)
 
     lines = []
