@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from hf_contmerge.run.recipe.parts import DataSource
 from hf_contmerge.training._format import Format, read_format
 from hf_contmerge.training._rows import Row, Rows
 
+LOG = logging.getLogger(__name__)
+
 Form = Literal["text", "messages", "prompt_completion", "preference"]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {
@@ -35,6 +38,8 @@ COLUMNS: dict[Form, tuple[str, ...]] = {
 _TEXT = datasets.Value("string")
 _TURNS = datasets.List({"role": _TEXT, "content": _TEXT})
 _ANY_TURNS = datasets.List(datasets.Json())
+_MANY = 20_000
+"""Rows whose check takes some seconds."""
 _VERSION = 1
 """Of the examples in the cache; raise it when the same rows give others."""
 
@@ -150,6 +155,8 @@ def fit_rows(rows: Rows, spec: DataSource, limits: Limits | None = None) -> Fit:
 
     Raises DataError for columns that make no form, and for malformed rows.
     """
+    if len(rows) > _MANY:
+        LOG.info("Checking %d rows of %s", len(rows), spec.path)
     examples = Examples(rows, spec, layout_of(rows, spec), limits)
     keep: list[int] = []
     left_out: Counter[str] = Counter()
@@ -191,6 +198,8 @@ def layout_of(rows: Rows, spec: DataSource) -> Layout:
     """Return the form of a dataset. Raises DataError for columns that make none."""
     known = rows.columns
     require_columns(known, tuple(spec.labels), spec.path)
+    if "tools" in known and spec.text is None:
+        LOG.warning("%s: the column tools is left out; prompts do not show tools", spec.path)
     if spec.text is not None:
         format = read_format(spec.text, known, f"`text` of {spec.path}")
         require_columns(known, format.columns, spec.path)
