@@ -12,6 +12,7 @@ conversations keep the columns `tools` and `chat_template_kwargs` (_extras.py).
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from hf_contmerge.training._extras import (
 from hf_contmerge.training._format import Format, read_format
 from hf_contmerge.training._rows import Row, Rows
 
+LOG = logging.getLogger(__name__)
+
 Form = Literal["text", "messages", "prompt_completion", "preference"]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {
@@ -44,6 +47,8 @@ COLUMNS: dict[Form, tuple[str, ...]] = {
 _TEXT = datasets.Value("string")
 _TURNS = datasets.List({"role": _TEXT, "content": _TEXT})
 _ANY_TURNS = datasets.List(datasets.Json())
+_MANY = 20_000
+"""Rows whose check takes some seconds."""
 _VERSION = 2
 """Of the examples in the cache; raise it when the same rows give others."""
 
@@ -173,6 +178,8 @@ def fit_rows(rows: Rows, spec: DataSource, limits: Limits | None = None) -> Fit:
 
     Raises DataError for columns that make no form, and for malformed rows.
     """
+    if len(rows) > _MANY:
+        LOG.info("Checking %d rows of %s", len(rows), spec.path)
     examples = Examples(rows, spec, layout_of(rows, spec), limits)
     keep: list[int] = []
     left_out: Counter[str] = Counter()

@@ -7,7 +7,6 @@ rules. An example with fewer bytes than `max_length` is not tokenized: no token 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,7 @@ from hf_contmerge.training.data import require_chat_template
 from hf_contmerge.training.settings import loss_fields
 from hf_contmerge.training.tokenizer import stage_tokenizer
 
-LOG = logging.getLogger(__name__)
-
-_MANY = 20_000
-"""Examples whose check takes some seconds."""
+_BATCH = 1000
 _SPECIAL = 8
 """Tokens that a tokenizer may add to a text."""
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -92,33 +88,38 @@ class TrainerLimits:
         fields = self._fields(form) if form != "text" else {}
         if form == "text" or not _cuts(fields, form):
             return list(range(len(data)))
-        if len(data) > _MANY:
-            LOG.info("Checking the length of %d examples", len(data))
         keep: list[int] = []
-        for number, example in enumerate(rows_of(data)):
-            if len(keep) == at_most:
+        for start in range(0, len(data), _BATCH):
+            part = list(rows_of(data.select(range(start, min(start + _BATCH, len(data))))))
+            keep += [start + i for i, learns in enumerate(self._learns(part, form, fields)) if learns]
+            if at_most is not None and len(keep) >= at_most:
                 break
-            if self._learns(example, form, fields):
-                keep.append(number)
-        return keep
+        return keep[:at_most]
 
-    def _learns(self, example: Row, form: Form, fields: dict[str, Any]) -> bool:
-        longest = fields["max_length"]
+    def _learns(self, part: list[Row], form: Form, fields: dict[str, Any]) -> list[bool]:
         if form == "messages":
-            return self._shows_answer(example, fields)
-        prompt = example["prompt"]
-        if isinstance(prompt, str) and len(prompt.encode()) + _SPECIAL < longest:
-            return True
-        start = self._ids(prompt, example, prompt=True)
-        answers = [self._ids(prompt + example[name], example) for name in COLUMNS[form] if name != "prompt"]
-        return min(map(functools.partial(_common, start), answers)) < longest
+            return [self._shows_answer(example, fields) for example in part]
+        longest = fields["max_length"]
+        texts = [e["prompt"] for e in part if isinstance(e["prompt"], str) and _may_exceed(e["prompt"], longest)]
+        long = {text for text, ids in zip(texts, self._ids(texts), strict=True) if len(ids) >= longest}
+        return [
+            (isinstance(e["prompt"], str) and e["prompt"] not in long) or self._prompt_length(e, form) < longest
+            for e in part
+        ]
+
+    def _prompt_length(self, example: Row, form: Form) -> int:
+        """Return the tokens that a prompt has in common with prompt and answer."""
+        prompt, arguments = example["prompt"], template_arguments(example)
+        start = self._ids(prompt, prompt=True, **arguments)
+        answers = (example[name] for name in COLUMNS[form] if name != "prompt")
+        return min(_common(start, self._ids(prompt + answer, **arguments)) for answer in answers)
 
     def _shows_answer(self, example: Row, fields: dict[str, Any]) -> bool:
         """Say if a token of an assistant's turn is kept."""
         if not fields["assistant_only_loss"]:
             return True
         turns = example["messages"]
-        if len(self._render(turns, example).encode()) + _SPECIAL < fields["max_length"]:
+        if not _may_exceed(self._render(turns, example), fields["max_length"]):
             return True
         from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -135,8 +136,11 @@ class TrainerLimits:
         mask, longest = found["assistant_masks"], fields["max_length"]
         return 1 in (mask[:longest] if fields["truncation_mode"] == "keep_start" else mask[-longest:])
 
-    def _ids(self, value: Any, example: Row, *, prompt: bool = False) -> list[int]:
-        if isinstance(value, str):
+    def _ids(self, value: Any, *, prompt: bool = False, **arguments: Any) -> list[Any]:
+        """Return the tokens of a text, of each of several texts, or of turns."""
+        if not value:
+            return []
+        if isinstance(value, str) or isinstance(value[0], str):
             return self.tokenizer(value, verbose=False)["input_ids"]
         return self.tokenizer.apply_chat_template(
             value,
@@ -144,12 +148,17 @@ class TrainerLimits:
             return_dict=True,
             add_generation_prompt=prompt,
             tokenizer_kwargs={"verbose": False},
-            **template_arguments(example),
+            **arguments,
         )["input_ids"]
 
     @functools.cache  # noqa: B019  (one object a stage)
     def _fields(self, form: Form) -> dict[str, Any]:
         return loss_fields(self.train, form, lambda: self.tokenizer)
+
+
+def _may_exceed(text: str, longest: int) -> bool:
+    """Say if a text may have so many tokens, by its bytes."""
+    return len(text.encode()) + _SPECIAL >= longest
 
 
 def _cuts(fields: dict[str, Any], form: Form) -> bool:
