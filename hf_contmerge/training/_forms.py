@@ -257,7 +257,7 @@ def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets
     """Return the examples of some rows: the columns themselves, or a copy in the cache."""
     rows, layout = examples.rows, examples.layout
     made = layout.format and not layout.format.is_column
-    split = layout.form == "preference" and "prompt" not in layout.columns
+    split = layout.form == "preference" and _is_split(rows.data.features)
     if not (rows.are_records or examples.spec.labels or made or split or layout.extras):
         data = rows.data.select_columns(list(layout.columns))
         data = data if len(keep) == len(data) else data.select(keep)
@@ -275,6 +275,12 @@ def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets
             fingerprint=Hasher.hash(facts),
         ),
     )
+
+
+def _is_split(features: datasets.Features) -> bool:
+    """Say if the prompts of pairs are made of the answers."""
+    kinds = {isinstance(features[name], datasets.Value) for name in COLUMNS["preference"] if name in features}
+    return "prompt" not in features or len(kinds) > 1
 
 
 def _features(example: Row, *, plain: bool) -> datasets.Features:
