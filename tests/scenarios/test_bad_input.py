@@ -251,6 +251,16 @@ def test_row_without_text_is_left_out(home: Path) -> None:
     assert len(data.train) + len(data.heldout) == 20
 
 
+def test_bad_conversation_in_a_later_stage(refused: Refused, recipe: Data, home: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = write_jsonl(tmp_path / "talk.jsonl", [*({"messages": turns} for _ in range(9)), {"messages": "hi"}])
+    recipe["stages"][1] = {"name": "b", "dataset": {"path": str(path), "heldout": 2}}
+    assert refused() == (
+        f"{path}, line 10: the column messages must hold conversations, lists of turns with `role` and `content`; got "
+        "'hi'."
+    )
+
+
 def test_conversations_without_a_chat_template(refused: Refused, home: Path, tmp_path: Path) -> None:
     folder = changed(home, tmp_path / "mute", lambda f: (f / "chat_template.jinja").unlink())
     message = refused(*to(f"base_model={folder}", f"stages.0.dataset.path={home / 'chat.jsonl'}"))

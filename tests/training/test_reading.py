@@ -22,6 +22,8 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.scoring.files import write_task
 from hf_contmerge.scoring.tasks import load_task, task_manager
 from hf_contmerge.training.data import StageData, load_stage_data, task_rows
+from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.limits import trainer_limits
 
 Row = dict[str, Any]
@@ -491,3 +493,16 @@ def test_columns_of_rows_in_memory_may_be_called_anything() -> None:
     from hf_contmerge.training._rows import Rows
 
     assert list(fit_rows(Rows("data", rows), Dataset(path="data")).rows["text"]) == ["1", "2"]
+
+
+def test_examples_that_only_the_trainer_drops_are_recorded(base: Path, tmp_path: Path) -> None:
+    """Replayed ones of a stage with a larger `max_length`, say."""
+    data = load(write_jsonl(tmp_path / "x.jsonl", examples_of("prompt_completion", 30)))
+    train = Train.model_validate({"max_steps": 1, "max_length": 24, "save_strategy": "no"})
+    (tmp_path / "expert").mkdir()
+    record = train_expert(
+        TrainJob(start=base, base=base, data=data, train=train),
+        tmp_path / "expert",
+        checkpoints=tmp_path / "checkpoints",
+    )
+    assert 0 < record["dropped"] < 30
