@@ -158,7 +158,7 @@ class Examples:
 
     def _extra(self, name: str, value: Any) -> Any:
         if name == TOOLS:
-            return read_tools(value, exact=self.rows.are_records)
+            return read_tools(value, exact=self.rows.are_records or "Json(" in str(self.rows.data.features[name]))
         return checked_arguments(value, self.layout.argument_keys)
 
     def _text(self, format: Format, values: Row) -> str:

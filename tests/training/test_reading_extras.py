@@ -1,4 +1,4 @@
-"""The columns `tools` and `chat_template_kwargs`: kept for each row, by every way of reading, and in mixes."""
+"""Columns next to conversations, by every way of reading: each row's own, with its place in errors, and in mixes."""
 
 import json
 from pathlib import Path
@@ -60,23 +60,6 @@ def test_each_row_keeps_its_own(kind: str, streaming: bool, tmp_path: Path, capl
         data.heldout, data.form, chars=999, render=lambda turns, **given: f"{turns[0]['content']} {given}"
     )
     assert all("'think'" in text for text in texts)
-
-
-def test_pairs_and_answers_keep_theirs_too(tmp_path: Path) -> None:
-    pairs = [
-        {"prompt": r["messages"][:1], "chosen": r["messages"][1:], "rejected": r["messages"][1:], **r} for r in rows()
-    ]
-    for row in pairs:
-        del row["messages"]
-    data = load(**write(tmp_path / "pairs.jsonl", pairs))
-    assert data.train.column_names == ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs"]
-    answers = [{"prompt": p["prompt"], "completion": p["chosen"], "tools": p["tools"]} for p in pairs]
-    assert load(**write(tmp_path / "answers.jsonl", answers)).train.column_names == ["prompt", "completion", "tools"]
-
-
-def test_texts_have_no_use_for_tools(tmp_path: Path) -> None:
-    texts = [{"text": f"text {i}", "tools": TOOLS[0]} for i in range(9)]
-    assert load(**write(tmp_path / "texts.jsonl", texts)).train.column_names == ["text"]
 
 
 def test_lengths_are_those_of_the_turns(tmp_path: Path) -> None:
