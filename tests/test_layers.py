@@ -42,7 +42,7 @@ HOMES = {
     "mergekit": {"merging/in_mergekit", "commands"},  # `contmerge yaml` is mergekit's own command
     "huggingface_hub": {"models", "report", "scoring/tasks"},
     "matplotlib": {"report", "merging/analysis"},
-    "jinja2": {"report/_templates", "training/tokenizer"},
+    "jinja2": {"report/_templates", "training/tokenizer", "training/limits"},
     "markupsafe": {"report/_templates"},
     "rich": {"commands", "report", "runtime/progress"},
 }  # fmt: skip

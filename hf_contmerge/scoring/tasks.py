@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 
@@ -149,7 +150,7 @@ def load_task(manager: Any, task: Task) -> LoadedTask:
             f"The dataset of the task {name} is missing, and the Hub cannot be reached: {error}. Check the network "
             "and HF_HUB_OFFLINE, or remove the task."
         ) from error
-    except (FileNotFoundError, DatasetGenerationError) as error:
+    except (FileNotFoundError, DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"Cannot read the dataset of the task {name}: {error.__cause__ or error}") from error
     for leaf in loaded["tasks"].values():
         if getattr(leaf, "UNSAFE_CODE", False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -52,6 +53,8 @@ class Replay(TrainStrategy):
         if not memory or not self.share:
             return fresh
         olds = [in_form_of(fresh, old.remove_columns([_KEY, _SIZE]), path) for path, old in _remembered(memory)]
+        features = widest([fresh, *olds])
+        fresh, *olds = (with_features(rows, features) for rows in (fresh, *olds))
         old = datasets.concatenate_datasets(olds).shuffle(seed=seed, keep_in_memory=True)
         count = round(len(fresh) * self.share / (1 - self.share))
         drawn = old.select([i % len(old) for i in range(count)])
@@ -89,19 +92,31 @@ def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) ->
         old = old.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=old.column_names)
     elif mine == {"prompt", "completion"} and theirs == {"text"} and isinstance(fresh[0]["prompt"], str):
         old = old.map(lambda row: {"prompt": "", "completion": row["text"]}, remove_columns=["text"])
-    features = datasets.Features(fresh.features)
-    if "tools" in mine | theirs:  # definitions that some conversations come with, and others without
-        features = datasets.Features({**features, "tools": datasets.Value("string")})
-        old = old if "tools" in theirs else old.add_column("tools", [None] * len(old))  # pyright: ignore
     try:
-        if lost := set(old.column_names) - set(features):
-            raise ValueError(f"the column {min(lost)} would be lost")
-        return old.select_columns(list(features)).cast(features)
+        return with_features(old, widest([fresh, old]))
     except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
         raise DataError(
             f"replay cannot mix the examples of {where} ({_form(old)}) with new ones ({_form(fresh)}). Give all stages "
             "one form (text, messages, or prompt and completion), or leave replay out."
         ) from error
+
+
+def widest(parts: Sequence[datasets.Dataset]) -> datasets.Features:
+    """Return features for the examples of all parts: turns with any fields, tools in some."""
+    features = datasets.Features(parts[0].features)
+    for name, feature in (column for rows in parts[1:] for column in rows.features.items()):
+        if name == "tools" or (name in features and "Json(" in str(feature)):
+            features[name] = feature
+    return features
+
+
+def with_features(rows: datasets.Dataset, features: datasets.Features) -> datasets.Dataset:
+    """Return rows in memory with these columns. Raises ValueError if one would be lost."""
+    if lost := set(rows.column_names) - set(features):
+        raise ValueError(f"the column {min(lost)} would be lost")
+    if "tools" in features and "tools" not in rows.column_names:
+        rows = rows.add_column("tools", [None] * len(rows))  # pyright: ignore
+    return rows.select_columns(list(features)).cast(features, keep_in_memory=True)
 
 
 def _form(data: datasets.Dataset) -> str:

@@ -58,7 +58,9 @@ def train_expert(
     """
     strategies = job.make(job.train)
     strategies.begin(job.stage)
-    trainer = _make_trainer(job, strategies, checkpoints)
+    examples = strategies.mix(job.data.train, job.memory, seed=job.seed)
+    trainer = _make_trainer(job, strategies, examples, checkpoints)
+    dropped = _dropped(trainer, len(examples))
     share_out_on_processors(trainer)
     _check_ranks(trainer, strategies)
     _tell(trainer, on_log)
@@ -67,7 +69,7 @@ def train_expert(
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
     save_expert(trainer, strategies, job.base, out, change)
-    record = _record(trainer, job.data)
+    record = {**_record(trainer, job.data), **dropped}
     del trainer
     gc.collect()
     if torch.cuda.is_available():
@@ -77,7 +79,17 @@ def train_expert(
     return record
 
 
-def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any:
+def _dropped(trainer: Any, given: int) -> dict[str, int]:
+    """Return how many examples TRL dropped, if any: replayed ones may exceed this stage's `max_length`."""
+    count = 0 if getattr(trainer.args, "packing", False) else given - len(trainer.train_dataset)
+    if not count:
+        return {}
+    longest = trainer.args.max_length
+    LOG.warning("%d of %d examples have no token to learn from within `max_length` (%s)", count, given, longest)
+    return {"dropped": count}
+
+
+def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoints: Path) -> Any:
     """Load and open the model; return TRL's trainer of it."""
     trainer_type = trl_classes(job.data.form)[0]
     tokenizer = stage_tokenizer(job.base, job.train, trust_remote_code=job.trust_remote_code)
@@ -88,7 +100,6 @@ def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any
     set_seed(job.seed)  # before the strategy draws what it adds; the trainer sets it only later
     opened = _open(strategies, model, job.memory, job.train)
     config = config_of(job.data.form, {**settings, "output_dir": str(checkpoints), "seed": job.seed}, "train")
-    examples = strategies.mix(job.data.train, job.memory, seed=job.seed)
     reference = reference_model(job.data.form, opened, job.start, job.base, **init)
     try:
         return trainer_class(trainer_type, strategies)(

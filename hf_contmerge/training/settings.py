@@ -198,6 +198,14 @@ def _fields_for(form: Form, train: Train) -> dict[str, Any]:
     return {field: value for field, value in fields.items() if field not in TOKENIZER_FIELDS}  # the tokenizer has them
 
 
+def loss_fields(train: Train, form: Form, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> dict[str, Any]:
+    """Return the fields that decide which tokens count; `tokenizer` is called for conversations only."""
+    fields = {**config_fields(form), **_fields_for(form, train)}
+    if form == "messages" and "assistant_only_loss" not in train.sft_fields:
+        fields["assistant_only_loss"] = _marks_assistant(tokenizer())
+    return fields
+
+
 def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBase, *, numel: int) -> dict[str, Any]:
     """Return a stage's SFTConfig or DPOConfig fields: defaults, then the recipe's."""
     form: dict[str, Any] = {}

@@ -215,8 +215,8 @@ def test_our_recipe_given_to_mergekit(recipe: Data, tmp_path: Path) -> None:
 
 DATASETS = {
     "empty.jsonl": "HOME/empty.jsonl (split train) is empty.",
-    "broken.jsonl": "HOME/broken.jsonl cannot be read (split train): JSON parse error: Missing a name for object "
-    "member. in row 0",
+    "broken.jsonl": "HOME/broken.jsonl, line 1: this is no JSON (Expecting property name enclosed in double quotes). "
+    "Correct the file.",
     "blank.jsonl": "HOME/blank.jsonl (split train) is empty.",
     "folder": "There is no dataset HOME/folder, here or on the Hub: The directory at HOME/folder doesn't contain any "
     "data files",
@@ -251,6 +251,16 @@ def test_row_without_text_is_left_out(home: Path) -> None:
     assert len(data.train) + len(data.heldout) == 20
 
 
+def test_bad_conversation_in_a_later_stage(refused: Refused, recipe: Data, home: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = write_jsonl(tmp_path / "talk.jsonl", [*({"messages": turns} for _ in range(9)), {"messages": "hi"}])
+    recipe["stages"][1] = {"name": "b", "dataset": {"path": str(path), "heldout": 2}}
+    assert refused() == (
+        f"{path}, line 10: the column messages must hold conversations, lists of turns with `role` and `content`; got "
+        "'hi'."
+    )
+
+
 def test_conversations_without_a_chat_template(refused: Refused, home: Path, tmp_path: Path) -> None:
     folder = changed(home, tmp_path / "mute", lambda f: (f / "chat_template.jinja").unlink())
     message = refused(*to(f"base_model={folder}", f"stages.0.dataset.path={home / 'chat.jsonl'}"))
@@ -260,7 +270,7 @@ def test_conversations_without_a_chat_template(refused: Refused, home: Path, tmp
 def test_answer_outside_the_choices(refused: Refused, recipe: Data, home: Path) -> None:
     path = str(home / "gold.jsonl")
     recipe["evaluate"] = {"general_tasks": [{"name": "mc", "kind": "multiple_choice", "dataset": path}]}
-    assert refused() == f"{path}: gold must be the index of the right choice; got 2 for 2 choices."
+    assert refused() == f"{path}, line 1: gold must be the index of the right choice; got 2 for 2 choices."
 
 
 # Models

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from toys.models import toy_llama, write_jsonl
+from toys.models import toy_llama
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -309,7 +309,7 @@ def test_tasks_of_another_folder(tasks: Path, tmp_path: Path) -> None:
 
 def test_other_data(tasks: Path) -> None:
     before = {name: task_digest(tasks, name) for name in KNOWN}
-    write_jsonl(tasks / "choice.jsonl", [*ROWS[:-1], {**ROWS[-1], "gold": 1}])
+    write_choice_task(tasks, "choice", [*ROWS[:-1], {**ROWS[-1], "gold": 1}])
     after = {name: task_digest(tasks, name) for name in KNOWN}
     assert {name for name in KNOWN if after[name] == before[name]} == {"texts"}
 

@@ -554,8 +554,8 @@ def test_task_with_too_few_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("contents", [None, '{"text": \n'])
 def test_task_whose_data_is_missing_or_broken(contents: str | None, tmp_path: Path) -> None:
     write_perplexity_task(tmp_path, "lost", ["a"])
-    (tmp_path / "lost.jsonl").unlink()
+    (tmp_path / "lost.parquet").unlink()
     if contents:
-        (tmp_path / "lost.jsonl").write_text(contents)
+        (tmp_path / "lost.parquet").write_text(contents)
     message = refused(DataError, lambda: check_tasks([Task(name="lost")], [tmp_path]))
     assert message.startswith("Cannot read the dataset of the task lost: ")

@@ -101,18 +101,21 @@ def test_arguments_of_the_template(base: Path, tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "no json": ([{"tools": "[{"}], "row 1: the column tools is no JSON"),
-    "no list": ([{"tools": json.dumps({"a": 1})}], "row 1: the column tools must hold a list of tool definitions"),
-    "no definitions": ([{"tools": ["clock"]}], "row 1: the column tools must hold a list of tool definitions"),
+    "no json": ([{"tools": "[{"}], "line 1: the column tools is no JSON"),
+    "no list": ([{"tools": json.dumps({"a": 1})}], "line 1: the column tools must hold a list of tool definitions"),
+    "no definitions": ([{"tools": ["clock"]}], "line 1: the column tools must hold a list of tool definitions"),
     "arguments of some": (
         [{"chat_template_kwargs": {"a": 1}}, {"chat_template_kwargs": None}],
-        "row 2: the column chat_template_kwargs must hold a mapping with the same keys in every row",
+        "line 2: the column chat_template_kwargs must hold a mapping with the same keys in every row",
     ),
     "other arguments": (
         [{"chat_template_kwargs": {"a": 1}}, {"chat_template_kwargs": {"b": 1}}],
         "the column chat_template_kwargs must hold a mapping with the same keys in every row",
     ),
-    "arguments as text": ([{"chat_template_kwargs": "a=1"}], "row 1: the column chat_template_kwargs must hold a mapp"),
+    "arguments as text": (
+        [{"chat_template_kwargs": "a=1"}],
+        "line 1: the column chat_template_kwargs must hold a mapp",
+    ),
 }
 
 

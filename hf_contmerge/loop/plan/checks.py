@@ -42,9 +42,10 @@ from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.limits import trainer_limits
 from hf_contmerge.training.settings import Check, data_checks, make_strategies, training_checks
 from hf_contmerge.training.statistics import check_asked
-from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
+from hf_contmerge.training.tokenizer import stage_change
 
 LOG = logging.getLogger(__name__)
 
@@ -264,11 +265,11 @@ def _load_stage(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
     """Load a stage's dataset and write its held-out task."""
     if not stage.dataset:
         return
-    data = load_stage_data(stage.dataset, seed=recipe.seed)
+    limits = trainer_limits(recipe.train_of(stage), prepared.base, trust_remote_code=recipe.trust_remote_code)
+    data = load_stage_data(stage.dataset, seed=recipe.seed, limits=limits)
     if stage.heldout_task and how.is_main:
         chars = stage.dataset.heldout_chars
-        load = partial(stage_tokenizer, prepared.base, recipe.train, trust_remote_code=recipe.trust_remote_code)
-        documents = heldout_documents(data, chars=chars, load_tokenizer=load)
+        documents = heldout_documents(data, chars=chars, load_tokenizer=limits.load_tokenizer)
         write_perplexity_task(how.tasks, stage.heldout_task, documents)
     prepared.data[stage.name] = data
 

@@ -111,6 +111,8 @@ def _checked(
         findings.notes.append(
             f"{base} is a GGUF file: the run first converts it to bfloat16, once, in the Hub's cache."
         )
+    for stage, data in prepared.data.items():
+        findings.notes += [f"Stage {stage}: {words}" for source in data.sources for words in source.sentences()]
     if findings.errors:
         return None
     return PlannedRun(run, prepared.base, prepared.rules, prepared.kinds, prepared.given, prepared.data, tasks)

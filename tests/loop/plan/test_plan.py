@@ -356,3 +356,18 @@ def test_a_gguf_base_needs_converting(recipe: Data, tmp_path: Path) -> None:
     out = run_command("plan", tmp_path / "gguf.yml", "--run", tmp_path / "run", HF_HOME=str(tmp_path / "home"))
     assert "is a GGUF file: the run first converts it to bfloat16" in out
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_rows_that_are_left_out(recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """The plan notes them by reason, for each stage."""
+    rows = [{"prompt": f"b {i} " + i * SENTENCE, "completion": " a bird"} for i in range(12)]
+    write_jsonl(tmp_path / "b.jsonl", [*rows, {"prompt": "b"}, None, {"prompt": "b", "completion": ""}])  # pyright: ignore
+    code, printed, told = plan(recipe)
+    assert code == 0, told
+    notes = [line for line in printed.splitlines() if line.startswith("Note: Stage b: ")]
+    path = tmp_path / "b.jsonl"
+    assert notes[:2] == [
+        f"Note: Stage b: 2 rows of {path} are left out, for they lack prompt or completion.",
+        f"Note: Stage b: 1 rows of {path} are left out, for they have an empty completion.",
+    ]
+    assert notes[2].endswith(" are left out, for they have no token to learn from within `max_length` (128).")
