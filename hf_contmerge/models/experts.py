@@ -150,6 +150,11 @@ def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = ()
     return AdapterExpert(adapter)
 
 
+def stored_weights(folder: Path) -> Weights:
+    """Open the tensors of a model's or an adapter's files."""
+    return Weights(folder / FILE if is_adapter(folder) else folder)
+
+
 def expert_sha256(folder: Path) -> str:
     """Return the digest of an expert's tensors and adapter settings."""
     if not is_adapter(folder):
@@ -185,7 +190,7 @@ def twins_refused(model: str, twin: str) -> str:
 
 def _first_bytes(folder: Path) -> str:
     """Return a digest of each tensor's name, type, shape and first bytes."""
-    weights, digest = Weights(folder / FILE if is_adapter(folder) else folder), hashlib.sha256()
+    weights, digest = stored_weights(folder), hashlib.sha256()
     for name in weights.names:
         start = tensor_bytes(weights.tensor(name).reshape(-1)[:64])
         digest.update(f"{name} {weights.dtype(name)} {weights.shape(name)}".encode() + start)

@@ -13,6 +13,7 @@ import torch
 from hf_contmerge.loop.plan._dry_step import Work
 from hf_contmerge.loop.plan._machine import Machine, Speeds
 from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.models.experts import stored_weights
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Recipe
@@ -64,7 +65,7 @@ class PlannedRun:
         """Return the dtype of stage t's expert."""
         stage = self.run.stage(t)
         if stage.expert and not stage.minus:
-            given = Weights(self.given[stage.expert])
+            given = stored_weights(self.given[stage.expert])
             return given.dtype(given.floating()[0])
         return torch.float32
 

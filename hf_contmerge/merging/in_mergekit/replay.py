@@ -51,11 +51,11 @@ def carry_out(
     folders = [resolve_model(m, adapters=True) for m in recipe.models]
     listed = [FoldedExpert("", f, name=name) for f, name in zip(folders, recipe.models, strict=True)]
     names = {recipe.base, str(folder.resolve())}
-    experts = [open_expert(f, base, base_names=names, force=force) for f in folders]
-    dtype = _written_dtype(recipe, base, experts)
     companions = resolve_model(recipe.tokenizer_from) if recipe.tokenizer_from else None
     if companions:
         _require_same_tokens(companions, base, [folder, *(f for f in folders if not is_adapter(f))])
+    experts = [open_expert(f, base, base_names=names, force=force) for f in folders]
+    dtype = _written_dtype(recipe, base, experts)
     merge = RunningMerge(folder, recipe.rule, rule)
     with new_folder(out, crew.ranks) as scratch:
         output = Output(scratch, dtype, shard_size, companions, rounding=recipe.rounding)
