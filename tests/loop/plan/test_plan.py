@@ -110,7 +110,7 @@ def test_the_products_of_experts_are_those_of_their_tokens(tmp_path: Path) -> No
     for experts in (4, 2):
         config = json.loads((mixture / "config.json").read_text()) | {"num_local_experts": experts}
         (mixture / "config.json").write_text(json.dumps(config))
-        cost = scoring_batch(mixture, batch=2, length=64, dtype=torch.float32)
+        cost = scoring_batch(mixture, batch=2, length=64, init={"dtype": torch.float32, "trust_remote_code": False})
         of_experts = {
             s: n for s, n in cost.work.products.items() if s[:3] in ((256 // experts, 32, 96), (256 // experts, 48, 32))
         }
