@@ -118,7 +118,10 @@ def test_from_nothing_to_a_model(home: Path, tmp_path: Path, done: Run) -> None:
     assert json.loads((out / "merge.json").read_text())["experts"] == log["experts"]
 
     said = done("drop", state, "medicine", "--workers", 2)
-    assert [line.split()[1] for line in said.splitlines()[1:-1]] == ["law", "python"]
+    *experts, scale, written = said.splitlines()[1:]
+    assert [line.split()[1] for line in experts] == ["law", "python"]
+    assert scale.startswith("scale ")
+    assert written.startswith(f"written after 3 experts: {out}, bfloat16")
     done("init", tmp_path / "never", *init)
     done("add", tmp_path / "never", home / "law", home / "code")
     running = [json.loads((folder / "state.json").read_text())["running"] for folder in (state, tmp_path / "never")]
