@@ -454,13 +454,14 @@ def test_twins_and_what_only_looks_like_one(models: dict[str, Path], tmp_path: P
     assert_merged(state, models["base"], [models["a1"], louder], tmp_path / "out")
 
 
-def test_a_model_beside_an_adapter_is_not_the_expert(models: dict[str, Path], tmp_path: Path) -> None:
-    """Some training scripts leave the merged model, or the base, in the adapter's own folder."""
-    experts = [edited(models[a], tmp_path / a) for a in ("a1", "a2")]
-    for expert in experts:
-        shutil.copy(models["full"] / "model.safetensors", expert)
-    state = MergeState.create(tmp_path / "state", base=models["base"], rule="average").add(*experts)
-    assert_merged(state, models["base"], [models["a1"], models["a2"]], tmp_path / "out")
+def test_a_model_in_an_adapters_folder_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """Some training scripts leave the merged model, or the base, there; transformers would load both."""
+    expert = edited(models["a1"], tmp_path / "a1")
+    shutil.copy(models["full"] / "model.safetensors", expert)
+    state = MergeState.create(tmp_path / "state", base=models["base"], rule="average")
+    with pytest.raises(ModelError, match=r"a1 holds a whole model \(model\.safetensors\) and an adapter"):
+        state.add(expert)
+    assert state.log().experts == ()
 
 
 def test_dropping_an_adapter_is_never_having_had_it(models: dict[str, Path], tmp_path: Path) -> None:
