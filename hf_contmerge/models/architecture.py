@@ -113,7 +113,10 @@ def find_architecture(folder: Path, *, tied: bool | None = None) -> Architecture
 
     `tied`: replaces `tie_word_embeddings` of config.json.
     """
-    stamp = (folder / "config.json").stat()
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    stamp = file.stat()
     return _find(folder.resolve(), (stamp.st_ino, stamp.st_size, stamp.st_mtime_ns), tied)
 
 
