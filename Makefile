@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test slow lint bench clean
+.PHONY: help install quickstart test slow lint bench gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (10 minutes on 2 cores)"
@@ -11,6 +11,8 @@ help:
 	@echo "make slow         run the slow tests: the real model, crashes, launchers"
 	@echo "make lint         run ruff and pyright"
 	@echo "make bench        measure the figures of docs/figures.md again (about an hour)"
+	@echo "make gpu          test and measure on a machine with one GPU (25 minutes; no network, no .venv)"
+	@echo "make gpu-wheels   fetch what such a machine lacks, with its version of Python: GPU_PYTHON=python3.12"
 	@echo "make install      install into .venv, with pinned versions"
 	@echo "make clean        delete .venv and caches"
 
@@ -45,6 +47,17 @@ BENCHMARKS := parity svd_routes against_mergekit append ranks lora_stream cost_m
 	coverage scoring score_again against_avalanche
 bench: install
 	for name in $(BENCHMARKS); do echo; echo "## $$name"; $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
+
+# A machine with a GPU has a torch of its own, in GPU_PYTHON. What else it lacks is carried as wheels.
+GPU_PYTHON ?= python3
+WHEELS ?= out/wheels
+gpu-wheels:
+	$(GPU_PYTHON) -m pip wheel --quiet --no-deps -c constraints.txt -w $(WHEELS) -r tests/gpu/wheels.txt
+
+gpu:
+	if [ -d $(WHEELS) ]; then $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade \
+		--target $(WHEELS)/site $(WHEELS)/*.whl; fi
+	PYTHONPATH=$(abspath $(WHEELS)/site) $(GPU_PYTHON) tests/benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

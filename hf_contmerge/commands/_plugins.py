@@ -1,4 +1,4 @@
-"""`--plugin FILE.py`, for commands with rules or strategies."""
+"""`--plugin FILE.py` and `--trust-remote-code`: the user's word that code of others may run."""
 
 from __future__ import annotations
 
@@ -10,4 +10,12 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="FILE.py",
         help="run this file and use its rules and strategies (repeatable)",
+    )  # fmt: skip
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--trust-remote-code`."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="let models run their own code, if the recipe has `trust_remote_code: true`",
     )  # fmt: skip

@@ -38,11 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "experts", nargs="+", metavar="EXPERT", help="a full model or a peft adapter; a folder or a Hub id"
     )
     add.add_argument("--as", dest="stages", action="append", default=[], metavar="STAGE", help="its name in the log")
-    add.add_argument("--force", action="store_true", help="accept an adapter of another base")
+    add.add_argument(
+        "--force", action="store_true", help="accept an adapter of another base, or a model of another configuration"
+    )
 
     export = _command(kinds, "export", _export, "write the merged model", state=True, works=True)
     export.add_argument("out", metavar="OUT")
     export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the base's)")
+    export.add_argument("--rounding", help="of 16-bit weights: stochastic (default) or nearest")
     export.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
     export.add_argument("--tokenizer-from", metavar="MODEL", help="source of the tokenizer and chat template")
     export.add_argument("--as-adapter", action="store_true", help="write one peft LoRA adapter instead of a model")
@@ -61,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("recipe", metavar="RECIPE")
     recipe.add_argument("out", metavar="OUT")
     recipe.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
-    recipe.add_argument("--force", action="store_true", help="accept an adapter of another base")
+    recipe.add_argument(
+        "--force", action="store_true", help="accept an adapter of another base, or a model of another configuration"
+    )
 
 
 def _command(
@@ -120,8 +125,12 @@ def _export(args: argparse.Namespace) -> None:
         _say(f"{args.out}: {len(errors)} modules; largest relative error {errors[worst]:.1e} ({worst})")
         return
     size = crew.ranks.all(_model_shard_size, args)
-    state.export(args.out, dtype=args.dtype, shard_size=size, tokenizer_from=args.tokenizer_from, crew=crew)
-    _say(f"Wrote {args.out}.")
+    state.export(
+        args.out, dtype=args.dtype, rounding=args.rounding, shard_size=size, tokenizer_from=args.tokenizer_from,
+        crew=crew,
+    )  # fmt: skip
+    if crew.ranks.is_main:
+        _say(f"Wrote {args.out}. {_kept(state.exports()[-1])}.")
 
 
 def _log(args: argparse.Namespace) -> None:
@@ -130,7 +139,8 @@ def _log(args: argparse.Namespace) -> None:
 
     state = _load(args.state)
     if args.json:
-        _say(json.dumps({**dataclasses.asdict(state.log()), "scale": state.scale()}, indent=1))
+        log = {**dataclasses.asdict(state.log()), "scale": state.scale(), "exports": state.exports()}
+        _say(json.dumps(log, indent=1))
     else:
         _print_log(state)
 
@@ -173,6 +183,14 @@ def _print_log(state: MergeState) -> None:
     for number, e in enumerate(log.experts, 1):
         _say(f"{number:4d}  {e.stage:20s} {e.kind:8s} |D| {e.norm:10.4f}  {e.sha256[:12]}  {e.model}")
     _say(f"scale {rule.scale(log.norms()):.6g}, |running| {log.running_norm:.4f}" if log.experts else "no expert yet")
+    for e in state.exports():
+        _say(f"written after {e['experts']} experts: {e['model']}, {_kept(e)}")
+
+
+def _kept(export: dict[str, Any]) -> str:
+    from hf_contmerge.models.survival import Survival
+
+    return Survival.read(export).in_words()
 
 
 def _say(text: str) -> None:
@@ -224,6 +242,8 @@ def _device(name: str, workers: int) -> torch.device:
         raise RecipeError(f"--device {name}: unknown device. Give cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"--device {name}: CUDA is missing on this machine or in this torch. Use cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0.")
     return device
 
 

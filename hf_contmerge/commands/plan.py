@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.commands._plugins import add_plugin_argument
+from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.errors import ContmergeError, size
 from hf_contmerge.loop.plan.plan import Findings, make_plan
 from hf_contmerge.run.folder import Run
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
     add_plugin_argument(parser)
+    add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(do=plan_command)
 
@@ -48,7 +49,7 @@ def plan_command(args: argparse.Namespace) -> None:
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
     findings = Findings()
     keep_freed_memory()  # the run does so too, and its steps are timed here
-    plan = make_plan(run, findings, processes=args.processes)
+    plan = make_plan(run, findings, processes=args.processes, trust_remote_code=args.trust_remote_code)
     if args.json:
         print(json.dumps({**plan, "notes": findings.notes, "errors": findings.errors}, indent=1))
     elif plan:

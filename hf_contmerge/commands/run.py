@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from hf_contmerge.commands._plugins import add_plugin_argument
+from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.quickstart import quickstart_recipe
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
     parser.add_argument("--until", choices=PHASES, default="report", help="stop after this phase")
     add_plugin_argument(parser)
+    add_trust_argument(parser)
     parser.add_argument("--open", action="store_true", help="show the report in a browser, if available")
     parser.set_defaults(do=run_command)
 
@@ -36,7 +37,7 @@ def run_command(args: argparse.Namespace) -> None:
         from hf_contmerge.runtime.launching import keep_freed_memory, leave_ranks
 
         keep_freed_memory()
-        run = run_recipe(recipe, args.run, until=args.until)
+        run = run_recipe(recipe, args.run, until=args.until, trust_remote_code=args.trust_remote_code)
         leave_ranks()
     elif int(os.environ.get("RANK", "0")) == 0:
         print(f"{run.folder} is complete.")

@@ -13,23 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from hf_contmerge.errors import ModelError, RecipeError, ResourceError
+from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.runtime.versions import versions
-from hf_contmerge.scoring.cache import ScoreCache, Shelf, digest, hugging_face_home, remembered, stamp
-from hf_contmerge.scoring.keys import Asked, Lookup, look_up
+from hf_contmerge.scoring.cache import ScoreCache
+from hf_contmerge.scoring.keys import ScoreRequest
+from hf_contmerge.scoring.known import KnownScores, known_at_once
 
-_ON = ("1", "ON", "YES", "TRUE")
 _PER_DOCUMENT = ("gains", "weights", "documents", "texts", "answers")
 
 
@@ -75,17 +75,18 @@ def score_command(args: argparse.Namespace) -> None:
     out = Path(args.json) if args.json else None
     if out and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise ResourceError(f"--json {out}: give a file in an existing folder; nothing was measured.")
-    asked = _asked(args)
-    cache = ScoreCache.open(use=asked.evaluate.cache)
-    answer = None if int(os.environ.get("WORLD_SIZE", "1")) > 1 else _known(args, asked, cache)
-    answer = answer or _measured(args, asked, cache)
-    if answer:  # only the main process prints
-        _show(args.model, asked, answer)
+    request = _request(args)
+    cache = ScoreCache.open(use=request.evaluate.cache)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    known = known_at_once(args.model, args.base, request, cache) if alone else None
+    answer = _answer(known, {}) if known else _measured(args, request, cache)
+    if answer:  # only rank 0 prints
+        _show(args.model, request, answer)
         if out:
-            write_atomically(out, json.dumps(_summary(args.model, asked, answer), indent=1) + "\n")
+            write_atomically(out, json.dumps(_summary(args.model, request, answer), indent=1) + "\n")
 
 
-def _asked(args: argparse.Namespace) -> Asked:
+def _request(args: argparse.Namespace) -> ScoreRequest:
     """Build the score request; model names are resolved later."""
     run = Run.load(args.run) if args.run else None
     if not args.tasks and not run:
@@ -97,10 +98,10 @@ def _asked(args: argparse.Namespace) -> Asked:
     if evaluate.include_path and not Path(evaluate.include_path).is_dir():
         raise RecipeError(f"--include-path {evaluate.include_path}: no such folder. Give a folder of task files.")
     here = run.tasks if run else Path(os.devnull)
-    return Asked(
-        Path(args.model), Path(args.base) if args.base else None, _tasks(args, run), here, evaluate,
+    return ScoreRequest(
+        _tasks(args, run), here, evaluate,
         "test" if run and run.recipe.tunes else "all",
-        args.trust_remote_code or bool(run and run.recipe.trust_remote_code),
+        args.trust_remote_code,
     )  # fmt: skip
 
 
@@ -122,117 +123,32 @@ def _tasks(args: argparse.Namespace, run: Run | None) -> list[Task]:
     return [t if args.num_fewshot is None else t.model_copy(update={"num_fewshot": args.num_fewshot}) for t in tasks]
 
 
-def _known(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
-    """Return the answer if it is completely cached, else None.
-
-    Nothing is fetched, hashed or measured.
-    """
-    folder = _seen_folder(args.model, cache.shelf)
-    if folder is None:
-        return None
-    base = _base_name(args, folder)
-    found_base = _seen_folder(base, cache.shelf) if base else None
-    if base and found_base is None:
-        return None
-    seen = look_up(replace(asked, folder=folder, base=found_base), cache, read=False)
-    return _answer(seen, {}) if seen and not seen.missing(asked.tasks) else None
-
-
-def _measured(args: argparse.Namespace, asked: Asked, cache: ScoreCache) -> Answer | None:
+def _measured(args: argparse.Namespace, request: ScoreRequest, cache: ScoreCache) -> Answer | None:
     """Measure missing scores on all ranks.
 
     Returns:
-        The answer on the main process, None elsewhere.
+        The answer on rank 0, None elsewhere.
     """
-    from hf_contmerge.models.layout import check_tokenizer
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
-    from hf_contmerge.scoring.score import score_asked
-    from hf_contmerge.scoring.tasks import check_tasks
+    from hf_contmerge.scoring.score import measure_named
 
     keep_freed_memory()
-    ranks, crew = join_ranks()
-
-    def look() -> Asked:
-        folder = _found_folder(args.model, cache.shelf)
-        base = _base_name(args, folder)
-        whole = replace(asked, folder=folder, base=_found_folder(base, cache.shelf) if base else None)
-        check_tokenizer(whole.whole)
-        folders = asked.evaluate.task_folders(asked.task_folder)
-        check_tasks(asked.tasks, folders, split=asked.part != "all", limit=asked.evaluate.limit)
-        return whole
-
-    seen, scores = score_asked(crew.ranks.local_main_first(look), ranks=ranks, cache=cache)
+    _, crew = join_ranks()
+    known, scores = measure_named(args.model, args.base, request, ranks=crew.ranks, cache=cache)
     leave_ranks()
-    return _answer(seen, scores) if ranks.is_main_process else None
+    return _answer(known, scores) if crew.ranks.is_main else None
 
 
-def _answer(seen: Lookup, scores: dict[str, TaskScore]) -> Answer:
-    return Answer(seen.model.sha256, seen.model.dtype, {**seen.found, **scores}, frozenset(seen.found))
+def _answer(known: KnownScores, scores: Mapping[str, TaskScore]) -> Answer:
+    return Answer(known.model.sha256, known.model.dtype, {**known.scores, **scores}, frozenset(known.scores))
 
 
-def _base_name(args: argparse.Namespace, folder: Path) -> str | None:
-    """Return an adapter's base model; None for a whole model.
-
-    Raises:
-        ModelError: the base is unknown, or --base was given for a whole model.
-    """
-    settings = folder / "adapter_config.json"
-    if not settings.is_file():
-        if args.base:
-            raise ModelError(f"{args.model} is a whole model; --base is for adapters only. Remove --base.")
-        return None
-    try:
-        named = args.base or json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise ModelError(f"Cannot read {settings}: {error}. Save or fetch the adapter again.") from error
-    if not named:
-        raise ModelError(f"{args.model} is an adapter without a base model in its config. Give --base.")
-    return named
-
-
-def _found_folder(name: str, shelf: Shelf) -> Path:
-    """Return a model's folder after fetching or converting it. Raises as `resolve_model`."""
-    from hf_contmerge.models.folder import model_path, resolve_model
-
-    path, folder = model_path(name), resolve_model(name, adapters=True)
-    if path.suffix == ".gguf" and path.is_file():
-        remembered(shelf, "converted", [path], lambda: str(folder))
-    return folder
-
-
-def _seen_folder(name: str, shelf: Shelf) -> Path | None:
-    """Return a model's folder if known without reading weights or network access."""
-    path = Path(name).expanduser()
-    if name.startswith("quickstart:"):
-        from hf_contmerge.run.quickstart import quickstart_model
-
-        path = quickstart_model()
-    if path.suffix == ".gguf" and path.is_file():
-        found = shelf.find(digest(["converted", stamp([path])[0]]))
-        return Path(found) if found and Path(found).is_dir() else None
-    if path.is_dir():
-        return path if any(path.glob("*.safetensors")) else None
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON  # online, the Hub may have a newer one
-    return _snapshot(name) if offline and name.count("/") == 1 else None
-
-
-def _snapshot(name: str) -> Path | None:
-    """Return a model's folder in the Hub cache."""
-    repo, _, revision = name.partition("@")
-    root = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
-    place = root / f"models--{repo.replace('/', '--')}"
-    reference = place / "refs" / (revision or "main")
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    folder = place / "snapshots" / (commit or "main")
-    return folder if any(folder.glob("*.safetensors")) else None
-
-
-def _show(name: str, asked: Asked, answer: Answer) -> None:
+def _show(name: str, request: ScoreRequest, answer: Answer) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("task", "metric", "value", "documents", "", title=f"{name} ({answer.dtype})")
-    for task in asked.tasks:
+    for task in request.tasks:
         score = answer.scores[task.name]
         error = _stderr(score)
         value = f"{score.value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
@@ -249,15 +165,15 @@ def _stderr(score: TaskScore) -> float | None:
     return score.stderr if score.stderr is None or score.block == "accuracy" else score.stderr * score.value
 
 
-def _summary(name: str, asked: Asked, answer: Answer) -> dict[str, Any]:
+def _summary(name: str, request: ScoreRequest, answer: Answer) -> dict[str, Any]:
     tasks = {}
-    for task in asked.tasks:
+    for task in request.tasks:
         score = answer.scores[task.name]
         numbers = {field: value for field, value in score.to_json().items() if field not in _PER_DOCUMENT}
         cached = task.name in answer.cached
         tasks[task.name] = {**numbers, "value_stderr": _stderr(score), "documents": len(score.gains), "cached": cached}
     model = {"model": name, "scored_sha256": answer.model, "dtype": answer.dtype}
-    return {**model, "evaluate": asked.evaluate.model_dump(mode="json"), "tasks": tasks, "versions": versions()}
+    return {**model, "evaluate": request.evaluate.model_dump(mode="json"), "tasks": tasks, "versions": versions()}
 
 
 def _from(least: int) -> Callable[[str], int]:

@@ -22,6 +22,7 @@ from hf_contmerge.loop.stages import measure_at
 from hf_contmerge.merge_rules import yaml_word
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import make_rule
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Guard, Rung, Task
 from hf_contmerge.run.scores import Scores, load_scores
@@ -83,6 +84,8 @@ class Choice:
     tripped: bool
     """Whether the first attempt broke the budget."""
     tries: tuple[Attempt, ...]
+    survival: Survival | None = None
+    """What the chosen model's file keeps of the update; None in runs of older versions."""
 
     def to_json(self, guard: Guard | None) -> dict[str, Any]:
         """Return the fields for the merge record."""
@@ -109,8 +112,8 @@ def choose(job: MergeJob, guard: Guard | None) -> Choice:
     if taken is None:
         chooser.give_up()
     assert taken is not None
-    chooser.write(taken.merge)
-    return Choice(taken, not first.held, tuple(chooser.tries))
+    survival = chooser.write(taken.merge)
+    return Choice(taken, not first.held, tuple(chooser.tries), survival)
 
 
 class Chooser:
@@ -123,6 +126,7 @@ class Chooser:
         self._job, self._guard = job, guard
         self.tries: list[Attempt] = []
         self._written: RunningMerge | None = None
+        self._survival: Survival | None = None
         run = job.run
         numbers = range(1, job.t + 1)
         self._stages = [run.stage(i).name for i in numbers]
@@ -165,11 +169,12 @@ class Chooser:
                 return attempt
         return None
 
-    def write(self, merge: RunningMerge) -> None:
-        """Write a merge into the scratch folder, once."""
+    def write(self, merge: RunningMerge) -> Survival | None:
+        """Write a merge into the scratch folder, once; return what its file keeps of the update."""
         if self._written != merge:
-            merge.export(self._job.output(), crew=self._job.crew)
+            self._survival = merge.export(self._job.output(), crew=self._job.crew)
             self._written = merge
+        return self._survival
 
     def give_up(self) -> None:
         """Write guard.json, remove the scratch folders and raise BudgetError."""
@@ -203,8 +208,8 @@ class Chooser:
 
     def _keep_previous(self, rung: Rung) -> Attempt:
         job, start = self._job, time.monotonic()
-        self._written = self._merge = job.keep_previous()
-        before = job.place_before
+        self._written = self._merge = kept = job.keep_previous()
+        self._survival, before = kept.survival, job.place_before
         place, model = (before, before.model) if before else (job.run.base, job.prepared.base)
         return self._judged(rung.do, self._merge, self._measured(place, model, self._tasks), start)
 

@@ -17,6 +17,8 @@ from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.merging.write import Output
+from hf_contmerge.models.survival import Survival
+from hf_contmerge.models.tokenizer import UNCHANGED
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import MergePlace
 from hf_contmerge.training.job import TrainJob
@@ -126,7 +128,8 @@ class MergeJob:
         """Return the merged model's folder and settings."""
         entry = self.place.entry
         companions = self.prepared.given.get(self.run.recipe.tokenizer_model(self.t, entry) or "")
-        return Output(self.scratch("merged"), self.dtype, entry.shard_size, companions)
+        change = UNCHANGED if entry.tokenizer_from else self.prepared.change
+        return Output(self.scratch("merged"), self.dtype, entry.shard_size, companions, change, entry.rounding)
 
     def keep_previous(self) -> RunningMerge:
         """Copy the previous state and model to scratch.
@@ -136,8 +139,7 @@ class MergeJob:
         running, before = self.scratch("running"), self.place_before
         merge = replace(self.previous(), running=running)
         if not before:
-            merge.export(self.output(), crew=self.crew)
-            return merge
+            return replace(merge, survival=merge.export(self.output(), crew=self.crew))
         merged = self.scratch("merged")
 
         def copy() -> None:
@@ -145,7 +147,8 @@ class MergeJob:
                 shutil.copytree(old, new, copy_function=_link, dirs_exist_ok=True)
 
         self.crew.ranks.first(copy)
-        return merge
+        stored = self.crew.ranks.first(lambda: before.record("merge").get("stored"))
+        return replace(merge, survival=Survival.read(stored) if stored else None)
 
 
 def _one_a_stage(t: int) -> list[dict[str, Any]]:

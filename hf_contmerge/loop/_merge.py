@@ -28,8 +28,12 @@ def merge_at(job: MergeJob) -> Record:
             merge = choice.taken.merge
         else:
             merge = job.start().fold([job.newest()], job.scratch("running"), merged=job.output(), crew=job.crew)
+        survival = choice.survival if choice else merge.survival
         if job.recorder.is_main:
             record.update(_published(job, merge, choice))
+            if survival:
+                record["stored"] = survival.to_json()
+                survival.warn(f"merge {place.folder.relative_to(job.run.folder / 'stages')}")
     return record
 
 
@@ -79,6 +83,6 @@ def _write_mergekit_recipe(job: MergeJob, merge: RunningMerge) -> None:
     if merge.experts:
         text = mergekit_yaml(
             merge.rule_name, merge.rule, base=job.run.base_model, experts=[e.folder for e in merge.experts],
-            dtype=job.dtype, scale=None if merge.factor == 1.0 else merge.scale,
+            dtype=job.dtype, rounding=job.place.entry.rounding, scale=None if merge.factor == 1.0 else merge.scale,
         )  # fmt: skip
         file.write_text(text, encoding="utf-8")

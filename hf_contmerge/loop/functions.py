@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from hf_contmerge.errors import RecipeError, RunError, unknown
 from hf_contmerge.loop._outside import clear_others, finished, is_trained, publish, working_folder
 from hf_contmerge.loop._record import Recorder
+from hf_contmerge.loop.plan.rehearsal import rehearse
 from hf_contmerge.loop.stages import train_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import expert_sha256
@@ -69,8 +70,8 @@ def finetune_stage(
         strategy: one or several names, as in recipes: full, lora, [lora, replay] ...
         parameters: parameters of the strategy.
         seed: seed for data order, dropout and sampling.
-        training: fields of TRL's SFTConfig (DPOConfig for preference pairs): learning_rate, max_steps, ...; and
-            `trust_remote_code`.
+        training: fields of TRL's SFTConfig (DPOConfig for preference pairs), as in recipes: learning_rate, max_steps,
+            ...; and `trust_remote_code`.
 
     Raises:
         RecipeError: an unknown field, strategy or parameter.
@@ -89,6 +90,9 @@ def finetune_stage(
         work = ExpertPlace(working_folder(out, inputs), "base")
         crew.ranks.first(clear_others, out, work.folder)
         if not crew.ranks.first(is_trained, work):
+            crew.ranks.all(
+                rehearse, job.train, job.data, job.base, "finetune_stage", trust_remote_code=job.trust_remote_code
+            )
             recorder = Recorder(work.folder, ranks, crew, quiet=True)
             train_at(work, job, recorder, more={"inputs": inputs})
         record = crew.ranks.first(publish, work, out)
@@ -110,6 +114,7 @@ def merge_stage(
     stage: str | None = None,
     export: ModelName | None = None,
     dtype: str | None = None,
+    rounding: str | None = None,
     **parameters: Any,
 ) -> MergeState:
     """Fold an expert into a state; write the model.
@@ -124,6 +129,7 @@ def merge_stage(
         stage: the expert's name in the log (default: the last part of its path or Hub id).
         export: a new folder for the merged model.
         dtype: dtype of the merged weights (default: the base's).
+        rounding: stochastic (default) or nearest, for weights of 16 bits.
         parameters: parameters of the rule, as in recipes (`lambda` is written `lambda_`).
 
     Raises:
@@ -142,7 +148,7 @@ def merge_stage(
     if export:
         out, wanted = Path(export), number or len(opened.log().experts)
         if not crew.ranks.first(_is_exported, opened, out, wanted):
-            opened.export(out, dtype=dtype, crew=crew)
+            opened.export(out, dtype=dtype, rounding=rounding, crew=crew)
     return opened
 
 
@@ -240,7 +246,7 @@ def score_stage(
     """
     how = evaluate_of(evaluate, tasks_folder)
     wanted = tasks_of(tasks)
-    ranks, crew = _join(Train())
+    _, crew = _join(Train())
     check_versions(crew.ranks)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
@@ -248,13 +254,13 @@ def score_stage(
         if not isinstance(model, str | os.PathLike):
             if tokenizer is None:
                 raise RecipeError("score_stage: a model in memory needs a tokenizer. Pass `tokenizer`.")
-            scores = score_loaded(model, tokenizer, wanted, task_folder=made, evaluate=how, ranks=ranks)
+            scores = score_loaded(model, tokenizer, wanted, task_folder=made, evaluate=how, ranks=crew.ranks)
         else:
             folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(model), adapters=True))
             base_name = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
             whole = crew.ranks.local_main_first(lambda: resolve_model(str(base_name)) if base_name else base_of(folder))
             scores = score_model(
-                folder, wanted, task_folder=made, evaluate=how, ranks=ranks, base=whole,
+                folder, wanted, task_folder=made, evaluate=how, ranks=crew.ranks, base=whole,
                 trust_remote_code=trust_remote_code,
             )[1]  # fmt: skip
         return crew.ranks.first(lambda: scores)

@@ -36,8 +36,12 @@ if TYPE_CHECKING:  # these load torch, needless for a finished run
 T = TypeVar("T")
 
 
-def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase = "report") -> Run:
+def run_recipe(
+    recipe: Recipe, folder: str | Path | None = None, *, until: Phase = "report", trust_remote_code: bool = False
+) -> Run:
     """Run a recipe's unfinished phases; return the run.
+
+    `trust_remote_code`: allow models to run their own code, where the recipe says so too.
 
     Raises:
         ContmergeError: a user error. Finished phases are kept.
@@ -51,7 +55,7 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, *, until: Phase
     ranks, crew = join_ranks(recipe.train.sft_fields)
     run = crew.ranks.first(Run.open, recipe, folder)
     with FolderLock(run.folder) if crew.ranks.is_main else nullcontext():
-        prepared = prepare(run, crew.ranks)
+        prepared = prepare(run, crew.ranks, trust_remote_code=trust_remote_code)
         trackers = Trackers.open(run) if crew.ranks.is_main else Trackers()
         Loop(run, PHASES.index(until), prepared, Recorder(run.folder, ranks, crew), trackers).carry_out()
         trackers.close()

@@ -18,8 +18,8 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import Scores, load_scores, scored_tasks, write_scores
 from hf_contmerge.runtime.files import remove
 from hf_contmerge.scoring.cache import ScoreCache
+from hf_contmerge.scoring.keys import SCORES_VERSION, DocumentPart
 from hf_contmerge.scoring.score import score_model
-from hf_contmerge.scoring.tasks import DocumentPart
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
 
@@ -87,7 +87,7 @@ class Measuring:
     def measure(self, model: Path, tasks: Sequence[Task]) -> tuple[str, Scores]:
         """Return a model's digest and rank 0's scores."""
         return score_model(
-            model, tasks, task_folder=self.task_folder, evaluate=self.evaluate, ranks=self.recorder.ranks,
+            model, tasks, task_folder=self.task_folder, evaluate=self.evaluate, ranks=self.recorder.crew.ranks,
             base=self.base, cache=self.cache, trust_remote_code=self.trust_remote_code, part=self.part,
         )  # fmt: skip
 
@@ -110,7 +110,7 @@ def measure_at(place: Place, model: Path, tasks: Sequence[Task], how: Measuring,
 def keep_scores(record: Record, place: Place, scores: Scores, how: Measuring) -> None:
     """Write a place's scores and list them in its record."""
     record["tasks"] = write_scores(place, scores, texts=how.keep_texts(place))
-    record["measured_by"] = how.evaluate.measured_by()
+    record["measured_by"] = _measured_by(how)
 
 
 def _names_at(place: Place, how: Measuring) -> set[str]:
@@ -118,4 +118,9 @@ def _names_at(place: Place, how: Measuring) -> set[str]:
     if not place.is_done("score"):
         return set()
     by = place.record("score").get("measured_by")
-    return set(scored_tasks(place)) if by in (None, how.evaluate.measured_by()) else set()
+    return set(scored_tasks(place)) if by in (None, _measured_by(how)) else set()
+
+
+def _measured_by(how: Measuring) -> dict[str, Any]:
+    """Return the settings behind a score, and the version of our numbers."""
+    return {**how.evaluate.measured_by(), "version": SCORES_VERSION}

@@ -14,12 +14,14 @@ from torch import Tensor
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._factored import fold_factors, pays
-from hf_contmerge.merging._pieces import Parts, Piece, pieces, square, state_square, updated
-from hf_contmerge.merging.costs import state_numel, stream_job, weight_of
+from hf_contmerge.merging._pieces import Parts, Piece, pieces, state_square, updated
+from hf_contmerge.merging.costs import Passage, piece_size, state_numel, stream_job, weight_of
 from hf_contmerge.merging.running import Running, key_of, write_factored
 from hf_contmerge.merging.write import MergedModel, Output, model_writer, opened, write_companions
 from hf_contmerge.models.experts import Expert
+from hf_contmerge.models.rounding import square
 from hf_contmerge.models.statistics import Statistics
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import Weights, WeightsWriter, fill_files
 from hf_contmerge.runtime.crew import Crew, Job
 
@@ -42,7 +44,7 @@ class Fold:
 
     def run(
         self, earlier: Sequence[float], out: Path | None, merged: Output | None, later: Output | None = None
-    ) -> Norms:
+    ) -> tuple[Norms, Survival | None]:
         """Fold all experts; write the state to `out`, the model to `merged`.
 
         `later`: the model that will be written from the state, for which there must be room.
@@ -52,7 +54,10 @@ class Fold:
         stages = self.stages_before + len(self.experts)
         scale = self.rule.scale(Norms((1.0,) * stages, 1.0)) if merged else 0.0
         only = self.experts[0] if stages == 1 else None
-        model = MergedModel(self.rule, self.base, scale, stages, writers["merged"], only, self.crew) if merged else None
+        model = None
+        if merged:
+            writer = writers["merged"]
+            model = MergedModel(self.rule, self.base, scale, stages, writer, merged.rounding, only, self.crew)
 
         def work(job: Job) -> _Squares:
             name = job.name
@@ -61,23 +66,23 @@ class Fold:
             if name in low_rank:
                 return self._fold_low_rank(name, out, model)
             assert model is not None
-            model.write(name, None)
-            return _Squares((0.0,) * len(self.experts), 0.0)
+            return _Squares((0.0,) * len(self.experts), 0.0, model.write(name, None))
 
         names = self.base.names if merged else sorted(dense | low_rank)
         touched = len(self.experts) + len(writers)
-        groups = self._groups(dense, writers)
-        jobs = [
-            stream_job(self.rule, self.base, n, touched, groups.get(n, 0), whole=n in dense and self._in_one_go(n))
-            for n in names
-        ]
+        groups, size = self._groups(dense, writers), piece_size(self.crew.device)
+        passages = {
+            n: Passage(touched, groups.get(n, 0), whole=n in dense and self._in_one_go(n), piece=size) for n in names
+        }
+        jobs = [stream_job(self.rule, self.base, n, passage) for n, passage in passages.items()]
         with opened(self.crew, list(writers.values()), [model_writer(self.base, later, self.crew)] if later else []):
             squares = self.crew.run(jobs, work, what="merging", prefetch=lambda job: self._prefetch(job.name))
         if merged:
             write_companions(self.base, merged, self.crew)
         # fsum is exact, so the order in which the ranks' results come does not matter.
         norms = [math.sqrt(math.fsum(s.experts[i] for s in squares.values())) for i in range(len(self.experts))]
-        return Norms((*earlier, *norms), math.sqrt(math.fsum(s.running for s in squares.values())))
+        survival = model.survival({name: s.kept for name, s in squares.items()}) if model else None
+        return Norms((*earlier, *norms), math.sqrt(math.fsum(s.running for s in squares.values()))), survival
 
     def _forms(self) -> tuple[set[str], set[str]]:
         """Return the weights with dense states and those in factors."""
@@ -130,7 +135,7 @@ class Fold:
         first = next(iter(self.rule.parts(last)))
         owners = self._owners(name, before, base) if "owners" in writers else None
         vectors = [expert.reader(name, base) for expert in self.experts]
-        squares, running_square = [0.0] * len(vectors), 0.0
+        squares, running_square, kept = [0.0] * len(vectors), 0.0, list[Kept]()
         for piece in pieces(self.rule, last, device, whole=self._in_one_go(name)):
             part = piece.of(base.reshape(-1)).to(device)
             wide = part.float()
@@ -150,8 +155,8 @@ class Fold:
             if owners is not None:
                 writers["owners"].write(name, piece.of(owners), start=piece.start)
             if model:
-                model.write_piece(last, piece, part, state)
-        return _Squares(tuple(squares), running_square)
+                kept.append(model.write_piece(last, piece, part, state))
+        return _Squares(tuple(squares), running_square, Kept.sum(kept))
 
     def _state_before(self, before: Parts | None, piece: Piece, weight: Weight) -> Parts:
         if before is None:
@@ -171,9 +176,8 @@ class Fold:
         state, norms = fold_factors(self.rule, before, factors, self._weight(name))
         if out:
             write_factored(out, name, state)
-        if model:
-            model.write(name, {"": state.dense()})
-        return _Squares(tuple(n**2 for n in norms), state.norm() ** 2)
+        kept = model.write(name, {"": state.dense()}) if model else Kept()
+        return _Squares(tuple(n**2 for n in norms), state.norm() ** 2, kept)
 
     def _in_one_go(self, name: str) -> bool:
         """Say if an adapter's change, B @ A, comes whole."""
@@ -212,10 +216,11 @@ class Fold:
 
 @dataclass(frozen=True)
 class _Squares:
-    """Squared norms of a weight's task vectors and new state."""
+    """Squared norms of a weight's task vectors, new state, and stored update."""
 
     experts: tuple[float, ...]
     running: float
+    kept: Kept
 
 
 def _write_state(writer: WeightsWriter, weight: Weight, piece: Piece, state: Parts) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.merge_rules import Norms
 from hf_contmerge.merging.merge import FoldedExpert
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.runtime.files import write_atomically
 
+_EXPORTS = "exports.jsonl"
 FORMAT = 1
 """Incremented when older programs cannot read a state."""
 
@@ -80,6 +82,23 @@ def read_log(folder: Path) -> Log:
 def write_log(folder: Path, log: Log) -> None:
     """Replace state.json, the commit of a change."""
     write_atomically(folder / "state.json", json.dumps(asdict(log), indent=1) + "\n")
+
+
+def log_export(folder: Path, out: Path, experts: int, survival: Survival) -> None:
+    """Append an export to exports.jsonl."""
+    line = {"model": str(out.resolve()), "experts": experts, **survival.to_json()}
+    with (folder / _EXPORTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_exports(folder: Path) -> list[dict[str, Any]]:
+    """Return the exports of a state, in order."""
+    file = folder / _EXPORTS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise RunError(f"{file} is damaged ({error}). Remove it: it only lists the written models.") from error
 
 
 def require_new(folder: Path) -> None:

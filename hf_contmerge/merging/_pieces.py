@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Shape, Weight
-from hf_contmerge.merging.costs import PIECE, PIECE_ON_GPU, needs_whole
+from hf_contmerge.merging.costs import needs_whole, piece_size
+from hf_contmerge.models.rounding import Rounding, compared, rounded, square
+from hf_contmerge.models.survival import Kept
 
 Parts = dict[str, Tensor]
 """A weight's state, or a piece of it. The only part of a rule that names none is called ""."""
@@ -49,7 +53,7 @@ def pieces(rule: MergeRule, weight: Weight, device: torch.device, *, whole: bool
     if whole or needs_whole(rule, weight):
         yield Piece(0, numel, weight.shape)
         return
-    size = PIECE if device.type == "cpu" else PIECE_ON_GPU
+    size = piece_size(device)
     for start in range(0, numel, size):
         stop = min(start + size, numel)
         yield Piece(start, stop, (stop - start,))
@@ -72,20 +76,56 @@ def state_square(state: Parts) -> float:
     return sum(map(square, state.values()))
 
 
-def merged_tensor(
-    base: Tensor, running: Tensor, scale: float, dtype: torch.dtype, *, expert: Tensor | None = None
-) -> Tensor:
-    """Return base + scale * running in float32, cast to dtype.
+@dataclass(frozen=True)
+class Stored:
+    """How a piece of a tensor is stored."""
+
+    name: str
+    dtype: torch.dtype
+    by: Rounding
+    start: int = 0
+
+
+def merged_piece(
+    base: Tensor, running: Tensor, scale: float, stored: Stored, *, expert: Tensor | None = None
+) -> tuple[Tensor, Kept]:
+    """Return base + scale * running as stored, and what is kept of the update.
 
     With `expert`, the only one so far and taken whole (scale 1), its own values are returned where running is its task
     vector: base + (expert - base) may round to a neighbour.
+
+    Raises:
+        ModelError: a value is too large for the dtype.
     """
     wide = base.float()
     merged = torch.add(wide, running, alpha=scale)
     if expert is not None:
         whole = expert.float()
         merged = torch.where(running == whole - wide, whole, merged)
-    return merged.to(dtype)
+    result = rounded(merged, stored.dtype, name=stored.name, start=stored.start, by=stored.by)
+    kept = compared(result, wide, running * scale)
+    if not kept.finite:
+        _refuse_overflow(stored, merged)
+    return result, kept
+
+
+def unchanged(base: Tensor, stored: Stored) -> tuple[Tensor, Kept]:
+    """Return a piece without an update as stored, and what rounding adds to it. Raises as `merged_piece`."""
+    wide = base.float()
+    result = rounded(wide, stored.dtype, name=stored.name, start=stored.start, by=stored.by)
+    kept = compared(result, wide, torch.zeros_like(wide))
+    if not kept.finite and bool(torch.isfinite(wide).all()):
+        _refuse_overflow(stored, wide)
+    return result, kept if kept.finite else Kept()
+
+
+def _refuse_overflow(stored: Stored, merged: Tensor) -> NoReturn:
+    largest, dtype = float(merged.abs().nan_to_num().max()), str(stored.dtype).removeprefix("torch.")
+    advice = "a smaller scale" if stored.dtype == torch.float32 else "dtype: float32 or bfloat16"
+    raise ModelError(
+        f"{stored.name}: merged values as large as {largest:.4g} do not fit {dtype}, whose largest is "
+        f"{torch.finfo(stored.dtype).max:.4g}. Use {advice}. No model was written."
+    )
 
 
 def fold_tensor(
@@ -102,8 +142,3 @@ def fold_tensor(
         norms.append(math.sqrt(square(change)))
         state = updated(rule, state, change, weight)
     return state, Norms(tuple(norms), math.sqrt(state_square(state)))
-
-
-def square(tensor: Tensor) -> float:
-    """Return the sum of squares in float64; finite only for finite elements."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2

@@ -13,17 +13,20 @@ from hf_contmerge.errors import RecipeError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._log import Log
-from hf_contmerge.merging._pieces import merged_tensor, read_out
+from hf_contmerge.merging._pieces import Stored, merged_piece, read_out
 from hf_contmerge.merging.costs import weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.state import MergeState
-from hf_contmerge.models.layout import model_in_memory
 from hf_contmerge.models.lora.matching import tied_table
 from hf_contmerge.models.lora.writer import Factors, write_adapter
+from hf_contmerge.models.memory import in_memory
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import new_folder
 from hf_contmerge.runtime.ranks import OneRank
+
+_ROUNDING = "stochastic"  # peft loads the whole tensors of an adapter in the base's dtype
 
 
 def export_adapter(
@@ -57,14 +60,14 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
     dense = [n for n in low_rank if running.rank(n) is None]
     if dense and rank is None:
         raise RecipeError(_why_dense(log, rule, dense))
-    stages, errors, model = len(log.experts), dict[str, float](), model_in_memory(base)
+    stages, errors, model = len(log.experts), dict[str, float](), in_memory(base)
 
     def factors() -> Iterator[tuple[str, Factors]]:
         for name in low_rank:
             left, right, errors[name] = _approximation(rule, base, running, name, stages, rank)
             yield model.name(name), (left * scale, right)
 
-    whole = _whole(rule, base, running, set(low_rank), scale, stages)
+    whole, kept = _whole(rule, base, running, set(low_rank), scale, stages)
     with new_folder(out, OneRank()) as scratch:
         write_adapter(
             scratch, factors(), base_model=log.base, whole={model.name(n): t for n, t in whole.items()},
@@ -72,6 +75,11 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
             tied=model.name(tied) if tied else None,
         )  # fmt: skip
         (scratch / "reconstruction.json").write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
+        if kept:
+            nbytes = sum(whole[name].nbytes for name in kept)
+            survival = Survival.of(kept, base.main_dtype, _ROUNDING, nbytes)
+            survival.write(scratch)
+            survival.warn(f"{out}, its modules_to_save")
     return errors
 
 
@@ -112,14 +120,15 @@ def _approximation(
 
 def _whole(
     rule: MergeRule, base: Weights, running: Running, low_rank: set[str], scale: float, stages: int
-) -> dict[str, Tensor]:
-    """Return the modules exported as full tensors."""
+) -> tuple[dict[str, Tensor], dict[str, Kept]]:
+    """Return the modules exported as full tensors, and what these keep of their updates."""
     changed = running.names() - low_rank
     modules = {n.rpartition(".")[0] for n in changed if n.rpartition(".")[0] + ".weight" not in low_rank}
     tensors = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}
-    for name in changed:
+    kept: dict[str, Kept] = {}
+    for name in sorted(changed):
         before, state = base.tensor(name), running.state(name)
         assert state is not None
         read = read_out(rule, state, weight_of(base, name, stages))
-        tensors[name] = merged_tensor(before, read, scale, before.dtype)
-    return tensors
+        tensors[name], kept[name] = merged_piece(before, read, scale, Stored(name, before.dtype, _ROUNDING))
+    return tensors, kept

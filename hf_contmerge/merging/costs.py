@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+import torch
 
 from hf_contmerge.merge_rules import MergeRule, Weight, inputs_shape
 from hf_contmerge.models.config import is_matrix
@@ -17,8 +20,27 @@ PIECE = 2**18
 PIECE_ON_GPU = 2**26
 
 
+@dataclass(frozen=True)
+class Passage:
+    """How a weight passes through a merge."""
+
+    touched: int
+    """How many tensors of the base's size are read or written besides it."""
+    group: int = 0
+    """Number of the output file."""
+    whole: bool = False
+    """It is worked on in one piece, though the rule would not ask for that."""
+    piece: int = PIECE
+    """Elements worked on at once."""
+
+
 # Measured on one core; only their ratio matters, which decides who works on what.
 _BYTES_PER_SECOND, _FLOPS = 2e9, 3e10
+
+
+def piece_size(device: torch.device) -> int:
+    """Return the elements worked on at once."""
+    return PIECE if device.type == "cpu" else PIECE_ON_GPU
 
 
 def needs_whole(rule: MergeRule, weight: Weight) -> bool:
@@ -34,24 +56,19 @@ def state_numel(rule: MergeRule, weight: Weight) -> int:
     return sum(math.prod(part) for part in rule.parts(weight).values())
 
 
-def job_of(
-    rule: MergeRule,
-    weight: Weight,
-    nbytes: int,
-    *,
-    touched: int,
-    group: int = 0,
-    whole: bool = False,
-) -> Job:
-    """Estimate the work on one weight.
+def weight_of(base: Weights, name: str, stage: int) -> Weight:
+    """Describe a weight of the base to a rule."""
+    shape = base.shape(name)
+    return Weight(name, is_matrix(name, shape, base.vocabulary), stage, shape, base.depths.get(name))
 
-    `nbytes`: the size of the base's tensor. `touched`: how many more of that size are read or written. `whole`: it is
-    worked on in one piece, though the rule would not ask for that.
-    """
-    numel, moved = math.prod(weight.shape), nbytes * (1 + touched)
-    whole = whole or needs_whole(rule, weight)
+
+def stream_job(rule: MergeRule, base: Weights, name: str, passage: Passage) -> Job:
+    """Estimate the work on one weight."""
+    weight, touched = weight_of(base, name, 1), passage.touched
+    numel, moved = math.prod(weight.shape), base.nbytes(name) * (1 + touched)
+    whole = passage.whole or needs_whole(rule, weight)
     state = state_numel(rule, weight)
-    share = 1 if whole else PIECE / max(numel, 1)
+    share = 1 if whole else passage.piece / max(numel, passage.piece)
     seconds, memory = moved / _BYTES_PER_SECOND, round(4 * share * (2 * state + 4 * numel))
     if rule.needs and weight.is_matrix:
         memory += 4 * math.prod(inputs_shape(weight.shape[-1]))
@@ -59,15 +76,4 @@ def job_of(
         small, large = sorted(weight.shape[-2:])
         seconds += touched * (numel // (small * large)) * (6 * small**2 * large + 30 * small**3) / _FLOPS
         memory += 8 * (3 * small * large + 6 * small**2)
-    return Job(weight.name, seconds, memory, moved, group)
-
-
-def weight_of(base: Weights, name: str, stage: int) -> Weight:
-    """Describe a weight of the base to a rule."""
-    shape = base.shape(name)
-    return Weight(name, is_matrix(name, shape, base.vocabulary), stage, shape, base.depths.get(name))
-
-
-def stream_job(rule: MergeRule, base: Weights, name: str, touched: int, group: int, *, whole: bool = False) -> Job:
-    """Estimate the work on one weight. `touched`, `whole`: as `job_of` has them."""
-    return job_of(rule, weight_of(base, name, 1), base.nbytes(name), touched=touched, group=group, whole=whole)
+    return Job(name, seconds, memory, moved, passage.group)

@@ -7,7 +7,7 @@ returns a new value, so an older value stays valid as long as its folder exists.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hf_contmerge.errors import ModelError
@@ -15,6 +15,7 @@ from hf_contmerge.merge_rules import MergeRule, Norms
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.write import Merged, Output, write_merged
 from hf_contmerge.models.experts import Expert, expert_sha256, first_twin, open_expert, twins_refused
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
 
@@ -54,6 +55,8 @@ class RunningMerge:
     running_norm: float = 0.0
     factor: float = 1.0
     """Further factor on the rule's scale, for rules without a tunable field."""
+    survival: Survival | None = field(default=None, compare=False)
+    """What the model's file keeps of the update, if the fold wrote one."""
 
     @property
     def norms(self) -> Norms:
@@ -108,10 +111,10 @@ class RunningMerge:
         )  # fmt: skip
         norms = zip((*self.experts, *new), outcome.norms.experts, strict=True)
         folded = tuple(replace(expert, norm=norm) for expert, norm in norms)
-        return replace(self, experts=folded, running=out, running_norm=outcome.norms.running)
+        return replace(self, experts=folded, running=out, running_norm=outcome.norms.running, survival=outcome.survival)
 
-    def export(self, out: Output, *, crew: Crew | None = None) -> None:
-        """Write the merged model.
+    def export(self, out: Output, *, crew: Crew | None = None) -> Survival:
+        """Write the merged model; return what its file keeps of the update.
 
         A single unchanged expert at scale 1 keeps its bits.
         """
@@ -120,7 +123,7 @@ class RunningMerge:
             only = crew.ranks.all(open_expert, self.experts[0].folder, base, force=True)
         assert self.running, "a merge without a running state has nothing to write"
         merged = Merged(self.norms, self.scale)
-        write_merged(self.rule, base, self.running, merged, out, only=only, crew=crew)
+        return write_merged(self.rule, base, self.running, merged, out, only=only, crew=crew)
 
 
 def refuse_twins(experts: Sequence[FoldedExpert], folded: int = 0) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.merge_rules import MergeRule, named_rule, rule_of
+from hf_contmerge.models.rounding import ROUNDINGS, Rounding
 
 
 def make_rule(name: str, parameters: Mapping[str, Any], *, where: str = "") -> MergeRule:
@@ -45,3 +46,14 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     if name is not None and name not in dtypes:
         raise RecipeError(unknown("dtype", name, dtypes))
     return dtypes[name] if name else None
+
+
+def rounding_named(name: str | None) -> Rounding:
+    """Return a rounding by name; None: stochastic.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    if name is not None and name not in ROUNDINGS:
+        raise RecipeError(unknown("rounding", name, ROUNDINGS))
+    return cast(Rounding, name or ROUNDINGS[0])

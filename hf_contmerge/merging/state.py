@@ -3,6 +3,8 @@
     STATE/
       state.json      base, rule, experts in order with digests and norms, name of the current running folder
       running-<n>/    state after all experts (running.py)
+      tokenizer_change.json   chat template, end and padding of the newest expert that was trained here with others
+      exports.jsonl   the models that were written, with the share of the update that their dtype keeps
 
 Adding an expert reads the base, the state and that expert. Time and memory do not depend on the number of earlier
 experts, and added experts may be deleted. A change builds a new running folder and then replaces state.json, so a crash
@@ -29,7 +31,9 @@ from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._log import (
     Entry,
     Log,
+    log_export,
     name_of,
+    read_exports,
     read_log,
     require_kept,
     require_new,
@@ -37,15 +41,19 @@ from hf_contmerge.merging._log import (
     write_log,
 )
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
-from hf_contmerge.merging.rules import dtype_named, make_rule
+from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.models.folder import resolve_model
+from hf_contmerge.models.survival import Survival
+from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, change_of_json, tokenizer_change
 from hf_contmerge.models.weights import SHARD_SIZE, Weights, weights_sha256
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
+from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder, write_atomically
 from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.runtime.versions import versions
+
+_CHANGE = "tokenizer_change.json"
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,7 @@ class MergeState:
                 for e, model, expert in zip(after.experts[len(log.experts) :], models, opened, strict=True)
             ]
             self._publish(log, after, (*log.experts, *added), crew)
+            crew.ranks.first(self._keep_change, merge.base, folders)
         return self
 
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:
@@ -213,6 +222,7 @@ class MergeState:
         out: str | Path,
         *,
         dtype: str | None = None,
+        rounding: str | None = None,
         shard_size: int = SHARD_SIZE,
         tokenizer_from: str | None = None,
         crew: Crew | None = None,
@@ -222,24 +232,34 @@ class MergeState:
         Args:
             out: a new folder.
             dtype: dtype of the floating weights (default: the base's).
+            rounding: stochastic (default) or nearest, for weights of 16 bits.
             shard_size: maximum bytes of a weight file.
-            tokenizer_from: source of tokenizer, chat template and generation config (default: the base).
+            tokenizer_from: source of tokenizer, chat template and generation config (default: the base, with the chat
+                template, end and padding of the newest expert that was trained here with others).
             crew: threads and ranks that share the work.
         """
         crew, out = crew or Crew(), Path(out)
         log = crew.ranks.first(self.log)
 
         def open_merge() -> tuple[RunningMerge, Any]:
-            merge, kind = self.merge(log), dtype_named(dtype)
+            merge, kind = self.merge(log), (dtype_named(dtype), rounding_named(rounding))
             self._require(merge.running)
             return merge, kind
 
-        merge, kind = crew.ranks.all(open_merge)
+        merge, (kind, by) = crew.ranks.all(open_merge)
         companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
+        change = UNCHANGED if companions else crew.ranks.first(self._trained_change)
         with new_folder(out, crew.ranks) as scratch:
-            merge.export(Output(scratch, kind, shard_size, companions), crew=crew)
-            crew.ranks.first(_write_lineage, log, merge.scale, scratch)
+            survival = merge.export(Output(scratch, kind, shard_size, companions, change, by), crew=crew)
+            crew.ranks.first(_write_lineage, log, merge.scale, survival, scratch)
+        crew.ranks.first(log_export, self.folder, out, len(log.experts), survival)
+        if crew.ranks.is_main:
+            survival.warn(out)
         return out
+
+    def exports(self) -> list[dict[str, Any]]:
+        """Return the written models, with what their files keep of the update."""
+        return read_exports(self.folder)
 
     def _rule(self, log: Log) -> MergeRule:
         require_same(log.versions, self.folder, cure=", or start the state anew")
@@ -291,6 +311,22 @@ class MergeState:
                     self._clear_all_but({self.log().running})
                 raise
 
+    def _keep_change(self, base: Path, experts: Sequence[Path]) -> None:
+        """Keep how training changed the tokenizer: an expert's folder may be deleted."""
+        for folder in experts:
+            change = tokenizer_change(base, folder) if self._trained_here(folder) else None
+            if change:
+                write_atomically(self.folder / _CHANGE, change.as_json())
+
+    def _trained_here(self, expert: Path) -> bool:
+        """Report if our training wrote an expert: functions, a run, the callback."""
+        records = (expert / "contmerge" / "train.json", expert.parent / "train.json")
+        return any(file.is_file() for file in records) or self.folder.resolve() in expert.resolve().parents
+
+    def _trained_change(self) -> TokenizerChange:
+        file = self.folder / _CHANGE
+        return change_of_json(file.read_text(encoding="utf-8")) if file.is_file() else UNCHANGED
+
     def _clear_all_but(self, keep: set[str | None]) -> None:
         for path in self.folder.glob("running-*"):
             if path.name not in keep:
@@ -318,8 +354,9 @@ class MergeState:
         crew.ranks.first(write)
 
 
-def _write_lineage(log: Log, scale: float, out: Path) -> None:
-    (out / "merge.json").write_text(json.dumps({**asdict(log), "scale": scale}, indent=1) + "\n", encoding="utf-8")
+def _write_lineage(log: Log, scale: float, survival: Survival, out: Path) -> None:
+    lineage = {**asdict(log), "scale": scale, "stored": survival.to_json()}
+    (out / "merge.json").write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
 
 
 def _now() -> str:

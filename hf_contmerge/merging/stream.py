@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.write import Merged, Output, write_merged
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.models.layout import weights_like
 from hf_contmerge.models.statistics import Statistics, check_statistics
 from hf_contmerge.models.weights import Weights, WeightsWriter
 from hf_contmerge.runtime.crew import Crew
@@ -68,14 +70,15 @@ def merge_experts(
     if state_out:
         crew.ranks.first(state_out.mkdir, exist_ok=True)
     fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew, statistics)
-    norms = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
-    found = Merged(norms, rule.scale(norms))
+    norms, survival = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
+    found = Merged(norms, rule.scale(norms), survival)
     if norms.running == 0:
         LOG.warning("No expert differs from the base %s in any weight: the merged model is the base", base.folder)
     if merged_out and not at_once:
         assert state_out is not None
         only = experts[0] if len(norms.experts) == 1 else None
-        write_merged(rule, base, state_out, found, merged_out, only=only, crew=crew)
+        survival = write_merged(rule, base, state_out, found, merged_out, only=only, crew=crew)
+        found = replace(found, survival=survival)
     if scratch:
         crew.ranks.first(shutil.rmtree, scratch)
     return found
@@ -93,7 +96,8 @@ def write_sum(base: Path, expert: Path, minus: Path, out: Path) -> None:
     So an instruction vector (instruct - its base) becomes a stage like any other (arXiv 2310.04799, 2409.19854). The
     tokenizer, chat template and generation config are the instruct model's.
     """
-    weights, plus, less = Weights(base), Weights(expert), Weights(minus)
+    weights = Weights(base)
+    plus, less = weights_like(weights, expert), weights_like(weights, minus)
     floating = set(weights.floating())
     plan = [(n, weights.shape(n), torch.float32 if n in floating else weights.dtype(n)) for n in weights.names]
     with WeightsWriter(out, plan) as writer:

@@ -8,7 +8,6 @@ of one origin, whose coordinates have the same meaning. Nothing is written here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import config, layer_of, layer_order, special_tokens, text_config, tokens_of
+from hf_contmerge.models.config import config, layer_of, layer_order, special_tokens
 from hf_contmerge.models.experts import Expert, open_expert
+from hf_contmerge.models.function import check_meaning
+from hf_contmerge.models.layout import weights_like
 from hf_contmerge.models.weights import Weights
 
-_SAME = ("model_type", "hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim")
-"""Fields of config.json that change the meaning of weights."""
 _SAMPLED, _ELEMENTS = 24, 2**20
 _UNRELATED, _FAR = 0.5, 0.9
 _STOPS = ("bos_token_id", "eos_token_id")
@@ -39,14 +38,7 @@ def check_vector(base: Path, expert: Path, minus: Path) -> list[str]:
         ModelError: equal weights would have another meaning in one of the models.
     """
     for other in (expert, minus):
-        for word in (*_SAME, "rope"):
-            ours, theirs = _meaning(base, word), _meaning(other, word)
-            if ours != theirs:
-                raise ModelError(
-                    f"{other} has {word} {theirs!r} in config.json, {base} has {ours!r}: equal weights compute another "
-                    "function there. Use the instruct model that was trained from this base."
-                )
-        _check_tokens(base, other)
+        check_meaning(base, other)
     stops = [(word, config(base).get(word), config(expert).get(word)) for word in _STOPS]
     return [
         f"{expert} has {word} {theirs}, {base} has {ours}; a merged model that holds the vector gets {theirs}."
@@ -66,10 +58,10 @@ def check_origin(base: Path, expert: Path, minus: Path) -> list[str]:
     Raises:
         ModelError: the models are of different origin.
     """
-    warnings = []
+    warnings, weights = [], Weights(base)
     for one, other, need in ((expert, minus, "`expert` was not trained from `minus`"),
                              (minus, base, "`minus` and `base_model` are of different origin")):  # fmt: skip
-        cosine = sampled_cosine(Weights(one), Weights(other))
+        cosine = sampled_cosine(*(weights_like(weights, model) for model in (one, other)))
         measured = f"the weights of {one} and {other} have a cosine of {cosine:.3f}"
         if cosine < _UNRELATED:
             raise ModelError(
@@ -105,10 +97,10 @@ def vector_record(base: Path, before: Path | None, expert: Path, minus: Path) ->
         special_tokens: relative move of each special token's input embedding, over its length in `minus`.
         layers: per layer, cosine of the two task vectors and length ratio (this over previous); `all` last.
     """
-    plus, less = Weights(expert), Weights(minus)
+    weights = Weights(base)
+    plus, less = weights_like(weights, expert), weights_like(weights, minus)
     statistics: dict[str, Any] = {"special_tokens": special_rows(expert, plus, less)}
     if before:
-        weights = Weights(base)
         statistics["layers"] = compare_vectors(weights, open_expert(before, weights, force=True), plus, less)
     return statistics
 
@@ -144,34 +136,6 @@ def special_rows(expert: Path, plus: Weights, less: Weights) -> dict[str, float]
     new, old = plus.tensor(tables[0]), less.tensor(tables[0])
     rows = {token: row for token, row in special_tokens(expert).items() if row < len(new)}
     return {t: _ratio(*((x[r].double() ** 2).sum() for x in (new.float() - old.float(), old))) for t, r in rows.items()}
-
-
-def _meaning(folder: Path, word: str) -> Any:
-    """Return a field of config.json, normalised for `rope`."""
-    values: Mapping[str, Any] = config(folder)
-    values = text_config(values) or values
-    if word != "rope":
-        return values.get(word)
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    theta = rope.pop("rope_theta", values.get("rope_theta"))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    return theta, kind, *sorted(rope.items(), key=str)
-
-
-def _check_tokens(base: Path, other: Path) -> None:
-    ours, theirs = tokens_of(base), tokens_of(other)
-    if ours is None or theirs is None:  # another kind of tokenizer; vocabulary sizes were compared before
-        return
-    moved = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
-    numbers = {number: token for token, number in ours.items()}
-    renamed = sorted(t for t, number in theirs.items() if t not in ours and number in numbers)
-    if moved or renamed:
-        token = (moved or renamed)[0]
-        was = ours.get(token, numbers.get(theirs[token]))
-        raise ModelError(
-            f"The tokenizers of {other} and {base} differ: {token!r} is token {theirs[token]} there, but {was!r} here. "
-            "The embedding rows do not correspond. Use models with one tokenizer."
-        )
 
 
 def _cosine(dot: float, a: float, b: float) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,32 +13,41 @@ from torch import Tensor
 
 from hf_contmerge.errors import ResourceError, size
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
-from hf_contmerge.merging._pieces import Parts, Piece, merged_tensor, pieces, read_out
-from hf_contmerge.merging.costs import stream_job, weight_of
+from hf_contmerge.merging._pieces import Parts, Piece, Stored, merged_piece, pieces, read_out, unchanged
+from hf_contmerge.merging.costs import Passage, piece_size, stream_job, weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
-from hf_contmerge.models.weights import SHARD_SIZE, Plan, Weights, WeightsWriter
+from hf_contmerge.models.rounding import Rounding
+from hf_contmerge.models.survival import Kept, Survival
+from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
+from hf_contmerge.models.weights import SHARD_SIZE, Plan, Weights, WeightsWriter, kept_dtype, main_dtype
 from hf_contmerge.runtime.crew import Crew, Job
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The norms of all experts so far, and the scale."""
+    """The norms of all experts so far, the scale, and what the file keeps of the update."""
 
     norms: Norms
     scale: float
+    survival: Survival | None = field(default=None, compare=False)
+    """None where no model was written."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """The place of a merged model: empty folder, dtype, bytes per file."""
+    """The place of a merged model: empty folder, dtype, rounding, bytes per file."""
 
     folder: Path
     dtype: torch.dtype | None = None
     shard_size: int = SHARD_SIZE
     companions: Path | None = None
     """Whose config, tokenizer, chat template and generation config it gets: the base's, if not said."""
+    change: TokenizerChange = UNCHANGED
+    """What training changed of that tokenizer."""
+    rounding: Rounding = "stochastic"
+    """Of weights with 16 bits."""
 
 
 def write_merged(
@@ -50,30 +59,37 @@ def write_merged(
     *,
     only: Expert | None = None,
     crew: Crew | None = None,
-) -> None:
-    """Write base + scale * read_out(running). `only`: a single expert."""
+) -> Survival:
+    """Write base + scale * read_out(running); return what the file keeps. `only`: a single expert."""
     crew, state = crew or Crew(), Running(running)
     writer = model_writer(base, out, crew)
-    model = MergedModel(rule, base, found.scale, len(found.norms.experts), writer, only, crew)
+    model = MergedModel(rule, base, found.scale, len(found.norms.experts), writer, out.rounding, only, crew)
 
     def prefetch(job: Job) -> None:
         base.prefetch(job.name)
         state.prefetch(job.name)
 
     with opened(crew, [writer]):
-        jobs = [stream_job(rule, base, name, 2, writer.shard_of(name)) for name in writer.names]
-        crew.run(
+        size = piece_size(crew.device)
+        jobs = [stream_job(rule, base, n, Passage(2, writer.shard_of(n), piece=size)) for n in writer.names]
+        kept = crew.run(
             jobs,
             lambda job: model.write(job.name, state.state(job.name)),
             what="writing",
             prefetch=prefetch,
         )
     write_companions(base, out, crew)
+    return model.survival(kept)
 
 
 def write_companions(base: Weights, out: Output, crew: Crew) -> None:
     """Put config, tokenizer, chat template and generation config beside a model's weights."""
-    crew.ranks.first(copy_companions, base.folder, out.folder, dtype=out.dtype, tokenizer_from=out.companions)
+
+    def write() -> None:
+        copy_companions(base.folder, out.folder, dtype=out.dtype, tokenizer_from=out.companions)
+        out.change.write(out.folder)
+
+    crew.ranks.first(write)
 
 
 @dataclass(frozen=True)
@@ -85,29 +101,49 @@ class MergedModel:
     scale: float
     stages: int
     writer: WeightsWriter
+    rounding: Rounding
     only: Expert | None
     crew: Crew
 
-    def write(self, name: str, running: Parts | None) -> None:
+    def write(self, name: str, running: Parts | None) -> Kept:
         """Write a tensor from its state; without one, the base's."""
         tensor = self.base.tensor(name)
-        if running is None:
-            dtype = self.writer.dtype(name)
-            return self.writer.write(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         weight, device = weight_of(self.base, name, self.stages), self.crew.device
+        if running is None:
+            return self._write_unchanged(weight, tensor)
+        parts = []
         for piece in pieces(self.rule, weight, device):
             part = piece.of(tensor.reshape(-1)).to(device)
             state = {name: t.to(device) for name, t in piece.of_state(running, weight).items()}
-            self.write_piece(weight, piece, part, state)
-        return None
+            parts.append(self.write_piece(weight, piece, part, state))
+        return Kept.sum(parts)
 
-    def write_piece(self, weight: Weight, piece: Piece, base: Tensor, running: Parts) -> None:
+    def write_piece(self, weight: Weight, piece: Piece, base: Tensor, running: Parts) -> Kept:
         """Write a piece of a tensor from its state."""
         read = read_out(self.rule, running, weight)
         own = self.only.values(weight.name) if self.only and self.scale == 1.0 else None
         taken = piece.of(own.reshape(-1)).to(base.device) if own is not None else None
-        merged = merged_tensor(base, read, self.scale, self.writer.dtype(weight.name), expert=taken)
+        merged, kept = merged_piece(base, read, self.scale, self._stored(weight.name, piece.start), expert=taken)
         self.writer.write(weight.name, merged, start=piece.start)
+        return kept
+
+    def _write_unchanged(self, weight: Weight, tensor: Tensor) -> Kept:
+        if not tensor.is_floating_point() or tensor.dtype == self.writer.dtype(weight.name):
+            self.writer.write(weight.name, tensor)
+            return Kept()
+        parts = []
+        for piece in pieces(self.rule, weight, torch.device("cpu")):
+            values, kept = unchanged(piece.of(tensor.reshape(-1)), self._stored(weight.name, piece.start))
+            self.writer.write(weight.name, values, start=piece.start)
+            parts.append(kept)
+        return Kept.sum(parts)
+
+    def _stored(self, name: str, start: int) -> Stored:
+        return Stored(name, self.writer.dtype(name), self.rounding, start)
+
+    def survival(self, kept: Mapping[str, Kept]) -> Survival:
+        """Sum up what the tensors keep."""
+        return Survival.of(kept, main_dtype(self.writer.plan()), self.rounding, self.writer.nbytes)
 
 
 def model_writer(base: Weights, out: Output, crew: Crew) -> WeightsWriter:
@@ -116,9 +152,14 @@ def model_writer(base: Weights, out: Output, crew: Crew) -> WeightsWriter:
 
 
 def merged_plan(base: Weights, dtype: torch.dtype | None) -> Plan:
-    """Return a merged model's tensors, the floating ones in `dtype`."""
-    floating = set(base.floating())
-    return [(n, base.shape(n), dtype if n in floating and dtype else base.dtype(n)) for n in base.names]
+    """Return a merged model's tensors, the floating ones in `dtype`.
+
+    What a model of 16 bits holds in float32 (router biases, norms) stays float32.
+    """
+    plan = [(n, base.shape(n), base.dtype(n)) for n in base.names]
+    if dtype is None:
+        return plan
+    return [(n, s, kept_dtype(own, base.main_dtype, dtype) if own.is_floating_point else own) for n, s, own in plan]
 
 
 @contextmanager

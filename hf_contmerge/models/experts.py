@@ -14,9 +14,11 @@ from torch import Tensor
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config
 from hf_contmerge.models.folder import is_adapter
-from hf_contmerge.models.layout import check_same_layout
+from hf_contmerge.models.function import check_function
+from hf_contmerge.models.layout import weights_like
 from hf_contmerge.models.lora.layout import FILE
 from hf_contmerge.models.lora.reader import Adapter, check_base
+from hf_contmerge.models.reading import missing
 from hf_contmerge.models.weights import Weights, tensor_bytes, weights_sha256
 
 ExpertKind = Literal["model", "adapter"]
@@ -63,9 +65,8 @@ class DenseExpert:
 
     def __init__(self, folder: Path, base: Weights) -> None:
         check_mergeable(folder)
-        check_same_layout(base.folder, folder)
         self.folder = folder
-        self.weights = Weights(folder)
+        self.weights = weights_like(base, folder)
         self.names = base.floating()
         for name in self.names:
             if not self.weights.dtype(name).is_floating_point:
@@ -133,13 +134,25 @@ class AdapterExpert:
 def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = (), force: bool = False) -> Expert:
     """Open a full model or an adapter; check the fit by headers.
 
-    `base_names`: under which names an adapter may know its base. `force`: accept an adapter of another base.
+    Args:
+        folder: the expert's folder.
+        base: the base's weights.
+        base_names: names under which an adapter may know its base.
+        force: accept an adapter of another base, or a model of another configuration or tokenizer.
     """
     if not is_adapter(folder):
-        return DenseExpert(folder, base)
+        expert = DenseExpert(folder, base)
+        if not force:
+            check_function(base.folder, folder)
+        return expert
     adapter = Adapter(folder, base)
     check_base(adapter, base_names, force=force)
     return AdapterExpert(adapter)
+
+
+def stored_weights(folder: Path) -> Weights:
+    """Open the tensors of a model's or an adapter's files."""
+    return Weights(folder / FILE if is_adapter(folder) else folder)
 
 
 def expert_sha256(folder: Path) -> str:
@@ -177,7 +190,7 @@ def twins_refused(model: str, twin: str) -> str:
 
 def _first_bytes(folder: Path) -> str:
     """Return a digest of each tensor's name, type, shape and first bytes."""
-    weights, digest = Weights(folder / FILE if is_adapter(folder) else folder), hashlib.sha256()
+    weights, digest = stored_weights(folder), hashlib.sha256()
     for name in weights.names:
         start = tensor_bytes(weights.tensor(name).reshape(-1)[:64])
         digest.update(f"{name} {weights.dtype(name)} {weights.shape(name)}".encode() + start)
@@ -185,10 +198,15 @@ def _first_bytes(folder: Path) -> str:
 
 
 def check_mergeable(folder: Path) -> None:
-    """Raise ModelError if a folder's weights are quantised. Reads headers only."""
+    """Raise ModelError if a folder's weights are quantised or incomplete. Reads headers only."""
     if "quantization_config" in config(folder):
         method = config(folder)["quantization_config"].get("quant_method", "quantised")
         raise ModelError(f"{folder} is quantised ({method}). Dequantise it and save it as bfloat16 before merging.")
     weights = Weights(folder)
     for name in weights.names:
         weights.dtype(name)
+    if lacking := missing(folder, weights.shapes()):
+        more = f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""
+        raise ModelError(
+            f"{folder} lacks {lacking[0]}{more}: transformers would make them up at random. Fetch or save it again."
+        )

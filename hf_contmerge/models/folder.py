@@ -23,6 +23,7 @@ import torch
 
 from hf_contmerge.errors import ModelError, ResourceError
 from hf_contmerge.models.config import COMPANIONS, config
+from hf_contmerge.models.contents import check_contents, code_files, companions
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.files import remove, write_atomically
@@ -30,6 +31,10 @@ from hf_contmerge.runtime.files import remove, write_atomically
 LOG = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+TEXTS = (*(f"*{end}" for end in COMPANIONS), "*.py", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")
+"""Patterns of a model's files on the Hub, without weights."""
+_OTHER = ["original/*", "consolidated*", "onnx/*", "openvino/*", "*.fp16.safetensors", "checkpoint-*/*"]
+"""Other copies of a model's weights in its repository, gigabytes that nothing reads."""
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -48,12 +53,36 @@ def resolve_model(name: str, *, adapters: bool = False) -> Path:
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path)
     if path.is_dir():
-        Weights(path)  # raises for a damaged model
+        _require_one_adapter(path)
+        check_contents(path)
+        if is_adapter(path) and not adapters and not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path} is an adapter, but a whole model is needed. Merge the adapter into its base first "
+                "(merge_and_unload, save_pretrained), and give the merged folder."
+            )
+        if not (adapters and is_adapter(path)):
+            Weights(path)  # raises for a damaged model
         if not (path / "config.json").is_file() and not (adapters and (path / "adapter_config.json").is_file()):
             raise ModelError(f"{path} has no config.json. Give a folder written by `save_pretrained`.")
         return path
     check_hub_id(name)
-    return _from_hub(name)
+    folder = _from_hub(name)
+    _require_one_adapter(folder)
+    return folder
+
+
+def _require_one_adapter(folder: Path) -> None:
+    """Raise ModelError for a folder of several adapters, as saved by peft."""
+    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if is_adapter(folder):
+        others = [name for name in below if not re.fullmatch(r"checkpoint-\d+", name)]
+        if others:
+            LOG.warning("%s: the adapter in it is read, not those below: %s", folder, ", ".join(others))
+    elif below and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no model but {len(below)} adapter{'s' * (len(below) > 1)} in subfolders: "
+            f"{', '.join(below)}. Give the path of one of them, for example {folder / below[0]}."
+        )
 
 
 def model_path(name: str) -> Path:
@@ -82,10 +111,9 @@ def copy_companions(
     `tokenizer_from`: another model to copy these files from, except config.json; from that only the ids of the bos, eos
     and pad tokens are taken.
     """
-    for path in sorted((tokenizer_from or source).iterdir()):
-        if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
-    shutil.copyfile(source / "config.json", target / "config.json")
+    copy_files(tokenizer_from or source, target)
+    for name in ("config.json", *code_files(source)):
+        shutil.copyfile(source / name, target / name)
     values = config(target)
     if dtype is not None:
         values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
@@ -95,16 +123,23 @@ def copy_companions(
         (target / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def copy_files(source: Path, target: Path) -> None:
+    """Copy a model's companions."""
+    for path in companions(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
     with hub_errors(name):
-        return Path(
-            snapshot_download(
-                repo, revision=revision or None, allow_patterns=[f"*{end}" for end in (".safetensors", *COMPANIONS)]
-            )
-        )
+        wanted = ["*.safetensors", *TEXTS]
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=_OTHER))
+    check_contents(folder)
+    return folder
 
 
 @contextmanager

@@ -7,17 +7,16 @@ dtypes therefore works on such a folder as on the model, and nothing larger than
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import COMPANIONS
-from hf_contmerge.models.folder import check_hub_id, converted_folder, hub_errors, model_path, resolve_model
-from hf_contmerge.models.weights import Weights, WeightsWriter, header_bytes
-
-_INDEX = "model.safetensors.index.json"
+from hf_contmerge.models.contents import INDEX, SINGLE
+from hf_contmerge.models.folder import TEXTS, check_hub_id, converted_folder, hub_errors, model_path, resolve_model
+from hf_contmerge.models.weights import WeightsWriter, header_bytes
 
 
 def resolve_headers(name: str, scratch: Path, *, adapters: bool = False) -> Path:
@@ -51,10 +50,9 @@ def _cached(name: str) -> Path | None:
     repo, _, revision = name.partition("@")
     try:
         folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
-        Weights(folder)
+        return resolve_model(str(folder), adapters=True)
     except (LocalEntryNotFoundError, ModelError):  # missing or incomplete
         return None
-    return folder
 
 
 def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
@@ -65,13 +63,12 @@ def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
     at = revision or None
     api = HfApi()
     with hub_errors(name):
-        texts = Path(snapshot_download(repo, revision=at, allow_patterns=[f"*{end}" for end in COMPANIONS]))
-        files = _weight_files(texts, [f for f in api.list_repo_files(repo, revision=at) if f.endswith(".safetensors")])
+        texts = Path(snapshot_download(repo, revision=at, allow_patterns=list(TEXTS)))
         folder.mkdir(parents=True, exist_ok=True)
         for path in texts.iterdir():
-            if path.is_file() and not (folder / path.name).exists():
-                (folder / path.name).symlink_to(path.resolve())
-        for file in files:
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+        for file in _weight_files(texts, api.list_repo_files(repo, revision=at)):
             try:
                 metadata = api.parse_safetensors_file_metadata(repo, file, revision=at)
             except SafetensorsParsingError as error:
@@ -79,18 +76,14 @@ def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
                     f"{file} of {name} is not a safetensors file: {error}. Name another model or revision."
                 ) from error
             _write_empty(folder / file, metadata)
-    Weights(folder)  # raises for a damaged model
-    config = ("config.json", "adapter_config.json") if adapters else ("config.json",)
-    if not any((folder / c).is_file() for c in config):
-        raise ModelError(f"{name} has no {' or '.join(config)}. Name a model written by `save_pretrained`.")
-    return folder
+    return resolve_model(str(folder), adapters=adapters)
 
 
 def _weight_files(texts: Path, files: list[str]) -> list[str]:
-    """Return the index's files, else the top folder's safetensors."""
-    if (texts / _INDEX).is_file():
-        return sorted(set(json.loads((texts / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [f for f in files if "/" not in f]
+    """Return the weight files that `from_pretrained` reads, and an adapter's."""
+    if SINGLE not in files and (texts / INDEX).is_file():
+        return sorted(set(json.loads((texts / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [name for name in (SINGLE, "adapter_model.safetensors") if name in files]
 
 
 def _write_empty(path: Path, metadata: Any) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models._converted import Converted
+from hf_contmerge.models.architecture import Architecture, find_architecture, load_config
 from hf_contmerge.models.lora.matching import StoredNames
+from hf_contmerge.models.reading import known_architecture, read, tied_flag
 from hf_contmerge.models.weights import Weights
 
+LOG = logging.getLogger(__name__)
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|decoder|output\w*)\.(weight|bias)$")
 _FIX = "Use the base's architecture and tokenizer, without added tokens."
 
 
@@ -53,22 +58,99 @@ def _brief(names: Iterable[str]) -> str:
 
 def check_same_layout(base: Path, other: Path) -> None:
     """Raise ModelError if names, shapes or vocabulary of two models differ."""
-    ours, theirs = Weights(base), Weights(other)
-    if ours.vocabulary != theirs.vocabulary:
+    weights_like(Weights(base), other)
+
+
+def weights_like(base: Weights, folder: Path) -> Weights:
+    """Open a model's weights under the names of its base.
+
+    Names may differ where transformers loads both into the same weight: an old prefix, a renamed module, a head stored
+    or tied. Tensors that transformers does not load keep the base's values where this model lacks them.
+
+    Raises:
+        ModelError: the model does not fit the base.
+    """
+    other = Weights(folder)
+    if base.vocabulary != other.vocabulary:
         raise ModelError(
-            f"{other} has a vocabulary of {theirs.vocabulary}, {base} of {ours.vocabulary}: their rows do not "
+            f"{folder} has a vocabulary of {other.vocabulary}, {base.folder} of {base.vocabulary}: their rows do not "
             "correspond. Train the expert with the base's tokenizer, without new tokens."
         )
-    missing, extra = set(ours.names) - set(theirs.names), set(theirs.names) - set(ours.names)
-    if missing or extra:
-        which = f"lacks {_brief(sorted(missing))}" if missing else f"has {_brief(sorted(extra))}, which the base lacks"
-        raise ModelError(f"{other} does not fit {base}: it {which}. Both must have the same architecture.")
-    for name in ours.names:
-        if ours.shape(name) != theirs.shape(name):
+    if set(base.names) == set(other.names) and tied_flag(base.folder) == tied_flag(folder):
+        return _view(base, other, {name: name for name in base.names})
+    ours = known_architecture(base.folder, base.names)
+    theirs = ours and find_architecture(base.folder, tied=_is_tied(folder, ours))
+    if ours and theirs:
+        return _view(base, other, *_matched(base, other, ours, theirs))
+    _require(base, other, set(base.names) - set(other.names), set(other.names) - set(base.names))
+    return _view(base, other, {name: name for name in base.names})
+
+
+def _view(base: Weights, other: Weights, names: Mapping[str, str], made: Converted | None = None) -> Weights:
+    for name, own in names.items():
+        if base.shape(name) != other.shape(own):
             raise ModelError(
-                f"{name} has shape {theirs.shape(name)} in {other}, {ours.shape(name)} in {base}. "
+                f"{name} has shape {other.shape(own)} in {other.folder}, {base.shape(name)} in {base.folder}. "
                 "Both must have the same architecture and size."
             )
+    return other.renamed(names, base, made.readers if made else None)
+
+
+def _matched(
+    base: Weights, other: Weights, ours: Architecture, theirs: Architecture
+) -> tuple[dict[str, str], Converted]:
+    """Match all weights that transformers loads.
+
+    Returns:
+        The base's name -> the other model's, and the tensors that it holds in another form.
+    """
+    mine, yours = read(ours, base.shapes(), base.equal), read(theirs, other.shapes(), other.equal)
+    own = {place.key: name for name, place in yours.places.items()}
+    held = {**yours.shared, **own}
+    keys = {name: mine.places[name].key for name in base.names if name in mine.places}
+    made = Converted(ours, base, other)
+    for name, key in keys.items():
+        if key not in held:
+            made.add(name, mine.places, yours.places)
+    missing = {name for name, key in keys.items() if key not in held} - made.readers.keys()
+    extra = {name for key, name in own.items() if key not in keys.values()} - made.taken
+    _require(base, other, missing, extra)
+    found = {name: held[key] for name, key in keys.items() if name not in made.readers}
+    return found | _ignored(base, other, set(keys), set(own.values())), made
+
+
+def _ignored(base: Weights, other: Weights, loaded: set[str], theirs: set[str]) -> dict[str, str]:
+    """Return the tensors that transformers loads from neither model; a missing one keeps the base's values."""
+    rest = [name for name in base.names if name not in loaded]
+    both = {name: name for name in rest if name in other.names and base.shape(name) == other.shape(name)}
+    if kept := [name for name in rest if name not in both]:
+        LOG.info("%s lacks %s, not loaded by transformers: the base's is kept", other.folder, _brief(kept))
+    if left := sorted(set(other.names) - theirs - both.keys()):
+        own = known_architecture(other.folder, other.names)  # may be deeper than the base's
+        _require(base, other, set(), set(own.places(left)) if own else set())
+        LOG.info("%s holds %s, not loaded by transformers: left out", other.folder, _brief(left))
+    return both
+
+
+def _is_tied(folder: Path, architecture: Architecture) -> bool:
+    """Return a model's `tie_word_embeddings`, by default the base's."""
+    flag = tied_flag(folder)
+    if flag is None and (settings := load_config(folder)):
+        flag = getattr(settings, "tie_word_embeddings", None)
+    return bool(architecture.model.config.tie_word_embeddings if flag is None else flag)
+
+
+def _require(base: Weights, other: Weights, missing: set[str], extra: set[str]) -> None:
+    """Raise ModelError for weights that only one of two models has."""
+    if not missing and not extra:
+        return
+    if extra and not missing and tied_flag(base.folder) is not False and all(_HEAD.search(name) for name in extra):
+        raise ModelError(
+            f"{other.folder} stores {min(extra)} apart from its input table, while {base.folder} ties both: one stored "
+            "table cannot hold two. Save the base with `tie_word_embeddings: false` and its head, or tie the expert."
+        )
+    which = f"lacks {_brief(sorted(missing))}" if missing else f"has {_brief(sorted(extra))}, which the base lacks"
+    raise ModelError(f"{other.folder} does not fit {base.folder}: it {which}. Both must have the same architecture.")
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -77,60 +159,3 @@ def check_tokenizer(folder: Path) -> None:
         raise ModelError(
             f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model). Save the model's tokenizer there."
         )
-
-
-@dataclass(frozen=True)
-class ModelInMemory:
-    """Names of a base model's weights in memory, as used by peft.
-
-    Attributes:
-        names: stored name -> name in memory. Weights held in another form (in a stack of experts) are missing.
-        tables: names in memory of embedding tables.
-        conv1d: names in memory of linear maps stored as (in, out).
-    """
-
-    names: dict[str, str]
-    tables: frozenset[str]
-    conv1d: frozenset[str]
-
-    def name(self, stored: str) -> str:
-        """Return a weight's name in memory. Raises ModelError if it has none."""
-        if stored not in self.names:
-            raise ModelError(
-                f"transformers holds {stored} in another form in memory, so LoRA cannot target it. Export the "
-                "merged model without --as-adapter."
-            )
-        return self.names[stored]
-
-
-def model_in_memory(base: Weights) -> ModelInMemory:
-    """Build the base's model on the meta device; return its names.
-
-    Raises ModelError for an architecture unknown to transformers.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    model = _skeleton(base)
-    shapes, names = {n: tuple(t.shape) for n, t in model.state_dict().items()}, StoredNames(base)
-    stored = {name: names.find(name) for name in shapes}
-    kinds = {f"{name}.weight": type(module) for name, module in model.named_modules()}
-    return ModelInMemory(
-        {s: name for name, s in stored.items() if s and base.shape(s) == shapes[name]},
-        frozenset(n for n, kind in kinds.items() if issubclass(kind, torch.nn.Embedding)),
-        frozenset(n for n, kind in kinds.items() if issubclass(kind, Conv1D)),
-    )
-
-
-def _skeleton(base: Weights) -> Any:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(base.folder)
-        own = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"):
-            return own(config) if own else transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ModelError(
-            f"transformers does not know the architecture of {base.folder}, so peft's names for its weights "
-            "are unknown. Export the merged model without --as-adapter."
-        ) from error

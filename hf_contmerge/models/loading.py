@@ -33,3 +33,9 @@ def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: An
     merged = opened.merge_and_unload()
     merged.name_or_path = str(folder)
     return merged
+
+
+def runs_own_code(model: Any) -> bool:
+    """Say if a model in memory has code of its own, so that the user has trusted it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__module__.startswith("transformers_modules.")

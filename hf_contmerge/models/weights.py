@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -9,9 +10,10 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,11 +23,13 @@ from torch import Tensor
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config, depths, text_config
+from hf_contmerge.models.contents import weight_files
+from hf_contmerge.models.reading import no_weights
 
 SHARD_SIZE = 5_000_000_000
 """Bytes per weight file, as in `save_pretrained`."""
 
-_TIED_HEAD = "lm_head.weight"
+_FIRST = 4096  # elements that tell most tensors apart
 _CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}  # fmt: skip
@@ -43,12 +47,16 @@ class _Entry:
     end: int
 
 
-class Weights:
-    """The memory-mapped tensors of a model folder.
+_NO_WEIGHTS: dict[tuple[str, bytes], frozenset[str]] = {}
+"""Answers by stamp and config.json: one may take the reading of two tables."""
 
-    Names, shapes and dtypes come from the headers; data is read on demand. A tied output table stored a second time is
-    left out and counts once, as the input table. Each tensor has a separate mapping, released with it: dropped tensors
-    do not stay in memory.
+
+class Weights:
+    """The memory-mapped tensors of a model folder, as `from_pretrained` reads it.
+
+    Names, shapes and dtypes come from the headers; data is read on demand. Old buffers are left out, and a tied output
+    table stored a second time counts once, as the input table. Each tensor has a separate mapping, released with it:
+    dropped tensors do not stay in memory.
 
     Args:
         folder: a model folder, or a single file.
@@ -61,12 +69,11 @@ class Weights:
         alone = Path(folder).is_file()
         self.folder = Path(folder).parent if alone else Path(folder)
         self._files: dict[str, BinaryIO] = {}
+        self._made: dict[str, Callable[[], Tensor]] = {}
         self._entries = self._open(Path(folder).name) if alone else self._find()
-        if _TIED_HEAD in self._entries and len(self._entries) > 1 and (self.folder / "config.json").is_file():
-            values = config(self.folder)
-            tied = values.get("tie_word_embeddings", text_config(values).get("tie_word_embeddings"))
-            if tied:
-                del self._entries[_TIED_HEAD]
+        if not alone and (self.folder / "config.json").is_file():
+            for name in self._no_weights():
+                del self._entries[name]
         self.names: tuple[str, ...] = tuple(sorted(self._entries))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -86,6 +93,8 @@ class Weights:
 
         Writing to it changes neither the file nor other readers' tensors.
         """
+        if name in self._made:
+            return self._made[name]()
         entry, dtype = self._entries[name], self.dtype(name)
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=dtype)
@@ -107,6 +116,11 @@ class Weights:
     def floating(self) -> tuple[str, ...]:
         """Return the names of the floating (mergeable) tensors."""
         return tuple(n for n in self.names if self.dtype(n).is_floating_point)
+
+    @functools.cached_property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most floating elements."""
+        return main_dtype((name, self.shape(name), self.dtype(name)) for name in self.names)
 
     def numel(self) -> int:
         """Return the number of parameters."""
@@ -136,25 +150,48 @@ class Weights:
         text = "\n".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def renamed(
+        self, names: Mapping[str, str], rest: Weights, made: Mapping[str, Callable[[], Tensor]] | None = None
+    ) -> Weights:
+        """Return these tensors under other names, in the layout of `rest`.
+
+        Args:
+            names: name in the view -> name here.
+            rest: source of the tensors that `names` and `made` lack.
+            made: name in the view -> function that makes its tensor from others.
+        """
+        view = copy.copy(self)
+        view._files = {**self._files, **{f"{rest.folder}/{name}": file for name, file in rest._files.items()}}
+        view._entries = {n: replace(e, file=f"{rest.folder}/{e.file}") for n, e in rest._entries.items()}
+        view._entries |= {name: self._entries[own] for name, own in names.items()}
+        view.names = rest.names
+        view._made = dict(made or {})
+        return view
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of all tensors."""
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def equal(self, one: str, other: str) -> bool:
+        """Compare the values of two tensors; most differ in the first."""
+        a, b = self.tensor(one).reshape(-1), self.tensor(other).reshape(-1)
+        if a.dtype != b.dtype:
+            a, b = a.float(), b.float()
+        return a.shape == b.shape and torch.equal(a[:_FIRST], b[:_FIRST]) and torch.equal(a, b)
+
     def _find(self) -> dict[str, _Entry]:
-        index = self.folder / "model.safetensors.index.json"
-        weight_map = _weight_map(index) if index.is_file() else {}
-        files = sorted(set(weight_map.values()))
-        if not files:
-            single = (self.folder / "model.safetensors").is_file()
-            files = ["model.safetensors"] if single else sorted(p.name for p in self.folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(
-                f"{self.folder} holds no *.safetensors. Pickled weights (.bin, .pt) are not read: load the model "
-                "once with transformers and call save_pretrained."
-            )
+        files, indexed = weight_files(self.folder)
         entries = {name: entry for file in files for name, entry in self._open(file).items()}
-        absent = [n for n, file in weight_map.items() if n not in entries or entries[n].file != file]
+        absent = [name for name in indexed if name not in entries]
         if absent:
-            raise ModelError(
-                f"{index} places {absent[0]} in {weight_map[absent[0]]}, where it is missing. Fetch the model again."
-            )
-        return {n: entries[n] for n in weight_map} or entries
+            raise ModelError(f"{self.folder}: the index lists {absent[0]}, which no file holds. Fetch the model again.")
+        return entries
+
+    def _no_weights(self) -> frozenset[str]:
+        key = (self.stamp(), (self.folder / "config.json").read_bytes())
+        if key not in _NO_WEIGHTS:
+            _NO_WEIGHTS[key] = frozenset(no_weights(self.folder, self.shapes(), self.equal))
+        return _NO_WEIGHTS[key]
 
     def _open(self, file: str) -> dict[str, _Entry]:
         path = self.folder / file
@@ -175,28 +212,29 @@ class Weights:
         }
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return tensor name -> file name of a sharded model.
-
-    Raises ModelError for files missing or outside the folder.
-    """
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        weight_map = {name: str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"Cannot read {index}: {error!r}. Fetch the model again.") from error
-    files = sorted(set(weight_map.values()))
-    outside = [f for f in files if Path(f).name != f]
-    missing = [f for f in files if not (index.parent / f).is_file()]
-    if outside or missing:
-        what = f"points outside its folder: {outside[0]}" if outside else f"names a missing file: {missing[0]}"
-        raise ModelError(f"{index} {what}. Fetch the model again.")
-    return weight_map
-
+_STAGED = 2**24  # bytes of a thread's pinned buffer
+_STAGING = threading.local()
 
 _Item = tuple[str, Sequence[int], torch.dtype]
 Plan = Iterable[_Item]
 """Name, shape and dtype of each tensor to write."""
+
+
+def main_dtype(plan: Plan) -> torch.dtype:
+    """Return the dtype of most floating elements."""
+    counts: dict[torch.dtype, int] = {}
+    for _, shape, dtype in plan:
+        if dtype.is_floating_point:
+            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def kept_dtype(own: torch.dtype, usual: torch.dtype, asked: torch.dtype) -> torch.dtype:
+    """Return a tensor's dtype in a model written as `asked`.
+
+    Float32 stays float32 in a model of 16 bits.
+    """
+    return own if own.itemsize > usual.itemsize and asked.itemsize <= usual.itemsize else asked
 
 
 def fill_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
@@ -254,6 +292,10 @@ class WeightsWriter:
     def dtype(self, name: str) -> torch.dtype:
         return self._items[name][1]
 
+    def plan(self) -> Plan:
+        """Return the tensors to write."""
+        return [(name, *self._items[name]) for name in self.names]
+
     def shard_of(self, name: str) -> int:
         """Return the number of a tensor's file."""
         return self._shard_of[name]
@@ -287,10 +329,10 @@ class WeightsWriter:
             raise ValueError(f"expected {name} {shape} {dtype}; got {tuple(tensor.shape)} {tensor.dtype} at {start}")
         shard, offset = self._places[name]
         offset += start * dtype.itemsize
-        data = tensor_bytes(tensor)
-        while len(data):
-            written = os.pwrite(self._handles[shard], data, offset)
-            data, offset = data[written:], offset + written
+        for data in _runs_of_bytes(tensor):
+            while len(data):
+                written = os.pwrite(self._handles[shard], data, offset)
+                data, offset = data[written:], offset + written
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -326,6 +368,20 @@ def weights_sha256(folder: Path, *, workers: int | None = None) -> str:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's raw bytes; contiguous CPU tensors are not copied."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+
+
+def _runs_of_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield a tensor's raw bytes in order; valid until the next run.
+
+    A GPU's tensor passes through a pinned buffer of this thread: copies into fresh pages are many times slower.
+    """
+    if not tensor.is_cuda:
+        yield tensor_bytes(tensor)
+        return
+    if not hasattr(_STAGING, "buffer"):
+        _STAGING.buffer = torch.empty(_STAGED, dtype=torch.uint8, pin_memory=True)
+    for run in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_STAGED):
+        yield _STAGING.buffer[: len(run)].copy_(run).numpy().data
 
 
 def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -144,6 +144,8 @@ def compared(results: Results, describe: Callable[[Line], str]) -> list[str]:
     """Summarise plain fine-tuning and the best merge so far."""
     best = next((line for b in results.stage_blocks() if (line := results.best(b))), None)
     name = best.name + ", the best merge," * (len(results.merges) > 1) if best else ""
+    if best and (lossy := results.lossy(best)):
+        name += f" ({lossy.taken})"
     named = [(line_label("previous"), results.baseline), (name, best)]
     return [f"{name} {describe(line)}" for name, line in named if line and len(line.rows) == results.last + 1]
 
@@ -167,6 +169,8 @@ def verdict(results: Results, line: Line) -> str:
         assert mean
         if change := results.overall(line, mean, t, block):
             parts.append(f"against the mean of the experts: {_scope_text(change, block, 'over all stages')}")
+    if lossy := results.lossy(line):
+        parts.append(f"{lossy.taken}, so this does not judge the rule: {lossy.advice()}")
     return "; ".join(parts) + "."
 
 
@@ -204,4 +208,5 @@ def badge(results: Results, line: Line) -> str:
     if not plain or t < 1:
         return "same"
     changes = [c for b in results.stage_blocks() if (c := results.overall(line, plain, t, b))]
-    return ("same", "better", "worse")[changes[0].sign] if changes else "same"
+    word = ("same", "better", "worse")[changes[0].sign] if changes else "same"
+    return "same" if word == "worse" and results.lossy(line) else word  # not the rule's fault

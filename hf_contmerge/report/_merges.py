@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_contmerge.errors import size
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.report._tables import Cell, Section, Table
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge
@@ -33,6 +35,33 @@ def geometry_section(run: Run) -> Section:
         "experts are exact."
     )
     return Section("Geometry of the merges", intro, tables=tables)
+
+
+def storage_section(run: Run) -> Section:
+    """Return the section on what the files keep of the updates."""
+    rows = []
+    for name, survival in stored(run).items():
+        lost = ", ".join(f"{tensor} {100 * share:.0f} %" for tensor, share in survival.worst)
+        kept = Cell(f"{100 * survival.survival:.1f} %", shade=-1.0 if survival.lossy else 0.0)
+        cells = [survival.dtype, survival.rounding, f"{survival.error:.2g}", size(survival.nbytes), lost or "none"]
+        rows.append([Cell(name), kept, *map(Cell, cells)])
+    intro = (
+        "The merged weights are computed in float32 and stored in the dtype of the recipe. Kept: the share of the "
+        "update (merged minus base) that is left in the file. Error: the length of what rounding changed, over the "
+        "update's length; stochastic rounding adds noise whose mean is 0."
+    )
+    header = ("merge", "kept", "dtype", "rounding", "error", "weights", "tensors below 90 %")
+    return Section("What the files keep", intro, tables=[Table("", header, rows)] if rows else [])
+
+
+def stored(run: Run) -> dict[str, Survival]:
+    """Return what each entry's last model keeps of its update, where measured."""
+    records = {
+        entry.name: run.merged(t, entry).record("merge").get("stored")
+        for entry in run.recipe.merge
+        if (t := last_merged_stage(run, entry))
+    }
+    return {name: Survival.read(record) for name, record in records.items() if record}
 
 
 def last_merged_stage(run: Run, entry: Merge) -> int:

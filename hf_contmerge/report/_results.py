@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_contmerge.models.survival import Survival
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
@@ -25,6 +26,8 @@ class Results:
     merges: tuple[Line, ...]
     mean_of_experts: str | None = None
     """The merge entry with the plain mean of the experts, if any."""
+    stored: Mapping[str, Survival] = field(default_factory=dict)
+    """What the last model of each merge entry keeps of its update, where it was measured."""
     _changes: dict[Any, tuple[Sequence[Group], Change | None]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -42,6 +45,11 @@ class Results:
     def baseline(self) -> Line | None:
         """Plain sequential fine-tuning, if this run trains it."""
         return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
+
+    def lossy(self, line: Line) -> Survival | None:
+        """Return what a merge's file keeps, if rounding took more than a tenth."""
+        survival = self.stored.get(line.name) if line in self.merges else None
+        return survival if survival and survival.lossy else None
 
     def named_lines(self) -> list[tuple[str, Line]]:
         """Return all lines by their display names."""

@@ -148,6 +148,10 @@ def _verdict(pair: LinePair) -> str:
     others = len(pair.tasks) - sum(len(pair.comparable(block)) for block in BLOCKS)
     if others:
         parts.append(f"{others} measured on other documents, not compared")
+    for compared, name in zip((pair.new, pair.old), pair.names, strict=True):
+        survival = compared.results.stored.get(name)
+        if survival and survival.lossy:
+            parts.append(f"in {compared.label}, {survival.taken}, so this does not judge the rule")
     return "; ".join(parts)
 
 

@@ -1,21 +1,21 @@
 """Pushes a run's models to the Hub, in one commit.
 
 Uploaded: the merged weights, config and tokenizer, and three files written here: README.md (the card), recipe.yml and
-merge.yml. Local paths are reduced to names and secrets of the recipe are blanked in all of them; any other type of file
-in the merged folder stops the push. huggingface_hub reads the token from HF_TOKEN or `hf auth login`; this module never
+merge.yml. Local paths are reduced to names and secrets of the recipe are blanked in all of them; any other file in the
+merged folder stops the push. huggingface_hub reads the token from HF_TOKEN or `hf auth login`; this module never
 does.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError, RunError, unknown
+from hf_contmerge.models.contents import companions, is_weights
 from hf_contmerge.report._public import (
     HUB_ID,
     LOCAL_PATH,
@@ -29,8 +29,7 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge, Recipe
 
 Contents = Path | bytes
-_UPLOADED = {".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".yml"}
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_OURS = {"README.md", "recipe.yml", "merge.yml", "merge.json"}
 
 
 def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = None, private: bool | None = None) -> str:
@@ -45,7 +44,7 @@ def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = Non
     Raises:
         RecipeError: no merge or repository is named, or a private push meets a public repository.
         RunError: no stage is merged.
-        ModelError: the merged folder holds files of a type that is never uploaded.
+        ModelError: the merged folder holds files that are no part of a model.
         ResourceError: no network, no token, or no permission to write there.
     """
     from huggingface_hub import HfApi
@@ -97,11 +96,12 @@ def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
     """Return path in the repository -> contents."""
     folder = run.merged(t, entry).model
     merged = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    refused = [name for name, path in merged.items() if path.suffix not in _UPLOADED]
+    model = {path.relative_to(folder).as_posix() for path in companions(folder)} | _OURS
+    refused = [n for n, path in merged.items() if path.is_symlink() or not (n in model or is_weights(n))]
     if refused:
         raise ModelError(
-            f"{folder} holds {', '.join(refused)}. Only {', '.join(sorted(_UPLOADED))} files are ever uploaded: move "
-            "the others elsewhere and push again. Nothing was uploaded."
+            f"{folder} holds {', '.join(refused)}. Only weights, config, tokenizer, templates, licence and the model's "
+            "code are ever uploaded: move the others elsewhere and push again. Nothing was uploaded."
         )
     if not any(path.suffix == ".safetensors" for path in merged.values()):
         raise RunError(f"{folder} holds no weights. Merge again: `contmerge redo {run.folder} merge`, then run.")
@@ -117,7 +117,7 @@ def _commit(api: Any, repo_id: str, files: dict[str, Contents], message: str) ->
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     # An earlier push may have other shards, which transformers would still read.
-    stale = [n for n in api.list_repo_files(repo_id) if _WEIGHTS.fullmatch(n) and n not in files]
+    stale = [n for n in api.list_repo_files(repo_id) if is_weights(n) and n not in files]
     operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=c) for n, c in files.items()]
     operations += [CommitOperationDelete(path_in_repo=n) for n in stale]
     commit = api.create_commit(repo_id, operations, commit_message=message)

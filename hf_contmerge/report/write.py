@@ -28,7 +28,7 @@ from typing import Any
 from hf_contmerge.report._choices import choice_tables, choices_intro, curves
 from hf_contmerge.report._examples import examples
 from hf_contmerge.report._findings import UNITS, verdict
-from hf_contmerge.report._merges import geometry_section
+from hf_contmerge.report._merges import geometry_section, storage_section, stored
 from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
 from hf_contmerge.report._results import Results, task_facts
@@ -89,6 +89,7 @@ def sections(run: Run, results: Results) -> list[Section]:
         Section("Task by task", intervals, tables=task_tables(results)),
         examples(results),
         _choices(run),
+        storage_section(run),
         geometry_section(run),
     ]
 
@@ -133,7 +134,7 @@ def load_results(run: Run) -> Results:
         experts = [line for line in experts if line.name != "previous"]
     general = tuple(task.name for task in run.recipe.evaluate.general_tasks)
     mean = next((entry.name for entry in run.recipe.merge if entry.rule == "average"), None)
-    return Results(run.recipe.stages, general, tuple(experts), tuple(merges), mean)
+    return Results(run.recipe.stages, general, tuple(experts), tuple(merges), mean, stored(run))
 
 
 def summary(run: Run, results: Results) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def summary(run: Run, results: Results) -> dict[str, Any]:
         "units": UNITS,
         "tasks": task_facts(results),
         "experts": {line.name: _line_summary(results, line) for line in results.experts},
-        "merges": {line.name: _line_summary(results, line) for line in results.merges},
+        "merges": {line.name: _line_summary(results, line) | _kept(results, line) for line in results.merges},
     }
 
 
@@ -157,6 +158,11 @@ def _line_summary(results: Results, line: Line) -> dict[str, Any]:
         "metrics": {b: line.metrics(results.stages, results.general_tasks, b) for b in blocks},
         "general": {b: {"tasks": m.stages, "rows": m.rows} for b, m in general.items()},
     }
+
+
+def _kept(results: Results, line: Line) -> dict[str, Any]:
+    survival = results.stored.get(line.name)
+    return {"stored": survival.to_json()} if survival else {}
 
 
 def _score_rows(results: Results) -> list[tuple[Any, ...]]:

@@ -2,7 +2,8 @@
 
     runs/<name>/
       recipe.yml                                   the recipe with every default, frozen at the first start
-      tasks/<task>.yaml <task>.jsonl               lm-eval tasks, for the stock `lm_eval` command too
+      tasks/<task>.yaml <task>.parquet             lm-eval tasks, for the stock `lm_eval` command too
+            <task>.jsonl                           the same rows, for people
       stages/00-base/  model score.json            a link to the base model; its scores are row 0
                        score.parquet               next to each score.json: results per document
       stages/01-law/

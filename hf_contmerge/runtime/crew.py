@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hf_contmerge.runtime.device import exact_products, load_linear_algebra
 from hf_contmerge.runtime.ranks import OneRank, Ranks, T
 
 MEMORY_SHARE = 0.5
@@ -116,8 +117,9 @@ class Crew:
                     return
 
         threads_before = torch.get_num_threads()
+        load_linear_algebra(self.device)
         try:
-            with self.bar(jobs, what) as advance:
+            with exact_products(), self.bar(jobs, what) as advance:
                 threads = [threading.Thread(target=worker, daemon=True) for _ in range(count)]
                 for thread in threads:
                     thread.start()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -22,3 +25,38 @@ def bf16_pays(numel: int) -> bool:
         return torch.cuda.is_bf16_supported()
     features = torch.cpu.get_capabilities()
     return numel >= 5_000_000 and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute float32 matrix products in float32.
+
+    A program or a trainer (`tf32: true`) may have switched its process to TF32 or bfloat16, which have three digits.
+    """
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends: Any = torch.backends  # which type checkers know in part
+    switches = backends.cuda.matmul, backends.mkldnn.matmul
+    precisions = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, precisions, strict=True):
+            switch.fp32_precision = precision
+
+
+def load_linear_algebra(device: torch.device) -> None:
+    """Load CUDA's decompositions before threads do.
+
+    torch loads them at the first call, and fails if two threads make it ("lazy wrapper should be called at most once").
+    """
+    if device.type == "cuda":
+        torch.linalg.eigh(torch.ones(1, 1, device=device))

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.distributed.tensor import DTensor
 
 from hf_contmerge.errors import DataError, ResourceError
+from hf_contmerge.runtime.ranks import Ranks
+from hf_contmerge.scoring._texts import TextTokens
 from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
 
 T = TypeVar("T")
@@ -30,16 +31,15 @@ _CPU_PIECE, _GPU_PIECE = 2**19, 2**26
 _Parent: Any = HFLM  # its registration hides its type
 
 
-class SharedLM(_Parent):
+class SharedLM(TextTokens, _Parent):
     """HFLM with batches shared among ranks; lm-eval sees one process each."""
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
+        ranks: Ranks,
         *,
-        rank: int = 0,
-        size: int = 1,
         batch_size: int | str = "auto",
         max_length: int | None = None,
     ) -> None:
@@ -50,8 +50,7 @@ class SharedLM(_Parent):
         Args:
             model: a transformers model, or peft's around one.
             tokenizer: its tokenizer.
-            rank: this process among the processes sharing the work.
-            size: number of processes sharing the work.
+            ranks: the processes sharing the work.
             batch_size: a number, or "auto".
             max_length: tokens per forward pass; default: the model's.
         """
@@ -63,34 +62,11 @@ class SharedLM(_Parent):
             pretrained=model, tokenizer=tokenizer, backend="causal", softmax_dtype="float32", batch_size=batch,
             max_length=max_length,
         )  # fmt: skip
-        self._sharing = (rank, size)
+        self._ranks = ranks
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
         self._takes = inspect.signature(inner.forward).parameters.keys()
         # A forward pass of sharded weights involves all ranks.
-        self._in_step = size > 1 and shared_out
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
-        """Return (log-likelihood in nats, is greedy) of each continuation."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
-        """Return each text's log-likelihood in nats.
-
-        It is summed over the text's windows; the windows of all texts are sorted together.
-        """
-        windows, owners = [], []
-        for i, request in enumerate(requests):
-            parts = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1,
-            )  # fmt: skip
-            for context, continuation in map(make_disjoint_window, parts):
-                windows.append((None, context, continuation))
-                owners.append(i)
-        sums = [0.0] * len(requests)
-        for i, (found, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            sums[i] += found
-        return sums
+        self._in_step = ranks.size > 1 and shared_out
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
         """Generate a continuation of each prompt.
@@ -106,7 +82,7 @@ class SharedLM(_Parent):
         lengths = [len(self.tok_encode(r.args[0])) for r in requests]
         settings = [json.dumps(r.args[1], sort_keys=True, default=str) for r in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -lengths[i], requests[i].args[0]))
-        rows, asked = self._rows(max(lengths) + self.max_gen_toks), self.batch_size_per_gpu
+        rows, configured = self._rows(max(lengths) + self.max_gen_toks), self.batch_size_per_gpu
         batches: list[list[int]] = []
         for i in order:  # one batch has one set of generation settings
             if not batches or len(batches[-1]) == rows or settings[batches[-1][-1]] != settings[i]:
@@ -115,9 +91,9 @@ class SharedLM(_Parent):
         write, self.batch_size_per_gpu = super().generate_until, rows
         costs = [len(batch) * (lengths[batch[0]] + self.max_gen_toks) for batch in batches]
         texts = self._shared(batches, costs, lambda batch: write([requests[i] for i in batch], disable_tqdm=True))
-        self.batch_size_per_gpu = asked
-        found = dict(zip((i for batch in batches for i in batch), (t for part in texts for t in part), strict=True))
-        return [found[i] for i in range(len(requests))]
+        self.batch_size_per_gpu = configured
+        answers = dict(zip((i for batch in batches for i in batch), (t for part in texts for t in part), strict=True))
+        return [answers[i] for i in range(len(requests))]
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None  # noqa: ARG002
@@ -145,12 +121,12 @@ class SharedLM(_Parent):
         def read(batch: Sequence[Tokens]) -> list[list[tuple[float, bool]]]:
             return self._read(batch, [[requests[i][2] for i in readers[tokens]] for tokens in batch])
 
-        found: dict[int, tuple[float, bool]] = {}
+        answers: dict[int, tuple[float, bool]] = {}
         costs = [len(batch) * len(batch[0]) for batch in batches]
-        for batch, answers in zip(batches, self._shared(batches, costs, read), strict=True):
-            for tokens, ours in zip(batch, answers, strict=True):
-                found |= dict(zip(readers[tokens], ours, strict=True))
-        return [found[i] for i in range(len(requests))]
+        for batch, batch_answers in zip(batches, self._shared(batches, costs, read), strict=True):
+            for tokens, row in zip(batch, batch_answers, strict=True):
+                answers |= dict(zip(readers[tokens], row, strict=True))
+        return [answers[i] for i in range(len(requests))]
 
     @torch.no_grad()
     def _read(self, batch: Sequence[Tokens], wanted: Sequence[Sequence[list[int]]]) -> list[list[tuple[float, bool]]]:
@@ -179,8 +155,8 @@ class SharedLM(_Parent):
 
         Positions are the last `keep`, or all for models without this option.
         """
-        asked = {"use_cache": False, "logits_to_keep": keep}
-        logits = self.model(tokens, **{k: v for k, v in asked.items() if k in self._takes}).logits
+        options = {"use_cache": False, "logits_to_keep": keep}
+        logits = self.model(tokens, **{k: v for k, v in options.items() if k in self._takes}).logits
         return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
     def _rows(self, length: int) -> int:
@@ -195,26 +171,25 @@ class SharedLM(_Parent):
             self._read([tuple(words)] * batch_size, [[words]] * batch_size)
             return batch_size
 
-        found: int = largest()  # pyright: ignore[reportCallIssue]
-        return min(gather_object([found])) if self._sharing[1] > 1 else found
+        own: int = largest()  # pyright: ignore[reportCallIssue]
+        return min(self._ranks.gather(own))
 
     def _shared(self, batches: Sequence[T], costs: Sequence[int], work: Callable[[T], Any]) -> list[Any]:
         """Apply `work` to all batches, shared evenly by cost.
 
         All ranks get all results.
         """
-        rank, size = self._sharing
         shares = self._shares(costs)
-        found = [work(batches[i]) for i in shares[rank]]
-        if self._in_step and len(found) < len(shares[0]):
-            work(batches[0])
-        every = gather_object([found]) if size > 1 else [found]
+        results = [work(batches[i]) for i in shares[self._ranks.rank]]
+        if self._in_step and len(results) < len(shares[0]):
+            work(batches[0])  # joins the others' last forward pass
+        every = self._ranks.gather(results)
         answers = dict(pair for share, own in zip(shares, every, strict=True) for pair in zip(share, own, strict=True))
         return [answers[i] for i in range(len(batches))]
 
     def _shares(self, costs: Sequence[int]) -> list[list[int]]:
         """Assign batches to ranks: the next one to the least loaded rank."""
-        size = self._sharing[1]
+        size = self._ranks.size
         if self._in_step:  # ranks wait for each other in every batch, so similar lengths go together
             return [list(range(rank, len(costs), size)) for rank in range(size)]
         shares, loads = [list[int]() for _ in range(size)], [0] * size

@@ -80,10 +80,10 @@ def _metric(name: str, samples: Sequence[Row]) -> str:
         return metric in sample and (metric in _PERPLEXITIES or not isinstance(sample[metric], tuple | list))
 
     metrics = (*_ACCURACIES, *_PERPLEXITIES)
-    found = next((m for m in metrics if all(has(s, m) for s in samples)), None)
-    if found is None:
+    metric = next((m for m in metrics if all(has(s, m) for s in samples)), None)
+    if metric is None:
         raise DataError(f"The task {name} reports none of {', '.join(metrics)} for every document. Use another task.")
-    return found
+    return metric
 
 
 def _is_nan(sample: Row) -> bool:
@@ -115,5 +115,5 @@ def _answer(row: Row, leaf: Any) -> str:
     if leaf.OUTPUT_TYPE != "multiple_choice":
         return str(row["target"]).strip() if responses[0][1] else ""
     choices = leaf.doc_to_choice(row["doc"])
-    likelihoods = [found for found, _ in responses[: len(choices)]]  # unconditional likelihoods may follow
+    likelihoods = [likelihood for likelihood, _ in responses[: len(choices)]]  # unconditional likelihoods may follow
     return str(choices[max(range(len(likelihoods)), key=likelihoods.__getitem__)]).strip()

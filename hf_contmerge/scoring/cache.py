@@ -32,17 +32,17 @@ _YOUNG = 2.0  # seconds; a file may change again within one clock tick of its fi
 
 
 @dataclass(frozen=True)
-class Shelf:
+class JsonStore:
     """JSON values by digest; empty and read-only if `folder` is None."""
 
     folder: Path | None
 
     @classmethod
-    def open(cls, *, use: bool = True) -> Shelf:
-        """Open the shelf named by the environment.
+    def open(cls, *, use: bool = True) -> JsonStore:
+        """Open the store named by the environment.
 
         Args:
-            use: False for a disabled shelf.
+            use: False for a disabled store.
         """
         named = os.environ.get(VARIABLE, "")
         if not use or named == _OFF:
@@ -108,26 +108,26 @@ def stamp(files: Iterable[Path]) -> tuple[str, bool]:
     return digest(["files", *words]), time.time() - newest > _YOUNG
 
 
-def remembered(shelf: Shelf, what: str, files: Iterable[Path], find: Callable[[], Any]) -> Any:
+def remembered(store: JsonStore, what: str, files: Iterable[Path], find: Callable[[], Any]) -> Any:
     """Return `find()`, or its cached value if the files are unchanged."""
     word, settled = stamp(files)
     key = digest([what, word])
-    value = shelf.find(key)
+    value = store.find(key)
     if value is None:
         value = find()
         if settled and value is not None:
-            shelf.keep(key, value)
+            store.keep(key, value)
     return value
 
 
-def file_sha256(path: Path, shelf: Shelf) -> str:
+def file_sha256(path: Path, store: JsonStore) -> str:
     """Return a file's digest, cached while the file is unchanged."""
 
     def read() -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    return remembered(shelf, "sha256", [path], read)
+    return remembered(store, "sha256", [path], read)
 
 
 def _nothing(_: str) -> TaskScore | None:
@@ -138,7 +138,7 @@ def _nothing(_: str) -> TaskScore | None:
 class ScoreCache:
     """Scores by key (keys.py)."""
 
-    shelf: Shelf
+    store: JsonStore
     here: Callable[[str], TaskScore | None] = field(default=_nothing)
     """First place to look: the current run's own scores."""
 
@@ -150,14 +150,14 @@ class ScoreCache:
             use: False for `here` alone.
             here: first place to look up a key.
         """
-        return cls(Shelf.open(use=use), here)
+        return cls(JsonStore.open(use=use), here)
 
     def find(self, key: str) -> TaskScore | None:
         """Return the score of a key, or None."""
-        known = self.here(key)
-        if known is not None:
-            return known
-        entry = self.shelf.find(key)
+        score = self.here(key)
+        if score is not None:
+            return score
+        entry = self.store.find(key)
         try:
             return None if entry is None else TaskScore.from_json(entry)
         except (TypeError, AttributeError):
@@ -166,14 +166,9 @@ class ScoreCache:
 
     def keep(self, key: str, score: TaskScore) -> None:
         """Store a score for later runs."""
-        self.shelf.keep(key, score.to_json())
+        self.store.keep(key, score.to_json())
 
 
 def user_cache() -> Path:
     """Return the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-def hugging_face_home() -> Path:
-    """Return the Hub libraries' cache root without importing them."""
-    return Path(os.environ.get("HF_HOME") or user_cache() / "huggingface")

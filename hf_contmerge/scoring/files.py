@@ -5,13 +5,16 @@ lm_eval --model hf --model_args pretrained=FOLDER --include_path RUN/tasks --tas
 
 from __future__ import annotations
 
+import functools
+import glob
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import yaml
-from transformers import AutoTokenizer
+from pyarrow import parquet
 
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.training.data import StageData, documents, require_chat_template, task_rows
@@ -19,12 +22,12 @@ from hf_contmerge.training.data import StageData, documents, require_chat_templa
 
 def write_perplexity_task(folder: Path, name: str, documents: Sequence[str]) -> None:
     """Write an lm-eval perplexity task over documents."""
-    data = _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in documents])
+    data = _write_rows(folder / f"{name}.parquet", [{"text": text} for text in documents])
     aggregations = {"word_perplexity": "weighted_perplexity", "byte_perplexity": "weighted_perplexity",
                     "bits_per_byte": "bits_per_byte"}  # fmt: skip
     metrics = [{"metric": m, "aggregation": a, "higher_is_better": False} for m, a in aggregations.items()]
     _write_task(folder, name, data, {
-        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
         "metric_list": metrics,
     })  # fmt: skip
 
@@ -37,9 +40,9 @@ def write_choice_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]
         name: name of the task.
         rows: `query`, `choices` and `gold` (index of the right choice).
     """
-    data = _write_rows(folder / f"{name}.jsonl", rows)
+    data = _write_rows(folder / f"{name}.parquet", rows)
     _write_task(folder, name, data, {
-        "output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}",
+        "output_type": "multiple_choice", "doc_to_text": "query", "doc_to_choice": "choices",
         "doc_to_target": "gold", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     })  # fmt: skip
 
@@ -58,9 +61,9 @@ def write_answer_task(
         max_new_tokens: generation limit.
         stop: strings that end the answer.
     """
-    data = _write_rows(folder / f"{name}.jsonl", rows)
+    data = _write_rows(folder / f"{name}.parquet", rows)
     _write_task(folder, name, data, {
-        "output_type": "generate_until", "doc_to_text": "{{query}}", "doc_to_target": "{{gold}}",
+        "output_type": "generate_until", "doc_to_text": "query", "doc_to_target": "gold",
         "generation_kwargs": {"until": list(stop), "max_gen_toks": max_new_tokens, "do_sample": False},
         "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
@@ -82,29 +85,36 @@ def write_task(folder: Path, task: Task) -> None:
         write_choice_task(folder, task.name, rows)
 
 
-def heldout_documents(data: StageData, *, chars: int, tokenizer_folder: Path) -> list[str]:
+def heldout_documents(data: StageData, *, chars: int, load_tokenizer: Callable[[], Any]) -> list[str]:
     """Return a stage's held-out examples as documents.
 
     Conversations use the tokenizer's chat template.
     """
+    load = functools.cache(load_tokenizer)  # texts need none
 
-    def render(messages: list[dict[str, Any]]) -> str:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
+        tokenizer = load()
         require_chat_template(tokenizer)
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
     return documents(data.heldout, data.form, chars=chars, render=render)
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows for lm-eval, and as JSON Lines for people.
+
+    The JSON reader of `datasets` takes strings for dates, so that lm-eval reads Parquet.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
     return path
 
 
 def _write_task(folder: Path, name: str, data: Path, fields: Mapping[str, Any]) -> None:
+    file = glob.escape(str(data.resolve()))  # lm-eval takes a pattern
     task = {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "task": name, "dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": file}},
         "test_split": "test", **fields, "metadata": {"version": 1.0},
     }  # fmt: skip
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")

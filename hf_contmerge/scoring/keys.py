@@ -15,19 +15,20 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import COMPANIONS
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.versions import version
-from hf_contmerge.scoring._task_digest import Listing, TaskDigests
-from hf_contmerge.scoring.cache import ScoreCache, Shelf, digest, file_sha256, remembered, stamp
+from hf_contmerge.scoring._formats import Listing
+from hf_contmerge.scoring._task_digest import TaskDigests
+from hf_contmerge.scoring.cache import JsonStore, digest, file_sha256, remembered, stamp
+from hf_contmerge.scoring.locate import ModelFolders
 
-_FORMAT = 2  # raise it when scores of the same inputs change
+SCORES_VERSION = 3  # raise it when scores of the same inputs change
 _IN_KEY_OTHERWISE = {"dtype", "validation"}
 """`evaluate` fields keyed elsewhere: dtype with the model, `validation` with the part."""
 _NOT_OF_A_TASK = {
@@ -37,28 +38,19 @@ _NOT_OF_A_TASK = {
 _NO_MATTER = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 """config.json fields without effect on scores once the dtype is chosen; they differ between copies of a model."""
 
+DocumentPart = Literal["all", "test", "validation"]
+"""Document subset to measure: choices made on the validation part are judged on the test part."""
+
 
 @dataclass(frozen=True)
-class Asked:
-    """A request to score one model on some tasks."""
+class ScoreRequest:
+    """A request to score a model on tasks."""
 
-    folder: Path
-    """The model, or an adapter of `base`."""
-    base: Path | None
     tasks: Sequence[Task]
     task_folder: Path
     evaluate: Evaluate
-    part: str = "all"
+    part: DocumentPart = "all"
     trust_remote_code: bool = False
-
-    @property
-    def whole(self) -> Path:
-        """Folder with config and tokenizer (an adapter's base)."""
-        return self.base if self.base and self._is_adapter else self.folder
-
-    @property
-    def _is_adapter(self) -> bool:
-        return (self.folder / "adapter_config.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -71,112 +63,62 @@ class ModelKey:
     """float32, bfloat16 or float16."""
 
 
-def model_key(asked: Asked, shelf: Shelf, *, read: bool = True) -> ModelKey | None:
+def model_key(model: ModelFolders, request: ScoreRequest, store: JsonStore, *, read: bool = True) -> ModelKey | None:
     """Return a model's part of the keys.
 
     Args:
-        asked: the model.
-        shelf: cache of digests.
+        model: its folders.
+        request: dtype and trust in the model's code.
+        store: cache of digests.
         read: allow reading weights. If False and a digest is missing, return None.
 
     Raises:
         ModelError: the folder holds no model.
     """
-    folders = list(dict.fromkeys((asked.whole, asked.folder)))
-    weights = [_weights_sha256(folder, shelf, read=read) for folder in folders]
-    dtype = _dtype(asked, shelf, read=read)
+    folders = list(dict.fromkeys((model.whole, model.folder)))
+    weights = [_weights_sha256(folder, store, read=read) for folder in folders]
+    dtype = _dtype(model.whole, request.evaluate, store, read=read)
     if dtype is None or None in weights:
         return None
-    companions = [_companions(folder, shelf) for folder in folders]
-    return ModelKey(digest([weights, companions, dtype, asked.trust_remote_code]), dtype)
+    companions = [_companions(folder, store) for folder in folders]
+    return ModelKey(digest([weights, companions, dtype, request.trust_remote_code]), dtype)
 
 
-def score_keys(asked: Asked, model: ModelKey, shelf: Shelf, own: Listing | None = None) -> dict[str, str | None]:
+def score_keys(
+    model: ModelKey, request: ScoreRequest, store: JsonStore, own: Listing | None = None
+) -> dict[str, str | None]:
     """Return task -> cache key; None for unidentifiable tasks.
 
     Args:
-        asked: the tasks and settings.
         model: identity of the model.
-        shelf: cache of digests.
+        request: tasks and settings.
+        store: cache of digests.
         own: lm-eval's own tasks, if loaded; default: the remembered listing.
     """
-    digests = TaskDigests.open(asked.evaluate.task_folders(asked.task_folder), shelf, own)
-    found: dict[str, str | None] = {}
-    for task in asked.tasks:
-        measured = digests.sha256(task.name)
-        found[task.name] = None if measured is None else digest([model.sha256, measured, _settings(asked, task)])
-    return found
+    digests = TaskDigests.open(request.evaluate.task_folders(request.task_folder), store, own)
+    keys: dict[str, str | None] = {}
+    for task in request.tasks:
+        sha256 = digests.sha256(task.name)
+        keys[task.name] = None if sha256 is None else digest([model.sha256, sha256, _settings(request, task)])
+    return keys
 
 
-@dataclass(frozen=True)
-class Lookup:
-    """Cached scores of a model, found before loading it."""
-
-    model: ModelKey
-    keys: Mapping[str, str | None]
-    """Task -> key of its score; None if only loading the task can identify it."""
-    found: Mapping[str, TaskScore]
-    """Task -> cached score."""
-
-    def missing(self, tasks: Sequence[Task]) -> list[Task]:
-        return [task for task in tasks if task.name not in self.found]
-
-
-def look_up(asked: Asked, cache: ScoreCache, *, read: bool = True) -> Lookup | None:
-    """Look a model's scores up in the cache.
-
-    Args:
-        asked: the model and the tasks.
-        cache: earlier scores.
-        read: allow hashing weights. If False and a hash is missing, return None.
-    """
-    model = model_key(asked, cache.shelf, read=read)
-    if model is None:
-        return None
-    keys = score_keys(asked, model, cache.shelf)
-    found = {name: cache.find(key) for name, key in keys.items() if key}
-    return Lookup(model, keys, {name: score for name, score in found.items() if score})
-
-
-def keep_scores(
-    asked: Asked, seen: Lookup, scores: Mapping[str, TaskScore], cache: ScoreCache, own: Listing | None = None
-) -> dict[str, TaskScore]:
-    """Cache new scores; return them with their keys in `details`.
-
-    Keys are computed again, because measuring may have fetched a dataset. Tasks changed meanwhile get no key.
-
-    Args:
-        asked: the request.
-        seen: the lookup before measuring.
-        scores: new scores by task.
-        cache: where to keep them.
-        own: as in `score_keys`.
-    """
-    keys, marked = score_keys(asked, seen.model, cache.shelf, own), {}
-    for name, score in scores.items():
-        key = keys[name] if seen.keys[name] in (None, keys[name]) else None
-        marked[name] = replace(score, details={**score.details, "key": key})
-        if key:
-            cache.keep(key, marked[name])
-    return marked
-
-
-def _settings(asked: Asked, task: Task) -> Mapping[str, Any]:
+def _settings(request: ScoreRequest, task: Task) -> Mapping[str, Any]:
     """Return the settings and versions in a key."""
-    values = asked.evaluate.measured_by()
+    values = request.evaluate.measured_by()
     versions = [version("lm_eval"), version("torch", 2), version("transformers", 2), version("datasets", 1)]
-    if asked.evaluate.backend != "hf":
-        versions.append(version(asked.evaluate.backend, 2))
+    if request.evaluate.backend != "hf":
+        versions.append(version(request.evaluate.backend, 2))
     return {
-        "format": _FORMAT,
+        "format": SCORES_VERSION,
         "task": task.model_dump(mode="json", exclude=_NOT_OF_A_TASK),
         "evaluate": {field: value for field, value in values.items() if field not in _IN_KEY_OTHERWISE},
-        "part": [asked.part, values["validation"] if asked.part != "all" else None],
+        "part": [request.part, values["validation"] if request.part != "all" else None],
         "versions": versions,
     }
 
 
-def _weights_sha256(folder: Path, shelf: Shelf, *, read: bool) -> str | None:
+def _weights_sha256(folder: Path, store: JsonStore, *, read: bool) -> str | None:
     files = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
     files += [path for path in [folder / "adapter_config.json"] if path.is_file()]
     if not files:
@@ -189,15 +131,15 @@ def _weights_sha256(folder: Path, shelf: Shelf, *, read: bool) -> str | None:
 
         return expert_sha256(folder)
 
-    return remembered(shelf, "weights", files, find)
+    return remembered(store, "weights", files, find)
 
 
-def _companions(folder: Path, shelf: Shelf) -> dict[str, str]:
+def _companions(folder: Path, store: JsonStore) -> dict[str, str]:
     """Return digests of the files next to the weights.
 
     These are config, tokenizer, template, generation settings and code.
     """
-    found = {}
+    digests = {}
     for path in sorted(folder.iterdir()):
         name = path.name
         if (
@@ -208,29 +150,29 @@ def _companions(folder: Path, shelf: Shelf) -> dict[str, str]:
             continue
         if name in ("config.json", "generation_config.json"):
             values = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = digest({k: v for k, v in values.items() if k not in _NO_MATTER})
+            digests[name] = digest({k: v for k, v in values.items() if k not in _NO_MATTER})
         elif name != "adapter_config.json":  # covered by the weights' digest
-            found[name] = file_sha256(path, shelf)
-    return found
+            digests[name] = file_sha256(path, store)
+    return digests
 
 
-def _dtype(asked: Asked, shelf: Shelf, *, read: bool) -> str | None:
+def _dtype(folder: Path, evaluate: Evaluate, store: JsonStore, *, read: bool) -> str | None:
     """Return the dtype to score in.
 
     None if it depends on the hardware, the answer is not cached and `read` is False.
     """
-    if asked.evaluate.dtype != "auto":
-        return asked.evaluate.dtype
-    key = digest(["dtype", _machine(), stamp(asked.whole.glob("*.safetensors"))[0]])
-    known = shelf.find(key)
-    if known is not None or not read:
-        return known
+    if evaluate.dtype != "auto":
+        return evaluate.dtype
+    key = digest(["dtype", _machine(), stamp(folder.glob("*.safetensors"))[0]])
+    cached = store.find(key)
+    if cached is not None or not read:
+        return cached
     from hf_contmerge.models.weights import Weights
     from hf_contmerge.runtime.device import bf16_pays
 
-    found = "bfloat16" if bf16_pays(Weights(asked.whole).numel()) else "float32"
-    shelf.keep(key, found)
-    return found
+    dtype = "bfloat16" if bf16_pays(Weights(folder).numel()) else "float32"
+    store.keep(key, dtype)
+    return dtype
 
 
 def _machine() -> list[str]:

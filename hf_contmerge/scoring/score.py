@@ -6,35 +6,37 @@ import copy
 import gc
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from hf_contmerge.errors import ContmergeError, mark_shared
+from hf_contmerge.models.layout import check_tokenizer
 from hf_contmerge.models.loading import load_model
+from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
+from hf_contmerge.runtime.device import cpu_only
+from hf_contmerge.runtime.ranks import OneRank, Ranks
+from hf_contmerge.scoring._formats import Listing
 from hf_contmerge.scoring._results import task_score
-from hf_contmerge.scoring._task_digest import Listing, keep_own_listing
+from hf_contmerge.scoring._task_digest import keep_own_listing
 from hf_contmerge.scoring.cache import ScoreCache
-from hf_contmerge.scoring.keys import Asked, Lookup, keep_scores, look_up
+from hf_contmerge.scoring.keys import DocumentPart, ScoreRequest
+from hf_contmerge.scoring.known import KnownScores, keep_scores, known_scores
+from hf_contmerge.scoring.locate import ModelFolders, fetched_folders
 from hf_contmerge.scoring.setup import check_evaluate, require_template
-from hf_contmerge.scoring.tasks import DocumentPart, LoadedTask, load_task, own_tasks, part_indices, task_manager
-
-T = TypeVar("T")
+from hf_contmerge.scoring.tasks import LoadedTask, check_tasks, load_task, own_tasks, part_indices, task_manager
 
 _SEEDS = 0, 1234
 """Seeds of the stock command: Python; numpy, torch and few-shot examples."""
-_ALL = 2**30
-"""Larger than the number of requests of any task."""
 
 
 def score_model(
@@ -43,7 +45,7 @@ def score_model(
     *,
     task_folder: Path,
     evaluate: Evaluate,
-    ranks: PartialState,
+    ranks: Ranks,
     base: Path | None = None,
     cache: ScoreCache | None = None,
     trust_remote_code: bool = False,
@@ -58,7 +60,7 @@ def score_model(
         tasks: tasks to measure; tasks made from datasets already lie in `task_folder`.
         task_folder: folder of task files.
         evaluate: batch size, dtype, limits.
-        ranks: accelerate's PartialState: device, rank and world size, over all nodes.
+        ranks: the job's processes, over all nodes.
         base: the base model of an adapter; None for a whole model.
         cache: earlier scores; default: this machine's cache, unless `evaluate` disables it.
         trust_remote_code: allow the model's own code to run.
@@ -72,69 +74,70 @@ def score_model(
         ModelError: the folder holds no model, or the tokenizer lacks the chat template requested by `evaluate`.
         ResourceError: this machine does not support the settings in `evaluate`.
     """
-    asked = Asked(folder, base, tuple(tasks), task_folder, evaluate, part, trust_remote_code)
-    seen, fresh = score_asked(asked, ranks=ranks, cache=cache or ScoreCache.open(use=evaluate.cache))
-    scores = {**seen.found, **fresh} if ranks.is_main_process else {}
-    return seen.model.sha256, {task.name: scores[task.name] for task in tasks if task.name in scores}
+    request = ScoreRequest(tuple(tasks), task_folder, evaluate, part, trust_remote_code)
+    cache = cache or ScoreCache.open(use=evaluate.cache)
+    known, fresh = measure_missing(ModelFolders(folder, base), request, ranks=ranks, cache=cache)
+    scores = {**known.scores, **fresh} if ranks.is_main else {}
+    return known.model.sha256, {task.name: scores[task.name] for task in tasks if task.name in scores}
 
 
-def score_asked(asked: Asked, *, ranks: PartialState, cache: ScoreCache) -> tuple[Lookup, dict[str, TaskScore]]:
+def measure_named(
+    name: str, base: str | None, request: ScoreRequest, *, ranks: Ranks, cache: ScoreCache
+) -> tuple[KnownScores, dict[str, TaskScore]]:
+    """Locate, check and measure a named model.
+
+    Returns as `measure_missing`; raises as `score_model`, `fetched_folders` and `check_tasks`.
+    """
+
+    def locate() -> ModelFolders:
+        model = fetched_folders(name, base, cache.store)
+        check_tokenizer(model.whole)
+        folders = request.evaluate.task_folders(request.task_folder)
+        check_tasks(request.tasks, folders, split=request.part != "all", limit=request.evaluate.limit)
+        return model
+
+    return measure_missing(ranks.local_main_first(locate), request, ranks=ranks, cache=cache)
+
+
+def measure_missing(
+    model: ModelFolders, request: ScoreRequest, *, ranks: Ranks, cache: ScoreCache
+) -> tuple[KnownScores, dict[str, TaskScore]]:
     """Measure and cache missing scores. Raises as `score_model`.
 
     Returns:
         The cache lookup, on all ranks; the new scores, on the main process only.
     """
-    adapter = asked.folder != asked.whole
-    check_evaluate(asked.evaluate, processes=ranks.num_processes, adapter=adapter)
-    seen = _from_main(ranks, lambda: look_up(asked, cache))
-    assert seen  # None only with read=False
-    missing = seen.missing(asked.tasks)
+    check_evaluate(request.evaluate, processes=ranks.size, adapter=model.is_adapter)
+    known = ranks.first(known_scores, model, request, cache)
+    assert known  # None only with read=False
+    missing = known.missing(request.tasks)
     if not missing:
-        return seen, {}
-    scores = _measure_folder(asked, missing, getattr(torch, seen.model.dtype), ranks)
+        return known, {}
+    scores = _measure_folder(model, replace(request, tasks=missing), known.model.dtype, ranks)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not ranks.is_main_process:
-        return seen, {}
-    return seen, keep_scores(asked, seen, scores, cache, _own_tasks(seen, cache))
+    if not ranks.is_main:
+        return known, {}
+    return known, keep_scores(request, known, scores, cache, _own_tasks(known, cache))
 
 
-def _own_tasks(seen: Lookup, cache: ScoreCache) -> Listing | None:
+def _own_tasks(known: KnownScores, cache: ScoreCache) -> Listing | None:
     """Remember lm-eval's own tasks, if a task lacks a key."""
-    return None if all(seen.keys.values()) else keep_own_listing(cache.shelf, own_tasks())
+    return None if all(known.keys.values()) else keep_own_listing(cache.store, own_tasks())
 
 
-def _from_main(ranks: PartialState, do: Callable[[], T]) -> T:
-    """Run a function on the main process; share its result or error.
-
-    Raising on every rank keeps the others from waiting.
-    """
-    if ranks.num_processes == 1:
-        return do()
-    outcome: list[Any] = [None, None]
-    if ranks.is_main_process:
-        try:
-            outcome[0] = do()
-        except (ContmergeError, OSError, ValueError) as error:
-            outcome[1] = error
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise mark_shared(outcome[1])
-    return outcome[0]
-
-
-def _measure_folder(
-    asked: Asked, tasks: Sequence[Task], dtype: torch.dtype, ranks: PartialState
-) -> dict[str, TaskScore]:
+def _measure_folder(model: ModelFolders, request: ScoreRequest, dtype: str, ranks: Ranks) -> dict[str, TaskScore]:
     """Load and score a model; the main process gets the result."""
-    evaluate, remote, part = asked.evaluate, asked.trust_remote_code, cast(DocumentPart, asked.part)
+    evaluate, part, remote = request.evaluate, request.part, request.trust_remote_code
     if evaluate.backend == "vllm":
-        return _measure(_vllm(asked.folder, dtype, evaluate), tasks, asked.task_folder, evaluate, part)
-    model = _load(asked.folder, asked.whole, evaluate, ranks, dtype=dtype, trust_remote_code=remote)
-    tokenizer = AutoTokenizer.from_pretrained(asked.whole, trust_remote_code=remote)
+        from hf_contmerge.scoring._vllm import load_vllm
+
+        return _measure(load_vllm(model.folder, dtype, evaluate), request.tasks, request.task_folder, evaluate, part)
+    loaded = _load(model, evaluate, dtype=getattr(torch, dtype), trust_remote_code=remote)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(model.whole, model.folder), trust_remote_code=remote)
     return score_loaded(
-        model, tokenizer, tasks, task_folder=asked.task_folder, evaluate=evaluate, ranks=ranks, part=part
+        loaded, tokenizer, request.tasks, task_folder=request.task_folder, evaluate=evaluate, ranks=ranks, part=part
     )
 
 
@@ -145,7 +148,7 @@ def score_loaded(
     *,
     task_folder: Path,
     evaluate: Evaluate,
-    ranks: PartialState,
+    ranks: Ranks,
     part: DocumentPart = "all",
 ) -> dict[str, TaskScore]:
     """Score a loaded model; restore its mode and random states.
@@ -158,7 +161,7 @@ def score_loaded(
         tasks: tasks to measure; tasks made from datasets already lie in `task_folder`.
         task_folder: folder of task files.
         evaluate: batch size, limits; the dtype is the model's.
-        ranks: accelerate's PartialState.
+        ranks: the job's processes.
         part: document subset to measure.
 
     Raises:
@@ -170,14 +173,13 @@ def score_loaded(
     if evaluate.chat_template:
         require_template(tokenizer)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about intended settings
-    alone = evaluate.parallel == "tensor"  # all ranks form one model
-    sharing = {} if alone else {"rank": ranks.process_index, "size": ranks.num_processes}
-    with _as_it_was(model):
+    sharing = OneRank() if evaluate.parallel == "tensor" else ranks  # tensor: all ranks form one model
+    with _undisturbed(model):
         lm = SharedLM(
-            model, copy.deepcopy(tokenizer), batch_size=evaluate.batch_size, max_length=evaluate.max_length, **sharing
+            model, copy.deepcopy(tokenizer), sharing, batch_size=evaluate.batch_size, max_length=evaluate.max_length
         )
         scores = _measure(lm, tasks, task_folder, evaluate, part)
-    return scores if ranks.is_main_process else {}
+    return scores if ranks.is_main else {}
 
 
 def _measure(
@@ -234,7 +236,7 @@ def _seed() -> None:
 
 
 @contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
+def _undisturbed(model: Any) -> Iterator[None]:
     """Enter eval mode; restore mode and random states on exit."""
     training, states = model.training, (random.getstate(), numpy.random.get_state())
     model.eval()
@@ -247,26 +249,10 @@ def _as_it_was(model: Any) -> Iterator[None]:
         numpy.random.set_state(states[1])
 
 
-def _load(folder: Path, whole: Path, evaluate: Evaluate, ranks: PartialState, **init: Any) -> Any:
+def _load(model: ModelFolders, evaluate: Evaluate, **init: Any) -> Any:
     """Load a model onto its devices."""
     if evaluate.parallel == "layers":
-        return load_model(folder, whole, device_map="auto", **init)
+        return load_model(model.folder, model.whole, device_map="auto", **init)
     if evaluate.parallel == "tensor":
-        return load_model(folder, whole, distributed_config=DistributedConfig(tp_plan="auto"), **init)
-    return load_model(folder, whole, **init).to(ranks.device)
-
-
-def _vllm(folder: Path, dtype: torch.dtype, evaluate: Evaluate) -> Any:
-    """Load a model in vLLM, wrapped for lm-eval."""
-    from lm_eval.models.vllm_causallms import VLLM
-    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
-
-    make: Any = VLLM  # its registration hides its type
-    gpus = max(1, torch.cuda.device_count())
-    # vLLM forms batches itself. lm-eval's "auto" adds a progress bar; with bars off, vLLM divides by its time, 0.
-    batch_size = _ALL if evaluate.batch_size == "auto" else evaluate.batch_size
-    return make(
-        pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), batch_size=batch_size,
-        max_model_len=evaluate.max_length, tensor_parallel_size=gpus if evaluate.parallel == "tensor" else 1,
-        gpu_memory_utilization=0.2 if current_platform.is_cpu() else 0.9,  # other processes use main memory too
-    )  # fmt: skip
+        return load_model(model.folder, model.whole, distributed_config=DistributedConfig(tp_plan="auto"), **init)
+    return load_model(model.folder, model.whole, **init).to(PartialState(cpu=cpu_only()).device)

@@ -86,10 +86,10 @@ def require_template(tokenizer: Any) -> None:
         )
 
 
-def check_template(folder: Path) -> None:
+def check_template(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Check for a chat template in a model folder's tokenizer.
 
     Raises:
         ModelError: the template is missing.
     """
-    require_template(AutoTokenizer.from_pretrained(folder))
+    require_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))

@@ -8,16 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import pyarrow
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import constants
 
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-
-DocumentPart = Literal["all", "test", "validation"]
-"""Document subset to measure: choices made on the validation part are judged on the test part."""
+from hf_contmerge.scoring.keys import DocumentPart
 
 _OWN: dict[str, Any] = {}  # lm-eval's own tasks, filled on demand
 _SAMPLED = 32  # documents per task, to estimate request lengths
@@ -109,9 +108,9 @@ def sample_requests(name: str, folders: Sequence[Path], *, few_shot: int | None,
     for leaf in loaded.leaves.values():
         documents = min(len(leaf.eval_docs), limit or len(leaf.eval_docs))
         leaf.build_all_requests(limit=min(documents, _SAMPLED))
-        asked = [tuple(word for word in i.args if isinstance(word, str)) for i in leaf.instances]
-        count += round(len(asked) * documents / min(documents, _SAMPLED)) if documents else 0
-        sampled += asked
+        requests = [tuple(word for word in i.args if isinstance(word, str)) for i in leaf.instances]
+        count += round(len(requests) * documents / min(documents, _SAMPLED)) if documents else 0
+        sampled += requests
     generates = any(leaf.OUTPUT_TYPE == "generate_until" for leaf in loaded.leaves.values())
     return Requests(count, tuple("".join(words) for words in sampled), generates)
 
@@ -151,7 +150,7 @@ def load_task(manager: Any, task: Task) -> LoadedTask:
             f"The dataset of the task {name} is missing, and the Hub cannot be reached: {error}. Check the network "
             "and HF_HUB_OFFLINE, or remove the task."
         ) from error
-    except (FileNotFoundError, DatasetGenerationError) as error:
+    except (FileNotFoundError, DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"Cannot read the dataset of the task {name}: {error.__cause__ or error}") from error
     for leaf in loaded["tasks"].values():
         if getattr(leaf, "UNSAFE_CODE", False):

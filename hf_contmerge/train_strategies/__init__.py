@@ -50,7 +50,12 @@ class StageSize:
 
 @dataclass
 class TrainStrategy:
-    """Base of strategies. Hooks do nothing unless overridden."""
+    """Base of strategies. Hooks do nothing unless overridden.
+
+    A hook changes what its first line says and nothing else: examples, batches, statistics of tokens and the memory of
+    earlier stages stay unchanged, and only `before_step`, `adjust_gradients` and `adjust_weights` may change weights or
+    gradients.
+    """
 
     carrier: ClassVar[bool] = False
     """Whether it says which tensors are trained. A stage has exactly one such strategy."""
@@ -71,15 +76,9 @@ class TrainStrategy:
         """Say if the expert is saved as a peft adapter."""
         return False
 
-    def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
-        """Return the examples to train on.
-
-        Args:
-            fresh: a datasets.Dataset of the stage's own examples.
-            memory: what this strategy remembered of earlier stages; None where there are none.
-            seed: of whatever is drawn.
-        """
-        return fresh
+    def warn_of_rate(self, rate: float) -> str | None:
+        """Return a warning about a stage's learning rate, or None."""
+        return None
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         """Return the model to train, made from the stage's start."""
@@ -95,6 +94,16 @@ class TrainStrategy:
             name: of the weight in the opened model; peft's prefixes included, those of FSDP and DDP not.
         """
         return 1.0
+
+    def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
+        """Return the examples to train on.
+
+        Args:
+            fresh: a datasets.Dataset of the stage's own examples.
+            memory: what this strategy remembered of earlier stages; None where there are none.
+            seed: of whatever is drawn.
+        """
+        return fresh
 
     def before_step(self, model: nn.Module, gradient: Gradient) -> None:
         """Change the weights before an optimizer step, with its gradient on request.
@@ -322,7 +331,11 @@ def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:
         TypeError: a parameter that it does not have.
         ValueError: a value that it cannot have.
     """
-    cls = strategy_class(name)
+    return strategy_of(strategy_class(name), name, parameters)
+
+
+def strategy_of(cls: type[TrainStrategy], name: str, parameters: Mapping[str, Any]) -> TrainStrategy:
+    """Make a strategy from its class. Raises as `get_strategy`; `name`: for messages."""
     hints = get_type_hints(cls, include_extras=True)
     kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
     return cls(**{word: _checked(f"{name}'s {word}", v, kinds.get(word, Any)) for word, v in parameters.items()})
@@ -345,12 +358,16 @@ def combine(names: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -
     """
     if len(set(names)) < len(names):
         raise ValueError(f"the same strategy twice: {', '.join(names)}")
-    parts = {name: get_strategy(name, **parameters.get(name, {})) for name in names}
+    return combined({name: get_strategy(name, **parameters.get(name, {})) for name in names})
+
+
+def combined(parts: Mapping[str, TrainStrategy]) -> Combined:
+    """Return one stage's strategies, with a carrier; ValueError for conflicts."""
     carriers = [name for name, part in parts.items() if part.carrier]
     if len(carriers) > 1:
         raise ValueError(f"{' and '.join(carriers)} cannot be combined: each says which tensors are trained; keep one")
     carrier = carriers[0] if carriers else "full"
-    parts = {carrier: parts[carrier] if carriers else get_strategy(carrier)} | parts
+    parts = {carrier: parts[carrier] if carriers else get_strategy(carrier), **parts}
     for name, part in _others(parts, carrier):
         if part.carriers is not None and carrier not in part.carriers:
             raise ValueError(f"{name} works with {' or '.join(part.carriers)}, not with {carrier}")

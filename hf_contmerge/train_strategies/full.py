@@ -1,4 +1,7 @@
-"""Full fine-tuning: every weight is trained."""
+"""Full fine-tuning: every weight is trained.
+
+By AdamW, unless the recipe's `optim` is another: Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,7 @@ from hf_contmerge.train_strategies import TrainStrategy
 
 @dataclass
 class Full(TrainStrategy):
-    """Train all weights, change nothing else."""
+    """W <- W - rate * (step + weight_decay * W), with the optimizer's step; nothing else is changed."""
 
     carrier = True
     bytes_per_parameter = 16

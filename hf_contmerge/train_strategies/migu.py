@@ -5,7 +5,9 @@ Du et al., "Unlocking Continual Learning Abilities in Language Models", EMNLP 20
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,47 +25,70 @@ from hf_contmerge.train_strategies._weights import laid_out_like, plain_model
 class Migu(TrainStrategy):
     """grad W_i <- grad W_i if n_i is among the largest of its layer, else 0;  n_i = mean |h_i| / sum_j |h_j|.
 
-    h = W x is what a linear layer says of one token; the mean is over all tokens of an optimizer step, on all ranks. Of
-    each linear layer that is trained (with LoRA: of A and of B) the share `fraction` of the rows gets its gradient.
-    The rest of the model, the head included, is trained as ever. Adam's momentum moves a row on for some steps after
-    it was last chosen, and weight decay moves all rows; a row never chosen stays as it is if `weight_decay` is 0.
+    h is what a layer says of one token: W x of a linear layer; A x for the A of a LoRA, and for its B the output of the
+    whole adapted layer, W x + (alpha / r) B A x, because B x is zero at first. The mean is over all tokens of an
+    optimizer step, on all ranks. The share `fraction` of each layer's rows gets its gradient; a layer without outputs
+    in a step keeps it all. The rest of the model, the head included, is trained as ever. Adam's momentum moves a row on
+    for some steps after it was last chosen, and weight decay moves all rows; a row never chosen stays as it is if
+    `weight_decay` is 0.
     """
+
+    carriers = ("full", "lora", "qlora", "olora", "slao")  # osf trains factors whose rows are no outputs
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.3
     _sums: dict[nn.Linear, Tensor] = field(default_factory=dict, init=False, repr=False)
     _counts: Tensor | None = field(default=None, init=False, repr=False)
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
-        head = model.get_output_embeddings()
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.requires_grad and layer is not head:
-                self._sums[layer] = torch.zeros(layer.out_features)
-                layer.register_forward_hook(self._note)
+        for layer, watched in _watched(model):
+            self._sums[layer] = torch.zeros(layer.out_features)
+            watched.register_forward_hook(partial(self._note, layer))
         if not self._sums:
             raise ValueError("migu finds no linear layer that is trained")
         plain_model(model).base_model.register_forward_pre_hook(self._note_padding, with_kwargs=True)
         return model
 
     def adjust_gradients(self, model: nn.Module) -> None:
-        sums = sum_over_ranks(torch.cat(list(self._sums.values())))
+        device = next(model.parameters()).device  # layers that were not called have their first zeros, on the CPU
+        sums = sum_over_ranks(torch.cat([own.to(device) for own in self._sums.values()]))
         for layer, own in zip(self._sums, sums.split([len(s) for s in self._sums.values()]), strict=True):
-            chosen = own.topk(max(1, round(self.fraction * len(own)))).indices
-            mask = torch.zeros_like(own).index_fill_(0, chosen, 1)
-            for weight in layer.parameters(recurse=False):
-                if weight.grad is not None:
-                    weight.grad.mul_(laid_out_like(weight.grad, mask.view(-1, *[1] * (weight.dim() - 1))))
             self._sums[layer] = torch.zeros_like(own)
+            if own.any():
+                chosen = own.topk(max(1, round(self.fraction * len(own)))).indices
+                _mask(layer, torch.zeros_like(own).index_fill_(0, chosen, 1))
 
     def _note_padding(self, _: nn.Module, __: Any, inputs: dict[str, Any]) -> None:
         self._counts = inputs.get("attention_mask")
 
-    def _note(self, layer: nn.Module, _: Any, output: Tensor) -> None:
-        """Add up a layer's outputs (..., token, row) without padding."""
-        if not (layer.training and torch.is_grad_enabled()):
+    def _note(self, layer: nn.Linear, watched: nn.Module, _: Any, output: Tensor) -> None:
+        """Add up outputs (..., token, row) without padding, for a layer's mask."""
+        if not (watched.training and torch.is_grad_enabled()):
             return
-        assert isinstance(layer, nn.Linear)
         size = output.detach().float().abs()
         size /= size.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         if self._counts is not None and self._counts.shape == size.shape[:-1]:
             size *= self._counts.unsqueeze(-1)
         self._sums[layer] = self._sums[layer].to(size.device) + size.flatten(0, -2).sum(0)
+
+
+def _watched(model: PreTrainedModel) -> Iterator[tuple[nn.Linear, nn.Module]]:
+    """Yield each linear layer to mask, and the module whose outputs choose its rows."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    adapted = {
+        b: layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+        for b in layer.lora_B.values()
+    }
+    head = model.get_output_embeddings()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad and layer is not head:
+            yield layer, adapted.get(layer, layer)
+
+
+def _mask(layer: nn.Linear, mask: Tensor) -> None:
+    """Multiply the gradients of a layer's rows."""
+    for weight in layer.parameters(recurse=False):
+        if weight.grad is not None:
+            weight.grad.mul_(laid_out_like(weight.grad, mask.view(-1, *[1] * (weight.dim() - 1))))

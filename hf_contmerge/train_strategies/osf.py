@@ -6,17 +6,35 @@ peft's OSFConfig. Each stage decomposes the weights that it starts from anew, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Annotated, Any
 
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_contmerge.train_strategies import TrainStrategy
+from hf_contmerge.train_strategies import Likelihoods, TrainStrategy
+from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
+from hf_contmerge.train_strategies._weights import plain_model
+
+LOG = logging.getLogger(__name__)
 
 _NAME = "default"  # peft's, of the only adapter
+_FILE = "importance.safetensors"
+_HIGHEST_RATE = 5e-5
+_LARGEST_SHARE = 0.95
+_EXAMPLES = 32
+"""How many of a stage's examples the layers' importance is measured on."""
 
 
 @dataclass
@@ -24,8 +42,15 @@ class Osf(TrainStrategy):
     """W = U_high S_high V_high + U_low S_low V_low; the low part is trained, U_low off U_high and V_low off V_high.
 
     peft projects the gradients, U_low -= U_high U_high' dU. Adam divides each element by a moment of its own, which
-    turns the step out of the subspace again, so `project` does the same to U_low and V_low after each step. (Weight
-    decay shrinks them, and stays inside.) That costs two thin products for each factor.
+    turns the step out of the subspace again, so `project` does the same to U_low and V_low after each step, as the
+    authors' mini_trainer does. (Weight decay shrinks them, and stays inside.) That costs two thin products for each
+    factor. Embeddings, norms and the head stay unchanged; mini_trainer trains them.
+
+    Stage t keeps the share effective_rank + growth * (t - 1), at most 0.95. Without growth, the next stage is free to
+    overwrite what earlier ones put into the low part. With `adaptive`, each layer keeps mrr + I * (trr - mrr) in place
+    of effective_rank. I is its importance, |mean over tokens of cos(x, W x)|, divided by its mean over the layers; the
+    longer vector is cut to the other's length. Each stage measures it for the next one, after its training. A stage
+    without one before keeps effective_rank: the first, and all that start from the base.
 
     Memory, for a square weight of which half the rank is kept: the weight, both factors of the low part with gradients
     and moments, and their start. It grows with the share that is trained: 40 bytes where a tenth is kept.
@@ -39,6 +64,15 @@ class Osf(TrainStrategy):
     """How many singular directions of each weight are kept, or which share of them."""
     target_modules: str | list[str] = "all-linear"
     project: bool = True
+    growth: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share added by each stage after the first."""
+    adaptive: bool = False
+    """Whether layers keep different shares, by their importance to the stage before."""
+    mrr: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The paper's minimum retention ratio: of a layer without importance."""
+    trr: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """The paper's target retention ratio: of a layer of mean importance."""
+    _importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         rank = self.effective_rank
@@ -46,14 +80,55 @@ class Osf(TrainStrategy):
             raise ValueError(
                 f"osf's effective_rank must be a number of directions from 1 on, or a share between 0 and 1; got {rank}"
             )
+        if self.mrr > self.trr:
+            raise ValueError(f"osf's mrr must not be larger than its trr; got {self.mrr} and {self.trr}")
+        self.texts_only = self.adaptive  # pyright: ignore[reportAttributeAccessIssue]
+
+    def warn_of_rate(self, rate: float) -> str | None:
+        if rate <= _HIGHEST_RATE:
+            return None
+        return (
+            "osf moves singular vectors, whose entries are small: a step goes up to three times as far as in full "
+            f"fine-tuning, and ruins the model. Use 1e-5 to {_HIGHEST_RATE:g}, and keep 0.7 to 0.8 (effective_rank)"
+        )
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         from peft import OSFConfig, get_peft_model
 
+        importance = load_file(memory / _FILE) if self.adaptive and memory else {}
+        shares = adaptive_shares({name: float(value) for name, value in importance.items()}, self.mrr, self.trr)
+        linear = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+        kept = {name: self.kept(min(layer.weight.shape), shares.get(name)) for name, layer in linear}
         config = OSFConfig(
-            task_type="CAUSAL_LM", effective_rank=self.effective_rank, target_modules=self.target_modules
+            task_type="CAUSAL_LM",
+            target_modules=self.target_modules,
+            rank_pattern={f"^{re.escape(name)}$": rank for name, rank in kept.items()},
         )
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # ranks of layers that target_modules leaves out
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            return get_peft_model(model, config)
+
+    def kept(self, size: int, share: float | None = None) -> int:
+        """Return how many directions of a layer of rank `size` this stage keeps.
+
+        `share`: by its importance; None for effective_rank.
+        """
+        rank = self.effective_rank
+        first = share * size if share is not None else rank if isinstance(rank, int) else rank * size
+        grown = min(first + self.growth * (self.stage - 1) * size, max(first, _LARGEST_SHARE * size))
+        return min(max(round(grown), 1), size - 1) if share is not None else min(int(grown + 1e-9), size)
+
+    def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
+        if self.adaptive:
+            with _listening(model) as sums, torch.no_grad():
+                for _ in likelihoods(_EXAMPLES):
+                    pass
+            total, tokens = sum_over_ranks(torch.stack(list(sums.values()))).cpu().unbind(1)
+            self._importance = dict(zip(sums, (total / tokens.clamp(min=1)).abs(), strict=True))
+
+    def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
+        if self._importance and is_main():
+            save_file({name: value.clone() for name, value in self._importance.items()}, out / _FILE)
 
     def adjust_weights(self, model: nn.Module) -> None:
         if self.project:
@@ -71,6 +146,41 @@ def osf_layers(model: nn.Module) -> Iterator[Any]:
     from peft.tuners.osf import OSFLayer
 
     return (module for module in model.modules() if isinstance(module, OSFLayer))
+
+
+def adaptive_shares(importance: Mapping[str, float], mrr: float, trr: float) -> dict[str, float]:
+    """Return the share to keep of each layer; nothing where none stands out."""
+    mean = fmean(importance.values()) if importance else 0.0
+    if importance and mean < 1e-6:
+        LOG.warning("osf: no layer's importance is above zero, so that all keep the share effective_rank")
+    return {name: mrr + value / mean * (trr - mrr) for name, value in importance.items()} if mean >= 1e-6 else {}
+
+
+@contextmanager
+def _listening(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Add up each OSF layer's cosines of input and output, and its tokens."""
+    layers, inside = set(osf_layers(model)), plain_model(model)
+    named = {name: layer for name, layer in inside.named_modules() if layer in layers}
+    sums = {name: torch.zeros(2, device=layer.base_layer.weight.device) for name, layer in named.items()}
+
+    def listen(name: str) -> Any:
+        def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            bias = layer.base_layer.bias
+            cosines = cosine(inputs[0], output if bias is None else output - bias)
+            sums[name] += torch.stack([cosines.sum(), cosines.new_tensor(cosines.numel())])
+
+        return note
+
+    handles = [layer.register_forward_hook(listen(name)) for name, layer in named.items()]
+    yield sums
+    for handle in handles:
+        handle.remove()
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Return cos(x, y) of each token; the longer vectors are cut."""
+    size = min(x.shape[-1], y.shape[-1])
+    return F.cosine_similarity(x[..., :size].float(), y[..., :size].float(), dim=-1)
 
 
 def _off(low: Tensor, high: Any, start: Any) -> Tensor:

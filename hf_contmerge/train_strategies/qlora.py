@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hf_contmerge.errors import ResourceError
+from hf_contmerge.models.loading import runs_own_code
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.train_strategies.lora import Lora
 
@@ -55,7 +56,10 @@ class Qlora(Lora):
             bnb_4bit_use_double_quant=True,
         )  # fmt: skip
         small = AutoModelForCausalLM.from_pretrained(
-            start, quantization_config=bits, device_map={"": torch.cuda.current_device()}
+            start,
+            quantization_config=bits,
+            device_map={"": torch.cuda.current_device()},
+            trust_remote_code=runs_own_code(model),
         )
         trained = peft.PeftModel(peft.prepare_model_for_kbit_training(small), config)
         peft.set_peft_model_state_dict(trained, peft.get_peft_model_state_dict(opened))

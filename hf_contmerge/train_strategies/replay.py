@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hf_contmerge.errors import DataError
+from hf_contmerge.models.loading import runs_own_code
 from hf_contmerge.train_strategies import StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main
 
@@ -32,7 +34,7 @@ _BYTES_PER_TOKEN = 4
 
 @dataclass
 class Replay(TrainStrategy):
-    """Mixes old examples in: `share` of the training examples.
+    """Mixes old examples in: n_old = share / (1 - share) * n_new.
 
     The memory holds `examples` in all (1000, if nothing is said), or as many as have `tokens` in all. The stages so far
     share it equally: each keeps the examples with its lowest keys, and fewer with every stage. Held-out examples are
@@ -51,6 +53,8 @@ class Replay(TrainStrategy):
         if not memory or not self.share:
             return fresh
         olds = [in_form_of(fresh, old.remove_columns([_KEY, _SIZE]), path) for path, old in _remembered(memory)]
+        features = widest([fresh, *olds])
+        fresh, *olds = (with_features(rows, features) for rows in (fresh, *olds))
         old = datasets.concatenate_datasets(olds).shuffle(seed=seed, keep_in_memory=True)
         count = round(len(fresh) * self.share / (1 - self.share))
         drawn = old.select([i % len(old) for i in range(count)])
@@ -89,12 +93,30 @@ def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) ->
     elif mine == {"prompt", "completion"} and theirs == {"text"} and isinstance(fresh[0]["prompt"], str):
         old = old.map(lambda row: {"prompt": "", "completion": row["text"]}, remove_columns=["text"])
     try:
-        return old.select_columns(fresh.column_names).cast(fresh.features)
+        return with_features(old, widest([fresh, old]))
     except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
         raise DataError(
             f"replay cannot mix the examples of {where} ({_form(old)}) with new ones ({_form(fresh)}). Give all stages "
             "one form (text, messages, or prompt and completion), or leave replay out."
         ) from error
+
+
+def widest(parts: Sequence[datasets.Dataset]) -> datasets.Features:
+    """Return features for the examples of all parts: turns with any fields, tools in some."""
+    features = datasets.Features(parts[0].features)
+    for name, feature in (column for rows in parts[1:] for column in rows.features.items()):
+        if name == "tools" or (name in features and "Json(" in str(feature)):
+            features[name] = feature
+    return features
+
+
+def with_features(rows: datasets.Dataset, features: datasets.Features) -> datasets.Dataset:
+    """Return rows in memory with these columns. Raises ValueError if one would be lost."""
+    if lost := set(rows.column_names) - set(features):
+        raise ValueError(f"the column {min(lost)} would be lost")
+    if "tools" in features and "tools" not in rows.column_names:
+        rows = rows.add_column("tools", [None] * len(rows))  # pyright: ignore
+    return rows.select_columns(list(features)).cast(features, keep_in_memory=True)
 
 
 def _form(data: datasets.Dataset) -> str:
@@ -114,7 +136,7 @@ def _key(row: Any) -> str:
 
 def _token_counts(data: datasets.Dataset, model: Any) -> list[int]:
     """Return each example's tokens, without the chat template's."""
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=runs_own_code(model))
     return [max(1, sum(len(tokenizer(text)["input_ids"]) for text in _texts(row))) for row in data]
 
 

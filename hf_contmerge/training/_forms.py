@@ -5,24 +5,38 @@
     prompt_completion     prompt, completion              text, or turns of a conversation
     text                  text                            pretraining
 
-`text` and `messages` of a dataset entry name columns that are called otherwise, and so choose the form too.
+`text` and `messages` of a dataset entry name columns that are called otherwise, and so choose the form too. Examples of
+conversations keep the columns `tools` and `chat_template_kwargs` (_extras.py).
 """
 
 from __future__ import annotations
 
-import string
+import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import datasets
+from datasets.fingerprint import Hasher
 
 from hf_contmerge.errors import DataError, unknown
 from hf_contmerge.run.recipe.parts import DataSource
+from hf_contmerge.training._extras import (
+    ARGUMENTS,
+    TOOLS,
+    argument_keys,
+    checked_arguments,
+    extras_of,
+    read_tools,
+)
+from hf_contmerge.training._format import Format, read_format
+from hf_contmerge.training._rows import Row, Rows
+
+LOG = logging.getLogger(__name__)
 
 Form = Literal["text", "messages", "prompt_completion", "preference"]
-Row = dict[str, Any]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
@@ -30,6 +44,29 @@ COLUMNS: dict[Form, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
+_TEXT = datasets.Value("string")
+_TURNS = datasets.List({"role": _TEXT, "content": _TEXT})
+_ANY_TURNS = datasets.List(datasets.Json())
+_MANY = 20_000
+"""Rows whose check takes some seconds."""
+_VERSION = 2
+"""Of the examples in the cache; raise it when the same rows give others."""
+
+
+class Limits(Protocol):
+    """What a stage's trainer can learn from (limits.py)."""
+
+    def check(self, example: Row, form: Form) -> str | None:
+        """Return why an example is left out, or None. Raises DataError, without the example's place."""
+        ...
+
+    def learnable(self, data: datasets.Dataset, form: Form, *, at_most: int | None) -> list[int]:
+        """Return the places of the first examples with a token to learn from."""
+        ...
+
+    def too_long(self, form: Form) -> str:
+        """Return why the others are left out."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,24 +76,134 @@ class Fit:
     form: Form
     rows: datasets.Dataset
     left_out: Counter[str] = field(default_factory=Counter)
+    unused: tuple[str, ...] = ()
+    """Columns without a use."""
 
 
-def fit_rows(rows: datasets.Dataset, spec: DataSource) -> Fit:
+class Layout(NamedTuple):
+    """A dataset's form, and the columns that it is made of."""
+
+    form: Form
+    columns: tuple[str, ...]
+    """Of the dataset."""
+    names: tuple[str, ...]
+    """Of the examples; `text` may be made of several columns."""
+    format: Format | None = None
+    extras: tuple[str, ...] = ()
+    """Columns that go along with conversations."""
+    argument_keys: frozenset[str] = frozenset()
+    """Of the template arguments in every row."""
+    unused: tuple[str, ...] = ()
+    """Columns without a use."""
+
+
+class LeftOutError(Exception):
+    """A row that is no example; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Makes examples of a dataset's rows, one by one."""
+
+    rows: Rows
+    spec: DataSource
+    layout: Layout
+    limits: Limits | None = None
+
+    def made(self) -> Iterator[Row | str]:
+        """Yield each row's example, or why it is left out.
+
+        Raises DataError for a row that is malformed; the message has its place.
+        """
+        for number, row in enumerate(self.rows):
+            try:
+                yield self._example(row)
+            except LeftOutError as reason:
+                yield str(reason)
+            except DataError as error:
+                raise DataError(f"{self.rows.place(number)}: {error}") from error
+
+    def _example(self, row: Row) -> Row:
+        _put_words(row, self.spec)
+        values = {name: row.get(name) for name in self.layout.columns}
+        if any(_lacks(value, alone=len(values) == 1) for value in values.values()):
+            raise LeftOutError(f"lack {' or '.join(values)}")
+        example = self._in_form(values)
+        low, high = self.spec.min_chars or 0, self.spec.max_chars
+        if (low or high is not None) and not low <= _length(example, self.layout.form) <= (high or 2**62):
+            raise LeftOutError(f"have not {_span(self.spec)} characters")
+        example |= {name: self._extra(name, row.get(name)) for name in self.layout.extras}
+        reason = self.limits.check(example, self.layout.form) if self.limits else None
+        if reason:
+            raise LeftOutError(reason)
+        if self.rows.are_records:
+            _check_kept(example)
+        return example
+
+    def _in_form(self, values: Row) -> Row:
+        """Return the example of a row's columns. Raises DataError for other values."""
+        if self.layout.format:
+            return {"text": checked_text(self._text(self.layout.format, values), "text")}
+        named = dict(zip(self.layout.names, values.items(), strict=True))
+        if self.layout.form == "preference":
+            return _pair({name: _answer(value, column) for name, (column, value) in named.items()})
+        if self.layout.form == "messages":
+            return {"messages": _talk(*named["messages"])}
+        example = {name: _answer(value, column) for name, (column, value) in named.items()}
+        if len({type(value) for value in example.values()}) > 1:
+            raise DataError("prompt and completion must both be text, or both lists of turns.")
+        if not example["completion"]:
+            raise LeftOutError("have an empty completion")
+        return example
+
+    def _extra(self, name: str, value: Any) -> Any:
+        if name == TOOLS:
+            return read_tools(value, exact=self.rows.are_records or "Json(" in str(self.rows.data.features[name]))
+        return checked_arguments(value, self.layout.argument_keys)
+
+    def _text(self, format: Format, values: Row) -> str:
+        if format.is_column and not isinstance(values[format.text], str):
+            raise DataError(
+                f"the column {format.text} holds {values[format.text]!r:.60}, not text. Make text of it with a "
+                f"format: `text: '{{{format.text}}}'`."
+            )
+        try:
+            return format.fill(values, exact=self.rows.are_records)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"`text` does not fit it: {error}.") from error
+
+
+def fit_rows(rows: Rows, spec: DataSource, limits: Limits | None = None) -> Fit:
     """Find the form of rows; drop incomplete, short and long ones.
 
-    Raises DataError for columns that make no form, or that hold something else.
+    Raises DataError for columns that make no form, and for malformed rows.
     """
-    form, rows, words = _in_form(_worded(rows, spec), spec)
+    if len(rows) > _MANY:
+        LOG.info("Checking %d rows of %s", len(rows), spec.path)
+    examples = Examples(rows, spec, layout_of(rows, spec), limits)
+    keep: list[int] = []
     left_out: Counter[str] = Counter()
-    whole = _where(rows, lambda row: not any(_lacks(value, alone=len(words) == 1) for value in row.values()))
-    left_out[f"lack {' or '.join(words)}"] = len(rows) - len(whole)
-    fit = Fit(form, _finished(form, whole, spec), left_out)
-    low, high = spec.min_chars or 0, spec.max_chars
-    if not low and high is None:
-        return fit
-    right = _where(fit.rows, lambda row: low <= _length(row, form) and (high is None or _length(row, form) <= high))
-    left_out[f"have not {_span(spec)} characters"] = len(fit.rows) - len(right)
-    return Fit(form, right, left_out)
+    plain = True
+    for number, example in enumerate(examples.made()):
+        if isinstance(example, str):
+            left_out[example] += 1
+        else:
+            keep.append(number)
+            plain = plain and _is_plain(example)
+    layout = examples.layout
+    return Fit(layout.form, _as_dataset(examples, keep, plain=plain), left_out, layout.unused)
+
+
+def fit_part(rows: Rows, spec: DataSource, layout: Layout, limits: Limits | None) -> tuple[list[Row], Counter[str]]:
+    """Return the examples of a stream's part, and counts of other rows."""
+    made = list(Examples(rows, spec, layout, limits).made())
+    return [row for row in made if not isinstance(row, str)], Counter(why for why in made if isinstance(why, str))
+
+
+def dataset_of(examples: list[Row]) -> datasets.Dataset:
+    """Return examples in memory as a dataset."""
+    plain = all(map(_is_plain, examples))
+    return datasets.Dataset.from_list(examples, features=_features(examples[0], plain=plain) if examples else None)
 
 
 def rows_of(data: datasets.Dataset) -> Iterator[Row]:
@@ -64,105 +211,109 @@ def rows_of(data: datasets.Dataset) -> Iterator[Row]:
     return cast(Iterator[Row], iter(data))
 
 
-def require_columns(rows: datasets.Dataset, columns: list[str] | tuple[str, ...], path: str) -> None:
-    """Raise DataError unless all columns are there."""
+def require_columns(known: list[str], columns: list[str] | tuple[str, ...], path: str) -> None:
+    """Raise DataError unless all columns are known."""
     for column in columns:
-        if column not in rows.column_names:
-            raise DataError(unknown("column", column, rows.column_names, where=path))
+        if column not in known:
+            raise DataError(unknown("column", column, known, where=path))
 
 
-def _in_form(rows: datasets.Dataset, spec: DataSource) -> tuple[Form, datasets.Dataset, tuple[str, ...]]:
-    """Return the form, its columns and their names."""
+def layout_of(rows: Rows, spec: DataSource) -> Layout:
+    """Return the form of a dataset. Raises DataError for columns that make none."""
+    layout = _form_of(rows, spec)
+    answer = layout.columns[-1]
+    first = next((row for row in rows if row.get(answer) is not None), {})
+    extras = extras_of(rows.columns, talk=layout.form != "text" and isinstance(first.get(answer), list))
+    unused = tuple(name for name in rows.columns if name not in (*layout.columns, *extras))
+    return layout._replace(extras=extras, argument_keys=argument_keys(first), unused=unused)
+
+
+def _form_of(rows: Rows, spec: DataSource) -> Layout:
+    known = rows.columns
+    require_columns(known, tuple(spec.labels), spec.path)
     if spec.text is not None:
-        columns = format_columns(spec.text, f"`text` of {spec.path}")
-        require_columns(rows, columns, spec.path)
-        return "text", rows.select_columns(list(columns)), columns
+        format = read_format(spec.text, known, f"`text` of {spec.path}")
+        require_columns(known, format.columns, spec.path)
+        return Layout("text", format.columns, ("text",), format)
     if spec.messages is not None:
-        require_columns(rows, (spec.messages,), spec.path)
-        rows = rows.select_columns([spec.messages])
-        rows = rows if spec.messages == "messages" else rows.rename_column(spec.messages, "messages")
-        return "messages", rows, (spec.messages,)
-    there = set(rows.column_names)
+        require_columns(known, (spec.messages,), spec.path)
+        return Layout("messages", (spec.messages,), ("messages",))
     for form, columns in COLUMNS.items():
-        if form == "preference" and {"chosen", "rejected"} <= there:
-            columns = tuple(c for c in columns if c in there)
-        if set(columns) <= there:
-            return form, rows.select_columns(list(columns)), columns
+        if form == "preference" and {"chosen", "rejected"} <= {*known}:
+            columns = tuple(c for c in columns if c in known)
+        if {*columns} <= {*known}:
+            return Layout(form, columns, columns, Format("text", columns, True) if form == "text" else None)
     raise DataError(
-        f"{spec.path} has the columns {', '.join(rows.column_names)}; a stage needs `messages`, or `prompt` and "
+        f"{spec.path} has the columns {', '.join(known)}; a stage needs `messages`, or `prompt` and "
         "`completion`, or `prompt`, `chosen` and `rejected`, or `text`. Name the text's column, or a format such as "
         "'{question}\\n{answer}', with `text`; that of conversations with `messages`."
     )
 
 
-def _finished(form: Form, rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
-    """Return rows in exactly their form's columns, with checked values."""
-    if len(rows) == 0:
-        return rows
-    if form == "messages" and not _is_talk(rows[0]["messages"]):
-        raise DataError(
-            f"{spec.path}: the column {spec.messages or 'messages'} must hold conversations, lists of turns with "
-            f"`role` and `content`; got {rows[0]['messages']!r:.60}."
-        )
-    if form == "preference":
-        return _with_prompt(rows)
-    if form != "text" or spec.text is None:
-        return _strings(rows, "text", spec) if form == "text" else rows
-    text = spec.text
-    if rows.column_names == [text]:
-        rows = _strings(rows, text, spec)
-        return rows if text == "text" else rows.rename_column(text, "text")
-    return rows.map(lambda row: {"text": text.format(**row)}, remove_columns=rows.column_names)
+# Datasets of examples
 
 
-def _with_prompt(rows: datasets.Dataset) -> datasets.Dataset:
-    """Return pairs with a separate prompt, split from the answers if needed."""
-    from trl.data_utils import extract_prompt
+def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets.Dataset:
+    """Return the examples of some rows: the columns themselves, or a copy in the cache."""
+    rows, layout = examples.rows, examples.layout
+    made = layout.format and not layout.format.is_column
+    split = layout.form == "preference" and _is_split(rows.data.features)
+    if not (rows.are_records or examples.spec.labels or made or split or layout.extras):
+        data = rows.data.select_columns(list(layout.columns))
+        data = data if len(keep) == len(data) else data.select(keep)
+        return data.rename_columns({a: b for a, b in zip(layout.columns, layout.names, strict=True) if a != b})
+    if not keep:
+        return datasets.Dataset.from_list([])
+    chosen = set(keep)
+    first = next(e for e in examples.made() if not isinstance(e, str))
+    facts = [_VERSION, rows.data._fingerprint, examples.spec.model_dump(mode="json"), keep, plain]
+    return cast(
+        datasets.Dataset,
+        datasets.Dataset.from_generator(
+            lambda: (e for i, e in enumerate(examples.made()) if i in chosen),
+            features=_features(first, plain=plain),
+            fingerprint=Hasher.hash(facts),
+        ),
+    )
 
-    first = rows[0]
-    if isinstance(first["chosen"], list) == isinstance(first.get("prompt", 0), list) and "prompt" in first:
-        return rows.select_columns(list(COLUMNS["preference"]))
-    answers: Any = extract_prompt  # takes the turns that both have in common
-    return rows.select_columns(["chosen", "rejected"]).map(answers).select_columns(list(COLUMNS["preference"]))
+
+def _is_split(features: datasets.Features) -> bool:
+    """Say if the prompts of pairs are made of the answers."""
+    kinds = {isinstance(features[name], datasets.Value) for name in COLUMNS["preference"] if name in features}
+    return "prompt" not in features or len(kinds) > 1
 
 
-def _worded(rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
+def _features(example: Row, *, plain: bool) -> datasets.Features:
+    turns = _TURNS if plain else _ANY_TURNS
+    extras = {TOOLS: _TEXT, ARGUMENTS: datasets.Json()}
+    return datasets.Features(
+        {name: extras.get(name, _TEXT if isinstance(value, str) else turns) for name, value in example.items()}
+    )
+
+
+def _is_plain(example: Row) -> bool:
+    """Say if all turns have a role and a text, and nothing else."""
+    return all(turn.keys() == {"role", "content"} and isinstance(turn["content"], str) for turn in _turns(example))
+
+
+def _turns(example: Row) -> Iterator[Row]:
+    return (turn for value in example.values() if isinstance(value, list) for turn in value)
+
+
+# Values
+
+
+def _put_words(row: Row, spec: DataSource) -> None:
     """Replace class numbers by words. Raises DataError for an unknown number."""
-    require_columns(rows, tuple(spec.labels), spec.path)
     for column, words in spec.labels.items():
-        numbers = rows[column]
-        bad = next((n for n in numbers if not isinstance(n, int) or not 0 <= n < len(words)), None)
-        if bad is not None:
+        value = row.get(column)
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if not isinstance(number, int) or not 0 <= number < len(words):
             raise DataError(
-                f"{spec.path}: the column {column} holds {bad!r}, and `labels` has words for the classes 0 to "
+                f"the column {column} holds {value!r}, and `labels` has words for the classes 0 to "
                 f"{len(words) - 1}. Give each class a word, in the order of their numbers."
             )
-        rows = rows.remove_columns([column]).add_column(column, [words[n] for n in numbers])  # pyright: ignore
-    return rows
-
-
-def format_columns(text: str, where: str) -> tuple[str, ...]:
-    """Return the columns of a format string, or the one column."""
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name]
-    except ValueError as error:
-        raise DataError(f"{where} is no format string: {text!r} ({error}).") from error
-    return tuple(dict.fromkeys(fields)) or (text,)
-
-
-def _strings(rows: datasets.Dataset, column: str, spec: DataSource) -> datasets.Dataset:
-    kind = getattr(rows.features[column], "dtype", None) or "values of several kinds"
-    if kind not in ("string", "large_string"):
-        raise DataError(
-            f"{spec.path}: the column {column} holds {kind}, not text. Make text of it with a format: "
-            f"`text: '{{{column}}}'`."
-        )
-    return rows
-
-
-def _where(rows: datasets.Dataset, accept: Any) -> datasets.Dataset:
-    keep = [i for i, row in enumerate(rows_of(rows)) if accept(row)]
-    return rows if len(keep) == len(rows) else rows.select(keep)
+        row[column] = words[number]
 
 
 def _lacks(value: Any, *, alone: bool) -> bool:
@@ -170,15 +321,69 @@ def _lacks(value: Any, *, alone: bool) -> bool:
     return value is None or (alone and isinstance(value, str) and not value.strip())
 
 
-def _is_talk(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+def checked_text(text: str, column: str) -> str:
+    """Return text. Raises DataError for half of a surrogate pair, which no file and no tokenizer can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise DataError(f"{column} has half of a surrogate pair ({half}), which is no character. Remove it.") from error
+    return text
+
+
+def _answer(value: Any, column: str) -> str | list[Row]:
+    """Return text, or turns of a conversation. Raises DataError for others."""
+    if isinstance(value, str):
+        return checked_text(value, column)
+    if isinstance(value, list):
+        return _talk(column, value)
+    raise DataError(
+        f"the column {column} holds {value!r:.60}; text, or turns with `role` and `content`, were expected. Write it "
+        "as a string."
+    )
+
+
+def _talk(column: str, turns: Any) -> list[Row]:
+    """Return a conversation. Raises DataError for others, LeftOutError for incomplete ones."""
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("role"), str) for t in turns):
+        raise DataError(
+            f"the column {column} must hold conversations, lists of turns with `role` and `content`; got {turns!r:.60}."
+        )
+    if not turns:
+        raise LeftOutError("have no turn")
+    for turn in turns:
+        if turn.get("content") is None and not turn.get("tool_calls"):
+            raise LeftOutError("have a turn without content")
+        if not isinstance(turn.get("content"), str | list | None):
+            raise DataError(f"a turn in {column} has the content {turn['content']!r:.60}; text was expected.")
+    checked_text(json.dumps(turns, ensure_ascii=False, default=str), column)
+    return turns
+
+
+def _check_kept(example: Row) -> None:
+    """Raise DataError for a number that `datasets` would round."""
+    keeper = datasets.Json()
+    turns = () if _is_plain(example) else _turns(example)
+    for value in (*turns, example.get(ARGUMENTS)):
+        if value and keeper.decode_example(keeper.encode_example(value)) != value:
+            raise DataError(f"a number in {value!r:.60} has too many digits to be kept. Write it as a string.")
+
+
+def _pair(example: Row) -> Row:
+    """Return a pair with a separate prompt, split from the answers if needed."""
+    from trl.data_utils import extract_prompt
+
+    both = {name: example[name] for name in ("chosen", "rejected")}
+    if "prompt" not in example or isinstance(example["chosen"], list) != isinstance(example["prompt"], list):
+        example = {**both, **extract_prompt(both)}  # takes the turns that both have in common
+    return {name: example[name] for name in COLUMNS["preference"]}
 
 
 def _length(row: Row, form: Form) -> int:
     """Count an example's characters; a pair counts its longer answer."""
     if form == "preference":
         return _chars(row["prompt"]) + max(_chars(row["chosen"]), _chars(row["rejected"]))
-    return sum(_chars(value) for value in row.values())
+    return sum(_chars(row[name]) for name in COLUMNS[form])
 
 
 def _chars(value: Any) -> int:

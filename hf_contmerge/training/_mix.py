@@ -13,6 +13,7 @@ import pyarrow
 
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.parts import DataSource
+from hf_contmerge.train_strategies.replay import widest, with_features
 from hf_contmerge.training._forms import Form
 
 _ROUNDING = 1e-9
@@ -80,19 +81,20 @@ def alike(portions: Sequence[Portion]) -> list[Portion]:
                 f"The datasets of a mix must have one form: {first.source.path} has {first.form} and "
                 f"{other.source.path} has {other.form}. Name a column or a format with `text`, or leave one out."
             )
-    features = first.train.features
-    return [portion if portion.train.features == features else _cast(portion, first) for portion in portions]
+    features = widest([portion.train for portion in portions])
+    return [
+        portion if portion.train.features == features else _cast(portion, features, portions) for portion in portions
+    ]
 
 
-def _cast(portion: Portion, first: Portion) -> Portion:
+def _cast(portion: Portion, features: datasets.Features, portions: Sequence[Portion]) -> Portion:
     try:
-        train, heldout = (
-            rows.cast(first.train.features, keep_in_memory=True) for rows in (portion.train, portion.heldout)
-        )
+        train, heldout = (with_features(rows, features) for rows in (portion.train, portion.heldout))
     except (ValueError, TypeError, pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        other = next(other for other in portions if other.train.features != portion.train.features)
         raise DataError(
             f"The datasets of a mix must have columns of one type: {portion.source.path} cannot be read like "
-            f"{first.source.path} ({error}). Convert one of them, or leave it out."
+            f"{other.source.path} ({error}). Convert one of them, or leave it out."
         ) from error
     return replace(portion, train=train, heldout=heldout)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,21 @@ import datasets
 
 from hf_contmerge.errors import DataError, ModelError
 from hf_contmerge.run.recipe.parts import Dataset, DataSource, Task
-from hf_contmerge.training._forms import COLUMNS, Fit, Form, Row, fit_rows, format_columns, require_columns, rows_of
+from hf_contmerge.training._asked import asked_of
+from hf_contmerge.training._extras import template_arguments
+from hf_contmerge.training._forms import (
+    COLUMNS,
+    Fit,
+    Form,
+    Limits,
+    dataset_of,
+    fit_part,
+    fit_rows,
+    layout_of,
+    rows_of,
+)
 from hf_contmerge.training._mix import Portion, alike, in_proportion, joined, split_by_shares
-from hf_contmerge.training._rows import empty, load_rows, stream_rows
+from hf_contmerge.training._rows import Row, empty, load_rows, stream_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -37,6 +49,10 @@ class SourceCounts:
     left_out: Mapping[str, int]
     """Reason ("lack text", ...) -> number of rows."""
 
+    def sentences(self) -> list[str]:
+        """Return how many rows are left out, a sentence per reason."""
+        return [f"{count} rows of {self.path} are left out, for they {why}." for why, count in self.left_out.items()]
+
 
 @dataclass(frozen=True)
 class StageData:
@@ -52,33 +68,40 @@ class StageData:
     heldout_sources: tuple[int, ...] = ()
 
 
-def load_stage_data(spec: Dataset, *, seed: int) -> StageData:
+def load_stage_data(spec: Dataset, *, seed: int, limits: Limits | None = None) -> StageData:
     """Load and shuffle a stage's dataset or mix; hold examples out.
 
+    Args:
+        spec: the dataset, or the mix.
+        seed: of the order.
+        limits: what the stage's trainer can learn from; other examples are left out.
+
     Raises:
-        DataError: a dataset is missing or too small, lacks the columns, or does not fit the others of a mix.
+        DataError: a dataset is missing or too small, lacks the columns, or does not fit the others of a mix; a row is
+            malformed.
         ResourceError: the Hub cannot be reached.
     """
     held = split_by_shares(spec.heldout, spec.shares())
     portions = [
-        _set_aside(_heldout_like(source, count, spec), share, count, seed=seed)
+        _set_aside(_heldout_like(source, count, spec), share, count, seed=seed, limits=limits)
         for source, share, count in zip(spec.sources(), spec.shares(), held, strict=True)
     ]
     portions = alike(portions)
     heldout, heldout_sources = joined([portion.heldout for portion in portions], seed=seed)
-    portions = [_trained(portion, heldout) for portion in portions]
+    portions = [_trained(portion, heldout, limits) for portion in portions]
     if spec.mix:
         portions = in_proportion(portions, at_most=spec.max_examples)
     train, train_sources = joined([portion.train for portion in portions], seed=seed)
     sources = tuple(_counts(portion) for portion in portions)
+    _tell_chosen(sources)
     return StageData(portions[0].form, train, heldout, sources, train_sources, heldout_sources)
 
 
-def stage_data_of(fit: Fit, path: str, *, seed: int) -> StageData:
+def stage_data_of(fit: Fit, spec: DataSource, *, seed: int, limits: Limits) -> StageData:
     """Return rows in memory as a stage's, shuffled like a file's."""
     rows = fit.rows.shuffle(seed=seed, keep_in_memory=True)
-    counts = SourceCounts(path, None, "train", 1.0, len(rows), 0, dict(+fit.left_out))
-    return StageData(fit.form, rows, rows.select([]), (counts,), (0,) * len(rows))
+    portion = _learnt(Portion(spec, 1.0, fit.form, rows, rows.select([]), fit.left_out), limits)
+    return StageData(fit.form, portion.train, portion.heldout, (_counts(portion),), (0,) * len(portion.train))
 
 
 def _heldout_like(source: DataSource, count: int, spec: Dataset) -> DataSource:
@@ -86,13 +109,16 @@ def _heldout_like(source: DataSource, count: int, spec: Dataset) -> DataSource:
     return source.model_copy(update={"heldout_split": None}) if spec.heldout and not count else source
 
 
-def _set_aside(source: DataSource, share: float, count: int, *, seed: int) -> Portion:
+def _set_aside(source: DataSource, share: float, count: int, *, seed: int, limits: Limits | None) -> Portion:
     """Load a dataset; hold out `count` examples or its `heldout_split`."""
     own = 0 if source.heldout_split else count
-    fit = _examples(source, seed=seed, at_most=(source.max_examples or 0) + own)
+    fit = _examples(source, seed=seed, at_most=(source.max_examples or 0) + own, limits=limits)
+    left_out = fit.left_out
     if source.heldout_split:
         other = source.model_copy(update={"split": source.heldout_split})
-        held = _examples(other, seed=seed, at_most=count).rows
+        test = _examples(other, seed=seed, at_most=count, limits=limits)
+        held, others = test.rows, test.left_out
+        left_out = left_out + Counter({f"{why} (split {other.split})": n for why, n in others.items()})
         heldout, train = held.select(range(min(count or len(held), len(held)))), fit.rows
     else:
         if len(fit.rows) <= count:
@@ -101,17 +127,28 @@ def _set_aside(source: DataSource, share: float, count: int, *, seed: int) -> Po
                 "left to train on. Give more examples, or set `heldout` to a smaller number."
             )
         heldout, train = fit.rows.select(range(count)), fit.rows.select(range(count, len(fit.rows)))
-    return Portion(source, share, fit.form, train, heldout, fit.left_out)
+    return Portion(source, share, fit.form, train, heldout, left_out)
 
 
-def _trained(portion: Portion, heldout: datasets.Dataset) -> Portion:
+def _trained(portion: Portion, heldout: datasets.Dataset, limits: Limits | None) -> Portion:
     """Return a portion without held-out twins, up to `max_examples`."""
     rest = portion.keeping(_without(portion.train, heldout, portion.form), "are copies of held-out ones")
-    if portion.source.max_examples:
-        rest = rest.first(portion.source.max_examples, "are more than `max_examples`")
     if len(rest.train) == 0:
         raise DataError(f"{portion.source.path} has no example to train on once the held-out ones are removed.")
-    return rest
+    rest = _learnt(rest, limits) if limits else rest
+    return rest.first(portion.source.max_examples or len(rest.train), "are more than `max_examples`")
+
+
+def _learnt(portion: Portion, limits: Limits) -> Portion:
+    """Return a portion without the examples that a trainer would drop."""
+    path, most = portion.source.path, portion.source.max_examples
+    keep, why = limits.learnable(portion.train, portion.form, at_most=most), limits.too_long(portion.form)
+    if not keep:
+        raise DataError(f"{path}: all {len(portion.train)} examples to train on {why}. Set a larger `max_length`.")
+    end = keep[-1] + 1 if len(keep) == most else len(portion.train)  # later ones are more than enough
+    _warn_left_out(path, end - len(keep), end, why)
+    rest = [*keep, *range(end, len(portion.train))]
+    return portion.keeping(portion.train.select(rest), why) if len(rest) < len(portion.train) else portion
 
 
 def _counts(portion: Portion) -> SourceCounts:
@@ -119,14 +156,14 @@ def _counts(portion: Portion) -> SourceCounts:
     return SourceCounts(source.path, source.config, source.split, portion.share, *used, dict(+portion.left_out))
 
 
-def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callable[[list[Row]], str]) -> list[str]:
+def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callable[..., str]) -> list[str]:
     """Return held-out examples as plain documents of at most `chars` characters.
 
     Args:
         data: the examples.
         form: their form.
         chars: where longer documents are cut.
-        render: makes text of a conversation (the tokenizer's chat template).
+        render: makes text of a conversation by the tokenizer's chat template, with a row's `template_arguments`.
     """
     return [_as_text(row, form, render)[:chars] for row in rows_of(data)]
 
@@ -136,12 +173,15 @@ def require_chat_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer of {tokenizer.name_or_path} has no chat template, which a stage with `messages` needs. "
-            "Give the base model one, or give the stage `prompt` and `completion`, or `text`."
+            "Set `train.chat_template_path`, or give the stage `prompt` and `completion`, or `text`."
         )
 
 
 def task_rows(task: Task) -> list[Row]:
-    """Return the rows of a task's dataset, in task file columns."""
+    """Return the rows of a task's dataset, in task file columns.
+
+    Raises as `load_stage_data`.
+    """
     assert task.dataset is not None
     if task.kind == "perplexity":
         fit = _examples(task.dataset, seed=0, at_most=task.dataset.heldout)
@@ -149,75 +189,48 @@ def task_rows(task: Task) -> list[Row]:
             raise DataError(f"{task.dataset.path}: a perplexity task needs text; name its column with `text`.")
         chosen = fit.rows.select(range(min(task.dataset.heldout or len(fit.rows), len(fit.rows))))
         return [{"text": r["text"][: task.dataset.heldout_chars]} for r in rows_of(chosen)]
-    rows = _some(load_rows(task.dataset), task.dataset)
-    asked = format_columns(task.question, f"`question` of {task.dataset.path}")
-    if task.kind == "exact_match":
-        require_columns(rows, (*asked, task.answer), task.dataset.path)
-        return [{"query": _filled(task.question, r), "gold": str(r[task.answer]).strip()} for r in rows_of(rows)]
-    return _choice_rows(task, rows, asked)
+    rows = load_rows(task.dataset)
+    made = list(asked_of(task, rows).made())
+    asked = [row for row in made if row]
+    _tell_left_out(task.dataset, Counter({"lack the question or the answer": len(made) - len(asked)}), len(made))
+    return asked
 
 
-def _choice_rows(task: Task, rows: datasets.Dataset, asked: tuple[str, ...]) -> list[Row]:
-    """Return the rows of a multiple_choice task. `asked`: the question's columns."""
-    assert task.dataset is not None
-    words = task.choices
-    require_columns(rows, (*asked, *((words,) if isinstance(words, str) else ()), task.answer), task.dataset.path)
-    if isinstance(words, str) and not isinstance(rows[0][words], list):
-        raise DataError(f"{task.dataset.path}: {words} must be a list of continuations; got {rows[0][words]!r:.60}.")
-    found = [
-        {
-            "query": _filled(task.question, r),
-            "choices": list(r[words] if isinstance(words, str) else words),
-            "gold": r[task.answer],
-        }
-        for r in rows_of(rows)
-    ]
-    bad = next((r for r in found if not isinstance(r["gold"], int) or not 0 <= r["gold"] < len(r["choices"])), None)
-    if bad:
-        raise DataError(
-            f"{task.dataset.path}: {task.answer} must be the index of the right choice; got {bad['gold']!r} for "
-            f"{len(bad['choices'])} choices."
-        )
-    return found
-
-
-def _some(rows: datasets.Dataset, spec: DataSource) -> datasets.Dataset:
-    """Return `max_examples` random rows, always the same; or all."""
-    if not spec.max_examples or len(rows) <= spec.max_examples:
-        return rows
-    return rows.shuffle(seed=0, keep_in_memory=True).select(range(spec.max_examples))
-
-
-def _filled(question: str, row: Row) -> str:
-    """Return a prompt: a column's value, or a format over columns."""
-    return row[question] if question in row else question.format(**row)
-
-
-def _examples(spec: DataSource, *, seed: int, at_most: int) -> Fit:
+def _examples(spec: DataSource, *, seed: int, at_most: int, limits: Limits | None = None) -> Fit:
     """Return a dataset's usable examples, shuffled; `at_most` of a stream (0: all)."""
     if not spec.streaming:
         whole = load_rows(spec)
-        fit = fit_rows(whole, spec)
+        fit = fit_rows(whole, spec, limits)
+        _tell_unused(spec, fit.unused)
         _tell_left_out(spec, fit.left_out, len(whole))
         # In memory, or the order is written beside the user's files.
         return replace(fit, rows=fit.rows.shuffle(seed=seed, keep_in_memory=True))
-    found: list[Row] = []
-    left_out, read, form = Counter[str](), 0, "text"
+    examples: list[Row] = []
+    left_out, read, layout = Counter[str](), 0, None
     for part in stream_rows(spec, seed=seed):
-        fit = fit_rows(part, spec)
-        found += fit.rows.to_list()
-        left_out, read, form = left_out + fit.left_out, read + len(part), fit.form
-        if at_most and len(found) >= at_most:
+        if not layout:
+            layout = layout_of(part, spec)
+            _tell_unused(spec, layout.unused)
+        usable, others = fit_part(part, spec, layout, limits)
+        examples += usable
+        left_out, read = left_out + others, read + len(part)
+        if at_most and len(examples) >= at_most:
             break
     _tell_left_out(spec, left_out, read)
-    return Fit(form, datasets.Dataset.from_list(found[: at_most or None]), left_out)
+    assert layout
+    return Fit(layout.form, dataset_of(examples[: at_most or None]), left_out, layout.unused)
+
+
+def _tell_unused(spec: DataSource, columns: Sequence[str]) -> None:
+    """Report columns without a use."""
+    if columns:
+        LOG.info("%s: these columns are not used: %s", spec.path, ", ".join(columns))
 
 
 def _tell_left_out(spec: DataSource, left_out: Counter[str], read: int) -> None:
     """Report unusable rows. Raises DataError if no row is left."""
     for reason, count in left_out.items():
-        if count:
-            LOG.warning("%s: %d of %d rows are left out, for they %s", spec.path, count, read, reason)
+        _warn_left_out(spec.path, count, read, reason)
     if left_out.total() < read:
         return
     lengths = [reason for reason, count in left_out.items() if count and reason.startswith("have not")]
@@ -226,21 +239,38 @@ def _tell_left_out(spec: DataSource, left_out: Counter[str], read: int) -> None:
     raise empty(spec)
 
 
+def _tell_chosen(sources: Sequence[SourceCounts]) -> None:
+    """Report usable rows that are not trained on."""
+    for source in sources:
+        for sentence in source.sentences():
+            if " for they are " in sentence:  # others are warnings
+                LOG.info("%s", sentence)
+
+
+def _warn_left_out(path: str, count: int, read: int, why: str) -> None:
+    if count:
+        LOG.warning("%s: %d of %d rows are left out, for they %s", path, count, read, why)
+
+
 def _without(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> datasets.Dataset:
     """Drop training examples with a held-out twin: memorised documents measure nothing."""
 
     def key(row: Row) -> str:
-        return json.dumps([row[c] for c in _MEASURED[form]], sort_keys=True)
+        return json.dumps([row[c] for c in _MEASURED[form]] + [template_arguments(row)], sort_keys=True)
 
     held = {key(row) for row in rows_of(heldout)}
     keep = [i for i, row in enumerate(rows_of(train)) if key(row) not in held]
     return train if len(keep) == len(train) else train.select(keep)
 
 
-def _as_text(row: Row, form: Form, render: Callable[[list[Row]], str]) -> str:
+def _as_text(row: Row, form: Form, render: Callable[..., str]) -> str:
     if form == "messages":
-        return render(row["messages"])
+        return render(row["messages"], **template_arguments(row))
     if form in ("prompt_completion", "preference"):
         prompt, completion = (row[column] for column in _MEASURED[form])
-        return prompt + completion if isinstance(prompt, str) else render([*prompt, *completion])
+        return (
+            prompt + completion
+            if isinstance(prompt, str)
+            else render([*prompt, *completion], **template_arguments(row))
+        )
     return row["text"]

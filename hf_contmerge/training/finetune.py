@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerState, set_seed
 
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import ContmergeError, DataError, RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
@@ -29,8 +29,9 @@ from hf_contmerge.training._trainer import (
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.saving import save_expert
-from hf_contmerge.training.settings import bad_parameters, make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.settings import bad_parameters, config_of, sft_settings, trl_classes
 from hf_contmerge.training.statistics import Measured, measure_expert
+from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
 
 LOG = logging.getLogger(__name__)
 
@@ -55,16 +56,20 @@ def train_expert(
     Returns:
         For the record: the training loss, steps, tokens and the curve.
     """
-    strategies = make_strategies(job.train)
+    strategies = job.make(job.train)
     strategies.begin(job.stage)
-    trainer = _make_trainer(job, strategies, checkpoints)
+    examples = strategies.mix(job.data.train, job.memory, seed=job.seed)
+    trainer = _make_trainer(job, strategies, examples, checkpoints)
+    dropped = _dropped(trainer, len(examples))
     share_out_on_processors(trainer)
     _check_ranks(trainer, strategies)
     _tell(trainer, on_log)
     _train_on(trainer, _newest_checkpoint(checkpoints))
+    _check_steps(trainer)
     _remember(trainer, strategies, job, memory_out)
-    save_expert(trainer, strategies, job.base, out)
-    record = _record(trainer, job.data)
+    change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
+    save_expert(trainer, strategies, job.base, out, change)
+    record = {**_record(trainer, job.data), **dropped}
     del trainer
     gc.collect()
     if torch.cuda.is_available():
@@ -74,24 +79,41 @@ def train_expert(
     return record
 
 
-def _make_trainer(job: TrainJob, strategies: Combined, checkpoints: Path) -> Any:
+def _dropped(trainer: Any, given: int) -> dict[str, int]:
+    """Return how many examples TRL dropped, if any: replayed ones may exceed this stage's `max_length`."""
+    count = 0 if getattr(trainer.args, "packing", False) else given - len(trainer.train_dataset)
+    if not count:
+        return {}
+    longest = trainer.args.max_length
+    LOG.warning("%d of %d examples have no token to learn from within `max_length` (%s)", count, given, longest)
+    return {"dropped": count}
+
+
+def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoints: Path) -> Any:
     """Load and open the model; return TRL's trainer of it."""
-    trainer_type, config_type = trl_classes(job.data.form)
-    tokenizer = AutoTokenizer.from_pretrained(job.base, trust_remote_code=job.trust_remote_code)
+    trainer_type = trl_classes(job.data.form)[0]
+    tokenizer = stage_tokenizer(job.base, job.train, trust_remote_code=job.trust_remote_code)
     settings = sft_settings(job.train, job.data, tokenizer, numel=Weights(job.base).numel())
     init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
     init = {**init, "trust_remote_code": job.trust_remote_code}
     model = load_model(job.start, job.base, as_adapter=strategies.carrier.keeps_adapter(), **init)
     set_seed(job.seed)  # before the strategy draws what it adds; the trainer sets it only later
     opened = _open(strategies, model, job.memory, job.train)
-    return trainer_class(trainer_type, strategies)(
-        model=opened,
-        args=config_type(**settings, output_dir=str(checkpoints), seed=job.seed),
-        train_dataset=strategies.mix(job.data.train, job.memory, seed=job.seed),
-        processing_class=tokenizer,
-        callbacks=[StrategySteps(strategies)],
-        **reference_model(job.data.form, opened, job.start, job.base, **init),
-    )
+    config = config_of(job.data.form, {**settings, "output_dir": str(checkpoints), "seed": job.seed}, "train")
+    reference = reference_model(job.data.form, opened, job.start, job.base, **init)
+    try:
+        return trainer_class(trainer_type, strategies)(
+            model=opened,
+            args=config,
+            train_dataset=examples,
+            processing_class=tokenizer,
+            callbacks=[StrategySteps(strategies)],
+            **reference,
+        )
+    except ContmergeError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:  # TRL's checks of settings
+        raise RecipeError(f"train cannot be followed: {error}") from error
 
 
 def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | None) -> None:
@@ -154,6 +176,15 @@ def _check_ranks(trainer: Any, strategies: Combined) -> None:
         raise RecipeError(
             f"train.strategy: {' and '.join(looking)} looks at gradients before the step, and `fp16` scales them. Use "
             "`bf16: true`, or float32."
+        )
+
+
+def _check_steps(trainer: Any) -> None:
+    """Raise DataError if the trainer had no batch, about which it only warns."""
+    if trainer.state.global_step == 0:
+        raise DataError(
+            f"No step was taken: {len(trainer.train_dataset)} examples are left after tokenizing, fewer than a batch "
+            "of all ranks. Lower per_device_train_batch_size, set `dataloader_drop_last: false`, or give more examples."
         )
 
 

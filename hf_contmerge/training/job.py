@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from hf_contmerge.models.lora.settings import read_settings
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.train_strategies import Combined
 from hf_contmerge.training._forms import fit_rows, rows_of
+from hf_contmerge.training._rows import Rows
 from hf_contmerge.training.data import StageData, load_stage_data, stage_data_of
+from hf_contmerge.training.limits import TrainerLimits, trainer_limits
 from hf_contmerge.training.settings import data_checks, make_strategies, training_checks
 
 ModelName = str | os.PathLike[str]
@@ -76,6 +79,8 @@ class TrainJob:
     trust_remote_code: bool = False
     stage: int = 1
     """The stage's number."""
+    make: Callable[[Train], Combined] = make_strategies
+    """Makes the strategies; by default those of the registry."""
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs behind the expert, for its record."""
@@ -95,6 +100,11 @@ def recipe_of(
 ) -> Recipe:
     """Return the recipe of one stage, for the same error messages."""
     fields = dict(training)
+    if fields.get("report_to") not in (None, "none", [], ["none"]):
+        raise RecipeError(
+            "finetune_stage.report_to: a function has no tracker run, which spans all stages. Log the record's `log` "
+            "yourself, or use `contmerge run` with `report_to`."
+        )
     code = fields.pop("trust_remote_code", False)
     names = strategy if isinstance(strategy, str) else list(strategy)
     spec = {"path": os.fspath(data)} if isinstance(data, str | os.PathLike) else data
@@ -123,8 +133,9 @@ def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None
         check()
     spec = recipe.stages[0].dataset
     assert spec
-    examples = _in_memory(data, spec, recipe.seed) if isinstance(data, datasets.Dataset) else None
-    examples = examples or load_stage_data(spec, seed=recipe.seed)
+    limits = trainer_limits(recipe.train, pretrained, trust_remote_code=recipe.trust_remote_code)
+    examples = _in_memory(data, spec, recipe.seed, limits) if isinstance(data, datasets.Dataset) else None
+    examples = examples or load_stage_data(spec, seed=recipe.seed, limits=limits)
     for check in data_checks(recipe, {"stage": examples}):
         check()
     return TrainJob(
@@ -157,12 +168,12 @@ def _check_kept_adapter(train: Train, start: Path, base: Path) -> None:
         )
 
 
-def _in_memory(data: datasets.Dataset, spec: Dataset, seed: int) -> StageData:
+def _in_memory(data: datasets.Dataset, spec: Dataset, seed: int, limits: TrainerLimits) -> StageData:
     """Return rows in memory as a stage's data, shuffled like a file's."""
-    fit = fit_rows(data, spec)
+    fit = fit_rows(Rows("data", data), spec, limits)
     if not len(fit.rows):
         raise DataError(f"data has no row to train on: of {len(data)}, all lack something.")
-    return stage_data_of(fit, spec.path, seed=seed)
+    return stage_data_of(fit, spec, seed=seed, limits=limits)
 
 
 def rows_sha256(rows: datasets.Dataset) -> str:

@@ -12,14 +12,15 @@ from torch.distributed.tensor import DTensor
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.models.tokenizer import TokenizerChange, copy_tokenizer
 from hf_contmerge.run.places import Place
 from hf_contmerge.runtime.files import remove
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.train_strategies import Combined
 
 
-def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path) -> None:
-    """Write a trainer's model to `out`; all ranks call this."""
+def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path, change: TokenizerChange) -> None:
+    """Write a trainer's model to `out`; all ranks call this. `change`: of the base's tokenizer."""
     accelerator = trainer.accelerator
     model, main = strategies.close(accelerator.unwrap_model(trainer.model)), accelerator.is_main_process
     state = None
@@ -31,8 +32,11 @@ def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path) -> No
         model.save_pretrained(out, state_dict=state)
         if strategies.carrier.keeps_adapter():
             remove(out / "README.md")  # peft's, with nothing filled in
+            if change:
+                copy_tokenizer(base, out)
         else:
             copy_companions(base, out, dtype=model.dtype)
+        change.write(out)
     accelerator.wait_for_everyone()
 
 
@@ -67,6 +71,8 @@ def write_expert(place: Place, model: Any, processing: Any, base: Path, ranks: R
         written = write_adapter(model, scratch, ranks)
         if written != scratch:
             ranks.first(_lift, written, scratch)
+        if hasattr(processing, "save_pretrained"):
+            ranks.first(processing.save_pretrained, scratch)
     else:
         _write_model(model, processing, base, scratch, ranks)
     return ranks.first(place.publish, "expert")

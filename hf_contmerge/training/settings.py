@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Recipe, Train
+from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, TRL_FIELDS
 from hf_contmerge.runtime.device import bf16_pays, cpu_only
+from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined, combine, named_strategy
 from hf_contmerge.training._forms import Form
 from hf_contmerge.training._trainer import trainer_class
@@ -24,7 +27,7 @@ from hf_contmerge.training.data import StageData, require_chat_template
 
 LOG = logging.getLogger(__name__)
 
-_OURS = {"output_dir": "the run folder", "seed": "`seed` of the recipe", "resume_from_checkpoint": "the run folder"}
+_OWN = tuple(Train.model_fields)
 _SFT_LOSSES = ("nll", "dft", "chunked_nll")  # values of `loss_type` that SFTTrainer has, and DPOTrainer has not
 
 
@@ -62,8 +65,7 @@ def data_checks(recipe: Recipe, data: Mapping[str, StageData]) -> Iterator[Check
 
 def _check_settings(train: Train) -> None:
     """Raise RecipeError for unknown fields and rejected values."""
-    known = {**config_fields("preference"), **config_fields("text")}
-    _check_fields(train.sft_fields, known, "train", others=("strategy", "parameters", "statistics"))
+    _check_fields(train.sft_fields, {*config_fields("preference"), *config_fields("text")}, "train", others=_OWN)
     _check_values(train, "text", "train")
 
 
@@ -71,11 +73,7 @@ def _check_memory(train: Train, start: Path) -> None:
     """Raise ResourceError if weights, gradients and optimizer exceed the memory."""
     strategies = make_strategies(train)
     need = Weights(start).numel() * strategies.bytes_per_parameter
-    have = (
-        torch.cuda.mem_get_info()[1] * torch.cuda.device_count()
-        if torch.cuda.is_available()
-        else psutil.virtual_memory().total
-    )
+    have = psutil.virtual_memory().total if cpu_only() else torch.cuda.mem_get_info()[1] * torch.cuda.device_count()
     if need > have:
         raise ResourceError(
             f"Training {start} with strategy {' + '.join(train.strategy)} needs about {size(need)} and this "
@@ -86,41 +84,95 @@ def _check_memory(train: Train, start: Path) -> None:
 def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
     """Raise RecipeError for settings without a stage of their form."""
     forms: dict[str, Form] = {stage.name: data[stage.name].form for stage in recipe.stages if stage.dataset}
-    used = {name: value for form in forms.values() for name, value in config_fields(form).items()}
-    if not used:
+    if not forms:
         return
-    if "preference" not in forms.values():
-        _check_fields(recipe.train.sft_fields, used, "train", others=("strategy", "parameters", "statistics"))
+    used = {name for form in forms.values() for name in config_fields(form)} | {*TOKENIZER_FIELDS}
+    _check_fields(recipe.train.sft_fields, used, "train", others=_OWN)
     for stage in recipe.stages:
         if stage.dataset:
             form, train = forms[stage.name], recipe.train_of(stage)
             where = f"train of stage {stage.name}"
             if form == "preference" and stage.train.get("loss_type") in _SFT_LOSSES:
                 raise RecipeError(f"{where}: loss_type {stage.train['loss_type']} is for texts, not pairs.")
-            _check_fields(stage.train, config_fields(form), where)
+            _check_fields(stage.train, config_fields(form), where, others=_OWN)
             _check_values(train, form, where)
+            _check_form(train, form, where)
             strategies = make_strategies(train)
             trainer_class(trl_classes(form)[0], strategies)
             _refuse_two_weightings(strategies, _fields_for(form, train), where)
+    _warn_of_rates(recipe, forms)
 
 
-def _check_fields(
-    fields: Mapping[str, Any], known: Mapping[str, Any], where: str, *, others: Sequence[str] = ()
-) -> None:
-    for field, value in fields.items():
-        if field in _OURS:
-            raise RecipeError(f"{where}.{field} is set by {_OURS[field]}; remove it from `train`.")
+def _warn_of_rates(recipe: Recipe, forms: Mapping[str, Form]) -> None:
+    """Warn of learning rates that a strategy finds too high, each once."""
+    stages: dict[str, list[str]] = {}
+    for stage in recipe.stages:
+        if stage.name in forms:
+            rate = _rate_of(forms[stage.name], recipe.train_of(stage))
+            for part in make_strategies(recipe.train).parts.values():
+                warning = part.warn_of_rate(rate)
+                if warning:
+                    stages.setdefault(f"learning_rate {rate:g}: {warning}", []).append(stage.name)
+    for warning, names in stages.items():
+        LOG.warning("train of %s: %s.", ", ".join(names), warning)
+
+
+def _rate_of(form: Form, train: Train) -> float:
+    return train.sft_fields.get("learning_rate", config_fields(form)["learning_rate"])
+
+
+def _check_fields(fields: Iterable[str], known: Container[str], where: str, *, others: Sequence[str] = ()) -> None:
+    """Raise RecipeError for a field without a trainer to use it.
+
+    A field that the installed TRL has and our table lacks is refused too: nobody knows if a run obeys it.
+    """
+    for field in fields:
+        if field in others:
+            continue
         if field not in known:
-            raise RecipeError(unknown("field", field, [*known, *others], where=where))
-        if type(known[field]) in (int, float) and isinstance(value, str):
-            raise RecipeError(f"{where}.{field} must be a number; got {value!r}.")
+            raise RecipeError(unknown("field", field, [*_all_fields(), *others], where=where) + _whose(field))
+        if field not in TRL_FIELDS:
+            raise RecipeError(
+                f"{where}.{field} is new in TRL {version('trl')} or transformers {version('transformers')}, and this "
+                "version of hf_contmerge does not know how a run would obey it. Remove it, or update hf_contmerge."
+            )
+
+
+def _all_fields() -> set[str]:
+    return {name for name, row in TRL_FIELDS.items() if row.use == "obeyed"}
+
+
+def _whose(field: str) -> str:
+    """Name the form of examples with this field."""
+    forms: dict[Form, str] = {"preference": "preference pairs", "text": "texts and conversations"}
+    owners = [words for form, words in forms.items() if field in config_fields(form)]
+    return f" It is for {owners[0]}, and no stage here has them." if owners else ""
+
+
+def config_of(form: Form, fields: Mapping[str, Any], where: str) -> Any:
+    """Return a form's config. Raises RecipeError for refused values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old names, which TRL itself uses
+        try:
+            return trl_classes(form)[1](**fields)
+        except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+            raise RecipeError(f"{where}: {error}") from error
 
 
 def _check_values(train: Train, form: Form, where: str) -> None:
-    try:
-        trl_classes(form)[1](**{**_defaults(numel=0), **_fields_for(form, train)}, output_dir="unused")
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{where}: {error}") from error
+    config_of(form, {**_defaults(train, numel=0), **_fields_for(form, train), "output_dir": "unused"}, where)
+
+
+def _check_form(train: Train, form: Form, where: str) -> None:
+    """Raise RecipeError for settings without effect on a form."""
+    fields = train.sft_fields
+    if fields.get("completion_only_loss") and form != "prompt_completion":
+        raise RecipeError(
+            f"{where}: completion_only_loss is for `prompt` and `completion`, and the stage has {form}. Remove it, or "
+            "set it in the `train` of the stages that have them."
+        )
+    if fields.get("padding_free") and form == "preference":
+        raise RecipeError(f"{where}: padding_free has no effect on preference pairs in this TRL. Remove it.")
 
 
 def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:
@@ -143,24 +195,32 @@ def _fields_for(form: Form, train: Train) -> dict[str, Any]:
     fields = {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
     if form == "preference" and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
         del fields["loss_type"]
+    return {field: value for field, value in fields.items() if field not in TOKENIZER_FIELDS}  # the tokenizer has them
+
+
+def loss_fields(train: Train, form: Form, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> dict[str, Any]:
+    """Return the fields that decide which tokens count; `tokenizer` is called for conversations only."""
+    fields = {**config_fields(form), **_fields_for(form, train)}
+    if form == "messages" and "assistant_only_loss" not in train.sft_fields:
+        fields["assistant_only_loss"] = _marks_assistant(tokenizer())
     return fields
 
 
 def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBase, *, numel: int) -> dict[str, Any]:
     """Return a stage's SFTConfig or DPOConfig fields: defaults, then the recipe's."""
     form: dict[str, Any] = {}
-    if data.form == "text":  # pretraining: one stream, cut into blocks
+    if data.form == "text" and train.sft_fields.get("max_length", 1):  # pretraining: one stream, cut into blocks
         form = {"packing": True, "packing_strategy": "wrapped"}
     if data.form == "messages":
         form = {"assistant_only_loss": _marks_assistant(tokenizer)}
     # Trackers are the run's; the trainer would start a run of theirs with every stage.
-    return {**_defaults(numel=numel), **form, **_fields_for(data.form, train), "report_to": "none"}
+    return {**_defaults(train, numel=numel), **form, **_fields_for(data.form, train), "report_to": "none"}
 
 
-def _defaults(*, numel: int) -> dict[str, Any]:
+def _defaults(train: Train, *, numel: int) -> dict[str, Any]:
     return {
         "use_cpu": cpu_only(),
-        "bf16": bf16_pays(numel),
+        "bf16": bf16_pays(numel) and not train.sft_fields.get("fp16"),
         "save_total_limit": 1,
         "include_num_input_tokens_seen": "non_padding",
         "logging_steps": 5,

@@ -29,6 +29,7 @@ from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.lora.matching import StoredNames
 from hf_contmerge.models.statistics import FOLDER, write_statistics
+from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import StatisticsSettings
 from hf_contmerge.run.recipe.schema import Train
@@ -155,12 +156,14 @@ def _linear_maps(model: nn.Module, base: Weights) -> dict[str, nn.Linear]:
 
 
 def _tokenized(of: Measured, rows: Any) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(of.base, trust_remote_code=of.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_folder(of.base, of.expert), trust_remote_code=of.trust_remote_code
+    )
     longest = min(of.settings.max_length, tokenizer.model_max_length)
 
-    def render(messages: list[dict[str, Any]]) -> str:
+    def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
         require_chat_template(tokenizer)
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
     texts = documents(rows, of.data.form, chars=_CHARS * longest, render=render)
     bos = tokenizer.bos_token or "\0"  # a chat template may have put it there

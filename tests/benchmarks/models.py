@@ -70,33 +70,33 @@ SIZES = {
 }
 
 
-def base_model(root: Path, size: str, *, tied: bool = True) -> Path:
-    """Return the folder of a random base model, written if need be."""
+def base_model(root: Path, size: str, *, tied: bool = True, device: str | torch.device = "cpu") -> Path:
+    """Return the folder of a random base model, written if need be. `device`: where the numbers are drawn."""
     folder = root / f"{size}-{'tied' if tied else 'untied'}" / "base"
     if not folder.exists():
-        noise = torch.Generator().manual_seed(0)
+        noise = torch.Generator(device).manual_seed(0)
         tensors = {n: _start(shape, noise) for n, shape in SIZES[size].shapes(tied=tied)}
         _write(folder, _config(SIZES[size], tied=tied), tensors)
     return folder
 
 
-def expert(base: Path, number: int) -> Path:
+def expert(base: Path, number: int, *, device: str | torch.device = "cpu") -> Path:
     """Return the folder of expert `number` (from 1 on) of a base model, written if need be."""
     folder = base.with_name(f"expert-{number}")
     if not folder.exists():
-        noise, tensors = torch.Generator().manual_seed(number), {}
+        noise, tensors = torch.Generator(device).manual_seed(number), {}
         with safe_open(base / "model.safetensors", framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
                 start = weights.get_tensor(name)
-                change = torch.randn(start.shape, generator=noise) * NOISE
-                tensors[name] = (start.float() + change).bfloat16()
+                change = torch.randn(start.shape, generator=noise, device=device) * NOISE
+                tensors[name] = (start.to(device).float() + change).bfloat16().cpu()
         _write(folder, json.loads((base / "config.json").read_text(encoding="utf-8")), tensors)
     return folder
 
 
-def experts(base: Path, count: int) -> list[Path]:
+def experts(base: Path, count: int, *, device: str | torch.device = "cpu") -> list[Path]:
     """Return the folders of the first experts of a base model."""
-    return [expert(base, number) for number in range(1, count + 1)]
+    return [expert(base, number, device=device) for number in range(1, count + 1)]
 
 
 def recipe(
@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _start(shape: tuple[int, ...], noise: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=noise) * INIT).bfloat16()
+    return (torch.randn(shape, generator=noise, device=noise.device) * INIT).bfloat16().cpu()
 
 
 def _config(size: Size, *, tied: bool) -> dict:

@@ -44,23 +44,22 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_CONTMERG
 SCORE = """
 import json, sys, time
 from pathlib import Path
-from accelerate import PartialState
-from hf_contmerge.runtime.launching import keep_freed_memory
+from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.scoring.score import score_model
 
 model, tasks, dtype, out, models, *names = sys.argv[1:]
 keep_freed_memory()
-ranks, seconds = PartialState(cpu=True), []
+ranks, seconds = join_ranks()[1].ranks, []
 for _ in range(int(models)):
-    ranks.wait_for_everyone()
+    ranks.barrier()
     start = time.perf_counter()
     _, scores = score_model(
         Path(model), [Task(name=name) for name in names], task_folder=Path(tasks), ranks=ranks,
         evaluate=Evaluate(dtype=dtype, batch_size=8),
     )
     seconds.append(time.perf_counter() - start)
-if ranks.is_main_process:
+if ranks.is_main:
     found = {n: {"value": s.value, "gains": s.gains} for n, s in scores.items()}
     Path(out).write_text(json.dumps({"seconds": seconds, "tasks": found}))
 """
@@ -108,27 +107,32 @@ def write_tasks(folder: Path, *, few: bool) -> None:
 
 
 def ours(
-    home: Path, base: Path, dtype: str, names: tuple[str, ...], *, ranks: int = 1, models: int = 1
+    home: Path, base: Path, dtype: str, names: tuple[str, ...], *, ranks: int = 1, models: int = 1, device: str = "cpu"
 ) -> tuple[measure.Cost, Found]:
     """Score with us so many models in a process; return its cost and what it found."""
     out = home / f"ours-{ranks}.json"
     script = [str(home / "score.py"), str(base), str(home / "tasks"), dtype, str(out), str(models), *names]
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", str(ranks), "--"]
     words = [sys.executable, *script] if ranks == 1 else [*torchrun, *script]
-    cost = measure.run(measure.Command(words, env=ONE_THREAD))
+    cost = measure.run(measure.Command(words, env=surroundings(device)))
     return cost, json.loads(out.read_text())
 
 
-def stock(home: Path, base: Path, dtype: str, name: str) -> tuple[measure.Cost, float]:
+def surroundings(device: str) -> dict[str, str]:
+    """Return what a command's environment gets."""
+    return ONE_THREAD | ({} if device == "cpu" else {"ACCELERATE_USE_CPU": "false"})
+
+
+def stock(home: Path, base: Path, dtype: str, name: str, *, device: str = "cpu") -> tuple[measure.Cost, float]:
     """Score one task with the stock command; return its cost and the value of the task's metric."""
     out = home / "stock"
     words = [
-        str(Path(sys.executable).with_name("lm_eval")), "--model", "hf", "--model_args",
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
         f"pretrained={base},dtype={dtype},softmax_dtype=float32", "--include_path", str(home / "tasks"),
         "--tasks", name,
-        "--device", "cpu", "--batch_size", "8", "--output_path", str(out),
+        "--device", device, "--batch_size", "8", "--output_path", str(out),
     ]  # fmt: skip
-    cost = measure.run(measure.Command(words, env=ONE_THREAD, output=out))
+    cost = measure.run(measure.Command(words, env=surroundings(device), output=out))
     (path,) = out.rglob("results_*.json")
     return cost, json.loads(path.read_text())["results"][name][f"{METRIC.get(name, 'word_perplexity')},none"]
 

@@ -35,12 +35,12 @@ STRATEGIES: dict[str, dict] = {
     "full": {},
     "replay": {"strategy": ["full", "replay"]},
     "anchor": {"strategy": ["full", "anchor"]},
-    "osf": {"strategy": "osf"},
+    "osf": {"strategy": "osf", "learning_rate": 5.0e-5, "parameters": {"effective_rank": 0.75}},
     "lora": {"strategy": "lora", "learning_rate": 2.0e-3},
     "olora": {"strategy": "olora", "learning_rate": 2.0e-3},
     "migu": {"strategy": ["full", "migu"]},
 }
-"""Each with its own defaults. Adapters learn at a higher rate, as is usual with them."""
+"""Each with its own defaults. Adapters learn at a higher rate, as is usual with them, and osf at a low one."""
 MERGES: dict[str, dict] = {"magmax": {"rule": "magmax"}, "opcm": {"rule": "opcm", "start_from": "previous"}}
 INDEPENDENT = {"opcm-base": {"rule": "opcm", "start_from": "base"}}
 TEXTS = ("bible", "pydocs", "recipes", "bank_policies")

@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from accelerate import PartialState
 from toys.loras import lora
 from toys.models import TEXT
 
 from hf_contmerge.commands.main import main
-from hf_contmerge.commands.score import _snapshot
 from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.files import write_choice_task, write_perplexity_task
 from hf_contmerge.scoring.score import score_model
 
@@ -79,7 +78,7 @@ def test_scores_are_those_of_score_model(model: Path, tasks: Path, score: Score)
     found = score(model)["tasks"]
     wanted = score_model(
         model, [Task(name="texts"), Task(name="choice")], task_folder=tasks, evaluate=Evaluate(),
-        ranks=PartialState(cpu=True),
+        ranks=OneRank(),
     )[1]  # fmt: skip
     assert {name: task["value"] for name, task in found.items()} == {n: s.value for n, s in wanted.items()}
     assert found["choice"]["value_stderr"] == wanted["choice"].stderr
@@ -192,21 +191,6 @@ def test_words_that_the_parser_refuses(words: Sequence[str], capsys: pytest.Capt
         main(["score", "model", "--tasks", "x", *words])
     assert caught.value.code == 2
     assert words[0] in capsys.readouterr().err
-
-
-def test_snapshot_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commit that a reference names, in the cache of huggingface_hub."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    place = tmp_path / "models--owner--model"
-    for commit in ("a" * 40, "b" * 40):
-        (place / "snapshots" / commit).mkdir(parents=True)
-        (place / "snapshots" / commit / "model.safetensors").touch()
-    (place / "refs").mkdir()
-    (place / "refs/main").write_text("a" * 40)
-    assert _snapshot("owner/model") == place / "snapshots" / ("a" * 40)
-    assert _snapshot(f"owner/model@{'b' * 40}") == place / "snapshots" / ("b" * 40)
-    assert _snapshot("owner/model@dev") is None
-    assert _snapshot("owner/other") is None
 
 
 @pytest.mark.slow

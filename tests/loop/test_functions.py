@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 from toys.models import TEXT, toy_llama, toy_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM
@@ -22,6 +21,7 @@ from hf_contmerge import MergeState, TrainedExpert, finetune_stage, merge_stage,
 from hf_contmerge.errors import ContmergeError, DataError, ModelError, RecipeError, RunError
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.files import write_perplexity_task
 from hf_contmerge.scoring.score import score_model
 
@@ -152,9 +152,9 @@ def test_scores_are_those_of_the_loop(base_folder: Path, home: Path, tmp_path: P
     assert list(scores) == ["nurse", "held"]
     assert len(scores["held"].gains) == 12
     how = Evaluate(dtype="float32", batch_size=4)
-    wanted = score_model(
-        base_folder, [Task(name="nurse")], task_folder=home / "tasks", evaluate=how, ranks=PartialState(cpu=True)
-    )[1]
+    wanted = score_model(base_folder, [Task(name="nurse")], task_folder=home / "tasks", evaluate=how, ranks=OneRank())[
+        1
+    ]
     assert scores["nurse"].gains == pytest.approx(wanted["nurse"].gains, rel=1e-6)
     model = AutoModelForCausalLM.from_pretrained(base_folder).train()
     found = score_stage(model, ["nurse"], tasks_folder=home / "tasks", tokenizer=toy_tokenizer(), batch_size=4)

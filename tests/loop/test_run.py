@@ -127,7 +127,7 @@ def test_layout(run: Run) -> None:
     assert listing(run.folder / "stages") == {"00-base", "01-a", "02-b", "03-c"}
     assert listing(run.folder / "stages/00-base") == {"model", "score.json", "score.parquet"}
     tasks = ("a_heldout", "b_heldout", "c_heldout", "choice", "own")
-    assert listing(run.tasks) == {f"{t}{suffix}" for t in tasks for suffix in (".yaml", ".jsonl")}
+    assert listing(run.tasks) == {f"{t}{suffix}" for t in tasks for suffix in (".yaml", ".jsonl", ".parquet")}
     assert run.base_model.resolve() == Path(run.recipe.base_model)
     for t in run.stage_numbers():
         stage = run.folder / "stages" / f"{t:02d}-{run.stage(t).name}"

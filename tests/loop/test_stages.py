@@ -18,6 +18,7 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.scores import load_scores
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.scoring.files import write_task
+from hf_contmerge.scoring.keys import SCORES_VERSION
 from hf_contmerge.training.data import load_stage_data
 from hf_contmerge.training.job import TrainJob
 
@@ -65,6 +66,18 @@ def test_scores_measured_otherwise_are_replaced(
     scores = load_scores(place)
     assert set(scores) == {"a"}
     assert len(scores["a"].gains) == 5
+
+
+def test_scores_of_earlier_numbers_are_replaced(
+    base_folder: Path, tmp_path: Path, measuring: tuple[Measuring, list[Task]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how, tasks = measuring
+    place = Place(tmp_path / "place")
+    monkeypatch.setattr("hf_contmerge.loop.stages.SCORES_VERSION", SCORES_VERSION - 1)
+    measure_at(place, base_folder, tasks, how)
+    monkeypatch.undo()
+    measure_at(place, base_folder, tasks[:1], how)
+    assert set(load_scores(place)) == {"a"}
 
 
 def test_an_expert_appears_whole_with_its_record(base_folder: Path, tmp_path: Path, recorder: Recorder) -> None:

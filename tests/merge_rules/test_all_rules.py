@@ -19,7 +19,8 @@ from torch import Tensor
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule, parameter_types, rule_class, rule_names
 from hf_contmerge.merge_rules.ema import Ema
-from hf_contmerge.testing import CHECKS, Check, check_rule, equals_its_oracle, returns_a_single_expert, variants
+from hf_contmerge.testing import check_rule
+from hf_contmerge.testing.rules import CHECKS, Check, equals_its_oracle, returns_a_single_expert, variants
 
 
 def average(task_vectors: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Rules that need statistics of their experts: what they are given, and who is refused without."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from toys.teams import Team
 from hf_contmerge import merge_rules
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import get_rule
-from hf_contmerge.merging.costs import stream_job
+from hf_contmerge.merging.costs import PIECE_ON_GPU, Passage, stream_job
 from hf_contmerge.merging.in_mergekit.plugin import MergekitRecipeError, RuleMethod
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.merging.stream import merge_experts
@@ -137,8 +138,16 @@ def test_ranks_and_hosts_give_the_bytes_of_one_process(models: list[Path], tmp_p
 
 def test_a_small_memory_knows_of_them(models: list[Path]) -> None:
     base, name = Weights(models[0]), "model.layers.0.mlp.down_proj.weight"
-    with_moments, parts = (stream_job(get_rule(r), base, name, 2, 0) for r in ("gramweighted", "rowscaled"))
+    with_moments, parts = (stream_job(get_rule(r), base, name, Passage(2)) for r in ("gramweighted", "rowscaled"))
     assert with_moments.memory - parts.memory == 4 * (64 * 64 + 2 * (64 * 64 - 32))
+
+
+def test_a_small_memory_knows_of_the_larger_pieces_of_a_gpu(models: list[Path]) -> None:
+    base, rule = Weights(models[0]), get_rule("magmax")
+    name = max(base.names, key=base.nbytes)
+    numel = math.prod(base.shape(name))
+    for piece, held in ((100, 100), (PIECE_ON_GPU, numel)):  # state and its update; base, expert, change and merged
+        assert stream_job(rule, base, name, Passage(2, piece=piece)).memory == 4 * held * (2 + 4)
 
 
 def test_an_adapter_has_its_statistics_in_its_own_folder(models: list[Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from toys.teams import Team
 
 from hf_contmerge.loop.plan.disk import state_bytes
 from hf_contmerge.merge_rules import Weight, get_rule
-from hf_contmerge.merging import _fold, _pieces
+from hf_contmerge.merging import _fold, _pieces, costs
 from hf_contmerge.merging.adapter import export_adapter
 from hf_contmerge.merging.in_mergekit.plugin import RuleMethod
 from hf_contmerge.merging.running import Running
@@ -164,7 +164,7 @@ def test_ranks_and_hosts_write_the_bytes_of_one_process(
 def test_pieces_do_not_change_a_bit(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables and norms have one part of their own shape, and are cut; matrices are not."""
     whole = MergeState.create(tmp_path / "whole", base=models[0], rule="rowscaled").add(*models[1:])
-    monkeypatch.setattr(_pieces, "PIECE", 37)
+    monkeypatch.setattr(costs, "PIECE", 37)
     cut = MergeState.create(tmp_path / "cut", base=models[0], rule="rowscaled").add(*models[1:])
     assert contents(whole.require_running()) == contents(cut.require_running())
     merged = [tensors(state.export(state.folder / "merged")) for state in (whole, cut)]

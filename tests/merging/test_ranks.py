@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,8 @@ def contents(folder: Path) -> dict[str, str]:
             for expert in values["experts"]:
                 del expert["seconds"], expert["added"]
             data = json.dumps(values).encode()
+        if path.name == "exports.jsonl":  # names the models by their absolute paths
+            data = re.sub(rb'"model": "[^"]*"', b"", data)
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

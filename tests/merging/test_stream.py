@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight, get_rule, rule_class, rule_names
-from hf_contmerge.merging import _pieces as merge_tensor
+from hf_contmerge.merging import costs
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.stream import merge_experts, write_sum
@@ -28,7 +28,7 @@ from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.testing import fold
+from hf_contmerge.testing.rules import fold
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,7 +38,7 @@ SELECTING = [name for name in rule_names() if rule_class(name).selects]
 def merge(rule: MergeRule, base: Path, experts: Sequence[Path], folder: Path, **options: Any) -> tuple[Path, Merged]:
     """Merge experts at once; return the merged folder, beside which the state is left as `running`, and the finding."""
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = {key: options.pop(key) for key in ("dtype", "shard_size", "companions") if key in options}
+    outputs = {key: options.pop(key) for key in ("dtype", "rounding", "shard_size", "companions") if key in options}
     weights, merged = Weights(base), folder / "merged"
     merged.mkdir()
     opened = [open_expert(e, weights, force=True) for e in experts]
@@ -259,7 +259,7 @@ def test_models_and_adapters_in_one_sequence(name, base_folder, expert_folders, 
 def test_pieces_do_not_change_a_bit(name, base_folder, expert_folders, tmp_path, monkeypatch):
     rule = get_rule(name)
     whole, found = merge(rule, base_folder, expert_folders, tmp_path / "whole")
-    monkeypatch.setattr(merge_tensor, "PIECE", 37)
+    monkeypatch.setattr(costs, "PIECE", 37)
     cut, found_cut = merge(rule, base_folder, expert_folders, tmp_path / "cut")
     assert same_files(whole.parent / "running", cut.parent / "running")
     assert found_cut.norms.experts == pytest.approx(found.norms.experts, rel=1e-14)  # sums of sums round otherwise
@@ -329,7 +329,7 @@ def test_only_what_is_asked_for(base_folder, expert_folders, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merged_model_is_complete(dtype, base_folder, expert_folders, tmp_path):
-    out, _ = merge(get_rule("magmax"), base_folder, expert_folders, tmp_path, dtype=dtype)
+    out, _ = merge(get_rule("magmax"), base_folder, expert_folders, tmp_path, dtype=dtype, rounding="nearest")
     wide, _ = merge(get_rule("magmax"), base_folder, expert_folders, tmp_path / "wide")
     assert same(tensors(out), {k: v.to(dtype) for k, v in tensors(wide).items()})
     assert {"config.json", "tokenizer.json", "generation_config.json"} <= {p.name for p in out.iterdir()}

@@ -1,6 +1,7 @@
 """Finding models, and checking that they fit each other."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +50,14 @@ def change_weights(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-NORM = "model.norm.weight"
+NORM, TABLE = "model.norm.weight", "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (lambda t: t.pop(NORM), f"it lacks {NORM}"),
-        (lambda t: t.update(extra=torch.zeros(2)), "it has extra, which the base lacks"),
+        (lambda t: t.update({"lm_head.weight": t[TABLE] + 1}), "stores lm_head.weight apart from its input table"),
         (lambda t: t.update({NORM: torch.zeros(3)}), rf"{NORM} has shape \(3,\)"),
     ],
 )
@@ -91,6 +92,55 @@ def test_companions(base_folder, tmp_path):
     assert {"config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"} <= names
     assert not any(n.endswith(".safetensors") for n in names)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+PRIVATE = (
+    "trainer_state.json",
+    "all_results.json",
+    "notes.txt",
+    ".env",
+    "training_args.bin",
+    "train.py",
+    "vocab.json.bak",
+)
+
+
+def test_only_what_makes_a_model_is_copied(base_folder, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(base_folder, source)
+    target.mkdir()
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoModel": "modeling_x.X"}}))
+    (source / "modeling_x.py").write_text("from .parts_x import Part\n")
+    for name in ("parts_x.py", "LICENSE", *PRIVATE):
+        (source / name).write_text("x")
+    copy_companions(source, target)
+    names = {p.name for p in target.iterdir()}
+    assert {"modeling_x.py", "parts_x.py", "LICENSE", "tokenizer.json"} <= names
+    assert not names & set(PRIVATE)
+
+
+def test_a_link_out_of_the_model_is_refused(tmp_path):
+    base = toy_llama(tmp_path / "base", seed=0)
+    (tmp_path / "credentials").write_text("secret")
+    (base / "vocab.txt").symlink_to(tmp_path / "credentials")
+    with pytest.raises(ModelError, match=r"vocab.txt links to .*credentials, outside the model"):
+        resolve_model(str(base))
+
+
+def test_model_and_adapter_in_one_folder_are_refused(tmp_path):
+    base = toy_llama(tmp_path / "base", seed=0)
+    (base / "adapter_config.json").write_text("{}")
+    for adapters in (False, True):
+        with pytest.raises(ModelError, match=r"holds a whole model \(model.safetensors\) and an adapter"):
+            resolve_model(str(base), adapters=adapters)
+
+
+def test_a_weight_that_all_lack_is_refused(tmp_path):
+    base = toy_llama(tmp_path / "base", seed=0)
+    change_weights(base, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ModelError, match=r"lacks model.layers.1.mlp.up_proj.weight: transformers would make them up"):
+        check_mergeable(base)
 
 
 @pytest.mark.slow

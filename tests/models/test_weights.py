@@ -217,10 +217,28 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert torch.equal(weights.tensor("left"), torch.ones(2))
 
 
-def test_a_folder_of_files_without_an_index(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
-    save_file({"b": torch.zeros(2)}, tmp_path / "two.safetensors")
-    assert_holds(tmp_path, {"a": torch.ones(2), "b": torch.zeros(2)})
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "model.fp16.safetensors", "one.safetensors"])
+def test_files_that_transformers_does_not_read_are_no_model(tmp_path: Path, name: str) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(ModelError, match=f"expected model.safetensors or .* It has {name}"):
+        Weights(tmp_path)
+    save_file({"b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert_holds(tmp_path, {"b": torch.zeros(2)})
+
+
+def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
+    write(tmp_path, shard_size=1)
+    save_file({"b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert_holds(tmp_path, {"b": torch.zeros(2)})
+
+
+def test_a_head_stored_apart_under_a_tied_flag_is_a_head(tmp_path: Path) -> None:
+    base = toy_llama(tmp_path / "base", seed=0, tied=True)
+    tensors = load_file(base / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] + 1
+    save_file({**tensors, "lm_head.weight": head}, base / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(Weights(base).tensor("lm_head.weight"), head)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(base).lm_head.weight, head)
 
 
 def test_a_tied_head_stored_twice_counts_once(tmp_path: Path) -> None:
@@ -267,7 +285,7 @@ def test_stamp_tells_a_file_that_has_changed(tmp_path: Path) -> None:
         (lambda f: f.write_bytes(f.read_bytes()[:20]), "is truncated or not a safetensors file"),
         (lambda f: f.write_bytes(b"garbage!" * 9), "is truncated or not a safetensors file"),
         (lambda f: f.write_bytes(b""), "is truncated or not a safetensors file"),
-        (lambda f: f.rename(f.with_suffix(".bin")), "holds no *.safetensors. Pickled weights"),
+        (lambda f: f.rename(f.with_suffix(".bin")), "holds no *.safetensors of a model"),
     ],
 )
 def test_damaged_files(tmp_path: Path, damage: Callable[[Path], None], text: str) -> None:
@@ -312,7 +330,7 @@ def test_index_that_promises_what_its_file_lacks(tmp_path: Path) -> None:
         index.write_text(json.dumps({"weight_map": {**data["weight_map"], name: target}}))
         with pytest.raises(ModelError) as error:
             Weights(folder)
-        assert str(error.value) == f"{index} places {name} in {target}, where it is missing. Fetch the model again."
+        assert str(error.value) == f"{folder}: the index lists {name}, which no file holds. Fetch the model again."
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": null}', "\xff"])

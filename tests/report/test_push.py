@@ -78,9 +78,9 @@ def run(tmp_path: Path) -> Run:
         ],
         "train": {
             "max_steps": 2,
-            "hub_token": WRITE_TOKEN,
+            "torch_compile_mode": WRITE_TOKEN,
             "deepspeed": str(home / "ds.json"),
-            "run_name": f"as {READ_TOKEN}",
+            "optim_args": f"as={READ_TOKEN}",
         },
         "merge": ["magmax", "opcm"],
         "evaluate": {"general_tasks": ["piqa"]},
@@ -191,7 +191,7 @@ def test_nothing_of_this_machine_is_uploaded(run: Run, hub: Hub, tmp_path: Path)
     assert recipe.stages[0].dataset.path == "law.jsonl"
     assert recipe.stages[2].dataset
     assert [source.path for source in recipe.stages[2].dataset.sources()] == ["owner/code-texts", "web.jsonl"]
-    fields = {"max_steps": 2, "hub_token": "(removed)", "deepspeed": "ds.json", "run_name": "as (removed)"}
+    fields = {"max_steps": 2, "torch_compile_mode": "(removed)", "deepspeed": "ds.json", "optim_args": "as=(removed)"}
     assert recipe.train.sft_fields == fields
     mergekit = yaml.safe_load(files["merge.yml"])
     assert mergekit["base_model"] == "tiny-base"
@@ -320,12 +320,15 @@ def test_card_says_what_was_not_measured(run: Run) -> None:
     assert [r[1:] for r in rows] == [["not measured"] * 3] * 2
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pkl", "deep/modeling_x.py", "LICENSE"])
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "optimizer.pkl", "deep/modeling_x.py", "trainer_state.json", "notes.txt", ".env", "train.py"],
+)
 def test_other_files_are_refused_by_name(run: Run, name: str) -> None:
     path = run.merged(2, magmax(run)).model / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"x")
-    with pytest.raises(ModelError, match=rf"merged holds {re.escape(name)}\. Only \.jinja, \.json, .* ever uploaded"):
+    with pytest.raises(ModelError, match=rf"merged holds {re.escape(name)}\. Only weights, .* ever uploaded"):
         push_merged(run)
 
 

@@ -231,13 +231,9 @@ def test_costs_are_summed_by_phase(run):
     assert {c.seconds for c in trained} == {90.0}
 
 
-def test_the_page_escapes_and_hides_tokens(tmp_path):
-    run = make_run(tmp_path / "run", stages=1, merge=["magmax"], base_model="<script>alert(1)</script>",
-                   train={"hub_token": "hf_verysecret"})  # fmt: skip
+def test_the_page_escapes_names(tmp_path):
+    run = make_run(tmp_path / "run", stages=1, merge=["magmax"], base_model="<script>alert(1)</script>")
     write_report(run)
-    for name in ("index.html", "report.md"):
-        text = (run.folder / "report" / name).read_text()
-        assert "hf_verysecret" not in text
     assert "<script" not in (run.folder / "report" / "index.html").read_text()
 
 
@@ -332,3 +328,36 @@ def test_a_task_with_one_document_says_so(tmp_path):
     results = load_results(run)
     assert "too few documents on s1" in verdict(results, results.merges[0])
     write_report(run)
+
+
+def test_rounding_is_named_where_a_rule_would_be_blamed(tmp_path):
+    """A merge whose file lost most of its update is not called worse: the verdict says what took it, and what to do."""
+    run = make_run(tmp_path / "run", forget={"previous": 0.02, "magmax": 0.6, "opcm": 0.02, "average": 0.02})
+    lossy = {"dtype": "bfloat16", "rounding": "nearest", "survival": 0.31, "error": 0.84, "nbytes": 2**30,
+             "worst": [["model.norm.weight", 0.0]]}  # fmt: skip
+    for entry, share in zip(run.recipe.merge, (0.31, 0.95), strict=False):
+        record = run.merged(3, entry).record("merge")
+        run.merged(3, entry).finish("merge", {**record, "stored": {**lossy, "survival": share}})
+    results = load_results(run)
+    told = {line.name: verdict(results, line) for line in results.merges}
+    assert told["magmax"].endswith(
+        "; rounding to bfloat16 took 69 % of the update, so this does not judge the rule: `dtype: float32`, "
+        "`rounding: stochastic` or a higher learning rate keeps more."
+    )
+    assert not any("rounding" in told[name] for name in ("opcm", "average"))
+    write_report(run)
+    html, text = ((run.folder / "report" / name).read_text() for name in ("index.html", "report.md"))
+    assert '<li class="same"><b>magmax</b>' in html
+    assert "What the files keep" in html
+    assert "| magmax | 31.0 % | bfloat16 | nearest | 0.84 | 1.0 GiB | model.norm.weight 0 % |" in text
+    summary = json.loads((run.folder / "report" / "summary.json").read_text())
+    assert summary["merges"]["magmax"]["stored"]["survival"] == 0.31
+    assert "stored" not in summary["merges"]["average"]
+
+
+def test_the_headline_names_rounding(tmp_path):
+    run = make_run(tmp_path / "run", merge=["magmax"])
+    record = run.merged(3, run.recipe.merge[0]).record("merge")
+    stored = {"dtype": "bfloat16", "rounding": "nearest", "survival": 0.5, "error": 0.8, "nbytes": 1, "worst": []}
+    run.merged(3, run.recipe.merge[0]).finish("merge", {**record, "stored": stored})
+    assert "magmax (rounding to bfloat16 took 50 % of the update) forgot" in headline(load_results(run))

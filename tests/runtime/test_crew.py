@@ -4,6 +4,8 @@ How ranks share them is in test_merge_ranks.py.
 """
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -200,3 +202,33 @@ def test_a_process_on_its_own() -> None:
     assert isinstance(ranks, OneRank)
     assert ranks.gather(7) == [7]
     assert ranks.all(lambda: 8) == 8
+
+
+# Precision
+
+SWITCHED = """
+import torch
+from hf_contmerge.runtime.crew import Crew, Job
+
+def switches():
+    return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+def merge():
+    inside = []
+    Crew(workers=2).run([Job(str(i), 1, 1, 1) for i in range(3)], lambda _: inside.append(switches()), what="")
+    assert inside == [["ieee", "ieee"]] * 3, inside
+
+torch.backends.cuda.matmul.allow_tf32 = True
+merge()
+assert torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+torch.backends.fp32_precision = "tf32"
+merge()
+assert switches() == ["tf32", "tf32"], switches()
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has other switches")
+def test_products_are_exact_whatever_the_process_has_chosen() -> None:
+    """A trainer with `tf32: true` switches its process, in which the loop merges next."""
+    done = subprocess.run([sys.executable, "-c", SWITCHED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

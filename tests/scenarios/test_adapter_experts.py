@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 from toys.loras import loaded, lora
-from toys.models import toy_llama, write_jsonl
+from toys.models import toy_llama, toy_mixture, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError
@@ -26,6 +25,7 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.run.scores import load_scores
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.training.settings import training_checks
 
@@ -99,9 +99,7 @@ def test_scores_are_those_of_base_and_adapter(home: Path, tmp_path: Path) -> Non
     shutil.copytree(base, tmp_path / "whole")
     merged.save_pretrained(tmp_path / "whole")
     tasks = [Task(name="a_heldout")]
-    _, scores = score_model(
-        tmp_path / "whole", tasks, task_folder=run.tasks, evaluate=Evaluate(), ranks=PartialState(cpu=True)
-    )
+    _, scores = score_model(tmp_path / "whole", tasks, task_folder=run.tasks, evaluate=Evaluate(), ranks=OneRank())
     assert load_scores(place)["a_heldout"].value == scores["a_heldout"].value
 
 
@@ -173,6 +171,27 @@ def test_loaded_model(home: Path) -> None:
     assert {n.split(".")[-3] for n, p in going_on.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
+def test_kept_adapters_of_a_mixture_are_merged(home: Path, tmp_path: Path) -> None:
+    """all-linear trains stacks in memory; the base's files hold their experts one by one."""
+    base = toy_mixture(tmp_path / "mixture", seed=0)
+    data = recipe(home, "ab", merge=["average", {"rule": "magmax"}], base_model=str(base))
+    run = run_recipe(parse_recipe(data), tmp_path / "run", until="merge")
+    assert is_adapter(run.expert(2, "previous").model)
+    adapter = run.expert(1, "base").model
+    trained = json.loads((adapter / "adapter_config.json").read_text())["target_parameters"]
+    assert {"gate_up_proj", "down_proj"} <= set(trained)
+    loaded(base, adapter, torch.float32).merge_and_unload().save_pretrained(tmp_path / "right")
+    merged, right, before = (
+        weights(run.merged(1, run.recipe.merge[0]).model),
+        weights(tmp_path / "right"),
+        weights(base),
+    )
+    assert merged.keys() == right.keys()
+    for name in merged:
+        torch.testing.assert_close(merged[name], right[name], atol=1e-6, rtol=0)
+    assert any(".experts.3.w1." in name and not merged[name].equal(before[name]) for name in merged)
+
+
 # What is refused
 
 
@@ -187,8 +206,8 @@ def refused(kind: type[ContmergeError], run: Path, data: Data) -> str:
 def test_adapter_of_another_base(home: Path, tmp_path: Path) -> None:
     given = {"name": "given", "expert": str(home / "foreign")}
     message = refused(ModelError, tmp_path / "run", recipe(home, given=given))
-    assert message.startswith(f"{home}/foreign was trained on {home}/other, but `base_model` is {home}/base: ")
-    assert "Use an adapter of this base" in message
+    assert message.startswith(f"{home}/foreign was trained on {home}/other, not on {home}/base: it does not match ")
+    assert "write the recipe's name into base_model_name_or_path" in message
 
 
 @pytest.mark.parametrize(("expert", "minus"), [("adapter", "base"), ("expert", "adapter")])

@@ -116,9 +116,17 @@ WORDS = {
     "merge.0.parameters.lambda=.nan": "merge entry magmax: magmax's lambda must be a finite float; got nan",
     "train.strategy=lorra": "Unknown strategy 'lorra' in train. Did you mean 'lora' or 'qlora'? "
     f"Known: {', '.join(strategy_names())}.",
-    "train.seed=1": "train.seed is set by `seed` of the recipe; remove it from `train`.",
-    "train.save_strategy=sometimes": "train: sometimes is not a valid SaveStrategy, please select one of "
-    "['no', 'steps', 'epoch', 'best']",
+    "train.seed=1": "RECIPE: train: seed is set by `seed` of the recipe; remove it from `train`",
+    "train.save_strategy=sometimes": "RECIPE: train: save_strategy must be no, steps or epoch; got 'sometimes'",
+    "train.eval_strategy=steps": "RECIPE: train: eval_strategy is refused: a stage is not evaluated while it trains, "
+    "because the run measures every expert and merge. Use `evaluate`.",
+    "train.eos_token=<|stop|>": "train.eos_token: the tokenizer of BASE has no token '<|stop|>'. Name one of its "
+    "tokens; another would need a larger embedding, and the expert could not be merged.",
+    "train.assistant_only_loss=true": "train of stage a cannot be followed: You set `assistant_only_loss=True`, but "
+    "the dataset is not conversational. This option is only supported for conversational datasets. (ValueError of TRL "
+    "or transformers)",
+    "trust_remote_code=true": "`trust_remote_code: true` lets BASE run its own code, which happens only if you say so "
+    "too: read that code, then add `--trust-remote-code` (in Python: run_recipe(..., trust_remote_code=True)).",
     "stages.1.dataset=x.jsonl": "RECIPE: stages.1: a stage needs either `dataset` (to train on) or `expert` "
     "(a trained model)",
     "stages.0.minus=x": "RECIPE: stages.0: `minus` needs `expert`: the stage's task vector is expert - minus",
@@ -129,8 +137,8 @@ WORDS = {
 
 
 @pytest.mark.parametrize("setting", WORDS)
-def test_word(setting: str, refused: Refused) -> None:
-    assert refused(*to(setting)) == WORDS[setting]
+def test_word(setting: str, refused: Refused, recipe: Data) -> None:
+    assert refused(*to(setting)).replace(recipe["base_model"], "BASE") == WORDS[setting]
 
 
 def test_unknown_training_field(refused: Refused) -> None:
@@ -207,8 +215,8 @@ def test_our_recipe_given_to_mergekit(recipe: Data, tmp_path: Path) -> None:
 
 DATASETS = {
     "empty.jsonl": "HOME/empty.jsonl (split train) is empty.",
-    "broken.jsonl": "HOME/broken.jsonl cannot be read (split train): JSON parse error: Missing a name for object "
-    "member. in row 0",
+    "broken.jsonl": "HOME/broken.jsonl, line 1: this is no JSON (Expecting property name enclosed in double quotes). "
+    "Correct the file.",
     "blank.jsonl": "HOME/blank.jsonl (split train) is empty.",
     "folder": "There is no dataset HOME/folder, here or on the Hub: The directory at HOME/folder doesn't contain any "
     "data files",
@@ -243,6 +251,16 @@ def test_row_without_text_is_left_out(home: Path) -> None:
     assert len(data.train) + len(data.heldout) == 20
 
 
+def test_bad_conversation_in_a_later_stage(refused: Refused, recipe: Data, home: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path = write_jsonl(tmp_path / "talk.jsonl", [*({"messages": turns} for _ in range(9)), {"messages": "hi"}])
+    recipe["stages"][1] = {"name": "b", "dataset": {"path": str(path), "heldout": 2}}
+    assert refused() == (
+        f"{path}, line 10: the column messages must hold conversations, lists of turns with `role` and `content`; got "
+        "'hi'."
+    )
+
+
 def test_conversations_without_a_chat_template(refused: Refused, home: Path, tmp_path: Path) -> None:
     folder = changed(home, tmp_path / "mute", lambda f: (f / "chat_template.jinja").unlink())
     message = refused(*to(f"base_model={folder}", f"stages.0.dataset.path={home / 'chat.jsonl'}"))
@@ -252,7 +270,7 @@ def test_conversations_without_a_chat_template(refused: Refused, home: Path, tmp
 def test_answer_outside_the_choices(refused: Refused, recipe: Data, home: Path) -> None:
     path = str(home / "gold.jsonl")
     recipe["evaluate"] = {"general_tasks": [{"name": "mc", "kind": "multiple_choice", "dataset": path}]}
-    assert refused() == f"{path}: gold must be the index of the right choice; got 2 for 2 choices."
+    assert refused() == f"{path}, line 1: gold must be the index of the right choice; got 2 for 2 choices."
 
 
 # Models
@@ -334,7 +352,8 @@ def test_pickled_weights(refused: Refused, home: Path, tmp_path: Path) -> None:
 
     folder = changed(home, tmp_path / "pickled", pickle)
     assert refused(*to(f"stages.1.expert={folder}")) == (
-        f"{folder} holds no *.safetensors. Pickled weights (.bin, .pt) are not read: load the model once with "
+        f"{folder} holds no *.safetensors of a model: expected model.safetensors or model.safetensors.index.json. It "
+        "has pytorch_model.bin, which is not read. Pickled weights (.bin, .pt) are not read: load the model once with "
         "transformers and call save_pretrained."
     )
 

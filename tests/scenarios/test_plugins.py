@@ -59,7 +59,7 @@ class Gain(MergeRule):
 
 @dataclass
 class Calm(TrainStrategy):
-    """Gradients times a factor."""
+    """g <- factor * g, at https://example.org/calm."""
 
     factor: Annotated[float, Field(ge=0)] = 0.0
 
@@ -198,15 +198,22 @@ def test_the_stock_mergekit_command_knows_a_packages_rule(home: Path, site: Path
     assert weights_sha256(home / "by-mergekit") == weights_sha256(merged.model)
 
 
-def test_the_conformance_suite_takes_a_packages_rule(home: Path, site: Path) -> None:
+def test_the_conformance_suites_take_a_packages_rule_and_strategy(home: Path, site: Path) -> None:
     code = (
         "from hf_contmerge.testing import check_rule\n"
         "check_rule('ema')\n"
         "import sys; assert not {'pytest', 'transformers', 'pydantic', 'gain_rules'} & set(sys.modules)\n"
         "check_rule('gain', lambda task_vectors, alpha: alpha * sum(task_vectors))\n"
+        "from hf_contmerge.testing import check_strategy\n"
+        "check_strategy('calm', factor=0.5)\n"
+        "check_strategy(['lora', 'calm'], calm={'factor': 0.5})\n"
+        "try: check_strategy('calm')\n"
+        "except AssertionError as error: print(error)\n"
     )
     done = python(code, cwd=home, sites=(site,))
     assert done.returncode == 0, done.stderr
+    fault = "the first stage's expert is the model that the stage starts from"  # its factor is 0, unless it is set
+    assert done.stdout.strip().endswith(f"calm breaks keeps_names_shapes_and_finite_values: {fault}")
 
 
 def test_listing_imports_no_package(home: Path, site: Path, rivals: Path) -> None:

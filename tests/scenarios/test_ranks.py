@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from toys import ROOT
 from toys.models import TEXT, perturbed, write_jsonl
@@ -30,6 +29,7 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.scores import TaskScore, load_scores
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.files import write_answer_task, write_choice_task, write_perplexity_task
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.training.data import load_stage_data
@@ -72,9 +72,9 @@ SCORE = """
 import json, sys
 from pathlib import Path
 import torch
-from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.runtime.launching import join_ranks
 from hf_contmerge.scoring.score import score_loaded, score_model
 
 read = []  # the size of each batch that the model reads
@@ -84,7 +84,7 @@ def count(module, args, output):
         read.append(len(args[0]))
 
 torch.nn.modules.module.register_module_forward_hook(count)
-ranks = PartialState(cpu=True)
+ranks = join_ranks()[1].ranks
 for path in sys.argv[1:]:
     read.clear()
     order = json.loads(Path(path).read_text())
@@ -96,7 +96,7 @@ for path in sys.argv[1:]:
         assert model.training
     else:
         digest, scores = score_model(Path(order["model"]), tasks, **how)
-    Path(f"{path}.{ranks.process_index}").write_text(
+    Path(f"{path}.{ranks.rank}").write_text(
         json.dumps([digest, {n: s.to_json() for n, s in scores.items()}, sum(read)])
     )
 """
@@ -133,7 +133,7 @@ def order(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Row:
 def on_one_rank(order: Row) -> tuple[str, dict[str, TaskScore]]:
     return score_model(
         Path(order["model"]), [Task(**t) for t in order["tasks"]], task_folder=Path(order["task_folder"]),
-        evaluate=Evaluate(**order["evaluate"]), ranks=PartialState(cpu=True),
+        evaluate=Evaluate(**order["evaluate"]), ranks=OneRank(),
     )  # fmt: skip
 
 

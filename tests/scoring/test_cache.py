@@ -15,17 +15,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from toys.models import toy_llama, write_jsonl
+from toys.models import toy_llama
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import Sample, TaskScore
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring._task_digest import TaskDigests, keep_own_listing
-from hf_contmerge.scoring.cache import ScoreCache, Shelf, digest, file_sha256, remembered, stamp
+from hf_contmerge.scoring.cache import JsonStore, ScoreCache, digest, file_sha256, remembered, stamp
 from hf_contmerge.scoring.files import write_choice_task, write_perplexity_task
-from hf_contmerge.scoring.keys import Asked, look_up, model_key, score_keys
+from hf_contmerge.scoring.keys import ScoreRequest, model_key, score_keys
+from hf_contmerge.scoring.known import known_scores
+from hf_contmerge.scoring.locate import ModelFolders
 from hf_contmerge.scoring.score import score_model
 
 ROWS = [{"query": f"the {a}", "choices": ["fox", "dog"], "gold": 0} for a in ("quick", "lazy", "red", "brown")]
@@ -39,28 +41,28 @@ def age(path: Path) -> Path:
     return path
 
 
-# The shelf
+# The store
 
 
 def test_what_is_kept_is_found(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "new")
-    assert shelf.find(KEY) is None
+    store = JsonStore(tmp_path / "new")
+    assert store.find(KEY) is None
     for value in ({"a": [1, 0.1 + 0.2, -1e-300, None]}, "naïve — 漢字", [0]):
-        shelf.keep(KEY, value)
-        assert Shelf(tmp_path / "new").find(KEY) == value
-    assert shelf.find(digest("another")) is None
+        store.keep(KEY, value)
+        assert JsonStore(tmp_path / "new").find(KEY) == value
+    assert store.find(digest("another")) is None
 
 
 def test_bytes_of_an_entry_repeat(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        Shelf(tmp_path / name).keep(KEY, {"x": 1})
+        JsonStore(tmp_path / name).keep(KEY, {"x": 1})
     (first,), (second,) = ([p for p in (tmp_path / name).rglob("*") if p.is_file()] for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_damaged_entries_count_as_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shelf = Shelf(tmp_path)
-    shelf.keep(KEY, {"gains": list(range(50))})
+    store = JsonStore(tmp_path)
+    store.keep(KEY, {"gains": list(range(50))})
     path = next(p for p in tmp_path.rglob("*.json.gz"))
     whole = path.read_bytes()
     other = gzip.compress(json.dumps({"format": 1, "key": digest("another"), "value": 1}).encode())
@@ -69,32 +71,32 @@ def test_damaged_entries_count_as_absent(tmp_path: Path, caplog: pytest.LogCaptu
     for damaged in (*cut, *flipped, other, gzip.compress(b"[]"), gzip.compress(b"{")):
         path.write_bytes(damaged)
         caplog.clear()
-        assert shelf.find(KEY) is None
+        assert store.find(KEY) is None
         assert "as missing" in caplog.text
-    shelf.keep(KEY, 1)
-    assert shelf.find(KEY) == 1
+    store.keep(KEY, 1)
+    assert store.find(KEY) == 1
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    shelf = Shelf(tmp_path / "file")
-    shelf.keep(KEY, 1)
+    store = JsonStore(tmp_path / "file")
+    store.keep(KEY, 1)
     assert "Cannot write the score cache" in caplog.text
     assert "HF_CONTMERGE_CACHE" in caplog.text
-    assert shelf.find(KEY) is None
+    assert store.find(KEY) is None
 
 
 def test_many_writers_at_once(tmp_path: Path) -> None:
     """Readers see one of the values, whole; nothing but the entry is left."""
     values = [{"writer": i, "gains": [float(i)] * 2000} for i in range(8)]
-    shelf = Shelf(tmp_path)
-    shelf.keep(KEY, values[0])
+    store = JsonStore(tmp_path)
+    store.keep(KEY, values[0])
 
     def write_and_read(value: dict[str, Any]) -> list[Any]:
         seen = []
         for _ in range(20):
-            shelf.keep(KEY, value)
-            seen.append(shelf.find(KEY))
+            store.keep(KEY, value)
+            seen.append(store.find(KEY))
         return seen
 
     with ThreadPoolExecutor(8) as pool:
@@ -103,14 +105,14 @@ def test_many_writers_at_once(tmp_path: Path) -> None:
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Shelf.open().folder is None  # as conftest.py says, for all tests
+    assert JsonStore.open().folder is None  # as conftest.py says, for all tests
     monkeypatch.setenv("HF_CONTMERGE_CACHE", str(tmp_path / "x"))
-    assert Shelf.open().folder == tmp_path / "x"
-    assert Shelf.open(use=False).folder is None
+    assert JsonStore.open().folder == tmp_path / "x"
+    assert JsonStore.open(use=False).folder is None
     monkeypatch.delenv("HF_CONTMERGE_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert Shelf.open().folder == tmp_path / ".cache/hf_contmerge/scores"
+    assert JsonStore.open().folder == tmp_path / ".cache/hf_contmerge/scores"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,34 +120,34 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_file_is_read_once_until_it_is_touched(tmp_path: Path) -> None:
-    shelf, path, calls = Shelf(tmp_path / "cache"), tmp_path / "x", []
+    store, path, calls = JsonStore(tmp_path / "cache"), tmp_path / "x", []
 
     def read() -> str:
         calls.append(1)
         return path.read_text()
 
     path.write_text("one")
-    assert remembered(shelf, "words", [path], read) == "one"
-    assert remembered(shelf, "words", [path], read) == "one"
+    assert remembered(store, "words", [path], read) == "one"
+    assert remembered(store, "words", [path], read) == "one"
     assert len(calls) == 2  # it was young: it might have been written again within one tick of the clock
     age(path)
     for _ in range(3):
-        assert remembered(shelf, "words", [path], read) == "one"
+        assert remembered(store, "words", [path], read) == "one"
     assert len(calls) == 3
     path.write_text("two")
-    assert remembered(shelf, "words", [path], read) == "two"
-    assert remembered(shelf, "letters", [path], lambda: "else") == "else"
+    assert remembered(store, "words", [path], read) == "two"
+    assert remembered(store, "letters", [path], lambda: "else") == "else"
 
 
 @pytest.mark.parametrize("how", ["in place", "with its times put back", "replaced", "through a link"])
 def test_same_size_other_bytes(how: str, tmp_path: Path) -> None:
-    path, shelf = age_of(tmp_path / "x", "aaaa"), Shelf(tmp_path / "cache")
+    path, store = age_of(tmp_path / "x", "aaaa"), JsonStore(tmp_path / "cache")
     if how == "through a link":
         other = age_of(tmp_path / "y", "bbbb")
         path = tmp_path / "link"
         path.symlink_to(tmp_path / "x")
-    before, times = file_sha256(path, shelf), path.stat()
-    assert file_sha256(path, shelf) == before
+    before, times = file_sha256(path, store), path.stat()
+    assert file_sha256(path, store) == before
     if how == "replaced":
         age_of(tmp_path / "new", "bbbb").replace(path)
     elif how == "through a link":
@@ -156,7 +158,7 @@ def test_same_size_other_bytes(how: str, tmp_path: Path) -> None:
         path.write_text("bbbb")
         if how == "with its times put back":
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert file_sha256(path, shelf) != before
+    assert file_sha256(path, store) != before
 
 
 def age_of(path: Path, text: str) -> Path:
@@ -177,13 +179,13 @@ def model(base_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base_folder, tmp_path / "model"))
 
 
-def asked(folder: Path, tasks: Path | None = None, *names: str, **evaluate: Any) -> Asked:
+def request(tasks: Path, *names: str, **evaluate: Any) -> ScoreRequest:
     how = Evaluate.model_validate({"dtype": "float32", **evaluate})
-    return Asked(folder, None, [Task(name=n) for n in names], tasks or folder, how)
+    return ScoreRequest([Task(name=n) for n in names], tasks, how)
 
 
 def key_of(folder: Path, **evaluate: Any) -> str:
-    found = model_key(asked(folder, **evaluate), Shelf(None))
+    found = model_key(ModelFolders(folder), request(folder, **evaluate), JsonStore(None))
     assert found
     return found.sha256
 
@@ -234,15 +236,15 @@ def test_dtype_is_a_part_of_the_key(base_folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_are_read_only_where_that_is_allowed(model: Path, tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "cache")
+    store = JsonStore(tmp_path / "cache")
     for path in model.iterdir():
         age(path)
-    what = asked(model, dtype="auto")
-    assert model_key(what, shelf, read=False) is None
-    found = model_key(what, shelf)
-    assert model_key(what, shelf, read=False) == found
+    what = ModelFolders(model), request(model, dtype="auto"), store
+    assert model_key(*what, read=False) is None
+    found = model_key(*what)
+    assert model_key(*what, read=False) == found
     (model / "model.safetensors").touch()
-    assert model_key(what, shelf, read=False) is None
+    assert model_key(*what, read=False) is None
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
@@ -283,7 +285,7 @@ KNOWN = ("texts", "choice", "both", "nested", "tagged", "some_tag", "child", "co
 
 
 def task_digest(folder: Path, name: str) -> str | None:
-    return TaskDigests.open([folder], Shelf(None)).sha256(name)
+    return TaskDigests.open([folder], JsonStore(None)).sha256(name)
 
 
 def test_tasks_that_files_tell(tasks: Path) -> None:
@@ -307,13 +309,18 @@ def test_tasks_of_another_folder(tasks: Path, tmp_path: Path) -> None:
 
 def test_other_data(tasks: Path) -> None:
     before = {name: task_digest(tasks, name) for name in KNOWN}
-    write_jsonl(tasks / "choice.jsonl", [*ROWS[:-1], {**ROWS[-1], "gold": 1}])
+    write_choice_task(tasks, "choice", [*ROWS[:-1], {**ROWS[-1], "gold": 1}])
     after = {name: task_digest(tasks, name) for name in KNOWN}
     assert {name for name in KNOWN if after[name] == before[name]} == {"texts"}
 
 
 CHANGED: dict[str, tuple[str, str, str, set[str]]] = {
-    "settings": ("choice.yaml", "{{query}}", "Q: {{query}}", {"choice", "both", "nested", "child"}),
+    "settings": (
+        "choice.yaml",
+        "doc_to_text: query",
+        "doc_to_text: 'Q: {{query}}'",
+        {"choice", "both", "nested", "child"},
+    ),
     "a group": ("both.yaml", "- choice", "- tagged", {"both", "nested"}),
     "an override": ("nested.yaml", "num_fewshot: 1", "num_fewshot: 2", {"nested"}),
     "code": ("code/utils.py", "docs\n", "docs.select([0])\n", {"coded"}),
@@ -342,18 +349,18 @@ def test_dataset_of_the_hub(tasks: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert task_digest(tasks, "hub") is None
 
 
-def brought(folders: list[Path], shelf: Shelf) -> TaskDigests:
+def brought(folders: list[Path], store: JsonStore) -> TaskDigests:
     """List tasks as lm-eval does when one of its own is meant, remember them, and forget all but that."""
     from lm_eval.tasks import TaskManager
 
-    keep_own_listing(shelf, TaskManager(include_path=[str(f) for f in folders], include_defaults=not folders)._index)
-    return TaskDigests.open([], shelf)
+    keep_own_listing(store, TaskManager(include_path=[str(f) for f in folders], include_defaults=not folders)._index)
+    return TaskDigests.open([], store)
 
 
 def test_tasks_that_lm_eval_brings(tasks: Path, tmp_path: Path) -> None:
     """They are listed once it has been loaded. Here, a few stand for its thousands."""
-    assert TaskDigests.open([], Shelf(tmp_path)).sha256("choice") is None
-    digests = brought([tasks], Shelf(tmp_path))
+    assert TaskDigests.open([], JsonStore(tmp_path)).sha256("choice") is None
+    digests = brought([tasks], JsonStore(tmp_path))
     for name in KNOWN:
         assert digests.sha256(name) == task_digest(tasks, name)
 
@@ -361,7 +368,7 @@ def test_tasks_that_lm_eval_brings(tasks: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_tasks_that_lm_eval_brings(tmp_path: Path) -> None:
     """Their data lies on the Hub, and is not here."""
-    digests = brought([], Shelf(tmp_path))
+    digests = brought([], JsonStore(tmp_path))
     own = digests.listings[-1]
     assert own.files["hellaswag"].name == "hellaswag.yaml"
     assert len(own.tags["ai2_arc"]) == 2
@@ -381,12 +388,12 @@ def _pair(sample: Sample) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def test_scores_come_back(tmp_path: Path) -> None:
-    cache = ScoreCache(Shelf(tmp_path))
+    cache = ScoreCache(JsonStore(tmp_path))
     assert cache.find(KEY) is None
     cache.keep(KEY, score())
     assert cache.find(KEY) == score()
-    assert ScoreCache(Shelf(tmp_path), here=lambda _: score(0.7)).find(KEY) == score(0.7)
-    cache.shelf.keep(KEY, {"block": "accuracy", "of another": "version"})
+    assert ScoreCache(JsonStore(tmp_path), here=lambda _: score(0.7)).find(KEY) == score(0.7)
+    cache.store.keep(KEY, {"block": "accuracy", "of another": "version"})
     assert cache.find(KEY) is None
 
 
@@ -396,24 +403,24 @@ SETTINGS: tuple[dict[str, Any], ...] = ({}, {"limit": 2}, {"max_length": 64}, {"
 def test_settings_are_a_part_of_the_key(base_folder: Path, tasks: Path) -> None:
     keys = set()
     for settings in SETTINGS:
-        what = asked(base_folder, tasks, "choice", "texts", **settings)
-        model = model_key(what, Shelf(None))
+        what = request(tasks, "choice", "texts", **settings)
+        model = model_key(ModelFolders(base_folder), what, JsonStore(None))
         assert model
-        keys |= set(score_keys(what, model, Shelf(None)).values())
+        keys |= set(score_keys(model, what, JsonStore(None)).values())
     assert len(keys) == 2 * len(SETTINGS)
-    few = Asked(base_folder, None, [Task(name="choice", num_fewshot=1)], tasks, Evaluate(dtype="float32"))
-    part = Asked(base_folder, None, [Task(name="choice")], tasks, Evaluate(dtype="float32"), part="test")
+    few = ScoreRequest([Task(name="choice", num_fewshot=1)], tasks, Evaluate(dtype="float32"))
+    part = ScoreRequest([Task(name="choice")], tasks, Evaluate(dtype="float32"), part="test")
     for what in (few, part):
-        keys |= set(score_keys(what, model, Shelf(None)).values())
+        keys |= set(score_keys(model, what, JsonStore(None)).values())
     assert len(keys) == 2 * len(SETTINGS) + 2
-    same = asked(base_folder, tasks, "choice", "texts", batch_size=3, cache=False)
-    assert set(score_keys(same, model, Shelf(None)).values()) <= keys
+    same = request(tasks, "choice", "texts", batch_size=3, cache=False)
+    assert set(score_keys(model, same, JsonStore(None)).values()) <= keys
 
 
 def measured(folder: Path, tasks: Path, cache: ScoreCache, *names: str, **evaluate: Any) -> dict[str, TaskScore]:
     how = Evaluate.model_validate({"dtype": "float32", "batch_size": 4, **evaluate})
     wanted = [Task(name=n) for n in names]
-    return score_model(folder, wanted, task_folder=tasks, evaluate=how, ranks=PartialState(cpu=True), cache=cache)[1]
+    return score_model(folder, wanted, task_folder=tasks, evaluate=how, ranks=OneRank(), cache=cache)[1]
 
 
 class Counting(ScoreCache):
@@ -427,7 +434,7 @@ class Counting(ScoreCache):
 
 
 def test_nothing_is_measured_twice(base_folder: Path, tasks: Path, tmp_path: Path) -> None:
-    cache, Counting.kept = Counting(Shelf(tmp_path / "cache")), 0
+    cache, Counting.kept = Counting(JsonStore(tmp_path / "cache")), 0
     first = measured(base_folder, tasks, cache, "texts")
     assert Counting.kept == 1
     assert measured(base_folder, tasks, cache, "texts") == first
@@ -436,15 +443,15 @@ def test_nothing_is_measured_twice(base_folder: Path, tasks: Path, tmp_path: Pat
     assert Counting.kept == 2
     assert both["texts"] == first["texts"]
     copy = Path(shutil.copytree(base_folder, tmp_path / "copy"))
-    seen = look_up(asked(copy, tasks, "texts", "choice"), cache)
+    seen = known_scores(ModelFolders(copy), request(tasks, "texts", "choice"), cache)
     assert seen
     assert not seen.missing([Task(name="texts"), Task(name="choice")])
-    without = measured(base_folder, tasks, ScoreCache(Shelf(None)), "texts", "choice")
+    without = measured(base_folder, tasks, ScoreCache(JsonStore(None)), "texts", "choice")
     assert {n: s.gains for n, s in without.items()} == {n: s.gains for n, s in both.items()}
 
 
 def test_what_has_changed_is_measured_again(model: Path, tasks: Path, tmp_path: Path) -> None:
-    cache, Counting.kept = Counting(Shelf(tmp_path / "cache")), 0
+    cache, Counting.kept = Counting(JsonStore(tmp_path / "cache")), 0
     first = measured(model, tasks, cache, "texts")["texts"]
     CHANGES["one weight"](model)
     second = measured(model, tasks, cache, "texts")["texts"]
@@ -461,7 +468,7 @@ def test_task_that_files_do_not_tell_is_measured_and_not_kept(base_folder: Path,
     choice = yaml.safe_load((tasks / "choice.yaml").read_text())
     text = yaml.safe_dump({**choice, "task": "far"}) + "process_docs: !function copy.copy\n"
     (tasks / "far.yaml").write_text(text)
-    cache, Counting.kept = Counting(Shelf(tmp_path / "cache")), 0
+    cache, Counting.kept = Counting(JsonStore(tmp_path / "cache")), 0
     found = measured(base_folder, tasks, cache, "far")
     assert found["far"].details["key"] is None
     assert len(found["far"].gains) == len(ROWS)
@@ -470,20 +477,23 @@ def test_task_that_files_do_not_tell_is_measured_and_not_kept(base_folder: Path,
 
 def test_keys_are_found_without_torch(base_folder: Path, tasks: Path, tmp_path: Path) -> None:
     """In a process that has seen the weights before."""
-    shelf = Shelf(tmp_path / "cache")
+    store = JsonStore(tmp_path / "cache")
     model = Path(shutil.copytree(base_folder, tmp_path / "model"))
     for path in model.iterdir():
         age(path)
-    found = look_up(asked(model, tasks, "texts", "both", dtype="auto"), ScoreCache(shelf))
+    found = known_scores(ModelFolders(model), request(tasks, "texts", "both", dtype="auto"), ScoreCache(store))
     script = f"""
 import sys
 from pathlib import Path
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-from hf_contmerge.scoring.cache import ScoreCache, Shelf
-from hf_contmerge.scoring.keys import Asked, look_up
+from hf_contmerge.scoring.cache import JsonStore, ScoreCache
+from hf_contmerge.scoring.keys import ScoreRequest
+from hf_contmerge.scoring.known import known_scores
+from hf_contmerge.scoring.locate import ModelFolders
 tasks = [Task(name="texts"), Task(name="both")]
-asked = Asked(Path({str(model)!r}), None, tasks, Path({str(tasks)!r}), Evaluate())
-print(look_up(asked, ScoreCache(Shelf(Path({str(tmp_path / "cache")!r}))), read=False).keys)
+model = ModelFolders(Path({str(model)!r}))
+request = ScoreRequest(tasks, Path({str(tasks)!r}), Evaluate())
+print(known_scores(model, request, ScoreCache(JsonStore(Path({str(tmp_path / "cache")!r}))), read=False).keys)
 print(sorted(set(sys.modules) & {{"torch", "transformers", "lm_eval", "datasets", "pyarrow", "numpy"}}))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

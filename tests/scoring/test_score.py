@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from toys.models import TEXT, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_contmerge.errors import ContmergeError, DataError, ModelError, RecipeError, ResourceError
 from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
-from hf_contmerge.scoring.files import heldout_documents, write_choice_task, write_perplexity_task, write_task
+from hf_contmerge.runtime.ranks import OneRank
+from hf_contmerge.scoring.files import (
+    heldout_documents,
+    write_answer_task,
+    write_choice_task,
+    write_perplexity_task,
+    write_task,
+)
 from hf_contmerge.scoring.score import score_loaded, score_model
 from hf_contmerge.scoring.setup import check_template
 from hf_contmerge.scoring.tasks import check_tasks, load_task, part_indices, task_manager
@@ -78,7 +85,7 @@ def score(base_folder: Path, tasks: Path) -> Callable[..., dict[str, TaskScore]]
     def score(*names: str | Task, part: Any = "all", **evaluate: Any) -> dict[str, TaskScore]:
         wanted = [n if isinstance(n, Task) else Task(name=n) for n in names]
         how = Evaluate.model_validate({"dtype": "float32", "batch_size": 4, **evaluate})
-        ranks = PartialState(cpu=True)
+        ranks = OneRank()
         return score_model(base_folder, wanted, task_folder=tasks, evaluate=how, ranks=ranks, part=part)[1]
 
     return score
@@ -308,9 +315,7 @@ def test_a_model_in_training_is_left_as_it_was(base_folder: Path, tasks: Path, s
 def loaded(model: Any, folder: Path, tasks: Path) -> dict[str, TaskScore]:
     how = Evaluate(batch_size=4)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return score_loaded(
-        model, tokenizer, [Task(name="choice")], task_folder=tasks, evaluate=how, ranks=PartialState(cpu=True)
-    )
+    return score_loaded(model, tokenizer, [Task(name="choice")], task_folder=tasks, evaluate=how, ranks=OneRank())
 
 
 def test_chat_template(base_folder: Path, score: Callable[..., Any], scores: Mapping[str, TaskScore]) -> None:
@@ -331,7 +336,7 @@ def test_chat_template_that_is_not_there(base_folder: Path, tasks: Path, tmp_pat
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     message = refused(ModelError, lambda: check_template(tmp_path / "plain"))
     assert message.startswith(f"The tokenizer of {tmp_path / 'plain'} has no chat template; `evaluate.chat_temp")
-    how, ranks = Evaluate(chat_template=True), PartialState(cpu=True)
+    how, ranks = Evaluate(chat_template=True), OneRank()
     refused(
         ModelError,
         lambda: score_model(tmp_path / "plain", [Task(name="choice")], task_folder=tasks, evaluate=how, ranks=ranks),
@@ -347,7 +352,7 @@ def test_layers_are_laid_where_there_is_room(score: Callable[..., Any], scores: 
 @pytest.mark.parametrize("way", [{"parallel": "tensor"}, {"backend": "vllm"}])
 def test_ways_that_this_job_does_not_have(way: dict[str, str], base_folder: Path, tasks: Path) -> None:
     ((name, value),) = way.items()
-    how, ranks = Evaluate.model_validate(way), PartialState(cpu=True)
+    how, ranks = Evaluate.model_validate(way), OneRank()
     nothing = tasks / "no model is looked for here"
     message = refused(ResourceError, lambda: score_model(nothing, [], task_folder=tasks, evaluate=how, ranks=ranks))
     assert message.startswith(f"`evaluate.{name}: {value}` ")
@@ -368,8 +373,8 @@ def test_batch_size_auto_is_what_memory_holds(base_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     requests = [(None, [1], [5 + i, *range(10, 20 + i % 7)]) for i in range(64)]
-    wanted = SharedLM(model, tokenizer, batch_size=4)._loglikelihood_tokens(requests)
-    played = SharedLM(model, tokenizer, batch_size="auto")
+    wanted = SharedLM(model, tokenizer, OneRank(), batch_size=4)._loglikelihood_tokens(requests)
+    played = SharedLM(model, tokenizer, OneRank(), batch_size="auto")
     played.batch_size_per_gpu = "auto"
     model.register_forward_pre_hook(refuse)
     found = played._loglikelihood_tokens(requests)
@@ -399,7 +404,7 @@ def test_model_of_nan(task: str, tensor: str, base_folder: Path, tasks: Path, tm
     save_file(
         {**weights, tensor: weights[tensor] * math.nan}, tmp_path / "nan/model.safetensors", metadata={"format": "pt"}
     )
-    how, ranks = Evaluate(dtype="float32"), PartialState(cpu=True)
+    how, ranks = Evaluate(dtype="float32"), OneRank()
     message = refused(
         DataError,
         lambda: score_model(tmp_path / "nan", [Task(name=task)], task_folder=tasks, evaluate=how, ranks=ranks),
@@ -408,6 +413,18 @@ def test_model_of_nan(task: str, tensor: str, base_folder: Path, tasks: Path, tm
 
 
 # Tasks made from datasets, and tasks that are not there
+
+
+def test_values_that_look_like_python_stay_text(tmp_path: Path) -> None:
+    """lm-eval evaluates what its templates make of numbers and lists."""
+    choices = ["[1]", "7"]
+    write_choice_task(tmp_path, "c", [{"query": "7", "choices": choices, "gold": 1}])
+    write_answer_task(tmp_path, "a", [{"query": "7", "gold": "[1, 2]"}], max_new_tokens=1, stop=[])
+    manager = task_manager(["c", "a"], [tmp_path])
+    choice, answer = (load_task(manager, Task(name=name)).leaves[name] for name in ("c", "a"))
+    doc = choice.eval_docs[0]
+    assert (choice.doc_to_text(doc), choice.doc_to_choice(doc), choice.doc_to_target(doc)) == ("7", choices, 1)
+    assert (answer.doc_to_text(answer.eval_docs[0]), answer.doc_to_target(answer.eval_docs[0])) == ("7", "[1, 2]")
 
 
 def test_write_task(tmp_path: Path, score: Callable[..., Any], base_folder: Path) -> None:
@@ -422,7 +439,7 @@ def test_write_task(tmp_path: Path, score: Callable[..., Any], base_folder: Path
     for task in made:
         write_task(tmp_path / "tasks", task)
     check_tasks(made, [tmp_path / "tasks"])
-    how, ranks = Evaluate(dtype="float32"), PartialState(cpu=True)
+    how, ranks = Evaluate(dtype="float32"), OneRank()
     found = score_model(base_folder, made, task_folder=tmp_path / "tasks", evaluate=how, ranks=ranks)[1]
     by_hand = log_likelihoods(base_folder, tokens_of(base_folder, "the quick")).sum().item()
     assert found["t"].gains == (pytest.approx(by_hand, rel=1e-5),) * 3
@@ -438,7 +455,7 @@ def test_exact_match_is_what_the_model_writes(base_folder: Path, tmp_path: Path)
     task = Task.model_validate({"name": "x", "kind": "exact_match", "dataset": str(path), "question": "ask",
                                 "answer": "says", "max_new_tokens": 3})  # fmt: skip
     write_task(tmp_path / "tasks", task)
-    how, ranks = Evaluate(dtype="float32"), PartialState(cpu=True)
+    how, ranks = Evaluate(dtype="float32"), OneRank()
     found = score_model(base_folder, [task], task_folder=tmp_path / "tasks", evaluate=how, ranks=ranks)[1]["x"]
     assert found.metric == "exact_match"
     assert found.answers == tuple(written)
@@ -491,9 +508,10 @@ def test_heldout_documents_of_conversations(base_folder: Path, tmp_path: Path) -
     turns = [{"role": "user", "content": "what lays eggs"}, {"role": "assistant", "content": "the hen"}]
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [*turns, {"role": "user", "content": c}]} for c in "abc"])
     data = load_stage_data(Dataset(path=str(path), heldout=1), seed=0)
-    whole = heldout_documents(data, chars=1000, tokenizer_folder=base_folder)
+    load = partial(AutoTokenizer.from_pretrained, base_folder)
+    whole = heldout_documents(data, chars=1000, load_tokenizer=load)
     assert whole[0].startswith("<|im_start|>user\nwhat lays eggs<|im_end|>\n<|im_start|>assistant\nthe hen<|im_end|>\n")
-    assert heldout_documents(data, chars=20, tokenizer_folder=base_folder) == [whole[0][:20]]
+    assert heldout_documents(data, chars=20, load_tokenizer=load) == [whole[0][:20]]
 
 
 def refused(kind: type[ContmergeError], ask: Callable[[], Any]) -> str:
@@ -536,8 +554,8 @@ def test_task_with_too_few_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("contents", [None, '{"text": \n'])
 def test_task_whose_data_is_missing_or_broken(contents: str | None, tmp_path: Path) -> None:
     write_perplexity_task(tmp_path, "lost", ["a"])
-    (tmp_path / "lost.jsonl").unlink()
+    (tmp_path / "lost.parquet").unlink()
     if contents:
-        (tmp_path / "lost.jsonl").write_text(contents)
+        (tmp_path / "lost.parquet").write_text(contents)
     message = refused(DataError, lambda: check_tasks([Task(name="lost")], [tmp_path]))
     assert message.startswith("Cannot read the dataset of the task lost: ")

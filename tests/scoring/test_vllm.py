@@ -4,10 +4,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from accelerate import PartialState
-from toys.models import TEXT, perturbed, toy_llama
+from tokenizers.processors import TemplateProcessing
+from toys.models import BOS, SPECIAL, TEXT, perturbed, toy_llama
+from transformers import AutoTokenizer
 
 from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.files import write_answer_task, write_choice_task, write_perplexity_task
 from hf_contmerge.scoring.score import score_model
 
@@ -28,11 +30,13 @@ def test_one_model_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tmp_path, "written", [{"query": r["query"], "gold": "end"} for r in rows], max_new_tokens=4, stop=["."]
     )
     first = toy_llama(tmp_path / "first", seed=0, hidden=256)  # vLLM has no heads as narrow as other tests'
-    for folder in (first, perturbed(first, tmp_path / "second", seed=1, size=0.05)):
+    second = perturbed(first, tmp_path / "second", seed=1, size=0.05)
+    begin_with_bos(second)
+    for folder in (first, second):
         theirs, ours = (
             score_model(
                 folder, [Task(name=n) for n in ("texts", "choice", "written")], task_folder=tmp_path,
-                evaluate=Evaluate(dtype="float32", cache=False, backend=backend), ranks=PartialState(cpu=True),
+                evaluate=Evaluate(dtype="float32", cache=False, backend=backend), ranks=OneRank(),
             )[1]
             for backend in ("vllm", "hf")
         )  # fmt: skip
@@ -42,3 +46,10 @@ def test_one_model_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert theirs[name].details["documents_sha256"] == score.details["documents_sha256"]
         pairs = zip(theirs["written"].answers, ours["written"].answers, strict=True)
         assert all(told == wanted or "\ufffd" in wanted for told, wanted in pairs)  # of half a letter vLLM says nothing
+
+
+def begin_with_bos(folder: Path) -> None:
+    """Make a model's tokenizer begin every text with BOS."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[(SPECIAL[BOS], BOS)])
+    tokenizer.save_pretrained(folder)

@@ -1,12 +1,13 @@
 """Tiny LoRA adapters, as peft saves them."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
 
 
 def lora(base: Path, out: Path, *, seed: int, size: float = 0.05, **settings: Any) -> Path:
@@ -15,7 +16,7 @@ def lora(base: Path, out: Path, *, seed: int, size: float = 0.05, **settings: An
         warnings.simplefilter("ignore")  # peft's, about tied tables
         config = LoraConfig(**{"r": 2, "lora_alpha": 3, "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
                             | settings)  # fmt: skip
-        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+        model: Any = get_peft_model(whole(base, torch.float32), config)
         noise = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -29,5 +30,11 @@ def loaded(base: Path, adapter: Path, dtype: torch.dtype = torch.float64) -> Any
     """Return peft's model of a saved adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model = whole(base, dtype)
         return PeftModel.from_pretrained(model, adapter, torch_device="cpu").eval()
+
+
+def whole(base: Path, dtype: torch.dtype) -> Any:
+    """Load a model as the class that saved it."""
+    architecture = json.loads((base / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, architecture).from_pretrained(base, dtype=dtype)

@@ -27,9 +27,10 @@ from hf_contmerge.train_strategies.anchor import Anchor
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.train_strategies.replay import Replay
-from hf_contmerge.training import finetune, settings
+from hf_contmerge.training import settings
 from hf_contmerge.training._trainer import _split_groups
 from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
 
 Row = dict[str, Any]
@@ -165,13 +166,11 @@ class Training:
     home: Path
     base: Path
     data: StageData
-    patch: pytest.MonkeyPatch
 
     def __call__(self, name: str, parts: Parts, *, data: StageData | None = None, stage: int = 1, **fields: Any) -> Row:
         combined = Combined(parts if any(part.carrier for part in parts.values()) else {"full": Full(), **parts})
-        self.patch.setattr(finetune, "make_strategies", lambda train: combined)
         (self.home / name).mkdir(exist_ok=True)
-        return finetune.train_expert(
+        return train_expert(
             TrainJob(
                 start=self.base,
                 base=self.base,
@@ -179,6 +178,7 @@ class Training:
                 train=Train(**{**LIGHT, **fields}),
                 seed=0,
                 stage=stage,
+                make=lambda _: combined,
             ),
             self.home / name,
             checkpoints=self.home / f"{name}-checkpoints",
@@ -192,8 +192,8 @@ class Training:
 
 
 @pytest.fixture
-def train(base_folder: Path, data: StageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
-    return Training(tmp_path, base_folder, data, monkeypatch)
+def train(base_folder: Path, data: StageData, tmp_path: Path) -> Training:
+    return Training(tmp_path, base_folder, data)
 
 
 @pytest.fixture
@@ -451,14 +451,13 @@ from pathlib import Path
 from accelerate import PartialState
 import peft, trl.trainer.sft_trainer
 sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
-import pytest
 import torch.distributed as dist
 from test_hooks import SAVED, SHARED, Training, texts
 
 home, base = map(Path, sys.argv[2:])
 with PartialState(cpu=True).main_process_first():
     data = texts(home / "x.jsonl")
-train = Training(home, base, data, pytest.MonkeyPatch())
+train = Training(home, base, data)
 for name, parts in SHARED.items():
     train(name, parts(), per_device_train_batch_size=1)
 train("whole", SHARED["rates"](), **SAVED, save_total_limit=2)

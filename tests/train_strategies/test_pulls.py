@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys.models import toy_tokenizer, write_jsonl
@@ -16,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
-from hf_contmerge.train_strategies import combine, distill
+from hf_contmerge.train_strategies import Combined, combine, distill
 from hf_contmerge.train_strategies.anchor import Anchor
 from hf_contmerge.train_strategies.distill import Distill
 from hf_contmerge.train_strategies.ewc import Ewc
@@ -360,6 +361,73 @@ def test_momentum_moves_rows_that_are_not_chosen_any_more(model: Any) -> None:
     assert 0 < elsewhere / whole < 0.5
 
 
-def test_migu_finds_nothing_to_choose_from(train: Callable[..., Any]) -> None:
-    with pytest.raises(RecipeError, match="migu finds no linear layer that is trained"):
-        train("x", ["osf", "migu"])
+def lora_with_migu(model: Any, fraction: float) -> tuple[Combined, Any, dict[str, Any]]:
+    """Return both strategies, what they train, and the adapted layers."""
+    strategies = combine(["lora", "migu"], {"lora": {"r": 8}, "migu": {"fraction": fraction}})
+    torch.manual_seed(0)
+    opened = strategies.open(model, None).train()
+    return strategies, opened, {n: m for n, m in opened.named_modules() if isinstance(m, LoraLayer)}
+
+
+def tokens(seed: int) -> Tensor:
+    return torch.randint(5, 384, (2, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def test_migu_chooses_the_rows_of_b_by_the_whole_layer(model: Any) -> None:
+    """As the authors do: A by its own output; B by W x + B A x, since B x is zero at first and has no largest row."""
+    strategies, opened, layers = lora_with_migu(model, 0.25)
+    watched = {(n, m): layer if m == "lora_B" else layer.lora_A["default"]
+               for n, layer in layers.items() for m in ("lora_A", "lora_B")}  # fmt: skip
+    loud: dict[Any, Tensor] = {}
+
+    def listen(key: Any) -> Callable[..., None]:
+        def hook(_: Any, __: Any, output: Tensor) -> None:
+            size = output.detach().abs()
+            loud[key] = (size / size.sum(-1, keepdim=True)).mean((0, 1))
+
+        return hook
+
+    for key, module in watched.items():
+        module.register_forward_hook(listen(key))
+    opened(input_ids=tokens(0), labels=tokens(0)).loss.backward()
+    for layer in layers.values():  # A has no gradient while B is zero
+        layer.lora_A["default"].weight.grad.normal_()
+    strategies.adjust_gradients(opened)
+    for name, layer in layers.items():
+        for part in ("lora_A", "lora_B"):
+            gradient, said = getattr(layer, part)["default"].weight.grad, loud[name, part]
+            wanted = said.argsort()[-round(0.25 * len(said)) :].sort().values
+            assert torch.equal(gradient.any(1).nonzero()[:, 0], wanted), (name, part)
+
+
+def test_migu_lets_other_rows_of_a_lora_learn_later(model: Any) -> None:
+    """The rows that moved first are not the only ones for ever."""
+    strategies, opened, layers = lora_with_migu(model, 0.3)
+    factors = [layer.lora_B["default"].weight for layer in layers.values()]
+    optimizer = torch.optim.AdamW([w for w in opened.parameters() if w.requires_grad], lr=RATE)
+    shares = []
+    for step in range(60):
+        opened(input_ids=tokens(step), labels=tokens(step)).loss.backward()
+        strategies.adjust_gradients(opened)
+        optimizer.step()
+        optimizer.zero_grad()
+        shares.append(float(torch.cat([b.any(1) for b in factors]).float().mean()))
+    print(f"rows of B that have moved after 1, 10 and 60 steps: {shares[0]:.2f}, {shares[9]:.2f}, {shares[59]:.2f}")
+    assert shares[0] == pytest.approx(0.3, abs=0.02)
+    assert shares[59] > 0.5
+
+
+def test_migu_leaves_the_gradient_of_a_layer_that_said_nothing(model: Any) -> None:
+    """Of an expert without tokens, or weights that no forward pass of their own uses: no row is the loudest."""
+    strategy = Migu()
+    strategy.open(model.train(), None)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    strategy.adjust_gradients(model)
+    assert all(weight.grad.all() for weight in model.parameters())
+
+
+def test_migu_finds_nothing_to_choose_from(model: Any) -> None:
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="migu finds no linear layer that is trained"):
+        Migu().open(model, None)

@@ -3,6 +3,7 @@
 The loop below is the trainer's, without the trainer: gradients, the strategy, AdamW, the strategy.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys.models import toy_llama
+from toys.models import toy_llama, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from hf_contmerge.train_strategies import TrainStrategy, get_strategy
+from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.train_strategies import Combined, TrainStrategy, get_strategy
 from hf_contmerge.train_strategies.lora import trained_a
-from hf_contmerge.train_strategies.osf import osf_layers
+from hf_contmerge.train_strategies.osf import adaptive_shares, cosine, osf_layers
 from hf_contmerge.train_strategies.slao import orthonormal_rows
+from hf_contmerge.training.data import load_stage_data
+from hf_contmerge.training.settings import data_checks
 
 STEPS = 20
 RANK = {"r": 4, "lora_alpha": 8}
@@ -113,6 +118,140 @@ def test_osf_finds_the_same_parts_again(base: Path) -> None:
             assert torch.equal(buffer, dict(b.named_buffers())[name])
     tokens = batch(1)
     torch.testing.assert_close(one(input_ids=tokens).logits, load(base)(input_ids=tokens).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rank", "growth", "wanted"),
+    [
+        (0.5, 0.0, [10] * 6),
+        (0.5, 0.1, [10, 12, 14, 16, 18, 19]),  # at most 0.95 of the rank of 20
+        (4, 0.25, [4, 9, 14, 19, 19, 19]),
+        (0.97, 0.1, [19] * 6),  # what the user asks for stays
+        (20, 0.1, [20] * 6),
+    ],
+)
+def test_osf_keeps_more_with_every_stage(rank: float, growth: float, wanted: list[int]) -> None:
+    kept = []
+    for stage in range(1, 7):
+        strategy = get_strategy("osf", effective_rank=rank, growth=growth)
+        Combined({"osf": strategy}).begin(stage)
+        kept.append(strategy.kept(20))  # pyright: ignore
+    assert kept == wanted
+
+
+def test_osf_grows_in_training(base: Path) -> None:
+    """Of layers of rank 16 and 32 half is kept in the first stage, and 0.7 in the third."""
+    for stage, share in ((1, 0.5), (3, 0.7)):
+        strategy = get_strategy("osf", growth=0.1)
+        Combined({"osf": strategy}).begin(stage)
+        with warnings.catch_warnings(action="error", category=RuntimeWarning):  # of ranks for layers that are none
+            model = strategy.open(load(base), None)
+        for layer in osf_layers(model):
+            size = min(layer.base_layer.weight.shape)
+            assert layer.osf_svd_params["default"]["U_low"].shape[1] == size - int(share * size)
+
+
+def test_importance_is_the_cosine_of_input_and_output() -> None:
+    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    turn = torch.tensor([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 0, -1], [0, 0, 1, 0]])
+    torch.testing.assert_close(cosine(x, x), torch.ones(7))
+    torch.testing.assert_close(cosine(x, x @ turn.T), torch.zeros(7))
+    torch.testing.assert_close(cosine(x, torch.cat([x, 9 * x], 1)), torch.ones(7))  # cut to the shorter one
+
+
+def test_adaptive_shares_are_the_papers() -> None:
+    importance = {f"layer{i}": (0.01, 0.05, 0.3, 0.0)[i] for i in range(4)}
+    shares = adaptive_shares(importance, 0.1, 0.8)
+    assert shares == pytest.approx({n: 0.1 + 0.7 * i / 0.09 for n, i in importance.items()})
+    strategy = get_strategy("osf", adaptive=True)
+    kept = [strategy.kept(50, share) for share in shares.values()]  # pyright: ignore
+    assert kept == [9, 24, 49, 5]  # the third asks for more than all, and keeps one direction free
+    assert 4 * 50 * 0.1 <= sum(kept) <= 4 * 50
+
+
+def test_importance_of_zero_keeps_the_constant(caplog: pytest.LogCaptureFixture) -> None:
+    assert adaptive_shares({"a": 0.0, "b": 1e-9}, 0.1, 0.8) == {}
+    assert "osf: no layer's importance is above zero, so that all keep the share effective_rank" in caplog.text
+    caplog.clear()
+    assert adaptive_shares({}, 0.1, 0.8) == {}  # the first stage
+    assert not caplog.text
+
+
+def test_adaptive_osf_keeps_what_mattered_to_the_stage_before(base: Path, tmp_path: Path) -> None:
+    """Measured on the trained model of the first stage, here from the weights and the inputs of each layer."""
+    first = get_strategy("osf", adaptive=True)
+    model = learn(first, base, steps=3)
+    examples = [batch(seed)[:1] for seed in range(4)]
+    whole: list[int] = []
+
+    def likelihoods(count: int) -> Iterator[tuple[torch.Tensor, int]]:
+        whole.append(count)
+        for ids in examples:
+            output = model(input_ids=ids, labels=ids)
+            yield -output.loss, ids.numel()
+
+    first.review(model, likelihoods)
+    memory = remembered(first, model, None, tmp_path / "first")
+    closed = first.close(model)
+    wanted: dict[str, list[torch.Tensor]] = {}
+    linear = {n: m for n, m in closed.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    for name, layer in linear.items():
+
+        def note(layer: Any, inputs: Any, output: Any, name: str = name) -> None:
+            x, y = inputs[0][0].double(), inputs[0][0].double() @ layer.weight.double().T
+            size = min(*layer.weight.shape)
+            cut = [torch.nn.functional.normalize(v[:, :size], dim=1) for v in (x, y)]
+            wanted.setdefault(name, []).append((cut[0] * cut[1]).sum(1))
+
+        layer.register_forward_hook(note)
+    for ids in examples:
+        closed(input_ids=ids)
+    importance = {name: abs(float(torch.cat(cosines).mean())) for name, cosines in wanted.items()}
+    found = load_file(memory / "importance.safetensors")
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(importance, abs=1e-6)
+    second = get_strategy("osf", adaptive=True, mrr=0.2, trr=0.7)
+    opened = second.open(load(base), memory).get_base_model()
+    mean = sum(importance.values()) / len(importance)
+    ranks = set()
+    for name, value in importance.items():
+        layer = opened.get_submodule(name)
+        size = min(layer.base_layer.weight.shape)
+        kept = size - layer.osf_svd_params["default"]["U_low"].shape[1]
+        assert kept == min(max(round((0.2 + value / mean * 0.5) * size), 1), size - 1)
+        ranks.add(kept / size)
+    assert len(ranks) > 3
+
+
+def test_osf_warns_of_a_high_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Before any work, each rate once, with the stages that have it; the default of TRL is low enough."""
+    stages = [{"name": name, "dataset": "x.jsonl"} for name in ("law", "code", "chat")]
+    stages[1] = {**stages[1], "train": {"learning_rate": 1e-3}}
+    path = write_jsonl(tmp_path / "osf-rates.jsonl", [{"text": f"the fox {i}"} for i in range(9)])
+    data = dict.fromkeys(("law", "code", "chat"), load_stage_data(Dataset(path=str(path), heldout=2), seed=0))
+
+    def warned(train: dict[str, Any], stages: list[dict[str, Any]]) -> list[str]:
+        caplog.clear()
+        words = {"name": "x", "base_model": "b", "merge": ["average"], "stages": stages, "train": train}
+        for check in data_checks(parse_recipe(words), data):
+            check()
+        return [record.getMessage() for record in caplog.records]
+
+    high = warned({"strategy": "osf", "learning_rate": 5.1e-5}, stages)
+    assert [line.partition(": osf moves")[0] for line in high] == [
+        "train of law, chat: learning_rate 5.1e-05",
+        "train of code: learning_rate 0.001",
+    ]
+    assert high[0].endswith("Use 1e-5 to 5e-05, and keep 0.7 to 0.8 (effective_rank).")
+    assert warned({"strategy": ["osf", "replay"], "learning_rate": 5e-5}, stages[:1]) == []
+    assert warned({"strategy": "osf"}, stages[:1]) == []
+    assert warned({"strategy": "lora", "learning_rate": 1e-3}, stages) == []
+
+
+def test_osf_ratios_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"osf's mrr must not be larger than its trr; got 0\.9 and 0\.8"):
+        get_strategy("osf", mrr=0.9)
+    with pytest.raises(ValueError, match=r"osf's growth must be less than 1; got 1\.5"):
+        get_strategy("osf", growth=1.5)
 
 
 @pytest.mark.parametrize("rank", [0, 0.0, 1.0, -3])

@@ -133,7 +133,7 @@ def test_messages_that_are_none(column: Any, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"talk": column}])
     message = refused(DataError, lambda: load(path, messages="talk"), tmp_path)
     assert message.startswith(
-        "FOLDER/x.jsonl: the column talk must hold conversations, lists of turns with `role` and "
+        "FOLDER/x.jsonl, line 1: the column talk must hold conversations, lists of turns with `role` and "
     )
 
 
@@ -286,10 +286,10 @@ def test_stream_goes_on_until_there_are_enough(tmp_path: Path, caplog: pytest.Lo
         data = load(path, streaming=True, max_examples=1500, min_chars=10, heldout=100)
     assert (len(data.train), len(data.heldout)) == (1500, 100)
     assert all(text.endswith("long enough") for text in (*texts(data.train), *texts(data.heldout)))
-    assert [m.split(" of ")[1] for m in caplog.messages] == [
+    assert {m.split(" of ")[1] for m in caplog.messages} == {
         "5000 rows are left out, for they lack text",
         "5000 rows are left out, for they have not at least 10 characters",
-    ]
+    }
     assert len(load(path, streaming=True, max_examples=9999, min_chars=10, heldout=100).train) == 1900
 
 
@@ -302,7 +302,9 @@ def test_stream_with_a_split_of_its_own(tmp_path: Path) -> None:
     assert all(text.startswith("test") for text in texts(data.heldout))
 
 
-@pytest.mark.parametrize("name", ["empty.jsonl", "broken.jsonl", "columns.csv", "near.csv", "number.csv", "book.epub"])
+@pytest.mark.parametrize(
+    "name", ["empty.jsonl", "broken.jsonl", "columns.csv", "near.csv", "number.jsonl", "book.epub"]
+)
 def test_wrong_stream(name: str, tmp_path: Path) -> None:
     contents, fields, message = WRONG[name]
     (tmp_path / name).write_text(contents)
@@ -390,7 +392,8 @@ WRONG: dict[str, tuple[str, Row, str]] = {
     "broken.jsonl": (
         '{"text": "a"}\n{"text": \n',
         {},
-        "FOLDER/broken.jsonl cannot be read (split train): JSON parse error: Invalid value. in row 1",
+        "FOLDER/broken.jsonl, line 2: this is no JSON object (Expecting value at character 9). Correct it, or remove "
+        "it.",
     ),
     "broken.parquet": (
         "text",
@@ -415,15 +418,15 @@ WRONG: dict[str, tuple[str, Row, str]] = {
         {"text": "{body} {zzz}"},
         "Unknown column 'zzz' in FOLDER/far.csv. Known: body, n.",
     ),
-    "number.csv": (
-        "body,n\nx,1\n",
+    "number.jsonl": (
+        '{"body": "x", "n": 1}\n',
         {"text": "n"},
-        "FOLDER/number.csv: the column n holds int64, not text. Make text of it with a format: `text: '{n}'`.",
+        "FOLDER/number.jsonl, line 1: the column n holds 1, not text. Make text of it with a format: `text: '{n}'`.",
     ),
     "mixed.jsonl": (
-        '{"text": "a"}\n{"text": 3}\n',
+        '{"text": "a"}\n\n{"text": 3}\n',
         {},
-        "FOLDER/mixed.jsonl: the column text holds values of several kinds, not text. Make text of it with a format: "
+        "FOLDER/mixed.jsonl, line 3: the column text holds 3, not text. Make text of it with a format: "
         "`text: '{text}'`.",
     ),
     "format.csv": (
@@ -439,7 +442,8 @@ WRONG: dict[str, tuple[str, Row, str]] = {
     "book.epub": (
         "a",
         {},
-        "FOLDER/book.epub is of no kind that can be read. Give one of .json, .jsonl, .parquet, .csv, .txt, .arrow.",
+        "FOLDER/book.epub is of no kind that can be read. Give one of .json, .jsonl, .parquet, .csv, .tsv, .txt, "
+        ".arrow.",
     ),
 }
 
@@ -520,14 +524,14 @@ def test_perplexity_rows(tmp_path: Path) -> None:
 def test_answer_that_is_no_index(gold: Any, shown: str, tmp_path: Path) -> None:
     rows = [{"query": "q", "choices": ["a", "b"], "gold": gold}]
     assert refused(DataError, lambda: choices(tmp_path / "x.jsonl", rows), tmp_path) == (
-        f"FOLDER/x.jsonl: gold must be the index of the right choice; got {shown} for 2 choices."
+        f"FOLDER/x.jsonl, line 1: gold must be the index of the right choice; got {shown} for 2 choices."
     )
 
 
 def test_choices_that_are_no_list(tmp_path: Path) -> None:
     rows = [{"query": "q", "choices": "a b", "gold": 0}]
     assert refused(DataError, lambda: choices(tmp_path / "x.jsonl", rows), tmp_path) == (
-        "FOLDER/x.jsonl: choices must be a list of continuations; got 'a b'."
+        "FOLDER/x.jsonl, line 1: choices must be a list of continuations; got 'a b'."
     )
 
 

@@ -243,8 +243,8 @@ def test_conversations_without_a_template(base_folder: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError) as caught:
         labels_of(base_folder, talk(tmp_path / "x.jsonl"), tmp_path, template=None)
     assert str(caught.value) == (
-        f"The tokenizer of {base_folder} has no chat template, which a stage with `messages` needs. Give the base "
-        "model one, or give the stage `prompt` and `completion`, or `text`."
+        f"The tokenizer of {base_folder} has no chat template, which a stage with `messages` needs. Set "
+        "`train.chat_template_path`, or give the stage `prompt` and `completion`, or `text`."
     )
 
 
@@ -346,12 +346,6 @@ SETTINGS: list[tuple[Row, str]] = [
         {"strategy": "ful"},
         f"Unknown strategy 'ful' in train. Did you mean 'full'? Known: {', '.join(strategy_names())}.",
     ),
-    ({"output_dir": "x"}, "train.output_dir is set by the run folder; remove it from `train`."),
-    ({"seed": 3}, "train.seed is set by `seed` of the recipe; remove it from `train`."),
-    (
-        {"resume_from_checkpoint": "x"},
-        "train.resume_from_checkpoint is set by the run folder; remove it from `train`.",
-    ),
     (
         {"parameters": {"r": 4}},
         "train.parameters: Full.__init__() got an unexpected keyword argument 'r' (strategy full)",
@@ -365,15 +359,15 @@ SETTINGS: list[tuple[Row, str]] = [
         "train.parameters: `layers_to_transform` cannot be used when `target_modules` is a str. (strategy lora)",
     ),
     (
-        {"save_strategy": "sometimes"},
-        "train: sometimes is not a valid SaveStrategy, please select one of ['no', 'steps', 'epoch', 'best']",
+        {"optim": "adamm"},
+        "train: adamm is not a valid OptimizerNames, please select one of ",
     ),
 ]
 
 
 @pytest.mark.parametrize(("fields", "message"), SETTINGS, ids=[" ".join(f) for f, _ in SETTINGS])
 def test_setting_that_cannot_be(fields: Row, message: str, base_folder: Path) -> None:
-    assert refused(RecipeError, base_folder, **fields) == message
+    assert refused(RecipeError, base_folder, **fields).startswith(message)
 
 
 def test_unknown_field(base_folder: Path) -> None:

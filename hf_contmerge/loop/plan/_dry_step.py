@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -85,7 +87,7 @@ def training_step(
     add_fused_lm_head(model, outputs=_FUSED_OUTPUTS)
     numel = sum(p.numel() for p in model.parameters())
     opened = _opened(strategies, model)
-    with FakeTensorMode(), _Meter() as meter:
+    with _metering(folder) as meter:
         _materialise(opened)
         weights = meter.restart()
         inputs = torch.zeros((batch, length), dtype=torch.long)
@@ -102,13 +104,13 @@ def training_step(
     return StepCost(held, held + meter.peak - weights, trained, meter.work, lora_a)
 
 
-def scoring_batch(folder: Path, *, batch: int, length: int, dtype: torch.dtype) -> StepCost:
+def scoring_batch(folder: Path, *, batch: int, length: int, init: dict[str, Any]) -> StepCost:
     """Return lm-eval's cost of one batch.
 
-    It is a forward pass and a float32 softmax over all logits.
+    It is a forward pass and a float32 softmax over all logits. `init`: keyword arguments of `from_pretrained`.
     """
-    model = _model(folder, {"dtype": dtype}).eval()
-    with FakeTensorMode(), _Meter() as meter, torch.no_grad():
+    model = _model(folder, init).eval()
+    with _metering(folder) as meter, torch.no_grad():
         _materialise(model)
         weights = meter.restart()
         logits = model(input_ids=torch.zeros((batch, length), dtype=torch.long)).logits
@@ -123,8 +125,9 @@ def _model(folder: Path, init: dict[str, Any]) -> Any:
     peft cannot move fake tensors.
     """
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=init["trust_remote_code"])
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **init)
+            return AutoModelForCausalLM.from_config(config, **init)
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ModelError(f"transformers cannot make a model from {folder / 'config.json'}: {error}") from error
 
@@ -173,6 +176,18 @@ def _moments(optimizer: str) -> int:
     return 0 if "sgd" in name or "adafactor" in name else _ADAM_BYTES
 
 
+@contextmanager
+def _metering(folder: Path) -> Iterator[_Meter]:
+    try:
+        with FakeTensorMode(), _Meter() as meter:
+            yield meter
+    except DataDependentOutputException as error:
+        raise ModelError(
+            f"The layers of {folder} compute what their data says ({error}), so a plan cannot estimate them without "
+            "weights. Training and scoring are not affected: start the run without a plan."
+        ) from error
+
+
 class _Meter(TorchDispatchMode):
     """Counts live storages, moved bytes and floating-point operations."""
 
@@ -189,7 +204,8 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        grouped = func is torch.ops.aten._grouped_mm.default
+        out = _grouped_product(*args, **kwargs) if grouped else func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         inputs = {t.untyped_storage()._cdata for t in given}
@@ -215,6 +231,10 @@ class _Meter(TorchDispatchMode):
         self.work.calls += 1
         packet = func._overloadpacket
         name = str(packet).rpartition(".")[2]
+        if name == "_grouped_mm":
+            rows, inner, columns, groups = _grouped_sizes(args[0], args[1], args[2])
+            self.work.products[rows, inner, columns, args[0].dtype] += 2 * groups * rows * inner * columns
+            return
         flops = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))
         if flops and name in _PRODUCTS:
             left, right = [t for t in args if isinstance(t, Tensor)][-2:]
@@ -224,3 +244,24 @@ class _Meter(TorchDispatchMode):
             self.work.flops[tensors[0].dtype] += flops(*args, **kwargs, out_val=out)
         else:
             self.work.moved += sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _grouped_product(left: Tensor, right: Tensor, offs: Tensor, _bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """Return an empty product of a mixture's experts.
+
+    PyTorch's own shape rule takes bfloat16 only, unlike its kernels.
+    """
+    groups = [len(offs)] if left.dim() == right.dim() == 2 else []
+    return left.new_empty((*groups, left.shape[-2], right.shape[-1]), dtype=out_dtype or left.dtype)
+
+
+def _grouped_sizes(left: Tensor, right: Tensor, offs: Tensor) -> tuple[int, int, int, int]:
+    """Return one expert's rows, inner size, columns, and the number of experts.
+
+    Tokens are taken to be spread evenly.
+    """
+    groups = len(offs)
+    rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+    if left.dim() == right.dim() == 2:
+        return rows, max(inner // groups, 1), columns, groups
+    return (max(rows // groups, 1), inner, columns, groups) if left.dim() == 2 else (rows, inner, columns, groups)

@@ -10,7 +10,7 @@ from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun
 from hf_contmerge.loop.plan.disk import model_bytes, state_bytes
 from hf_contmerge.merge_rules import MergeRule
-from hf_contmerge.merging.costs import state_numel, stream_job, weight_of
+from hf_contmerge.merging.costs import Passage, state_numel, stream_job, weight_of
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.places import MergePlace
 from hf_contmerge.run.steps import Step
@@ -38,7 +38,7 @@ def _bytes_in_flight(planned: PlannedRun, rule: MergeRule, t: int, threads: int)
     """
     weights, expert, need = planned.weights, planned.expert_dtype(t), []
     for name in weights.names:
-        job = stream_job(rule, weights, name, 3, 0)
+        job = stream_job(rule, weights, name, Passage(3))
         numel = math.prod(weights.shape(name))
         mapped = (
             weights.nbytes(name) + numel * expert.itemsize + (4 * _state_numel(weights, name, rule) if t > 1 else 0)
@@ -60,7 +60,7 @@ def _folding(weights: Weights, host: Host, rule: MergeRule, *, later: bool) -> f
     """
     total = 0.0
     for name in weights.names:
-        job = stream_job(rule, weights, name, 1, 0)
+        job = stream_job(rule, weights, name, Passage(1))
         shape = weights.shape(name)
         total += 16 * math.prod(shape) / host.speeds.moved * host.machine.cores
         if later and rule.unit == "matrix" and len(shape) > 1 and job.memory > 8 * 3 * math.prod(shape):

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
 
 from hf_contmerge.loop.plan._dry_step import Work
 from hf_contmerge.loop.plan._machine import Machine, Speeds
 from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.models.experts import stored_weights
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.training.data import StageData
+from hf_contmerge.training.tokenizer import stage_tokenizer
 
 _HELD_BY_MALLOC = 1.2
 """Resident memory over peak live bytes of a step on a CPU: the allocator keeps freed blocks of a few megabytes.
@@ -58,13 +59,13 @@ class PlannedRun:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.base)
+        return stage_tokenizer(self.base, self.recipe.train, trust_remote_code=self.recipe.trust_remote_code)
 
     def expert_dtype(self, t: int) -> torch.dtype:
         """Return the dtype of stage t's expert."""
         stage = self.run.stage(t)
         if stage.expert and not stage.minus:
-            given = Weights(self.given[stage.expert])
+            given = stored_weights(self.given[stage.expert])
             return given.dtype(given.floating()[0])
         return torch.float32
 

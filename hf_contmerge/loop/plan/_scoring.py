@@ -66,7 +66,8 @@ def _scoring_dtype(planned: PlannedRun) -> torch.dtype:
 
 @functools.cache
 def _dry_batch(planned: PlannedRun, rows: int, length: int) -> StepCost:
-    return scoring_batch(planned.base, batch=rows, length=length, dtype=_scoring_dtype(planned))
+    init = {"dtype": _scoring_dtype(planned), "trust_remote_code": planned.recipe.trust_remote_code}
+    return scoring_batch(planned.base, batch=rows, length=length, init=init)
 
 
 @functools.cache

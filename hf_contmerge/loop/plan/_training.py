@@ -19,7 +19,7 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.steps import Step
 from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies.lora import Lora
-from hf_contmerge.training.data import StageData
+from hf_contmerge.training.data import StageData, template_arguments
 from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
 
 _SAMPLED = 256  # examples with counted tokens
@@ -103,6 +103,7 @@ def _dry_training(planned: PlannedRun, stage: str, train_json: str) -> _DryTrain
     train, data = Train.model_validate_json(train_json), planned.data[stage]
     fields = sft_settings(train, data, planned.tokenizer, numel=planned.weights.numel())
     init = {"dtype": torch.float32, **(fields.pop("model_init_kwargs", None) or {})}
+    init["trust_remote_code"] = planned.recipe.trust_remote_code
     settings: Any = trl_classes(data.form)[1](**fields, output_dir="unused", seed=planned.recipe.seed)
     shape = _shape(planned, data, settings)
     strategies = make_strategies(train)
@@ -131,7 +132,8 @@ def _count_tokens(tokenizer: Any, example: Mapping[str, Any]) -> int:
     values = list(example.values())
     if any(isinstance(v, list) for v in values):
         turns = [turn for v in values for turn in (v if isinstance(v, list) else [])]
-        return len(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), verbose=False)["input_ids"])
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **template_arguments(example))
+        return len(tokenizer(text, verbose=False)["input_ids"])
     return 1 + len(tokenizer("".join(str(v) for v in values), verbose=False)["input_ids"])
 
 
@@ -139,5 +141,5 @@ def _texts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return an example's rows: one, or two of a pair."""
     if "rejected" not in row:
         return [row]
-    prompt = {"prompt": row.get("prompt", "")}
-    return [{**prompt, "answer": row["chosen"]}, {**prompt, "answer": row["rejected"]}]
+    shared = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    return [{**shared, "answer": row["chosen"]}, {**shared, "answer": row["rejected"]}]

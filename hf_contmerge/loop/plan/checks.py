@@ -13,19 +13,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from hf_contmerge.errors import DataError, ModelError, RecipeError, ResourceError, size
+from hf_contmerge.errors import DataError, RecipeError, ResourceError, size
 from hf_contmerge.loop._entries import make_entry_rule, merge_kinds, with_replay
 from hf_contmerge.loop.plan.disk import Trained, disk_need, disk_use
+from hf_contmerge.loop.plan.rehearsal import rehearse
 from hf_contmerge.loop.trackers import check_trackers
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.merging.vectors import check_origin, check_vector
 from hf_contmerge.models.experts import check_mergeable
 from hf_contmerge.models.folder import is_adapter, resolve_model
+from hf_contmerge.models.function import check_function
 from hf_contmerge.models.layout import check_same_layout, check_tokenizer
-from hf_contmerge.models.lora.reader import Adapter
-from hf_contmerge.models.lora.settings import is_same_base
+from hf_contmerge.models.lora.reader import Adapter, check_base
 from hf_contmerge.models.statistics import check_statistics
+from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Task
@@ -40,8 +42,10 @@ from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.limits import trainer_limits
 from hf_contmerge.training.settings import Check, data_checks, make_strategies, training_checks
 from hf_contmerge.training.statistics import check_asked
+from hf_contmerge.training.tokenizer import stage_change
 
 LOG = logging.getLogger(__name__)
 
@@ -59,6 +63,8 @@ class Prepared:
     """Folders of the recipe's `expert` and `minus` models, by name."""
     data: dict[str, StageData] = field(default_factory=dict)
     """By stage."""
+    change: TokenizerChange = UNCHANGED
+    """Of the base's tokenizer, by the recipe's `train`."""
     tasks_checked: bool = False
 
     def is_whole(self, recipe: Recipe) -> bool:
@@ -79,14 +85,16 @@ class Circumstances:
     """Whether this process writes task files and runs the once-per-job checks."""
     plans: bool = False
     """Whether weights are skipped, and memory and disk are judged by estimates."""
+    trust_remote_code: bool = False
+    """Whether the user, too, lets models run their own code."""
     resolve: Callable[..., Path] = resolve_model
     """Resolves a model name to a folder."""
 
 
-def prepare(run: Run, ranks: Ranks) -> Prepared:
+def prepare(run: Run, ranks: Ranks, *, trust_remote_code: bool = False) -> Prepared:
     """Run all checks; raise the first error."""
     check_versions(ranks)
-    how = Circumstances(run.tasks, ranks.size, ranks.per_host, ranks.is_main)
+    how = Circumstances(run.tasks, ranks.size, ranks.per_host, ranks.is_main, trust_remote_code=trust_remote_code)
 
     def look_up() -> Prepared:
         prepared = Prepared()
@@ -95,6 +103,9 @@ def prepare(run: Run, ranks: Ranks) -> Prepared:
         return prepared
 
     prepared = ranks.main_first(look_up)
+    if ranks.size > 1:
+        for check in rehearsals(run.recipe, prepared):
+            ranks.all(check)
     if ranks.is_main:
         run.link_base(prepared.base)
     return prepared
@@ -108,6 +119,9 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
     """
     recipe = run.recipe
     yield run.check_folder
+    yield partial(_check_trust, recipe, how)
+    if recipe.trust_remote_code and not how.trust_remote_code:
+        return  # later checks would load that code
     yield partial(check_trackers, recipe.train)
     for entry in recipe.merge:
         yield partial(_make_rule, prepared, entry)
@@ -129,6 +143,7 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
         yield partial(check_vectors, recipe, prepared)
         yield from (partial(check_statistics, rule, prepared.given.values()) for rule in prepared.rules.values())
     if any(s.dataset for s in recipe.stages):
+        yield partial(_find_change, prepared, recipe)
         yield from training_checks(recipe.train, prepared.base, memory=not how.plans)
         yield partial(check_asked, prepared.rules, recipe.train)
     yield from checks_of_data(recipe, prepared, how)
@@ -150,6 +165,25 @@ def checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> It
         yield partial(check_kept_adapters, recipe, prepared)
         yield from data_checks(recipe, prepared.data)
         yield partial(check_replay, recipe, prepared.data)
+        if how.processes == 1 or how.plans:
+            yield from rehearsals(recipe, prepared)
+
+
+def rehearsals(recipe: Recipe, prepared: Prepared) -> Iterator[Check]:
+    """Yield a step of TRL's trainer for each form and settings.
+
+    All ranks run these together, so several ranks run them after the other checks.
+    """
+    rehearsed = set[str]()
+    for stage in recipe.stages:
+        if not stage.dataset:
+            continue
+        train, data = recipe.train_of(stage), prepared.data[stage.name]
+        key = f"{data.form} {data.train.column_names} {train.model_dump_json()}"
+        if key not in rehearsed:
+            rehearsed.add(key)
+            where = f"train of stage {stage.name}"
+            yield partial(rehearse, train, data, prepared.base, where, trust_remote_code=recipe.trust_remote_code)
 
 
 def _checks_of_tasks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
@@ -191,6 +225,10 @@ def _find_base(prepared: Prepared, recipe: Recipe, how: Circumstances) -> None:
     prepared.base = how.resolve(recipe.base_model)
 
 
+def _find_change(prepared: Prepared, recipe: Recipe) -> None:
+    prepared.change = stage_change(prepared.base, recipe.train, trust_remote_code=recipe.trust_remote_code)
+
+
 def _given_names(recipe: Recipe) -> set[str]:
     return {name for s in recipe.stages for name in (s.expert, s.minus) if name}
 
@@ -216,6 +254,8 @@ def _find_given(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
         else:
             check_same_layout(base, path)
             check_mergeable(path)
+    if stage.expert and not stage.minus and not is_adapter(folders[stage.expert]):
+        check_function(base, folders[stage.expert])
     if stage.expert and stage.minus:
         _log(check_vector(base, folders[stage.expert], folders[stage.minus]))
     prepared.given |= folders
@@ -225,15 +265,25 @@ def _load_stage(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
     """Load a stage's dataset and write its held-out task."""
     if not stage.dataset:
         return
-    data = load_stage_data(stage.dataset, seed=recipe.seed)
+    limits = trainer_limits(recipe.train_of(stage), prepared.base, trust_remote_code=recipe.trust_remote_code)
+    data = load_stage_data(stage.dataset, seed=recipe.seed, limits=limits)
     if stage.heldout_task and how.is_main:
         chars = stage.dataset.heldout_chars
-        documents = heldout_documents(data, chars=chars, tokenizer_folder=prepared.base)
+        documents = heldout_documents(data, chars=chars, load_tokenizer=limits.load_tokenizer)
         write_perplexity_task(how.tasks, stage.heldout_task, documents)
     prepared.data[stage.name] = data
 
 
 # Checks
+
+
+def _check_trust(recipe: Recipe, how: Circumstances) -> None:
+    """Raise RecipeError for code of models without the user's consent."""
+    if recipe.trust_remote_code and not how.trust_remote_code:
+        raise RecipeError(
+            f"`trust_remote_code: true` lets {recipe.base_model} run its own code, which happens only if you say so "
+            "too: read that code, then add `--trust-remote-code` (in Python: run_recipe(..., trust_remote_code=True))."
+        )
 
 
 def check_scoring(recipe: Recipe, prepared: Prepared, how: Circumstances) -> None:
@@ -242,7 +292,7 @@ def check_scoring(recipe: Recipe, prepared: Prepared, how: Circumstances) -> Non
     adapter = trained or any(is_adapter(folder) for folder in prepared.given.values())
     check_evaluate(recipe.evaluate, processes=how.processes, per_machine=how.per_machine, adapter=adapter)
     if recipe.evaluate.chat_template:
-        check_template(prepared.base)
+        check_template(prepared.base, trust_remote_code=recipe.trust_remote_code)
 
 
 def _check_companions(prepared: Prepared, recipe: Recipe, entry: Merge) -> None:
@@ -274,13 +324,8 @@ def _log(sentences: Iterable[str]) -> None:
 
 
 def _check_adapter(folder: Path, base: Path, name: str) -> None:
-    adapter = Adapter(folder, Weights(base))
-    if adapter.base_model and not is_same_base(adapter.base_model, {name, str(base.resolve())}):
-        raise ModelError(
-            f"{folder} was trained on {adapter.base_model}, but `base_model` is {name}: it does not match this base "
-            "model. Use an adapter of this base; if both names are copies of one model, write the recipe's name into "
-            f"base_model_name_or_path of {folder / 'adapter_config.json'}."
-        )
+    cure = f"write the recipe's name into base_model_name_or_path of {folder / 'adapter_config.json'}"
+    check_base(Adapter(folder, Weights(base)), (name, str(base.resolve())), cure=cure)
 
 
 def check_kept_adapters(recipe: Recipe, prepared: Prepared) -> None:

@@ -12,7 +12,8 @@ import torch
 from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.merge_rules import MergeRule, inputs_shape
 from hf_contmerge.merging.costs import state_numel, weight_of
-from hf_contmerge.models.config import COMPANIONS
+from hf_contmerge.merging.write import merged_plan
+from hf_contmerge.models.contents import companions
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace
@@ -94,11 +95,7 @@ def disk_need(uses: Iterable[DiskUse]) -> DiskNeed:
 
 def model_bytes(base: Weights, dtype: torch.dtype | None) -> int:
     """Return a model's bytes in `dtype` (None: the base's)."""
-    floating = set(base.floating())
-    return sum(
-        math.prod(base.shape(n)) * (dtype.itemsize if dtype and n in floating else base.dtype(n).itemsize)
-        for n in base.names
-    )
+    return sum(math.prod(shape) * kind.itemsize for _, shape, kind in merged_plan(base, dtype))
 
 
 def state_bytes(base: Weights, rule: MergeRule) -> int:
@@ -124,5 +121,4 @@ def _checkpoint_bytes(count: int, fields: Mapping[str, Any]) -> int:
 
 def _companions_bytes(base: Weights) -> int:
     """Return the bytes of config, tokenizer, ..."""
-    files = (p for p in base.folder.iterdir() if p.suffix in COMPANIONS)
-    return sum(p.stat().st_size for p in files if not p.name.endswith(".index.json"))
+    return sum(path.stat().st_size for path in companions(base.folder))

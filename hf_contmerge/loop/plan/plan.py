@@ -56,8 +56,10 @@ class Findings:
             return None
 
 
-def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> dict[str, Any]:
-    """Check a run and estimate its phases.
+def make_plan(
+    run: Run, findings: Findings, *, processes: int | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Check a run and estimate its phases. Arguments as for `run_recipe`.
 
     Returns:
         Machine, phases and totals, for JSON; empty if errors prevent estimates.
@@ -71,7 +73,7 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
 
     with tempfile.TemporaryDirectory() as scratch:
         count = processes or _processes(run.recipe)
-        planned = _checked(run, findings, Path(scratch), count)
+        planned = _checked(run, findings, Path(scratch), count, trust_remote_code=trust_remote_code)
         if planned is None:
             return {}
         _load_libraries()
@@ -90,7 +92,9 @@ def make_plan(run: Run, findings: Findings, *, processes: int | None = None) -> 
         return _as_json(phases, host, run)
 
 
-def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> PlannedRun | None:
+def _checked(
+    run: Run, findings: Findings, scratch: Path, processes: int, *, trust_remote_code: bool
+) -> PlannedRun | None:
     """Run all checks; return None after an error."""
     from hf_contmerge.loop.plan._planned import PlannedRun
     from hf_contmerge.loop.plan.checks import Circumstances, Prepared, checks
@@ -99,7 +103,7 @@ def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> Pla
     prepared, tasks = Prepared(), scratch / "tasks"
     resolve = functools.partial(resolve_headers, scratch=scratch / "models")
     per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    how = Circumstances(tasks, processes, per_machine, plans=True, resolve=resolve)
+    how = Circumstances(tasks, processes, per_machine, plans=True, trust_remote_code=trust_remote_code, resolve=resolve)
     for check in checks(run, prepared, how):
         findings.ask(check)
     base = run.recipe.base_model
@@ -107,6 +111,8 @@ def _checked(run: Run, findings: Findings, scratch: Path, processes: int) -> Pla
         findings.notes.append(
             f"{base} is a GGUF file: the run first converts it to bfloat16, once, in the Hub's cache."
         )
+    for stage, data in prepared.data.items():
+        findings.notes += [f"Stage {stage}: {words}" for source in data.sources for words in source.sentences()]
     if findings.errors:
         return None
     return PlannedRun(run, prepared.base, prepared.rules, prepared.kinds, prepared.given, prepared.data, tasks)

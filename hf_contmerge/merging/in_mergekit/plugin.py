@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from mergekit.common import dtype_from_name
+from mergekit.graph import Task
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -32,15 +35,23 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from hf_contmerge.errors import ContmergeError, RecipeError, unknown
+from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, parameter_types, rule_class, rule_names
 from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number
-from hf_contmerge.merging.in_mergekit.tensors import from_this_tensor, from_whole_model
+from hf_contmerge.merging.in_mergekit.tensors import Storage, from_this_tensor, from_whole_model
+from hf_contmerge.merging.rules import rounding_named
+from hf_contmerge.models.contents import check_contents, weight_files
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.function import check_config, check_function
+from hf_contmerge.models.reading import tied_flag
+from hf_contmerge.models.rounding import ROUNDINGS, Rounding
 from hf_contmerge.models.statistics import check_statistics
+from hf_contmerge.models.survival import Kept, Survival
+from hf_contmerge.models.weights import Weights, main_dtype
 
 LOG = logging.getLogger(__name__)
+_STORED_AS = "contmerge_dtype"  # a parameter that plans carry to the tensors; recipes may not name it
 
 
 class MergekitRecipeError(RecipeError, click.UsageError):
@@ -75,6 +86,8 @@ class RuleSpec(MergeMethodSpec):
         if not self.rule.tunable:  # a number in place of the rule's own scale
             own = "model" if self.rule.whole_model_scale else "tensor"
             parameters.append(ParameterSpec("scale", float | str, ParameterScope.SHARED, own))
+        for word, default in (("rounding", ROUNDINGS[0]), (_STORED_AS, "")):
+            parameters.append(ParameterSpec(word, str, ParameterScope.SHARED, default))
         return tuple(parameters)
 
     @property
@@ -87,21 +100,44 @@ class RuleMethod(GroupMergeMethod):
 
     def __init__(self, name: str) -> None:
         self.spec: RuleSpec = RuleSpec(name)
+        self._kept: dict[str, tuple[Tensor, Kept, Rounding]] = {}
+        """Of the tensors merged since the last plan; tensors without data."""
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        """Merge one tensor in float32; the result has the inputs' dtype."""
+        """Merge one tensor in float32; the result has the recipe's dtype."""
         try:
-            scale = parameters.pop("scale", "tensor")
+            by, dtype = rounding_named(parameters.pop("rounding", None)), parameters.pop(_STORED_AS, "")
+            storage = Storage(dtype_from_name(dtype or None), by)
+            scale = _checked_scale(parameters.pop("scale", "tensor"))
             rule = get_rule(self.spec.name, **parameters)
-            if _checked_scale(scale) == "model":
-                return from_whole_model(rule, group)
-            return from_this_tensor(rule, group, _checked_scale(scale))
+            if scale == "model":
+                written = from_whole_model(rule, group, storage)
+            else:
+                written = from_this_tensor(rule, group, scale, storage)
+            self._kept[written.name] = written.tensor.to("meta"), written.kept, by
+            return written.tensor
         except (ContmergeError, ValueError) as error:
             raise MergekitRecipeError(f"{self.spec.name}: {error}") from error
 
+    def planned(self, config: Any) -> Any:
+        """Return a recipe whose tensors mergekit does not round: `merge_group` does, once."""
+        self._kept.clear()
+        stored = str(config.out_dtype or config.dtype or "")
+        parameters = {**(config.parameters or {}), _STORED_AS: stored}
+        return config.model_copy(update={"dtype": None, "out_dtype": None, "parameters": parameters})
+
+    def report(self, out: str) -> None:
+        """Write what the merged model keeps of the update; warn of a loss."""
+        tensors = {name: tensor for name, (tensor, _, _) in self._kept.items()}
+        kept, used = {name: k for name, (_, k, _) in self._kept.items()}, {by for _, _, by in self._kept.values()}
+        dtype = main_dtype((name, t.shape, t.dtype) for name, t in tensors.items())
+        survival = Survival.of(kept, dtype, " and ".join(sorted(used)), sum(t.nbytes for t in tensors.values()))
+        survival.write(Path(out))
+        survival.warn(out)
+
     def check(self, config: Any) -> None:
         """Refuse settings with silent or wrong effects in mergekit."""
-        known = [p.name for p in self.spec.parameters]
+        known = [p.name for p in self.spec.parameters if p.name != _STORED_AS]
         for place, per_model, words in _settings(config):
             for word, setting in words.items():
                 if word not in known:
@@ -121,6 +157,8 @@ class RuleMethod(GroupMergeMethod):
             for value in _values(setting):
                 if word == "scale":
                     _checked_scale(value)
+                elif word == "rounding":
+                    rounding_named(value)
                 else:
                     get_rule(self.spec.name, **{word: as_number(value)})
         except ValueError as error:
@@ -136,7 +174,7 @@ class RuleMethod(GroupMergeMethod):
             word
             for place, _, words in _settings(config)
             for word, setting in words.items()
-            if word != "scale" and (place != _TOP or len(set(_values(setting))) > 1)
+            if word not in ("scale", "rounding") and (place != _TOP or len(set(_values(setting))) > 1)
         ]
         slices = config.slices or any(m.slices for m in (config.modules or {}).values())
         if not slices and not uneven:
@@ -165,18 +203,47 @@ def register_rules() -> None:
 
 def guard_planner() -> None:
     """Check recipes before mergekit plans: it ignores unknown parameters."""
+    from mergekit.io.tasks import FinalizeModel
     from mergekit.plan import MergePlanner
 
-    original = MergePlanner.normalize_config
+    original, to_disk = MergePlanner.normalize_config, MergePlanner.plan_to_disk
     if original.__module__ == __name__:  # guarded already
         return
 
     def normalize_config(self: Any) -> None:
         if isinstance(self._method, RuleMethod):
             self._method.check(self.config)
+            self.config = self._method.planned(self.config)
         original(self)
 
+    def plan_to_disk(self: Any, out_path: str) -> list[Any]:
+        tasks = to_disk(self, out_path)
+        if isinstance(self._method, RuleMethod):
+            last = next(task for task in tasks if isinstance(task, FinalizeModel))
+            tasks.append(_Report(method_name=self._method.spec.name, out_path=out_path, finalized=last))
+        return tasks
+
     MergePlanner.normalize_config = normalize_config
+    MergePlanner.plan_to_disk = plan_to_disk
+
+
+class _Report(Task[None], frozen=True):
+    """The last task of a merge: says what the written model keeps."""
+
+    method_name: str
+    out_path: str
+    finalized: Task
+
+    def arguments(self) -> dict[str, Task]:
+        return {"finalized": self.finalized}
+
+    def execute(self, **_: Any) -> None:
+        method = registry.get(self.method_name)
+        assert isinstance(method, RuleMethod)
+        method.report(self.out_path)
+
+    def main_thread_only(self) -> bool:
+        return True
 
 
 def guard_merge() -> None:
@@ -191,6 +258,7 @@ def guard_merge() -> None:
         if config.merge_method in rule_names():
             _warn_of_namesakes(config.merge_method)
             _refuse_adapters(config, options)
+            _refuse_other_readings(config)
             _refuse_twins(config)
             _require_statistics(config)
         return original(config, options)
@@ -216,6 +284,53 @@ def _refuse_adapters(config: Any, options: Any) -> None:
                 f"{model} is an adapter. Write `model: BASE+{model}` and give --lora-merge-cache DIR, or use "
                 "`contmerge merge from-recipe`, which reads adapters as they are."
             )
+
+
+def _refuse_other_readings(config: Any) -> None:
+    """Raise MergekitRecipeError for models that transformers reads otherwise than mergekit, or that do not fit."""
+    folders = [Path(model.model.path) for model in config.referenced_models()]
+    base = Path(config.base_model.model.path) if config.base_model else Path()
+    for folder in (f for f in folders if f.is_dir()):
+        try:
+            check_contents(folder)
+            _require_same_files(folder)
+            if not base.is_dir() or folder == base:
+                continue
+            if config.tokenizer or config.tokenizer_source:  # mergekit moves the rows of other vocabularies
+                check_config(base, folder)
+            else:
+                check_function(base, folder)
+            if not config.slices:
+                _require_same_names(base, folder)
+        except ModelError as error:
+            raise MergekitRecipeError(str(error)) from error
+
+
+def _require_same_files(folder: Path) -> None:
+    """Raise ModelError if mergekit takes other tensors from a folder than transformers."""
+    index, weights = ShardedTensorIndex.from_disk(str(folder)), Weights(folder)
+    own_head = tied_flag(folder) and "lm_head.weight" in weights.names
+    if {shard.filename for shard in index.shards} != set(weight_files(folder)[0]):
+        what = "other files"
+    elif unlisted := sorted(set(weights.names) - set(index.tensor_paths)):
+        what = f"not {unlisted[0]}, which the index lacks"
+    elif own_head:
+        what = "a tied head, but a separate one is stored"
+    else:
+        return
+    raise ModelError(
+        f"mergekit would read {what} in {folder}, unlike transformers. Load it with transformers and call "
+        "save_pretrained, or use `contmerge merge from-recipe`."
+    )
+
+
+def _require_same_names(base: Path, folder: Path) -> None:
+    """Raise ModelError for a model whose weights have other names than the base's."""
+    if different := sorted(set(Weights(base).names) ^ set(Weights(folder).names)):
+        raise ModelError(
+            f"{folder} and {base} store weights under different names ({different[0]}), which mergekit does not match. "
+            "Use `contmerge merge from-recipe`."
+        )
 
 
 def _refuse_twins(config: Any) -> None:

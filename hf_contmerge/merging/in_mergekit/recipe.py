@@ -11,7 +11,8 @@ import yaml
 
 from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.merge_rules import parameter_types, rule_class
-from hf_contmerge.merging.rules import dtype_named, make_rule
+from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
+from hf_contmerge.models.rounding import Rounding
 
 _WORDS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer")
 _THEIRS_ALONE = ("slices", "modules", "chat_template")
@@ -38,6 +39,7 @@ class MergekitRecipe:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_from: str | None = None
+    rounding: Rounding = "stochastic"
 
 
 def read_mergekit_recipe(path: Path) -> MergekitRecipe:
@@ -61,7 +63,7 @@ def read_mergekit_recipe(path: Path) -> MergekitRecipe:
     return MergekitRecipe(
         rule, _checked_parameters(rule, given, known, path), base.name, tuple(models),
         _dtype_word(words, "dtype", path), _dtype_word(words, "out_dtype", path),
-        base.name if tokenizer_from == "base" else tokenizer_from,
+        base.name if tokenizer_from == "base" else tokenizer_from, _rounding(rule, given, path),
     )  # fmt: skip
 
 
@@ -186,11 +188,21 @@ def _shared(entries: Sequence[_Entry], top: Mapping[str, Any], rule: str, path: 
     return shared
 
 
+def _rounding(rule: str, given: Mapping[str, Any], path: Path) -> Rounding:
+    """Return the rounding; mergekit's own methods round to the nearest value."""
+    try:
+        return rounding_named(given.get("rounding", "nearest" if rule in MERGEKITS_OWN else None))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
 def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str, Any], path: Path) -> dict[str, Any]:
     parameters: dict[str, Any] = dict(_THEIR_DEFAULTS.get(rule, {}))
     theirs = MERGEKITS_OWN.get(rule, {})
     for word, raw in given.items():
         value = as_number(raw)
+        if word == "rounding":  # see `_rounding`
+            continue
         if isinstance(value, list | dict):
             raise RecipeError(f"{path}: {word} must be one value for all tensors; got {value!r}. Use `mergekit-yaml`.")
         if word in theirs and word not in known:

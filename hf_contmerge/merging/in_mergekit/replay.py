@@ -23,6 +23,8 @@ from hf_contmerge.merging.write import Output
 from hf_contmerge.models.config import tokens_of
 from hf_contmerge.models.experts import Expert, check_mergeable, open_expert
 from hf_contmerge.models.folder import is_adapter, resolve_model
+from hf_contmerge.models.layout import weights_like
+from hf_contmerge.models.rounding import Rounding
 from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import new_folder
@@ -49,15 +51,20 @@ def carry_out(
     folders = [resolve_model(m, adapters=True) for m in recipe.models]
     listed = [FoldedExpert("", f, name=name) for f, name in zip(folders, recipe.models, strict=True)]
     names = {recipe.base, str(folder.resolve())}
-    experts = [open_expert(f, base, base_names=names, force=force) for f in folders]
-    dtype = _written_dtype(recipe, base, experts)
     companions = resolve_model(recipe.tokenizer_from) if recipe.tokenizer_from else None
     if companions:
         _require_same_tokens(companions, base, [folder, *(f for f in folders if not is_adapter(f))])
+    experts = [open_expert(f, base, base_names=names, force=force) for f in folders]
+    dtype = _written_dtype(recipe, base, experts)
     merge = RunningMerge(folder, recipe.rule, rule)
     with new_folder(out, crew.ranks) as scratch:
-        output = Output(scratch, dtype, shard_size, companions)
-        return merge.fold(listed, None, merged=output, opened=experts, crew=crew)
+        output = Output(scratch, dtype, shard_size, companions, rounding=recipe.rounding)
+        merged = merge.fold(listed, None, merged=output, opened=experts, crew=crew)
+        assert merged.survival
+        crew.ranks.first(merged.survival.write, scratch)
+    if crew.ranks.is_main:
+        merged.survival.warn(out)
+    return merged
 
 
 def mergekit_yaml(
@@ -67,6 +74,7 @@ def mergekit_yaml(
     base: Path,
     experts: Sequence[Path],
     dtype: torch.dtype | None,
+    rounding: Rounding = "stochastic",
     scale: float | None = None,
 ) -> str:
     """Return the same merge's recipe for `mergekit-yaml`.
@@ -79,45 +87,40 @@ def mergekit_yaml(
         base: folder of the base.
         experts: folders of the experts.
         dtype: dtype of the merged weights (None: most of the base's weights).
+        rounding: of merged weights with 16 bits. mergekit's own methods ignore it.
         scale: replaces the rule's scale.
     """
     parameters = {**rule.parameters(), **MERGEKITS_OWN.get(rule_name, {})}
     if scale is not None:
         parameters["scale"] = scale
+    stored = dtype or Weights(base).main_dtype
+    if stored != torch.float32 and (rule_name in MERGEKITS_OWN or rounding != "stochastic"):
+        parameters["rounding"] = rounding
     recipe = {
         "merge_method": rule_name,
         "base_model": _spelled(base),
         "models": [{"model": _spelled(base, e) if is_adapter(e) else _spelled(e)} for e in experts],
         **({"parameters": parameters} if parameters else {}),
         "dtype": "float32",
-        "out_dtype": str(dtype or base_dtype(base)).removeprefix("torch."),
+        "out_dtype": str(stored).removeprefix("torch."),
     }
     return yaml.safe_dump(recipe, sort_keys=False)
-
-
-def base_dtype(base: Path) -> torch.dtype:
-    """Return the dtype of most of a model's weights."""
-    weights = Weights(base)
-    counts: dict[torch.dtype, int] = {}
-    for name in weights.floating():
-        counts[weights.dtype(name)] = counts.get(weights.dtype(name), 0) + torch.Size(weights.shape(name)).numel()
-    return max(counts, key=lambda d: counts[d])
 
 
 def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expert]) -> torch.dtype | None:
     """Return the merged dtype (None: the base's dtypes).
 
-    mergekit rounds to `dtype` (default: the widest of a tensor's inputs) and again to `out_dtype`. This engine computes
-    in float32 and rounds once.
+    Our rules read experts as they are stored, compute in float32 and round once, under mergekit too. mergekit's own
+    methods round to `dtype` (default: the widest of a tensor's inputs) and again to `out_dtype`.
 
     Raises:
         RecipeError: mergekit would round more than once.
     """
     asked, out = dtype_named(recipe.dtype), dtype_named(recipe.out_dtype)
     cure = "Set `dtype: float32`, and `out_dtype` to the dtype of the merged model."
-    if asked == torch.float32:
+    if asked == torch.float32 or ((asked or out) and recipe.rule not in MERGEKITS_OWN):
         return out or asked
-    sources = [base, *(Weights(e.folder) for e in experts if e.kind == "model")]
+    sources = [base, *(weights_like(base, e.folder) for e in experts if e.kind == "model")]
     tensors: dict[torch.dtype, str] = {}
     as_base = True
     for name in base.floating():
@@ -134,8 +137,6 @@ def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expe
     halves = [d for d in tensors if d.itemsize < torch.float32.itemsize]
     if halves and recipe.rule in MERGEKITS_OWN:
         raise RecipeError(f"mergekit's own {recipe.rule} would compute {tensors[halves[0]]} in {halves[0]}. {cure}")
-    if out and any(d != out for d in halves):
-        raise RecipeError(f"{tensors[halves[0]]} would be rounded to {halves[0]} before it is written as {out}. {cure}")
     if out or as_base:
         return out
     if len(tensors) > 1:

@@ -22,13 +22,15 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
-from hf_contmerge.merging._pieces import Piece, fold_tensor, merged_tensor, pieces, read_out
+from hf_contmerge.merging._pieces import Piece, Stored, fold_tensor, merged_piece, pieces, read_out, unchanged
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import open_expert
+from hf_contmerge.models.rounding import Rounding
 from hf_contmerge.models.statistics import Statistics
-from hf_contmerge.models.weights import Weights
+from hf_contmerge.models.survival import Kept
+from hf_contmerge.models.weights import Weights, kept_dtype
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,33 @@ class WholeModel:
     scale: float
 
 
-def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) -> Tensor:
+@dataclass(frozen=True)
+class Written:
+    """A merged tensor, and what it keeps of its update."""
+
+    name: str
+    tensor: Tensor
+    kept: Kept
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The dtype that a recipe asks for (None: the widest of a tensor's inputs), and the rounding."""
+
+    dtype: torch.dtype | None
+    by: Rounding
+
+    def of(self, group: TensorGroup, name: str) -> Stored:
+        """Return how a tensor is stored."""
+        assert group.base is not None
+        asked = self.dtype or group.base.tensor.dtype
+        files = _files(group.base) if self.dtype else None
+        if files and name in files.names:
+            asked = kept_dtype(files.dtype(name), files.main_dtype, asked)
+        return Stored(name, asked, self.by)
+
+
+def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str, storage: Storage) -> Written:
     """Fold tensors in memory; scale by their norms or a number."""
     assert group.base is not None
     base, experts, weights = group.base.tensor, [entry.tensor for entry in group.non_base], _weights_met(rule, group)
@@ -48,7 +76,8 @@ def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) ->
     parts = [Piece(0, base.numel(), tuple(base.shape))]  # its own norms take the whole of it
     if not isinstance(scale, str):
         parts = pieces(rule, weights[-1], base.device)
-    merged = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
+    stored, kept = storage.of(group, weights[-1].name), list[Kept]()
+    merged = torch.empty(base.numel(), dtype=stored.dtype, device=base.device)
     flat = [tensor.reshape(-1) for tensor in (base, *experts)]
     with _one_thread(base.device):
         for piece in parts:
@@ -57,9 +86,10 @@ def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str) ->
             _require_finite(weights[-1].name, norms, group)
             factor = rule.scale(norms) if isinstance(scale, str) else scale
             read, only = read_out(rule, running, weights[-1]), cut[0] if len(cut) == 1 and factor == 1.0 else None
-            part = merged_tensor(cut_base, read, factor, base.dtype, expert=only)
+            part, left = merged_piece(cut_base, read, factor, replace(stored, start=piece.start), expert=only)
             merged[piece.start : piece.stop] = part.reshape(-1)
-    return merged.reshape(base.shape)
+            kept.append(left)
+    return Written(stored.name, merged.reshape(base.shape), Kept.sum(kept))
 
 
 def _require_finite(name: str, norms: Norms, group: TensorGroup) -> None:
@@ -68,19 +98,20 @@ def _require_finite(name: str, norms: Norms, group: TensorGroup) -> None:
             raise ValueError(f"{name} of {entry.id} has values that are NaN or infinite")
 
 
-def from_whole_model(rule: MergeRule, group: TensorGroup) -> Tensor:
+def from_whole_model(rule: MergeRule, group: TensorGroup, storage: Storage) -> Written:
     """Return this tensor from the whole-model pass, scaled by the model's norms."""
     assert group.base is not None
     base, weight = group.base.tensor, replace(_weight(group), name=_stored_name(group, _NO_WHOLE_SCALE))
     models = tuple(_weights(entry) for entry in (group.base, *group.non_base))
     whole = _whole_model(rule, models)
-    stored, state = models[0].tensor(weight.name).to(base.device), whole.running.state(weight.name)
+    before, state = models[0].tensor(weight.name).to(base.device), whole.running.state(weight.name)
+    stored = storage.of(group, weight.name)
     if state is None:  # no expert differs from the base
-        return stored.to(base.dtype)
+        return Written(weight.name, *unchanged(before, stored))
     only = models[1].tensor(weight.name).to(base.device) if len(models) == 2 and whole.scale == 1.0 else None
     with _one_thread(base.device):
         read = read_out(rule, {name: part.to(base.device) for name, part in state.items()}, weight)
-    return merged_tensor(stored, read, whole.scale, base.dtype, expert=only)
+    return Written(weight.name, *merged_piece(before, read, whole.scale, stored, expert=only))
 
 
 @contextmanager
@@ -99,12 +130,9 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 def _weight(group: TensorGroup) -> Weight:
     """Describe a weight like merging/stream.py, by the base's stored name."""
-    from mergekit.common import ModelReference
-
     assert group.base is not None
     shape, name, vocabulary, depth = tuple(group.base.tensor.shape), group.metadata.name or "", None, None
-    if isinstance(group.base.id, ModelReference):
-        files = _weights(group.base)
+    if files := _files(group.base):
         vocabulary = files.vocabulary
         others = () if name in files.names else files.names
         name = next((n for n in others if _holds(group.base, n)), name)
@@ -192,6 +220,13 @@ def _holds(entry: TensorEntry, name: str) -> bool:
         return False
     # NaN equals NaN here: that a weight is not finite is for the whole-model pass to say.
     return torch.allclose(weights.tensor(name).to(tensor.dtype), tensor.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def _files(entry: TensorEntry) -> Weights | None:
+    """Return a model's files; None for a tensor in memory."""
+    from mergekit.common import ModelReference
+
+    return _weights(entry) if isinstance(entry.id, ModelReference) else None
 
 
 def _weights(entry: TensorEntry) -> Weights:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config, text_config
+from hf_contmerge.models.memory import Held, Part, in_memory, whole_place
 from hf_contmerge.models.weights import Weights
 
 _WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model"}  # optional prefixes
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _TABLE = re.compile(r"(^|\.)(\w*embed\w*|wte)\.weight$")
+_OUTPUT = "lm_head.weight"
 _ROWS = 4096  # rows of a table compared at once
 
 
@@ -49,6 +50,83 @@ def _bare(name: str) -> str:
     return ".".join(parts)
 
 
+class HeldNames:
+    """Finds the tensors named by an adapter.
+
+    Its names are those of a model in memory: today's, an older version's, or behind other wrappers.
+    """
+
+    def __init__(self, base: Weights) -> None:
+        self._base, self._stored, self._memory = base, StoredNames(base), in_memory(base)
+        table = None if self._memory.held else tied_table(base)
+        self._ties = dict.fromkeys((table, _OUTPUT), (table, _OUTPUT)) if table else self._memory.ties
+
+    def find(self, name: str) -> Held | None:
+        """Return a tensor; None without a stored weight. Raises ModelError for several matches."""
+        for candidate in dict.fromkeys((name, self._memory.rename(name))):
+            if tensor := self._filled(candidate):
+                return tensor
+        stored = self._stored.find(name)
+        return self._as_stored(stored) if stored else None
+
+    def _filled(self, name: str) -> Held | None:
+        tensor = self._memory.held.get(name)
+        if tensor is None or tensor.parts or tensor.form:
+            return tensor
+        twins = [self._memory.held[twin] for twin in self._ties.get(name, ()) if self._memory.held[twin].parts]
+        return replace(twins[0], name=name) if len(twins) == 1 else None
+
+    def _as_stored(self, stored: str) -> Held:
+        shape = self._base.shape(stored)
+        return self._memory.tensor_of(stored) or Held(
+            stored, shape, (Part(stored, whole_place(shape), whole_place(shape)),)
+        )
+
+    def tie(self, name: str) -> Tie | None:
+        """Return a weight's tie; None if its names are stored apart."""
+        tensor = self.find(name)
+        member = tensor.name if tensor else _OUTPUT if re.search(r"(^|\.)lm_head\.weight$", name) else name
+        members = self._ties.get(member, ())
+        stored = [m for m in members if not self._memory.held or self._memory.held[m].parts]
+        if not members or (self._memory.held and len(stored) != 1):
+            return None
+        table = next((m for m in members if m in self._memory.tables), members[0])
+        return Tie(member, table, members)
+
+    def parameters(self, module: str) -> list[str]:
+        """Return the names of a module's tensors, in its order."""
+        return self._memory.parameters(module)
+
+    def is_stacked(self, tensor: Held) -> bool:
+        """Return True for a slice of a stack in memory."""
+        return self._memory.is_stacked(tensor.name)
+
+    def is_in_out(self, tensor: Held) -> bool:
+        """Return True for a stack (experts, in, out)."""
+        return tensor.name.rpartition(".")[0] in self._memory.in_out
+
+    def is_conv1d(self, tensor: Held, change: tuple[int, int], *, flag: bool) -> bool:
+        """Return True for a linear map (in, out).
+
+        `change` and `flag` decide if its class is unknown.
+        """
+        if tensor.name in self._memory.held:
+            return tensor.name in self._memory.conv1d
+        return is_conv1d(self._base, tensor.parts[0].stored, change, flag=flag)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Names of one tensor.
+
+    `member`: the name asked for. `table`: the input embedding.
+    """
+
+    member: str
+    table: str
+    members: tuple[str, ...]
+
+
 def is_conv1d(base: Weights, name: str, change: tuple[int, int], *, flag: bool) -> bool:
     """Return True if a linear map is stored (in, out).
 
@@ -79,39 +157,6 @@ def _bias(name: str) -> str:
 def _is_oblong(base: Weights, name: str) -> bool:
     shape = base.shape(name)
     return len(shape) == 2 and shape[0] != shape[1]
-
-
-def match_parameters(
-    shapes: Mapping[str, tuple[int, ...]], changes: Sequence[tuple[int, int]]
-) -> list[tuple[str, bool]] | None:
-    """Match each change (out, in) with a parameter.
-
-    A module stores all its stacks in one order, so an oblong stack decides the order of a square one.
-
-    Args:
-        shapes: the parameters' shapes, (out, in) or stacks of either order.
-        changes: the adapter's shapes (out, in).
-
-    Returns:
-        Each change's parameter, and True if stored (experts, in, out). None unless there is exactly one match.
-    """
-    orders = [
-        order
-        for order in itertools.permutations(shapes, len(changes))
-        if all(c in _orders(shapes[name]) for name, c in zip(order, changes, strict=True))
-    ]
-    if len(orders) != 1 or len(shapes) != len(changes):
-        return None
-    stacks = [(shapes[name][1:], c) for name, c in zip(orders[0], changes, strict=True) if len(shapes[name]) == 3]
-    transposed = {shape != c for shape, c in stacks if c[0] != c[1]}
-    if stacks and len(transposed) != 1:
-        return None
-    return [(name, len(shapes[name]) == 3 and True in transposed) for name in orders[0]]
-
-
-def _orders(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the possible changes (out, in) of a parameter's shape."""
-    return (shape,) if len(shape) == 2 else (shape[1:], shape[:0:-1])
 
 
 def tied_table(base: Weights) -> str | None:

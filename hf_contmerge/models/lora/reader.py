@@ -10,15 +10,17 @@ Key names, patterns and scalings follow peft 0.21: base + D equals the result of
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.lora.layout import FILE, Layout, LowRank, WeightChange
-from hf_contmerge.models.lora.settings import CONFIG, is_same_base, read_settings
+from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.lora.layout import FILE, Layout, LowRank, StoredChange, WeightChange
+from hf_contmerge.models.lora.settings import CONFIG, is_same_base, is_same_revision, read_settings
+from hf_contmerge.models.memory import Part
 from hf_contmerge.models.weights import Weights
 
 
@@ -41,6 +43,7 @@ class Adapter:
         self.folder = Path(folder)
         settings = read_settings(self.folder)
         self.base_model: str | None = settings.get("base_model_name_or_path") or None
+        self.revision: str | None = settings.get("revision") or None
         self._tensors = _open(self.folder)
         self._changes = Layout(self.folder, settings, self._tensors, base).changes
         self.names: tuple[str, ...] = tuple(sorted(self._changes))
@@ -50,56 +53,78 @@ class Adapter:
 
         None for a stack of matrices or a change that is not purely low-rank.
         """
-        inner = _plain(self._changes[name])
-        return inner.rank if inner else None
+        plain = _plain(self._changes[name])
+        return plain[0].rank if plain else None
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return the float32 factors of D = left @ right.
 
         Shapes: left (m, r), right (r, n). None where `rank` is None. Raises KeyError for a name missing from `names`.
         """
-        inner = _plain(self._changes[name])
-        if inner is None:
+        plain = _plain(self._changes[name])
+        if plain is None:
             return None
-        a, b = self._read(inner.a), self._read(inner.b)
-        left, right = (a.T, b.T) if inner.transposed else (b, a)
-        return left.float() * inner.scale, right.float().contiguous()
+        left, right = self._sides(*plain)
+        return (right.mT, left.mT.contiguous()) if plain[1].swapped else (left, right.contiguous())
 
     def task_vector(self, name: str, base: Tensor) -> Tensor:
         """Return D in float32; zeros without a change.
 
         `base`: the base's tensor of the same shape, in any floating type. It stays unchanged.
         """
-        change = self._changes.get(name)
-        if change is None:
-            return torch.zeros(base.shape)
-        if change.whole is None and change.rows is None:
-            if change.bias:
-                return self._read(change.bias[0]).float() * change.bias[1]
-            assert change.low_rank
-            delta = self._product(change.low_rank)
-            return self._with_magnitude(delta, change.low_rank, base).sub_(base) if change.low_rank.magnitude else delta
-        return self._replaced(change, base).sub_(base)
+        changes = self._changes.get(name, ())
+        if len(changes) == 1 and changes[0].whole:
+            return self._change(changes[0], base)
+        delta = torch.zeros(base.shape)
+        for change in changes:
+            delta[change.part.source] = self._change(change, base[change.part.source])
+        return delta
 
-    def _replaced(self, change: WeightChange, base: Tensor) -> Tensor:
+    def _change(self, stored: StoredChange, base: Tensor) -> Tensor:
+        """Return D of the part of a weight that holds `base`."""
+        change, part = stored.change, stored.part
+        held = base.mT if part.swapped else base
+        if change.whole is None and change.rows is None:
+            delta = self._added(change, part, held)
+        else:
+            delta = self._replaced(change, part, held).sub_(held)
+        return delta.mT if part.swapped else delta
+
+    def _added(self, change: WeightChange, part: Part, base: Tensor) -> Tensor:
+        if change.bias:
+            return self._read(change.bias[0]).float()[part.place] * change.bias[1]
+        assert change.low_rank
+        delta = self._product(change.low_rank, part)
+        return self._with_magnitude(delta, change.low_rank, base).sub_(base) if change.low_rank.magnitude else delta
+
+    def _replaced(self, change: WeightChange, part: Part, base: Tensor) -> Tensor:
         """Return the expert's weight; the adapter holds rows or all of it."""
-        expert = (self._read(change.whole) if change.whole else base).to(torch.float32, copy=True)
+        expert = (self._read(change.whole)[part.place] if change.whole else base).to(torch.float32, copy=True)
         if change.rows:
             key, rows = change.rows
             expert[list(rows)] = self._read(key).float()
         if change.bias:
-            expert.add_(self._read(change.bias[0]).float(), alpha=change.bias[1])
+            expert.add_(self._read(change.bias[0]).float()[part.place], alpha=change.bias[1])
         if change.low_rank and change.low_rank.magnitude:
-            return self._with_magnitude(self._product(change.low_rank), change.low_rank, expert)
-        return expert.add_(self._product(change.low_rank)) if change.low_rank else expert
+            return self._with_magnitude(self._product(change.low_rank, part), change.low_rank, expert)
+        return expert.add_(self._product(change.low_rank, part)) if change.low_rank else expert
 
-    def _product(self, inner: LowRank) -> Tensor:
-        a, b = self._read(inner.a).float(), self._read(inner.b).float() * inner.scale
-        if not inner.experts:
-            return a.T @ b.T if inner.transposed else b @ a
-        a = a.reshape(inner.experts, -1, a.shape[1])  # (experts, r, in)
-        b = b.reshape(b.shape[0], -1, inner.experts).permute(2, 0, 1)  # (experts, out, r): peft has the expert last
-        return torch.bmm(a.mT, b.mT) if inner.transposed else torch.bmm(b, a)
+    def _product(self, inner: LowRank, part: Part) -> Tensor:
+        left, right = self._sides(inner, part)
+        return left @ right
+
+    def _sides(self, inner: LowRank, part: Part) -> tuple[Tensor, Tensor]:
+        """Return a part's factors in the axes held in memory.
+
+        Stacks have the experts in front.
+        """
+        a, b = self._read(inner.a).float(), self._read(inner.b).float()
+        if inner.experts:
+            a = a.reshape(inner.experts, -1, a.shape[1])[part.place[0]]  # (experts, r, in)
+            b = b.reshape(b.shape[0], -1, inner.experts).permute(2, 0, 1)[part.place[0]]  # peft has the expert last
+        left, right = (a.mT, b.mT) if inner.transposed else (b, a)
+        rows, columns = part.place[-2:]
+        return left[..., rows, :] * inner.scale, right[..., columns]
 
     def _with_magnitude(self, delta: Tensor, inner: LowRank, weight: Tensor) -> Tensor:
         """Return DoRA's weight: W + delta, scaled per output to `magnitude`.
@@ -116,24 +141,38 @@ class Adapter:
         return self._tensors.tensor(key)
 
 
-def check_base(adapter: Adapter, base_names: Collection[str], *, force: bool = False) -> None:
+def check_base(
+    adapter: Adapter, base_names: Collection[str], *, force: bool = False, cure: str = "use --force"
+) -> None:
     """Raise ModelError if an adapter names another base than `base_names`.
 
-    Hub ids compare without case and revision, cache folders by their Hub id, paths as resolved. An adapter without a
-    base name is accepted.
+    Hub ids compare without case, cache folders by their Hub id, paths as resolved; revisions where both are known. An
+    adapter without a base name is accepted. `cure`: what to do about a copy of its base.
     """
-    if force or not adapter.base_model or is_same_base(adapter.base_model, base_names):
+    if force or not adapter.base_model:
         return
-    raise ModelError(
-        f"{adapter.folder} was trained on {adapter.base_model}, not on {' alias '.join(base_names) or 'this base'}: it "
-        "does not match this base model. Give the adapter's base, or --force if this is a copy of it."
-    )
+    said = adapter.base_model + (f"@{adapter.revision}" if adapter.revision else "")
+    wrong = f"{adapter.folder} was trained on {said}, not on {' alias '.join(dict.fromkeys(base_names)) or 'this base'}"
+    if is_adapter(Path(adapter.base_model)):
+        raise ModelError(
+            f"{wrong}: its base is another adapter. Merge that adapter into its base (merge_and_unload, "
+            "save_pretrained), and give the result as the base."
+        )
+    if not is_same_base(adapter.base_model, base_names):
+        raise ModelError(
+            f"{wrong}: it does not match this base model. Give the adapter's base; for a copy of it, {cure}."
+        )
+    if not is_same_revision(said, base_names):
+        raise ModelError(f"{wrong}: it is another revision. Give the adapter's revision; for a copy of it, {cure}.")
 
 
-def _plain(change: WeightChange) -> LowRank | None:
-    """Return a change's low-rank part, if there is no other part."""
+def _plain(changes: Sequence[StoredChange]) -> tuple[LowRank, Part] | None:
+    """Return the low-rank change of all of a matrix, if there is no other change."""
+    change, part = changes[0].change, changes[0].part
     inner = change.low_rank
-    return inner if inner and not (inner.magnitude or inner.experts or change.whole or change.rows) else None
+    is_matrix = len(part.source) == sum(isinstance(axis, slice) for axis in part.place) == 2
+    plain = len(changes) == 1 and is_matrix and changes[0].whole
+    return (inner, part) if plain and inner and not (inner.magnitude or change.whole or change.rows) else None
 
 
 def _open(folder: Path) -> Weights:

@@ -14,25 +14,63 @@ from hf_contmerge.errors import ModelError
 CONFIG = "adapter_config.json"
 
 _BY_PATH = "Save it from peft with path_initial_model_for_weight_conversion=..., which converts it to a plain LoRA."
-_REFUSED = {
+
+READ = {
+    "alpha_pattern": "scaling by module",
+    "base_model_name_or_path": "compared with the base's name",
+    "bias": "trained biases are in the file",
+    "fan_in_fan_out": "orientation, where transformers does not know the architecture",
+    "init_lora_weights": "refused if it changes the base",
+    "lora_alpha": "scaling",
+    "lora_bias": "a bias of B, added to the module's bias",
+    "modules_to_save": "whole modules are in the file",
+    "peft_type": "LORA; others are refused",
+    "r": "rank and scaling",
+    "rank_pattern": "rank and scaling by module",
+    "revision": "compared with the base's revision",
+    "target_parameters": "which stacks of experts and other parameters are changed",
+    "trainable_token_indices": "which rows of a table are changed",
+    "use_dora": "one norm per output",
+    "use_rslora": "scaling",
+}
+"""Settings that decide what the tensors of an adapter mean."""
+
+TRAINING = {
+    "auto_mapping": "the class that was trained",
+    "corda_config": "start of a training",
+    "ensure_weight_tying": "tied tensors are compared",
+    "eva_config": "start of a training; ranks are in rank_pattern",
+    "exclude_modules": "the file holds what was trained",
+    "inference_mode": "whether to train on",
+    "layers_pattern": "the file holds what was trained",
+    "layers_to_transform": "the file holds what was trained",
+    "loftq_config": "start of a training",
+    "lora_dropout": "acts in training only",
+    "lora_ga_config": "start of a training",
+    "megatron_core": "a module's name",
+    "peft_version": "for information",
+    "qalora_group_size": "read with use_qalora only",
+    "runtime_config": "where to compute; never saved",
+    "target_modules": "the file holds what was trained",
+    "task_type": "which outputs the model has",
+}
+"""Settings without an effect on the weights after training."""
+
+REFUSED = {
     "alora_invocation_tokens": "acts on some tokens only, unlike a change of weights",
     "arrow_config": "routes tokens among adapters, unlike a change of weights",
     "kasa_config": "is relative to a base without its small singular values",
     "layer_replication": "makes a model with more layers than the base",
+    "megatron_config": "is one rank's share of a model split by Megatron",
     "monteclora_config": "draws its weights at random",
     "use_bdlora": "is block-diagonal (BD-LoRA), which is not supported",
     "use_qalora": "pools its inputs (QA-LoRA) for a quantised base",
     "velora_config": "is VeLoRA, which is not supported",
 }
-# Read here, or without effect after training.
-_KNOWN = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
-    "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
-    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
-    "trainable_token_indices", "use_dora", "use_rslora",
-}  # fmt: skip
+"""Settings that are refused unless empty."""
+
+_FROM_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_FROM_CHANGED_BASE = ("pissa", "corda", "olora", "lora_ga")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -79,6 +117,17 @@ def is_same_base(name: str, others: Collection[str]) -> bool:
     return any(ours & _identities(other) or _is_tail(name, other) or _is_tail(other, name) for other in others)
 
 
+def is_same_revision(name: str, others: Collection[str]) -> bool:
+    """Return True if a base's revision matches `others`, or is unknown.
+
+    A Hub id without revision is the branch main. Snapshots of the cache have their commit in the path.
+    """
+    ours = name.partition("@")[2]
+    theirs = {other.partition("@")[2] or "main" for other in others if not other.startswith(("/", "~", "."))}
+    commits = {part for other in others for part in Path(other).parts}
+    return not ours or not theirs or ours in theirs | commits
+
+
 def _identities(name: str) -> set[str]:
     """Return a base's Hub id (lower case, no revision) and resolved path.
 
@@ -122,18 +171,28 @@ def _pattern(settings: Mapping[str, Any], word: str, place: str, default: Any) -
 
 def _require_known(path: Path, settings: Mapping[str, Any]) -> None:
     for word, value in settings.items():
-        if value and word in _REFUSED:
-            raise ModelError(f"{path} sets {word}: the adapter {_REFUSED[word]}. It cannot be merged as weights.")
-        if value and word not in _KNOWN:
+        if value and word in REFUSED:
+            raise ModelError(f"{path} sets {word}: the adapter {REFUSED[word]}. It cannot be merged as weights.")
+        if value and word not in READ and word not in TRAINING:
             raise ModelError(
                 f"{path} sets {word} to {value!r}, an unknown setting. If it does not change the adapter's "
                 "output, remove this line; else merge the adapter into its base with peft and give the merged folder."
             )
-    init = str(settings.get("init_lora_weights")).lower()
-    if init.startswith(("pissa", "corda", "olora", "lora_ga")):
+    _require_start(path, settings.get("init_lora_weights", True))
+
+
+def _require_start(path: Path, init: Any) -> None:
+    """Raise ModelError if training did not start from the base's weights."""
+    word = str(init).lower()
+    if word.startswith(_FROM_CHANGED_BASE):
         raise ModelError(
             f"{path} has init_lora_weights {init}: training started from a changed base, so the adapter does not "
             f"fit the original one. {_BY_PATH}"
         )
-    if init == "loftq":
+    if word == "loftq":
         raise ModelError(f"{path} has init_lora_weights loftq: the adapter corrects a quantised base, not this one.")
+    if not isinstance(init, bool | None) and word not in _FROM_BASE:
+        raise ModelError(
+            f"{path} has init_lora_weights {init}, which is unknown: training may have started from a changed base. "
+            "Merge the adapter into its base with peft (merge_and_unload, save_pretrained); give the merged folder."
+        )

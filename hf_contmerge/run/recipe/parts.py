@@ -24,7 +24,7 @@ class DataSource(Part):
     """Rows of one dataset, and the choice of examples."""
 
     path: str
-    """A .json/.jsonl/.parquet/.csv/.txt/.arrow file or a folder of them, a Hub id, or quickstart:<name>."""
+    """A .json/.jsonl/.parquet/.csv/.tsv/.txt/.arrow file or a folder of them, a Hub id, or quickstart:<name>."""
     config: str | None = None
     revision: str | None = None
     split: str = "train"

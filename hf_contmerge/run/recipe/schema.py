@@ -6,7 +6,7 @@
       - {name: law,  dataset: law.jsonl}                          # trained on data, or
       - {name: code, expert: owner/code-model}                    # given, or
       - {name: chat, expert: owner/instruct, minus: owner/base}   # the difference of two other models
-    train:    {max_steps: 500, learning_rate: 1.0e-5}             # any field of TRL's SFTConfig, plus `strategy`
+    train:    {max_steps: 500, learning_rate: 1.0e-5}             # fields of TRL's SFTConfig, plus `strategy`
     merge:    [{rule: magmax, parameters: {lambda: 0.5}}, {rule: opcm}]
     evaluate: {general_tasks: [hellaswag]}
     guard:    {max_forgetting: 0.01, on: [general, stages], ladder: [shrink, keep_previous]}
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from hf_contmerge.run.recipe.parts import (
     DatasetField,
@@ -34,8 +34,13 @@ from hf_contmerge.run.recipe.parts import (
     Task,
     TasksField,
 )
+from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, read_fields
 
 StartFrom = Literal["base", "previous", "merged"]
+
+
+def _stage_fields(train: dict[str, Any]) -> dict[str, Any]:
+    return read_fields(train, ours=Train.model_fields, stage=True)
 
 
 class Stage(Part):
@@ -45,7 +50,7 @@ class Stage(Part):
     dataset: DatasetField | None = None
     expert: str | None = None
     minus: str | None = None
-    train: dict[str, Any] = Field(default={})
+    train: Annotated[dict[str, Any], AfterValidator(_stage_fields)] = Field(default={})
     """Overrides of the run's SFTConfig fields: learning_rate, max_steps, ...; DPOConfig fields for preference pairs."""
     tasks: TasksField = ()
     """Tasks in addition to the perplexity of the stage's held-out text."""
@@ -79,7 +84,7 @@ def _as_names(value: Any) -> Any:
 
 
 class Train(BaseModel):
-    """Training settings: `strategy`, its `parameters`, any field of TRL's SFTConfig."""
+    """Training settings: `strategy`, its `parameters`, fields of TRL's SFTConfig."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -89,6 +94,11 @@ class Train(BaseModel):
     """Parameters of the strategy; of several, by name: {lora: {r: 8}, replay: {examples: 100}}."""
     statistics: StatisticsSettings | None = None
     """Of each expert, for merge rules that need them: [inputs], or {examples: 64, ...}."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_trl_fields(cls, value: Any) -> Any:
+        return read_fields(value, ours=cls.model_fields) if isinstance(value, dict) else value
 
     def parameters_of(self) -> dict[str, dict[str, Any]]:
         """Return strategy -> its parameters."""
@@ -112,6 +122,11 @@ class Train(BaseModel):
         """SFTConfig fields set in the recipe."""
         return dict(self.model_extra or {})
 
+    @property
+    def changes_tokenizer(self) -> bool:
+        """True if experts and merges get another end, padding or chat template."""
+        return any(self.sft_fields.get(field) for field in TOKENIZER_FIELDS)
+
 
 class Merge(Part):
     """A merge rule, applied after each stage.
@@ -126,7 +141,9 @@ class Merge(Part):
     start_from: StartFrom | None = None
     """Start of the experts' training; default: as in the rule's paper."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the merged model's weights; auto: the base model's."""
+    """Type of the merged model's weights; auto: the base model's. Float32 weights of a 16-bit base stay float32."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """Of 16-bit weights. stochastic keeps the mean of updates smaller than the last bit; nearest drops them."""
     shard_size: Annotated[int, Field(ge=1)] = 5_000_000_000
     """Bytes per weight file, as in `save_pretrained(max_shard_size=...)`."""
     tokenizer_from: Name | None = None

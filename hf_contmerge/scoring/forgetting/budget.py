@@ -125,22 +125,22 @@ def judge(
         watched.append((GENERAL, base, [t.name for t in recipe.evaluate.general_tasks]))
     if "stages" in guard.on:
         watched += [(name, references[name], tasks[name]) for name in stages[:-1]]
-    found = [shift for group, then, names in watched for shift in shifts(group, now, then, names)]
-    known = sum(s.change.stderr is not None for s in found)
-    shared = 1 - 2 * (1 - guard.confidence) / max(known, 1)  # one side per interval, divided as in `exceeds`
-    losses = tuple(Shift(s.group, s.block, s.change.at(shared)) for s in found)
-    held = not exceeds([s.change for s in found], guard.max_forgetting, guard.confidence)
+    changes = [shift for group, then, names in watched for shift in shifts(group, now, then, names)]
+    measured = sum(s.change.stderr is not None for s in changes)
+    shared = 1 - 2 * (1 - guard.confidence) / max(measured, 1)  # one side per interval, divided as in `exceeds`
+    losses = tuple(Shift(s.group, s.block, s.change.at(shared)) for s in changes)
+    held = not exceeds([s.change for s in changes], guard.max_forgetting, guard.confidence)
     return Judgement(held, losses, tuple(shifts(stages[-1], now, base, tasks[stages[-1]])))
 
 
 def shifts(group: str, now: Scores, then: Scores, tasks: Sequence[str]) -> list[Shift]:
     """Return the mean change over tasks, by block."""
-    found: list[Shift] = []
+    changes: list[Shift] = []
     for block in BLOCKS:
         change = mean_change([(now, then, tasks)], block)
         if change is not None:
-            found.append(Shift(group, block, change))
-    return found
+            changes.append(Shift(group, block, change))
+    return changes
 
 
 def _sure_drop(shift: Shift) -> float:

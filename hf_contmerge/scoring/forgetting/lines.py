@@ -47,8 +47,8 @@ class Line:
         """
         general = self.general(tasks, block)
         delta = general_delta(general.rows[0], general.rows[-1]) if general else None
-        found = self.matrix(stages, block).metrics(self._alone(stages, block))
-        return {**found, "general_delta": delta, "fuar": self._fuar(stages, tasks, block)}
+        metrics = self.matrix(stages, block).metrics(self._alone(stages, block))
+        return {**metrics, "general_delta": delta, "fuar": self._fuar(stages, tasks, block)}
 
     def _alone(self, stages: Sequence[Stage], block: Block) -> Row:
         """Return e_j of each stage."""

@@ -78,8 +78,8 @@ class Change:
         if self.low is None or self.high is None or self.low == self.high:
             return None
         normal = NormalDist()
-        seen = normal.inv_cdf((1 + self.confidence) / 2)
-        return max(self.mean - self.low, self.high - self.mean) * (1 + normal.inv_cdf(_POWER) / seen)
+        limit = normal.inv_cdf((1 + self.confidence) / 2)
+        return max(self.mean - self.low, self.high - self.mean) * (1 + normal.inv_cdf(_POWER) / limit)
 
     def at(self, confidence: float) -> Change:
         """Return the difference with another confidence level (0 to 1)."""
@@ -100,15 +100,17 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
     Raises:
         RunError: the two scores of a task were measured on different documents.
     """
-    found = []
+    measured = []
     for new, old, names in groups:
         tasks = [t for t in names if any(t in scores and scores[t].block == block for scores in (new, old))]
         if any(t not in new or t not in old for t in tasks):
             return None
         if tasks:
-            found.append([(t, new[t], old[t]) for t in tasks])
+            measured.append([(t, new[t], old[t]) for t in tasks])
     parts = [
-        (task, _paired(task, new, old, 1 / len(tasks) / len(found))) for tasks in found for task, new, old in tasks
+        (task, _paired(task, new, old, 1 / len(tasks) / len(measured)))
+        for tasks in measured
+        for task, new, old in tasks
     ]
     return _change(_joined(parts), confidence) if parts else None
 
@@ -147,8 +149,8 @@ def exceeds(changes: Iterable[Change | None], allowed: float, confidence: float 
         allowed: tolerated drop in the same units; 0 or more.
         confidence: 0 to 1.
     """
-    known = [c for c in changes if c is not None and c.stderr is not None]
-    uppers = [c.at(1 - 2 * (1 - confidence) / len(known)).high for c in known]
+    measured = [c for c in changes if c is not None and c.stderr is not None]
+    uppers = [c.at(1 - 2 * (1 - confidence) / len(measured)).high for c in measured]
     return any(-upper > allowed for upper in uppers if upper is not None)
 
 

@@ -16,10 +16,11 @@ import torch
 import yaml
 from toys.hub_server import READ_TOKEN, Hub, Repo, hub_server
 from toys.loras import lora
-from toys.models import toy_llama, toy_tokenizer, write_jsonl
+from toys.models import toy_llama, toy_mixture, toy_tokenizer, write_jsonl
 from transformers import LlamaConfig
 
 from hf_contmerge.commands.main import main
+from hf_contmerge.loop.plan._dry_step import scoring_batch
 from hf_contmerge.models.weights import WeightsWriter
 
 Data = dict[str, Any]
@@ -84,6 +85,37 @@ def planned_and_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Pat
     for phase in ("train", "merge", "score"):
         run_command("run", home / "plan.yml", "--run", home / "run", "--until", phase)
     return found, home
+
+
+@pytest.mark.parametrize(
+    "train", [{}, {"strategy": "lora", "parameters": {"r": 2, "keep": True}}], ids=["full", "lora"]
+)
+def test_a_mixture_of_experts(
+    train: Data, recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """PyTorch's rule for a grouped product without data takes bfloat16 only."""
+    mixture = toy_mixture(tmp_path / "mixture", seed=0)
+    recipe |= {"base_model": str(mixture), "train": recipe["train"] | train}
+    code, out, _ = plan(recipe, "--json")
+    phases = {phase["phase"]: phase for phase in json.loads(out)["phases"]}
+    assert code == 0
+    weights = sum(file.stat().st_size for file in mixture.glob("*.safetensors"))
+    assert phases["train"]["memory_bytes"] > weights * (1 if train else 4)
+
+
+def test_the_products_of_experts_are_those_of_their_tokens(tmp_path: Path) -> None:
+    """Two of four experts see each token, so all products take twice those of one expert, whatever the number is."""
+    mixture = toy_mixture(tmp_path / "mixture", seed=0)
+    flops = []
+    for experts in (4, 2):
+        config = json.loads((mixture / "config.json").read_text()) | {"num_local_experts": experts}
+        (mixture / "config.json").write_text(json.dumps(config))
+        cost = scoring_batch(mixture, batch=2, length=64, init={"dtype": torch.float32, "trust_remote_code": False})
+        of_experts = {
+            s: n for s, n in cost.work.products.items() if s[:3] in ((256 // experts, 32, 96), (256 // experts, 48, 32))
+        }
+        flops.append(sum(of_experts.values()))
+    assert flops[0] == flops[1] == 2 * 2 * 256 * (32 * 96 + 48 * 32)
 
 
 @pytest.mark.slow
@@ -324,3 +356,18 @@ def test_a_gguf_base_needs_converting(recipe: Data, tmp_path: Path) -> None:
     out = run_command("plan", tmp_path / "gguf.yml", "--run", tmp_path / "run", HF_HOME=str(tmp_path / "home"))
     assert "is a GGUF file: the run first converts it to bfloat16" in out
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_rows_that_are_left_out(recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """The plan notes them by reason, for each stage."""
+    rows = [{"prompt": f"b {i} " + i * SENTENCE, "completion": " a bird"} for i in range(12)]
+    write_jsonl(tmp_path / "b.jsonl", [*rows, {"prompt": "b"}, None, {"prompt": "b", "completion": ""}])  # pyright: ignore
+    code, printed, told = plan(recipe)
+    assert code == 0, told
+    notes = [line for line in printed.splitlines() if line.startswith("Note: Stage b: ")]
+    path = tmp_path / "b.jsonl"
+    assert notes[:2] == [
+        f"Note: Stage b: 2 rows of {path} are left out, for they lack prompt or completion.",
+        f"Note: Stage b: 1 rows of {path} are left out, for they have an empty completion.",
+    ]
+    assert notes[2].endswith(" are left out, for they have no token to learn from within `max_length` (128).")

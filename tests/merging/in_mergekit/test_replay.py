@@ -203,14 +203,6 @@ def test_without_dtype_each_tensor_keeps_its_own(half, tmp_path):
 @pytest.mark.parametrize(
     ("rule", "dtype", "out_dtype", "text"),
     [
-        (
-            "magmax",
-            "float16",
-            None,
-            r"`dtype: float16` would round .* \(torch.bfloat16\) before the merge\. Set `dt",
-        ),
-        ("opcm", None, "float32", r"would be rounded to torch.bfloat16 before it is written as torch.float32\. Set"),
-        ("opcm", "bfloat16", "float16", "would be rounded to torch.bfloat16 before it is written as torch.float16"),
         ("ties", None, None, r"mergekit's own ties would compute .* in torch.bfloat16\. Set `dtype: float32`"),
         ("task_arithmetic", "bfloat16", None, "mergekit's own task_arithmetic would compute"),
     ],
@@ -221,10 +213,58 @@ def test_rounding_that_mergekit_would_do_is_refused(half, rule, dtype, out_dtype
     assert not (tmp_path / "out").exists()
 
 
-def test_half_precision_of_float32_inputs_is_refused(base_folder, expert_folders, tmp_path):
-    recipe = recipe_of([base_folder, *expert_folders], "magmax", dtype="bfloat16")
-    with pytest.raises(RecipeError, match=r"`dtype: bfloat16` would round .* \(torch.float32\) before the merge"):
-        by_engine(recipe, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [("bfloat16", None), ("float16", None), (None, "float16"), ("bfloat16", "float32"), ("bfloat16", "float16")],
+)
+@pytest.mark.parametrize(("rule", "rounding"), [("magmax", None), ("opcm", "nearest"), ("opcm", "stochastic")])
+def test_experts_are_never_rounded_first(base_folder, expert_folders, rule, rounding, dtype, out_dtype, tmp_path):
+    """Experts in float32: the update is rounded once, whatever dtype mergekit is asked to compute in."""
+    parameters = {**PARAMETERS.get(rule, {}), **({"rounding": rounding} if rounding else {})}
+    words = {"parameters": parameters, "dtype": dtype, "out_dtype": out_dtype}
+    theirs, ours = both(recipe_of([base_folder, *expert_folders], rule, **words), tmp_path)
+    assert_same(theirs, ours)
+    state = MergeState.create(tmp_path / "state", base=base_folder, rule=rule, **PARAMETERS.get(rule, {}))
+    state.add(*expert_folders)
+    loop = state.export(tmp_path / "loop", dtype=out_dtype or dtype, rounding=rounding)
+    assert_same(loop, ours)
+    kept = [json.loads((folder / "rounding.json").read_text()) for folder in (theirs, ours)]
+    assert kept[0] == kept[1] == json.loads((loop / "merge.json").read_text())["stored"]
+
+
+def test_an_update_smaller_than_the_last_bit(half, tmp_path, caplog):
+    """The usual `dtype: bfloat16` on experts in float32: kept on average, or a warning that says what to do."""
+    base, experts = half[0], []
+    for seed in (1, 2):
+        experts.append(in_dtype(base, tmp_path / f"x{seed}", {"": torch.float32}))
+        tensors, draw = load_file(experts[-1] / "model.safetensors"), torch.Generator().manual_seed(seed)
+        tensors = {n: t + 1e-5 * torch.randn(t.shape, generator=draw) for n, t in tensors.items()}
+        save_file(tensors, experts[-1] / "model.safetensors", metadata={"format": "pt"})
+    recipe = recipe_of([base, *experts], "average", dtype="bfloat16")
+    assert_same(*both(recipe, tmp_path))
+    assert json.loads((tmp_path / "theirs" / "rounding.json").read_text())["survival"] == pytest.approx(1, abs=0.15)
+    assert "rounding" not in caplog.text
+    theirs, ours = both(recipe | {"parameters": {"rounding": "nearest"}}, make(tmp_path / "nearest"))
+    assert_same(theirs, ours)
+    assert json.loads((ours / "rounding.json").read_text())["survival"] < 0.5
+    for out in (theirs, ours):
+        assert f"{out}: rounding takes part of the update (bfloat16, nearest rounding: " in caplog.text
+    assert caplog.text.count("`dtype: float32`, `rounding: stochastic` or a higher learning rate keeps more") == 2
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_what_the_base_holds_in_float32(half, dtype, tmp_path):
+    """Beside weights of 16 bits, as routers' biases are: it stays float32, under mergekit too."""
+    odd = [in_dtype(m, tmp_path / m.name, {"norm": torch.float32}) for m in half]
+    theirs, ours = both(recipe_of(odd, "magmax", dtype=dtype), tmp_path)
+    assert_same(theirs, ours)
+    for name, tensor in load_file(ours / "model.safetensors").items():
+        assert tensor.dtype == (torch.float32 if dtype == "float32" or "norm" in name else torch.bfloat16)
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
 
 
 def in_dtype(model, out, dtypes):

@@ -1,4 +1,4 @@
-"""Checks every merge rule must pass, for yours too. Needs torch only.
+"""Checks of merge rules. Needs torch only.
 
 from hf_contmerge.testing import check_rule
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Norms, StartFrom, State, Weight, named_rule, parameter_types, rule_of
+from hf_contmerge.testing._docs import docstring
 
 Oracle = Callable[..., Tensor]
 """Takes the task vectors of a matrix, in float64, and the rule's fields by name; returns merged - base."""
@@ -161,8 +162,7 @@ def says_what_it_is(rule: MergeRule) -> None:
     reference, start, starts = getattr(cls, "reference", ""), getattr(cls, "start_from", None), get_args(StartFrom)
     _require(reference.startswith("https://"), rule, f"`reference` must be a URL; it is {reference!r}")
     _require(start in starts, rule, f"`start_from` must be one of {starts}; it is {start!r}")
-    generated = f"{cls.__name__}("  # what dataclass writes where there is none
-    _require(bool(cls.__doc__) and not str(cls.__doc__).startswith(generated), rule, "the class has no docstring")
+    _require(bool(docstring(cls)), rule, "the class has no docstring")
 
 
 def is_made_again_by_its_parameters(rule: MergeRule) -> None:

@@ -1,0 +1,139 @@
+"""A step of TRL's trainer on a tiny model, with a stage's settings, tokenizer and examples.
+
+TRL and transformers check most combinations of settings when a trainer is made, and some in its first step: a run would
+be hours in. The tiny model is a Llama over the base's tokens, so a step takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PrinterCallback
+
+from hf_contmerge.errors import ContmergeError, RecipeError
+from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.train_strategies.lora import Lora
+from hf_contmerge.training.data import StageData
+from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.tokenizer import stage_tokenizer
+
+_ROWS = 4
+_LOOKED_AT = 64
+_ONE_STEP = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "save_strategy": "no",
+    "logging_strategy": "no", "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
+    "dataset_num_proc": None, "dataloader_num_workers": 0, "dataloader_prefetch_factor": None,
+    "dataloader_persistent_workers": False, "dataloader_multiprocessing_context": None, "full_determinism": False,
+    "router_aux_loss_coef": None, "enable_jit_checkpoint": False,
+}  # fmt: skip
+"""What would take long, or change this process, and has no check of TRL's to fail."""
+
+
+def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_remote_code: bool = False) -> None:
+    """Raise RecipeError for settings without a working trainer.
+
+    All ranks call this together. Launchers that shard weights are left out: they need the real model.
+    """
+    if train.sft_fields.get("deepspeed") or any(
+        os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED")
+    ):
+        return
+    _check_router(train, base, where, trust_remote_code)
+    _check_compiler(train, where)
+    tokenizer = stage_tokenizer(base, train, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch, _quietly():
+        settings = sft_settings(train, data, tokenizer, numel=0)
+        settings.pop("model_init_kwargs", None)
+        try:
+            _step(train, data, tokenizer, {**settings, **_ONE_STEP, "output_dir": scratch})
+        except ContmergeError:
+            raise
+        except Exception as error:  # code of others may fail in any way
+            raise RecipeError(f"{where} cannot be followed: {_first_sentence(error)}") from error
+
+
+def _step(train: Train, data: StageData, tokenizer: Any, settings: dict[str, Any]) -> None:
+    trainer_type, config_type = trl_classes(data.form)
+    lora = isinstance(make_strategies(train).carrier, Lora)
+    pairs = data.form == "preference"
+    trainer = trainer_type(
+        model=_tiny(tokenizer, lora=lora),
+        args=config_type(**settings),
+        train_dataset=_shortest(data.train),
+        processing_class=tokenizer,
+        **({"ref_model": _tiny(tokenizer, lora=False)} if pairs and not lora else {}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if len(trainer.train_dataset):  # TRL may have dropped these few for their length
+        trainer.train()
+
+
+def _tiny(tokenizer: Any, *, lora: bool) -> Any:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=1 << 20, tie_word_embeddings=True,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    return Lora(r=1, target_modules=["q_proj"]).open(model, None) if lora else model
+
+
+def _shortest(rows: Dataset) -> Dataset:
+    """Return a few rows, short enough for any `max_length`."""
+    some = rows.select(range(min(len(rows), _LOOKED_AT)))
+    order = sorted(range(len(some)), key=lambda i: len(str(some[i])))
+    return some.select(order[:_ROWS])
+
+
+def _check_router(train: Train, base: Path, where: str, trust_remote_code: bool) -> None:
+    """Refuse a router's loss for a model without experts, as TRL does."""
+    if train.sft_fields.get("router_aux_loss_coef"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
+        if not hasattr(config, "output_router_logits"):
+            raise RecipeError(
+                f"{where}.router_aux_loss_coef is for mixtures of experts, and {base} is none. Remove it."
+            )
+
+
+def _check_compiler(train: Train, where: str) -> None:
+    """Refuse unknown backends and modes of torch.compile; compile nothing."""
+    backend, mode = (train.sft_fields.get(f"torch_compile_{word}") for word in ("backend", "mode"))
+    if backend or mode:
+        try:
+            torch.compile(torch.nn.Identity(), backend=backend or "inductor", mode=mode)
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(f"{where}: torch.compile refuses {backend or mode}: {error}") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    words = " ".join(str(error).split()) or "no reason given"
+    return f"{words if words.endswith('.') else words + '.'} ({type(error).__name__} of TRL or transformers)"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep warnings for the real training, and random states for the caller."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    plain, arrays, level = random.getstate(), np.random.get_state(), logging.root.manager.disable
+    gc.freeze()  # the trainer collects garbage, which would look through all libraries for a second
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            logging.disable(level)
+            random.setstate(plain)
+            np.random.set_state(arrays)

@@ -1,0 +1,75 @@
+"""Formats over columns, such as "{question}\\n{answer}"."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_contmerge.errors import DataError
+
+
+@dataclass(frozen=True)
+class Format:
+    """A column's name, or a format over columns."""
+
+    text: str
+    columns: tuple[str, ...]
+    is_column: bool
+
+    def fill(self, row: Mapping[str, Any], *, exact: bool) -> str:
+        """Return a row's text. Raises ValueError for a value that a field's format rejects.
+
+        `exact`: show values of JSON as JSON.
+        """
+        return shown(row[self.text], exact=exact) if self.is_column else _Columns(exact).vformat(self.text, (), row)
+
+
+def read_format(text: str, columns: Collection[str], where: str) -> Format:
+    """Return the format in a text; a column's name stands for the column.
+
+    Raises DataError for text that is neither.
+    """
+    if text in columns:
+        return Format(text, (text,), True)
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise DataError(f"{where} is no format string: {text!r} ({error}).") from error
+    if "" in fields:
+        raise DataError(f"{where} has a field without a name: {text!r}. Name the column, such as {{question}}.")
+    return Format(text, tuple(dict.fromkeys(fields)) or (text,), not fields)
+
+
+def shown(value: Any, *, exact: bool) -> str:
+    """Return a value as text: a string unchanged, others as Python or JSON shows them."""
+    if isinstance(value, str) or not exact or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+class _Columns(string.Formatter):
+    """Takes each field for a column's name, dots and brackets included."""
+
+    def __init__(self, exact: bool) -> None:
+        self._exact = exact
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+        return kwargs[field_name], field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if not format_spec:
+            return shown(value, exact=self._exact)
+        try:
+            return format(value, format_spec)
+        except ValueError:
+            return format(_number(value), format_spec)  # CSV has numbers as strings
+
+
+def _number(text: Any) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
