@@ -1,20 +1,28 @@
 """Training on CUDA in bfloat16: every strategy, pairs of answers, statistics, and whole runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from toys.models import toy_llama
 from toys.recipes import toy_recipe
-from train_strategies.test_all_strategies import CASES, LIGHT, learn, refused_here, weights
+from train_strategies.test_all_strategies import CASES, course_of, refused_here, weights
 
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.statistics import Statistics
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import StatisticsSettings
+from hf_contmerge.testing.course import STEPS, texts_of, write_texts
 from hf_contmerge.train_strategies.migu import Migu
 from hf_contmerge.training.settings import training_checks
 from hf_contmerge.training.statistics import collect_inputs
+
+
+def learn(case: str, stage: int, home: Path, name: str, **fields: Any) -> dict[str, Any]:
+    """Train a stage of a course in `home`, which holds its base."""
+    data = texts_of(write_texts(home / f"{name}.jsonl", stage))
+    return course_of(case, home).train(stage, name, data, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +35,10 @@ def test_two_stages_in_bfloat16(case: str, base: Path, tmp_path: Path) -> None:
     if why := refused_here(case):
         pytest.skip(why)
     (tmp_path / "base").symlink_to(base)
-    records = [learn(case, stage, tmp_path, name, bf16=True) for stage, name in enumerate(("first", "second"))]
+    records = [learn(case, stage, tmp_path, name, bf16=True) for stage, name in enumerate(("first", "second"), 1)]
     for record in records:
         losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
-        assert len(losses) == LIGHT["max_steps"]
+        assert len(losses) == STEPS
         assert sum(losses[-2:]) < sum(losses[:2])
     expert, start = weights(tmp_path / "second"), weights(tmp_path / "first")
     assert {n: t.shape for n, t in expert.items()} == {n: t.shape for n, t in weights(base).items()}
@@ -58,11 +66,11 @@ def test_a_layer_that_no_step_calls_leaves_migu_on_the_card(base: Path) -> None:
 def test_training_that_was_killed_goes_on(case: str, base: Path, tmp_path: Path) -> None:
     """To the weights of training that was not: to rounding, as attention adds up its gradients in any order."""
     (tmp_path / "base").symlink_to(base)
-    learn(case, 0, tmp_path, "first")
-    learn(case, 1, tmp_path, "second")
+    learn(case, 1, tmp_path, "first")
+    learn(case, 2, tmp_path, "second")
     (tmp_path / "broken-checkpoints").mkdir()
     (tmp_path / "second-checkpoints/checkpoint-3").rename(tmp_path / "broken-checkpoints/checkpoint-3")
-    learn(case, 1, tmp_path, "broken")
+    learn(case, 2, tmp_path, "broken")
     one, other, start = (weights(tmp_path / name) for name in ("broken", "second", "first"))
     moved = torch.stack([torch.dist(other[n], start[n]) for n in start]).norm()
     assert torch.stack([torch.dist(one[n], other[n]) for n in start]).norm() <= 1e-3 * moved
@@ -83,7 +91,7 @@ def test_statistics_are_those_of_the_cpu(base: Path) -> None:
 
 def test_a_trained_expert_has_statistics(base: Path, tmp_path: Path) -> None:
     (tmp_path / "base").symlink_to(base)
-    learn("full", 0, tmp_path, "first", statistics=StatisticsSettings(kinds=["inputs"], examples=8))
+    learn("full", 1, tmp_path, "first", statistics=StatisticsSettings(kinds=["inputs"], examples=8))
     name = "model.layers.0.mlp.down_proj.weight"
     moment = Statistics(tmp_path / "first").of(name, ["inputs"], torch.device("cuda"))["inputs"]
     assert moment.shape == (64, 64)

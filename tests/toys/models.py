@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from hf_contmerge.testing.toys import BOS, EOS, PAD
+from hf_contmerge.testing.toys import BOS as BOS
+from hf_contmerge.testing.toys import CHATML as CHATML
+from hf_contmerge.testing.toys import EOS as EOS
+from hf_contmerge.testing.toys import PAD as PAD
+from hf_contmerge.testing.toys import SPECIAL as SPECIAL
 from hf_contmerge.testing.toys import TEXT as TEXT
 from hf_contmerge.testing.toys import toy_llama as toy_llama
 from hf_contmerge.testing.toys import toy_tokenizer as toy_tokenizer
