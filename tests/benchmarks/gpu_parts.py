@@ -251,7 +251,8 @@ COURSES = """
 import json, sys, time, traceback
 from pathlib import Path
 from toys.models import toy_llama
-from train_strategies.test_all_strategies import CASES, learn, refused_here
+from hf_contmerge.testing.course import texts_of, write_texts
+from train_strategies.test_all_strategies import CASES, course_of, refused_here
 
 home, bf16, steps, few = Path(sys.argv[1]), sys.argv[2] == "bf16", int(sys.argv[3]), sys.argv[4] == "quick"
 found = {}
@@ -264,8 +265,10 @@ for case in CASES[:2] if few else CASES:
         folder.mkdir(parents=True)
         toy_llama(folder / "base", seed=0, hidden=64)
         start, losses = time.perf_counter(), []
-        for stage, name in enumerate(("first", "second")):
-            record = learn(case, stage, folder, name, bf16=bf16, max_steps=steps, learning_rate=2e-3)
+        for stage, name in enumerate(("first", "second"), 1):
+            data = texts_of(write_texts(folder / f"{name}.jsonl", stage))
+            record = course_of(case, folder).train(
+                stage, name, data, bf16=bf16, max_steps=steps, learning_rate=2e-3)
             losses.append([entry["loss"] for entry in record["log"] if "loss" in entry])
         found[case] = {"losses": losses, "seconds": time.perf_counter() - start}
     except Exception:
@@ -489,16 +492,18 @@ if int(os.environ.get("WORLD_SIZE", "1")) > 1:
 from hf_contmerge.runtime.launching import join_ranks, leave_ranks
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.scoring.score import score_model
-from train_strategies.test_all_strategies import data_of, train
+from hf_contmerge.testing.course import texts_of
+from train_strategies.test_all_strategies import course_of
 
 home, name, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ranks, crew = join_ranks()
 if ranks.is_main_process:
-    (home / name).mkdir()
+    (home / name).mkdir(exist_ok=True)
 ranks.wait_for_everyone()
-train(sys.argv[4], 0, home, name, data_of(home / "text.jsonl"), per_device_train_batch_size=batch, bf16=False)
+course_of(sys.argv[4], home).train(
+    1, name, texts_of(home / "text.jsonl"), per_device_train_batch_size=batch, bf16=False)
 _, scores = score_model(home / "base", [Task(name=n) for n in ("bible", "topics")], task_folder=home / "tasks",
-    ranks=ranks, evaluate=Evaluate(dtype="float32", batch_size=4))
+    ranks=crew.ranks, evaluate=Evaluate(dtype="float32", batch_size=4))
 if ranks.is_main_process:
     (home / f"{name}.json").write_text(json.dumps({n: s.gains for n, s in scores.items()}))
 leave_ranks()
@@ -509,7 +514,8 @@ TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 def ranks(table: Table, home: Path) -> None:
     """Two ranks on one card, joined by gloo."""
     from toys.models import toy_llama
-    from train_strategies.test_all_strategies import texts
+
+    from hf_contmerge.testing.course import write_texts
 
     env = ON_CPU if table.device == "cpu" else {}
     made = folders(table, home, "176M", 2)
@@ -527,7 +533,7 @@ def ranks(table: Table, home: Path) -> None:
         table.add("opcm, 176M parameters, two ranks against one", figure, "the same bytes", met=same)
     toy_llama(home / "base", seed=0, hidden=64)
     scores.write_tasks(home / "tasks", few=True)
-    texts(home / "text.jsonl", 0)
+    write_texts(home / "text.jsonl", 1)
     (home / "ranks.py").write_text(ONE_CARD)
     for case in ("full",) if table.quick else ("full", "lora", "migu", "ewc"):
         with table.attempt(f"training and scoring on two ranks, {case}"):
