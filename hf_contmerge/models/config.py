@@ -103,3 +103,32 @@ def config(folder: Path) -> dict[str, Any]:
 def text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the text part of a multimodal config, else an empty mapping."""
     return values.get("text_config") or {}
+
+
+def setting(values: Mapping[str, Any], word: str) -> Any:
+    """Return a field of a config, or of its text part."""
+    return values.get(word, text_config(values).get(word))
+
+
+def vocabulary_size(values: Mapping[str, Any]) -> int | None:
+    """Return the rows of the vocabulary tables."""
+    return values.get("vocab_size") or text_config(values).get("vocab_size")
+
+
+def optional_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file; empty if it is missing. Raises ModelError for a damaged one."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {file}: {error!r}. Fetch it again.") from error
+
+
+def chat_template(folder: Path) -> Any:
+    """Return a model's chat template as stored: text, a list of several, or None."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    places = (optional_json(folder / f"{name}.json") for name in ("chat_template", "tokenizer_config"))
+    return next((found for values in places if (found := values.get("chat_template"))), None)

@@ -6,7 +6,6 @@ numbers. Sums of such weights belong to no model.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.architecture import load_config
-from hf_contmerge.models.config import config, text_config, tokens_of
+from hf_contmerge.models.config import chat_template, config, optional_json, setting, tokens_of
 
 LOG = logging.getLogger(__name__)
 
@@ -133,9 +132,9 @@ def _tokens(folder: Path) -> dict[str, int] | None:
     tokens = tokens_of(folder)
     if tokens is None:
         return None
-    added = _read(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    added = optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     listed = {t["content"]: int(n) for n, t in added.items() if isinstance(t, dict) and "content" in t}
-    return {**tokens, **listed, **_read(folder / "added_tokens.json")}
+    return {**tokens, **listed, **optional_json(folder / "added_tokens.json")}
 
 
 def _check_files(base: Path, other: Path) -> None:
@@ -155,28 +154,10 @@ def _notes(base: Path, other: Path) -> Iterator[str]:
     if new := sorted(theirs.keys() - ours.keys()) if ours else []:
         more = f" and {len(new) - 1} more tokens" if len(new) > 1 else ""
         yield f"{other} adds {new[0]!r}{more} to the tokenizer of {base}; a merged model has the base's tokenizer."
+    files = config(base), config(other)
     for word in _NOTED:
-        pair = [config(folder).get(word, text_config(config(folder)).get(word)) for folder in (base, other)]
+        pair = [setting(values, word) for values in files]
         if None not in pair and pair[0] != pair[1]:
             yield f"{other} has {word} {pair[1]}, {base} has {pair[0]}; a merged model has the base's."
-    if ours and theirs and template(base) != template(other) and template(other):
+    if ours and theirs and chat_template(base) != chat_template(other) and chat_template(other):
         yield f"{other} has another chat template than {base}; a merged model has the base's."
-
-
-def template(folder: Path) -> Any:
-    """Return a model's chat template as stored."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    return _read(folder / "chat_template.json").get("chat_template") or _read(folder / "tokenizer_config.json").get(
-        "chat_template"
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read {path}: {error!r}. Fetch it again.") from error

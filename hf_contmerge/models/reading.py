@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_contmerge.models.architecture import Architecture, Place, find_architecture
-from hf_contmerge.models.config import config, text_config
+from hf_contmerge.models.config import config, setting, vocabulary_size
 
 Shapes = Mapping[str, tuple[int, ...]]
 Equal = Callable[[str, str], bool]
@@ -79,15 +79,14 @@ def known_architecture(folder: Path, names: Iterable[str], *, tied: bool | None 
 
 def tied_flag(folder: Path) -> bool | None:
     """Return `tie_word_embeddings` of config.json; None if it is left to the architecture."""
-    values = config(folder)
-    return values.get("tie_word_embeddings", text_config(values).get("tie_word_embeddings"))
+    return setting(config(folder), "tie_word_embeddings")
 
 
 def _may_repeat(values: Mapping[str, Any], shapes: Shapes) -> bool:
     """Say if tables of the vocabulary could be one table stored twice."""
-    vocabulary = values.get("vocab_size") or text_config(values).get("vocab_size")
+    vocabulary = vocabulary_size(values)
     tables = [shape for shape in shapes.values() if len(shape) in (1, 2) and shape[0] == vocabulary]
-    untied = values.get("tie_word_embeddings", text_config(values).get("tie_word_embeddings")) is False
+    untied = setting(values, "tie_word_embeddings") is False
     return len(tables) > (2 if untied else 1)
 
 
@@ -120,7 +119,7 @@ def _is_uneven(values: Mapping[str, Any], shapes: Shapes) -> bool:
         stacks[stack].add(frozenset(names))
     if any(len(kinds) > 1 for kinds in stacks.values()) or not layers:
         return True
-    vocabulary = values.get("vocab_size") or text_config(values).get("vocab_size")
+    vocabulary = vocabulary_size(values)
     tables = [shape for shape in shapes.values() if len(shape) == 2 and shape[0] == vocabulary]
-    untied = values.get("tie_word_embeddings", text_config(values).get("tie_word_embeddings")) is False
+    untied = setting(values, "tie_word_embeddings") is False
     return len(tables) != (2 if untied else 1)

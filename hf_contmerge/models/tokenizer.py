@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_contmerge.models.config import tokens_of
+from hf_contmerge.models.config import chat_template, optional_json, tokens_of
 from hf_contmerge.runtime.files import remove
 
 _FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges", "spiece")
@@ -107,25 +107,18 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _special(folder: Path, name: str) -> str:
-    token = _read(folder / "tokenizer_config.json").get(f"{name}_token")
+    token = optional_json(folder / "tokenizer_config.json").get(f"{name}_token")
     return (token.get("content") if isinstance(token, dict) else token) or ""
 
 
 def _template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = _read(folder / "tokenizer_config.json").get("chat_template")
+    found = chat_template(folder)
     return found if isinstance(found, str) else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Rewrite a JSON file if it exists and the change changes it."""
-    before = _read(file)
+    before = optional_json(file)
     after = change(dict(before))
     if file.is_file() and after != before:
         file.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import config, depths, text_config
+from hf_contmerge.models.config import config, depths, vocabulary_size
 from hf_contmerge.models.contents import weight_files
 from hf_contmerge.models.reading import no_weights
 
@@ -129,8 +129,7 @@ class Weights:
     @functools.cached_property
     def vocabulary(self) -> int | None:
         """Rows of the vocabulary tables, by config.json."""
-        values = config(self.folder)
-        return values.get("vocab_size") or text_config(values).get("vocab_size")
+        return vocabulary_size(config(self.folder))
 
     @functools.cached_property
     def depths(self) -> Mapping[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import config, text_config
+from hf_contmerge.models.config import config, setting, vocabulary_size
 from hf_contmerge.models.memory import Held, Part, in_memory, whole_place
 from hf_contmerge.models.weights import Weights
 
@@ -162,11 +162,9 @@ def _is_oblong(base: Weights, name: str) -> bool:
 def tied_table(base: Weights) -> str | None:
     """Return the tied vocabulary table's stored name, if any."""
     values = config(base.folder) if (base.folder / "config.json").is_file() else {}
-    text = text_config(values)
-    tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    if tied is False or any(_HEAD.search(name) for name in base.names):
+    if setting(values, "tie_word_embeddings") is False or any(_HEAD.search(name) for name in base.names):
         return None
-    vocabulary = values.get("vocab_size") or text.get("vocab_size")
+    vocabulary = vocabulary_size(values)
     tables = [n for n in base.names if _TABLE.search(n) and len(base.shape(n)) == 2]
     tables = [n for n in tables if base.shape(n)[0] == vocabulary] or tables
     return tables[0] if len(tables) == 1 else None
