@@ -33,6 +33,7 @@ _MEANING = re.compile(
 )
 """Fields compared for architectures unknown to transformers, whose other fields may be notes of a trainer."""
 
+_KEPT = "a merged model has the base's, unless hf_contmerge trained the expert."
 _VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
@@ -158,6 +159,6 @@ def _notes(base: Path, other: Path) -> Iterator[str]:
     for word in _NOTED:
         pair = [setting(values, word) for values in files]
         if None not in pair and pair[0] != pair[1]:
-            yield f"{other} has {word} {pair[1]}, {base} has {pair[0]}; a merged model has the base's."
+            yield f"{other} has {word} {pair[1]}, {base} has {pair[0]}; {_KEPT}"
     if ours and theirs and chat_template(base) != chat_template(other) and chat_template(other):
-        yield f"{other} has another chat template than {base}; a merged model has the base's."
+        yield f"{other} has another chat template than {base}; {_KEPT}"

@@ -48,7 +48,7 @@ with code of its own (`auto_map`) is merged by names alone, and its code is not 
 - **Function.** Fields of config.json that change what equal weights compute (rotary base and scaling, numbers of heads,
   activation, norm epsilon, sliding window, experts per token) must be the base's, and so must the tokens at equal
   numbers. Spellings of older releases count as equal. `contmerge merge add --force` skips this check. Other token ids,
-  templates and added tokens give a warning: a merged model has the base's.
+  templates and added tokens give a warning: a merged model has the base's, unless training here set them.
 - **What is copied and published.** Config, tokenizer, processor, templates, licence, and the code behind `auto_map`, by
   name. Trainer state, logs, notes and links out of the folder are not.
 

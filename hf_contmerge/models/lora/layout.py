@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.lora.matching import HeldNames, Tie, equal
+from hf_contmerge.models.lora.matching import HeldNames, Tie
 from hf_contmerge.models.lora.settings import CONFIG, scaling, token_rows
 from hf_contmerge.models.memory import Held, Part
-from hf_contmerge.models.weights import Weights
+from hf_contmerge.models.weights import Weights, equal
 
 LOG = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config, setting, vocabulary_size
 from hf_contmerge.models.memory import Held, Part, in_memory, whole_place
@@ -17,7 +15,6 @@ _WRAPPERS = {"model", "language_model", "text_model", "transformer", "base_model
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _TABLE = re.compile(r"(^|\.)(\w*embed\w*|wte)\.weight$")
 _OUTPUT = "lm_head.weight"
-_ROWS = 4096  # rows of a table compared at once
 
 
 class StoredNames:
@@ -168,17 +165,3 @@ def tied_table(base: Weights) -> str | None:
     tables = [n for n in base.names if _TABLE.search(n) and len(base.shape(n)) == 2]
     tables = [n for n in tables if base.shape(n)[0] == vocabulary] or tables
     return tables[0] if len(tables) == 1 else None
-
-
-def equal(ours: Tensor, theirs: Tensor) -> bool:
-    """Compare the numbers of two tensors, in any types.
-
-    Tensors of different types are compared some rows at a time, to save memory.
-    """
-    if ours.shape != theirs.shape:
-        return False
-    if ours.dtype == theirs.dtype:
-        return bool(ours.equal(theirs))
-    if ours.dim() == 0:
-        return float(ours) == float(theirs)
-    return all(bool(x.float().equal(y.float())) for x, y in zip(ours.split(_ROWS), theirs.split(_ROWS), strict=True))
