@@ -49,22 +49,17 @@ class Architecture:
 
     def places(self, names: Iterable[str]) -> dict[str, Place]:
         """Return stored name -> its place. Names that transformers ignores are left out."""
-        from transformers.core_model_loading import dot_natural_key, rename_source_key
-
-        renamings, converters = self._conversions()
-        prefix, places = self.model.base_model_prefix, {}
-        for name in sorted(names, key=dot_natural_key):  # some renamings depend on this order
-            target, pattern = rename_source_key(name, renamings, converters, prefix, self.shapes)
-            if target not in self.shapes and name in self.shapes:
-                target, pattern = rename_source_key(name, [], [], prefix, self.shapes)
+        conversion, prefix, places = self.conversion(), self.model.base_model_prefix, {}
+        for name in in_order(names):
+            target, pattern = conversion.target(name)
             if target in self.shapes:
-                part = rename_source_key(name, renamings, [])[0] if pattern else target
+                part = conversion.part(name) if pattern else target
                 places[name] = Place(_with_prefix(part, target, prefix), target)
         return places
 
     def filled(self, target: str) -> set[str]:
         """Return the weights in memory made together with this one."""
-        patterns = [c.target_patterns for c in self._conversions()[1] if len(c.target_patterns) > 1]
+        patterns = [c.target_patterns for c in self.conversion().converters if len(c.target_patterns) > 1]
         together = [p for p in patterns if p[0] in target]
         others = {target.replace(p[0], other) for p in together for other in p}
         return {target, *(others & self.shapes.keys())}
@@ -80,32 +75,62 @@ class Architecture:
 
     def in_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return stored tensors as transformers holds them, by name in memory."""
-        from transformers.core_model_loading import dot_natural_key, rename_source_key
-
-        renamings, converters = self._conversions()
-        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        conversion = self.conversion()
         whole: dict[str, Tensor] = {}
         parts: dict[str, Any] = {}
-        for name in sorted(tensors, key=dot_natural_key):
-            prefix = self.model.base_model_prefix
-            target, pattern = rename_source_key(name, renamings, converters, prefix, self.shapes)
+        for name in in_order(tensors):
+            target, pattern = conversion.target(name)
             if pattern is None:
                 whole[target] = tensors[name]
             else:
-                parts.setdefault(target, by_pattern[pattern]).add_tensor(target, name, pattern, tensors[name])
+                parts.setdefault(target, conversion.converter(pattern)).add_tensor(target, name, pattern, tensors[name])
         for target, converter in parts.items():
             made = converter.convert(target, model=self.model, config=self.model.config)
             whole |= {name: part[0] if isinstance(part, list) else part for name, part in made.items()}
         return whole
 
-    def _conversions(self) -> tuple[list[Any], list[Any]]:
-        """Return fresh renamings and converters: they keep state."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
+    def conversion(self) -> Conversion:
+        """Return fresh rules, for one pass over a model's names: they keep state."""
+        return Conversion(self.model, self.shapes)
 
-        both = get_model_conversion_mapping(self.model)
-        converters = [c for c in both if isinstance(c, WeightConverter)]
-        return [c for c in both if not isinstance(c, WeightConverter)], converters
+
+class Conversion:
+    """The renamings and conversions of `from_pretrained` for a model."""
+
+    def __init__(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        both = get_model_conversion_mapping(model)
+        self.converters = [c for c in both if isinstance(c, WeightConverter)]
+        self._renamings = [c for c in both if isinstance(c, WeightRenaming)]
+        self._prefix, self._shapes = model.base_model_prefix, shapes
+
+    def target(self, stored: str) -> tuple[str, str | None]:
+        """Return a stored tensor's name in memory, and the pattern of its converter, if any."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(stored, self._renamings, self.converters, self._prefix, self._shapes)
+        if name not in self._shapes and stored in self._shapes:
+            return rename_source_key(stored, [], [], self._prefix, self._shapes)
+        return name, pattern
+
+    def part(self, stored: str) -> str:
+        """Return the present name of a part of a weight."""
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(stored, self._renamings, [])[0]
+
+    def converter(self, pattern: str) -> Any:
+        """Return the converter of a pattern."""
+        return next(c for c in self.converters if pattern in c.source_patterns)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort names as `from_pretrained` does; stacks and some renamings depend on it."""
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
 
 
 def find_architecture(folder: Path, *, tied: bool | None = None) -> Architecture | None:

@@ -6,16 +6,16 @@ Names differ (embed_out is lm_head), experts stored one by one are stacked, fuse
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.architecture import find_architecture
+from hf_contmerge.models.architecture import Architecture, Conversion, find_architecture, in_order
 from hf_contmerge.models.weights import Weights
 
 Place = tuple[int | slice, ...]
@@ -80,7 +80,7 @@ class InMemory:
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rename: Callable[[str], str] = str
 
-    @cached_property
+    @functools.cached_property
     def _places(self) -> Mapping[str, tuple[Held, ...]]:
         """Stored name -> the tensors in memory that hold it."""
         places: dict[str, dict[str, Held]] = defaultdict(dict)
@@ -130,15 +130,21 @@ def in_memory(base: Weights) -> InMemory:
     if architecture is None:
         return InMemory({})
     model = architecture.model
-    modules, rules = dict(model.named_modules()), _Rules(model)
+    modules, rules = dict(model.named_modules()), architecture.conversion()
     return InMemory(
-        held=_match(rules, base),
+        held=_match(architecture, rules, base),
         tables=frozenset(f"{n}.weight" for n, m in modules.items() if isinstance(m, torch.nn.Embedding)),
         conv1d=frozenset(f"{n}.weight" for n, m in modules.items() if isinstance(m, Conv1D)),
         in_out=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False)),
         ties=_ties(model),
-        rename=rules.rename,
+        rename=functools.partial(_renamed, rules),
     )
+
+
+def _renamed(rules: Conversion, name: str) -> str:
+    """Return today's name of a tensor in memory; adapters may have an older one."""
+    now, pattern = rules.target(name)
+    return name if pattern else now
 
 
 def _ties(model: Any) -> dict[str, tuple[str, ...]]:
@@ -148,12 +154,12 @@ def _ties(model: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for names in groups.values() if len(names) > 1 for name in names}
 
 
-def _match(rules: _Rules, base: Weights) -> dict[str, Held]:
+def _match(architecture: Architecture, rules: Conversion, base: Weights) -> dict[str, Held]:
     """Return name in memory -> tensor, with the stored weights in it."""
-    held = {name: Held(name, shape) for name, shape in rules.shapes.items()}
+    held = {name: Held(name, shape) for name, shape in architecture.shapes.items()}
     collected: dict[str, dict[str, list[_Array]]] = defaultdict(lambda: defaultdict(list))
-    for stored in rules.in_order(base.names):
-        name, pattern = rules.converted(stored)
+    for stored in in_order(base.names):
+        name, pattern = rules.target(stored)
         if name not in held:
             continue
         array = _Array.of(stored, base.shape(stored))
@@ -162,46 +168,9 @@ def _match(rules: _Rules, base: Weights) -> dict[str, Held]:
         else:
             collected[name][pattern].append(array)
     for name, arrays in collected.items():
-        for target, array in _targets(name, rules.converter(next(iter(arrays))), arrays, rules.shapes).items():
+        for target, array in _targets(name, rules.converter(next(iter(arrays))), arrays, architecture.shapes).items():
             held[target] = _filled(held[target], array)
     return held
-
-
-class _Rules:
-    """The renamings and conversions of `from_pretrained` for a model."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self.shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-    def in_order(self, stored: Iterable[str]) -> list[str]:
-        """Sort names as `from_pretrained` does, for the order of experts."""
-        from transformers.core_model_loading import dot_natural_key
-
-        return sorted(stored, key=dot_natural_key)
-
-    def converted(self, stored: str) -> tuple[str, str | None]:
-        """Return a weight's name in memory and its converter's pattern."""
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self.shapes)
-        if name not in self.shapes and stored in self.shapes:
-            return rename_source_key(stored, [], [], self._prefix, self.shapes)
-        return name, pattern
-
-    def rename(self, name: str) -> str:
-        """Return today's name of a tensor; adapters may have older ones."""
-        now, pattern = self.converted(name)
-        return name if pattern else now
-
-    def converter(self, pattern: str) -> Any:
-        return next(c for c in self._converters if pattern in c.source_patterns)
 
 
 def _filled(tensor: Held, array: _Array | str) -> Held:
