@@ -11,7 +11,7 @@ import numpy as np
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.parts import DataSource, Task
 from hf_contmerge.training._format import Format, read_format, shown
-from hf_contmerge.training._forms import checked_text, require_columns
+from hf_contmerge.training._forms import checked_text, place_in, require_columns
 from hf_contmerge.training._rows import Row, Rows
 
 
@@ -48,10 +48,10 @@ class Asked:
             return None
         if not isinstance(choices, list | tuple):
             raise DataError(f"{words} must be a list of continuations; got {choices!r:.60}.")
-        index = int(gold) if isinstance(gold, str) and gold.isdecimal() else gold
-        if not isinstance(index, int) or not 0 <= index < len(choices):
+        index = place_in(gold, choices)
+        if index is None:
             raise DataError(f"{column} must be the index of the right choice; got {gold!r} for {len(choices)} choices.")
-        return {"query": self._query(row), "choices": [self._shown(c, str(words)) for c in choices], "gold": int(index)}
+        return {"query": self._query(row), "choices": [self._shown(c, str(words)) for c in choices], "gold": index}
 
     def _lacks(self, row: Row) -> bool:
         return any(row.get(name) is None for name in self.question.columns)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import datasets
@@ -264,13 +264,17 @@ def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets
         return data.rename_columns({a: b for a, b in zip(layout.columns, layout.names, strict=True) if a != b})
     if not keep:
         return datasets.Dataset.from_list([])
-    chosen = set(keep)
-    first = next(e for e in examples.made() if not isinstance(e, str))
+    chosen, again = set(keep), replace(examples, limits=None)  # the limits were checked
+
+    def kept() -> Iterator[Row | str]:
+        return (example for i, example in enumerate(again.made()) if i in chosen)
+
+    first = cast(Row, next(kept()))
     facts = [_VERSION, rows.data._fingerprint, examples.spec.model_dump(mode="json"), keep, plain]
     return cast(
         datasets.Dataset,
         datasets.Dataset.from_generator(
-            lambda: (e for i, e in enumerate(examples.made()) if i in chosen),
+            kept,
             features=_features(first, plain=plain),
             fingerprint=Hasher.hash(facts),
         ),
@@ -307,13 +311,19 @@ def _put_words(row: Row, spec: DataSource) -> None:
     """Replace class numbers by words. Raises DataError for an unknown number."""
     for column, words in spec.labels.items():
         value = row.get(column)
-        number = int(value) if isinstance(value, str) and value.isdecimal() else value
-        if not isinstance(number, int) or not 0 <= number < len(words):
+        number = place_in(value, words)
+        if number is None:
             raise DataError(
                 f"the column {column} holds {value!r}, and `labels` has words for the classes 0 to "
                 f"{len(words) - 1}. Give each class a word, in the order of their numbers."
             )
         row[column] = words[number]
+
+
+def place_in(value: Any, listed: Sequence[Any]) -> int | None:
+    """Return a value as a place in a list, None if it is none; CSV has numbers as strings."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return int(number) if isinstance(number, int) and 0 <= number < len(listed) else None
 
 
 def _lacks(value: Any, *, alone: bool) -> bool:
