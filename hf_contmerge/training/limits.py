@@ -121,13 +121,9 @@ class TrainerLimits:
         turns = example["messages"]
         if not _may_exceed(self._render(turns, example), fields["max_length"]):
             return True
-        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-        marked = has_generation_markers(self.tokenizer.chat_template)
-        template = None if marked else get_training_chat_template(self.tokenizer)
         found = self.tokenizer.apply_chat_template(
             turns,
-            chat_template=template,
+            chat_template=self._marking_template,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -135,6 +131,14 @@ class TrainerLimits:
         )
         mask, longest = found["assistant_masks"], fields["max_length"]
         return 1 in (mask[:longest] if fields["truncation_mode"] == "keep_start" else mask[-longest:])
+
+    @functools.cached_property
+    def _marking_template(self) -> str | None:
+        """TRL's template that marks the assistant's turns; None if the tokenizer's does."""
+        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+        marked = has_generation_markers(self.tokenizer.chat_template)
+        return None if marked else get_training_chat_template(self.tokenizer)
 
     def _ids(self, value: Any, *, prompt: bool = False, **arguments: Any) -> list[Any]:
         """Return the tokens of a text, of each of several texts, or of turns."""

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from toys.reports import with_token
 
 from hf_contmerge.commands.main import main
 from hf_contmerge.errors import ResourceError, RunError
@@ -177,6 +178,14 @@ def test_the_command_prints_and_writes(pair, tmp_path, capsys, monkeypatch):
     assert (row["reference"], row["run"], row["seen"], row["documents"]) == ("old", "new", "better", "24")
     assert float(row["low"]) < float(row["difference"]) < float(row["high"])
     assert float(row["reference_value"]) == pytest.approx(math.exp(2.9))
+
+
+def test_tokens_of_a_recipe_are_not_shown(tmp_path):
+    runs = [make_run(tmp_path / name, kept=-2.9) for name in ("one", "two")]
+    with_token(runs[1])
+    out = tmp_path / "out"
+    write_comparison(compare_runs(runs), out)
+    assert not [p.name for p in out.iterdir() if "hf_verysecret" in p.read_text()]
 
 
 def test_a_file_in_the_way(pair, tmp_path):

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from toys.reports import KEPT, Page, make_run, make_score
+from toys.reports import KEPT, Page, make_run, make_score, with_token
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.report import _results
@@ -231,9 +231,13 @@ def test_costs_are_summed_by_phase(run):
     assert {c.seconds for c in trained} == {90.0}
 
 
-def test_the_page_escapes_names(tmp_path):
+def test_the_page_escapes_and_hides_tokens(tmp_path):
     run = make_run(tmp_path / "run", stages=1, merge=["magmax"], base_model="<script>alert(1)</script>")
+    with_token(run)
     write_report(run)
+    for name in ("index.html", "report.md"):
+        text = (run.folder / "report" / name).read_text()
+        assert "hf_verysecret" not in text
     assert "<script" not in (run.folder / "report" / "index.html").read_text()
 
 

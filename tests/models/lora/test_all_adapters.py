@@ -7,7 +7,6 @@ What peft itself cannot train, save or merge is no case.
 import dataclasses
 import json
 import typing
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,14 +211,6 @@ SAMPLE = [
     ("qwen3-moe", "parameters-patterns"), ("gpt-oss", "parameters-one"), ("olmo-hybrid", "dora"), ("t5", "all-linear"),
     ("llava", "table"), ("llava", "save-head"), ("qwen3-vl-moe", "parameters"),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Warnings of peft about tied tables, ranks and orientations are what these tests provoke."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Adapters against the real peft: what base + task vector is, and what is refused, with which words."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from hf_contmerge.models.weights import Weights
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOKENS = torch.tensor([[5, 6, 7, 8, 40]])
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Warnings of peft about tied tables, ranks and orientations are what these tests provoke."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")
