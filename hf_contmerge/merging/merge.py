@@ -114,7 +114,7 @@ class RunningMerge:
         return replace(self, experts=folded, running=out, running_norm=outcome.norms.running, survival=outcome.survival)
 
     def export(self, out: Output, *, crew: Crew | None = None) -> Survival:
-        """Write the merged model; return what its file keeps of the update.
+        """Write the merged model; return the survival of the update.
 
         A single unchanged expert at scale 1 keeps its bits.
         """

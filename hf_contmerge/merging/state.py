@@ -258,7 +258,7 @@ class MergeState:
         return out
 
     def exports(self) -> list[dict[str, Any]]:
-        """Return the written models, with what their files keep of the update."""
+        """Return the written models with the survival of their updates."""
         return read_exports(self.folder)
 
     def _rule(self, log: Log) -> MergeRule:

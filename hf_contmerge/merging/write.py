@@ -27,7 +27,7 @@ from hf_contmerge.runtime.crew import Crew, Job
 
 @dataclass(frozen=True)
 class Merged:
-    """The norms of all experts so far, the scale, and what the file keeps of the update."""
+    """All experts' norms, the scale, and the survival of the update."""
 
     norms: Norms
     scale: float
@@ -37,7 +37,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Output:
-    """The place of a merged model: empty folder, dtype, rounding, bytes per file."""
+    """A merged model's place: empty folder, dtype, rounding, bytes per file."""
 
     folder: Path
     dtype: torch.dtype | None = None
@@ -60,7 +60,7 @@ def write_merged(
     only: Expert | None = None,
     crew: Crew | None = None,
 ) -> Survival:
-    """Write base + scale * read_out(running); return what the file keeps. `only`: a single expert."""
+    """Write base + scale * read_out(running); return its survival."""
     crew, state = crew or Crew(), Running(running)
     writer = model_writer(base, out, crew)
     model = MergedModel(rule, base, found.scale, len(found.norms.experts), writer, out.rounding, only, crew)
@@ -142,7 +142,7 @@ class MergedModel:
         return Stored(name, self.writer.dtype(name), self.rounding, start)
 
     def survival(self, kept: Mapping[str, Kept]) -> Survival:
-        """Sum up what the tensors keep."""
+        """Sum up the tensors' survival."""
         return Survival.of(kept, main_dtype(self.writer.plan()), self.rounding, self.writer.nbytes)
 
 

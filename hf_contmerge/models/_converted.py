@@ -1,4 +1,4 @@
-"""Reads a model stored in another form than its base: experts one by one against stacks, fused against split maps.
+"""Reads models in another form than their base: stacks, fused maps.
 
 transformers converts stored tensors to its form in memory, and only moves elements. Numbering the base's elements and
 converting the numbers therefore shows where each element of the base's form lies in memory.
@@ -22,14 +22,14 @@ _AT_ONCE = 4  # groups kept: workers ask for their tensors in turn
 
 @dataclass(frozen=True)
 class _Group:
-    """Tensors of a base and of another model that make the same weights in memory."""
+    """Tensors of two models, in two stored forms of the same weights."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
 
 
 class Converted:
-    """The tensors that another model holds in another form."""
+    """A base's tensors, read from another model's stored form."""
 
     def __init__(self, architecture: Architecture, base: Weights, other: Weights) -> None:
         self._architecture, self._base, self._other = architecture, base, other
@@ -40,7 +40,7 @@ class Converted:
         self._values = functools.lru_cache(maxsize=_AT_ONCE)(self._make)
 
     def add(self, name: str, ours: Mapping[str, Place], theirs: Mapping[str, Place]) -> None:
-        """Look for a base's tensor in another form. Without one, `readers` lacks it."""
+        """Look for a base's tensor in another form."""
         if name in self.readers:
             return
         filled = self._architecture.filled

@@ -1,4 +1,4 @@
-"""Asks transformers which of its weights each stored tensor becomes.
+"""Asks transformers for the place of each stored tensor in memory.
 
 The model is built on the meta device: no data, a few milliseconds. Only code of transformers itself runs; a model with
 code of its own has no architecture here and is merged by the names in its files.
@@ -41,14 +41,14 @@ class Architecture:
 
     @functools.cached_property
     def ties(self) -> list[list[str]]:
-        """Groups of names that share one tensor, the main name first."""
+        """Groups of names for one shared tensor, the main name first."""
         groups: dict[str, list[str]] = {}
         for name, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
             groups.setdefault(source, [source]).append(name)
         return list(groups.values())
 
     def places(self, names: Iterable[str]) -> dict[str, Place]:
-        """Return stored name -> its place. Names that transformers ignores are left out."""
+        """Return stored name -> its place, without names ignored by transformers."""
         conversion, prefix, places = self.conversion(), self.model.base_model_prefix, {}
         for name in in_order(names):
             target, pattern = conversion.target(name)
@@ -65,7 +65,7 @@ class Architecture:
         return {target, *(others & self.shapes.keys())}
 
     def missing(self, places: Iterable[Place]) -> list[str]:
-        """Return the parameters that a model with these tensors lacks."""
+        """Return the parameters missing from these tensors."""
         loaded = {name for target in {p.target for p in places} for name in self.filled(target)}
         loaded |= {name for group in self.ties if not loaded.isdisjoint(group) for name in group}
         patterns = self.model._keys_to_ignore_on_load_missing or ()
@@ -90,7 +90,7 @@ class Architecture:
         return whole
 
     def conversion(self) -> Conversion:
-        """Return fresh rules, for one pass over a model's names: they keep state."""
+        """Return fresh rules for one pass over names: they keep state."""
         return Conversion(self.model, self.shapes)
 
 
@@ -107,7 +107,7 @@ class Conversion:
         self._prefix, self._shapes = model.base_model_prefix, shapes
 
     def target(self, stored: str) -> tuple[str, str | None]:
-        """Return a stored tensor's name in memory, and the pattern of its converter, if any."""
+        """Return a stored tensor's name in memory, and its converter's pattern."""
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(stored, self._renamings, self.converters, self._prefix, self._shapes)
@@ -134,7 +134,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def find_architecture(folder: Path, *, tied: bool | None = None) -> Architecture | None:
-    """Build a folder's model on the meta device; None if transformers does not know it.
+    """Build a folder's model on the meta device, if it is known.
 
     `tied`: replaces `tie_word_embeddings` of config.json.
     """
@@ -170,7 +170,7 @@ def load_config(folder: Path) -> Any:
 
 
 def _model_class(folder: Path, settings: Any) -> Any:
-    """Return the class of `architectures`; for a bare or unnamed one, the language model's."""
+    """Return the class of `architectures`, by default the language model's."""
     import transformers
 
     name = (config(folder).get("architectures") or [""])[0]

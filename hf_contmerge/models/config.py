@@ -116,7 +116,7 @@ def vocabulary_size(values: Mapping[str, Any]) -> int | None:
 
 
 def optional_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file; empty if it is missing. Raises ModelError for a damaged one."""
+    """Read a JSON file, {} without one. Raises ModelError if damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def optional_json(file: Path) -> dict[str, Any]:
 
 
 def chat_template(folder: Path) -> Any:
-    """Return a model's chat template as stored: text, a list of several, or None."""
+    """Return a model's chat template as stored: text, list or None."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

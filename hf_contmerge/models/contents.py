@@ -1,4 +1,4 @@
-"""Names the files that make a model: weights as `from_pretrained` picks them, companions, code.
+"""Lists the files of a model: weights, companions, code.
 
 Everything else in a folder (trainer state, logs, notes, other formats) is neither read nor copied nor published.
 """
@@ -29,7 +29,7 @@ _IMPORT = re.compile(r"^\s*(?:import\s+\.(\w+)\s*$|from\s+\.(\w+)\s+import)", re
 
 
 def weight_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
-    """Return the files read by `from_pretrained`, in order, and the names in their index.
+    """Return the files read by `from_pretrained`, and their index's names.
 
     A single file comes before an index. Every tensor of every listed file counts, listed by name or not.
 
@@ -49,7 +49,7 @@ def weight_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
 
 
 def is_weights(name: str) -> bool:
-    """Say if a file has the name of merged weights or their index."""
+    """Say if a file is named as weights or their index."""
     return bool(_WEIGHTS.fullmatch(name))
 
 
@@ -68,7 +68,7 @@ def companions(folder: Path) -> list[Path]:
 
 
 def check_contents(folder: Path) -> None:
-    """Raise ModelError for a folder with both model and adapter, or links to other places."""
+    """Raise ModelError for a mixed folder, or links to other places."""
     if (folder / ADAPTER).is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX)):
         whole = SINGLE if (folder / SINGLE).is_file() else INDEX
         raise ModelError(
@@ -96,7 +96,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _inside(folder: Path, by: Path, name: str) -> str:
-    """Return a file's name. Raises ModelError for a missing file or one outside the folder."""
+    """Return a file's name. Raises ModelError if missing or outside the folder."""
     if Path(name).name != name:
         raise ModelError(f"{by} points outside its folder: {name}. Fetch the model again.")
     if not (folder / name).is_file():
@@ -105,7 +105,7 @@ def _inside(folder: Path, by: Path, name: str) -> str:
 
 
 def _require_inside(folder: Path, path: Path) -> None:
-    """Raise ModelError for a link out of the model; the Hub cache links to its blobs."""
+    """Raise ModelError for links out of a model and the Hub's cache."""
     real, home = path.resolve(), folder.resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
@@ -126,7 +126,7 @@ def code_files(folder: Path) -> set[str]:
 
 
 def _modules(auto_map: Any) -> Iterator[str]:
-    """Yield the modules of an auto_map: `module.Class`, or lists of them for tokenizers."""
+    """Yield the modules of an auto_map, a tokenizer's lists too."""
     for value in auto_map.values() if isinstance(auto_map, dict) else ():
         for reference in value if isinstance(value, list) else [value]:
             if isinstance(reference, str) and "--" not in reference:  # else the code stays on the Hub

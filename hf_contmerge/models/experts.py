@@ -198,7 +198,7 @@ def _first_bytes(folder: Path) -> str:
 
 
 def check_mergeable(folder: Path) -> None:
-    """Raise ModelError if a folder's weights are quantised or incomplete. Reads headers only."""
+    """Raise ModelError for quantised or incomplete weights. Reads headers only."""
     if "quantization_config" in config(folder):
         method = config(folder)["quantization_config"].get("quant_method", "quantised")
         raise ModelError(f"{folder} is quantised ({method}). Dequantise it and save it as bfloat16 before merging.")

@@ -1,4 +1,4 @@
-"""Checks that equal weights mean the same in two models: configuration and tokens.
+"""Compares the meaning of two models' weights: configuration and tokens.
 
 Shapes do not show another rotary base, number of heads or activation, nor a vocabulary with other words at the same
 numbers. Sums of such weights belong to no model.
@@ -38,7 +38,7 @@ _VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "
 
 
 def check_function(base: Path, other: Path) -> None:
-    """Check what an expert's weights mean; log what a merged model does not take from it.
+    """Compare an expert's configuration and tokens with the base's; log losses.
 
     Raises:
         ModelError: equal weights or tokens mean something else than in the base.
@@ -69,7 +69,7 @@ def check_config(base: Path, other: Path) -> None:
 
 
 def _meanings(base: Path, other: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the fields of both configurations that change what weights mean.
+    """Return the fields of both configurations with an effect on weights' meaning.
 
     Spellings and defaults change between releases, so that files that differ are read by transformers.
     """
@@ -150,7 +150,7 @@ def _check_files(base: Path, other: Path) -> None:
 
 
 def _notes(base: Path, other: Path) -> Iterator[str]:
-    """Yield what the merged model takes from the base although the other model has more."""
+    """Yield what a merge takes from the base alone."""
     ours, theirs = _tokens(base) or {}, _tokens(other) or {}
     if new := sorted(theirs.keys() - ours.keys()) if ours else []:
         more = f" and {len(new) - 1} more tokens" if len(new) > 1 else ""

@@ -80,7 +80,7 @@ def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
 
 
 def _weight_files(texts: Path, files: list[str]) -> list[str]:
-    """Return the weight files that `from_pretrained` reads, and an adapter's."""
+    """Return the weight files read by `from_pretrained`, and an adapter's."""
     if SINGLE not in files and (texts / INDEX).is_file():
         return sorted(set(json.loads((texts / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     return [name for name in (SINGLE, "adapter_model.safetensors") if name in files]

@@ -99,7 +99,7 @@ def _view(base: Weights, other: Weights, names: Mapping[str, str], made: Convert
 def _matched(
     base: Weights, other: Weights, ours: Architecture, theirs: Architecture
 ) -> tuple[dict[str, str], Converted]:
-    """Match all weights that transformers loads.
+    """Match all weights loaded by transformers.
 
     Returns:
         The base's name -> the other model's, and the tensors that it holds in another form.
@@ -120,7 +120,7 @@ def _matched(
 
 
 def _ignored(base: Weights, other: Weights, loaded: set[str], theirs: set[str]) -> dict[str, str]:
-    """Return the tensors that transformers loads from neither model; a missing one keeps the base's values."""
+    """Return the tensors loaded from neither model: they keep the base's values."""
     rest = [name for name in base.names if name not in loaded]
     both = {name: name for name in rest if name in other.names and base.shape(name) == other.shape(name)}
     if kept := [name for name in rest if name not in both]:
@@ -141,7 +141,7 @@ def _is_tied(folder: Path, architecture: Architecture) -> bool:
 
 
 def _require(base: Weights, other: Weights, missing: set[str], extra: set[str]) -> None:
-    """Raise ModelError for weights that only one of two models has."""
+    """Raise ModelError for weights of one model only."""
     if not missing and not extra:
         return
     if extra and not missing and tied_flag(base.folder) is not False and all(_HEAD.search(name) for name in extra):

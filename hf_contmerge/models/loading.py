@@ -36,6 +36,6 @@ def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: An
 
 
 def runs_own_code(model: Any) -> bool:
-    """Say if a model in memory has code of its own, so that the user has trusted it."""
+    """Say if a model in memory has custom code: it is trusted."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__module__.startswith("transformers_modules.")

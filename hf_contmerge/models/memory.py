@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """A stored weight, or a part of it, in a tensor in memory.
+    """A stored weight or a part of it, in memory.
 
     `stored[source]` is `memory[place]`, transposed if `swapped`.
     """
@@ -62,7 +62,7 @@ class Held:
 
 @dataclass(frozen=True)
 class InMemory:
-    """The names of a base model's tensors in memory, as used by peft.
+    """The names in memory of a base's tensors, for peft.
 
     Attributes:
         held: name -> tensor, in the order of the modules' parameters.
@@ -82,7 +82,7 @@ class InMemory:
 
     @functools.cached_property
     def _places(self) -> Mapping[str, tuple[Held, ...]]:
-        """Stored name -> the tensors in memory that hold it."""
+        """Stored name -> its tensors in memory."""
         places: dict[str, dict[str, Held]] = defaultdict(dict)
         for tensor in self.held.values():
             for part in tensor.parts:
@@ -142,7 +142,7 @@ def in_memory(base: Weights) -> InMemory:
 
 
 def _renamed(rules: Conversion, name: str) -> str:
-    """Return today's name of a tensor in memory; adapters may have an older one."""
+    """Return a tensor's current name in memory; old adapters have others."""
     now, pattern = rules.target(name)
     return name if pattern else now
 

@@ -29,7 +29,7 @@ _HEAD = "lm_head.weight"
 
 
 class Reading(NamedTuple):
-    """What transformers makes of a folder's tensors."""
+    """Decides about a folder's tensors as transformers does when it loads."""
 
     places: Mapping[str, Place]
     """Stored name -> place, of the tensors that it loads."""
@@ -38,7 +38,7 @@ class Reading(NamedTuple):
 
 
 def no_weights(folder: Path, shapes: Shapes, equal: Equal) -> set[str]:
-    """Return the stored tensors that are no weights: old buffers and second copies of tied tables."""
+    """Return stored tensors other than weights: old buffers, second copies."""
     buffers = {name for name, shape in shapes.items() if is_buffer(name, shape)}
     if not buffers and not _may_repeat(config(folder), shapes):
         return set()
@@ -62,7 +62,7 @@ def read(architecture: Architecture, shapes: Shapes, equal: Equal) -> Reading:
 
 
 def missing(folder: Path, shapes: Shapes) -> list[str]:
-    """Return parameters that transformers would initialise at random, if there is any sign of them."""
+    """Return the parameters to be initialised at random, as far as known."""
     if not _is_uneven(config(folder), shapes):
         return []
     architecture = known_architecture(folder, shapes)
@@ -70,7 +70,7 @@ def missing(folder: Path, shapes: Shapes) -> list[str]:
 
 
 def known_architecture(folder: Path, names: Iterable[str], *, tied: bool | None = None) -> Architecture | None:
-    """Return a folder's architecture; None for one whose files follow code of its own."""
+    """Return a folder's architecture, None for one with custom code."""
     architecture = find_architecture(folder, tied=tied)
     if architecture and "auto_map" in config(folder) and architecture.missing(architecture.places(names).values()):
         return None
@@ -91,7 +91,7 @@ def _may_repeat(values: Mapping[str, Any], shapes: Shapes) -> bool:
 
 
 def _repeated(architecture: Architecture, places: Mapping[str, Place], equal: Equal) -> tuple[set[str], dict[str, str]]:
-    """Return the second copies of tied tensors, and names in memory -> stored name of the shared one."""
+    """Return second copies of tied tensors, and names -> the shared one."""
     stored = {place.key: name for name, place in places.items()}
     copies, shared = set[str](), dict[str, str]()
     for group in architecture.ties:
@@ -103,13 +103,13 @@ def _repeated(architecture: Architecture, places: Mapping[str, Place], equal: Eq
 
 
 def _repeated_head(folder: Path, shapes: Shapes, equal: Equal) -> set[str]:
-    """Return the head of a model unknown to transformers, if it is the tied table again."""
+    """Return an unknown model's head, if it repeats the tied table."""
     tables = [n for n, shape in shapes.items() if n != _HEAD and shape == shapes.get(_HEAD)]
     return {_HEAD} if tied_flag(folder) and any(equal(_HEAD, table) for table in tables) else set()
 
 
 def _is_uneven(values: Mapping[str, Any], shapes: Shapes) -> bool:
-    """Say if layers of a stack hold different tensors, or an untied head is not seen."""
+    """Say if a stack's layers differ, or an untied head is missing."""
     layers: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name in shapes:
         if match := _LAYER.match(name):

@@ -1,4 +1,4 @@
-"""The part of an update that is left in a file: sums, record, words."""
+"""The share of an update left after rounding: sums, record, words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORST = 3  # tensors named in a record
 
 @dataclass(frozen=True)
 class Kept:
-    """Squared norms of an update, of its stored part, and of their difference."""
+    """Squared norms of an update, its stored part and their difference."""
 
     update: float = 0.0
     moved: float = 0.0
@@ -50,7 +50,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Survival:
-    """The part of a model's update that is left in its file."""
+    """The share of a model's update left in its file."""
 
     dtype: str
     """Of most weights."""
@@ -85,22 +85,22 @@ class Survival:
         return self.survival < LEAST
 
     def in_words(self) -> str:
-        """Describe dtype, rounding, and what is kept."""
+        """Describe dtype, rounding and survival."""
         by = "" if self.rounding == "none" else f", {self.rounding} rounding"
         return f"{self.dtype}{by}: {100 * self.survival:.1f} % of the update kept, relative error {self.error:.2g}"
 
     @property
     def taken(self) -> str:
-        """The share that rounding took, in words."""
+        """The share lost to rounding, in words."""
         return f"rounding to {self.dtype} took {100 * min(1.0, 1.0 - self.survival):.0f} % of the update"
 
     def advice(self) -> str:
-        """Return what keeps more of the update."""
+        """Advise on keeping more of the update."""
         other = "" if self.rounding == "stochastic" else ", `rounding: stochastic`"
         return f"`dtype: float32`{other} or a higher learning rate keeps more"
 
     def warn(self, model: object) -> None:
-        """Log a warning if rounding took more than a tenth of the update."""
+        """Warn if rounding lost more than a tenth of the update."""
         if self.lossy:
             LOG.warning("%s: rounding takes part of the update (%s). %s.", model, self.in_words(), self.advice())
 

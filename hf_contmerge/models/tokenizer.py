@@ -1,4 +1,4 @@
-"""Changes of a tokenizer that leave its tokens alone: chat template, end, padding.
+"""Changes of a tokenizer besides its tokens: chat template, end, padding.
 
 Training can set them. They go into the files of experts and merges next to the weights.
 """
@@ -27,7 +27,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizerChange:
-    """What differs from the base's tokenizer; None where nothing does."""
+    """Differences from the base's tokenizer; None for equal fields."""
 
     eos: Token | None = None
     pad: Token | None = None
@@ -95,7 +95,7 @@ def tokenizer_change(base: Path, expert: Path) -> TokenizerChange:
 
 
 def tokenizer_folder(base: Path, expert: Path) -> Path:
-    """Return the folder of an expert's tokenizer: its own if it changes the base's."""
+    """Return an expert's folder if its tokenizer differs, else the base's."""
     return expert if tokenizer_change(base, expert) else base
 
 

@@ -38,7 +38,7 @@ def geometry_section(run: Run) -> Section:
 
 
 def storage_section(run: Run) -> Section:
-    """Return the section on what the files keep of the updates."""
+    """Return the section on the survival of updates."""
     rows = []
     for name, survival in stored(run).items():
         lost = ", ".join(f"{tensor} {100 * share:.0f} %" for tensor, share in survival.worst)
@@ -55,7 +55,7 @@ def storage_section(run: Run) -> Section:
 
 
 def stored(run: Run) -> dict[str, Survival]:
-    """Return what each entry's last model keeps of its update, where measured."""
+    """Return the survival of each entry's last model, where measured."""
     records = {
         entry.name: run.merged(t, entry).record("merge").get("stored")
         for entry in run.recipe.merge

@@ -47,7 +47,7 @@ class Results:
         return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
 
     def lossy(self, line: Line) -> Survival | None:
-        """Return what a merge's file keeps, if rounding took more than a tenth."""
+        """Return a merge's survival, if rounding lost more than a tenth."""
         survival = self.stored.get(line.name) if line in self.merges else None
         return survival if survival and survival.lossy else None
 

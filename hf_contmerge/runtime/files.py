@@ -55,7 +55,7 @@ def remove(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Flush a folder's files and entries to disk, those of its subfolders too."""
+    """Flush a folder's files and entries to disk, with subfolders."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -29,7 +29,7 @@ class TextTokens(_Parent):
 
     @functools.cached_property
     def beginning(self) -> list[int]:
-        """Tokens that the tokenizer puts in front of a text."""
+        """Tokens put in front of a text by the tokenizer."""
         whole, plain = (self.tokenizer.encode(_SAMPLE, add_special_tokens=special) for special in (True, False))
         starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         return whole[: next(starts, 0)]
@@ -37,7 +37,7 @@ class TextTokens(_Parent):
     def tok_encode(
         self, string: Any, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> Any:
-        """Return the tokens of a text, or of each text in a list.
+        """Return the tokens of a text, or of each text.
 
         Args:
             string: the text or texts.

@@ -1,4 +1,4 @@
-"""An lm-eval model that runs in vLLM."""
+"""An lm-eval model on vLLM."""
 
 from __future__ import annotations
 

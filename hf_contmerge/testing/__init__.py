@@ -1,4 +1,4 @@
-"""What every merge rule and training strategy must pass, for yours too.
+"""Conformance checks for merge rules and training strategies, yours too.
 
 from hf_contmerge.testing import check_rule, check_strategy
 

@@ -2,6 +2,6 @@
 
 
 def docstring(cls: type) -> str:
-    """Return a class's own docstring, without the line that dataclass writes."""
+    """Return a class's own docstring, without dataclass's line."""
     written = cls.__doc__ or ""
     return "" if written.startswith(f"{cls.__name__}(") else written

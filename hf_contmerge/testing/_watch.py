@@ -1,4 +1,4 @@
-"""Refuses hooks that change their inputs."""
+"""Refuses hooks with side effects on their inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROMISE = "leaves_its_inputs_alone"
 
 
 class BrokenPromise(AssertionError):
-    """What a strategy does and must not."""
+    """Checks of a strategy's duties and limits."""
 
     def __init__(self, who: object, promise: str, fault: str) -> None:
         super().__init__(f"{who} breaks {promise}: {fault}")
@@ -79,7 +79,7 @@ def _digest(value: Any) -> str:
 
 
 def _pieces(value: Any) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of weights and gradients, tensors, examples, or a folder's files."""
+    """Yield the bytes of weights, gradients, tensors, examples or files."""
     if isinstance(value, nn.Module):
         named = [*value.named_parameters(), *value.named_buffers()]
         yield from _pieces({name: [tensor, tensor.grad] for name, tensor in named})

@@ -34,7 +34,7 @@ _WORDS = {
 
 @dataclass
 class Course:
-    """A toy model that strategies train for two stages, each on first use.
+    """A toy model, trained for two stages on first use.
 
     The folder gets `base`, and of each training its expert (`first`), `first-memory` and `first-checkpoints`.
     """

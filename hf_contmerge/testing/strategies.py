@@ -30,7 +30,7 @@ _REFERENCE = re.compile(r"https?://|arXiv|\bdoi\b", re.IGNORECASE)
 
 
 def check_strategy(strategy: Strategy | Sequence[Strategy], /, **parameters: Any) -> None:
-    """Check a training strategy, or several combined; raise AssertionError for a broken promise.
+    """Check training strategies; raise AssertionError for a broken promise.
 
     The message names the promise. A toy Llama of 30,000 weights is trained for two stages of six steps, in seconds.
 
@@ -69,7 +69,7 @@ def _named(strategy: Strategy) -> tuple[str, type[TrainStrategy]]:
 
 
 def _promise(check: Callable[[Course], Iterator[str]]) -> Check:
-    """Return a check that raises for the first fault it finds."""
+    """Return a check; it raises for the first fault."""
 
     @functools.wraps(check)
     def kept(course: Course) -> None:
@@ -157,7 +157,7 @@ def keeps_names_shapes_and_finite_values(course: Course) -> Iterator[str]:
 
 
 def _task_vectors(expert: Path, base: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Yield the change of each weight, flat, of a whole model or an adapter."""
+    """Yield each weight's change, flat, of a model or adapter."""
     opened = open_expert(expert, base, force=True)
     for name in base.floating():
         tensor = base.tensor(name)

@@ -1,4 +1,4 @@
-"""A tiny real Llama and its tokenizer, made in well under a second."""
+"""A tiny real Llama and its tokenizer, made in a second."""
 
 import functools
 from pathlib import Path
@@ -30,7 +30,7 @@ CHATML = (
 
 @functools.cache
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of 384 entries, trained on TEXT, with a ChatML template."""
+    """Return a byte-level BPE tokenizer of 384 entries with ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,7 +61,7 @@ def toy_llama(
     hidden: int = 32,
     layers: int = 2,
 ) -> Path:
-    """Write a random Llama with its tokenizer and generation config, as `save_pretrained` does; return the folder."""
+    """Write a random Llama with tokenizer and generation config; return the folder."""
     tokenizer = toy_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),

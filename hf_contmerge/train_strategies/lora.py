@@ -19,7 +19,7 @@ from hf_contmerge.train_strategies._weights import trained
 
 @dataclass(init=False)
 class Lora(TrainStrategy):
-    """W <- W + (alpha / r) B A. Parameters: those of peft's LoraConfig.
+    """W <- W + (alpha / r) B A. Parameters: peft's LoraConfig.
 
     With `keep` the expert is a peft adapter of the base, not a whole model, and a stage that starts from the one before
     goes on training that same adapter, with the settings that it has.

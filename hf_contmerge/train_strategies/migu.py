@@ -72,7 +72,7 @@ class Migu(TrainStrategy):
 
 
 def _watched(model: PreTrainedModel) -> Iterator[tuple[nn.Linear, nn.Module]]:
-    """Yield each linear layer to mask, and the module whose outputs choose its rows."""
+    """Yield each layer to mask, and the module to choose its rows."""
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
     adapted = {

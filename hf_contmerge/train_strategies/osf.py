@@ -109,7 +109,7 @@ class Osf(TrainStrategy):
             return get_peft_model(model, config)
 
     def kept(self, size: int, share: float | None = None) -> int:
-        """Return how many directions of a layer of rank `size` this stage keeps.
+        """Return the number of directions kept of a layer's `size`.
 
         `share`: by its importance; None for effective_rank.
         """
@@ -149,7 +149,7 @@ def osf_layers(model: nn.Module) -> Iterator[Any]:
 
 
 def adaptive_shares(importance: Mapping[str, float], mrr: float, trr: float) -> dict[str, float]:
-    """Return the share to keep of each layer; nothing where none stands out."""
+    """Return each layer's share to keep; {} if none stands out."""
     mean = fmean(importance.values()) if importance else 0.0
     if importance and mean < 1e-6:
         LOG.warning("osf: no layer's importance is above zero, so that all keep the share effective_rank")
@@ -158,7 +158,7 @@ def adaptive_shares(importance: Mapping[str, float], mrr: float, trr: float) -> 
 
 @contextmanager
 def _listening(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Add up each OSF layer's cosines of input and output, and its tokens."""
+    """Add up each layer's cosines of input and output, and tokens."""
     layers, inside = set(osf_layers(model)), plain_model(model)
     named = {name: layer for name, layer in inside.named_modules() if layer in layers}
     sums = {name: torch.zeros(2, device=layer.base_layer.weight.device) for name, layer in named.items()}

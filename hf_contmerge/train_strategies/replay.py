@@ -102,7 +102,7 @@ def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) ->
 
 
 def widest(parts: Sequence[datasets.Dataset]) -> datasets.Features:
-    """Return features for the examples of all parts: turns with any fields, tools in some."""
+    """Return features for all parts: turns with any fields, some tools."""
     features = datasets.Features(parts[0].features)
     for name, feature in (column for rows in parts[1:] for column in rows.features.items()):
         if name == "tools" or (name in features and "Json(" in str(feature)):
@@ -111,7 +111,7 @@ def widest(parts: Sequence[datasets.Dataset]) -> datasets.Features:
 
 
 def with_features(rows: datasets.Dataset, features: datasets.Features) -> datasets.Dataset:
-    """Return rows in memory with these columns. Raises ValueError if one would be lost."""
+    """Return rows in memory with these columns. Raises ValueError for losses."""
     if lost := set(rows.column_names) - set(features):
         raise ValueError(f"the column {min(lost)} would be lost")
     if "tools" in features and "tools" not in rows.column_names:

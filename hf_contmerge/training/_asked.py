@@ -24,7 +24,7 @@ class Asked:
     question: Format
 
     def made(self) -> Iterator[Row | None]:
-        """Yield the rows of a task file; None where question or answer is missing.
+        """Yield a task file's rows; None without question or answer.
 
         Raises DataError for a row that makes no question; the message has its place.
         """

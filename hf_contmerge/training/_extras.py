@@ -1,4 +1,4 @@
-"""Columns that chat templates read next to a conversation: tool definitions, arguments of the template.
+"""Columns of chat templates besides the turns: tools, template arguments.
 
 TRL takes them from each example. Tool definitions become JSON text: as columns of structures, rows with different tools
 would get each other's keys.
@@ -28,7 +28,7 @@ def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def argument_keys(row: Mapping[str, Any]) -> frozenset[str]:
-    """Return the keys of a row's template arguments; all rows must have them."""
+    """Return the keys of a row's template arguments, equal for all rows."""
     value = row.get(ARGUMENTS)
     return frozenset(key for key, item in value.items() if item is not None) if isinstance(value, dict) else frozenset()
 
@@ -50,7 +50,7 @@ def read_tools(value: Any, *, exact: bool) -> str | None:
 
 
 def checked_arguments(value: Any, keys: frozenset[str]) -> dict[str, Any]:
-    """Return template arguments. Raises DataError for other keys and nulls, without the place."""
+    """Return template arguments. Raises DataError for other keys and nulls."""
     if not isinstance(value, dict) or value.keys() != keys or None in value.values():
         raise DataError(
             f"the column {ARGUMENTS} must hold a mapping with the same keys in every row, none of them null; got "

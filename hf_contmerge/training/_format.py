@@ -20,7 +20,7 @@ class Format:
     is_column: bool
 
     def fill(self, row: Mapping[str, Any], *, exact: bool) -> str:
-        """Return a row's text. Raises ValueError for a value that a field's format rejects.
+        """Return a row's text. Raises ValueError for a value of wrong format.
 
         `exact`: show values of JSON as JSON.
         """
@@ -28,7 +28,7 @@ class Format:
 
 
 def read_format(text: str, columns: Collection[str], where: str) -> Format:
-    """Return the format in a text; a column's name stands for the column.
+    """Return the format in a text; a name means its column.
 
     Raises DataError for text that is neither.
     """
@@ -44,7 +44,7 @@ def read_format(text: str, columns: Collection[str], where: str) -> Format:
 
 
 def shown(value: Any, *, exact: bool) -> str:
-    """Return a value as text: a string unchanged, others as Python or JSON shows them."""
+    """Return a value as text: strings unchanged, others as Python or JSON."""
     if isinstance(value, str) or not exact or (isinstance(value, int | float) and not isinstance(value, bool)):
         return str(value)
     return json.dumps(value, ensure_ascii=False)

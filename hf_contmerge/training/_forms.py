@@ -54,14 +54,14 @@ _VERSION = 2
 
 
 class Limits(Protocol):
-    """What a stage's trainer can learn from (limits.py)."""
+    """The limits of a stage's trainer (limits.py)."""
 
     def check(self, example: Row, form: Form) -> str | None:
-        """Return why an example is left out, or None. Raises DataError, without the example's place."""
+        """Return the reason to leave an example out, or None."""
         ...
 
     def learnable(self, data: datasets.Dataset, form: Form, *, at_most: int | None) -> list[int]:
-        """Return the places of the first examples with a token to learn from."""
+        """Return the places of the first examples with a target token."""
         ...
 
     def too_long(self, form: Form) -> str:
@@ -81,7 +81,7 @@ class Fit:
 
 
 class Layout(NamedTuple):
-    """A dataset's form, and the columns that it is made of."""
+    """A dataset's form and its columns."""
 
     form: Form
     columns: tuple[str, ...]
@@ -98,7 +98,7 @@ class Layout(NamedTuple):
 
 
 class LeftOutError(Exception):
-    """A row that is no example; the message is the reason."""
+    """A row without an example; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def require_columns(known: list[str], columns: list[str] | tuple[str, ...], path
 
 
 def layout_of(rows: Rows, spec: DataSource) -> Layout:
-    """Return the form of a dataset. Raises DataError for columns that make none."""
+    """Return the form of a dataset. Raises DataError for unknown columns."""
     layout = _form_of(rows, spec)
     answer = layout.columns[-1]
     first = next((row for row in rows if row.get(answer) is not None), {})
@@ -254,7 +254,7 @@ def _form_of(rows: Rows, spec: DataSource) -> Layout:
 
 
 def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets.Dataset:
-    """Return the examples of some rows: the columns themselves, or a copy in the cache."""
+    """Return some rows' examples: the columns, or a copy in the cache."""
     rows, layout = examples.rows, examples.layout
     made = layout.format and not layout.format.is_column
     split = layout.form == "preference" and _is_split(rows.data.features)
@@ -296,7 +296,7 @@ def _features(example: Row, *, plain: bool) -> datasets.Features:
 
 
 def _is_plain(example: Row) -> bool:
-    """Say if all turns have a role and a text, and nothing else."""
+    """Say if all turns have a role and text alone."""
     return all(turn.keys() == {"role", "content"} and isinstance(turn["content"], str) for turn in _turns(example))
 
 
@@ -321,7 +321,7 @@ def _put_words(row: Row, spec: DataSource) -> None:
 
 
 def place_in(value: Any, listed: Sequence[Any]) -> int | None:
-    """Return a value as a place in a list, None if it is none; CSV has numbers as strings."""
+    """Return a value as a place in a list, or None."""
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     return int(number) if isinstance(number, int) and 0 <= number < len(listed) else None
 
@@ -332,7 +332,7 @@ def _lacks(value: Any, *, alone: bool) -> bool:
 
 
 def checked_text(text: str, column: str) -> str:
-    """Return text. Raises DataError for half of a surrogate pair, which no file and no tokenizer can hold."""
+    """Return text. Raises DataError for half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -371,7 +371,7 @@ def _talk(column: str, turns: Any) -> list[Row]:
 
 
 def _check_kept(example: Row) -> None:
-    """Raise DataError for a number that `datasets` would round."""
+    """Raise DataError for a number beyond the precision of `datasets`."""
     keeper = datasets.Json()
     turns = () if _is_plain(example) else _turns(example)
     for value in (*turns, example.get(ARGUMENTS)):
@@ -380,7 +380,7 @@ def _check_kept(example: Row) -> None:
 
 
 def _pair(example: Row) -> Row:
-    """Return a pair with a separate prompt, split from the answers if needed."""
+    """Return a pair with its prompt, split from the answers if needed."""
     from trl.data_utils import extract_prompt
 
     both = {name: example[name] for name in ("chosen", "rejected")}

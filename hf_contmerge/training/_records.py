@@ -47,7 +47,7 @@ class Record(NamedTuple):
 
 
 class Number(float):
-    """A JSON number that is no integer; shown as the file writes it."""
+    """A JSON number with a fraction, shown as written."""
 
     def __new__(cls, text: str) -> Number:
         number = super().__new__(cls, text)
@@ -64,7 +64,7 @@ class Number(float):
 
 
 def parse_record(text: str) -> Any:
-    """Return a record's value. Raises ValueError for text that is no JSON."""
+    """Return a record's value. Raises ValueError for damaged JSON."""
     return _DECODER.decode(text)
 
 
@@ -157,7 +157,7 @@ def _encoding(raw: IO[bytes], name: str) -> str:
 
 
 def _not_text(file: str, name: str, encoding: str) -> DataError:
-    """Return the error for bytes in another encoding, with the first one's place."""
+    """Return the error for another encoding, with the first byte's place."""
     cure = "Save the file as UTF-8."
     if encoding != "utf-8-sig":
         return DataError(f"{name} is not {encoding.upper()}, as its byte order mark says. {cure}")
@@ -183,7 +183,7 @@ def _text(stream: TextIO) -> Iterator[Record]:
 
 
 def _csv(stream: TextIO, name: str, delimiter: str | None) -> Iterator[Record]:
-    """Yield a row per record, with the header's names; an empty field is null."""
+    """Yield a row per record by the header's names; empty is null."""
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     first = stream.readline()
     lines = csv.reader(itertools.chain([first], stream), delimiter=delimiter or _delimiter(first), strict=True)
@@ -201,7 +201,7 @@ def _csv(stream: TextIO, name: str, delimiter: str | None) -> Iterator[Record]:
 
 
 def _delimiter(header: str) -> str:
-    """Return the one of comma, tab and semicolon that comes first in the order."""
+    """Return the first of comma, tab and semicolon in the header."""
     names = _QUOTED.sub("", header)
     return next((sign for sign in ",\t;" if sign in names), ",")
 
@@ -226,7 +226,7 @@ def _row(header: list[str], fields: list[str], where: str) -> dict[str, str | No
 
 
 def _json(stream: TextIO, name: str) -> Iterator[Record]:
-    """Yield JSON Lines, the items of an array, or objects over several lines."""
+    """Yield JSON Lines, an array's items, or objects over several lines."""
     blank = 0
     for first in stream:
         if first.strip(_BLANK):
@@ -251,7 +251,7 @@ def _is_json(text: str) -> bool:
 
 
 def _checked(text: str, name: str, place: str) -> Record:
-    """Return a record of an object's text, or of null. Raises DataError for others."""
+    """Return an object's record, or null's. Raises DataError for others."""
     try:
         parse_record(text)
     except (ValueError, RecursionError) as error:
@@ -277,13 +277,13 @@ def _blanks_end(text: str, start: int) -> int:
 
 
 class _Values:
-    """Values of JSON text that is read part by part."""
+    """Values of JSON text, read part by part."""
 
     def __init__(self, stream: TextIO, begin: str, line: int, name: str) -> None:
         self._stream, self._buffer, self._at, self._line, self._name = stream, begin, 0, line, name
 
     def records(self) -> Iterator[Record]:
-        """Yield the items of an array, or the values one after the other."""
+        """Yield an array's items, or one value after the other."""
         array = self._next() == "["
         self._at += array
         while (sign := self._next()) not in ("]" if array else "", ""):
@@ -319,7 +319,7 @@ class _Values:
         return text
 
     def _next(self) -> str:
-        """Return the next sign that is not blank; "" at the end."""
+        """Return the next visible sign; "" at the end."""
         while True:
             start, self._at = self._at, _blanks_end(self._buffer, self._at)
             self._line += self._buffer.count("\n", start, self._at)
@@ -327,7 +327,7 @@ class _Values:
                 return self._buffer[self._at : self._at + 1]
 
     def _more(self) -> bool:
-        """Read on, at least as much as is left: long values are tried a few times only."""
+        """Read on, at least doubling the text: long values are parsed rarely."""
         left = self._buffer[self._at :]
         part = self._stream.read(max(_CHUNK, len(left)))
         self._buffer, self._at = left + part, 0

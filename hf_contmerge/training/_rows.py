@@ -180,7 +180,7 @@ def _local_file(path: Path, spec: DataSource) -> DataFilesDict:
 
 
 def _file_builder(kind: _FileKind, files: DataFilesDict) -> datasets.DatasetBuilder:
-    """Return the builder of files that are named literally, whatever signs are in their names."""
+    """Return the builder of literally named files, wildcards included."""
     if kind in ("parquet", "arrow"):
         return _TYPED[kind](data_files=files, hash=datasets.__version__)
     return Records(data_files=files, hash=_FORMAT, kind=kind)
@@ -199,7 +199,7 @@ def _folder_builder(folder: Path) -> datasets.DatasetBuilder:
 
 
 def _exact(found: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
-    """Replace a reader of text files that guesses types.
+    """Replace a type-guessing reader of text files.
 
     One with settings of the dataset's card is kept.
     """

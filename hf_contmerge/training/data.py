@@ -140,7 +140,7 @@ def _trained(portion: Portion, heldout: datasets.Dataset, limits: Limits | None)
 
 
 def _learnt(portion: Portion, limits: Limits) -> Portion:
-    """Return a portion without the examples that a trainer would drop."""
+    """Return a portion without the examples dropped by a trainer."""
     path, most = portion.source.path, portion.source.max_examples
     keep, why = limits.learnable(portion.train, portion.form, at_most=most), limits.too_long(portion.form)
     if not keep:
@@ -240,7 +240,7 @@ def _tell_left_out(spec: DataSource, left_out: Counter[str], read: int) -> None:
 
 
 def _tell_chosen(sources: Sequence[SourceCounts]) -> None:
-    """Report usable rows that are not trained on."""
+    """Report usable rows left untrained."""
     for source in sources:
         for sentence in source.sentences():
             if " for they are " in sentence:  # others are warnings

@@ -80,7 +80,7 @@ def train_expert(
 
 
 def _dropped(trainer: Any, given: int) -> dict[str, int]:
-    """Return how many examples TRL dropped, if any: replayed ones may exceed this stage's `max_length`."""
+    """Return the number of examples dropped by TRL for their length."""
     count = 0 if getattr(trainer.args, "packing", False) else given - len(trainer.train_dataset)
     if not count:
         return {}
@@ -180,7 +180,7 @@ def _check_ranks(trainer: Any, strategies: Combined) -> None:
 
 
 def _check_steps(trainer: Any) -> None:
-    """Raise DataError if the trainer had no batch, about which it only warns."""
+    """Raise DataError if the trainer had no batch: it only warns."""
     if trainer.state.global_step == 0:
         raise DataError(
             f"No step was taken: {len(trainer.train_dataset)} examples are left after tokenizing, fewer than a batch "

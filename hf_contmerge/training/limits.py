@@ -1,4 +1,4 @@
-"""What a stage's trainer can learn from: examples that the chat template takes, and that `max_length` leaves an answer.
+"""Limits of a stage's trainer: chat template and `max_length`.
 
 TRL drops examples without a token that counts, and says nothing. They are found here, before any training, by TRL's own
 rules. An example with fewer bytes than `max_length` is not tokenized: no token is shorter than a byte.
@@ -84,7 +84,7 @@ class TrainerLimits:
         return f"have no token to learn from within `max_length` ({self._fields(form)['max_length']})"
 
     def learnable(self, data: datasets.Dataset, form: Form, *, at_most: int | None) -> list[int]:
-        """Return the places of examples with a token to learn from, the first `at_most`."""
+        """Return the places of the first `at_most` examples with a target token."""
         fields = self._fields(form) if form != "text" else {}
         if form == "text" or not _cuts(fields, form):
             return list(range(len(data)))
@@ -108,7 +108,7 @@ class TrainerLimits:
         ]
 
     def _prompt_length(self, example: Row, form: Form) -> int:
-        """Return the tokens that a prompt has in common with prompt and answer."""
+        """Return the common tokens of a prompt, and prompt and answer."""
         prompt, arguments = example["prompt"], template_arguments(example)
         start = self._ids(prompt, prompt=True, **arguments)
         answers = (example[name] for name in COLUMNS[form] if name != "prompt")
@@ -134,14 +134,14 @@ class TrainerLimits:
 
     @functools.cached_property
     def _marking_template(self) -> str | None:
-        """TRL's template that marks the assistant's turns; None if the tokenizer's does."""
+        """TRL's template with marked assistant turns; None if not needed."""
         from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
         marked = has_generation_markers(self.tokenizer.chat_template)
         return None if marked else get_training_chat_template(self.tokenizer)
 
     def _ids(self, value: Any, *, prompt: bool = False, **arguments: Any) -> list[Any]:
-        """Return the tokens of a text, of each of several texts, or of turns."""
+        """Return the tokens of a text, of several texts, or of turns."""
         if not value:
             return []
         if isinstance(value, str) or isinstance(value[0], str):
@@ -161,12 +161,12 @@ class TrainerLimits:
 
 
 def _may_exceed(text: str, longest: int) -> bool:
-    """Say if a text may have so many tokens, by its bytes."""
+    """Say if a text's bytes may make a number of tokens."""
     return len(text.encode()) + _SPECIAL >= longest
 
 
 def _cuts(fields: dict[str, Any], form: Form) -> bool:
-    """Say if TRL cuts examples of a form in a way that can leave no answer."""
+    """Say if TRL's cut of a form can leave no answer."""
     if fields["max_length"] is None or fields.get("packing"):
         return False
     if form == "messages":
@@ -175,7 +175,7 @@ def _cuts(fields: dict[str, Any], form: Form) -> bool:
 
 
 def _conversations(example: Row, form: Form) -> Iterable[tuple[list[Row], bool]]:
-    """Yield the conversations of an example, and if an answer is to follow."""
+    """Yield an example's conversations, and if an answer is to follow."""
     if form == "messages":
         yield example["messages"], False
     elif form != "text" and isinstance(example["prompt"], list):

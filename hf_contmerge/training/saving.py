@@ -20,7 +20,7 @@ from hf_contmerge.train_strategies import Combined
 
 
 def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path, change: TokenizerChange) -> None:
-    """Write a trainer's model to `out`; all ranks call this. `change`: of the base's tokenizer."""
+    """Write a trainer's model to `out`, on all ranks."""
     accelerator = trainer.accelerator
     model, main = strategies.close(accelerator.unwrap_model(trainer.model)), accelerator.is_main_process
     state = None

@@ -104,7 +104,7 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
 
 
 def _warn_of_rates(recipe: Recipe, forms: Mapping[str, Form]) -> None:
-    """Warn of learning rates that a strategy finds too high, each once."""
+    """Warn of learning rates too high for a strategy, each once."""
     stages: dict[str, list[str]] = {}
     for stage in recipe.stages:
         if stage.name in forms:
@@ -199,7 +199,7 @@ def _fields_for(form: Form, train: Train) -> dict[str, Any]:
 
 
 def loss_fields(train: Train, form: Form, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> dict[str, Any]:
-    """Return the fields that decide which tokens count; `tokenizer` is called for conversations only."""
+    """Return the fields for loss masks; `tokenizer` is called for conversations only."""
     fields = {**config_fields(form), **_fields_for(form, train)}
     if form == "messages" and "assistant_only_loss" not in train.sft_fields:
         fields["assistant_only_loss"] = _marks_assistant(tokenizer())

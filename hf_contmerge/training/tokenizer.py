@@ -1,4 +1,4 @@
-"""The tokenizer of a recipe's stages: the base's, with the recipe's end, padding and chat template."""
+"""The tokenizer of a recipe's stages: base, end, padding, chat template."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stage_change(base: Path, train: Train, *, trust_remote_code: bool = False) -
 
 
 def _take_template(tokenizer: Any, path: str, base: Path) -> None:
-    """Set a template from a file, or from another tokenizer with its end."""
+    """Set a template from a file, or another tokenizer's with its end."""
     file = Path(path).expanduser()
     if file.suffix in _JINJA:
         if not file.is_file():

@@ -127,7 +127,7 @@ class RuleMethod(GroupMergeMethod):
         return config.model_copy(update={"dtype": None, "out_dtype": None, "parameters": parameters})
 
     def report(self, out: str) -> None:
-        """Write what the merged model keeps of the update; warn of a loss."""
+        """Write the survival of the update; warn of a loss."""
         tensors = {name: tensor for name, (tensor, _, _) in self._kept.items()}
         kept, used = {name: k for name, (_, k, _) in self._kept.items()}, {by for _, _, by in self._kept.values()}
         dtype = main_dtype((name, t.shape, t.dtype) for name, t in tensors.items())
@@ -325,7 +325,7 @@ def _require_same_files(folder: Path) -> None:
 
 
 def _require_same_names(base: Path, folder: Path) -> None:
-    """Raise ModelError for a model whose weights have other names than the base's."""
+    """Raise ModelError for weights with other names than the base's."""
     if different := sorted(set(Weights(base).names) ^ set(Weights(folder).names)):
         raise ModelError(
             f"{folder} and {base} store weights under different names ({different[0]}), which mergekit does not match. "

@@ -43,7 +43,7 @@ class WholeModel:
 
 @dataclass(frozen=True)
 class Written:
-    """A merged tensor, and what it keeps of its update."""
+    """A merged tensor and the survival of its update."""
 
     name: str
     tensor: Tensor
@@ -52,7 +52,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Storage:
-    """The dtype that a recipe asks for (None: the widest of a tensor's inputs), and the rounding."""
+    """A recipe's dtype (None: the widest of a tensor's inputs) and rounding."""
 
     dtype: torch.dtype | None
     by: Rounding

@@ -93,7 +93,7 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class StoredChange:
-    """The change of a tensor in memory, and its part in a stored weight.
+    """A tensor's change in memory, and its part of a stored weight.
 
     `whole`: the part is all of the stored weight.
     """
@@ -169,7 +169,7 @@ class Layout:
             self._resolve_tied_modules({m: tie for m, tie in changed.items() if m in modules}, modules)
 
     def _resolve_tied_wholes(self, members: tuple[str, ...], names: Mapping[str, str], wholes: Parts) -> None:
-        """Keep one whole value, if all names of a tied tensor have it."""
+        """Keep one whole value if all names of a tied tensor agree."""
         for name in names:
             tensor = self._find(name, wholes[name])
             self._require_shape(wholes[name], self.tensors.shape(wholes[name]), tensor)

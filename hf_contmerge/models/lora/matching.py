@@ -59,7 +59,7 @@ class HeldNames:
         self._ties = dict.fromkeys((table, _OUTPUT), (table, _OUTPUT)) if table else self._memory.ties
 
     def find(self, name: str) -> Held | None:
-        """Return a tensor; None without a stored weight. Raises ModelError for several matches."""
+        """Return a tensor, None without a weight. Raises ModelError for several matches."""
         for candidate in dict.fromkeys((name, self._memory.rename(name))):
             if tensor := self._filled(candidate):
                 return tensor

@@ -81,7 +81,7 @@ class Adapter:
         return delta
 
     def _change(self, stored: StoredChange, base: Tensor) -> Tensor:
-        """Return D of the part of a weight that holds `base`."""
+        """Return D of the part of a weight in `base`."""
         change, part = stored.change, stored.part
         held = base.mT if part.swapped else base
         if change.whole is None and change.rows is None:
@@ -167,7 +167,7 @@ def check_base(
 
 
 def _plain(changes: Sequence[StoredChange]) -> tuple[LowRank, Part] | None:
-    """Return the low-rank change of all of a matrix, if there is no other change."""
+    """Return a matrix's low-rank change, if it is the only one."""
     change, part = changes[0].change, changes[0].part
     inner = change.low_rank
     is_matrix = len(part.source) == sum(isinstance(axis, slice) for axis in part.place) == 2

@@ -18,7 +18,7 @@ Use = Literal["obeyed", "elsewhere", "refused"]
 
 
 def _number(value: Any) -> Any:
-    """Read a quoted number, such as "1e3". Raises ValueError for a truth value."""
+    """Read a quoted number, such as "1e3". Raises ValueError for booleans."""
     if isinstance(value, bool):
         raise ValueError("no number")
     return float(value) if isinstance(value, str) else value
@@ -68,7 +68,7 @@ _WORDS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class TrlField:
-    """What becomes of one field."""
+    """The treatment of one field."""
 
     use: Use
     types: tuple[Any, ...] = ()
