@@ -55,11 +55,12 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "merge_rules": {"torch"},
     "testing/rules": {"torch"},
     "testing/_docs": set(),
-    "run": {"pydantic", "yaml", "pyarrow", "numpy", "gguf"},
+    "run": {"pydantic", "yaml", "pyarrow", "numpy"},
     "runtime/files": set(),
     "runtime/versions": set(),
     "runtime/plugins": set(),
     "runtime/lazy": set(),
+    "runtime/quickstart": set(),
     "runtime/ranks": {"torch"},  # torch.distributed, where there are ranks
     "scoring/cache": set(),
     "scoring/keys": set(),

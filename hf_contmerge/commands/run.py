@@ -9,10 +9,10 @@ from pathlib import Path
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.quickstart import quickstart_recipe
 from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.run.recipe.text import load_recipe
 from hf_contmerge.runtime.plugins import require_given
+from hf_contmerge.runtime.quickstart import quickstart_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

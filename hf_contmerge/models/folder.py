@@ -91,7 +91,7 @@ def model_path(name: str) -> Path:
     Nothing may exist there, as for a Hub id.
     """
     if name.startswith("quickstart:"):
-        from hf_contmerge.run.quickstart import quickstart_model
+        from hf_contmerge.runtime.quickstart import quickstart_model
 
         return quickstart_model()
     return Path(name).expanduser()

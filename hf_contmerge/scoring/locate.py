@@ -87,7 +87,7 @@ def _base_name(name: str, folder: Path, base: str | None) -> str | None:
 def _local_folder(name: str, store: JsonStore) -> Path | None:
     path = Path(name).expanduser()
     if name.startswith("quickstart:"):
-        from hf_contmerge.run.quickstart import quickstart_model
+        from hf_contmerge.runtime.quickstart import quickstart_model
 
         path = quickstart_model()
     if path.suffix == ".gguf" and path.is_file():

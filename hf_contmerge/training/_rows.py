@@ -125,7 +125,7 @@ def _saved(spec: DataSource) -> datasets.Dataset | None:
     """Return rows of the package, or of `Dataset.save_to_disk`."""
     folder = Path(spec.path).expanduser()
     if spec.path.startswith("quickstart:"):
-        from hf_contmerge.run.quickstart import load_quickstart, quickstart_names
+        from hf_contmerge.runtime.quickstart import load_quickstart, quickstart_names
 
         name = spec.path.removeprefix("quickstart:")
         if name not in quickstart_names():

@@ -43,7 +43,7 @@ def tasks_of(home: Path, *, quick: bool) -> tuple[str, Path]:
     from hf_contmerge import Run, load_recipe
     from hf_contmerge.loop.plan.checks import Circumstances, Prepared, checks_of_data
     from hf_contmerge.models.folder import resolve_model
-    from hf_contmerge.run.quickstart import quickstart_recipe
+    from hf_contmerge.runtime.quickstart import quickstart_recipe
 
     recipe = toy_recipe("quickstart", home) if quick else load_recipe(quickstart_recipe())
     run = Run.open(recipe, home / "run")

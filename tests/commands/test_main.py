@@ -15,8 +15,8 @@ from hf_contmerge.commands.main import main
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.quickstart import quickstart_recipe
 from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
+from hf_contmerge.runtime.quickstart import quickstart_recipe
 
 Data = dict[str, Any]
 PACKAGE = Path(sys.modules["hf_contmerge"].__file__ or "").parent

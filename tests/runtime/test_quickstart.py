@@ -9,7 +9,7 @@ import pytest
 from toys import ROOT
 
 from hf_contmerge.errors import DataError
-from hf_contmerge.run.quickstart import _INSTALL, _cut, load_quickstart, quickstart_model, quickstart_names
+from hf_contmerge.runtime.quickstart import _INSTALL, _cut, load_quickstart, quickstart_model, quickstart_names
 
 TEXTS = ("bible", "pydocs", "recipes", "bank_policies")
 LENGTHS = {"bible": (600, 1200), "pydocs": (600, 1500), "recipes": (50, 2000), "bank_policies": (200, 1500)}
