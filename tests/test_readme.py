@@ -21,6 +21,7 @@ from hf_contmerge.commands.main import _COMMANDS, _parse
 from hf_contmerge.merge_rules import get_rule, parameter_types, rule_class, rule_names
 from hf_contmerge.merging.in_mergekit.recipe import read_mergekit_recipe
 from hf_contmerge.run.recipe.suites import stream_names, suite_names, suite_tasks
+from hf_contmerge.run.recipe.study import Study
 from hf_contmerge.run.recipe.text import load_recipe, parse_recipe, read_yaml
 from hf_contmerge.scoring.forgetting.matrix import ScoreMatrix
 from hf_contmerge.train_strategies import strategy_class, strategy_names
@@ -92,6 +93,9 @@ def test_recipe_parses(text: str, tmp_path: Path) -> None:
         file = tmp_path / "recipe.yml"
         file.write_text(text)
         assert read_mergekit_recipe(file).models
+        return
+    if "recipe" in fields:
+        assert Study.model_validate(fields).orders
         return
     smallest = {"name": "x", "base_model": "b", "stages": [{"name": "s", "dataset": "s.jsonl"}], "merge": ["magmax"]}
     recipe = parse_recipe(fields if "name" in fields else {**smallest, **fields})

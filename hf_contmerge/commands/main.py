@@ -8,6 +8,7 @@ contmerge score MODEL [--tasks A,B] [--run RUN] ...               measure a mode
 contmerge statistics MODEL --data FILE [--base MODEL] ...         measure an expert for merge rules with statistics
 contmerge report RUN                                              write the report again, print the table
 contmerge compare RUN RUN... [--out DIR]                          compare runs on the same documents
+contmerge study STUDY [--plan] [--jobs N] [--part I/N]            run a recipe over orders, seeds and settings
 contmerge redo RUN PHASE [--stage NAME]                           drop a phase and all later ones
 contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         push a merged model to the Hub, with its lineage
 contmerge merge init|add|export|log|drop|owners|from-recipe ...   merge without a run; see `contmerge merge --help`
@@ -144,6 +145,7 @@ _COMMANDS: dict[str, tuple[str, Add]] = {
     "statistics": ("measure an expert for merge rules with statistics", _of("statistics")),
     "report": ("write the report again, print the table", _of("run_folder", "add_report")),
     "compare": ("compare runs on the same documents", _of("run_folder", "add_compare")),
+    "study": ("run a recipe over orders, seeds and settings", _of("study")),
     "redo": ("drop a phase and all later ones", _of("run_folder", "add_redo")),
     "push": ("push a merged model to the Hub, with its lineage", _of("run_folder", "add_push")),
     "merge": ("merge without a run: init, add, export, log, drop, owners, from-recipe", _of("merge")),

@@ -71,12 +71,12 @@ def _print_table(plan: dict[str, Any]) -> None:
     by_phase = {p["phase"]: 0.0 for p in plan["phases"]}
     for p in plan["phases"]:
         by_phase[p["phase"]] += p["seconds"]
-    times = ", ".join(f"{phase} {_duration(seconds)}" for phase, seconds in by_phase.items())
+    times = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in by_phase.items())
     last = (
         f"Total: {size(total['memory_bytes'])} of memory"
         + (f", {size(total['gpu_bytes'])} of each GPU" if machine["gpu_bytes"] else "")
         + f"; on the disk up to {size(total['disk_peak_bytes'])}, {size(total['disk_kept_bytes'])} at the end; "
-        f"{_duration(total['seconds'])} ({times}).\n"
+        f"{duration(total['seconds'])} ({times}).\n"
         f"This machine: {machine['cores']} cores, {size(machine['memory_bytes'])} of memory, "
         f"{len(machine['gpu_bytes'])} GPUs, {size(machine['free_disk_bytes'])} of free disk; "
         f"{machine['processes']} process{'es' * (machine['processes'] > 1)}."
@@ -96,10 +96,11 @@ def _print_table(plan: dict[str, Any]) -> None:
 
 def _row(p: dict[str, Any]) -> tuple[str, ...]:
     gpu = size(p["gpu_bytes"]) if p["gpu_bytes"] else "-"
-    return (p["phase"], p["place"], size(p["memory_bytes"]), gpu, size(p["disk_kept_bytes"]), _duration(p["seconds"]))
+    return (p["phase"], p["place"], size(p["memory_bytes"]), gpu, size(p["disk_kept_bytes"]), duration(p["seconds"]))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Format a time in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import MergePlace
+from hf_contmerge.runtime.files import link_files
 from hf_contmerge.training.job import TrainJob
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def train_job(run: Run, prepared: Prepared, t: int, kind: str) -> TrainJob:
     return TrainJob(
         start=run.start_of(t, kind) or prepared.base, base=prepared.base, data=prepared.data[stage.name],
         train=recipe.train_of(stage), seed=recipe.seed, memory=run.memory_before(t, kind), remembers=not alone,
-        trust_remote_code=recipe.trust_remote_code, stage=t,
+        trust_remote_code=recipe.trust_remote_code, stage=1 if alone else t,
     )  # fmt: skip
 
 
@@ -143,8 +142,8 @@ class MergeJob:
         merged = self.scratch("merged")
 
         def copy() -> None:
-            for new, old in ((running, before.running), (merged, before.model)):
-                shutil.copytree(old, new, copy_function=_link, dirs_exist_ok=True)
+            link_files(before.running, running)
+            link_files(before.model, merged)
 
         self.crew.ranks.first(copy)
         stored = self.crew.ranks.first(lambda: before.record("merge").get("stored"))
@@ -153,11 +152,3 @@ class MergeJob:
 
 def _one_a_stage(t: int) -> list[dict[str, Any]]:
     return [{"stage": i, "replayed": False} for i in range(1, t + 1)]
-
-
-def _link(source: str, target: str) -> None:
-    """Hard-link a file, or copy it."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -37,11 +37,21 @@ T = TypeVar("T")
 
 
 def run_recipe(
-    recipe: Recipe, folder: str | Path | None = None, *, until: Phase = "report", trust_remote_code: bool = False
+    recipe: Recipe,
+    folder: str | Path | None = None,
+    *,
+    until: Phase = "report",
+    trust_remote_code: bool = False,
+    experts: Path | None = None,
 ) -> Run:
     """Run a recipe's unfinished phases; return the run.
 
-    `trust_remote_code`: allow models to run their own code, where the recipe says so too.
+    Args:
+        recipe: the recipe.
+        folder: of the run; default: the recipe's `output`, or runs/<name>.
+        until: the last phase.
+        trust_remote_code: allow models to run their own code, where the recipe says so too.
+        experts: a folder of experts shared by the runs of a study.
 
     Raises:
         ContmergeError: a user error. Finished phases are kept.
@@ -57,7 +67,7 @@ def run_recipe(
     with FolderLock(run.folder) if crew.ranks.is_main else nullcontext():
         prepared = prepare(run, crew.ranks, trust_remote_code=trust_remote_code)
         trackers = Trackers.open(run) if crew.ranks.is_main else Trackers()
-        Loop(run, PHASES.index(until), prepared, Recorder(run.folder, ranks, crew), trackers).carry_out()
+        Loop(run, PHASES.index(until), prepared, Recorder(run.folder, ranks, crew), trackers, experts).carry_out()
         trackers.close()
     crew.ranks.barrier()
     return run
@@ -72,6 +82,8 @@ class Loop:
     prepared: Prepared
     recorder: Recorder
     trackers: Trackers
+    experts: Path | None = None
+    """Experts shared by the runs of a study."""
 
     def carry_out(self) -> None:
         """Train, merge, score and report, stage by stage."""
@@ -112,7 +124,13 @@ class Loop:
         from hf_contmerge.loop.stages import train_at
 
         job = train_job(self.run, self.prepared, t, place.kind)
-        train_at(place, job, self.recorder, on_log=self.trackers.of(place, "train"))
+        on_log = self.trackers.of(place, "train")
+        if self.experts:
+            from hf_contmerge.loop._shared import SharedExperts, train_once
+
+            train_once(SharedExperts(self.experts), place, job, self.recorder, on_log=on_log)
+        else:
+            train_at(place, job, self.recorder, on_log=on_log)
 
     def _add_vector(self, t: int, place: ExpertPlace, stage: Stage) -> Record:
         """Write base + (expert - minus)."""

@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,8 @@ from hf_contmerge.report._findings import caption, headline
 from hf_contmerge.report._labels import LETTER, label_dots, label_ends, name_region
 from hf_contmerge.report._panels import Drawing, Panel, draw_panel, panels
 from hf_contmerge.report._results import Results
+from hf_contmerge.run.scores import Block
+from hf_contmerge.scoring.forgetting.paired import Change
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,6 +86,38 @@ def draw_curve(curve: Curve) -> bytes:
                 if p.taken:
                     axes.plot([p.value], [100 * p.objective], "o", ms=13, mfc="none", mec=INK, mew=1.3, zorder=5)
         axes.legend(frameon=False, fontsize=8.5)
+        return _saved(figure)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A difference from a reference, with its interval."""
+
+    line: str
+    panel: str
+    change: Change
+
+
+def draw_dots(dots: Sequence[Dot], block: Block, *, title: str) -> bytes:
+    """Return differences as a PNG: a panel per scope, a row per line."""
+    panels, lines = list(dict.fromkeys(d.panel for d in dots)), list(dict.fromkeys(d.line for d in dots))
+    factor, unit = (1, "nats") if block == "perplexity" else (100, "points")
+    with _figure(2.2 + 2.1 * max(len(panels), 1), 1.3 + 0.3 * max(len(lines), 1)) as figure:
+        all_axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
+        for axes, panel in zip(all_axes, panels, strict=False):
+            axes.axvline(0, color=FAINT, lw=1.4, zorder=0)
+            axes.set_title(panel, loc="left", fontsize=10)
+            axes.set_xlabel(f"{unit}   → better")
+            for dot in (d for d in dots if d.panel == panel):
+                change, y = dot.change, len(lines) - 1 - lines.index(dot.line)
+                colour = COLOURS[0] if change.sign > 0 else COLOURS[1] if change.sign < 0 else GREY
+                if change.low is not None and change.high is not None:
+                    axes.plot([factor * change.low, factor * change.high], [y, y], color=colour, lw=1.8)
+                fill = colour if change.sign else "white"
+                axes.plot([factor * change.mean], [y], "o", ms=6, mfc=fill, mec=colour, mew=1.4, zorder=4)
+            axes.set_yticks(range(len(lines)), lines[::-1], fontsize=8.5)
+            axes.set_ylim(-0.6, len(lines) - 0.4)
+        figure.suptitle(f"{title}, {block}", x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=INK)
         return _saved(figure)
 
 

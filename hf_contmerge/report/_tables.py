@@ -239,6 +239,8 @@ class Cost:
     """Bytes."""
     device: str
     processes: int | None
+    shared: bool = False
+    """Spent by another run of the study, whose expert this run links."""
 
 
 def costs(run: Run) -> list[Cost]:
@@ -250,7 +252,7 @@ def costs(run: Run) -> list[Cost]:
                 r = place.record(phase)
                 where = str(place.folder.relative_to(run.folder))
                 spent.append(Cost(where, phase, r.get("seconds"), r.get("peak_memory_bytes"),
-                                  r.get("device", ""), r.get("processes")))  # fmt: skip
+                                  r.get("device", ""), r.get("processes"), "shared" in r))  # fmt: skip
     return spent
 
 

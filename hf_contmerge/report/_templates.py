@@ -13,6 +13,10 @@ from markupsafe import Markup
 
 _FOLDER = Path(__file__).with_name("templates")
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~]|&(?=#?\w+;)")
+_TEX = re.compile(r"[\\&%$#_{}~^−–]")
+_TEX_WORDS = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--",
+}  # fmt: skip
 _LIST = re.compile(r"^(\d*)(#|[-+](?=\s)|(?<=\d)[.)](?=\s))")
 """A heading or a list item at the start of a line."""
 
@@ -34,7 +38,7 @@ def _environment(suffix: str) -> Environment:
         keep_trailing_newline=True,
         **settings,
     )
-    environment.filters |= {"base64": _base64, "code": code_span, "fenced": fenced}
+    environment.filters |= {"base64": _base64, "code": code_span, "fenced": fenced, "latex": escape_latex}
     return environment
 
 
@@ -44,6 +48,12 @@ def escape_markdown(value: object) -> Markup:
         return value
     text = " ".join(str(value).splitlines())
     return Markup(_LIST.sub(r"\1\\\2", _MARKUP.sub(r"\\\g<0>", text)))
+
+
+def escape_latex(value: object) -> Markup:
+    """Escape LaTeX's special characters, on one line."""
+    text = " ".join(str(value).splitlines())
+    return Markup(_TEX.sub(lambda found: _TEX_WORDS.get(found.group(), f"\\{found.group()}"), text))
 
 
 def code_span(text: str | None) -> Markup:

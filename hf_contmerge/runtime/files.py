@@ -54,6 +54,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link_files(source: Path, target: Path) -> None:
+    """Hard-link a folder's files into another, or copy them."""
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
 def sync_files(folder: Path) -> None:
     """Flush a folder's files and entries to disk, with subfolders."""
     for path in folder.rglob("*"):

@@ -40,13 +40,21 @@ def apply_override(data: Any, override: str) -> None:
     Raises RecipeError for a missing path.
     """
     dotted, equals, value = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(dotted.split(".")):
         raise RecipeError(f"--set expects path=value, such as merge.0.rule=opcm; got {override!r}")
     try:
         new = read_yaml(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: {value!r} is not a YAML value; put it in double quotes") from error
+    set_field(data, dotted, new, f"--set {override}")
+
+
+def set_field(data: Any, dotted: str, value: Any, where: str) -> None:
+    """Set a field of parsed YAML by its dotted path; numbers index lists.
+
+    `where`: for errors. Raises RecipeError for a missing path.
+    """
+    keys = dotted.split(".")
     at: Any = data
     try:
         for i, key in enumerate(keys[:-1]):
@@ -58,13 +66,13 @@ def apply_override(data: Any, override: str) -> None:
                 at = at[key]
             if isinstance(at, str):  # a shorthand such as `dataset: file.jsonl` has no fields to set
                 place = ".".join(keys[: i + 1])
-                raise RecipeError(f"--set {override}: {place} is {at!r}; write it as a mapping first")
+                raise RecipeError(f"{where}: {place} is {at!r}; write it as a mapping first")
         last: Any = int(keys[-1]) if isinstance(at, list) else keys[-1]
-        at[last] = new
+        at[last] = value
     except RecipeError:  # a ValueError too
         raise
     except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise RecipeError(f"--set {override}: the recipe has no path {dotted!r}") from error
+        raise RecipeError(f"{where}: the recipe has no path {dotted!r}") from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -77,16 +85,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, or a field is unknown, missing or of the wrong type.
     """
-    path = Path(path)
+    data = read_mapping(path)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_recipe(data, where=str(path))
+
+
+def read_mapping(path: str | Path) -> Any:
+    """Parse a recipe's file, without checks of its fields. Raises RecipeError."""
     try:
-        data = read_yaml(path.read_text(encoding="utf-8"))
+        return read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
-    for override in overrides:
-        apply_override(data, override)
-    return parse_recipe(data, where=str(path))
 
 
 def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
@@ -104,7 +116,7 @@ def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_explain(error, where)) from error
+        raise RecipeError(explain(error, where)) from error
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -112,7 +124,7 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def explain(error: ValidationError, where: str, root: type[BaseModel] = Recipe) -> str:
     """Format pydantic's errors, one sentence per field, with suggestions."""
     lines = []
     for item in error.errors():
@@ -120,8 +132,8 @@ def _explain(error: ValidationError, where: str) -> str:
             continue
         place = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            fields = _fields_at(item["loc"][:-1])
-            parent = ".".join(str(part) for part in item["loc"][:-1]) or "the recipe"
+            fields = _fields_at(item["loc"][:-1], root)
+            parent = ".".join(str(part) for part in item["loc"][:-1]) or f"the {root.__name__.lower()}"
             lines.append(unknown("field", str(item["loc"][-1]), fields, where=parent))
         elif item["type"] == "missing":
             lines.append(f"{place} is missing.")
@@ -137,8 +149,7 @@ _PARTS: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
-def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _fields_at(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     for part in loc:
         model = _PARTS.get(str(part), model)
     return list(model.model_fields)

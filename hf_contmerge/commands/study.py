@@ -1,0 +1,130 @@
+"""`contmerge study`: a recipe over orders, seeds and settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+
+from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
+from hf_contmerge.commands.plan import duration
+from hf_contmerge.errors import RecipeError, size
+from hf_contmerge.loop.study import StudyFolder, run_cells, run_side_by_side, unfinished
+from hf_contmerge.run.recipe.study import load_study
+from hf_contmerge.runtime.files import FolderLock
+from hf_contmerge.runtime.plugins import require_given
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `contmerge study`."""
+    parser.add_argument("study", help="a YAML file with `recipe`, `orders`, `seeds`, `vary`")
+    parser.add_argument("--out", metavar="DIR", help="the study folder (default: its `output`, or studies/<name>)")
+    parser.add_argument("--plan", action="store_true", help="list the runs and estimate their time; run nothing")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side on this machine")
+    parser.add_argument("--part", metavar="I/N", help="run the I-th of N parts, as a job of a cluster's array does")
+    parser.add_argument("--slurm", type=int, metavar="N", help="print a SLURM script with an array of N parts")
+    add_plugin_argument(parser)
+    add_trust_argument(parser)
+    parser.set_defaults(do=study_command)
+
+
+def study_command(args: argparse.Namespace) -> None:
+    """Run a study, or a part of it; report it once all runs are done."""
+    folder = StudyFolder.open(load_study(args.study), args.out)
+    require_given(folder.cells[0].recipe.plugins, args.study)
+    if args.slurm:
+        print(slurm_script(args, folder), end="")
+    elif args.plan:
+        _plan(folder, trust_remote_code=args.trust_remote_code)
+    elif folder.is_complete():
+        print(f"{folder.folder} is complete.")
+        _show_stored(folder)
+    else:
+        _run(args, folder)
+
+
+def _run(args: argparse.Namespace, folder: StudyFolder) -> None:
+    part = _part(args.part) if args.part else None
+    folder.write()
+    if args.jobs > 1 and not part:
+        run_side_by_side(folder, args.jobs, _words(args))
+    else:
+        from hf_contmerge.runtime.launching import keep_freed_memory
+
+        keep_freed_memory()
+        run_cells(folder, folder.part(*part) if part else folder.cells, trust_remote_code=args.trust_remote_code)
+    left = sum(1 for _ in unfinished(folder))
+    if left:
+        print(f"{left} of {len(folder.cells)} runs of {folder.folder} are left.")
+    elif folder.is_complete():  # reported by another job
+        _show_stored(folder)
+    else:
+        with FolderLock(folder.folder):
+            _report(folder)
+
+
+def _report(folder: StudyFolder) -> None:
+    from hf_contmerge.report.study import load_study_results, print_study, write_study_report
+
+    runs = [(cell, folder.run(cell)) for cell in folder.cells]
+    results = load_study_results(folder.study.name, runs, folder.study.seeds, folder.study.reference)
+    page = write_study_report(results, folder.report)
+    folder.finish()
+    print_study(results)
+    print(f"Report:  {page}")
+
+
+def _show_stored(folder: StudyFolder) -> None:
+    """Print a finished study's findings."""
+    stored = json.loads((folder.report / "study.json").read_text(encoding="utf-8"))
+    print("\n".join([*stored["findings"], f"Report:  {folder.report / 'index.html'}"]))
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Return the numbers of `--part I/N`. Raises RecipeError."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= parts:
+        raise RecipeError(f"--part expects I/N with I from 1 to N, such as 3/9; got {text!r}")
+    return number, parts
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """Return the arguments of a job."""
+    words = [args.study]
+    words += ["--out", args.out] if args.out else []
+    words += [word for file in args.plugin for word in ("--plugin", file)]
+    return words + ["--trust-remote-code"] * args.trust_remote_code
+
+
+def slurm_script(args: argparse.Namespace, folder: StudyFolder) -> str:
+    """Return a batch script: an array with a part of the study per job."""
+    parts = min(args.slurm, len(folder.cells))
+    command = shlex.join(["contmerge", "study", *_words(args)])
+    return f"""#!/bin/bash
+#SBATCH --job-name={folder.study.name}
+#SBATCH --array=1-{parts}
+#SBATCH --gres=gpu:1
+#SBATCH --output={folder.study.name}-%a.log
+# The last job to end writes the report. A job that was stopped goes on where it was.
+{command} --part "$SLURM_ARRAY_TASK_ID/{parts}"
+"""
+
+
+def _plan(folder: StudyFolder, *, trust_remote_code: bool) -> None:
+    """Print the runs and their estimated time, shared training once."""
+    from hf_contmerge.loop.plan.study import plan_study
+
+    plan = plan_study(folder, trust_remote_code=trust_remote_code)
+    if plan.findings.errors:
+        listed = "".join(f"\n  {error}" for error in plan.findings.errors)
+        raise RecipeError(f"study {folder.study.name} cannot run:{listed}")
+    print("\n".join(f"{cell.name}  {' '.join(s.name for s in cell.recipe.stages)}" for cell in folder.cells))
+    for note in plan.findings.notes:
+        print(f"Note: {note}")
+    times = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
+    print(
+        f"{plan.cells} runs; {plan.trained} trainings instead of {plan.trainings}, for equal experts are shared; up to "
+        f"{size(plan.disk_bytes)} on the disk; {duration(sum(plan.seconds.values()))} ({times})."
+    )

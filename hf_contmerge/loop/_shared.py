@@ -1,0 +1,104 @@
+"""Experts shared by the runs of a study: equal jobs are trained once.
+
+    experts/<digest of the job>/  expert/ memory/ train.json
+
+A run that needs an expert for the first time trains it and links its files here. Other runs link them from here. Each
+file is one on the disk, however many runs have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import RunError
+from hf_contmerge.loop._record import Recorder
+from hf_contmerge.loop.stages import OnLog, train_at
+from hf_contmerge.run.places import ExpertPlace, Record
+from hf_contmerge.runtime.files import FolderLock, link_files
+from hf_contmerge.runtime.ranks import Ranks
+from hf_contmerge.training.job import TrainJob
+
+LOG = logging.getLogger(__name__)
+
+_WAIT = 2.0  # seconds between two looks at a job of another process
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """A folder of trained experts by the digest of their jobs."""
+
+    folder: Path
+
+    @contextmanager
+    def claimed(self, job: TrainJob, ranks: Ranks) -> Iterator[ExpertPlace]:
+        """Yield the place of a job's expert; processes with an equal job wait."""
+        held = list[FolderLock]()
+
+        def claim() -> ExpertPlace:
+            place = ExpertPlace(self.folder / _digest(job), "shared")
+            place.folder.mkdir(parents=True, exist_ok=True)
+            held.append(_wait_for(place.folder))
+            return place
+
+        place = ranks.first(claim)
+        try:
+            yield place
+        finally:
+            for lock in held:
+                lock.__exit__()
+
+
+def train_once(shared: SharedExperts, place: ExpertPlace, job: TrainJob, recorder: Recorder, *, on_log: OnLog) -> None:
+    """Train an expert at a place, or link the one of an equal job. All ranks call this."""
+    ranks = recorder.crew.ranks
+    with shared.claimed(job, ranks) as store:
+        if ranks.first(store.is_done, "train"):
+            ranks.first(_link, store, place, {"start": str(job.start), "shared": store.folder.name})
+            LOG.info("train %s: linked, trained before in this study", place.folder.parent.parent.name)
+        else:
+            train_at(place, job, recorder, on_log=on_log)
+            ranks.first(_link, place, store, {})
+
+
+def _link(source: ExpertPlace, target: ExpertPlace, more: Record) -> None:
+    """Link an expert's files and copy its record."""
+    for name in ("expert", "memory"):
+        if (source.folder / name).is_dir():
+            link_files(source.folder / name, target.scratch(name))
+            target.publish(name)
+    target.finish("train", {**source.record("train"), **more})
+
+
+def _wait_for(folder: Path) -> FolderLock:
+    while True:
+        try:
+            return FolderLock(folder).__enter__()
+        except RunError:
+            time.sleep(_WAIT)
+
+
+def _digest(job: TrainJob) -> str:
+    """Return the digest of everything that decides a job's expert."""
+    remembering = job.make(job.train).overriding("remember") if job.remembers else []
+    inputs: dict[str, Any] = {
+        **job.inputs(), "stage": job.stage, "memory": _folder_sha256(job.memory) if job.memory else None,
+        "remembering": remembering,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _folder_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}\n".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

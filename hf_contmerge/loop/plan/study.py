@@ -1,0 +1,70 @@
+"""The plan of a study: its runs, and their time with shared experts trained once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_contmerge.loop.plan.plan import Findings, make_plan
+from hf_contmerge.loop.study import StudyFolder
+from hf_contmerge.run.recipe.schema import Recipe
+from hf_contmerge.run.recipe.study import StudyCell
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Runs and estimated seconds of a study."""
+
+    cells: int
+    trainings: int
+    """Without sharing."""
+    trained: int
+    """With sharing."""
+    seconds: Mapping[str, float]
+    """By phase, of the whole study."""
+    disk_bytes: int
+    """At the end, without sharing."""
+    findings: Findings
+
+
+def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> StudyPlan:
+    """Check the first cell of each setting; estimate the whole study from these."""
+    findings, seconds, disk = Findings(), {"train": 0.0, "merge": 0.0, "score": 0.0}, 0
+    trained: dict[str, float] = {}
+    count = 0
+    for cells in _by_setting(folder):
+        plan = make_plan(folder.run(cells[0]), findings, trust_remote_code=trust_remote_code)
+        if not plan:
+            continue
+        disk += plan["total"]["disk_kept_bytes"] * len(cells)
+        for phase in ("merge", "score"):
+            seconds[phase] += len(cells) * sum(p["seconds"] for p in plan["phases"] if p["phase"] == phase)
+        training = [(p["stage"], _kind(p), p["seconds"]) for p in plan["phases"] if p["phase"] == "train"]
+        names = [stage.name for stage in cells[0].recipe.stages]
+        takes = {names[t - 1]: took for t, _, took in training}
+        for cell in cells:
+            for t, kind, _ in training:
+                count += 1
+                trained[_key(cell.recipe, t, kind)] = takes[cell.recipe.stages[t - 1].name]
+    seconds["train"] = sum(trained.values())
+    return StudyPlan(len(folder.cells), count, len(trained), seconds, disk, findings)
+
+
+def _by_setting(folder: StudyFolder) -> Iterator[list[StudyCell]]:
+    for setting in dict.fromkeys(cell.setting for cell in folder.cells):
+        yield [cell for cell in folder.cells if cell.setting == setting]
+
+
+def _kind(phase: Mapping[str, Any]) -> str:
+    return phase["place"].rpartition("/")[2]
+
+
+def _key(recipe: Recipe, t: int, kind: str) -> str:
+    """Return a key of what decides an expert; equal keys are equal experts."""
+    stages = [s.model_dump(mode="json", include={"dataset", "train", "expert", "minus"}) for s in recipe.stages[:t]]
+    entry = [m.model_dump(mode="json") for m in recipe.merge if f"merged-{m.name}" == kind]
+    train = recipe.train.model_dump(mode="json")
+    start = ["base", stages[-1:]] if kind == "base" else [kind, stages, entry]
+    return json.dumps([recipe.base_model, recipe.seed, train, start], sort_keys=True)

@@ -1,0 +1,141 @@
+"""Runs a study: every cell of its grid, one after the other or side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_contmerge.errors import BudgetError, ContmergeError, ResourceError, RunError
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.study import Study, StudyCell, study_cells
+from hf_contmerge.runtime.files import write_atomically
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study, its cells and its folder."""
+
+    folder: Path
+    study: Study
+    cells: tuple[StudyCell, ...]
+
+    @classmethod
+    def open(cls, study: Study, folder: str | Path | None = None) -> StudyFolder:
+        """Check a study's grid. Writes nothing. Raises RecipeError."""
+        return cls(Path(folder) if folder else study.folder(), study, tuple(study_cells(study)))
+
+    @property
+    def experts(self) -> Path:
+        return self.folder / "experts"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+    def run(self, cell: StudyCell) -> Run:
+        """Return a cell's run."""
+        return Run(self.folder / "runs" / cell.name, cell.recipe)
+
+    def part(self, number: int, parts: int) -> list[StudyCell]:
+        """Return the cells of one part of several, from 1; neighbours share experts."""
+        size = len(self.cells)
+        return list(self.cells[size * (number - 1) // parts : size * number // parts])
+
+    def is_complete(self) -> bool:
+        """Say if this exact study is done, its report included."""
+        try:
+            record = json.loads(self._record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return record.get("study_sha256") == self._sha256() and all(self.run(cell).is_complete() for cell in self.cells)
+
+    def write(self) -> None:
+        """Write the study with all defaults. Raises ResourceError."""
+        try:
+            write_atomically(self.folder / "study.yml", yaml.safe_dump(self._fields(), sort_keys=False))
+        except OSError as error:
+            raise ResourceError(
+                f"Cannot write the study folder {self.folder}: {error.strerror}. Name another with --out."
+            ) from error
+
+    def finish(self) -> None:
+        """Record that all cells and the report are done."""
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        text = json.dumps({"study_sha256": self._sha256(), "cells": len(self.cells), "finished": finished}, indent=1)
+        write_atomically(self._record, text + "\n")
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / "study.json"
+
+    def _fields(self) -> dict[str, Any]:
+        return self.study.model_dump(mode="json")
+
+    def _sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()
+
+
+def run_cells(folder: StudyFolder, cells: Sequence[StudyCell], *, trust_remote_code: bool = False) -> None:
+    """Run the unfinished cells.
+
+    A cell that stops does not stop the others.
+
+    Raises:
+        RunError: some cells stopped, each with its reason.
+    """
+    from hf_contmerge.loop.run import run_recipe
+
+    stopped: dict[str, ContmergeError] = {}
+    for number, cell in enumerate(cells, 1):
+        run = folder.run(cell)
+        if run.is_complete():
+            continue
+        LOG.info("cell %d of %d: %s", number, len(cells), cell.name)
+        try:
+            run_recipe(cell.recipe, run.folder, trust_remote_code=trust_remote_code, experts=folder.experts)
+        except ContmergeError as error:
+            if not stopped and not isinstance(error, BudgetError) and number == 1:
+                raise  # most likely each cell would stop for the same reason
+            LOG.error("cell %s stopped: %s", cell.name, error)
+            stopped[cell.name] = error
+    if stopped:
+        listed = "".join(f"\n  {name}: {error}" for name, error in stopped.items())
+        raise RunError(
+            f"{len(stopped)} of {len(cells)} cells of {folder.folder} stopped; the others are done:{listed}\n"
+            "The same command runs these again."
+        )
+
+
+def run_side_by_side(folder: StudyFolder, jobs: int, words: Sequence[str]) -> None:
+    """Run all cells in several processes of this machine.
+
+    `words`: the command's arguments, without `--jobs`.
+
+    Raises:
+        RunError: a process failed.
+    """
+    command = [sys.executable, "-m", "hf_contmerge.commands.main", "study", *words]
+    jobs = min(jobs, len(folder.cells))
+    running = [subprocess.Popen([*command, "--part", f"{n}/{jobs}"]) for n in range(1, jobs + 1)]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise RunError(
+            f"{sum(map(bool, codes))} of {jobs} jobs failed; see their messages above. Finished runs are kept."
+        )
+
+
+def unfinished(folder: StudyFolder) -> Iterator[StudyCell]:
+    """Yield the cells whose runs are not complete."""
+    return (cell for cell in folder.cells if not folder.run(cell).is_complete())

@@ -1,0 +1,331 @@
+"""The report of a study: every line in every setting, over orders and seeds.
+
+    report/  index.html   one file; the picture is inside
+             study.md     the same as Markdown
+             study.tex    the main table for a paper (booktabs)
+             study.csv    a row per cell, line and block: all metrics, seconds, bytes
+             study.json   the same, with the comparison and its intervals
+             study.png    the picture
+
+A line (a merge entry, plain fine-tuning) is compared with the reference line in equal cells: same order, same seed,
+same documents. Intervals: scoring/forgetting/crossed.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hf_contmerge.errors import RunError, unknown
+from hf_contmerge.report._findings import METRICS, amount, interval, known_metrics
+from hf_contmerge.report._pictures import Dot, draw_dots
+from hf_contmerge.report._results import Results
+from hf_contmerge.report._tables import Cell, Picture, Section, Table, change_cell, costs, metric_cell
+from hf_contmerge.report._templates import fill
+from hf_contmerge.report._terminal import rich_table
+from hf_contmerge.report.write import load_results
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.study import StudyCell
+from hf_contmerge.run.scores import BLOCKS, Block
+from hf_contmerge.scoring.forgetting.crossed import crossed_change
+from hf_contmerge.scoring.forgetting.lines import Line
+from hf_contmerge.scoring.forgetting.paired import Change, Group, mean_change, same_documents
+
+PLAIN = "fine-tuning alone"
+_SHOWN = ("acc", "la", "bwt", "fwt", "general_delta")
+_SCOPES = ("all stages", "earlier stages", "last stage", "general")
+
+At = tuple[int, int]
+"""Order and seed."""
+
+
+@dataclass(frozen=True)
+class StudyLine:
+    """A line of a setting: what it scored in each cell."""
+
+    setting: str
+    name: str
+    cells: Mapping[At, tuple[Results, Line]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.setting}: {self.name}"
+
+    def metrics(self, block: Block) -> dict[At, dict[str, float | None]]:
+        """Return each cell's metrics of one block."""
+        return {at: line.metrics(r.stages, r.general_tasks, block) for at, (r, line) in self.cells.items()}
+
+    def mean(self, block: Block, metric: str) -> float | None:
+        """Return a metric's mean over the cells, None if one lacks it."""
+        values = [found[metric] for found in self.metrics(block).values()]
+        return fmean(v for v in values if v is not None) if values and None not in values else None
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """The finished cells of a study."""
+
+    name: str
+    orders: Mapping[int, tuple[str, ...]]
+    """Names of the stages by order."""
+    seeds: tuple[int, ...]
+    runs: Mapping[tuple[str, At], Run]
+    lines: tuple[StudyLine, ...]
+    asked: str | None = None
+    """The reference line, if the study names one."""
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The blocks with measured stages, perplexity first."""
+        return [b for b in reversed(BLOCKS) if any(line.mean(b, "acc") is not None for line in self.lines)]
+
+    @cached_property
+    def reference(self) -> StudyLine:
+        """The line for comparisons. Raises RunError for an unknown one."""
+        block = self.blocks[0]
+        measured = [line for line in self.lines if line.mean(block, "acc") is not None]
+        wanted = self.asked or PLAIN
+        named = [line for line in measured if wanted in (line.title, line.name)]
+        if self.asked and not named:
+            raise RunError(unknown("line", wanted, {word for x in measured for word in (x.title, x.name)}))
+        return max(named or measured, key=lambda line: line.mean(block, "acc") or 0.0)
+
+    def change(self, line: StudyLine, block: Block, scope: str) -> Change | None:
+        """Return a line's difference from the reference, over common cells."""
+        common = [at for at in line.cells if at in self.reference.cells]
+        grid, every = {}, list[Group]()
+        for at in common:
+            groups = _groups(line.cells[at], self.reference.cells[at], scope)
+            change = mean_change(groups, block) if groups else None
+            if change is None:
+                return None
+            grid[at] = change.mean
+            every += groups
+        return crossed_change(grid, mean_change(every, block), same_documents=self._same_documents) if grid else None
+
+    @cached_property
+    def _same_documents(self) -> bool:
+        """Say if all seeds are scored on the same documents."""
+        rows = [line.rows[0] for x in self.lines for _, line in x.cells.values()]
+        first = rows[0]
+        return all(task in first and same_documents(row[task], first[task]) for row in rows for task in row)
+
+    def better_in(self, line: StudyLine, block: Block) -> tuple[int, int]:
+        """Return in how many cells a line's ACC is above the reference's, and of how many."""
+        mine, theirs = line.metrics(block), self.reference.metrics(block)
+        common = [at for at in mine if at in theirs]
+        return sum((mine[at]["acc"] or 0.0) > (theirs[at]["acc"] or 0.0) for at in common), len(common)
+
+    def compared(self, block: Block) -> Iterator[StudyLine]:
+        """Yield the measured lines besides the reference."""
+        return (x for x in self.lines if x is not self.reference and x.mean(block, "acc") is not None)
+
+
+def _groups(new: tuple[Results, Line], old: tuple[Results, Line], scope: str) -> list[Group]:
+    """Return the paired scores of two lines after their last stage."""
+    (results, line), (_, reference) = new, old
+    last, before = line.rows[-1], reference.rows[-1]
+    names = [stage.task_names() for stage in results.stages]
+    tasks = {
+        "all stages": names, "earlier stages": names[:-1], "last stage": names[-1:], "general": [results.general_tasks],
+    }[scope]  # fmt: skip
+    return [(last, before, group) for group in tasks if group]
+
+
+def load_study_results(
+    name: str, runs: Sequence[tuple[StudyCell, Run]], seeds: Sequence[int], reference: str | None = None
+) -> StudyResults:
+    """Load the results of a study's finished cells. Raises RunError without any."""
+    done = [(cell, run) for cell, run in runs if run.is_complete()]
+    if not done:
+        raise RunError(f"No cell of study {name} is finished, so there is nothing to report.")
+    found: dict[tuple[str, str], dict[At, tuple[Results, Line]]] = {}
+    for cell, run in done:
+        results = load_results(run)
+        for label, line in results.named_lines():
+            if len(line.rows) > 1:
+                found.setdefault((cell.setting, label), {})[cell.order, cell.seed] = results, line
+    orders = {cell.order: tuple(stage.name for stage in cell.recipe.stages) for cell, _ in runs}
+    lines = tuple(StudyLine(setting, label, cells) for (setting, label), cells in found.items())
+    by_cell = {(cell.setting, (cell.order, cell.seed)): run for cell, run in done}
+    return StudyResults(name, orders, tuple(seeds), by_cell, lines, reference)
+
+
+# Words
+
+
+def findings(study: StudyResults) -> list[str]:
+    """Return a sentence on the grid, then one for each line."""
+    cells = len(study.runs)
+    said = [
+        f"{cells} runs: {len(study.orders)} order{'s' * (len(study.orders) != 1)} of the stages, {len(study.seeds)} "
+        f"seed{'s' * (len(study.seeds) != 1)}. Reference: {study.reference.title}."
+    ]
+    for block in study.blocks:
+        for line in study.compared(block):
+            parts = [
+                f"{change.seen} on {scope} ({amount(change.mean, block)}, {interval(change, block)})"
+                for scope in _SCOPES
+                if (change := study.change(line, block, scope))
+            ]
+            wins, of = study.better_in(line, block)
+            said.append(f"{line.title}, {block}: {'; '.join(parts)}; better in {wins} of {of} cells.")
+    return said
+
+
+# Tables
+
+
+def sections(study: StudyResults) -> list[Section]:
+    """Return the parts of the page."""
+    against = (
+        f"Difference from {study.reference.title} after the last stage, in cells of the same order and seed, paired by "
+        "document. 95 % intervals over orders, seeds and documents; ≈: no difference seen."
+    )
+    orders = "; ".join(f"{number}: {', '.join(stages)}" for number, stages in study.orders.items())
+    parts = {
+        "Against the reference": (against, _against),
+        "Means over orders and seeds": ("", _means),
+        "Order by order": (f"ACC, mean over seeds. Orders: {orders}.", _by_order),
+    }
+    shown = [Section(title, intro, [table(study, b) for b in study.blocks]) for title, (intro, table) in parts.items()]
+    shown[0] = replace(shown[0], pictures=_pictures(study))
+    return [*shown, Section("Costs", tables=[_costs(study)])]
+
+
+def _pictures(study: StudyResults) -> list[Picture]:
+    alt = f"Difference of each line from {study.reference.title}, with 95 % intervals"
+    return [Picture(draw(study, block), f"{alt}, {block}") for block in study.blocks]
+
+
+def draw(study: StudyResults, block: Block) -> bytes:
+    """Return a PNG: differences from the reference with intervals."""
+    dots = [
+        Dot(line.title, scope, change)
+        for line in study.compared(block)
+        for scope in _SCOPES
+        if (change := study.change(line, block, scope))
+    ]
+    return draw_dots(dots, block, title=f"Against {study.reference.title}")
+
+
+def _against(study: StudyResults, block: Block) -> Table:
+    rows = []
+    for line in study.compared(block):
+        wins, of = study.better_in(line, block)
+        cells = [change_cell(study.change(line, block, scope), block) for scope in _SCOPES]
+        rows.append([Cell(line.title), *cells, Cell(f"{wins} of {of}", "cells with a higher ACC")])
+    return Table(f"{block}, against {study.reference.title}", ("line", *_SCOPES, "better in"), rows)
+
+
+def _means(study: StudyResults, block: Block) -> Table:
+    lines = [x for x in study.lines if x.mean(block, "acc") is not None]
+    found = {x.title: {m: x.mean(block, m) for m in METRICS} for x in lines}
+    names = known_metrics(found.values())
+    rows = [[Cell(title), *(metric_cell(values[m], block, m) for m in names)] for title, values in found.items()]
+    return Table(f"{block}", ("line", *(METRICS[m].short for m in names)), rows)
+
+
+def _by_order(study: StudyResults, block: Block) -> Table:
+    """Return the table of the literature: ACC by order, then means."""
+    rows = []
+    for line in study.lines:
+        if line.mean(block, "acc") is None:
+            continue
+        found = line.metrics(block)
+        each = [_mean(found[at]["acc"] for at in found if at[0] == order) for order in study.orders]
+        means = [line.mean(block, metric) for metric in ("acc", "bwt", "fwt")]
+        rows.append(
+            [Cell(line.title), *(metric_cell(v, block, "acc") for v in each)]
+            + [metric_cell(v, block, m) for v, m in zip(means, ("acc", "bwt", "fwt"), strict=True)]
+        )
+    header = ("line", *(f"order {number}" for number in study.orders), "AA", "BWT", "FWT")
+    return Table(block, header, rows)
+
+
+def _mean(values: Iterator[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return fmean(known) if known else None
+
+
+def _costs(study: StudyResults) -> Table:
+    """Return seconds of training, merging and scoring per setting, shared work once."""
+    rows = []
+    for setting in dict.fromkeys(name for name, _ in study.runs):
+        spent: dict[str, float] = {}
+        shared = 0.0
+        for (name, _), run in study.runs.items():
+            for cost in costs(run) if name == setting else ():
+                if cost.shared:
+                    shared += cost.seconds or 0.0
+                else:
+                    spent[cost.phase] = spent.get(cost.phase, 0.0) + (cost.seconds or 0.0)
+        each = [Cell(f"{spent.get(phase, 0.0):.0f} s") for phase in ("train", "merge", "score")]
+        rows.append([Cell(setting), *each, Cell(f"{shared:.0f} s", "training of experts linked from other cells")])
+    return Table("Seconds", ("setting", "train", "merge", "score", "saved by sharing"), rows)
+
+
+# Files
+
+
+def write_study_report(study: StudyResults, folder: Path) -> Path:
+    """Write the report's files; return the page."""
+    from hf_contmerge.runtime.files import put_in_place, remove
+
+    scratch = folder.with_name(f".{folder.name}")
+    remove(scratch)
+    scratch.mkdir(parents=True)
+    said, parts = findings(study), sections(study)
+    shown = {"title": f"Study {study.name}", "findings": said, "sections": parts}
+    (scratch / "index.html").write_text(fill("compare.html", **shown), encoding="utf-8")
+    (scratch / "study.md").write_text(fill("compare.md", **shown), encoding="utf-8")
+    (scratch / "study.tex").write_text(fill("study.tex", tables=parts[2].tables), encoding="utf-8")
+    (scratch / "study.json").write_text(json.dumps(_summary(study, said), indent=1) + "\n", encoding="utf-8")
+    (scratch / "study.png").write_bytes(draw(study, study.blocks[0]))
+    with (scratch / "study.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(_rows(study))
+    put_in_place(scratch, folder)
+    return folder / "index.html"
+
+
+def _summary(study: StudyResults, said: Sequence[str]) -> dict[str, Any]:
+    return {
+        "study": study.name, "findings": list(said), "reference": study.reference.title,
+        "orders": study.orders, "seeds": study.seeds,
+        "lines": [
+            {"line": x.title, "block": b, "mean": {m: x.mean(b, m) for m in _SHOWN},
+             "against_reference": {s: _limits(study.change(x, b, s)) for s in _SCOPES} if x is not study.reference
+             else None}
+            for b in study.blocks for x in study.lines if x.mean(b, "acc") is not None
+        ],
+    }  # fmt: skip
+
+
+def _limits(change: Change | None) -> dict[str, Any] | None:
+    return {"mean": change.mean, "low": change.low, "high": change.high, "seen": change.seen} if change else None
+
+
+def _rows(study: StudyResults) -> Iterator[Sequence[Any]]:
+    yield "setting", "line", "order", "seed", "block", *METRICS
+    for block in study.blocks:
+        for line in study.lines:
+            for (order, seed), found in line.metrics(block).items():
+                if found["acc"] is not None:
+                    yield line.setting, line.name, order, seed, block, *(found[m] for m in METRICS)
+
+
+def print_study(study: StudyResults) -> None:
+    """Print the comparison and the findings."""
+    from rich.console import Console
+
+    console = Console()
+    for block in study.blocks:
+        console.print(rich_table(_against(study, block)), "")
+    for sentence in findings(study):
+        console.print(sentence, highlight=False, markup=False)

@@ -1,0 +1,106 @@
+"""The grid of a study: its cells, orders and settings, and what is wrong with one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_contmerge.errors import RecipeError
+from hf_contmerge.run.recipe.study import Study, load_study, study_cells, study_orders
+
+STAGES = ("law", "medicine", "code")
+
+
+def study_of(**fields: Any) -> Study:
+    recipe = {
+        "name": "r", "base_model": "base", "merge": ["magmax"],
+        "stages": [{"name": name, "dataset": f"{name}.jsonl"} for name in STAGES],
+    }  # fmt: skip
+    return Study.model_validate({"name": "s", "recipe": recipe, **fields})
+
+
+def test_every_setting_meets_every_seed_and_order() -> None:
+    study = study_of(orders=[STAGES, STAGES[::-1]], seeds=[0, 7], vary={"train.learning_rate": [1e-5, 1e-4]})
+    cells = study_cells(study)
+    assert len({cell.name for cell in cells}) == len(cells) == 8
+    for cell in cells:
+        names = [stage.name for stage in cell.recipe.stages]
+        assert names == list(STAGES if cell.order == 1 else STAGES[::-1])
+        assert cell.recipe.seed == cell.seed
+        assert cell.setting == f"learning_rate-{cell.recipe.train.sft_fields['learning_rate']}"
+        assert cell.recipe.name == cell.name
+
+
+def test_named_settings_join_the_combinations() -> None:
+    slow = {"name": "slow-lora", "set": {"train.strategy": "lora", "train.learning_rate": 1e-6}}
+    cells = study_cells(study_of(vary={"train.strategy": ["full", ["lora", "replay"]]}, settings=[slow]))
+    assert [cell.setting for cell in cells] == ["full", "lora-replay", "slow-lora"]
+    assert cells[1].recipe.train.strategy == ("lora", "replay")
+    assert [cell.setting for cell in study_cells(study_of(settings=[slow], seeds=[0, 1]))] == ["slow-lora"] * 2
+
+
+def test_a_stages_own_fields_stay_with_it_in_each_order() -> None:
+    study = study_of(orders="all", vary={"stages.0.train.max_steps": [3]})
+    steps = [{s.name: s.train.get("max_steps") for s in cell.recipe.stages} for cell in study_cells(study)]
+    assert steps == [{"law": 3, "medicine": None, "code": None}] * 6
+
+
+def test_random_orders_are_the_same_each_time() -> None:
+    names = ["a", "b", "c", "d"]
+    found = study_orders(study_of(orders=5), names)
+    assert found[0] == tuple(names)
+    assert len(set(found)) == 5
+    assert found == study_orders(study_of(orders=5), names)
+    assert len(study_orders(study_of(orders="all"), names)) == 24
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"orders": [["law", "code"], STAGES]}, r"orders: \[law, code\] misses medicine"),
+        ({"orders": [["law", "code", "medicin"]]}, "misses medicine"),
+        ({"orders": [[*STAGES, "poems"]]}, r"names poems, no stage of the recipe \(law, medicine, code\)"),
+        ({"orders": [[*STAGES, "law"]]}, "names a stage twice"),
+        ({"orders": [STAGES, STAGES]}, "one order is there twice"),
+        ({"orders": 7}, "3 stages have 6 orders; got 7"),
+        ({}, "nothing to vary"),
+        ({"seeds": [3]}, "nothing to vary"),
+        ({"seeds": [0, 1], "vary": {"train.parameters.x.y.z": [1]}, "recipe": {"stages": 3}}, "stages"),
+        ({"seeds": [0, 1], "vary": {"merge.3.rule": ["opcm"]}}, "no path 'merge.3.rule'"),
+        ({"seeds": [0, 1], "vary": {"evaluate.limt": [3]}}, "Unknown field 'limt'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_sentence(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        study_cells(study_of(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"seeds": [1, 1]}, "seeds: 1, 1 has one twice"),
+        ({"vary": {"seed": [1, 2]}}, "seed cannot vary here: `seeds` sets it"),
+        ({"vary": {"stages": [[], []]}}, "stages cannot vary here: `orders` sets it"),
+        ({"settings": [{"name": "x", "set": {"output": "y"}}]}, "output cannot vary here"),
+        ({"settings": [{"name": "x", "set": {}}, {"name": "x", "set": {"seed2": 1}}]}, "two settings are named x"),
+        ({"order": 3}, "Unknown field 'order' in the study"),
+        ({"seeds": []}, "seeds"),
+        ({"vary": {"train.max_steps": []}}, "vary"),
+    ],
+)
+def test_wrong_fields_are_named(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    (tmp_path / "study.yml").write_text(yaml.safe_dump({"name": "s", "recipe": {}, **fields}))
+    with pytest.raises(RecipeError, match=said):
+        load_study(tmp_path / "study.yml")
+
+
+def test_the_recipe_is_found_next_to_the_study(tmp_path: Path) -> None:
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(study_of().recipe))
+    (tmp_path / "s.yml").write_text("name: s\nrecipe: r.yml\norders: all\n")
+    assert len(study_cells(load_study(tmp_path / "s.yml"))) == 6
+    (tmp_path / "s.yml").write_text("name: s\nrecipe: other.yml\n")
+    with pytest.raises(RecipeError, match=r"Cannot read the recipe .*other\.yml"):
+        load_study(tmp_path / "s.yml")
+    with pytest.raises(RecipeError, match="is a recipe, not a study"):
+        load_study(tmp_path / "r.yml")

@@ -1,0 +1,148 @@
+"""`contmerge study`, as its users run it, on toys."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toys.models import TEXT, toy_llama, write_jsonl
+
+from hf_contmerge.commands.main import main
+from hf_contmerge.models.weights import weights_sha256
+from hf_contmerge.run.folder import Run
+
+STAGES = ("study_law", "study_code")
+STUDY = {"name": "toys", "recipe": "recipe.yml", "orders": [STAGES, STAGES[::-1]], "seeds": [0, 1]}
+
+
+def study_home(home: Path, **fields: Any) -> Path:
+    """Write a study of two orders and two seeds; return its file."""
+    toy_llama(home / "base", seed=0)
+    dice, words = random.Random(0), TEXT.split()
+    for i, name in enumerate(STAGES):
+        rows = [{"text": " ".join(dice.choices(words[i::2], k=14))} for _ in range(24)]
+        write_jsonl(home / f"{name}.jsonl", rows)
+    recipe = {
+        "name": "r", "base_model": str(home / "base"), "merge": [{"rule": "average", "start_from": "base"}],
+        "stages": [{"name": n, "dataset": {"path": str(home / f"{n}.jsonl"), "heldout": 6}} for n in STAGES],
+        "train": {"max_steps": 2, "learning_rate": 0.01, "per_device_train_batch_size": 4, "report_to": "none"},
+        "evaluate": {"batch_size": 8, "cache": False},
+    }  # fmt: skip
+    (home / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    (home / "study.yml").write_text(yaml.safe_dump({**json.loads(json.dumps(STUDY)), **fields}))
+    return home / "study.yml"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study."""
+    home = tmp_path_factory.mktemp("study")
+    assert main(["study", str(study_home(home)), "--out", str(home / "out")]) == 0
+    return home
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/stages/*/experts/*/train.json"))]
+
+
+def test_equal_experts_are_trained_once(done: Path) -> None:
+    found = records(done / "out")
+    assert len(found) == 8
+    assert sum("shared" not in record for record in found) == 4
+    assert len({record["model_sha256"] for record in found}) == 4
+    assert len(list((done / "out/experts").iterdir())) == 4
+    inodes = {p.stat().st_ino for p in (done / "out").rglob("expert/model.safetensors")}
+    assert len(inodes) == 4
+
+
+def test_a_cell_is_the_run_that_it_stands_for(done: Path, tmp_path: Path) -> None:
+    cell = Run.load(done / "out/runs/plain_order-2_seed-1")
+    assert cell.is_complete()
+    assert [s.name for s in cell.recipe.stages] == list(STAGES[::-1])
+    assert main(["run", str(cell.folder / "recipe.yml"), "--run", str(tmp_path / "run")]) == 0
+    alone = Run.load(tmp_path / "run")
+    for run in (cell, alone):
+        assert run.merged(2, run.recipe.merge[0]).model.is_dir()
+    entry = cell.recipe.merge[0]
+    assert weights_sha256(cell.merged(2, entry).model) == weights_sha256(alone.merged(2, entry).model)
+
+
+def test_report(done: Path) -> None:
+    report = done / "out/report"
+    assert {p.name for p in report.iterdir()} == {
+        "index.html", "study.md", "study.tex", "study.csv", "study.json", "study.png",
+    }  # fmt: skip
+    found = json.loads((report / "study.json").read_text())
+    assert found["reference"] == "plain: average"
+    assert len((report / "study.csv").read_text().splitlines()) == 1 + 4
+    tex = (report / "study.tex").read_text()
+    assert r"\begin{tabular}{lrrrrr}" in tex
+    assert "&amp;" not in tex
+    [line] = found["lines"]
+    utilities = [
+        json.loads((run / "report/summary.json").read_text())["merges"]["average"]["metrics"]["perplexity"]["acc"]
+        for run in (done / "out/runs").iterdir()
+    ]
+    assert line["mean"]["acc"] == pytest.approx(sum(utilities) / 4)
+
+
+def test_a_finished_study_answers_at_once(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (done / "out").rglob("*") if p.is_file()}
+    assert main(["study", str(done / "study.yml"), "--out", str(done / "out")]) == 0
+    assert "out is complete." in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (done / "out").rglob("*") if p.is_file()}
+
+
+def test_another_seed_only_adds_its_cells(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "out", tmp_path / "out")
+    more = {**json.loads(json.dumps(STUDY)), "seeds": [0, 1, 2], "recipe": str(done / "recipe.yml")}
+    (tmp_path / "more.yml").write_text(yaml.safe_dump(more))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/runs").rglob("*.json")}
+    assert main(["study", str(tmp_path / "more.yml"), "--out", str(tmp_path / "out"), "--part", "3/3"]) == 0
+    assert len(records(tmp_path / "out")) == 12
+    assert all(p.stat().st_mtime_ns == then for p, then in before.items())
+
+
+def test_parts_cover_the_grid_and_report_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = str(study_home(tmp_path, seeds=[0]))
+    assert main(["study", study, "--out", str(tmp_path / "out"), "--part", "2/2"]) == 0
+    assert "1 of 2 runs" in capsys.readouterr().out
+    assert not (tmp_path / "out/report").exists()
+    assert main(["study", study, "--out", str(tmp_path / "out"), "--part", "1/2"]) == 0
+    assert (tmp_path / "out/report/index.html").is_file()
+    for part in ("0/2", "3/2", "x"):
+        assert main(["study", study, "--out", str(tmp_path / "out"), "--part", part]) == 2
+
+
+def test_a_cell_that_stops_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last cells have a batch that no dataset fills; one sentence each, the others are done."""
+    settings = [{"name": "good", "set": {}}, {"name": "bad", "set": {"train.learning_rate": "fast"}}]
+    study = str(study_home(tmp_path, seeds=[0], settings=settings))
+    assert main(["study", study, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "learning_rate" in said
+    assert "Traceback" not in said
+
+
+def test_two_jobs_side_by_side(tmp_path: Path) -> None:
+    study = str(study_home(tmp_path, seeds=[0]))
+    assert main(["study", study, "--out", str(tmp_path / "out"), "--jobs", "2"]) == 0
+    assert (tmp_path / "out/report/index.html").is_file()
+    assert sum("shared" not in record for record in records(tmp_path / "out")) == 2
+
+
+def test_plan_counts_shared_training_once(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(done / "study.yml"), "--out", str(done / "planned"), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "4 runs; 4 trainings instead of 8" in said
+    assert not (done / "planned").exists()
+
+
+def test_slurm_script(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(done / "study.yml"), "--slurm", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --array=1-4\n" in said
+    assert f'contmerge study {done / "study.yml"} --part "$SLURM_ARRAY_TASK_ID/4"' in said
