@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def study_command(args: argparse.Namespace) -> None:
     """Run a study, or a part of it; report it once all runs are done."""
+    part = _part(args.part) if args.part else None
     folder = StudyFolder.open(load_study(args.study), args.out)
     require_given(folder.cells[0].recipe.plugins, args.study)
     if args.slurm:
@@ -41,11 +42,10 @@ def study_command(args: argparse.Namespace) -> None:
         print(f"{folder.folder} is complete.")
         _show_stored(folder)
     else:
-        _run(args, folder)
+        _run(args, folder, part)
 
 
-def _run(args: argparse.Namespace, folder: StudyFolder) -> None:
-    part = _part(args.part) if args.part else None
+def _run(args: argparse.Namespace, folder: StudyFolder, part: tuple[int, int] | None) -> None:
     folder.write()
     if args.jobs > 1 and not part:
         run_side_by_side(folder, args.jobs, _words(args))

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,20 +40,15 @@ class SharedExperts:
     @contextmanager
     def claimed(self, job: TrainJob, ranks: Ranks) -> Iterator[ExpertPlace]:
         """Yield the place of a job's expert; processes with an equal job wait."""
-        held = list[FolderLock]()
+        with ExitStack() as held:
 
-        def claim() -> ExpertPlace:
-            place = ExpertPlace(self.folder / _digest(job), "shared")
-            place.folder.mkdir(parents=True, exist_ok=True)
-            held.append(_wait_for(place.folder))
-            return place
+            def claim() -> ExpertPlace:
+                place = ExpertPlace(self.folder / _digest(job), "shared")
+                place.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock_when_free(place.folder))
+                return place
 
-        place = ranks.first(claim)
-        try:
-            yield place
-        finally:
-            for lock in held:
-                lock.__exit__()
+            yield ranks.first(claim)
 
 
 def train_once(shared: SharedExperts, place: ExpertPlace, job: TrainJob, recorder: Recorder, *, on_log: OnLog) -> None:
@@ -77,12 +72,19 @@ def _link(source: ExpertPlace, target: ExpertPlace, more: Record) -> None:
     target.finish("train", {**source.record("train"), **more})
 
 
-def _wait_for(folder: Path) -> FolderLock:
+@contextmanager
+def lock_when_free(folder: Path) -> Iterator[None]:
+    """Lock a folder as soon as no other process does."""
     while True:
         try:
-            return FolderLock(folder).__enter__()
+            lock = FolderLock(folder).__enter__()
+            break
         except RunError:
             time.sleep(_WAIT)
+    try:
+        yield
+    finally:
+        lock.__exit__()
 
 
 def _digest(job: TrainJob) -> str:

@@ -63,8 +63,12 @@ class StudyFolder:
 
     def write(self) -> None:
         """Write the study with all defaults. Raises ResourceError."""
+        from hf_contmerge.loop._shared import lock_when_free
+
         try:
-            write_atomically(self.folder / "study.yml", yaml.safe_dump(self._fields(), sort_keys=False))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with lock_when_free(self.folder):  # other parts may start at the same moment
+                write_atomically(self.folder / "study.yml", yaml.safe_dump(self._fields(), sort_keys=False))
         except OSError as error:
             raise ResourceError(
                 f"Cannot write the study folder {self.folder}: {error.strerror}. Name another with --out."

@@ -655,7 +655,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 CRASHES = {"add": "magmax", "add adapter": "opcm", "drop": "opcm"}
 
 
-@pytest.mark.parametrize("what", CRASHES)
+@pytest.mark.parametrize("what", ["add", "drop", pytest.param("add adapter", marks=pytest.mark.slow)])
 def test_killed_before_any_change(
     what: str, base_folder: Path, expert_folders: tuple[Path, ...], adapters: tuple[Path, ...], tmp_path: Path,
     forks: Forks,

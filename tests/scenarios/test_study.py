@@ -58,6 +58,7 @@ def test_equal_experts_are_trained_once(done: Path) -> None:
     assert len(inodes) == 4
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_run_that_it_stands_for(done: Path, tmp_path: Path) -> None:
     cell = Run.load(done / "out/runs/plain_order-2_seed-1")
     assert cell.is_complete()
@@ -96,6 +97,7 @@ def test_a_finished_study_answers_at_once(done: Path, capsys: pytest.CaptureFixt
     assert before == {p: p.stat().st_mtime_ns for p in (done / "out").rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_another_seed_only_adds_its_cells(done: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "out", tmp_path / "out")
     more = {**json.loads(json.dumps(STUDY)), "seeds": [0, 1, 2], "recipe": str(done / "recipe.yml")}
@@ -106,6 +108,7 @@ def test_another_seed_only_adds_its_cells(done: Path, tmp_path: Path) -> None:
     assert all(p.stat().st_mtime_ns == then for p, then in before.items())
 
 
+@pytest.mark.slow
 def test_parts_cover_the_grid_and_report_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = str(study_home(tmp_path, seeds=[0]))
     assert main(["study", study, "--out", str(tmp_path / "out"), "--part", "2/2"]) == 0
@@ -117,16 +120,21 @@ def test_parts_cover_the_grid_and_report_at_the_end(tmp_path: Path, capsys: pyte
         assert main(["study", study, "--out", str(tmp_path / "out"), "--part", part]) == 2
 
 
+@pytest.mark.slow
 def test_a_cell_that_stops_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last cells have a batch that no dataset fills; one sentence each, the others are done."""
-    settings = [{"name": "good", "set": {}}, {"name": "bad", "set": {"train.learning_rate": "fast"}}]
+    """The last cells have an unknown task; one sentence each, the others are done."""
+    settings = [{"name": "good", "set": {}}, {"name": "bad", "set": {"evaluate.general_tasks": ["no_such_task"]}}]
     study = str(study_home(tmp_path, seeds=[0], settings=settings))
     assert main(["study", study, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "learning_rate" in said
+    assert "2 of 4 cells" in said
+    assert said.count("no_such_task") >= 2
     assert "Traceback" not in said
+    runs = tmp_path / "out/runs"
+    assert all(Run.load(runs / f"good_order-{n}_seed-0").is_complete() for n in (1, 2))
 
 
+@pytest.mark.slow
 def test_two_jobs_side_by_side(tmp_path: Path) -> None:
     study = str(study_home(tmp_path, seeds=[0]))
     assert main(["study", study, "--out", str(tmp_path / "out"), "--jobs", "2"]) == 0
