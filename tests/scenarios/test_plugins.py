@@ -185,6 +185,7 @@ def test_a_run_with_a_packages_rule_and_strategy(home: Path, run: Run) -> None:
         model_card(run, run.recipe.merge[0])
 
 
+@pytest.mark.slow
 def test_a_plan_with_a_packages_rule_and_strategy(home: Path, site: Path) -> None:
     done = shell(BIN / "contmerge", "plan", "recipe.yml", "--run", "other", cwd=home, sites=(site,))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -232,6 +233,7 @@ def test_listing_imports_no_package(home: Path, site: Path, rivals: Path) -> Non
     assert done.stderr.splitlines() == [said]
 
 
+@pytest.mark.slow
 def test_a_taken_word_is_refused_when_it_is_used(home: Path, site: Path, rivals: Path, plugin: Path) -> None:
     code = (
         "import torch\n"
@@ -380,6 +382,7 @@ def test_a_state_with_a_plugins_rule(home: Path, plugin: Path, contmerge: Contme
     assert "Restore it, or start the state anew." in said
 
 
+@pytest.mark.slow
 def test_yaml_and_from_recipe_with_a_plugin(home: Path, plugin: Path, contmerge: Contmerge) -> None:
     experts = [{"model": str(home / f"expert{i}")} for i in (1, 2)]
     words = {"merge_method": "gain", "base_model": str(home / "base"), "models": experts, "dtype": "float32"}
@@ -404,6 +407,7 @@ def test_a_new_recipe_with_a_plugin(home: Path, plugin: Path, contmerge: Contmer
     assert contmerge("plan", "rules/r.yml", "--plugin", "rules/my_gain.py", *words)[0] == 0
 
 
+@pytest.mark.slow
 def test_every_rank_of_a_job_loads_a_plugin(home: Path, plugin: Path, here: Path) -> None:
     Path("recipe.yml").write_text(yaml.safe_dump(recipe(home, plugins=["rules/my_gain.py"])))
     launch = (BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "--", ROOT / "hf_contmerge" / "train.py")
