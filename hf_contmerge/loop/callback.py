@@ -55,7 +55,8 @@ from hf_contmerge.runtime.files import remove, write_atomically
 from hf_contmerge.runtime.ranks import find_ranks
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.training.job import ModelName
-from hf_contmerge.training.saving import refuse_shared_weights, write_adapter, write_expert
+from hf_contmerge.training.saving import refuse_shared_weights, trained_dtype, write_adapter, write_expert
+from hf_contmerge.training.settings import in_halves
 
 LOG = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class ContinualMergeCallback(TrainerCallback):
             base = opened.base()
             plain = extract_model_from_parallel(model)
             _check_model(plain, opened, base, crew)
+            _warn_of_halves(plain, name, crew)
             crew.ranks.first(self._check_disk, plain, opened, base)
             scores = StageScores(self._folder)
             tasks, how = crew.ranks.first(scores.settings, self._tasks, self._evaluate)
@@ -212,6 +214,13 @@ def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> No
         folder = write_adapter(model, Path(scratch) / "adapter", crew.ranks)
         names = {log.base, log.base_folder}
         crew.ranks.first(lambda: open_expert(folder, base, base_names=names) and None)
+
+
+def _warn_of_halves(model: Any, name: str, crew: Crew) -> None:
+    """Warn of training weights of 16 bits."""
+    dtype = trained_dtype(model)
+    if dtype.itemsize == 2 and crew.ranks.is_main:
+        LOG.warning(in_halves(f"stage {name}", str(dtype).removeprefix("torch.")))
 
 
 def _log_scores(
