@@ -47,6 +47,7 @@ from hf_contmerge.loop.stages import Measuring, measure_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.layout import check_layout
+from hf_contmerge.models.loading import runs_own_code
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -70,6 +71,8 @@ class _Stage:
     crew: Crew
     tasks: Sequence[Task]
     evaluate: Evaluate
+    trusted: bool
+    """Whether the model runs code of its own, which its user has allowed."""
 
     @property
     def folder(self) -> Path:
@@ -138,7 +141,7 @@ class ContinualMergeCallback(TrainerCallback):
             crew.ranks.first(self._check_disk, plain, opened, base)
             scores = StageScores(self._folder)
             tasks, how = crew.ranks.first(scores.settings, self._tasks, self._evaluate)
-            self._stage = _Stage(name, opened, crew, tasks, how)
+            self._stage = _Stage(name, opened, crew, tasks, how, runs_own_code(plain))
             self._measure(self._stage, base.folder, scores.base)
             crew.ranks.first(scores.keep_settings, tasks, how)
 
@@ -200,7 +203,9 @@ class ContinualMergeCallback(TrainerCallback):
             folder = Path(scratch)
             stage.crew.ranks.main_first(write_tasks, stage.tasks, folder, stage.evaluate)
             recorder = Recorder(self._folder, PartialState(), stage.crew, quiet=True)
-            how = Measuring(stage.evaluate, folder, stage.state.base().folder, recorder)
+            how = Measuring(
+                stage.evaluate, folder, stage.state.base().folder, recorder, trust_remote_code=stage.trusted
+            )
             measure_at(place, model, stage.tasks, how)
 
 

@@ -34,6 +34,7 @@ from hf_contmerge.loop.stages import train_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.folder import resolve_model
+from hf_contmerge.models.layout import check_loads
 from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
@@ -259,6 +260,7 @@ def score_stage(
             folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(model), adapters=True))
             base_name = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
             whole = crew.ranks.local_main_first(lambda: resolve_model(str(base_name)) if base_name else base_of(folder))
+            crew.ranks.all(check_loads, whole, trusted=trust_remote_code)
             scores = score_model(
                 folder, wanted, task_folder=made, evaluate=how, ranks=crew.ranks, base=whole,
                 trust_remote_code=trust_remote_code,

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from hf_contmerge.models.layout import check_tokenizer
+from hf_contmerge.models.layout import check_loads, check_tokenizer
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -92,6 +92,7 @@ def measure_named(
     def locate() -> ModelFolders:
         model = fetched_folders(name, base, cache.store)
         check_tokenizer(model.whole)
+        check_loads(model.whole, trusted=request.trust_remote_code)
         folders = request.evaluate.task_folders(request.task_folder)
         check_tasks(request.tasks, folders, split=request.part != "all", limit=request.evaluate.limit)
         return model

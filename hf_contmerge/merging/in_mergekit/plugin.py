@@ -44,6 +44,7 @@ from hf_contmerge.models.contents import check_contents, weight_files
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.function import check_config, check_function
+from hf_contmerge.models.layout import check_loads
 from hf_contmerge.models.reading import tied_flag
 from hf_contmerge.models.rounding import ROUNDINGS, Rounding
 from hf_contmerge.models.statistics import check_statistics
@@ -258,6 +259,7 @@ def guard_merge() -> None:
         if config.merge_method in rule_names():
             _warn_of_namesakes(config.merge_method)
             _refuse_adapters(config, options)
+            _refuse_code(config, options)
             _refuse_other_readings(config)
             _refuse_twins(config)
             _require_statistics(config)
@@ -284,6 +286,16 @@ def _refuse_adapters(config: Any, options: Any) -> None:
                 f"{model} is an adapter. Write `model: BASE+{model}` and give --lora-merge-cache DIR, or use "
                 "`contmerge merge from-recipe`, which reads adapters as they are."
             )
+
+
+def _refuse_code(config: Any, options: Any) -> None:
+    """Raise MergekitRecipeError for models with code of their own, which mergekit loads."""
+    for folder in (Path(model.model.path) for model in config.referenced_models()):
+        try:
+            if folder.is_dir():
+                check_loads(folder, trusted=options.trust_remote_code)
+        except ModelError as error:
+            raise MergekitRecipeError(str(error)) from error
 
 
 def _refuse_other_readings(config: Any) -> None:
