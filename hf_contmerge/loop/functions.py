@@ -148,7 +148,7 @@ def merge_stage(
         opened.add(os.fspath(expert), stages=[stage] if stage else (), crew=crew)
     if export:
         out, wanted = Path(export), number or len(opened.log().experts)
-        if not crew.ranks.first(_is_exported, opened, out, wanted):
+        if not crew.ranks.first(_is_exported, opened, out, wanted, (dtype, rounding)):
             opened.export(out, dtype=dtype, rounding=rounding, crew=crew)
     return opened
 
@@ -193,17 +193,23 @@ def _check_same_start(
         )
 
 
-def _is_exported(state: MergeState, out: Path, count: int) -> bool:
-    """Check for an export of the first `count` experts.
+def _is_exported(state: MergeState, out: Path, count: int, asked: tuple[str | None, str | None]) -> bool:
+    """Check for an export of the first `count` experts. `asked`: dtype and rounding.
 
     Raises:
-        RunError: it is missing, and later experts are already folded.
+        RunError: it is stored otherwise, or it is missing and later experts are already folded.
     """
     experts = [e.sha256 for e in state.log().experts]
     file = out / "merge.json"
     if file.is_file():
         exported = json.loads(file.read_text(encoding="utf-8"))
         if [e["sha256"] for e in exported["experts"]] == experts[:count] and exported["rule"] == state.log().rule:
+            have = tuple(exported["stored"][word] for word in ("dtype", "rounding"))
+            if any(word and mine not in (word, "none") for word, mine in zip(asked, have, strict=True)):
+                raise RunError(
+                    f"{out} holds this merge in {' and '.join(have)}; this call asks for "
+                    f"{' and '.join(word for word in asked if word)}. Choose a new folder, or remove this one."
+                )
             return True
     if count < len(experts):
         later = ", ".join(e.stage for e in state.log().experts[count:])

@@ -13,7 +13,7 @@ from toys.models import toy_llama
 from transformers import AutoModelForCausalLM
 
 from hf_contmerge.commands.main import main
-from hf_contmerge.errors import ModelError, RecipeError
+from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.loop.functions import merge_stage
 from hf_contmerge.merging.adapter import export_adapter
 from hf_contmerge.merging.state import MergeState
@@ -95,6 +95,9 @@ def test_the_word_of_every_door(half: Path, tmp_path: Path) -> None:
     merge_stage(tmp_path / "b", half / "e2", export=tmp_path / "by-function", rounding="nearest")
     same = [load_file(f / "model.safetensors") for f in (nearest, tmp_path / "by-function")]
     assert all(torch.equal(same[0][n], same[1][n]) for n in same[0])
+    merge_stage(tmp_path / "b", half / "e2", export=tmp_path / "by-function")  # no word: as it is
+    with pytest.raises(RunError, match="holds this merge in bfloat16 and nearest; this call asks for float32"):
+        merge_stage(tmp_path / "b", half / "e2", export=tmp_path / "by-function", dtype="float32")
     with pytest.raises(RecipeError, match=r"Unknown rounding 'up'\. Known: nearest, stochastic\."):
         MergeState.load(tmp_path / "a").export(tmp_path / "up", rounding="up")
 

@@ -133,5 +133,5 @@ def test_a_base_that_cannot_load_is_one_sentence_everywhere(
     assert under.returncode == 2
     assert expected in under.stderr
     assert main(["merge", "from-recipe", str(yml), str(tmp_path / "merged")]) == 0
-    assert (tmp_path / "merged" / "own_code.py").is_file()
+    assert (tmp_path / "merged" / "own_code.py").is_file() == (known == "own code")
     assert not (tmp_path / "ran").exists()
