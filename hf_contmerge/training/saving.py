@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import ModelError, RecipeError
 from hf_contmerge.models.folder import copy_companions
 from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.tokenizer import TokenizerChange, copy_tokenizer
@@ -66,6 +66,11 @@ def _stored(model: Any, kept: Mapping[str, Kept] | None) -> dict[str, Any]:
     if not kept:
         return {}
     weights = [(name, p.shape, p.dtype) for name, p in model.named_parameters()]
+    if overflown := [name for name, each in kept.items() if not each.finite]:
+        raise ModelError(
+            f"{overflown[0]}: trained values do not fit {_word(main_dtype(weights))}, or training has diverged. "
+            "Use float32 weights (no `model_init_kwargs.dtype`), or a lower learning rate. No expert was written."
+        )
     nbytes = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in weights)
     survival = Survival.of(kept, main_dtype(weights), "stochastic", nbytes)
     survival.warn("expert")

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_contmerge.commands.main import main
 from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.loop.functions import merge_stage
+from hf_contmerge.merging._log import write_log
 from hf_contmerge.merging.adapter import export_adapter
 from hf_contmerge.merging.state import MergeState
 
@@ -166,3 +170,33 @@ def test_values_too_large_for_float16_are_refused(tmp_path: Path, touched: bool)
         state.export(tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
     state.export(tmp_path / "fine", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("how", [[], ["--dtype", "bfloat16"], ["--as-adapter", "--rank", "2"]])
+def test_a_scale_beyond_float32_writes_nothing(
+    how: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = started(half, tmp_path / "state", "task_arithmetic", **{"lambda": 1e300})
+    assert main(["merge", "export", str(state.folder), str(tmp_path / "out"), *how]) == 2
+    assert "float32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_has_finite_numbers(half: Path, tmp_path: Path) -> None:
+    log = started(half, tmp_path / "state").log()
+    before = (tmp_path / "state" / "state.json").read_bytes()
+    with pytest.raises(ModelError, match="infinite or NaN. The state is unchanged"):
+        write_log(tmp_path / "state", replace(log, running_norm=float("inf")))
+    assert (tmp_path / "state" / "state.json").read_bytes() == before
+
+
+def test_a_stale_record_of_rounding_goes(half: Path, tmp_path: Path) -> None:
+    """mergekit writes into folders that hold an earlier merge."""
+    recipe = {"base_model": str(half / "base"), "models": [{"model": str(half / "e1")}], "dtype": "float32"}
+    for method, exists in (("average", True), ("task_arithmetic", False)):
+        yml = tmp_path / f"{method}.yml"
+        yml.write_text(
+            json.dumps({"merge_method": method, **recipe, "parameters": {"weight": 1.0} if not exists else {}})
+        )
+        subprocess.run([Path(sys.executable).with_name("mergekit-yaml"), yml, tmp_path / "out"], check=True)
+        assert (tmp_path / "out" / "rounding.json").is_file() == exists
