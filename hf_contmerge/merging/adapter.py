@@ -86,9 +86,7 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
 def _finite(factor: Tensor, name: str) -> Tensor:
     """Return a factor. Raises ModelError for one that overflowed."""
     if not bool(torch.isfinite(factor).all()):
-        raise ModelError(
-            f"{name}: the scaled factor does not fit float32. Use a smaller scale. Nothing was written."
-        )
+        raise ModelError(f"{name}: the scaled factor does not fit float32. Use a smaller scale. Nothing was written.")
     return factor
 
 

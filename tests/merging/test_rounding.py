@@ -185,7 +185,7 @@ def test_a_scale_beyond_float32_writes_nothing(
 def test_a_state_has_finite_numbers(half: Path, tmp_path: Path) -> None:
     log = started(half, tmp_path / "state").log()
     before = (tmp_path / "state" / "state.json").read_bytes()
-    with pytest.raises(ModelError, match="infinite or NaN. The state is unchanged"):
+    with pytest.raises(ModelError, match=r"infinite or NaN\. The state is unchanged"):
         write_log(tmp_path / "state", replace(log, running_norm=float("inf")))
     assert (tmp_path / "state" / "state.json").read_bytes() == before
 
