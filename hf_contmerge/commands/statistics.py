@@ -88,7 +88,7 @@ def _look_up(args: argparse.Namespace, settings: StatisticsSettings) -> Measured
         ContmergeError: a user error.
     """
     from hf_contmerge.models.folder import is_adapter, resolve_model
-    from hf_contmerge.models.layout import check_same_layout, check_tokenizer
+    from hf_contmerge.models.layout import check_loads, check_same_layout, check_tokenizer
     from hf_contmerge.training.data import load_stage_data
     from hf_contmerge.training.job import base_of
     from hf_contmerge.training.statistics import Measured
@@ -96,6 +96,7 @@ def _look_up(args: argparse.Namespace, settings: StatisticsSettings) -> Measured
     expert = resolve_model(args.model, adapters=True)
     base = resolve_model(args.base) if args.base else base_of(expert)
     check_tokenizer(base)
+    check_loads(base, trusted=args.trust_remote_code)
     if base != expert and not is_adapter(expert):
         check_same_layout(base, expert)
     fields: dict[str, Any] = {"path": args.data, "text": args.text, "heldout": 0, "max_examples": settings.examples}

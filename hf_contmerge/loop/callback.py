@@ -47,6 +47,7 @@ from hf_contmerge.loop.stages import Measuring, measure_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.layout import check_layout
+from hf_contmerge.models.loading import runs_own_code
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -55,7 +56,8 @@ from hf_contmerge.runtime.files import remove, write_atomically
 from hf_contmerge.runtime.ranks import find_ranks
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.training.job import ModelName
-from hf_contmerge.training.saving import refuse_shared_weights, write_adapter, write_expert
+from hf_contmerge.training.saving import refuse_shared_weights, trained_dtype, write_adapter, write_expert
+from hf_contmerge.training.settings import in_halves
 
 LOG = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class _Stage:
     crew: Crew
     tasks: Sequence[Task]
     evaluate: Evaluate
+    trusted: bool
+    """Whether the model runs code of its own, which its user has allowed."""
 
     @property
     def folder(self) -> Path:
@@ -133,10 +137,11 @@ class ContinualMergeCallback(TrainerCallback):
             base = opened.base()
             plain = extract_model_from_parallel(model)
             _check_model(plain, opened, base, crew)
+            _warn_of_halves(plain, name, crew)
             crew.ranks.first(self._check_disk, plain, opened, base)
             scores = StageScores(self._folder)
             tasks, how = crew.ranks.first(scores.settings, self._tasks, self._evaluate)
-            self._stage = _Stage(name, opened, crew, tasks, how)
+            self._stage = _Stage(name, opened, crew, tasks, how, runs_own_code(plain))
             self._measure(self._stage, base.folder, scores.base)
             crew.ranks.first(scores.keep_settings, tasks, how)
 
@@ -198,7 +203,9 @@ class ContinualMergeCallback(TrainerCallback):
             folder = Path(scratch)
             stage.crew.ranks.main_first(write_tasks, stage.tasks, folder, stage.evaluate)
             recorder = Recorder(self._folder, PartialState(), stage.crew, quiet=True)
-            how = Measuring(stage.evaluate, folder, stage.state.base().folder, recorder)
+            how = Measuring(
+                stage.evaluate, folder, stage.state.base().folder, recorder, trust_remote_code=stage.trusted
+            )
             measure_at(place, model, stage.tasks, how)
 
 
@@ -212,6 +219,13 @@ def _check_model(model: Any, state: MergeState, base: Weights, crew: Crew) -> No
         folder = write_adapter(model, Path(scratch) / "adapter", crew.ranks)
         names = {log.base, log.base_folder}
         crew.ranks.first(lambda: open_expert(folder, base, base_names=names) and None)
+
+
+def _warn_of_halves(model: Any, name: str, crew: Crew) -> None:
+    """Warn of training weights of 16 bits."""
+    dtype = trained_dtype(model)
+    if dtype.itemsize == 2 and crew.ranks.is_main:
+        LOG.warning(in_halves(f"stage {name}", str(dtype).removeprefix("torch.")))
 
 
 def _log_scores(

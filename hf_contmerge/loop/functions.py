@@ -34,6 +34,7 @@ from hf_contmerge.loop.stages import train_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.folder import resolve_model
+from hf_contmerge.models.layout import check_loads
 from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
@@ -147,7 +148,7 @@ def merge_stage(
         opened.add(os.fspath(expert), stages=[stage] if stage else (), crew=crew)
     if export:
         out, wanted = Path(export), number or len(opened.log().experts)
-        if not crew.ranks.first(_is_exported, opened, out, wanted):
+        if not crew.ranks.first(_is_exported, opened, out, wanted, (dtype, rounding)):
             opened.export(out, dtype=dtype, rounding=rounding, crew=crew)
     return opened
 
@@ -192,17 +193,23 @@ def _check_same_start(
         )
 
 
-def _is_exported(state: MergeState, out: Path, count: int) -> bool:
-    """Check for an export of the first `count` experts.
+def _is_exported(state: MergeState, out: Path, count: int, asked: tuple[str | None, str | None]) -> bool:
+    """Check for an export of the first `count` experts. `asked`: dtype and rounding.
 
     Raises:
-        RunError: it is missing, and later experts are already folded.
+        RunError: it is stored otherwise, or it is missing and later experts are already folded.
     """
     experts = [e.sha256 for e in state.log().experts]
     file = out / "merge.json"
     if file.is_file():
         exported = json.loads(file.read_text(encoding="utf-8"))
         if [e["sha256"] for e in exported["experts"]] == experts[:count] and exported["rule"] == state.log().rule:
+            have = tuple(exported["stored"][word] for word in ("dtype", "rounding"))
+            if any(word and mine not in (word, "none") for word, mine in zip(asked, have, strict=True)):
+                raise RunError(
+                    f"{out} holds this merge in {' and '.join(have)}; this call asks for "
+                    f"{' and '.join(word for word in asked if word)}. Choose a new folder, or remove this one."
+                )
             return True
     if count < len(experts):
         later = ", ".join(e.stage for e in state.log().experts[count:])
@@ -259,6 +266,7 @@ def score_stage(
             folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(model), adapters=True))
             base_name = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
             whole = crew.ranks.local_main_first(lambda: resolve_model(str(base_name)) if base_name else base_of(folder))
+            crew.ranks.all(check_loads, whole, trusted=trust_remote_code)
             scores = score_model(
                 folder, wanted, task_folder=made, evaluate=how, ranks=crew.ranks, base=whole,
                 trust_remote_code=trust_remote_code,

@@ -18,7 +18,7 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import Scores, load_scores, scored_tasks, write_scores
 from hf_contmerge.runtime.files import remove
 from hf_contmerge.scoring.cache import ScoreCache
-from hf_contmerge.scoring.keys import SCORES_VERSION, DocumentPart
+from hf_contmerge.scoring.keys import SCORES_VERSION, DocumentPart, ModelKey
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
@@ -84,8 +84,8 @@ class Measuring:
     cache: ScoreCache | None = None
     """None: the machine's cache, unless `evaluate` disables it."""
 
-    def measure(self, model: Path, tasks: Sequence[Task]) -> tuple[str, Scores]:
-        """Return a model's digest and rank 0's scores."""
+    def measure(self, model: Path, tasks: Sequence[Task]) -> tuple[ModelKey, Scores]:
+        """Return a model's digest and dtype, and rank 0's scores."""
         return score_model(
             model, tasks, task_folder=self.task_folder, evaluate=self.evaluate, ranks=self.recorder.crew.ranks,
             base=self.base, cache=self.cache, trust_remote_code=self.trust_remote_code, part=self.part,
@@ -100,10 +100,10 @@ def measure_at(place: Place, model: Path, tasks: Sequence[Task], how: Measuring,
     if not missing:
         return
     with recorder.phase(place, "score") as record:
-        digest, scores = how.measure(model, missing)
+        scored, scores = how.measure(model, missing)
         if recorder.is_main:
             keep_scores(record, place, {**(load_scores(place) if have else {}), **scores}, how)
-            record["scored_sha256"] = digest
+            record |= {"scored_sha256": scored.sha256, "scored_in": scored.dtype}
         on_log(len(have), {f"{name}/{s.metric}": s.value for name, s in scores.items()})
 
 

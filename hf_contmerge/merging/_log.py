@@ -80,8 +80,12 @@ def read_log(folder: Path) -> Log:
 
 
 def write_log(folder: Path, log: Log) -> None:
-    """Replace state.json, the commit of a change."""
-    write_atomically(folder / "state.json", json.dumps(asdict(log), indent=1) + "\n")
+    """Replace state.json, the commit of a change. Raises ModelError for numbers that are not finite."""
+    try:
+        text = json.dumps(asdict(log), indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ModelError(f"{folder}: a norm or parameter is infinite or NaN. The state is unchanged.") from error
+    write_atomically(folder / "state.json", text + "\n")
 
 
 def log_export(folder: Path, out: Path, experts: int, survival: Survival) -> None:

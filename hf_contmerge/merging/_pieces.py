@@ -97,6 +97,8 @@ def merged_piece(
     Raises:
         ModelError: a value is too large for the dtype.
     """
+    if not abs(scale) <= torch.finfo(torch.float32).max:  # false for NaN
+        raise ModelError(f"The scale of the merge is {scale:.4g}, which float32 cannot hold. Use a smaller parameter.")
     wide = base.float()
     merged = torch.add(wide, running, alpha=scale)
     if expert is not None:

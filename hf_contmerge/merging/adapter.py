@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import ModelError, RecipeError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._log import Log
@@ -65,7 +65,7 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
     def factors() -> Iterator[tuple[str, Factors]]:
         for name in low_rank:
             left, right, errors[name] = _approximation(rule, base, running, name, stages, rank)
-            yield model.name(name), (left * scale, right)
+            yield model.name(name), (_finite(left * scale, name), right)
 
     whole, kept = _whole(rule, base, running, set(low_rank), scale, stages)
     with new_folder(out, OneRank()) as scratch:
@@ -81,6 +81,13 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
             survival.write(scratch)
             survival.warn(f"{out}, its modules_to_save")
     return errors
+
+
+def _finite(factor: Tensor, name: str) -> Tensor:
+    """Return a factor. Raises ModelError for one that overflowed."""
+    if not bool(torch.isfinite(factor).all()):
+        raise ModelError(f"{name}: the scaled factor does not fit float32. Use a smaller scale. Nothing was written.")
+    return factor
 
 
 def _why_dense(log: Log, rule: MergeRule, dense: list[str]) -> str:

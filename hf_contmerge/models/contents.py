@@ -125,6 +125,14 @@ def code_files(folder: Path) -> set[str]:
     return files
 
 
+def auto_classes(folder: Path) -> dict[str, str]:
+    """Return transformers' Auto classes with code of the model's own -> the code's place."""
+    maps = [
+        auto_map for path in folder.glob("*config.json") if isinstance(auto_map := _json(path).get("auto_map"), dict)
+    ]
+    return {name: str(place) for auto_map in maps for name, place in auto_map.items()}
+
+
 def _modules(auto_map: Any) -> Iterator[str]:
     """Yield the modules of an auto_map, a tokenizer's lists too."""
     for value in auto_map.values() if isinstance(auto_map, dict) else ():

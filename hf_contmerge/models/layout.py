@@ -6,14 +6,17 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models._converted import Converted
 from hf_contmerge.models.architecture import Architecture, find_architecture, load_config
+from hf_contmerge.models.config import config
+from hf_contmerge.models.contents import auto_classes
 from hf_contmerge.models.lora.matching import StoredNames
 from hf_contmerge.models.reading import known_architecture, read, tied_flag
 from hf_contmerge.models.weights import Weights
+from hf_contmerge.runtime.versions import version
 
 LOG = logging.getLogger(__name__)
 
@@ -151,6 +154,36 @@ def _require(base: Weights, other: Weights, missing: set[str], extra: set[str]) 
         )
     which = f"lacks {_brief(sorted(missing))}" if missing else f"has {_brief(sorted(extra))}, which the base lacks"
     raise ModelError(f"{other.folder} does not fit {base.folder}: it {which}. Both must have the same architecture.")
+
+
+def check_loads(folder: Path, *, trusted: bool) -> None:
+    """Raise ModelError for a model that transformers cannot load.
+
+    `trusted`: whether the user allows code of the model's own.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer
+
+    classes, mapping = auto_classes(folder), cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)
+    if trusted and classes:
+        return
+    settings = load_config(folder)
+    if settings is None and not classes:
+        raise ModelError(
+            f"transformers {version('transformers')} does not know the model_type {config(folder).get('model_type')!r} "
+            f"of {folder}. Update transformers. Merging alone (`contmerge merge`) needs no architecture."
+        )
+    known = settings is not None and ("AutoModelForCausalLM" not in classes or type(settings) in mapping)
+    if known and "AutoTokenizer" in classes:
+        try:
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ValueError:
+            known = False
+    if not known:
+        raise ModelError(
+            f"{folder} needs code of its own ({', '.join(sorted(set(classes.values())))}). Read that code, then allow "
+            "it: `--trust-remote-code`, and in a recipe `trust_remote_code: true` (in Python: trust_remote_code=True). "
+            "Merging alone (`contmerge merge`) needs no code."
+        )
 
 
 def check_tokenizer(folder: Path) -> None:

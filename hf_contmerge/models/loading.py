@@ -1,13 +1,29 @@
-"""Loads whole models and peft adapters for training and scoring."""
+"""Loads whole models and peft adapters for training and scoring.
+
+transformers and peft round to the nearest value, which drops most of a usual update. Here weights of 16 bits get the
+values that a merge written in that dtype has.
+"""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from hf_contmerge.models.architecture import Architecture
 from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.memory import Held, held_by
+from hf_contmerge.models.rounding import compared, rounded
+from hf_contmerge.models.survival import Kept
+from hf_contmerge.models.weights import Weights
+
+LOG = logging.getLogger(__name__)
 
 
 def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: Any) -> Any:
@@ -23,16 +39,92 @@ def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: An
         A PreTrainedModel with the base's tensor names; a PeftModel for an adapter kept separate.
     """
     if not is_adapter(folder):
-        return AutoModelForCausalLM.from_pretrained(folder, **init)
+        return _whole_model(folder, init)
     from peft import PeftModel
 
-    model = AutoModelForCausalLM.from_pretrained(base, **init)
+    model = _whole_model(base, init)
     opened = PeftModel.from_pretrained(model, str(folder), is_trainable=as_adapter, torch_device=str(model.device))
     if as_adapter:
         return opened
-    merged = opened.merge_and_unload()
+    merged, _ = fold_adapter(opened)
     merged.name_or_path = str(folder)
     return merged
+
+
+def _whole_model(folder: Path, init: dict[str, Any]) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, **init)
+    _round_again(model, Weights(folder))
+    return model
+
+
+@torch.no_grad()
+def _round_again(model: Any, weights: Weights) -> None:
+    """Replace values that transformers rounded to the nearest one.
+
+    Tensors on the meta device (offloaded) and sharded ones are left alone.
+    """
+    wide = {name for name in weights.floating() if weights.dtype(name).itemsize > 2}
+    halves = {name: t for name, t in model.state_dict(keep_vars=True).items() if _is_half(t)} if wide else {}
+    if not halves:
+        return
+    architecture = Architecture(model)
+    held = held_by(architecture, architecture.conversion(), weights)
+    for name, tensor in halves.items():
+        _fill(tensor, held[name], weights, wide)
+    unknown = [f"{name} ({held[name].form})" for name in halves if held[name].form]
+    if unknown:
+        LOG.warning("%s: %d weights are rounded to nearest: %s ...", weights.folder, len(unknown), unknown[0])
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return (
+        tensor.is_floating_point() and tensor.itemsize == 2 and not tensor.is_meta and not hasattr(tensor, "placements")
+    )
+
+
+def _fill(here: Tensor, held: Held, weights: Weights, wide: set[str]) -> None:
+    """Fill a tensor in memory from its stored parts."""
+    for part in (part for part in held.parts if part.stored in wide):
+        exact = weights.tensor(part.stored).float()
+        values = rounded(exact, here.dtype, name=part.stored)[part.source]
+        here.data[part.place] = (values.mT if part.swapped else values).to(here.device)
+
+
+@torch.no_grad()
+def fold_adapter(model: Any) -> tuple[Any, dict[str, Kept]]:
+    """Fold an adapter into its model.
+
+    Returns:
+        The plain model, and what each folded weight of 16 bits keeps of its update.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: dict[nn.Module, list[tuple[str, Any]]] = defaultdict(list)
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            layers[layer.get_base_layer()].append((name, layer))
+    kept: dict[str, Kept] = {}
+    for inner, around in layers.items():
+        kept |= _fold_layer(inner, around)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        return model.merge_and_unload(), kept
+
+
+def _fold_layer(inner: nn.Module, around: list[tuple[str, Any]]) -> dict[str, Kept]:
+    """Merge a layer's adapters in float32; round its weights once."""
+    halves = {name: p for name, p in inner.named_parameters(recurse=False) if _is_half(p)}
+    starts = {name: p.data for name, p in halves.items()}
+    for name, p in halves.items():
+        p.data = starts[name].float()
+    for _, layer in around if halves else ():
+        layer.merge()
+    kept = {}
+    for name, p in halves.items():
+        start, exact, full = starts[name].float(), p.data, f"{around[0][0]}.{name}"
+        p.data = rounded(exact, starts[name].dtype, name=full)
+        kept[full] = compared(p.data, start, exact - start)
+    return kept
 
 
 def runs_own_code(model: Any) -> bool:

@@ -132,7 +132,7 @@ def in_memory(base: Weights) -> InMemory:
     model = architecture.model
     modules, rules = dict(model.named_modules()), architecture.conversion()
     return InMemory(
-        held=_match(architecture, rules, base),
+        held=held_by(architecture, rules, base),
         tables=frozenset(f"{n}.weight" for n, m in modules.items() if isinstance(m, torch.nn.Embedding)),
         conv1d=frozenset(f"{n}.weight" for n, m in modules.items() if isinstance(m, Conv1D)),
         in_out=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False)),
@@ -154,8 +154,8 @@ def _ties(model: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for names in groups.values() if len(names) > 1 for name in names}
 
 
-def _match(architecture: Architecture, rules: Conversion, base: Weights) -> dict[str, Held]:
-    """Return name in memory -> tensor, with the stored weights in it."""
+def held_by(architecture: Architecture, rules: Conversion, base: Weights) -> dict[str, Held]:
+    """Return name in memory -> tensor, with the stored weights in it. `rules`: of the architecture, unused so far."""
     held = {name: Held(name, shape) for name, shape in architecture.shapes.items()}
     collected: dict[str, dict[str, list[_Array]]] = defaultdict(lambda: defaultdict(list))
     for stored in in_order(base.names):

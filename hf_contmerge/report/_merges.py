@@ -39,19 +39,38 @@ def geometry_section(run: Run) -> Section:
 
 def storage_section(run: Run) -> Section:
     """Return the section on the survival of updates."""
-    rows = []
-    for name, survival in stored(run).items():
-        lost = ", ".join(f"{tensor} {100 * share:.0f} %" for tensor, share in survival.worst)
-        kept = Cell(f"{100 * survival.survival:.1f} %", shade=-1.0 if survival.lossy else 0.0)
-        cells = [survival.dtype, survival.rounding, f"{survival.error:.2g}", size(survival.nbytes), lost or "none"]
-        rows.append([Cell(name), kept, *map(Cell, cells)])
+    merges = [[Cell(name), *_kept_cells(survival)] for name, survival in stored(run).items()]
     intro = (
         "The merged weights are computed in float32 and stored in the dtype of the recipe. Kept: the share of the "
         "update (merged minus base) that is left in the file. Error: the length of what rounding changed, over the "
         "update's length; stochastic rounding adds noise whose mean is 0."
     )
-    header = ("merge", "kept", "dtype", "rounding", "error", "weights", "tensors below 90 %")
-    return Section("What the files keep", intro, tables=[Table("", header, rows)] if rows else [])
+    header = ("kept", "dtype", "rounding", "error", "weights", "tensors below 90 %")
+    tables = [Table("", ("merge", *header), merges)] if merges else []
+    if experts := _rounded_experts(run):
+        tables.append(Table("Experts trained or stored in 16 bits", ("expert", "trained in", *header), experts))
+    return Section("What the files keep", intro, tables=tables)
+
+
+def _kept_cells(survival: Survival) -> list[Cell]:
+    lost = ", ".join(f"{tensor} {100 * share:.0f} %" for tensor, share in survival.worst)
+    kept = Cell(f"{100 * survival.survival:.1f} %", shade=-1.0 if survival.lossy else 0.0)
+    cells = [survival.dtype, survival.rounding, f"{survival.error:.2g}", size(survival.nbytes), lost or "none"]
+    return [kept, *map(Cell, cells)]
+
+
+def _rounded_experts(run: Run) -> list[list[Cell]]:
+    """Return a row for each expert that lost precision, while training or in its file."""
+    rows = []
+    for t, place in run.places():
+        record = place.record("train") if place.is_done("train") else {}
+        name, trained = f"{run.stage(t).name} ({place.folder.name})", record.get("trained_in", "float32")
+        if "stored" in record:
+            rows.append([Cell(name), Cell(trained), *_kept_cells(Survival.read(record["stored"]))])
+        elif trained in ("bfloat16", "float16"):
+            why = "each step rounds to the nearest value, so what the update would have been is unknown"
+            rows.append([Cell(name), Cell(trained), Cell("unknown", why, shade=-1.0), Cell(trained), *[Cell()] * 4])
+    return rows
 
 
 def stored(run: Run) -> dict[str, Survival]:

@@ -28,7 +28,7 @@ from hf_contmerge.scoring._task_digest import TaskDigests
 from hf_contmerge.scoring.cache import JsonStore, digest, file_sha256, remembered, stamp
 from hf_contmerge.scoring.locate import ModelFolders
 
-SCORES_VERSION = 3  # raise it when scores of the same inputs change
+SCORES_VERSION = 4  # raise it when scores of the same inputs change
 _IN_KEY_OTHERWISE = {"dtype", "validation"}
 """`evaluate` fields keyed elsewhere: dtype with the model, `validation` with the part."""
 _NOT_OF_A_TASK = {
@@ -159,18 +159,24 @@ def _companions(folder: Path, store: JsonStore) -> dict[str, str]:
 def _dtype(folder: Path, evaluate: Evaluate, store: JsonStore, *, read: bool) -> str | None:
     """Return the dtype to score in.
 
-    None if it depends on the hardware, the answer is not cached and `read` is False.
+    `auto` is one dtype for all models of a machine, so that they are comparable. vLLM and tensor parallelism round to
+    the nearest value themselves, which may drop a merge's update: files in float32 stay so there.
+
+    None if it depends on hardware or file, the answer is not cached and `read` is False.
     """
     if evaluate.dtype != "auto":
         return evaluate.dtype
-    key = digest(["dtype", _machine(), stamp(folder.glob("*.safetensors"))[0]])
+    rounds = evaluate.backend == "vllm" or evaluate.parallel == "tensor"
+    key = digest(["dtype", _machine(), stamp(folder.glob("*.safetensors"))[0], *(["as stored"] if rounds else [])])
     cached = store.find(key)
     if cached is not None or not read:
         return cached
     from hf_contmerge.models.weights import Weights
     from hf_contmerge.runtime.device import bf16_pays
 
-    dtype = "bfloat16" if bf16_pays(Weights(folder).numel()) else "float32"
+    weights = Weights(folder)
+    wide = rounds and weights.main_dtype.itemsize > 2
+    dtype = "bfloat16" if bf16_pays(weights.numel()) and not wide else "float32"
     store.keep(key, dtype)
     return dtype
 

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from hf_contmerge.models.layout import check_tokenizer
+from hf_contmerge.models.layout import check_loads, check_tokenizer
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -29,7 +29,7 @@ from hf_contmerge.scoring._formats import Listing
 from hf_contmerge.scoring._results import task_score
 from hf_contmerge.scoring._task_digest import keep_own_listing
 from hf_contmerge.scoring.cache import ScoreCache
-from hf_contmerge.scoring.keys import DocumentPart, ScoreRequest
+from hf_contmerge.scoring.keys import DocumentPart, ModelKey, ScoreRequest
 from hf_contmerge.scoring.known import KnownScores, keep_scores, known_scores
 from hf_contmerge.scoring.locate import ModelFolders, fetched_folders
 from hf_contmerge.scoring.setup import check_evaluate, require_template
@@ -50,7 +50,7 @@ def score_model(
     cache: ScoreCache | None = None,
     trust_remote_code: bool = False,
     part: DocumentPart = "all",
-) -> tuple[str, dict[str, TaskScore]]:
+) -> tuple[ModelKey, dict[str, TaskScore]]:
     """Score a model on tasks; the main process gets the result.
 
     All ranks call this together.
@@ -67,7 +67,7 @@ def score_model(
         part: document subset to measure.
 
     Returns:
-        The digest of the scored model (weights, dtype, tokenizer), and the score of each task by name.
+        The scored model's digest (weights, dtype, tokenizer) and dtype, and the score of each task by name.
 
     Raises:
         DataError: a task gave no number.
@@ -78,7 +78,7 @@ def score_model(
     cache = cache or ScoreCache.open(use=evaluate.cache)
     known, fresh = measure_missing(ModelFolders(folder, base), request, ranks=ranks, cache=cache)
     scores = {**known.scores, **fresh} if ranks.is_main else {}
-    return known.model.sha256, {task.name: scores[task.name] for task in tasks if task.name in scores}
+    return known.model, {task.name: scores[task.name] for task in tasks if task.name in scores}
 
 
 def measure_named(
@@ -92,6 +92,7 @@ def measure_named(
     def locate() -> ModelFolders:
         model = fetched_folders(name, base, cache.store)
         check_tokenizer(model.whole)
+        check_loads(model.whole, trusted=request.trust_remote_code)
         folders = request.evaluate.task_folders(request.task_folder)
         check_tasks(request.tasks, folders, split=request.part != "all", limit=request.evaluate.limit)
         return model

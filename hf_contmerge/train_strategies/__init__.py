@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_contmerge.errors import RecipeError
+from hf_contmerge.models.survival import Kept
 from hf_contmerge.runtime.plugins import Registry
 from hf_contmerge.train_strategies._weights import take_gradients, trained
 
@@ -71,6 +72,9 @@ class TrainStrategy:
 
     stage: int = field(default=1, init=False, repr=False)
     """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
+
+    kept: Mapping[str, Kept] | None = field(default=None, init=False, repr=False)
+    """Set by `close`: what each weight that it rounded keeps of its update. No parameter of a recipe."""
 
     def keeps_adapter(self) -> bool:
         """Say if the expert is saved as a peft adapter."""

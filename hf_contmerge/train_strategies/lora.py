@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.loading import fold_adapter
 from hf_contmerge.train_strategies import TrainStrategy
 from hf_contmerge.train_strategies._weights import trained
 
@@ -47,7 +48,10 @@ class Lora(TrainStrategy):
         return model if isinstance(model, PeftModel) else get_peft_model(model, LoraConfig(**self.config))
 
     def close(self, model: Any) -> PreTrainedModel:
-        return model if self.keep else model.merge_and_unload()
+        if self.keep:
+            return model
+        plain, self.kept = fold_adapter(model)
+        return plain
 
 
 def trained_a(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -68,8 +68,8 @@ def train_expert(
     _check_steps(trainer)
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
-    save_expert(trainer, strategies, job.base, out, change)
-    record = {**_record(trainer, job.data), **dropped}
+    precision = save_expert(trainer, strategies, job.base, out, change)
+    record = {**_record(trainer, job.data), **dropped, **precision}
     del trainer
     gc.collect()
     if torch.cuda.is_available():

@@ -18,7 +18,7 @@ import datasets
 from hf_contmerge.errors import DataError, ModelError, RecipeError
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.folder import is_adapter, resolve_model
-from hf_contmerge.models.layout import check_same_layout, check_tokenizer
+from hf_contmerge.models.layout import check_loads, check_same_layout, check_tokenizer
 from hf_contmerge.models.lora.settings import read_settings
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Recipe, Train
@@ -126,6 +126,7 @@ def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None
     known, memory, stage = (before.base, before.memory, before.stage + 1) if before else (None, None, 1)
     pretrained = resolve_model(os.fspath(base)) if base else known or base_of(start)
     check_tokenizer(pretrained)
+    check_loads(pretrained, trusted=recipe.trust_remote_code)
     if not is_adapter(start) and start != pretrained:
         check_same_layout(pretrained, start)
     _check_kept_adapter(recipe.train, start, pretrained)

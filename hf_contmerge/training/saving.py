@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import ModelError, RecipeError
 from hf_contmerge.models.folder import copy_companions
+from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.tokenizer import TokenizerChange, copy_tokenizer
+from hf_contmerge.models.weights import main_dtype
 from hf_contmerge.run.places import Place
 from hf_contmerge.runtime.files import remove
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.train_strategies import Combined
 
+LOG = logging.getLogger(__name__)
 
-def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path, change: TokenizerChange) -> None:
-    """Write a trainer's model to `out`, on all ranks."""
+
+def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path, change: TokenizerChange) -> dict[str, Any]:
+    """Write a trainer's model to `out`, on all ranks.
+
+    Returns:
+        For the record: dtypes of training and file, and what the file keeps where it was rounded.
+    """
     accelerator = trainer.accelerator
+    trained = trained_dtype(accelerator.unwrap_model(trainer.model))
     model, main = strategies.close(accelerator.unwrap_model(trainer.model)), accelerator.is_main_process
     state = None
     if trainer.is_fsdp_enabled:
@@ -38,6 +51,34 @@ def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path, chang
             copy_companions(base, out, dtype=model.dtype)
         change.write(out)
     accelerator.wait_for_everyone()
+    if trainer.is_deepspeed_enabled and trained.itemsize == 2:
+        LOG.warning("DeepSpeed hands out %s for its float32 weights; what that drops is not measured.", trained)
+    return {"trained_in": _word(trained), **_stored(model, strategies.carrier.kept)}
+
+
+def trained_dtype(model: Any) -> torch.dtype:
+    """Return the dtype of most trained weights."""
+    return main_dtype((name, p.shape, p.dtype) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _stored(model: Any, kept: Mapping[str, Kept] | None) -> dict[str, Any]:
+    """Return what an expert's file keeps of its update, where weights were rounded."""
+    if not kept:
+        return {}
+    weights = [(name, p.shape, p.dtype) for name, p in model.named_parameters()]
+    if overflown := [name for name, each in kept.items() if not each.finite]:
+        raise ModelError(
+            f"{overflown[0]}: trained values do not fit {_word(main_dtype(weights))}, or training has diverged. "
+            "Use float32 weights (no `model_init_kwargs.dtype`), or a lower learning rate. No expert was written."
+        )
+    nbytes = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in weights)
+    survival = Survival.of(kept, main_dtype(weights), "stochastic", nbytes)
+    survival.warn("expert")
+    return {"stored": survival.to_json()}
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def whole_state(model: Any, *, keep: bool) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, TRL_FIELDS
 from hf_contmerge.runtime.device import bf16_pays, cpu_only
 from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined, combine, named_strategy
+from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training._forms import Form
 from hf_contmerge.training._trainer import trainer_class
 from hf_contmerge.training.data import StageData, require_chat_template
@@ -54,6 +55,7 @@ def training_checks(train: Train, start: Path, *, memory: bool = True) -> Iterat
     """Yield the checks without data. `memory`: include the machine's."""
     yield partial(make_strategies, train)
     yield partial(_check_settings, train)
+    yield partial(_warn_of_halves, train, start)
     if memory:
         yield partial(_check_memory, train, start)
 
@@ -101,6 +103,22 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
             trainer_class(trl_classes(form)[0], strategies)
             _refuse_two_weightings(strategies, _fields_for(form, train), where)
     _warn_of_rates(recipe, forms)
+
+
+def _warn_of_halves(train: Train, start: Path) -> None:
+    """Warn of training weights of 16 bits. A LoRA's are float32."""
+    dtype = (train.sft_fields.get("model_init_kwargs") or {}).get("dtype", "float32")
+    dtype = str(Weights(start).main_dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    if dtype in ("bfloat16", "float16") and not isinstance(make_strategies(train).carrier, Lora):
+        LOG.warning(in_halves("train.model_init_kwargs.dtype", dtype))
+
+
+def in_halves(what: str, dtype: str) -> str:
+    """Return the warning about training in 16 bits."""
+    return (
+        f"{what}: weights in {dtype} are rounded to the nearest value after every step, which drops most of a usual "
+        "learning rate's updates; no later step can tell how much. Train float32 weights, with `bf16: true` for speed."
+    )
 
 
 def _warn_of_rates(recipe: Recipe, forms: Mapping[str, Form]) -> None:

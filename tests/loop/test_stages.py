@@ -52,6 +52,7 @@ def test_only_missing_tasks_are_measured(
     assert set(load_scores(place)) == {"a", "b"}
     record = place.record("score")
     assert {"seconds", "peak_memory_bytes", "device", "scored_sha256", "measured_by"} <= set(record)
+    assert record["scored_in"] == "float32"
 
 
 def test_scores_measured_otherwise_are_replaced(

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from toys.models import toy_llama
 from transformers import AutoModelForCausalLM
 
 from hf_contmerge.commands.main import main
-from hf_contmerge.errors import ModelError, RecipeError
+from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.loop.functions import merge_stage
+from hf_contmerge.merging._log import write_log
 from hf_contmerge.merging.adapter import export_adapter
 from hf_contmerge.merging.state import MergeState
 
@@ -95,6 +99,9 @@ def test_the_word_of_every_door(half: Path, tmp_path: Path) -> None:
     merge_stage(tmp_path / "b", half / "e2", export=tmp_path / "by-function", rounding="nearest")
     same = [load_file(f / "model.safetensors") for f in (nearest, tmp_path / "by-function")]
     assert all(torch.equal(same[0][n], same[1][n]) for n in same[0])
+    merge_stage(tmp_path / "b", half / "e2", export=tmp_path / "by-function")  # no word: as it is
+    with pytest.raises(RunError, match="holds this merge in bfloat16 and nearest; this call asks for float32"):
+        merge_stage(tmp_path / "b", half / "e2", export=tmp_path / "by-function", dtype="float32")
     with pytest.raises(RecipeError, match=r"Unknown rounding 'up'\. Known: nearest, stochastic\."):
         MergeState.load(tmp_path / "a").export(tmp_path / "up", rounding="up")
 
@@ -163,3 +170,33 @@ def test_values_too_large_for_float16_are_refused(tmp_path: Path, touched: bool)
         state.export(tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
     state.export(tmp_path / "fine", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("how", [[], ["--dtype", "bfloat16"], ["--as-adapter", "--rank", "2"]])
+def test_a_scale_beyond_float32_writes_nothing(
+    how: list[str], half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = started(half, tmp_path / "state", "task_arithmetic", **{"lambda": 1e300})
+    assert main(["merge", "export", str(state.folder), str(tmp_path / "out"), *how]) == 2
+    assert "float32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_has_finite_numbers(half: Path, tmp_path: Path) -> None:
+    log = started(half, tmp_path / "state").log()
+    before = (tmp_path / "state" / "state.json").read_bytes()
+    with pytest.raises(ModelError, match=r"infinite or NaN\. The state is unchanged"):
+        write_log(tmp_path / "state", replace(log, running_norm=float("inf")))
+    assert (tmp_path / "state" / "state.json").read_bytes() == before
+
+
+def test_a_stale_record_of_rounding_goes(half: Path, tmp_path: Path) -> None:
+    """mergekit writes into folders that hold an earlier merge."""
+    recipe = {"base_model": str(half / "base"), "models": [{"model": str(half / "e1")}], "dtype": "float32"}
+    for method, exists in (("average", True), ("task_arithmetic", False)):
+        yml = tmp_path / f"{method}.yml"
+        yml.write_text(
+            json.dumps({"merge_method": method, **recipe, "parameters": {"weight": 1.0} if not exists else {}})
+        )
+        subprocess.run([Path(sys.executable).with_name("mergekit-yaml"), yml, tmp_path / "out"], check=True)
+        assert (tmp_path / "out" / "rounding.json").is_file() == exists

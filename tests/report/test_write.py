@@ -359,6 +359,26 @@ def test_rounding_is_named_where_a_rule_would_be_blamed(tmp_path):
     assert "stored" not in summary["merges"]["average"]
 
 
+def test_experts_of_16_bits_are_listed(tmp_path):
+    """A LoRA folded into 16 bits with what its file keeps; weights trained in 16 bits as unknown."""
+    run = make_run(tmp_path / "run", merge=["magmax"])
+    first, second = [place for _, place in run.places() if place.folder.parent.name == "experts"][:2]
+    stored = {
+        "dtype": "bfloat16",
+        "rounding": "stochastic",
+        "survival": 0.99,
+        "error": 0.7,
+        "nbytes": 2**30,
+        "worst": [],
+    }
+    first.finish("train", {**first.record("train"), "trained_in": "float32", "stored": stored})
+    second.finish("train", {**second.record("train"), "trained_in": "bfloat16"})
+    write_report(run)
+    text = (run.folder / "report" / "report.md").read_text()
+    assert "| float32 | 99.0 % | bfloat16 | stochastic | 0.7 | 1.0 GiB | none |" in text
+    assert "| bfloat16 | unknown | bfloat16 |" in text
+
+
 def test_the_headline_names_rounding(tmp_path):
     run = make_run(tmp_path / "run", merge=["magmax"])
     record = run.merged(3, run.recipe.merge[0]).record("merge")

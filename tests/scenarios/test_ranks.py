@@ -95,7 +95,8 @@ for path in sys.argv[1:]:
         digest, scores = "", score_loaded(model, AutoTokenizer.from_pretrained(order["model"]), tasks, **how)
         assert model.training
     else:
-        digest, scores = score_model(Path(order["model"]), tasks, **how)
+        key, scores = score_model(Path(order["model"]), tasks, **how)
+        digest = key.sha256
     Path(f"{path}.{ranks.rank}").write_text(
         json.dumps([digest, {n: s.to_json() for n, s in scores.items()}, sum(read)])
     )
@@ -131,10 +132,11 @@ def order(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Row:
 
 
 def on_one_rank(order: Row) -> tuple[str, dict[str, TaskScore]]:
-    return score_model(
+    key, scores = score_model(
         Path(order["model"]), [Task(**t) for t in order["tasks"]], task_folder=Path(order["task_folder"]),
         evaluate=Evaluate(**order["evaluate"]), ranks=OneRank(),
     )  # fmt: skip
+    return key.sha256, scores
 
 
 @pytest.fixture(scope="module")

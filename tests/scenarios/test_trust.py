@@ -3,15 +3,21 @@
 import json
 import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from toys.models import toy_llama, write_jsonl
 
 from hf_contmerge.commands.main import main
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import ModelError, RecipeError
+from hf_contmerge.loop.functions import finetune_stage, score_stage
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.run.recipe.text import load_recipe
 
@@ -80,3 +86,52 @@ def test_no_setting_opens_a_pickle(
     assert "model_init_kwargs must be a mapping with" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("known", ["own code", "unknown"])
+def test_a_base_that_cannot_load_is_one_sentence_everywhere(
+    known: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code of the model's own without consent, or an architecture that transformers lacks. Merging needs neither."""
+    base, data = tmp_path / "base", tmp_path / "trust.jsonl"
+    if known == "unknown":
+        values = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({w: v for w, v in values.items() if w != "auto_map"}))
+    expert = shutil.copytree(base, tmp_path / "expert")
+    tensors = {n: t * 1.01 for n, t in load_file(base / "model.safetensors").items()}
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    del recipe["trust_remote_code"]
+    task = {"name": "own_text", "kind": "perplexity", "dataset": str(data)}
+    given = {**recipe, "stages": [{"name": "a", "expert": str(expert), "tasks": [task]}]}
+    models = {
+        "merge_method": "average",
+        "base_model": str(base),
+        "models": [{"model": str(expert)}],
+        "dtype": "float32",
+    }
+    yml = tmp_path / "mergekit.yml"
+    yml.write_text(yaml.safe_dump(models))
+    expected = (
+        "needs code of its own (own_code.OwnConfig, own_code.OwnModel). Read that code, then allow it"
+        if known == "own code"
+        else "does not know the model_type 'own'"
+    )
+    for words in (
+        ["plan", str(written(recipe, tmp_path))], ["run", str(written(recipe, tmp_path)), "--run", str(tmp_path / "r")],
+        ["run", str(written(given, tmp_path)), "--run", str(tmp_path / "g")],
+        ["score", str(base), "--tasks", "arc_easy"], ["statistics", str(base), "--data", str(data)],
+    ):  # fmt: skip
+        assert main(words) == 2
+        assert expected in capsys.readouterr().err
+    for call in (lambda: finetune_stage(base, data, tmp_path / "f", max_steps=1), lambda: score_stage(base, [task])):
+        with pytest.raises(ModelError, match=re.escape(expected)):
+            call()
+    under = subprocess.run(
+        [Path(sys.executable).with_name("mergekit-yaml"), yml, tmp_path / "by-mergekit"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert under.returncode == 2
+    assert expected in under.stderr
+    assert main(["merge", "from-recipe", str(yml), str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "own_code.py").is_file() == (known == "own code")
+    assert not (tmp_path / "ran").exists()

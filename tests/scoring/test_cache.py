@@ -235,6 +235,21 @@ def test_dtype_is_a_part_of_the_key(base_folder: Path, tmp_path: Path) -> None:
     assert key_of(base_folder, dtype="auto") == key_of(base_folder, dtype="float32")  # a toy is too small for bfloat16
 
 
+def test_auto_is_one_dtype_unless_others_round(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM and tensor parallelism load files themselves: one in float32 stays in float32 there."""
+    monkeypatch.setattr("hf_contmerge.runtime.device.bf16_pays", lambda _numel: True)
+    half = toy_llama(tmp_path / "half", seed=0, dtype=torch.bfloat16)
+    store, found = JsonStore(tmp_path / "cache"), {}
+    for words in ({}, {"backend": "vllm"}, {"parallel": "tensor"}, {"parallel": "layers"}):
+        for name, folder in (("half", half), ("wide", base_folder)):
+            key = model_key(ModelFolders(folder), request(folder, dtype="auto", **words), store)
+            assert key
+            found[(name, *words.values())] = key.dtype
+    assert {what for what, dtype in found.items() if dtype == "float32"} == {("wide", "vllm"), ("wide", "tensor")}
+
+
 def test_weights_are_read_only_where_that_is_allowed(model: Path, tmp_path: Path) -> None:
     store = JsonStore(tmp_path / "cache")
     for path in model.iterdir():

@@ -19,6 +19,7 @@ from toys.models import TEXT, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge.errors import ContmergeError, DataError, ModelError, RecipeError, ResourceError
+from hf_contmerge.merging.state import MergeState
 from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.ranks import OneRank
@@ -393,6 +394,26 @@ def test_bfloat16_scores_are_near_and_summed_in_float32(
     found = score("texts", dtype="bfloat16")["texts"]
     assert found.gains == pytest.approx(scores["texts"].gains, rel=1e-2)
     assert any(gain != torch.tensor(gain).bfloat16().item() for gain in found.gains)
+
+
+def test_a_float32_merge_scored_in_16_bits_is_the_one_stored_in_16_bits(
+    base_folder: Path, tasks: Path, tmp_path: Path
+) -> None:
+    """transformers would round it to nearest, which drops the update: the scores would be the base's."""
+    base, expert = Path(shutil.copytree(base_folder, tmp_path / "base")), tmp_path / "expert"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    shutil.copytree(base, expert)
+    start = load_file(base / "model.safetensors")
+    moved = {n: t.float() * (1 + 2.0**-10) for n, t in start.items()}  # a quarter of the last bit
+    save_file(moved, expert / "model.safetensors", metadata={"format": "pt"})
+    state = MergeState.create(tmp_path / "state", base=base, rule="average").add(expert)
+    folders = [base, *(state.export(tmp_path / dtype, dtype=dtype) for dtype in ("float32", "bfloat16"))]
+    how = Evaluate(dtype="bfloat16", cache=False)
+    found = [score_model(f, [Task(name="texts")], task_folder=tasks, evaluate=how, ranks=OneRank()) for f in folders]
+    assert {key.dtype for key, _ in found} == {"bfloat16"}
+    before, wide, half = (scores["texts"].gains for _, scores in found)
+    assert wide == half
+    assert wide != before
 
 
 @pytest.mark.parametrize("task", ["texts", "choice"])

@@ -120,6 +120,47 @@ def test_expert(strategy: Row, tied: bool, train: Callable[..., Row], tmp_path: 
     assert changed == ({n for n in before if "proj" in n} if strategy else set(before))
 
 
+def test_a_lora_on_16_bits_keeps_its_update(train: Callable[..., Row], tmp_path: Path) -> None:
+    """Its factors are float32; folded in, they are rounded once, and the record says what the file keeps."""
+    base = toy_llama(tmp_path / "base", seed=1, dtype=torch.bfloat16)
+    record = train("expert", base=base, **{**LORA, "learning_rate": 1e-5, "model_init_kwargs": {"dtype": "bfloat16"}})
+    before, after = weights(base), weights(tmp_path / "expert")
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    assert record["trained_in"] == "float32"
+    assert record["stored"]["rounding"] == "stochastic"
+    assert record["stored"]["nbytes"] == sum(t.nbytes for t in after.values())
+    assert {n for n in before if not torch.equal(before[n], after[n])} <= {n for n in before if "proj" in n}
+    assert record["stored"]["survival"] == pytest.approx(1, abs=0.15)
+
+
+def test_training_in_16_bits_is_named(
+    train: Callable[..., Row], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = toy_llama(tmp_path / "base", seed=1, dtype=torch.bfloat16)
+    wide = toy_llama(tmp_path / "wide", seed=1)
+    loading = {"model_init_kwargs": {"dtype": "bfloat16"}}
+    assert train("expert", base=base)["trained_in"] == "float32"
+    record = train("half", base=base, **loading)
+    assert record["trained_in"] == "bfloat16"
+    assert "stored" not in record
+    loaded = {
+        "auto": {"model_init_kwargs": {"dtype": "auto"}},
+        "bfloat16": loading,
+        "none": {},
+        "lora": {**LORA, **loading},
+    }
+    warned = []
+    for name, fields in loaded.items():
+        for start in (base, wide):
+            caplog.clear()
+            for check in training_checks(Train(**{**LIGHT, **fields}), start):
+                check()
+            if caplog.messages:
+                warned.append((name, start.name))
+                assert caplog.messages[0].startswith("train.model_init_kwargs.dtype: weights in bfloat16 are rounded")
+    assert warned == [("auto", "base"), ("bfloat16", "base"), ("bfloat16", "wide")]
+
+
 def test_companions_are_the_base_models(train: Callable[..., Row], tmp_path: Path, base_folder: Path) -> None:
     """Also where training goes on from another model; only the dtype in the config is the expert's own."""
     base = toy_llama(tmp_path / "base", seed=1, dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ from hf_contmerge.merging.vectors import check_origin, check_vector
 from hf_contmerge.models.experts import check_mergeable
 from hf_contmerge.models.folder import is_adapter, resolve_model
 from hf_contmerge.models.function import check_function
-from hf_contmerge.models.layout import check_same_layout, check_tokenizer
+from hf_contmerge.models.layout import check_loads, check_same_layout, check_tokenizer
 from hf_contmerge.models.lora.reader import Adapter, check_base
 from hf_contmerge.models.statistics import check_statistics
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
@@ -66,6 +66,8 @@ class Prepared:
     change: TokenizerChange = UNCHANGED
     """Of the base's tokenizer, by the recipe's `train`."""
     tasks_checked: bool = False
+    loads: bool = False
+    """Whether transformers may load the base."""
 
     def is_whole(self, recipe: Recipe) -> bool:
         """Check for all models and data of the recipe."""
@@ -134,6 +136,9 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
         return
     yield partial(check_mergeable, prepared.base)
     yield partial(check_tokenizer, prepared.base)
+    yield partial(_check_loads, prepared, recipe)
+    if not prepared.loads:
+        return
     for stage in recipe.stages:
         yield partial(_find_given, prepared, recipe, stage, how)
     for entry in recipe.merge:
@@ -254,6 +259,7 @@ def _find_given(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
         else:
             check_same_layout(base, path)
             check_mergeable(path)
+            check_loads(path, trusted=recipe.trust_remote_code)
     if stage.expert and not stage.minus and not is_adapter(folders[stage.expert]):
         check_function(base, folders[stage.expert])
     if stage.expert and stage.minus:
@@ -284,6 +290,11 @@ def _check_trust(recipe: Recipe, how: Circumstances) -> None:
             f"`trust_remote_code: true` lets {recipe.base_model} run its own code, which happens only if you say so "
             "too: read that code, then add `--trust-remote-code` (in Python: run_recipe(..., trust_remote_code=True))."
         )
+
+
+def _check_loads(prepared: Prepared, recipe: Recipe) -> None:
+    check_loads(prepared.base, trusted=recipe.trust_remote_code)
+    prepared.loads = True
 
 
 def check_scoring(recipe: Recipe, prepared: Prepared, how: Circumstances) -> None:

@@ -33,7 +33,7 @@ from mergekit.merge_methods.base import (
     ParameterSpec,
     TensorGroup,
 )
-from torch import Tensor
+from torch import Tensor, bfloat16, promote_types
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, unknown
 from hf_contmerge.merge_rules import MergeRule, get_rule, parameter_types, rule_class, rule_names
@@ -44,10 +44,11 @@ from hf_contmerge.models.contents import check_contents, weight_files
 from hf_contmerge.models.experts import first_twin, twins_refused
 from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.function import check_config, check_function
+from hf_contmerge.models.layout import check_loads
 from hf_contmerge.models.reading import tied_flag
 from hf_contmerge.models.rounding import ROUNDINGS, Rounding
 from hf_contmerge.models.statistics import check_statistics
-from hf_contmerge.models.survival import Kept, Survival
+from hf_contmerge.models.survival import FILE, Kept, Survival
 from hf_contmerge.models.weights import Weights, main_dtype
 
 LOG = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ def guard_planner() -> None:
         original(self)
 
     def plan_to_disk(self: Any, out_path: str) -> list[Any]:
+        Path(out_path, FILE).unlink(missing_ok=True)  # of an earlier merge in this folder
         tasks = to_disk(self, out_path)
         if isinstance(self._method, RuleMethod):
             last = next(task for task in tasks if isinstance(task, FinalizeModel))
@@ -257,7 +259,9 @@ def guard_merge() -> None:
     def get_architecture_info(config: Any, options: Any) -> Any:
         if config.merge_method in rule_names():
             _warn_of_namesakes(config.merge_method)
+            _warn_of_rounding(config)
             _refuse_adapters(config, options)
+            _refuse_code(config, options)
             _refuse_other_readings(config)
             _refuse_twins(config)
             _require_statistics(config)
@@ -272,6 +276,24 @@ def _warn_of_namesakes(name: str) -> None:
         LOG.warning("merge_method %s is mergekit's own. A rule has the same name and is not used; rename it.", name)
 
 
+def _warn_of_rounding(config: Any) -> None:
+    """Warn of mergekit's own methods in 16 bits, which round to nearest."""
+    if isinstance(registry.get(config.merge_method), RuleMethod):
+        return
+    asked = [dtype_from_name(word) for word in (config.dtype, config.out_dtype) if word]
+    folders = [Path(model.model.path) for model in config.referenced_models()]
+    stored = [Weights(folder).main_dtype for folder in folders if folder.is_dir() and not is_adapter(folder)]
+    least = min(asked or [functools.reduce(promote_types, stored, bfloat16)], key=lambda dtype: dtype.itemsize)
+    if least.itemsize == 2:
+        LOG.warning(
+            "merge_method %s is mergekit's own. It rounds to the nearest %s values and drops most of a usual update, "
+            "and what is kept is not measured. Set `dtype: float32`, or use `contmerge merge from-recipe`: it measures "
+            "that, and has `rounding: stochastic`.",
+            config.merge_method,
+            str(least).removeprefix("torch."),
+        )
+
+
 def _refuse_adapters(config: Any, options: Any) -> None:
     for model in config.referenced_models():
         if model.lora and not options.lora_merge_cache:
@@ -284,6 +306,16 @@ def _refuse_adapters(config: Any, options: Any) -> None:
                 f"{model} is an adapter. Write `model: BASE+{model}` and give --lora-merge-cache DIR, or use "
                 "`contmerge merge from-recipe`, which reads adapters as they are."
             )
+
+
+def _refuse_code(config: Any, options: Any) -> None:
+    """Raise MergekitRecipeError for models with code of their own, which mergekit loads."""
+    for folder in (Path(model.model.path) for model in config.referenced_models()):
+        try:
+            if folder.is_dir():
+                check_loads(folder, trusted=options.trust_remote_code)
+        except ModelError as error:
+            raise MergekitRecipeError(str(error)) from error
 
 
 def _refuse_other_readings(config: Any) -> None:

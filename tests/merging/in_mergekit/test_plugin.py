@@ -237,6 +237,29 @@ def test_mergekits_own_names_are_left_alone():
     assert ours == {*rule_names()} - {"task_arithmetic", "ties"}
 
 
+@pytest.mark.parametrize(
+    ("method", "words", "warned"),
+    [
+        ("task_arithmetic", {"dtype": "bfloat16"}, "bfloat16"),
+        ("ties", {"dtype": "float32", "out_dtype": "float16"}, "float16"),
+        ("ties", {"dtype": "bfloat16", "out_dtype": "float32"}, "bfloat16"),
+        ("task_arithmetic", {"dtype": "float32"}, None),
+        ("task_arithmetic", {}, None),
+        ("magmax", {"dtype": "bfloat16"}, None),
+    ],
+)
+def test_what_mergekits_own_methods_round_is_warned_of(
+    method, words, warned, base_folder, expert_folders, tmp_path, caplog
+):
+    recipe = recipe_of([base_folder, *expert_folders], method, parameters={} if method == "magmax" else {"weight": 1.0})
+    recipe = {word: value for word, value in recipe.items() if word != "dtype"} | words
+    merge_here(recipe, tmp_path / "out")
+    said = [m for m in caplog.messages if "mergekit's own" in m]
+    assert len(said) == bool(warned)
+    assert all(f"merge_method {method} is" in m and f"nearest {warned} values" in m for m in said)
+    assert (tmp_path / "out" / "rounding.json").is_file() == (method == "magmax")
+
+
 def test_errors_are_value_errors_for_python_callers():
     assert issubclass(MergekitRecipeError, ValueError)
     assert MergekitRecipeError("so").exit_code == 2
