@@ -86,7 +86,7 @@ def test_a_merge_in_python(base_folder: Path, expert_folders: tuple[Path, ...], 
     state.add(expert_folders[0]).add(str(expert_folders[1]), stages=["law"])
     assert state.log() == MergeState.load(tmp_path / "state").log()
     log = state.log()
-    assert (log.rule, log.parameters) == ("opcm", {"alpha": 0.4, "variant": "fusionbench"})
+    assert (log.rule, log.parameters) == ("opcm", {"alpha": 0.4, "variant": "block"})
     assert log.base == log.base_folder == str(base_folder.resolve())
     assert [e.stage for e in log.experts] == [expert_folders[0].name, "law"]
     assert [e.folder for e in log.experts] == [str(e) for e in expert_folders[:2]]
