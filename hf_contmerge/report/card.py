@@ -32,7 +32,7 @@ from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore, load_score
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
 NOT_MEASURED = "not measured"
-_ON_THE_CARD = ("acc", "la", "bwt", "normalised", "general_delta", "fuar")
+_ON_THE_CARD = ("acc", "la", "bwt", "normalised", "general_delta", "lost", "regained", "general_lost", "fuar")
 
 
 def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:

@@ -28,7 +28,7 @@ from hf_contmerge.scoring._task_digest import TaskDigests
 from hf_contmerge.scoring.cache import JsonStore, digest, file_sha256, remembered, stamp
 from hf_contmerge.scoring.locate import ModelFolders
 
-SCORES_VERSION = 3  # raise it when scores of the same inputs change
+SCORES_VERSION = 4  # raise it when scores of the same inputs change
 _IN_KEY_OTHERWISE = {"dtype", "validation"}
 """`evaluate` fields keyed elsewhere: dtype with the model, `validation` with the part."""
 _NOT_OF_A_TASK = {

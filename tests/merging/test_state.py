@@ -295,13 +295,13 @@ def edited(state: MergeState, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def test_a_state_of_another_version(base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path) -> None:
     state = started(base_folder, tmp_path / "state", experts=expert_folders[:1])
-    edited(state, lambda v: {**v, "format": 2, "versions": {"hf_contmerge": "9.1"}, "new": 1})
+    edited(state, lambda v: {**v, "format": 3, "versions": {"hf_contmerge": "9.1"}, "new": 1})
     before = digests(state.folder)
     with pytest.raises(RunError) as error:
         state.add(expert_folders[1])
     assert str(error.value) == (
-        f"{state.folder}/state.json has format 2, but this program reads 1. Use the version of hf_contmerge that made "
-        "it (9.1)."
+        f"{state.folder}/state.json has format 3, but this program reads up to 2. Use the version of hf_contmerge that "
+        "made it (9.1)."
     )
     assert digests(state.folder) == before
 

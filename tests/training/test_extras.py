@@ -148,7 +148,7 @@ def test_columns_of_a_task_without_a_use_are_reported(tmp_path: Path, caplog: py
     chosen = {**asked, "kind": "multiple_choice", "choices": "options", "answer": "label"}
     with caplog.at_level(logging.INFO, logger="hf_contmerge"):
         task_rows(Task.model_validate(chosen))
-        task_rows(Task.model_validate({**asked, "kind": "exact_match"}))
+        task_rows(Task.model_validate({**asked, "kind": "exact_match", "answer": "answer"}))
     assert caplog.messages == [
         f"{file}: these columns are not used: answer, tools, id",
         f"{file}: these columns are not used: options, label, tools, id",
