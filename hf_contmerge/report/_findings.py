@@ -71,6 +71,7 @@ METRICS = {
     ),
 }
 """Name in summary.json -> words: the only place with words for metrics."""
+UNMEASURED = "General abilities were not measured: the recipe has no `evaluate.general_tasks`."
 _ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 says nothing without LA
 
 
@@ -156,8 +157,8 @@ def caption(results: Results) -> str:
         gains.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(clauses)}. " if clauses else "")
     return (
         "".join(gains) + "Bars: 95 % intervals, paired by document. Hollow marker: no change seen, or less than "
-        f"{smallest(results)} (a stage since it was learnt, general ability against the base). ★: an expert trained on that stage alone. 0.1 nats is about "
-        "10 % of the perplexity."
+        f"{smallest(results)} (a stage since it was learnt, general ability against the base). ★: an expert trained on "
+        "that stage alone. 0.1 nats is about 10 % of the perplexity." + f" {UNMEASURED}" * (not results.general_tasks)
     )
 
 
