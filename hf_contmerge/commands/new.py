@@ -318,7 +318,7 @@ def _evaluate(answers: Answers) -> str:
     limit = "" if answers.gpus else "  limit: 200    # documents of each task; remove it on a GPU\n"
     return (
         "evaluate:\n"
-        "  general_tasks: [arc_easy, hellaswag, piqa]    # abilities to keep: lm-eval's tasks, or a suite such as general\n"
+        "  general_tasks: [arc_easy, hellaswag, piqa]    # abilities to keep; also a suite, such as general\n"
         f"{limit}"
         "  batch_size: auto\n"
         "# publish: {repo_id: me/my-model}    # then: contmerge push RUN\n"
