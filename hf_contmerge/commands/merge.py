@@ -178,11 +178,13 @@ def _from_recipe(args: argparse.Namespace) -> None:
 
 def _print_log(state: MergeState) -> None:
     log, rule = state.log(), state.rule()
-    words = ", ".join(f"{k}={v}" for k, v in log.parameters.items())
+    words = ", ".join(f"{k}={v}" for k, v in rule.parameters().items())
     _say(f"{log.rule}({words}) on {log.base}")
     for number, e in enumerate(log.experts, 1):
         _say(f"{number:4d}  {e.stage:20s} {e.kind:8s} |D| {e.norm:10.4f}  {e.sha256[:12]}  {e.model}")
     _say(f"scale {rule.scale(log.norms()):.6g}, |running| {log.running_norm:.4f}" if log.experts else "no expert yet")
+    if trust := log.trust():
+        _say(trust.in_words())
     for e in state.exports():
         _say(f"written after {e['experts']} experts: {e['model']}, {_kept(e)}")
 

@@ -8,6 +8,7 @@ config.json or an adapter_config.json is recognised as a model without the prefi
 its published orders:
 
     contmerge new bench.yml --base Qwen/Qwen3-0.6B --suite cl-standard --order 2
+    contmerge new experts.yml --base meta-llama/Llama-3.2-3B --suite mergebench        trained experts from the Hub
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TypeVar
 
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import RecipeError, ResourceError
-from hf_contmerge.run.recipe.suites import StreamStage, stream_names, stream_stages
+from hf_contmerge.run.recipe.suites import StreamStage, stream_names, stream_rules, stream_stages
 from hf_contmerge.run.recipe.text import parse_recipe, read_yaml
 from hf_contmerge.runtime.files import write_atomically
 
@@ -108,7 +109,7 @@ def recipe_text(answers: Answers, path: str) -> str:
 
     for rule in answers.rules:
         make_rule(rule, {}, where="--rule")
-    parts = (_head(answers, path), _stages(answers), _train(answers), _merge(answers), _evaluate())
+    parts = (_head(answers, path), _stages(answers), _train(answers), _merge(answers), _evaluate(answers))
     return "\n".join(parts)
 
 
@@ -131,7 +132,7 @@ def _answers(args: argparse.Namespace, path: Path) -> Answers:
         raise RecipeError(f"--gpus must be 0 or more; got {args.gpus}.")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._") or "mine"
     sources = tuple(parse_source(stage) for stage in stages)
-    rules = tuple(args.rule) or (_DEFAULT_RULE,)
+    rules = tuple(args.rule) or (stream_rules(args.suite) if args.suite else ()) or (_DEFAULT_RULE,)
     return Answers(name, base, sources, args.gpus, rules, stream, tuple(args.plugin))
 
 
@@ -233,7 +234,7 @@ def _head(answers: Answers, path: str) -> str:
 def _stages(answers: Answers) -> str:
     lines = ["stages:    # learnt in this order; each is merged with all earlier ones"]
     if answers.stream:
-        return "\n".join([*lines, *(line for stage in answers.stream for line in _stream_lines(stage))]) + "\n"
+        return "\n".join([*lines, *(x for stage in answers.stream for x in _stream_lines(stage, answers.base))]) + "\n"
     for source in answers.sources:
         if source.is_model:
             lines.append(f"  - {{name: {_scalar(source.stage)}, expert: {_scalar(source.path)}}}    # already trained")
@@ -249,11 +250,15 @@ def _stages(answers: Answers) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _stream_lines(stage: StreamStage) -> list[str]:
+def _stream_lines(stage: StreamStage, base: str) -> list[str]:
     """Return the lines of a benchmark stage.
 
-    They hold its dataset and a multiple-choice task over its class names.
+    They hold its dataset and a multiple-choice task over its class names, or an expert of this base with tasks.
     """
+    if stage.expert:
+        expert = stage.expert.format(base=base.partition("@")[0].rstrip("/").rpartition("/")[2])
+        lines = [f"  - name: {stage.name}", f"    expert: {_scalar(expert)}    # already trained"]
+        return [*lines, f"    tasks: [{', '.join(stage.tasks)}]"] if stage.tasks else lines
     question, words = json.dumps(stage.question), ", ".join(map(_scalar, stage.words))
     text = json.dumps(f"{stage.question} {{{stage.label}}}")
     return [
@@ -280,7 +285,7 @@ def _train(answers: Answers) -> str:
         if answers.gpus
         else (50, 2, 256, "small, for a CPU")
     )
-    trained = bool(answers.stream) or any(not s.is_model for s in answers.sources)
+    trained = any(not s.expert for s in answers.stream) or any(not s.is_model for s in answers.sources)
     lines = [
         "train:    # any field of TRL's SFTConfig, by its own name"
         + ("" if trained else "; unused: all stages are trained"),
@@ -309,10 +314,12 @@ def _merge(answers: Answers) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _evaluate() -> str:
+def _evaluate(answers: Answers) -> str:
+    limit = "" if answers.gpus else "  limit: 200    # documents of each task; remove it on a GPU\n"
     return (
         "evaluate:\n"
-        "  general_tasks: []    # abilities to keep: lm-eval task names, or a suite such as general\n"
+        "  general_tasks: [arc_easy, hellaswag, piqa]    # abilities to keep; also a suite, such as general\n"
+        f"{limit}"
         "  batch_size: auto\n"
         "# publish: {repo_id: me/my-model}    # then: contmerge push RUN\n"
     )

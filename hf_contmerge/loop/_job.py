@@ -11,14 +11,15 @@ import torch
 from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.stages import Measuring
-from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merge_rules import MergeRule, yaml_word
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
-from hf_contmerge.merging.rules import make_rule
+from hf_contmerge.merging.rules import make_rule, recorded_rule
+from hf_contmerge.merging.trust import Trust
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import MergePlace
+from hf_contmerge.run.places import MergePlace, Record
 from hf_contmerge.runtime.files import link_files
 from hf_contmerge.training.job import TrainJob
 
@@ -72,11 +73,17 @@ class MergeJob:
 
     def rule(self) -> tuple[str, MergeRule]:
         """Return the entry's rule, or a guard's earlier choice."""
-        before = self.place_before
-        chosen = before.record("merge").get("goes_on") if before else None
-        if chosen:
-            return chosen["rule"], make_rule(chosen["rule"], chosen["parameters"], where=str(self.place.folder))
-        return self.place.entry.rule, self.prepared.rules[self.place.entry.name]
+        entry, where = self.place.entry, str(self.place.folder)
+        record = self.place_before.record("merge") if self.place_before else {}
+        if chosen := record.get("goes_on"):
+            return chosen["rule"], recorded_rule(chosen["rule"], chosen["parameters"], where=where)
+        rule = self.prepared.rules[entry.name]
+        if record:  # a default may have changed since
+            named = {*entry.parameters, *map(yaml_word, rule.tunable)}
+            recorded = recorded_rule(entry.rule, record["parameters"], where=where).parameters()
+            kept = {word: value for word, value in recorded.items() if word not in named}
+            rule = make_rule(entry.rule, {**rule.parameters(), **kept}, where=where)
+        return entry.rule, rule
 
     def previous(self) -> RunningMerge:
         """Return the previous stage's merge, empty at stage 1."""
@@ -87,8 +94,8 @@ class MergeJob:
         experts = [self._expert(part) for part in record.get("folded", _one_a_stage(self.t - 1))]
         folded = tuple(replace(e, norm=norm) for e, norm in zip(experts, norms["experts"], strict=True))
         return RunningMerge(
-            self.prepared.base, name, make_rule(name, record["parameters"], where=str(self.place_before.folder)),
-            folded, self.place_before.running, norms["running"], record.get("factor", 1.0),
+            self.prepared.base, name, recorded_rule(name, record["parameters"], where=str(self.place_before.folder)),
+            folded, self.place_before.running, norms["running"], record.get("factor", 1.0), trust=_trust(record),
         )  # fmt: skip
 
     def start(self) -> RunningMerge:
@@ -148,6 +155,10 @@ class MergeJob:
         self.crew.ranks.first(copy)
         stored = self.crew.ranks.first(lambda: before.record("merge").get("stored"))
         return replace(merge, survival=Survival.read(stored) if stored else None)
+
+
+def _trust(record: Record) -> Trust | None:
+    return Trust(record["amplification"]) if "amplification" in record else None
 
 
 def _one_a_stage(t: int) -> list[dict[str, Any]]:

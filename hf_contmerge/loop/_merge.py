@@ -57,7 +57,8 @@ def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Rec
         "norms": {"experts": list(merge.norms.experts), "running": merge.running_norm},
         "expert_sha256": [e.sha256 for e in merge.experts], "model_sha256": weights_sha256(merged),
         "geometry": merge_geometry(merge.base, [e.folder for e in merge.experts], merged),
-        **owners, **_deviations(job, merge, choice),
+        **owners, **({"amplification": merge.trust.amplification} if merge.trust else {}),
+        **_deviations(job, merge, choice),
     }  # fmt: skip
 
 

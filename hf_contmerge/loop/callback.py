@@ -42,7 +42,7 @@ from hf_contmerge.errors import RecipeError, ResourceError, RunError, size
 from hf_contmerge.loop._history import StageScores, table
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.functions import evaluate_of, open_state, tasks_of, write_tasks
-from hf_contmerge.loop.plan.disk import model_bytes, state_bytes
+from hf_contmerge.loop.plan.disk import model_bytes, running_bytes
 from hf_contmerge.loop.stages import Measuring, measure_at
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import open_expert
@@ -187,7 +187,7 @@ class ContinualMergeCallback(TrainerCallback):
     def _check_disk(self, model: Any, opened: MergeState, base: Weights) -> None:
         """Raise ResourceError if the disk is too small."""
         expert = 0 if hasattr(model, "peft_config") else sum(p.numel() * p.element_size() for p in model.parameters())
-        need = expert + state_bytes(base, opened.rule()) + model_bytes(base, None)
+        need = expert + running_bytes(base, opened.rule()) + model_bytes(base, None)
         free = shutil.disk_usage(self._folder).free
         if need > free:
             raise ResourceError(

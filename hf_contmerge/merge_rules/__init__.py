@@ -93,12 +93,22 @@ class MergeRule(ABC):
     selects: ClassVar[bool] = False
     """True when each element of the state (of named parts, the first) is one expert's value, and so has an owner."""
 
+    former: ClassVar[Mapping[str, Any]] = {}
+    """Recipe word -> default of an earlier version: what a record without this word was made with."""
     tunable: ClassVar[tuple[str, ...]] = ()
     """Fields that only multiply the scale: neither `update` nor `read_out` looks at them, so that another value costs
     one pass over a state that is there. Recipes may say `auto` for them."""
 
+    @property
+    def ill_posed(self) -> bool:
+        """True when rounding errors grow with each stage.
+
+        States are then float64, and merges measure the growth.
+        """
+        return False
+
     def parts(self, weight: Weight) -> Mapping[str, Shape]:
-        """Return name -> shape of the state's parts, each float32.
+        """Return name -> shape of the state's parts, each float32, or float64 if `ill_posed`.
 
         A rule that overrides this gets and returns a mapping of these names as its running state. A weight with a part
         that does not end in the weight's own shape comes in one piece.

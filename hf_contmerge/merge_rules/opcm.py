@@ -5,8 +5,9 @@ The published recursion with lambda_t equals the form below to 3e-14: the projec
 sum's scale, so one scalar at the end is enough.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,9 +23,12 @@ class Opcm(MergeRule):
     Weights other than matrices are summed: clean(S, D) = D. For S = U diag(s) V', A = U'DV and c = cumsum(s) / sum(s),
     clean(S, D) removes these coefficients from D:
 
-        fusionbench  A_ij with i < r and j < r, and all A_ii;   r = number of c_i <= alpha  (the authors' code today)
-        block        A_ij with i < r and j < r;                 same r                      (their code of Jan 2025)
+        block        A_ij with i < r and j < r;                 r = number of c_i <= alpha  (the authors' Jan 2025 code)
+        fusionbench  A_ij with i < r and j < r, and all A_ii;   same r                      (their code today)
         paper        A_ij with i < r or  j < r, and all A_ii;   r = smallest with c_r >= alpha
+
+    The diagonal A_ii needs each singular vector by itself. Those of close singular values turn with the last digits of
+    S, so `fusionbench` and `paper` are ill-posed: rounding grows 2 to 10 times a stage. `block` needs one subspace.
     """
 
     reference = "https://arxiv.org/abs/2501.09522"
@@ -32,9 +36,14 @@ class Opcm(MergeRule):
     unit = "matrix"
     whole_model_scale = True
     basis_free = True
+    former: ClassVar[Mapping[str, Any]] = {"variant": "fusionbench"}
 
     alpha: float = 0.5
-    variant: Literal["fusionbench", "block", "paper"] = "fusionbench"
+    variant: Literal["block", "fusionbench", "paper"] = "block"
+
+    @property
+    def ill_posed(self) -> bool:
+        return self.variant != "block"
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         if not weight.is_matrix:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Weight
+from hf_contmerge.merging.trust import nudged
 
 TOLERANCE = 5e-7
 """An expert's new directions are left out if together they carry at most this share of its norm. A factor in the span
@@ -37,6 +38,8 @@ class Factored:
     left: Tensor
     core: Tensor
     right: Tensor
+    shadow: Tensor | None = None
+    """A second core, of a state that started next to this one (trust.py)."""
 
     @classmethod
     def zeros(cls, shape: Sequence[int], device: torch.device | str = "cpu") -> Factored:
@@ -59,9 +62,16 @@ class Factored:
     def nbytes(self) -> int:
         return self.left.nbytes + self.core.nbytes + self.right.nbytes
 
-    def dense(self) -> Tensor:
-        """Return the matrix, (m, n) float32."""
-        return self.left @ self.core.float() @ self.right.T
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix, (m, n)."""
+        return self._product(self.core, dtype)
+
+    def dense_shadow(self) -> Tensor | None:
+        """Return the shadow's matrix in float64, if any."""
+        return None if self.shadow is None else self._product(self.shadow, torch.float64)
+
+    def _product(self, core: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.left.to(dtype) @ core.to(dtype) @ self.right.to(dtype).T
 
     def norm(self) -> float:
         """Return the Frobenius norm, summed in float64."""
@@ -91,6 +101,8 @@ def fold_factors(
     before: Factored | None,
     experts: Sequence[Factors | None],
     weight: Weight,
+    *,
+    shadow: bool = False,
 ) -> tuple[Factored, list[float]]:
     """Fold low-rank experts into the state of one weight.
 
@@ -100,6 +112,7 @@ def fold_factors(
         experts: left (m, r) and right (r, n) of each, in stage order, in any floating dtype; None for an expert that
             does not touch this weight, whose task vector is zero.
         weight: as the first of these experts meets it.
+        shadow: start a shadow, if there is no state yet.
 
     Returns:
         The state after all of them, and each expert's Frobenius norm.
@@ -116,7 +129,7 @@ def fold_factors(
             _check(factors, state.shape, f"{weight.name}, the adapter of stage {stage}")
     norms: list[float] = []
     for batch in _batches(experts):
-        state, found = _fold_batch(rule, state, batch, replace(weight, stage=weight.stage + len(norms)))
+        state, found = _fold_batch(rule, state, batch, replace(weight, stage=weight.stage + len(norms)), shadow)
         norms += found
     return state, norms
 
@@ -194,7 +207,7 @@ class _Side:
 
 
 def _fold_batch(
-    rule: MergeRule, state: Factored, experts: Sequence[Factors | None], first: Weight
+    rule: MergeRule, state: Factored, experts: Sequence[Factors | None], first: Weight, shadow: bool
 ) -> tuple[Factored, list[float]]:
     m, n = state.shape
     nothing = state.left.new_zeros(m, 0), state.right.new_zeros(0, n)
@@ -207,31 +220,42 @@ def _fold_batch(
     allowed = [max(TOLERANCE * norm, least) for norm, least in zip(norms, noise, strict=True)]
     left_basis, left_parts = left.reduced(left_weights, allowed)
     right_basis, right_parts = right.reduced(right_weights, allowed)
-    core = state.core.double()
+    cores = [core.double() for core in (state.core, state.shadow) if core is not None]
     for k, (a, b) in enumerate(zip(left_parts, right_parts, strict=True)):
-        grown = core.new_zeros(len(a), len(b))
-        grown[: core.shape[0], : core.shape[1]] = core
-        folded = rule.update(grown, a @ b.T, replace(first, stage=first.stage + k)) if grown.numel() else grown
-        assert isinstance(folded, Tensor)
-        core = folded.double()
-    return _square(left_basis, core, right_basis), norms
+        cores = [_grown(rule, core, a @ b.T, replace(first, stage=first.stage + k)) for core in cores]
+        if shadow and len(cores) == 1 and cores[0].any():
+            cores.append(nudged(cores[0], first.name))
+    return _square(Factored(left_basis, cores[0], right_basis, *cores[1:])), norms
 
 
-def _square(left: Tensor, core: Tensor, right: Tensor) -> Factored:
+def _grown(rule: MergeRule, core: Tensor, change: Tensor, weight: Weight) -> Tensor:
+    """Fold a change (R, Q) into a core that may be smaller."""
+    wide = core.new_zeros(change.shape)
+    wide[: core.shape[0], : core.shape[1]] = core
+    folded = rule.update(wide, change, weight) if wide.numel() else wide
+    assert isinstance(folded, Tensor)
+    return folded.double()
+
+
+def _square(state: Factored) -> Factored:
     """Make the core (R, Q) square if experts share one side.
 
     A core that is square keeps its directions as they are: they are written once. Others come from a new QR, so that
     rounding to float32 does not build up in either case.
     """
-    rows, columns = core.shape
+    rows, columns = state.core.shape
     if rows < columns:
-        turned = _square(right, core.T, left)
-        return Factored(turned.right, turned.core.T, turned.left)
-    if rows > columns:
-        q, small = torch.linalg.qr(core)
-        basis, turn = torch.linalg.qr(left.double() @ q)
-        left, core = basis.float(), turn @ small
-    return Factored(left, core, right)
+        return _transposed(_square(_transposed(state)))
+    if rows == columns:
+        return state
+    q, small = torch.linalg.qr(state.core)
+    basis, turn = torch.linalg.qr(state.left.double() @ q)
+    shadow = None if state.shadow is None else turn @ (q.T @ state.shadow)
+    return Factored(basis.float(), turn @ small, state.right, shadow)
+
+
+def _transposed(state: Factored) -> Factored:
+    return Factored(state.right, state.core.T, state.left, None if state.shadow is None else state.shadow.T)
 
 
 def _count(s: Tensor, allowed: float) -> int:

@@ -15,8 +15,9 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._factored import fold_factors, pays
 from hf_contmerge.merging._pieces import Parts, Piece, pieces, state_square, updated
-from hf_contmerge.merging.costs import Passage, piece_size, state_numel, stream_job, weight_of
-from hf_contmerge.merging.running import Running, key_of, write_factored
+from hf_contmerge.merging.costs import Passage, piece_size, state_bytes, state_dtype, stream_job, weight_of
+from hf_contmerge.merging.running import Running, key_of, write_factored, write_shadow
+from hf_contmerge.merging.trust import Shadow, Trust, growth, shadowed
 from hf_contmerge.merging.write import MergedModel, Output, model_writer, opened, write_companions
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.rounding import square
@@ -44,12 +45,13 @@ class Fold:
 
     def run(
         self, earlier: Sequence[float], out: Path | None, merged: Output | None, later: Output | None = None
-    ) -> tuple[Norms, Survival | None]:
+    ) -> tuple[Norms, Survival | None, Trust | None]:
         """Fold all experts; write the state to `out`, the model to `merged`.
 
         `later`: the model that will be written from the state, for which there must be room.
         """
         dense, low_rank = self._forms()
+        shadows = self._shadowed(sorted(dense | low_rank))
         writers = self._writers(dense, out, merged)
         stages = self.stages_before + len(self.experts)
         scale = self.rule.scale(Norms((1.0,) * stages, 1.0)) if merged else 0.0
@@ -62,9 +64,13 @@ class Fold:
         def work(job: Job) -> _Squares:
             name = job.name
             if name in dense:
-                return self._fold_dense(name, writers, model)
+                shadow = Shadow(self.rule, name, self._shadow_before(name)) if name in shadows else None
+                squares = self._fold_dense(name, writers, model, shadow)
+                if shadow and shadow.state is not None and out:
+                    write_shadow(out, name, shadow.state)
+                return squares
             if name in low_rank:
-                return self._fold_low_rank(name, out, model)
+                return self._fold_low_rank(name, out, model, shadow=name in shadows)
             assert model is not None
             return _Squares((0.0,) * len(self.experts), 0.0, model.write(name, None))
 
@@ -82,7 +88,9 @@ class Fold:
         # fsum is exact, so the order in which the ranks' results come does not matter.
         norms = [math.sqrt(math.fsum(s.experts[i] for s in squares.values())) for i in range(len(self.experts))]
         survival = model.survival({name: s.kept for name, s in squares.items()}) if model else None
-        return Norms((*earlier, *norms), math.sqrt(math.fsum(s.running for s in squares.values()))), survival
+        running = math.sqrt(math.fsum(s.running for s in squares.values()))
+        grown = [s.growth for s in squares.values() if s.growth is not None]
+        return Norms((*earlier, *norms), running), survival, Trust(max(grown)) if grown else None
 
     def _forms(self) -> tuple[set[str], set[str]]:
         """Return the weights with dense states and those in factors."""
@@ -97,6 +105,19 @@ class Fold:
             (low_rank if factors else dense).add(name)
         return dense, low_rank
 
+    def _shadowed(self, names: Sequence[str]) -> set[str]:
+        """Return the matrices with a shadow: those of the state, or of its first fold."""
+        if not self.rule.ill_posed:
+            return set()
+        if self.before:
+            return self.before.shadowed()
+        weights = [self._weight(name) for name in names]
+        return shadowed([w.name for w in weights if w.is_matrix and list(self.rule.parts(w)) == [""]])
+
+    def _shadow_before(self, name: str) -> Tensor | None:
+        shadow = self.before.shadow(name) if self.before else None
+        return None if shadow is None else shadow.to(self.crew.device)
+
     def _takes_factors(self, name: str, rank: int) -> bool:
         shape, plain = self.base.shape(name), "" in self.rule.parts(self._weight(name))
         return self.rule.basis_free and plain and not self.rule.needs and len(shape) == 2 and pays(shape, rank)
@@ -109,9 +130,10 @@ class Fold:
         writers, leader = {}, self.crew.ranks.is_main
         if out and dense:
             weights = [self._weight(name) for name in sorted(dense)]
-            files = fill_files({w.name: 4 * state_numel(self.rule, w) for w in weights}, STATE_SHARD)
+            files = fill_files({w.name: state_bytes(self.rule, w) for w in weights}, STATE_SHARD)
             parts = [(w.name, key_of(w.name, p), s) for w in weights for p, s in self.rule.parts(w).items()]
-            plan, places = [(key, s, torch.float32) for _, key, s in parts], {key: files[n] for n, key, _ in parts}
+            kind = state_dtype(self.rule)
+            plan, places = [(key, s, kind) for _, key, s in parts], {key: files[n] for n, key, _ in parts}
             writers["running"] = WeightsWriter(out, plan, files=places, leader=leader)
             if self.rule.selects:
                 plan = [(w.name, w.shape, torch.uint8) for w in weights]
@@ -127,9 +149,11 @@ class Fold:
             return {name: running.shard_of(key_of(name, part)) for name, part in first.items()}
         return {name: writer.shard_of(name) for writer in writers.values() for name in writer.names}
 
-    def _fold_dense(self, name: str, writers: Mapping[str, WeightsWriter], model: MergedModel | None) -> _Squares:
+    def _fold_dense(
+        self, name: str, writers: Mapping[str, WeightsWriter], model: MergedModel | None, shadow: Shadow | None
+    ) -> _Squares:
         base, device = self.base.tensor(name), self.crew.device
-        before = self.before.state(name) if self.before else None
+        before = self.before.state(name, state_dtype(self.rule)) if self.before else None
         weights = [self._weight(name, i) for i in range(len(self.experts))]
         last = self._weight(name, len(self.experts) - 1)
         first = next(iter(self.rule.parts(last)))
@@ -138,12 +162,14 @@ class Fold:
         squares, running_square, kept = [0.0] * len(vectors), 0.0, list[Kept]()
         for piece in pieces(self.rule, last, device, whole=self._in_one_go(name)):
             part = piece.of(base.reshape(-1)).to(device)
-            wide = part.float()
+            wide = part.to(state_dtype(self.rule))
             state = self._state_before(before, piece, last)
             for i, vector in enumerate(vectors):
                 change = vector(piece.start, piece.stop, wide.reshape(-1)).reshape(wide.shape)
                 squares[i] += square(change)
                 after = updated(self.rule, state, change, self._with_statistics(weights[i], i))
+                if shadow:
+                    shadow.fold(after, change, weights[i])
                 if owners is not None:
                     piece.of(owners)[(after[first] != state[first]).cpu()] = min(weights[i].stage, 255)
                 state = after
@@ -156,28 +182,30 @@ class Fold:
                 writers["owners"].write(name, piece.of(owners), start=piece.start)
             if model:
                 kept.append(model.write_piece(last, piece, part, state))
-        return _Squares(tuple(squares), running_square, Kept.sum(kept))
+        return _Squares(tuple(squares), running_square, Kept.sum(kept), shadow.growth if shadow else None)
 
     def _state_before(self, before: Parts | None, piece: Piece, weight: Weight) -> Parts:
         if before is None:
             return piece.zeros(self.rule, weight, self.crew.device)
-        return {name: part.to(self.crew.device) for name, part in piece.of_state(before, weight).items()}
+        device, kind = self.crew.device, state_dtype(self.rule)
+        return {name: part.to(device, kind) for name, part in piece.of_state(before, weight).items()}
 
     def _with_statistics(self, weight: Weight, number: int) -> Weight:
         if not self.rule.needs:
             return weight
         return replace(weight, statistics=self.statistics[number].of(weight.name, self.rule.needs, self.crew.device))
 
-    def _fold_low_rank(self, name: str, out: Path | None, model: MergedModel | None) -> _Squares:
+    def _fold_low_rank(self, name: str, out: Path | None, model: MergedModel | None, *, shadow: bool) -> _Squares:
         before = self.before.factored(name) if self.before and self.before.rank(name) else None
         factors = [expert.factors(name) for expert in self.experts]
         if not all(bool(torch.isfinite(f).all()) for pair in factors if pair for f in pair):
             self._refuse_non_finite(name)
-        state, norms = fold_factors(self.rule, before, factors, self._weight(name))
+        state, norms = fold_factors(self.rule, before, factors, self._weight(name), shadow=shadow and not before)
         if out:
             write_factored(out, name, state)
         kept = model.write(name, {"": state.dense()}) if model else Kept()
-        return _Squares(tuple(n**2 for n in norms), state.norm() ** 2, kept)
+        grown = None if state.shadow is None else growth(state.shadow, state.core)
+        return _Squares(tuple(n**2 for n in norms), state.norm() ** 2, kept, grown)
 
     def _in_one_go(self, name: str) -> bool:
         """Say if an adapter's change, B @ A, comes whole."""
@@ -221,6 +249,8 @@ class _Squares:
     experts: tuple[float, ...]
     running: float
     kept: Kept
+    growth: float | None = None
+    """Of rounding, if the weight has a shadow."""
 
 
 def _write_state(writer: WeightsWriter, weight: Weight, piece: Piece, state: Parts) -> None:

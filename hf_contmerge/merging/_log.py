@@ -11,11 +11,12 @@ from typing import Any
 from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.merge_rules import Norms
 from hf_contmerge.merging.merge import FoldedExpert
+from hf_contmerge.merging.trust import Trust
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.runtime.files import write_atomically
 
 _EXPORTS = "exports.jsonl"
-FORMAT = 1
+FORMAT = 2
 """Incremented when older programs cannot read a state."""
 
 
@@ -49,11 +50,16 @@ class Log:
     experts: tuple[Entry, ...] = ()
     running: str | None = None
     running_norm: float = 0.0
+    amplification: float | None = None
+    """Of rounding, with an ill-posed rule."""
     format: int = FORMAT
     versions: dict[str, str] = field(default_factory=dict)
 
     def norms(self) -> Norms:
         return Norms(tuple(e.norm for e in self.experts), self.running_norm)
+
+    def trust(self) -> Trust | None:
+        return None if self.amplification is None else Trust(self.amplification)
 
 
 def read_log(folder: Path) -> Log:
@@ -65,12 +71,12 @@ def read_log(folder: Path) -> Log:
     file = folder / "state.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        if values.get("format") != FORMAT:
+        if values.get("format") not in (1, FORMAT):
             raise RunError(
-                f"{file} has format {values.get('format')}, but this program reads {FORMAT}. Use the version of "
+                f"{file} has format {values.get('format')}, but this program reads up to {FORMAT}. Use the version of "
                 f"hf_contmerge that made it ({values.get('versions', {}).get('hf_contmerge', 'unknown')})."
             )
-        return Log(**{**values, "experts": tuple(Entry(**e) for e in values["experts"])})
+        return Log(**{**values, "format": FORMAT, "experts": tuple(Entry(**e) for e in values["experts"])})
     except FileNotFoundError as error:
         raise RunError(
             f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Shape, Weight
-from hf_contmerge.merging.costs import needs_whole, piece_size
+from hf_contmerge.merging.costs import needs_whole, piece_size, state_dtype
 from hf_contmerge.models.rounding import Rounding, compared, rounded, square
 from hf_contmerge.models.survival import Kept
 
@@ -44,7 +44,7 @@ class Piece:
         shapes = dict(rule.parts(weight))
         if self.shape != weight.shape:
             shapes = {name: (*s[: len(s) - len(weight.shape)], *self.shape) for name, s in shapes.items()}
-        return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        return {name: torch.zeros(shape, dtype=state_dtype(rule), device=device) for name, shape in shapes.items()}
 
 
 def pieces(rule: MergeRule, weight: Weight, device: torch.device, *, whole: bool = False) -> Iterator[Piece]:
@@ -61,14 +61,15 @@ def pieces(rule: MergeRule, weight: Weight, device: torch.device, *, whole: bool
 
 def updated(rule: MergeRule, state: Parts, change: Tensor, weight: Weight) -> Parts:
     """Fold one expert into a state."""
+    change = change.to(state_dtype(rule))
     if "" in state:
         return {"": rule.update(state[""], change, weight)}  # pyright: ignore[reportReturnType]
     return dict(rule.update(state, change, weight))  # pyright: ignore
 
 
 def read_out(rule: MergeRule, state: Parts, weight: Weight) -> Tensor:
-    """Return the tensor to scale."""
-    return rule.read_out(state.get("", state), weight)
+    """Return the tensor to scale, in float32."""
+    return rule.read_out(state.get("", state), weight).float()
 
 
 def state_square(state: Parts) -> float:
@@ -137,10 +138,10 @@ def fold_tensor(
 
     `weights`: the weight as each expert meets it.
     """
-    wide, norms = base.float(), []
+    wide, norms = base.to(state_dtype(rule)), []
     state = piece.zeros(rule, weights[0], wide.device)
     for weight, expert in zip(weights, experts, strict=True):
-        change = expert.float() - wide
+        change = expert.to(wide.dtype) - wide
         norms.append(math.sqrt(square(change)))
         state = updated(rule, state, change, weight)
     return state, Norms(tuple(norms), math.sqrt(state_square(state)))

@@ -51,9 +51,14 @@ def needs_whole(rule: MergeRule, weight: Weight) -> bool:
     return any(part[len(part) - axes :] != weight.shape for part in rule.parts(weight).values())
 
 
-def state_numel(rule: MergeRule, weight: Weight) -> int:
-    """Return the number of elements of a weight's state."""
-    return sum(math.prod(part) for part in rule.parts(weight).values())
+def state_dtype(rule: MergeRule) -> torch.dtype:
+    """Return the dtype of a rule's states."""
+    return torch.float64 if rule.ill_posed else torch.float32
+
+
+def state_bytes(rule: MergeRule, weight: Weight) -> int:
+    """Return the bytes of a weight's state."""
+    return state_dtype(rule).itemsize * sum(math.prod(part) for part in rule.parts(weight).values())
 
 
 def weight_of(base: Weights, name: str, stage: int) -> Weight:
@@ -67,9 +72,9 @@ def stream_job(rule: MergeRule, base: Weights, name: str, passage: Passage) -> J
     weight, touched = weight_of(base, name, 1), passage.touched
     numel, moved = math.prod(weight.shape), base.nbytes(name) * (1 + touched)
     whole = passage.whole or needs_whole(rule, weight)
-    state = state_numel(rule, weight)
+    state = state_bytes(rule, weight)
     share = 1 if whole else passage.piece / max(numel, passage.piece)
-    seconds, memory = moved / _BYTES_PER_SECOND, round(4 * share * (2 * state + 4 * numel))
+    seconds, memory = moved / _BYTES_PER_SECOND, round(share * (2 * state + 16 * numel))
     if rule.needs and weight.is_matrix:
         memory += 4 * math.prod(inputs_shape(weight.shape[-1]))
     if rule.unit == "matrix" and weight.is_matrix and numel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms
 from hf_contmerge.merging.stream import merge_experts
+from hf_contmerge.merging.trust import Trust
 from hf_contmerge.merging.write import Merged, Output, write_merged
 from hf_contmerge.models.experts import Expert, expert_sha256, first_twin, open_expert, twins_refused
 from hf_contmerge.models.survival import Survival
@@ -57,6 +58,8 @@ class RunningMerge:
     """Further factor on the rule's scale, for rules without a tunable field."""
     survival: Survival | None = field(default=None, compare=False)
     """What the model's file keeps of the update, if the fold wrote one."""
+    trust: Trust | None = None
+    """How far the result of an ill-posed rule is known."""
 
     @property
     def norms(self) -> Norms:
@@ -79,7 +82,7 @@ class RunningMerge:
 
     def restarted(self) -> RunningMerge:
         """Return the merge before its first expert."""
-        return replace(self, experts=(), running=None, running_norm=0.0, factor=1.0)
+        return replace(self, experts=(), running=None, running_norm=0.0, factor=1.0, trust=None)
 
     def fold(
         self,
@@ -111,7 +114,12 @@ class RunningMerge:
         )  # fmt: skip
         norms = zip((*self.experts, *new), outcome.norms.experts, strict=True)
         folded = tuple(replace(expert, norm=norm) for expert, norm in norms)
-        return replace(self, experts=folded, running=out, running_norm=outcome.norms.running, survival=outcome.survival)
+        if outcome.trust and crew.ranks.is_main:
+            outcome.trust.warn(self.rule)
+        return replace(
+            self, experts=folded, running=out, running_norm=outcome.norms.running, survival=outcome.survival,
+            trust=outcome.trust,
+        )  # fmt: skip
 
     def export(self, out: Output, *, crew: Crew | None = None) -> Survival:
         """Write the merged model; return the survival of the update.

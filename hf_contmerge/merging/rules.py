@@ -36,6 +36,14 @@ def make_rule(name: str, parameters: Mapping[str, Any], *, where: str = "") -> M
         raise RecipeError(f"{where}: {error}" if where else str(error)) from error
 
 
+def recorded_rule(name: str, parameters: Mapping[str, Any], *, where: str = "") -> MergeRule:
+    """Make the rule of a record, however old.
+
+    Parameters that the record lacks have their default at that time. Raises as `make_rule`.
+    """
+    return make_rule(name, {**named_rule(name, where=where).former, **parameters}, where=where)
+
+
 def dtype_named(name: str | None) -> torch.dtype | None:
     """Return a floating dtype by name.
 

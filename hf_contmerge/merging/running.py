@@ -1,9 +1,11 @@
 """A rule's state in a folder: tensors, parts or low-rank factors.
 
-model.safetensors ...            float32: a tensor for each weight, under its name, (slots, *shape) for some rules; of
-                                 rules with named parts, <weight>::<part>
+model.safetensors ...            float32, float64 if ill-posed: a tensor for each weight, under its name; (slots, shape)
+                                 for some rules; of rules with named parts, <weight>::<part>
 owners/model.safetensors ...     a uint8 tensor for each, with rules that select: the stage that an element is of
-factors/<weight>.safetensors     left, core, right of a weight that only adapters have changed so far
+factors/<weight>.safetensors     left, core, right of a weight that only adapters have changed so far, and the shadow
+                                 (trust.py) of some
+shadows/<weight>.safetensors     float64: the shadow of some tensor
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,7 +35,10 @@ class Running:
             self._keys[key.partition(_OF)[0]].append(key)
         self._owners = _weights(folder / "owners")
         # Opened when they are read: a large model has more of them than a process may have files open.
-        self._factors = {path.stem: path for path in sorted((folder / "factors").glob("*.safetensors"))}
+        self._factors, self._shadows = (
+            {path.stem: path for path in sorted((folder / kind).glob("*.safetensors"))}
+            for kind in ("factors", "shadows")
+        )
 
     def names(self) -> set[str]:
         """Return the names of the nonzero weights."""
@@ -44,17 +50,31 @@ class Running:
             return max(Weights(self._factors[name]).shape("core"))
         return None if name in self._keys else 0
 
-    def state(self, name: str) -> Parts | None:
-        """Return a weight's state in full, or None while it is zero."""
+    def state(self, name: str, dtype: torch.dtype = torch.float32) -> Parts | None:
+        """Return a weight's state in full, or None while it is zero.
+
+        `dtype`: of a product of factors; tensors have their own.
+        """
         if name in self._factors:
-            return {"": self.factored(name).dense()}
+            return {"": self.factored(name).dense(dtype)}
         if self._dense is None or name not in self._keys:
             return None
         return {key.partition(_OF)[2]: self._dense.tensor(key) for key in self._keys[name]}
 
     def factored(self, name: str) -> Factored:
         file = Weights(self._factors[name])
-        return Factored(*(file.tensor(part) for part in ("left", "core", "right")))
+        parts = ("left", "core", "right", *(("shadow",) if "shadow" in file.names else ()))
+        return Factored(*(file.tensor(part) for part in parts))
+
+    def shadow(self, name: str) -> Tensor | None:
+        """Return a weight's shadow in full, if it has one."""
+        if name in self._factors:
+            return self.factored(name).dense_shadow()
+        return Weights(self._shadows[name]).tensor("shadow") if name in self._shadows else None
+
+    def shadowed(self) -> set[str]:
+        """Return the names of the weights with a shadow."""
+        return {*self._shadows, *(n for n, file in self._factors.items() if "shadow" in Weights(file).names)}
 
     def owners(self, name: str) -> Tensor:
         """Return the owning stage of each element (uint8; 0: the base)."""
@@ -75,10 +95,18 @@ def key_of(name: str, part: str) -> str:
 
 def write_factored(folder: Path, name: str, state: Factored) -> None:
     """Write the factors of one weight."""
-    out = folder / "factors"
-    out.mkdir(exist_ok=True)
-    parts = {"left": state.left, "core": state.core, "right": state.right}
-    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, out / f"{name}.safetensors")
+    parts = {"left": state.left, "core": state.core, "right": state.right, "shadow": state.shadow}
+    _write(folder / "factors", name, {part: tensor for part, tensor in parts.items() if tensor is not None})
+
+
+def write_shadow(folder: Path, name: str, shadow: Tensor) -> None:
+    """Write the shadow of one weight."""
+    _write(folder / "shadows", name, {"shadow": shadow})
+
+
+def _write(folder: Path, name: str, parts: Parts) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, folder / f"{name}.safetensors")
 
 
 def _weights(folder: Path) -> Weights | None:

@@ -41,7 +41,7 @@ from hf_contmerge.merging._log import (
     write_log,
 )
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
-from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
+from hf_contmerge.merging.rules import dtype_named, make_rule, recorded_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.models.folder import resolve_model
@@ -115,7 +115,7 @@ class MergeState:
         experts = tuple(entry.expert() for entry in log.experts)
         return RunningMerge(
             self._base(log), log.rule, self._rule(log), experts, self._running(log),
-            log.running_norm,
+            log.running_norm, trust=log.trust(),
         )  # fmt: skip
 
     def rule(self) -> MergeRule:
@@ -263,7 +263,7 @@ class MergeState:
 
     def _rule(self, log: Log) -> MergeRule:
         require_same(log.versions, self.folder, cure=", or start the state anew")
-        return make_rule(log.rule, log.parameters)
+        return recorded_rule(log.rule, log.parameters)
 
     def _base(self, log: Log) -> Path:
         folder = Path(log.base_folder)
@@ -341,8 +341,9 @@ class MergeState:
     def _publish(self, log: Log, merge: RunningMerge, experts: tuple[Entry, ...], crew: Crew) -> None:
         name = merge.running.name if merge.running else None
         after = replace(
-            log, experts=experts, running=name, running_norm=merge.running_norm, versions=versions([log.rule])
-        )
+            log, experts=experts, running=name, running_norm=merge.running_norm, versions=versions([log.rule]),
+            parameters=merge.rule.parameters(), amplification=merge.trust.amplification if merge.trust else None,
+        )  # fmt: skip
 
         def write() -> None:
             sync_folder(self.folder)

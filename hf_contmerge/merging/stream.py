@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._fold import Fold
 from hf_contmerge.merging.running import Running
+from hf_contmerge.merging.trust import Trust
 from hf_contmerge.merging.write import Merged, Output, write_merged
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.folder import copy_companions
@@ -31,6 +32,14 @@ from hf_contmerge.models.layout import weights_like
 from hf_contmerge.models.statistics import Statistics, check_statistics
 from hf_contmerge.models.weights import Weights, WeightsWriter
 from hf_contmerge.runtime.crew import Crew
+
+
+@dataclass(frozen=True)
+class Folded(Merged):
+    """A merge, and how far an ill-posed rule's result is known."""
+
+    trust: Trust | None = None
+
 
 LOG = logging.getLogger(__name__)
 
@@ -45,7 +54,7 @@ def merge_experts(
     running_out: Path | None = None,
     merged_out: Output | None = None,
     crew: Crew | None = None,
-) -> Merged:
+) -> Folded:
     """Fold experts into a rule's state; write state, model or both.
 
     Args:
@@ -70,8 +79,8 @@ def merge_experts(
     if state_out:
         crew.ranks.first(state_out.mkdir, exist_ok=True)
     fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew, statistics)
-    norms, survival = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
-    found = Merged(norms, rule.scale(norms), survival)
+    norms, survival, trust = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
+    found = Folded(norms, rule.scale(norms), survival, trust)
     if norms.running == 0:
         LOG.warning("No expert differs from the base %s in any weight: the merged model is the base", base.folder)
     if merged_out and not at_once:

@@ -16,8 +16,9 @@ COMPANIONS = (".json", ".jinja", ".model", ".txt")
 _LAYER = re.compile(r"\.(\d+)\.")
 _STACK = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
 _NOT_A_LINEAR_MAP = re.compile(
-    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|shared|router|gate|\w*_router|\w*expert_gate)(\.|$)"
+    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|shared|router|gate|\w*_router|\w*expert_gate|A_log)(\.|$)"
 )
+_CONVOLUTION = re.compile(r"(^|\.)\w*conv\w*(\.|$)")
 
 
 def layer_of(name: str) -> str:
@@ -44,9 +45,13 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:
     """Say if a weight is a linear map or a stack.
 
-    Vocabulary tables (embeddings, output heads; by name or by their size) and routers of expert mixtures are not.
+    Vocabulary tables (embeddings, output heads; by name or by their size) and routers of expert mixtures are not, and
+    neither are convolutions (channels, inputs, width) or stacks of vectors, such as the kernels (channels, 1, width) of
+    a depthwise convolution.
     """
     if len(shape) not in (2, 3) or _NOT_A_LINEAR_MAP.search(name):
+        return False
+    if len(shape) == 3 and (1 in shape[1:] or _CONVOLUTION.search(name)):
         return False
     return shape[0] != vocabulary
 

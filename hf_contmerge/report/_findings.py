@@ -48,6 +48,22 @@ METRICS = {
         unit=False,
     ),
     "general_delta": Metric("general Δ", "mean change of the general tasks against the base", signed=True),
+    "lost": Metric(
+        "right → wrong",
+        "documents of earlier stages that were right when learnt and are wrong now, beyond guessing",
+        signed=True,
+    ),
+    "regained": Metric(
+        "wrong → right",
+        "documents of earlier stages that were wrong when learnt and are right now, beyond guessing",
+        signed=True,
+    ),
+    "general_lost": Metric(
+        "general right → wrong", "documents of general tasks that the base had right, beyond guessing", signed=True
+    ),
+    "general_gained": Metric(
+        "general wrong → right", "documents of general tasks that the base had wrong, beyond guessing", signed=True
+    ),
     "fuar": Metric(
         "FUAR",
         "right answers lost on earlier stages and general tasks, per right answer gained on the stages",
@@ -55,6 +71,7 @@ METRICS = {
     ),
 }
 """Name in summary.json -> words: the only place with words for metrics."""
+UNMEASURED = "General abilities were not measured: the recipe has no `evaluate.general_tasks`."
 _ALWAYS = ("acc", "la", "bwt")  # a BWT near 0 says nothing without LA
 
 
@@ -69,6 +86,11 @@ def amount(value: float, block: Block, *, sign: bool = True) -> str:
     number, digits, unit = (value, 2, "nats") if block == "perplexity" else (100 * value, 1, "points")
     rounded = round(number, digits) + 0.0  # no "-0.00"
     return f"{rounded:{'+' if sign and rounded else ''}.{digits}f} {unit}".replace("-", "−")
+
+
+def smallest(results: Results) -> str:
+    """Return the smallest differences that matter, in words."""
+    return " or ".join(amount(results.matters.get(b, 0.0), b, sign=False) for b in results.blocks())
 
 
 def relative(value: float, block: Block) -> str:
@@ -100,7 +122,7 @@ def fate(change: Change | None, block: Block) -> str:
     if change is None:
         return "was not measured"
     if change.sign == 0:
-        return f"shows no change ({amount(change.mean, block)})"
+        return f"{'is the same' if change.same else 'shows no change'} ({amount(change.mean, block)})"
     return f"{'gained' if change.sign > 0 else 'forgot'} {amount(abs(change.mean), block, sign=False)}"
 
 
@@ -108,7 +130,7 @@ def outcome(change: Change | None, block: Block, what: str) -> str:
     """Describe the fate of a stage with its amount."""
     if change is None:
         return "was not measured"
-    verb = ("shows no change on", "got better on", "forgot")[change.sign]
+    verb = "is the same on" if change.same else ("shows no change on", "got better on", "forgot")[change.sign]
     return f"{verb} {what} ({'perplexity ' * (block == 'perplexity')}{relative(change.mean, block)})"
 
 
@@ -134,9 +156,9 @@ def caption(results: Results) -> str:
         clauses = compared(results, lambda line, b=block: gained(results.learnt(line, b), b))
         gains.append(f"Mean gain on each stage when it was learnt, {block}: {'; '.join(clauses)}. " if clauses else "")
     return (
-        "".join(gains) + "Bars: 95 % intervals, paired by document. Hollow marker: no change seen (a stage since it "
-        "was learnt, general ability against the base). ★: an expert trained on that stage alone. 0.1 nats is about "
-        "10 % of the perplexity."
+        "".join(gains) + "Bars: 95 % intervals, paired by document. Hollow marker: no change seen, or less than "
+        f"{smallest(results)} (a stage since it was learnt, general ability against the base). ★: an expert trained on "
+        "that stage alone. 0.1 nats is about 10 % of the perplexity." + f" {UNMEASURED}" * (not results.general_tasks)
     )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.paired import Change, Group, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change, Group, flips, mean_change
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Results:
     """The merge entry with the plain mean of the experts, if any."""
     stored: Mapping[str, Survival] = field(default_factory=dict)
     """What the last model of each merge entry keeps of its update, where it was measured."""
+    matters: Mapping[str, float] = field(default_factory=dict)
+    """The smallest difference of each block that is one."""
     _changes: dict[Any, tuple[Sequence[Group], Change | None]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -96,8 +98,16 @@ class Results:
         measured = [(new, old, _of_block(new, old, tasks, block)) for new, old, tasks in groups]
         key = (block, *((id(new), id(old), tasks) for new, old, tasks in measured))
         if key not in self._changes:  # the entry keeps the scores alive, so that their ids stay theirs
-            self._changes[key] = measured, mean_change(measured, block)
+            change = mean_change(measured, block)
+            change = replace(change, matters=self.matters.get(block, 0.0)) if change else None
+            self._changes[key] = measured, change
         return self._changes[key][1]
+
+    def flips(self, line: Line, t: int, task: str, to: Literal["wrong", "right"]) -> Change | None:
+        """Return the share of a task's documents that changed sides until stage t."""
+        then = line.since(t, task, self.stages)
+        change = flips([(line.rows[t], then, [task])], to) if then and task in line.rows[t] else None
+        return replace(change, matters=self.matters.get("accuracy", 0.0)) if change else None
 
     def best(self, block: Block) -> Line | None:
         """Return the merge with the highest final average."""

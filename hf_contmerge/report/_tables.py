@@ -133,7 +133,7 @@ def score_cell(results: Results, row: Scores, task: str, largest: float, *, own:
     change = results.change(row, base, [task], score.block) if task in base and row is not base else None
     if change:
         against = f"{amount(change.mean, score.block)} against the base, {interval(change, score.block)}"
-        hint += f"; {against}" + ("; no change seen" if change.sign == 0 else "")
+        hint += f"; {against}" + (f"; {change.seen}" if change.sign == 0 else "")
         shade = change.mean / largest if largest and change.sign else 0.0
     return Cell(natural(score.value, score.block), hint, shade, own)
 
@@ -145,7 +145,7 @@ def change_cell(change: Change | None, block: Block) -> Cell:
     if change.low is None or change.high is None:
         return Cell(f"{amount(change.mean, block)} (too few documents)")
     least = "" if change.detectable is None else f"detectable: {amount(change.detectable, block, sign=False)}"
-    hint = least if change.sign else f"no change seen; {least}".rstrip("; ")
+    hint = least if change.sign else f"{change.seen}; {least}".rstrip("; ")
     mark = "" if change.sign else "≈ "
     return Cell(f"{mark}{amount(change.mean, block)} ({interval(change, block)})", hint, 0.4 * change.sign)
 
@@ -218,6 +218,29 @@ def _task_table(results: Results, task: str, block: Block, stage: str | None) ->
     since = ("since it was learnt",) if 0 < learnt < results.last else ()
     title = f"{task} ({'stage ' + stage if stage else 'general'}, {len(results.base[task].gains)} documents)"
     return Table(title, ("line", *after, "against the base", *since, "detectable"), rows)
+
+
+def sides_tables(results: Results) -> list[Table]:
+    """Return a table per line: documents that changed sides, by task and stage."""
+    tasks = [task for task, facts in task_facts(results).items() if facts["block"] == "accuracy"]
+    tables = [_sides_table(results, name, line, tasks) for name, line in results.named_lines()]
+    return [table for table in tables if table.rows]
+
+
+def _sides_table(results: Results, name: str, line: Line, tasks: Sequence[str]) -> Table:
+    numbers = range(1, len(line.rows))
+    rows = [[Cell(task), *(_sides_cell(results, line, t, task) for t in numbers)] for task in tasks]
+    header = ("after", *(results.stages[t - 1].name for t in numbers))
+    return Table(name, header, [row for row in rows if any(cell.text != MISSING for cell in row[1:])])
+
+
+def _sides_cell(results: Results, line: Line, t: int, task: str) -> Cell:
+    lost, gained = (results.flips(line, t, task, to) for to in ("wrong", "right"))
+    if lost is None or gained is None:
+        return Cell()
+    text = " / ".join(amount(c.mean, "accuracy").removesuffix(" points") for c in (lost, gained))
+    hint = "; ".join(f"{to} {interval(c, 'accuracy')}" for to, c in (("now wrong", lost), ("now right", gained)))
+    return Cell(text, hint, 0.4 * (lost.sign + gained.sign))
 
 
 def _detectable(change: Change | None, block: Block) -> Cell:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.merge_rules import named_rule
-from hf_contmerge.report._findings import METRICS, UNITS, known_metrics
+from hf_contmerge.report._findings import METRICS, UNITS, UNMEASURED, known_metrics
 from hf_contmerge.report._merges import last_merged_stage, stored
 from hf_contmerge.report._public import (
     expert_of,
@@ -32,7 +32,7 @@ from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore, load_score
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
 NOT_MEASURED = "not measured"
-_ON_THE_CARD = ("acc", "la", "bwt", "normalised", "general_delta", "fuar")
+_ON_THE_CARD = ("acc", "la", "bwt", "normalised", "general_delta", "lost", "regained", "general_lost", "fuar")
 
 
 def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
@@ -58,6 +58,7 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
         norms=_norms(run, merge),
         stored=stored(run).get(entry.name),
         scores=_scores(run, lines, t),
+        unmeasured="" if recipe.evaluate.general_tasks else UNMEASURED,
         metrics=[metric_table(of, block) for block, of in metrics.items()],
         shown=[METRICS[m] for m in known_metrics(x for of in metrics.values() for x in of.values())],
         units={block: UNITS[block] for block in metrics},

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class LinePair:
 
     def change(self, tasks: Sequence[str], block: Block) -> Change | None:
         """Return the mean paired difference over comparable tasks, or None."""
-        return mean_change([(*self.scores, tasks)], block) if tasks else None
+        change = mean_change([(*self.scores, tasks)], block) if tasks else None
+        return replace(change, matters=self.old.results.matters.get(block, 0.0)) if change else None
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def sections(comparison: Comparison) -> list[Section]:
     """Return the parts of the page."""
     paired = (
         f"Each line against {comparison.runs[0].label}, both after their last stage, paired by document; 95 % "
-        "intervals; ≈: no change seen."
+        "intervals; ≈: no change seen, or less than the first run's `evaluate.same_within`."
     )
     return [
         Section("Differences", paired, tables=_difference_tables(comparison)),

@@ -27,7 +27,7 @@ from typing import Any
 
 from hf_contmerge.report._choices import choice_tables, choices_intro, curves
 from hf_contmerge.report._examples import examples
-from hf_contmerge.report._findings import UNITS, verdict
+from hf_contmerge.report._findings import UNITS, smallest, verdict
 from hf_contmerge.report._merges import geometry_section, storage_section, stored
 from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
@@ -41,6 +41,7 @@ from hf_contmerge.report._tables import (
     final_table,
     heat_maps,
     metric_tables,
+    sides_tables,
     task_tables,
 )
 from hf_contmerge.report._terminal import rich_table
@@ -48,6 +49,12 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
 _COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", "utility", "stderr", "documents")
+
+
+_SIDES = (
+    "Documents that went from right to wrong / from wrong to right, in points beyond what guessing does by itself: of "
+    "a stage's tasks since it was learnt, of general tasks since the base. Hover over a number for its intervals."
+)
 
 
 def write_report(run: Run) -> Path:
@@ -75,18 +82,20 @@ def write_report(run: Run) -> Path:
 
 def sections(run: Run, results: Results) -> list[Section]:
     """Return the sections below the picture; some may be empty."""
+    least = smallest(results)
     shades = (
         "▴ and blue: better than the base; ▾ and orange: worse; no colour: no change seen (the 95 % interval contains "
-        "0). A frame marks the stage just learnt. Hover over a number for details."
+        f"0), or the same (less than {least}). A frame marks the stage just learnt. Hover over a number for details."
     )
     intervals = (
-        "Changes are paired by document, with 95 % intervals; ≈: no change seen. The last column is the smallest true "
-        "change that these documents show in four of five samples; smaller changes may go unnoticed."
+        "Changes are paired by document, with 95 % intervals; ≈: no change seen, or the same. The last column is the "
+        "smallest true change that these documents show in four of five samples; smaller changes may go unnoticed."
     )
     return [
         Section("Scores after each stage", shades, tables=heat_maps(results)),
         Section("Metrics", tables=metric_tables(results)),
         Section("Task by task", intervals, tables=task_tables(results)),
+        Section("Right and wrong", _SIDES, tables=sides_tables(results)),
         examples(results),
         _choices(run),
         storage_section(run),
@@ -134,7 +143,8 @@ def load_results(run: Run) -> Results:
         experts = [line for line in experts if line.name != "previous"]
     general = tuple(task.name for task in run.recipe.evaluate.general_tasks)
     mean = next((entry.name for entry in run.recipe.merge if entry.rule == "average"), None)
-    return Results(run.recipe.stages, general, tuple(experts), tuple(merges), mean, stored(run))
+    matters = run.recipe.evaluate.same_within.model_dump()
+    return Results(run.recipe.stages, general, tuple(experts), tuple(merges), mean, stored(run), matters)
 
 
 def summary(run: Run, results: Results) -> dict[str, Any]:

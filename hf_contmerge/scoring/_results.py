@@ -46,7 +46,7 @@ def task_score(results: Any, name: str, leaves: Mapping[str, Any]) -> TaskScore:
     value = math.exp(-sample.utility) if block == "perplexity" else sample.utility
     return TaskScore(
         block, metric, value, sample.utility, sample.stderr(), sample.gains, sample.weights,
-        _details(results, name, documents), documents=documents,
+        {**_details(results, name, documents), **_guessing(rows)}, documents=documents,
         texts=tuple(_text(row, leaf)[: _SHOWN[0]] for row, leaf in rows),
         answers=tuple(_answer(row, leaf)[: _SHOWN[1]] for row, leaf in rows) if block == "accuracy" else (),
     )  # fmt: skip
@@ -59,6 +59,19 @@ def _details(results: Any, name: str, documents: Sequence[str]) -> dict[str, Any
         "version": results["versions"].get(name),
         "documents_sha256": hashlib.sha256("".join(documents).encode()).hexdigest(),
     }
+
+
+def _guessing(rows: Sequence[tuple[Row, Any]]) -> dict[str, float]:
+    """Return the chance of a guess to be right, and its variance; means over documents."""
+    chances = [_chance(row, leaf) for row, leaf in rows]
+    return {
+        "chance": math.fsum(chances) / len(chances),
+        "chance_variance": math.fsum(c * (1 - c) for c in chances) / len(chances),
+    }
+
+
+def _chance(row: Row, leaf: Any) -> float:
+    return 1 / len(leaf.doc_to_choice(row["doc"])) if leaf.OUTPUT_TYPE == "multiple_choice" else 0.0
 
 
 def _rows(results: Any, leaf: str) -> list[Row]:

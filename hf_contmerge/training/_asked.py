@@ -23,6 +23,13 @@ class Asked:
     rows: Rows
     question: Format
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Columns without a use."""
+        choices = self.task.choices if isinstance(self.task.choices, str) else ""
+        used = {*self.question.columns, self.task.answer, choices}
+        return tuple(name for name in self.rows.columns if name not in used)
+
     def made(self) -> Iterator[Row | None]:
         """Yield a task file's rows; None without question or answer.
 

@@ -190,7 +190,9 @@ def task_rows(task: Task) -> list[Row]:
         chosen = fit.rows.select(range(min(task.dataset.heldout or len(fit.rows), len(fit.rows))))
         return [{"text": r["text"][: task.dataset.heldout_chars]} for r in rows_of(chosen)]
     rows = load_rows(task.dataset)
-    made = list(asked_of(task, rows).made())
+    questions = asked_of(task, rows)
+    _tell_unused(task.dataset, questions.unused)
+    made = list(questions.made())
     asked = [row for row in made if row]
     _tell_left_out(task.dataset, Counter({"lack the question or the answer": len(made) - len(asked)}), len(made))
     return asked

@@ -113,7 +113,7 @@ def environment(env: Path) -> Path:
 def merge(base: Path, experts: Sequence[Path], repeats: int) -> tuple[list[measure.Cost], Path]:
     """Merge with our command; return what it cost each time, and the merged folder."""
     out, recipe = base.with_name("contmerge-opcm"), base.with_name("opcm.yml")
-    models.recipe(recipe, "opcm", base, list(experts), dtype="float32", alpha=ALPHA)
+    models.recipe(recipe, "opcm", base, list(experts), dtype="float32", alpha=ALPHA, variant="fusionbench")
     words = measure.contmerge("merge", "from-recipe", str(recipe), str(out))
     return measure.alternate({"contmerge": measure.Command(words, output=out)}, repeats=repeats)["contmerge"], out
 

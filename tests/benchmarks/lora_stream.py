@@ -38,7 +38,7 @@ LAYER = {
     "down_proj": (HIDDEN, INTERMEDIATE),
 }
 WORKERS = 2
-NUMERICAL_RANK = 1e-6  # of the rule: below, it leaves the diagonal alone
+NUMERICAL_RANK = 1e-6  # of the rule
 
 Shape = tuple[int, int]
 Svd = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -137,16 +137,15 @@ def measure_dense(rule: MergeRule, shape: Shape, rank: int) -> Dense:
 
 
 def fold_by_definition(experts: Sequence[Factors], svd: Svd, alpha: float = 0.5) -> Tensor:
-    """OPCM (`fusionbench`) in float64: the leading block and the diagonal of each D in S's singular bases go."""
+    """OPCM (`block`) in float64: the leading block of each D in S's singular bases goes."""
     first, *others = (left.double() @ right.double() for left, right in experts)
     running = first
     for d in others:
         u, s, v = svd(running)
         coefficients = u.T @ d @ v
-        r, numerical = int((s.cumsum(0) / s.sum() <= alpha).sum()), int((s > NUMERICAL_RANK * s[0]).sum())
+        r = int((s.cumsum(0) / s.sum() <= alpha).sum())
         struck = torch.zeros_like(coefficients)
         struck[:r, :r] = coefficients[:r, :r]
-        struck.diagonal()[:numerical] = coefficients.diagonal()[:numerical]
         running = running + d - u @ struck @ v.T
     return running
 

@@ -537,9 +537,9 @@ def test_a_state_of_another_base(home: Path, tmp_path: Path, done: Run, refused:
 @pytest.mark.parametrize(
     ("values", "wanted"),
     [
-        ({"format": 2, "versions": {"hf_contmerge": "9.1"}}, "FILE has format 2, but this program reads 1. Use the "
-         "version of hf_contmerge that made it (9.1)."),
-        ({"format": None}, "FILE has format None, but this program reads 1. Use the version of hf_contmerge that"),
+        ({"format": 3, "versions": {"hf_contmerge": "9.1"}}, "FILE has format 3, but this program reads up to 2. Use "
+         "the version of hf_contmerge that made it (9.1)."),
+        ({"format": None}, "FILE has format None, but this program reads up to 2. Use the version of hf_contmerge"),
         ({"rule": "soup"}, "Unknown rule 'soup'."),
         ({"parameters": {"lamda": 1}}, "magmax has no parameter 'lamda'; it has: lambda"),
         ({"experts": 7}, "FILE is damaged ("),

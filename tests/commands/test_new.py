@@ -123,3 +123,25 @@ def test_three_questions_on_a_terminal(tmp_path: Path) -> None:
 def test_the_sources_of_an_error_are_named() -> None:
     with pytest.raises(RecipeError, match="got '=x'"):
         parse_source("=x")
+
+
+@pytest.mark.parametrize(("gpus", "limit"), [(0, 200), (1, None)])
+def test_general_abilities_are_measured_by_default(gpus: int, limit: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yml"
+    assert main(["new", str(path), "--base", "b/c", "--stage", DATA, "--gpus", str(gpus)]) == 0
+    evaluate = load_recipe(path).evaluate
+    assert [task.name for task in evaluate.general_tasks] == ["arc_easy", "hellaswag", "piqa"]
+    assert evaluate.limit == limit
+
+
+@pytest.mark.parametrize("base", ["meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.2-3B@main", "models/Llama-3.2-3B/"])
+def test_experts_of_mergebench_are_a_stream(base: str, tmp_path: Path) -> None:
+    path = tmp_path / "experts.yml"
+    assert main(["new", str(path), "--base", base, "--suite", "mergebench", "--gpus", "1"]) == 0
+    recipe = load_recipe(path)
+    assert [s.expert for s in recipe.stages] == [
+        f"MergeBench/Llama-3.2-3B_{name}" for name in ("instruction", "math", "coding", "safety", "multilingual")
+    ]
+    assert [len(s.tasks) for s in recipe.stages] == [1, 1, 0, 0, 12]
+    assert [m.rule for m in recipe.merge] == ["average", "task_arithmetic", "ties"]
+    assert "unused: all stages are trained" in path.read_text()

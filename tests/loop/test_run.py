@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from safetensors.torch import load_file
 from toys.models import perturbed, toy_llama, write_jsonl
 
 from hf_contmerge.errors import RunError
+from hf_contmerge.loop._job import MergeJob
+from hf_contmerge.loop.plan.checks import prepare
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.merge_rules import get_rule
+from hf_contmerge.merge_rules.opcm import Opcm
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import open_expert
@@ -27,6 +31,7 @@ from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
 from hf_contmerge.run.scores import BLOCKS, load_scores
+from hf_contmerge.runtime.ranks import find_ranks
 from hf_contmerge.scoring.forgetting.lines import load_lines
 
 Data = dict[str, Any]
@@ -267,6 +272,26 @@ def test_average_is_the_mean_of_the_experts(run: Run) -> None:
         mean = torch.stack([e[name].double() for e in experts]).mean(0)
         torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-6, msg=name)
     assert merged.keys() == base.keys()
+
+
+def test_a_run_keeps_the_default_that_it_was_started_with(run: Run, tmp_path: Path) -> None:
+    """A record of before the new default has no variant, or the old one; what the recipe names is the recipe's."""
+    folder = tmp_path / "old"
+    shutil.copytree(run.folder, folder, symlinks=True)
+    old = Run.open(run.recipe, folder)
+    entry = next(e for e in old.recipe.merge if e.name == "opcm")
+    place, file = old.merged(3, entry), old.merged(2, entry).folder / "merge.json"
+    prepared, record = prepare(old, find_ranks()), json.loads(file.read_text())
+    named = entry.model_copy(update={"parameters": {"variant": "block"}})
+    for parameters in ({"alpha": 0.4}, {"alpha": 0.4, "variant": "fusionbench"}):
+        file.write_text(json.dumps({**record, "parameters": parameters}))
+        job: Any = MergeJob(old, prepared, cast(Any, None), 3, place)
+        assert job.rule() == ("opcm", Opcm(alpha=0.4, variant="fusionbench"))
+        assert job.previous().rule == Opcm(alpha=0.4, variant="fusionbench")
+        other = replace(job, place=replace(place, entry=named))
+        assert other.rule() == ("opcm", Opcm(alpha=0.4, variant="block"))
+    file.write_text(json.dumps(record))
+    assert MergeJob(old, prepared, cast(Any, None), 3, place).rule() == ("opcm", Opcm())
 
 
 @pytest.mark.parametrize("name", ["opcm", "magmax"])

@@ -58,7 +58,8 @@ def opcm(task_vectors: Sequence[Tensor], *, alpha: float, variant: str) -> Tenso
         r = int((s.cumsum(0) / s.sum() <= alpha).sum())
         a = u.T @ d @ vh.T
         a[:r, :r] = 0
-        a.fill_diagonal_(0)
+        if variant == "fusionbench":
+            a.fill_diagonal_(0)
         running = running + u @ a @ vh
     mean_norm = torch.stack([d.norm() for d in task_vectors]).mean()
     return running * mean_norm / running.norm()

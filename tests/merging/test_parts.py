@@ -17,7 +17,7 @@ from toys.loras import lora
 from toys.models import perturbed, toy_llama
 from toys.teams import Team
 
-from hf_contmerge.loop.plan.disk import state_bytes
+from hf_contmerge.loop.plan.disk import running_bytes
 from hf_contmerge.merge_rules import Weight, get_rule
 from hf_contmerge.merging import _fold, _pieces, costs
 from hf_contmerge.merging.adapter import export_adapter
@@ -113,7 +113,7 @@ def test_files_hold_each_part_in_its_own_shape(models: list[Path], tmp_path: Pat
     assert stored[f"{name}::moment"].shape == (32,)
     assert "model.norm.weight::moment" not in stored
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
-    assert sum(tensor.nbytes for tensor in stored.values()) == state_bytes(base, rule)
+    assert sum(tensor.nbytes for tensor in stored.values()) == running_bytes(base, rule)
     read = Running(running)
     assert read.names() == set(base.floating())
     assert read.rank(name) is None

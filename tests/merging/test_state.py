@@ -86,7 +86,7 @@ def test_a_merge_in_python(base_folder: Path, expert_folders: tuple[Path, ...], 
     state.add(expert_folders[0]).add(str(expert_folders[1]), stages=["law"])
     assert state.log() == MergeState.load(tmp_path / "state").log()
     log = state.log()
-    assert (log.rule, log.parameters) == ("opcm", {"alpha": 0.4, "variant": "fusionbench"})
+    assert (log.rule, log.parameters) == ("opcm", {"alpha": 0.4, "variant": "block"})
     assert log.base == log.base_folder == str(base_folder.resolve())
     assert [e.stage for e in log.experts] == [expert_folders[0].name, "law"]
     assert [e.folder for e in log.experts] == [str(e) for e in expert_folders[:2]]
@@ -295,13 +295,13 @@ def edited(state: MergeState, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def test_a_state_of_another_version(base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path) -> None:
     state = started(base_folder, tmp_path / "state", experts=expert_folders[:1])
-    edited(state, lambda v: {**v, "format": 2, "versions": {"hf_contmerge": "9.1"}, "new": 1})
+    edited(state, lambda v: {**v, "format": 3, "versions": {"hf_contmerge": "9.1"}, "new": 1})
     before = digests(state.folder)
     with pytest.raises(RunError) as error:
         state.add(expert_folders[1])
     assert str(error.value) == (
-        f"{state.folder}/state.json has format 2, but this program reads 1. Use the version of hf_contmerge that made "
-        "it (9.1)."
+        f"{state.folder}/state.json has format 3, but this program reads up to 2. Use the version of hf_contmerge that "
+        "made it (9.1)."
     )
     assert digests(state.folder) == before
 

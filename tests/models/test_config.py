@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from hf_contmerge.models.config import depths
+from hf_contmerge.models.config import depths, is_matrix
 
 STACKS = {
     "llama": "model.layers.{}.self_attn.q_proj.weight",
@@ -75,3 +75,25 @@ def test_names_of_real_architectures(kind: str, size: str, stacks: list[str]) ->
     }
     assert len(wanted) > 20
     assert depths(names) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "matrix"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", (48, 32), True),
+        ("model.layers.0.mlp.experts.gate_up_proj", (4, 32, 96), True),
+        ("model.layers.0.mlp.experts.down_proj", (1, 48, 32), True),  # one local expert
+        ("backbone.layers.0.mixer.conv1d.weight", (1536, 1, 4), False),  # Mamba, Jamba, FalconH1, Qwen3-Next
+        ("model.layers.0.conv.conv.weight", (1024, 1, 3), False),  # LFM2
+        ("model.layers.0.conv.in_proj.weight", (3072, 1024), True),  # and the linear maps around it
+        ("model.encoder.conv1.weight", (384, 80, 3), False),  # Whisper
+        ("encoder.layers.0.conv.pointwise_conv1.weight", (512, 256, 1), False),  # Conformer
+        ("rwkv.blocks.0.attention.time_mix_key", (1, 1, 768), False),
+        ("backbone.layers.0.mixer.A_log", (1536, 16), False),
+        ("model.layers.0.experts.biases", (8, 1, 64), False),
+        ("model.layers.0.experts.scales", (8, 64, 1), False),
+        ("vision.patch_embed.proj.weight", (1024, 3, 14, 14), False),
+    ],
+)
+def test_linear_maps_and_what_looks_like_them(name: str, shape: tuple[int, ...], matrix: bool) -> None:
+    assert is_matrix(name, shape, None) == matrix

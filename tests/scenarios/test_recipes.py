@@ -40,7 +40,8 @@ def kinds(recipe: Recipe) -> set[str]:
 
 
 def test_all_recipes_are_looked_at() -> None:
-    assert OURS == ["continual-pretrain", "finance", "lora-stream", "magmax-llama", "opcm-llama", "quickstart"]
+    names = "conpet continual-pretrain finance lora-stream magmax-llama opcm-llama quickstart"
+    assert names.split() == OURS
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -68,12 +69,18 @@ def test_what_the_recipes_are_for() -> None:
     assert all(s.dataset and s.dataset.streaming for s in recipe["continual-pretrain"].stages)
     finance = recipe["finance"]
     assert (finance.stages[1].minus, finance.merge[0].parameters) == (finance.base_model, {"lambda": 1.0})
+    assert sum("mmlu" in task.name for task in finance.stages[0].tasks) == 3
+    assert "ifeval" in {task.name for task in finance.evaluate.general_tasks}
+    conpet = recipe["conpet"].train
+    assert (conpet.strategy, conpet.parameters["replay"]["share"]) == (("lora", "replay"), 0.5)
+    assert kinds(recipe["conpet"]) == {"previous"}
 
 
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
         ("magmax-llama", None),
+        pytest.param("conpet", 2, marks=pytest.mark.slow),
         pytest.param("opcm-llama", None, marks=pytest.mark.slow),
         pytest.param("continual-pretrain", 2, marks=pytest.mark.slow),
         pytest.param("continual-pretrain", None, marks=pytest.mark.slow),

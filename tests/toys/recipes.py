@@ -33,6 +33,7 @@ def toy_recipe(name: str, home: Path, *overrides: str, stages: int | None = None
         for field in ("expert", "minus"):
             if stage[field]:
                 stage[field] = str(home / models.get(stage[field], "instruct"))
+        stage["tasks"] = ()  # lm-eval's own need the network
         if stage["dataset"]:
             dataset = recipe.stages[i].dataset
             assert dataset

@@ -11,12 +11,12 @@ from toys.models import toy_llama, write_jsonl
 from transformers import AutoTokenizer
 
 from hf_contmerge.errors import DataError
-from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.parts import Dataset, Task
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.scoring.files import heldout_documents
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training._trainer import trainer_class
-from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.data import StageData, load_stage_data, task_rows
 from hf_contmerge.training.settings import config_of, make_strategies, sft_settings, trl_classes
 
 TEMPLATE = (
@@ -138,6 +138,20 @@ def test_columns_without_a_use_are_reported(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.messages == [
         f"{file}: these columns are not used: tools, id, url",
         f"{file}: these columns are not used: n",
+    ]
+
+
+def test_columns_of_a_task_without_a_use_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"q": "why", "options": ["a", "b"], "label": 1, "answer": "b", "tools": [CLOCK], "id": 7}]
+    file = write_jsonl(tmp_path / "asked_extras.jsonl", rows)
+    asked = {"name": "t", "dataset": {"path": str(file)}, "question": "{q}"}
+    chosen = {**asked, "kind": "multiple_choice", "choices": "options", "answer": "label"}
+    with caplog.at_level(logging.INFO, logger="hf_contmerge"):
+        task_rows(Task.model_validate(chosen))
+        task_rows(Task.model_validate({**asked, "kind": "exact_match", "answer": "answer"}))
+    assert caplog.messages == [
+        f"{file}: these columns are not used: answer, tools, id",
+        f"{file}: these columns are not used: options, label, tools, id",
     ]
 
 

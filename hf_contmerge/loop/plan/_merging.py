@@ -8,9 +8,9 @@ import os
 
 from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun
-from hf_contmerge.loop.plan.disk import model_bytes, state_bytes
+from hf_contmerge.loop.plan.disk import model_bytes, running_bytes
 from hf_contmerge.merge_rules import MergeRule
-from hf_contmerge.merging.costs import Passage, state_numel, stream_job, weight_of
+from hf_contmerge.merging.costs import Passage, state_bytes, stream_job, weight_of
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.places import MergePlace
 from hf_contmerge.run.steps import Step
@@ -25,7 +25,7 @@ def merging_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
     flight = _bytes_in_flight(planned, rule, step.t, threads)
     # The digest of the result maps one tensor per core.
     digest = sum(heapq.nlargest(os.cpu_count() or 1, (weights.nbytes(n) for n in weights.names)))
-    merged, state = model_bytes(weights, merged_dtype(entry)), state_bytes(weights, rule)
+    merged, state = model_bytes(weights, merged_dtype(entry)), running_bytes(weights, rule)
     seconds = _folding(weights, host, rule, later=later) / threads + host.saving(merged) + host.writing(state)
     return Cost(host.memory(max(flight, digest)), 0, seconds)
 
@@ -40,17 +40,15 @@ def _bytes_in_flight(planned: PlannedRun, rule: MergeRule, t: int, threads: int)
     for name in weights.names:
         job = stream_job(rule, weights, name, Passage(3))
         numel = math.prod(weights.shape(name))
-        mapped = (
-            weights.nbytes(name) + numel * expert.itemsize + (4 * _state_numel(weights, name, rule) if t > 1 else 0)
-        )
+        mapped = weights.nbytes(name) + numel * expert.itemsize + (_state_bytes(weights, name, rule) if t > 1 else 0)
         need.append((job.cost, job.memory + mapped))
     ordered = [memory for _, memory in sorted(need, reverse=True)]
     return max(sum(ordered[i : i + threads]) for i in range(len(ordered)))
 
 
-def _state_numel(weights: Weights, name: str, rule: MergeRule) -> int:
+def _state_bytes(weights: Weights, name: str, rule: MergeRule) -> int:
     floating = weights.dtype(name).is_floating_point
-    return state_numel(rule, weight_of(weights, name, 1)) if floating else 0
+    return state_bytes(rule, weight_of(weights, name, 1)) if floating else 0
 
 
 def _folding(weights: Weights, host: Host, rule: MergeRule, *, later: bool) -> float:
@@ -60,10 +58,9 @@ def _folding(weights: Weights, host: Host, rule: MergeRule, *, later: bool) -> f
     """
     total = 0.0
     for name in weights.names:
-        job = stream_job(rule, weights, name, Passage(1))
         shape = weights.shape(name)
         total += 16 * math.prod(shape) / host.speeds.moved * host.machine.cores
-        if later and rule.unit == "matrix" and len(shape) > 1 and job.memory > 8 * 3 * math.prod(shape):
+        if later and rule.unit == "matrix" and weight_of(weights, name, 1).is_matrix:
             small, large = sorted(shape[-2:])
             matrices = math.prod(shape) // (small * large)
             total += matrices * (6 * small**2 * large + 30 * small**3) / host.speeds.decomposed

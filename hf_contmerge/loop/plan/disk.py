@@ -11,7 +11,7 @@ import torch
 
 from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.merge_rules import MergeRule, inputs_shape
-from hf_contmerge.merging.costs import state_numel, weight_of
+from hf_contmerge.merging.costs import state_bytes, weight_of
 from hf_contmerge.merging.write import merged_plan
 from hf_contmerge.models.contents import companions
 from hf_contmerge.models.weights import Weights
@@ -76,7 +76,7 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
         return DiskUse(expert, _checkpoint_bytes(trained.count, fields) if saved else 0)
     if step.phase == "merge" and isinstance(step.place, MergePlace):
         entry, rule = step.place.entry, rules[step.place.entry.name]
-        state = state_bytes(base, rule)
+        state = running_bytes(base, rule)
         kept_before = state if step.t > 1 else 0  # pruned once this stage's state is recorded
         ladder = run.recipe.guard.ladder if run.recipe.guard else ()
         again = model_bytes(base, torch.float32) if any(rung.do == "replay" for rung in ladder) and step.t > 1 else 0
@@ -98,12 +98,11 @@ def model_bytes(base: Weights, dtype: torch.dtype | None) -> int:
     return sum(math.prod(shape) * kind.itemsize for _, shape, kind in merged_plan(base, dtype))
 
 
-def state_bytes(base: Weights, rule: MergeRule) -> int:
+def running_bytes(base: Weights, rule: MergeRule) -> int:
     """Return a running state's bytes."""
-    # float32 for each part, one byte per owner
     weights = [weight_of(base, name, 1) for name in base.floating()]
     owners = sum(math.prod(weight.shape) for weight in weights) if rule.selects else 0
-    return 4 * sum(state_numel(rule, weight) for weight in weights) + owners
+    return sum(state_bytes(rule, weight) for weight in weights) + owners
 
 
 def statistics_bytes(base: Weights) -> int:

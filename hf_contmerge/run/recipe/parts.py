@@ -191,6 +191,15 @@ TasksField = Annotated[tuple[TaskField, ...], BeforeValidator(expand_suites)]
 """Tasks, and names of suites, which become the tasks in them."""
 
 
+class SameWithin(Part):
+    """The smallest differences that matter; smaller ones are "the same", however certain."""
+
+    accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """A share of right answers."""
+    perplexity: Annotated[float, Field(ge=0)] = 0.02
+    """Nats of -ln(perplexity)."""
+
+
 class Evaluate(Part):
     """The measurements after each stage, for experts and merges alike."""
 
@@ -210,6 +219,8 @@ class Evaluate(Part):
     """Whether scores of earlier runs on this machine may be taken, and kept for later ones (scoring/cache.py)."""
     chat_template: bool = False
     """Put prompts into the tokenizer's chat template, few-shot examples as turns of their own."""
+    same_within: SameWithin = SameWithin()
+    """What the report takes for no difference."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """The share of each task's documents that a guard and `auto` parameters see; the others alone are reported then."""
     parallel: Literal["data", "layers", "tensor"] = "data"
@@ -267,6 +278,9 @@ class Guard(Part):
 
     max_forgetting: Annotated[float, Field(ge=0)] = 0.01
     """The drop that is tolerated, in each block of tasks: a share of accuracy, nats of -ln(perplexity)."""
+    measure: Literal["mean", "lost"] = "mean"
+    """mean: the drop of the mean utility. lost: of accuracies, the share of documents that went from right to wrong,
+    beyond guessing; others that went right make up for none of it."""
     on: Annotated[tuple[Literal["general", "stages"], ...], BeforeValidator(_as_list), Field(min_length=1)] = (
         "general", "stages",
     )  # fmt: skip

@@ -15,17 +15,21 @@ from hf_contmerge.errors import RecipeError, unknown
 
 @dataclass(frozen=True)
 class StreamStage:
-    """A dataset of a stream, for text classification."""
+    """A stage of a stream: a dataset for text classification, or a trained expert."""
 
     name: str
-    path: str
+    path: str = ""
     """Dataset on the Hub."""
-    question: str
+    question: str = ""
     """Format string over its columns."""
-    label: str
+    label: str = ""
     """Column with the number of the class."""
-    words: tuple[str, ...]
+    words: tuple[str, ...] = ()
     """Name of each class, by its number."""
+    expert: str = ""
+    """Model on the Hub, a format over the last part of the base's name."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval's tasks for the expert."""
 
 
 def suite_tasks(name: str) -> tuple[str, ...]:
@@ -59,10 +63,17 @@ def stream_stages(name: str, order: int) -> tuple[StreamStage, ...]:
     if order not in stream["orders"]:
         raise RecipeError(unknown("order", str(order), map(str, stream["orders"]), where=name))
     stages: Mapping[str, Mapping[str, Any]] = stream["stages"]
-    return tuple(
-        StreamStage(n, stages[n]["path"], stages[n]["question"], stages[n]["label"], tuple(stages[n]["words"]))
-        for n in stream["orders"][order]
-    )
+    return tuple(_stage(name, stages[name]) for name in stream["orders"][order])
+
+
+def _stage(name: str, fields: Mapping[str, Any]) -> StreamStage:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return StreamStage(name, **values)
+
+
+def stream_rules(name: str) -> tuple[str, ...]:
+    """Return the merge rules that a stream's authors compare, if it says so."""
+    return tuple(_contents()["streams"][name].get("rules", ()))
 
 
 def expand_suites(value: Any) -> Any:

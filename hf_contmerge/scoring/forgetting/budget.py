@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_contmerge.run.recipe.parts import Guard
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.scores import BLOCKS, Block, Scores
-from hf_contmerge.scoring.forgetting.paired import Change, exceeds, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change, exceeds, flips, mean_change
 
 GENERAL = "general"
 _UNITS: dict[Block, str] = {"accuracy": "of accuracy", "perplexity": "nats"}
@@ -125,7 +125,7 @@ def judge(
         watched.append((GENERAL, base, [t.name for t in recipe.evaluate.general_tasks]))
     if "stages" in guard.on:
         watched += [(name, references[name], tasks[name]) for name in stages[:-1]]
-    changes = [shift for group, then, names in watched for shift in shifts(group, now, then, names)]
+    changes = [shift for group, then, names in watched for shift in _losses(group, now, then, names, guard.measure)]
     measured = sum(s.change.stderr is not None for s in changes)
     shared = 1 - 2 * (1 - guard.confidence) / max(measured, 1)  # one side per interval, divided as in `exceeds`
     losses = tuple(Shift(s.group, s.block, s.change.at(shared)) for s in changes)
@@ -141,6 +141,15 @@ def shifts(group: str, now: Scores, then: Scores, tasks: Sequence[str]) -> list[
         if change is not None:
             changes.append(Shift(group, block, change))
     return changes
+
+
+def _losses(group: str, now: Scores, then: Scores, tasks: Sequence[str], measure: str) -> list[Shift]:
+    """Return what the guard holds: changes of the mean, or documents that are wrong now."""
+    changes = shifts(group, now, then, tasks)
+    if measure == "mean":
+        return changes
+    lost = flips([(now, then, tasks)], "wrong")
+    return [replace(s, change=lost) if s.block == "accuracy" and lost else s for s in changes]
 
 
 def _sure_drop(shift: Shift) -> float:

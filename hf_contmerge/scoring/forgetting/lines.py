@@ -9,6 +9,10 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import Block, Scores, load_scores
 from hf_contmerge.scoring.forgetting.matrix import Row, ScoreMatrix, facts_ratio, general_delta, mean
+from hf_contmerge.scoring.forgetting.paired import flips
+
+SIDES = ("lost", "regained", "general_lost", "general_gained")
+"""Metrics of the documents that changed sides."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,29 @@ class Line:
     def metrics(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> dict[str, float | None]:
         """Return one block's metrics by name.
 
-        They are ScoreMatrix's metrics, general_delta and fuar.
+        They are ScoreMatrix's metrics, general_delta, the documents that changed sides, and fuar.
         """
         general = self.general(tasks, block)
         delta = general_delta(general.rows[0], general.rows[-1]) if general else None
         metrics = self.matrix(stages, block).metrics(self._alone(stages, block))
-        return {**metrics, "general_delta": delta, "fuar": self._fuar(stages, tasks, block)}
+        sides = self._sides(stages, tasks, block)
+        return {**metrics, "general_delta": delta, **sides, "fuar": self._fuar(stages, tasks, block)}
+
+    def since(self, t: int, task: str, stages: Sequence[Stage]) -> Scores | None:
+        """Return the scores that a task's flips after stage t count from.
+
+        These are the ones right after its stage was learnt; general tasks count from the base. None before that.
+        """
+        learnt = next((j for j, stage in enumerate(stages, 1) if task in stage.task_names()), 0)
+        return self.rows[learnt] if learnt < t < len(self.rows) else None
+
+    def _sides(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> dict[str, float | None]:
+        """Return the shares of documents that changed sides, by name."""
+        last = len(self.rows) - 1 if block == "accuracy" else 0
+        earlier = [(self.rows[-1], self.rows[j], stages[j - 1].task_names()) for j in range(1, last)]
+        general = [(self.rows[-1], self.rows[0], tasks)] if last else []
+        changes = [flips(groups, to) for groups in (earlier, general) for to in ("wrong", "right")]
+        return dict(zip(SIDES, (None if c is None else c.mean for c in changes), strict=True))
 
     def _alone(self, stages: Sequence[Stage], block: Block) -> Row:
         """Return e_j of each stage."""

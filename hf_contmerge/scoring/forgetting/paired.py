@@ -9,15 +9,21 @@ kinds of interval were compared on simulated documents (tests/benchmarks/coverag
   the weights (Satterthwaite; Bell & McCaffrey 2002), widened on one side for skewed differences (Johnson, JASA 73,
   1978). It is as good as the studentised bootstrap, needs no seed, and costs one pass.
 
+A mean hides documents that went wrong while others went right. `flips` counts both, beyond what guessing does by
+itself: with c the chance of a guess, q = max(0, (accuracy - c) / (1 - c)) the share of known answers, and independent
+guesses, a document that neither model knows is right before and wrong after in (1 - q_old)(1 - q_new) c (1 - c) of
+cases.
+
 Means over tasks combine by squaring the distances from the estimate to its limits (Zou & Donner 2008).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
@@ -38,6 +44,8 @@ class Part:
     share: float
     gains: tuple[float, ...]
     weights: tuple[float, ...]
+    counts: int = 0
+    """1 or -1 for a proportion: the gains are this number or 0."""
 
     @property
     def mean(self) -> float:
@@ -59,18 +67,28 @@ class Change:
     high: float | None = None
     confidence: float = CONFIDENCE
     parts: tuple[Part, ...] = field(default=(), repr=False, compare=False)
+    matters: float = 0.0
+    """A smaller difference is the same for all purposes, however certain."""
 
     @property
     def sign(self) -> int:
-        """1 for better, -1 for worse, 0 for inconclusive."""
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+        """1 for better, -1 for worse, 0 for inconclusive or the same."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high or abs(self.mean) < self.matters:
             return 0
         return int(math.copysign(1, self.mean))
 
     @property
+    def same(self) -> bool:
+        """True if the difference is too small to matter: measured, or with its whole interval."""
+        if self.low is None or self.high is None or not self.matters:
+            return False
+        certain = not self.low <= 0 <= self.high
+        return (certain and abs(self.mean) < self.matters) or -self.matters < self.low <= self.high < self.matters
+
+    @property
     def seen(self) -> str:
         """The conclusion in words."""
-        return ("no change seen", "better", "worse")[self.sign]
+        return "the same" if self.same else ("no change seen", "better", "worse")[self.sign]
 
     @property
     def detectable(self) -> float | None:
@@ -84,8 +102,8 @@ class Change:
     def at(self, confidence: float) -> Change:
         """Return the difference with another confidence level (0 to 1)."""
         if not self.parts:
-            return Change(self.mean, self.stderr, confidence=confidence)
-        return _change(self.parts, confidence)
+            return Change(self.mean, self.stderr, confidence=confidence, matters=self.matters)
+        return replace(_change(self.parts, confidence), matters=self.matters)
 
 
 Group = tuple[Scores, Scores, Sequence[str]]
@@ -100,6 +118,25 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
     Raises:
         RunError: the two scores of a task were measured on different documents.
     """
+    parts = _parts(groups, block, _difference)
+    return _change(_joined(parts), confidence) if parts else None
+
+
+def flips(groups: Iterable[Group], to: Literal["wrong", "right"], confidence: float = CONFIDENCE) -> Change | None:
+    """Return the share of documents that went right or wrong, beyond guessing.
+
+    Utility changes: wrong ones are negative, and both add up to the change of the accuracy. None if a score is missing,
+    is not simply right or wrong, or does not say how likely a guess is. Raises as `mean_change`.
+    """
+    parts = _parts(groups, "accuracy", lambda new, old, share: _flipped(new, old, share, to))
+    return _change(_joined(parts), confidence) if parts else None
+
+
+_PartOf = Callable[[TaskScore, TaskScore, float], Part | None]
+
+
+def _parts(groups: Iterable[Group], block: Block, part_of: _PartOf) -> list[tuple[str, Part]] | None:
+    """Return each task's part in a mean over groups; None if one is missing."""
     measured = []
     for new, old, names in groups:
         tasks = [t for t in names if any(t in scores and scores[t].block == block for scores in (new, old))]
@@ -107,12 +144,15 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
             return None
         if tasks:
             measured.append([(t, new[t], old[t]) for t in tasks])
-    parts = [
-        (task, _paired(task, new, old, 1 / len(tasks) / len(measured)))
-        for tasks in measured
-        for task, new, old in tasks
-    ]
-    return _change(_joined(parts), confidence) if parts else None
+    parts: list[tuple[str, Part]] = []
+    for tasks in measured:
+        for task, new, old in tasks:
+            _require_same_documents(task, new, old)
+            part = part_of(new, old, 1 / len(tasks) / len(measured))
+            if part is None:
+                return None
+            parts.append((task, part))
+    return parts
 
 
 def paired_change(new: Sample, old: Sample, confidence: float = CONFIDENCE) -> Change:
@@ -154,13 +194,31 @@ def exceeds(changes: Iterable[Change | None], allowed: float, confidence: float 
     return any(-upper > allowed for upper in uppers if upper is not None)
 
 
-def _paired(task: str, new: TaskScore, old: TaskScore, share: float) -> Part:
+def _require_same_documents(task: str, new: TaskScore, old: TaskScore) -> None:
     if not same_documents(new, old):
         raise RunError(
             f"Cannot compare scores of the task {task}: the old score has {len(old.gains)} documents, the new one "
             f"{len(new.gains)} different ones. Measure again with `contmerge redo RUN score`."
         )
+
+
+def _difference(new: TaskScore, old: TaskScore, share: float) -> Part:
     return Part(share, tuple(a - b for a, b in zip(new.gains, old.gains, strict=True)), new.weights)
+
+
+def _flipped(new: TaskScore, old: TaskScore, share: float, to: Literal["wrong", "right"]) -> Part | None:
+    """Return the flips of a task's documents, with their influence on the guesses' share."""
+    c, variance = (new.details.get(word) for word in ("chance", "chance_variance"))
+    if c is None or variance is None or c >= 1 or {*new.gains, *old.gains} - {0.0, 1.0}:
+        return None
+    before, after, sign = np.array(old.gains), np.array(new.gains), -1 if to == "wrong" else 1
+    flipped = before * (1 - after) if to == "wrong" else (1 - before) * after
+    if variance == 0:
+        return Part(share, tuple(float(sign * x) for x in flipped), new.weights, counts=sign)
+    unknown = [min(1.0, (1 - x.mean()) / (1 - c)) for x in (before, after)]  # 1 - q
+    slopes = [(x - x.mean()) / (1 - c) * (x.mean() > c) for x in (before, after)]
+    guessed = variance * (unknown[0] * unknown[1] - unknown[1] * slopes[0] - unknown[0] * slopes[1])
+    return Part(share, tuple(float(x) for x in sign * (flipped - guessed)), new.weights)
 
 
 def _joined(parts: Sequence[tuple[str, Part]]) -> tuple[Part, ...]:
@@ -268,9 +326,19 @@ def _answer_limits(part: Part, level: float) -> tuple[float, float]:
     """Return the same distances for paired answers, times the part's share."""
     z = NormalDist().inv_cdf(level)
     better, worse = part.gains.count(1.0), part.gains.count(-1.0)
+    if part.counts:
+        below, above = _proportion_limits(better + worse, len(part.gains), z)
+        return (part.share * below, part.share * above) if part.counts > 0 else (part.share * above, part.share * below)
     up = _score_limit(better, worse, len(part.gains), z)
     down = -_score_limit(worse, better, len(part.gains), z)
     return part.share * (part.mean - down), part.share * (up - part.mean)
+
+
+def _proportion_limits(count: int, n: int, z: float) -> tuple[float, float]:
+    """Return the distances from a proportion to its limits (Wilson 1927)."""
+    middle = (count + z * z / 2) / (n + z * z)
+    reach = z * math.sqrt(count * (n - count) / n + z * z / 4) / (n + z * z)
+    return count / n - max(middle - reach, 0.0), min(middle + reach, 1.0) - count / n
 
 
 def _score_limit(better: int, worse: int, n: int, z: float) -> float:

@@ -359,7 +359,7 @@ def test_a_whole_model_scale_takes_one_alpha(base_folder, expert_folders, tmp_pa
     [
         ({"alhpa": 0.3}, "Did you mean 'alpha'. Known: alpha, rounding, scale, variant"),
         ({"rounding": "up"}, "Unknown rounding 'up'. Known: nearest, stochastic."),
-        ({"variant": "blok"}, "variant must be one of 'fusionbench', 'block', 'paper'; got 'blok'"),
+        ({"variant": "blok"}, "variant must be one of 'block', 'fusionbench', 'paper'; got 'blok'"),
         ({"scale": "both"}, "scale must be model, tensor or a number; got 'both'"),
         ({"scale": float("nan")}, "scale must be model, tensor or a number; got nan"),
         ({"scale": True}, "scale must be model, tensor or a number; got True"),

@@ -492,7 +492,7 @@ def changed(**more):
         (changed(parameters={"scale": "model"}), "Unknown parameter 'scale'"),
         (changed(parameters={"weight": 1.0}), "Unknown parameter 'weight'"),
         (changed(merge_method="opcm", parameters={"scale": "tensor"}), "scale must be `model` here; `mergekit-yaml"),
-        (changed(merge_method="opcm", parameters={"variant": "blok"}), "variant must be one of 'fusionbench', 'block'"),
+        (changed(merge_method="opcm", parameters={"variant": "blok"}), "variant must be one of 'block', 'fusionbench'"),
         (changed(merge_method="ties", parameters={"density": 0}), "ties: density must be above 0"),
         (
             changed(merge_method="ties", parameters={"weight": 0.5}),
