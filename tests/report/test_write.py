@@ -45,7 +45,7 @@ def summary(run: Run) -> dict:
 
 def test_all_files_are_there_and_no_record(run):
     names = {p.name for p in (run.folder / "report").iterdir()}
-    costs = {"costs.html", "costs.csv"}
+    costs = {"costs.html", "costs.csv", "digests.json"}
     assert names == {"index.html", "report.md", "scores.csv", "summary.json", "forgetting.png", *costs}
     assert not run.report.is_done("report")
 
