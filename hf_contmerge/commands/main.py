@@ -10,6 +10,7 @@ contmerge report RUN                                              write the repo
 contmerge compare RUN RUN... [--out DIR]                          compare runs on the same documents
 contmerge redo RUN PHASE [--stage NAME]                           drop a phase and all later ones
 contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         push a merged model to the Hub, with its lineage
+contmerge verify RUN|STATE|MODEL                                  compare all files with their records
 contmerge merge init|add|export|log|drop|owners|from-recipe ...   merge without a run; see `contmerge merge --help`
 contmerge yaml RECIPE OUT ...                                     mergekit-yaml, with our merge methods
 
@@ -146,6 +147,7 @@ _COMMANDS: dict[str, tuple[str, Add]] = {
     "compare": ("compare runs on the same documents", _of("run_folder", "add_compare")),
     "redo": ("drop a phase and all later ones", _of("run_folder", "add_redo")),
     "push": ("push a merged model to the Hub, with its lineage", _of("run_folder", "add_push")),
+    "verify": ("compare all files with their records; merge a model again", _of("verify")),
     "merge": ("merge without a run: init, add, export, log, drop, owners, from-recipe", _of("merge")),
     "yaml": ("mergekit-yaml, with our merge methods", lambda _: None),
 }

@@ -35,6 +35,10 @@ class StageScores:
     def base(self) -> Place:
         return Place(self.folder / "measured" / "base")
 
+    @property
+    def settings_file(self) -> Path:
+        return self.folder / "measured" / "settings.json"
+
     def expert(self, stage: str) -> Place:
         return Place(self.folder / "stages" / stage / "measured" / "expert")
 
@@ -47,7 +51,7 @@ class StageScores:
         Raises:
             RecipeError: the settings or a task differ from earlier stages, whose scores would not be comparable.
         """
-        file = self.folder / "measured" / "settings.json"
+        file = self.settings_file
         if not file.is_file():
             return list(tasks), evaluate
         saved = read_record(file, f"Restore it from a copy, or remove {file.parent} to measure anew.")
@@ -73,7 +77,7 @@ class StageScores:
     def keep_settings(self, tasks: Sequence[Task], evaluate: Evaluate) -> None:
         """Write tasks and settings for later stages."""
         kept = {"evaluate": evaluate.model_dump(mode="json"), "tasks": [t.model_dump(mode="json") for t in tasks]}
-        write_record(self.folder / "measured" / "settings.json", kept)
+        write_record(self.settings_file, kept)
 
     def summary(self, stages: Sequence[str]) -> dict[str, Any]:
         """Return the last stage's scores and forgetting."""

@@ -30,7 +30,8 @@ from hf_contmerge.loop._outside import clear_others, finished, is_trained, publi
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.plan.rehearsal import rehearse
 from hf_contmerge.loop.stages import train_at
-from hf_contmerge.merging.state import LINEAGE, MergeState
+from hf_contmerge.merging.lineage import LINEAGE
+from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.folder import resolve_model
 from hf_contmerge.run.places import ExpertPlace

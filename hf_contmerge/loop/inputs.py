@@ -46,7 +46,8 @@ def check_start(run: Run, base: Path, t: int, kind: str) -> None:
 def keep_inputs(run: Run, base: Path) -> None:
     """Write inputs.json, once the base and the task files are in place."""
     tasks = digests_of(run.tasks, files_below(run.tasks, "."))
-    write_record(run.inputs, {"base": _identity(run, base).to_json(), "tasks": tasks})
+    base_now = {"name": run.recipe.base_model, **_identity(run, base).to_json()}
+    write_record(run.inputs, {"folder": str(run.folder.resolve()), "base": base_now, "tasks": tasks})
 
 
 def _identity(run: Run, base: Path) -> Identity:

@@ -31,6 +31,8 @@ class Entry:
     kind: str
     seconds: float = 0.0
     added: str = ""
+    files: Digests = field(default_factory=dict)
+    """Of an expert inside the state's folder."""
 
     def expert(self) -> FoldedExpert:
         return FoldedExpert(self.stage, Path(self.folder), self.sha256, self.norm, name=self.stage)

@@ -40,24 +40,22 @@ from hf_contmerge.merging._log import (
     stage_names,
     write_log,
 )
+from hf_contmerge.merging.lineage import LINEAGE
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.models.folder import resolve_model
-from hf_contmerge.models.identity import Identity
+from hf_contmerge.models.identity import Identity, model_files
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, tokenizer_change
 from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.digests import digests_of, files_below
+from hf_contmerge.runtime.digests import Digests, digests_of, files_below
 from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
 from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.runtime.records import write_record
 from hf_contmerge.runtime.versions import versions
-
-LINEAGE = "merge.json"
-"""Record next to a written model: what it was made of, and the digests of its files."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,17 @@ class MergeState:
             after = merge.fold(new, self._next_running(log, crew), opened=opened, crew=crew)
             seconds = round((time.monotonic() - start) / len(models), 3)
             added = [
-                Entry(e.stage, name_of(model), str(e.folder), e.sha256, e.norm, expert.kind, seconds, _now())
+                Entry(
+                    e.stage,
+                    name_of(model),
+                    str(e.folder),
+                    e.sha256,
+                    e.norm,
+                    expert.kind,
+                    seconds,
+                    _now(),
+                    crew.ranks.first(self._own_files, e.folder),
+                )
                 for e, model, expert in zip(after.experts[len(log.experts) :], models, opened, strict=True)
             ]
             log = replace(log, tokenizer_change=crew.ranks.first(self._change, log, merge.base, folders))
@@ -259,8 +267,9 @@ class MergeState:
         companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
         change = UNCHANGED if companions else TokenizerChange.read(log.tokenizer_change)
         with new_folder(out, crew.ranks) as scratch:
-            survival = merge.export(Output(scratch, kind, shard_size, companions, change, by), crew=crew)
-            crew.ranks.first(_write_lineage, log, merge.scale, survival, scratch)
+            output = Output(scratch, kind, shard_size, companions, change, by)
+            survival = merge.export(output, crew=crew)
+            crew.ranks.first(_write_lineage, log, merge, output, survival)
         crew.ranks.first(log_export, self.folder, out, len(log.experts), survival)
         if crew.ranks.is_main:
             survival.warn(out)
@@ -342,10 +351,17 @@ class MergeState:
         changes = (tokenizer_change(base, folder) for folder in experts if self._trained_here(folder))
         return next((c.to_json() for c in reversed([*changes]) if c), log.tokenizer_change)
 
+    def _own_files(self, expert: Path) -> Digests:
+        """Return the digests of an expert in the state's folder; others are their owners' matter."""
+        return digests_of(expert, model_files(expert)) if self._contains(expert) else {}
+
+    def _contains(self, expert: Path) -> bool:
+        return self.folder.resolve() in expert.resolve().parents
+
     def _trained_here(self, expert: Path) -> bool:
         """Report if our training wrote an expert: functions, a run, the callback."""
         records = (expert / "contmerge" / "train.json", expert.parent / "train.json")
-        return any(file.is_file() for file in records) or self.folder.resolve() in expert.resolve().parents
+        return any(file.is_file() for file in records) or self._contains(expert)
 
     def _clear_all_but(self, keep: set[str | None]) -> None:
         for path in self.folder.glob("running-*"):
@@ -375,10 +391,13 @@ class MergeState:
         crew.ranks.first(write)
 
 
-def _write_lineage(log: Log, scale: float, survival: Survival, out: Path) -> None:
-    files = digests_of(out, files_below(out, "."))
-    written = {"scale": scale, "stored": survival.to_json(), "files": files}
-    write_record(out / LINEAGE, {**log.lineage(), **written})
+def _write_lineage(log: Log, merge: RunningMerge, out: Output, survival: Survival) -> None:
+    written = {
+        "scale": merge.scale, "factor": merge.factor, "rounding": out.rounding,
+        "dtype": None if out.dtype is None else str(out.dtype).removeprefix("torch."), "stored": survival.to_json(),
+        "files": digests_of(out.folder, files_below(out.folder, ".")),
+    }  # fmt: skip
+    write_record(out.folder / LINEAGE, {**log.lineage(), **written})
 
 
 def _now() -> str:

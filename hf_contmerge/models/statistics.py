@@ -26,6 +26,7 @@ from hf_contmerge.runtime.records import read_record, write_record
 
 FOLDER = "statistics"
 _RECORD = "statistics.json"
+RECORD = f"{FOLDER}/{_RECORD}"
 
 
 class Statistics:

@@ -23,22 +23,26 @@ module and places.py know these names.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from hf_contmerge.errors import ResourceError, RunError, unknown
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
 from hf_contmerge.run.recipe.changes import FieldChange, changes
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
-from hf_contmerge.run.recipe.text import load_recipe, recipe_yaml
-from hf_contmerge.runtime.digests import changed_files
+from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
+from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
 from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
-from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml
+from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml, write_record
 
 DIGESTS = "digests.json"
 """Record in the report's folder, which is written again at any time."""
@@ -157,6 +161,24 @@ class Run:
     def changed_tasks(self) -> list[Path]:
         """Return the task files that are not as the last start of the run wrote them."""
         return [self.tasks / name for name in changed_files(self.tasks, self.input_record()["tasks"])]
+
+    def settle(self) -> None:
+        """Have the files that name the run's folder name this one, after it was moved or copied."""
+        if not self.inputs.exists():
+            return
+        record, here = self.input_record(), str(self.folder.resolve())
+        if record["folder"] == here:
+            return
+        self.check_tasks()
+        for file in self.tasks.glob("*.yaml"):
+            write_atomically(file, _renamed(file, record["folder"], here))
+        for _, place in self.places():
+            if isinstance(place, MergePlace) and place.mergekit_recipe.exists():
+                place.check_recipe()
+                text = _renamed(place.mergekit_recipe, record["folder"], here)
+                write_atomically(place.mergekit_recipe, seal_yaml(text))
+        tasks = digests_of(self.tasks, files_below(self.tasks, "."))
+        write_record(self.inputs, {**record, "folder": here, "tasks": tasks})
 
     def check_tasks(self) -> None:
         """Raise RunError if a task file has changed."""
@@ -295,6 +317,21 @@ class Run:
                 f"To apply the change, undo these phases with `contmerge redo {self.folder} {first}` and run again; "
                 "to keep both, name another folder with --run."
             )
+
+
+def _renamed(file: Path, old: str, new: str) -> str:
+    """Return a YAML file with one folder in place of another; patterns have both escaped."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [moved(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        return value.replace(f"{glob.escape(old)}/", f"{glob.escape(new)}/").replace(f"{old}/", f"{new}/")
+
+    return yaml.safe_dump(moved(read_yaml(file.read_text(encoding="utf-8"))), sort_keys=False)
 
 
 def _frozen(file: Path) -> Recipe:

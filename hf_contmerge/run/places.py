@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
 from hf_contmerge.runtime.files import put_in_place, remove
-from hf_contmerge.runtime.records import Record, read_record, write_record
+from hf_contmerge.runtime.records import Record, read_record, require_seal, write_record
 from hf_contmerge.runtime.versions import versions
 
 if TYPE_CHECKING:
@@ -178,7 +178,13 @@ class MergePlace(Place):
 
     @property
     def mergekit_recipe(self) -> Path:
+        """The merge for mergekit; it names folders, and is written again where the run has moved."""
         return self.folder / "merge.yml"
+
+    def check_recipe(self) -> None:
+        """Raise RunError if merge.yml exists and is not as it was written."""
+        if self.mergekit_recipe.exists():
+            require_seal(self.mergekit_recipe, _cure("merge"))
 
     @property
     def guard_file(self) -> Path:
@@ -199,7 +205,7 @@ class MergePlace(Place):
         remove(self.running)
 
     def vouched(self, phase: Phase) -> tuple[str, ...]:
-        return ("merged", "running", "merge.yml") if phase == "merge" else super().vouched(phase)
+        return ("merged", "running") if phase == "merge" else super().vouched(phase)
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         merged = ("merged", ".merged", "running", ".running", "merge.yml")

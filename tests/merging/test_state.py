@@ -300,9 +300,9 @@ def test_a_state_of_another_version(base_folder: Path, expert_folders: tuple[Pat
     with pytest.raises(RunError) as error:
         state.add(expert_folders[1])
     assert str(error.value) == (
-        f"{state.folder}/state.json has format 3, but this program reads format 2, whose records hold digests. Continue "
-        "with the version that wrote it (hf_contmerge 9.1). If it is this version's, it is damaged. Restore it from a "
-        "copy, or start a new state from the experts with `contmerge merge init` and `merge add`."
+        f"{state.folder}/state.json has format 3, but this program reads format 2, whose records hold digests. "
+        "Continue with the version that wrote it (hf_contmerge 9.1). If it is this version's, it is damaged. Restore "
+        "it from a copy, or start a new state from the experts with `contmerge merge init` and `merge add`."
     )
     assert digests(state.folder) == before
 
