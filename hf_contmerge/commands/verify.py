@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_contmerge.errors import DamageError, RecipeError
+from hf_contmerge.errors import DamageError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from hf_contmerge.loop.verify import Reading
@@ -44,7 +44,11 @@ def verify_command(args: argparse.Namespace) -> None:
         from hf_contmerge.loop.verify import verify_run
         from hf_contmerge.run.folder import Run
 
-        _show(verify_run(Run.load(folder)))
+        try:
+            run = Run.load(folder)
+        except RunError as error:  # nothing else can be read without the recipe
+            raise DamageError(str(error)) from error
+        _show(verify_run(run))
     elif (folder / "state.json").is_file():
         from hf_contmerge.loop.verify import verify_state
         from hf_contmerge.merging.state import MergeState

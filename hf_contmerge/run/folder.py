@@ -162,23 +162,27 @@ class Run:
         """Return the task files that are not as the last start of the run wrote them."""
         return [self.tasks / name for name in changed_files(self.tasks, self.input_record()["tasks"])]
 
-    def settle(self) -> None:
-        """Have the files that name the run's folder name this one, after it was moved or copied."""
+    def settle(self, *, tasks: bool = True) -> None:
+        """Have the files that name the run's folder name this one, after it was moved or copied.
+
+        `tasks`: the task files as well, if they are as they were written.
+        """
         if not self.inputs.exists():
             return
         record, here = self.input_record(), str(self.folder.resolve())
         if record["folder"] == here:
             return
-        self.check_tasks()
-        for file in self.tasks.glob("*.yaml"):
-            write_atomically(file, _renamed(file, record["folder"], here))
+        if tasks:
+            self.check_tasks()
+            for file in self.tasks.glob("*.yaml"):
+                write_atomically(file, _renamed(file, record["folder"], here))
         for _, place in self.places():
             if isinstance(place, MergePlace) and place.mergekit_recipe.exists():
                 place.check_recipe()
                 text = _renamed(place.mergekit_recipe, record["folder"], here)
                 write_atomically(place.mergekit_recipe, seal_yaml(text))
-        tasks = digests_of(self.tasks, files_below(self.tasks, "."))
-        write_record(self.inputs, {**record, "folder": here, "tasks": tasks})
+        digests = digests_of(self.tasks, files_below(self.tasks, "."))
+        write_record(self.inputs, {**record, "folder": here, "tasks": digests})
 
     def check_tasks(self) -> None:
         """Raise RunError if a task file has changed."""

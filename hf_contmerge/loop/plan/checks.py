@@ -108,7 +108,7 @@ def prepare(run: Run, ranks: Ranks, *, trust_remote_code: bool = False) -> Prepa
         for check in rehearsals(run.recipe, prepared):
             ranks.all(check)
     if ranks.is_main:
-        run.settle()
+        run.settle(tasks=False)  # they have just been written
         run.link_base(prepared.base)
         keep_inputs(run, prepared.base)
     return prepared
