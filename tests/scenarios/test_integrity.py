@@ -142,7 +142,7 @@ def damaged_in_state(folder: Path) -> list[Path]:
     return [damage.file for damage in verify_state(MergeState(folder)).damages]
 
 
-@pytest.mark.parametrize("flips", [SAMPLED, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [SAMPLED, pytest.param(25, marks=pytest.mark.slow)])
 def test_every_flipped_bit_is_found(flips: int, run: Path, state: Path) -> None:
     model = state.with_name("merged")
     whole = (damaged_in_run(run), damaged_in_state(state), verify_model(model).damages)
