@@ -160,7 +160,8 @@ class Run:
 
     def changed_tasks(self) -> list[Path]:
         """Return the task files that are not as the last start of the run wrote them."""
-        return [self.tasks / name for name in changed_files(self.tasks, self.input_record()["tasks"])]
+        recorded = self.input_record()["tasks"] if self.inputs.exists() else {}
+        return [self.tasks / name for name in changed_files(self.tasks, recorded)]
 
     def settle(self, *, tasks: bool = True) -> None:
         """Have the files that name the run's folder name this one, after it was moved or copied.

@@ -227,6 +227,8 @@ def test_pushing_again_sends_only_what_changed(run: Run, hub: Hub) -> None:
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors changed or went missing after" in refusal(run, hub)
+    run.merged(2, magmax(run)).finish("merge", run.merged(2, magmax(run)).record("merge"))
     assert push(run, hub).returncode == 0
     assert len(hub.repos[REPO].commits) == 3
     assert shard in hub.files(REPO)
