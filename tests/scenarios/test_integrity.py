@@ -325,6 +325,8 @@ def damaged_copies(run: Path, damages: Sequence[str]) -> Iterator[tuple[Path, st
     """Damage one record after another, and mend it."""
     records = [p for p in run.rglob("*.json") if not {"expert", "merged", "report"} & set(p.parts[len(run.parts) :])]
     for number, file in enumerate(sorted(records)):
+        if not damages and number % 3:
+            continue  # the default suite takes a sample
         whole = file.read_bytes()
         for damage in damages or [list(DAMAGES)[number % len(DAMAGES)]]:
             file.write_bytes(DAMAGES[damage](whole))
