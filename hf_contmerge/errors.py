@@ -5,8 +5,9 @@
     ├── DataError         a dataset: missing, empty, without a column named in the recipe       (also a ValueError)
     ├── ModelError        weights: names, shapes, vocabulary, truncated or non-finite tensors   (also a ValueError)
     ├── RunError          the run folder: another recipe's, in use, or incomplete
-    ├── BudgetError       the guard: every attempt exceeds the forgetting budget   (exit code 3, all others 2)
-    └── ResourceError     the machine: disk, memory, network, permissions
+    ├── BudgetError       the guard: every attempt exceeds the forgetting budget   (exit code 3, most others 2)
+    ├── ResourceError     the machine: disk, memory, network, permissions
+    └── DamageError       `contmerge verify` found files that are not as recorded   (exit code 1)
 
 A message says what was found, where, what was expected and what to do.
 """
@@ -53,6 +54,12 @@ class BudgetError(ContmergeError):
 
 class ResourceError(ContmergeError):
     """The machine lacks disk, memory, network or permission."""
+
+
+class DamageError(ContmergeError):
+    """Files are not as their records say, or a model not as its lineage."""
+
+    exit_code = 1
 
 
 def size(count: float) -> str:

@@ -57,6 +57,8 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "testing/_docs": set(),
     "run": {"pydantic", "yaml", "pyarrow", "numpy"},
     "runtime/files": set(),
+    "runtime/records": set(),
+    "runtime/digests": {"xxhash"},
     "runtime/versions": set(),
     "runtime/plugins": set(),
     "runtime/lazy": set(),

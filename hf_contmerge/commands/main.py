@@ -11,6 +11,7 @@ contmerge compare RUN RUN... [--out DIR]                          compare runs o
 contmerge study STUDY [--plan] [--jobs N] [--part I/N]            run a recipe over orders, seeds and settings
 contmerge redo RUN PHASE [--stage NAME]                           drop a phase and all later ones
 contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         push a merged model to the Hub, with its lineage
+contmerge verify RUN|STATE|MODEL                                  compare all files with their records
 contmerge merge init|add|export|log|drop|owners|from-recipe ...   merge without a run; see `contmerge merge --help`
 contmerge yaml RECIPE OUT ...                                     mergekit-yaml, with our merge methods
 
@@ -148,6 +149,7 @@ _COMMANDS: dict[str, tuple[str, Add]] = {
     "study": ("run a recipe over orders, seeds and settings", _of("study")),
     "redo": ("drop a phase and all later ones", _of("run_folder", "add_redo")),
     "push": ("push a merged model to the Hub, with its lineage", _of("run_folder", "add_push")),
+    "verify": ("compare all files with their records; merge a model again", _of("verify")),
     "merge": ("merge without a run: init, add, export, log, drop, owners, from-recipe", _of("merge")),
     "yaml": ("mergekit-yaml, with our merge methods", lambda _: None),
 }

@@ -89,6 +89,9 @@ def score_command(args: argparse.Namespace) -> None:
 def _request(args: argparse.Namespace) -> ScoreRequest:
     """Build the score request; model names are resolved later."""
     run = Run.load(args.run) if args.run else None
+    if run:
+        run.settle()
+        run.check_tasks()
     if not args.tasks and not run:
         raise RecipeError("Nothing to measure: give --tasks (one name, or several with commas), or --run.")
     given = {field: getattr(args, field) for field in ("include_path", "limit", "batch_size", "max_length", "dtype")}

@@ -6,7 +6,6 @@ outcome: scores come from the cache, and retrained experts are stored in the run
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -26,7 +25,8 @@ from hf_contmerge.models.survival import Survival
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Guard, Rung, Task
 from hf_contmerge.run.scores import Scores, load_scores
-from hf_contmerge.runtime.files import remove, write_atomically
+from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.records import write_record
 from hf_contmerge.scoring.forgetting.budget import Judgement, judge
 from hf_contmerge.scoring.forgetting.paired import CONFIDENCE
 from hf_contmerge.scoring.forgetting.search import best_coefficient, keeps_general, largest_that_holds, objective
@@ -276,7 +276,7 @@ class Chooser:
         tries = [t.to_json() for t in self.tries]
         best = min(self.tries, key=lambda t: t.drop)
         report = {"settings": guard.model_dump(mode="json"), "tries": tries, "best": self.tries.index(best)}
-        write_atomically(place.guard_file, json.dumps(report, indent=1) + "\n")
+        write_record(place.guard_file, report)
         for name in (".running", ".merged"):
             remove(place.folder / name)
         raise BudgetError(self._failure(guard, best, place.guard_file))

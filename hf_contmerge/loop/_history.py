@@ -11,7 +11,6 @@ STATE/stages/law/scores.json          summary of these scores, and forgetting pe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import Scores, load_scores
-from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.records import read_record, write_record
 from hf_contmerge.scoring.forgetting.paired import mean_change, same_documents
 
 
@@ -36,6 +35,10 @@ class StageScores:
     def base(self) -> Place:
         return Place(self.folder / "measured" / "base")
 
+    @property
+    def settings_file(self) -> Path:
+        return self.folder / "measured" / "settings.json"
+
     def expert(self, stage: str) -> Place:
         return Place(self.folder / "stages" / stage / "measured" / "expert")
 
@@ -48,10 +51,10 @@ class StageScores:
         Raises:
             RecipeError: the settings or a task differ from earlier stages, whose scores would not be comparable.
         """
-        file = self.folder / "measured" / "settings.json"
+        file = self.settings_file
         if not file.is_file():
             return list(tasks), evaluate
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = read_record(file, f"Restore it from a copy, or remove {file.parent} to measure anew.")
         before, by_name = Evaluate.model_validate(saved["evaluate"]), {t["name"]: Task(**t) for t in saved["tasks"]}
         if evaluate.include_path is None:
             evaluate = evaluate.model_copy(update={"include_path": before.include_path})
@@ -74,7 +77,7 @@ class StageScores:
     def keep_settings(self, tasks: Sequence[Task], evaluate: Evaluate) -> None:
         """Write tasks and settings for later stages."""
         kept = {"evaluate": evaluate.model_dump(mode="json"), "tasks": [t.model_dump(mode="json") for t in tasks]}
-        write_atomically(self.folder / "measured" / "settings.json", json.dumps(kept, indent=1) + "\n")
+        write_record(self.settings_file, kept)
 
     def summary(self, stages: Sequence[str]) -> dict[str, Any]:
         """Return the last stage's scores and forgetting."""

@@ -10,6 +10,7 @@ import torch
 
 from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.loop._record import Recorder
+from hf_contmerge.loop.inputs import check_same_base
 from hf_contmerge.loop.stages import Measuring
 from hf_contmerge.merge_rules import MergeRule, yaml_word
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
@@ -19,7 +20,7 @@ from hf_contmerge.merging.write import Output
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import MergePlace, Record
+from hf_contmerge.run.places import ExpertPlace, MergePlace, Record
 from hf_contmerge.runtime.files import link_files
 from hf_contmerge.training.job import TrainJob
 
@@ -91,7 +92,7 @@ class MergeJob:
         if not self.place_before:
             return RunningMerge(self.prepared.base, name, rule)
         record, norms = self.place_before.record("merge"), self.place_before.record("merge")["norms"]
-        experts = [self._expert(part) for part in record.get("folded", _one_a_stage(self.t - 1))]
+        experts = [self._expert(part) for part in self._parts_before()]
         folded = tuple(replace(e, norm=norm) for e, norm in zip(experts, norms["experts"], strict=True))
         return RunningMerge(
             self.prepared.base, name, recorded_rule(name, record["parameters"], where=str(self.place_before.folder)),
@@ -104,13 +105,23 @@ class MergeJob:
 
     def newest(self) -> FoldedExpert:
         """Return the stage's expert."""
-        return self._expert({"stage": self.t, "replayed": False})
+        return self._expert(_newest(self.t))
+
+    def _parts_before(self) -> list[dict[str, Any]]:
+        """Return the experts of the previous stage's merge, as in merge.json."""
+        if not self.place_before:
+            return []
+        return self.place_before.record("merge").get("folded", _one_a_stage(self.t - 1))
+
+    def _place_of(self, part: dict[str, Any]) -> ExpertPlace:
+        t = part["stage"]
+        return self.run.merged(t, self.place.entry).replayed if part["replayed"] else self.run.expert(t, self.kind)
 
     def _expert(self, part: dict[str, Any]) -> FoldedExpert:
         """Return an expert from its entry in merge.json."""
-        t, replayed = part["stage"], part["replayed"]
-        place = self.run.merged(t, self.place.entry).replayed if replayed else self.run.expert(t, self.kind)
-        return self.expert_at(t, place.model, place.record("train")["model_sha256"], replayed=replayed)
+        place = self._place_of(part)
+        sha256 = place.record("train")["model_sha256"]
+        return self.expert_at(part["stage"], place.model, sha256, replayed=part["replayed"])
 
     def expert_at(self, t: int, model: Path, sha256: str, *, replayed: bool) -> FoldedExpert:
         stage = self.run.stage(t).name
@@ -123,6 +134,14 @@ class MergeJob:
 
     def holds_one_a_stage(self, merge: RunningMerge) -> bool:
         return self.parts(merge) == _one_a_stage(self.t)
+
+    def check(self) -> None:
+        """Raise an error unless base, state and experts are as recorded: all of them are read."""
+        check_same_base(self.run, self.prepared.base)
+        for part in (*self._parts_before(), _newest(self.t)):
+            self._place_of(part).check("train", "expert")
+        if self.place_before:
+            self.place_before.check("merge", "running", "merged")
 
     # Folders
 
@@ -162,4 +181,8 @@ def _trust(record: Record) -> Trust | None:
 
 
 def _one_a_stage(t: int) -> list[dict[str, Any]]:
-    return [{"stage": i, "replayed": False} for i in range(1, t + 1)]
+    return [_newest(i) for i in range(1, t + 1)]
+
+
+def _newest(t: int) -> dict[str, Any]:
+    return {"stage": t, "replayed": False}

@@ -14,9 +14,13 @@ from typing import Any
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.run.places import ExpertPlace, Record
-from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
+from hf_contmerge.runtime.digests import changed_files
+from hf_contmerge.runtime.files import put_in_place, remove
 from hf_contmerge.runtime.plugins import require_same
+from hf_contmerge.runtime.records import read_record, write_record
 from hf_contmerge.training.job import OWN
+
+_CURE = "Restore it from a copy, or remove the expert's folder to train again."
 
 
 def finished(out: Path, inputs: Mapping[str, Any]) -> Record | None:
@@ -27,7 +31,9 @@ def finished(out: Path, inputs: Mapping[str, Any]) -> Record | None:
     """
     file = out / OWN / "train.json"
     if file.is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_record(file, _CURE)
+        if changed := changed_files(out, record["files"]):
+            raise RunError(f"{out / changed[0]} changed or went missing after {file} was written. {_CURE}")
         other = [word.removesuffix("_sha256") for word, value in inputs.items() if record["inputs"].get(word) != value]
         if other:
             raise RunError(
@@ -62,9 +68,21 @@ def is_trained(work: ExpertPlace) -> bool:
 def publish(work: ExpertPlace, out: Path) -> Record:
     """Move an expert with record and memory to `out`."""
     record, own = work.record("train"), work.model / OWN
-    write_atomically(own / "train.json", json.dumps(record, indent=1) + "\n")
+    moved = {"expert/": "", "memory/": f"{OWN}/memory/"}
+    files = {
+        to + n.removeprefix(old): d
+        for old, to in moved.items()
+        for n, d in record["files"].items()
+        if n.startswith(old)
+    }
+    write_record(own / "train.json", {**record, "files": files})
     if work.memory.is_dir():
         work.memory.rename(own / "memory")
     put_in_place(work.model, out)
     remove(work.folder)
     return record
+
+
+def _published(name: str) -> str:
+    """Return the place of a trained file in the expert's folder."""
+    return f"{OWN}/{name}" if name.startswith("memory/") else name.removeprefix("expert/")

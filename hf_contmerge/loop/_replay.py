@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_contmerge.loop._entries import with_replay
 from hf_contmerge.loop._job import MergeJob, train_job
+from hf_contmerge.loop.inputs import check_start
 from hf_contmerge.loop.stages import train_at
 from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.run.recipe.parts import Rung
@@ -28,11 +29,13 @@ def replay(job: MergeJob, rung: Rung) -> FoldedExpert:
     place, settings = job.place.replayed, rung.model_dump(mode="json")
     ranks, memory = job.crew.ranks, job.place.folder / ".replay-memory"
     if not ranks.first(lambda: place.is_done("train") and place.record("train")["rung"] == settings):
+        ranks.first(check_start, job.run, job.prepared.base, job.t, job.kind)
         ranks.first(_remember, job, memory, rung)
         plain = train_job(job.run, job.prepared, job.t, job.kind)
         again = replace(plain, train=with_replay(plain.train, rung), memory=memory, remembers=False)
         train_at(place, again, replace(job.recorder, quiet=True), more={"rung": settings})
         ranks.first(remove, memory)
+    ranks.first(place.check, "train", "expert")
     sha256 = ranks.first(lambda: place.record("train")["model_sha256"])
     return job.expert_at(job.t, place.model, sha256, replayed=True)
 

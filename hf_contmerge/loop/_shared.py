@@ -55,12 +55,23 @@ def train_once(shared: SharedExperts, place: ExpertPlace, job: TrainJob, recorde
     """Train an expert at a place, or link the one of an equal job. All ranks call this."""
     ranks = recorder.crew.ranks
     with shared.claimed(job, ranks) as store:
-        if ranks.first(store.is_done, "train"):
+        if ranks.first(_is_whole, store):
             ranks.first(_link, store, place, {"start": str(job.start), "shared": store.folder.name})
             LOG.info("train %s: linked, trained before in this study", place.folder.parent.parent.name)
         else:
             train_at(place, job, recorder, on_log=on_log)
             ranks.first(_link, place, store, {})
+
+
+def _is_whole(store: ExpertPlace) -> bool:
+    """Say if a stored expert is there, byte by byte; drop a damaged one."""
+    try:
+        whole = store.is_done("train") and not store.damaged("train")
+    except RunError:
+        whole = False
+    if not whole:
+        store.undo("train")
+    return whole
 
 
 def _link(source: ExpertPlace, target: ExpertPlace, more: Record) -> None:

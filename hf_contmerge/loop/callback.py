@@ -18,7 +18,6 @@ the first step, and measures the result.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
@@ -52,8 +51,9 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.files import remove, write_atomically
+from hf_contmerge.runtime.files import remove
 from hf_contmerge.runtime.ranks import find_ranks
+from hf_contmerge.runtime.records import write_record
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.training.job import ModelName
 from hf_contmerge.training.saving import refuse_shared_weights, trained_dtype, write_adapter, write_expert
@@ -233,7 +233,7 @@ def _log_scores(
 ) -> None:
     """Write scores.json; log the scores to history and trackers."""
     summary = stage.scores.summary([e.stage for e in stage.state.log().experts])
-    write_atomically(stage.folder / "scores.json", json.dumps(summary, indent=1) + "\n")
+    write_record(stage.folder / "scores.json", summary)
     for line in table(summary):
         LOG.info("%s: %s", stage.name, line)
     logs = {

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ExpertPlace, MergePlace, Place, Record
+from hf_contmerge.run.places import ExpertPlace, MergePlace, Place, Record, require_whole
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Recipe, Stage
+from hf_contmerge.runtime.digests import changed_files, digests_of
 from hf_contmerge.runtime.files import FolderLock, remove
 
 if TYPE_CHECKING:  # these load torch, needless for a finished run
@@ -111,6 +112,7 @@ class Loop:
         if self._from_main(lambda: place.is_done("train")):
             if self.recorder.is_main:
                 remove(place.checkpoints)  # left by a kill right after writing the record
+                self._follow(place, stage)
         elif stage.dataset:
             self._finetune(t, place)
         else:
@@ -119,10 +121,21 @@ class Loop:
         if self.recorder.is_main:
             self.trackers.stage_is_over(place, place.record("train").get("steps", 0))
 
+    def _follow(self, place: ExpertPlace, stage: Stage) -> None:
+        """Record the new folder of a given expert that moved."""
+        record, folder = place.record("train"), self.prepared.given.get(stage.expert or "")
+        if folder and record.get("given", str(folder)) != str(folder):
+            require_whole(
+                [folder / name for name in changed_files(folder, record["given_files"])], place.folder, "train"
+            )
+            place.finish("train", {**record, "given": str(folder)})
+
     def _finetune(self, t: int, place: ExpertPlace) -> None:
         from hf_contmerge.loop._job import train_job
+        from hf_contmerge.loop.inputs import check_start
         from hf_contmerge.loop.stages import train_at
 
+        self._from_main(lambda: check_start(self.run, self.prepared.base, t, place.kind))
         job = train_job(self.run, self.prepared, t, place.kind)
         on_log = self.trackers.of(place, "train")
         if self.experts:
@@ -151,10 +164,16 @@ class Loop:
 
     def _give(self, stage: Stage) -> Record:
         from hf_contmerge.models.experts import expert_sha256
+        from hf_contmerge.models.identity import model_files
 
         assert stage.expert
         folder = self.prepared.given[stage.expert]
-        return {"expert": stage.expert, "given": str(folder), "model_sha256": expert_sha256(folder)}
+        if not self.recorder.is_main:
+            return {}
+        return {
+            "expert": stage.expert, "given": str(folder), "model_sha256": expert_sha256(folder),
+            "given_files": digests_of(folder, model_files(folder)),
+        }  # fmt: skip
 
     def _merge(self, t: int, place: MergePlace) -> None:
         entry = place.entry
@@ -165,7 +184,9 @@ class Loop:
             from hf_contmerge.loop._job import MergeJob
             from hf_contmerge.loop._merge import merge_at
 
-            record = merge_at(MergeJob(self.run, self.prepared, self._measuring("validation"), t, place))
+            job = MergeJob(self.run, self.prepared, self._measuring("validation"), t, place)
+            self._from_main(job.check)
+            record = merge_at(job)
             if self.recorder.is_main:
                 self.trackers.merged(place, record)
         if t > 1 and self.recorder.is_main:
@@ -191,7 +212,20 @@ class Loop:
             recipe.trust_remote_code,
             keep_texts=lambda place: place.folder == self.run.base.folder,  # the base has every task
             cache=None if quiet else ScoreCache.open(use=recipe.evaluate.cache, here=self._score_of),
+            check=self._check_model,
         )  # fmt: skip
+
+    def _check_model(self, model: Path) -> None:
+        """Raise an error for a model that is not as the run recorded it."""
+        from hf_contmerge.loop.inputs import check_same_base
+
+        if model == self.prepared.base:
+            check_same_base(self.run, model)
+        for _, place in self.run.places():
+            if isinstance(place, ExpertPlace) and place.model == model:
+                place.check("train", "expert")
+            elif isinstance(place, MergePlace) and place.model == model:
+                place.check("merge", "merged")
 
     def _score_of(self, key: str) -> TaskScore | None:
         """Return this run's score with a key.

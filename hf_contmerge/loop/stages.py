@@ -83,6 +83,8 @@ class Measuring:
     """Whether a place stores the documents' texts with the scores."""
     cache: ScoreCache | None = None
     """None: the machine's cache, unless `evaluate` disables it."""
+    check: Callable[[Path], None] = lambda _model: None
+    """Raises an error for a model that is not as recorded."""
 
     def measure(self, model: Path, tasks: Sequence[Task]) -> tuple[ModelKey, Scores]:
         """Return a model's digest and dtype, and rank 0's scores."""
@@ -99,6 +101,7 @@ def measure_at(place: Place, model: Path, tasks: Sequence[Task], how: Measuring,
     missing = [task for task in tasks if task.name not in have]
     if not missing:
         return
+    recorder.crew.ranks.first(how.check, model)
     with recorder.phase(place, "score") as record:
         scored, scores = how.measure(model, missing)
         if recorder.is_main:

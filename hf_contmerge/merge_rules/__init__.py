@@ -11,7 +11,6 @@ dropping `merge_rules/opcm.py` with a class `Opcm` in here makes `rule: opcm` an
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -198,12 +197,15 @@ def parameter_types(cls: type[MergeRule]) -> Mapping[str, tuple[Any, Any]]:
     return {yaml_word(f.name): (hints[f.name], f.default) for f in dataclasses.fields(cls)}
 
 
+_LARGEST = 3.4028234663852886e38  # float32, in which rules compute
+
+
 def _checked(what: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{what} must be one of {', '.join(map(repr, get_args(kind)))}; got {value!r}")
         return value
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST:
         return float(value)
     if kind is not float and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value

@@ -34,6 +34,8 @@ _COLUMNS, _ROWS = 1024, 256  # of the pieces for float64 copies and Gram matrice
 def slice_by_slice(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Apply `work` to matrices or slices of stacks."""
     if tensors[0].ndim == 3:
+        if not len(tensors[0]):
+            return tensors[0].clone()
         return torch.stack([work(*matrices) for matrices in zip(*tensors, strict=True)])
     return work(*tensors)
 

@@ -182,6 +182,7 @@ class Fold:
                 writers["owners"].write(name, piece.of(owners), start=piece.start)
             if model:
                 kept.append(model.write_piece(last, piece, part, state))
+        self._require_finite(name, running_square)
         return _Squares(tuple(squares), running_square, Kept.sum(kept), shadow.growth if shadow else None)
 
     def _state_before(self, before: Parts | None, piece: Piece, weight: Weight) -> Parts:
@@ -201,6 +202,7 @@ class Fold:
         if not all(bool(torch.isfinite(f).all()) for pair in factors if pair for f in pair):
             self._refuse_non_finite(name)
         state, norms = fold_factors(self.rule, before, factors, self._weight(name), shadow=shadow and not before)
+        self._require_finite(name, state.norm())
         if out:
             write_factored(out, name, state)
         kept = model.write(name, {"": state.dense()}) if model else Kept()
@@ -220,6 +222,14 @@ class Fold:
             source.prefetch(name)
         if self.before:
             self.before.prefetch(name)
+
+    def _require_finite(self, name: str, norm: float) -> None:
+        """Raise ModelError for a state beyond float32: of finite task vectors, only their sum can be."""
+        if not math.isfinite(norm):
+            raise ModelError(
+                f"{name}: the state of the rule is too large for float32 with {self.experts[-1].folder}. Leave out the "
+                "expert whose weights are that large. Nothing was merged."
+            )
 
     def _refuse_non_finite(self, name: str) -> NoReturn:
         for folder, tensor in self._sources(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,12 +11,13 @@ from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.merge_rules import Norms
 from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.merging.trust import Trust
+from hf_contmerge.models.identity import Identity
 from hf_contmerge.models.survival import Survival
-from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.digests import Digests, changed_files
+from hf_contmerge.runtime.records import read_lines, read_record, sealed_line, write_record
 
 _EXPORTS = "exports.jsonl"
-FORMAT = 2
-"""Incremented when older programs cannot read a state."""
+_CURE = "Restore it from a copy, or start a new state from the experts with `contmerge merge init` and `merge add`."
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Entry:
     kind: str
     seconds: float = 0.0
     added: str = ""
+    files: Digests = field(default_factory=dict)
+    """Of an expert inside the state's folder."""
 
     def expert(self) -> FoldedExpert:
         return FoldedExpert(self.stage, Path(self.folder), self.sha256, self.norm, name=self.stage)
@@ -47,12 +49,15 @@ class Log:
     base_folder: str
     base_sha256: str
     base_stamp: str
+    base_files: Digests
     experts: tuple[Entry, ...] = ()
     running: str | None = None
     running_norm: float = 0.0
     amplification: float | None = None
     """Of rounding, with an ill-posed rule."""
-    format: int = FORMAT
+    running_files: Digests = field(default_factory=dict)
+    tokenizer_change: dict[str, Any] | None = None
+    """Chat template, end and padding of the newest expert that was trained here with others."""
     versions: dict[str, str] = field(default_factory=dict)
 
     def norms(self) -> Norms:
@@ -61,54 +66,67 @@ class Log:
     def trust(self) -> Trust | None:
         return None if self.amplification is None else Trust(self.amplification)
 
+    def base_identity(self) -> Identity:
+        return Identity(self.base_sha256, self.base_stamp, self.base_files)
+
+    def lineage(self) -> dict[str, Any]:
+        """Return the fields that go with a written model."""
+        own = ("base_stamp", "base_files", "running", "running_files", "tokenizer_change")
+        return {name: value for name, value in asdict(self).items() if name not in own}
+
 
 def read_log(folder: Path) -> Log:
-    """Read state.json.
+    """Read state.json; folders of experts inside the state are stored relative to it.
 
     Raises:
         RunError: the file is missing, damaged or of another version.
     """
     file = folder / "state.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values.get("format") not in (1, FORMAT):
-            raise RunError(
-                f"{file} has format {values.get('format')}, but this program reads up to {FORMAT}. Use the version of "
-                f"hf_contmerge that made it ({values.get('versions', {}).get('hf_contmerge', 'unknown')})."
-            )
-        return Log(**{**values, "format": FORMAT, "experts": tuple(Entry(**e) for e in values["experts"])})
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME"
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{file} is damaged ({error}). Restore it, or start a new state.") from error
+    if not file.exists():
+        raise RunError(f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME")
+    values = read_record(file, _CURE)
+    experts = (Entry(**{**e, "folder": str(folder.resolve() / e["folder"])}) for e in values["experts"])
+    return Log(**{**values, "experts": tuple(experts)})
 
 
 def write_log(folder: Path, log: Log) -> None:
     """Replace state.json, the commit of a change. Raises ModelError for numbers that are not finite."""
+    home = folder.resolve()
+    experts = [{**asdict(e), "folder": _inside(home, Path(e.folder))} for e in log.experts]
     try:
-        text = json.dumps(asdict(log), indent=1, allow_nan=False)
+        write_record(folder / "state.json", {**asdict(log), "experts": experts}, finite=True)
     except ValueError as error:
         raise ModelError(f"{folder}: a norm or parameter is infinite or NaN. The state is unchanged.") from error
-    write_atomically(folder / "state.json", text + "\n")
+
+
+def _inside(home: Path, folder: Path) -> str:
+    return str(folder.relative_to(home) if folder.is_relative_to(home) else folder)
+
+
+def damaged_state(folder: Path, log: Log) -> list[Path]:
+    """Return the files of a running state that are not as state.json says."""
+    return [folder / name for name in changed_files(folder, log.running_files)]
+
+
+def require_whole(folder: Path, log: Log) -> None:
+    """Raise RunError for a running state with missing or damaged files."""
+    if damaged := damaged_state(folder, log):
+        raise RunError(
+            f"{damaged[0]} changed or went missing after {folder / 'state.json'} was written: nothing is built on it. "
+            f"{_CURE}"
+        )
 
 
 def log_export(folder: Path, out: Path, experts: int, survival: Survival) -> None:
     """Append an export to exports.jsonl."""
     line = {"model": str(out.resolve()), "experts": experts, **survival.to_json()}
     with (folder / _EXPORTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(sealed_line(line))
 
 
 def read_exports(folder: Path) -> list[dict[str, Any]]:
     """Return the exports of a state, in order."""
-    file = folder / _EXPORTS
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise RunError(f"{file} is damaged ({error}). Remove it: it only lists the written models.") from error
+    return read_lines(folder / _EXPORTS, "Remove it: it only lists the written models.")
 
 
 def require_new(folder: Path) -> None:

@@ -48,8 +48,10 @@ class Piece:
 
 
 def pieces(rule: MergeRule, weight: Weight, device: torch.device, *, whole: bool = False) -> Iterator[Piece]:
-    """Yield a weight's pieces: the whole, or flat runs."""
+    """Yield a weight's pieces: the whole, or flat runs; none of an empty weight."""
     numel = math.prod(weight.shape)
+    if not numel:
+        return
     if whole or needs_whole(rule, weight):
         yield Piece(0, numel, weight.shape)
         return

@@ -15,6 +15,7 @@ from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._log import Log
 from hf_contmerge.merging._pieces import Stored, merged_piece, read_out
 from hf_contmerge.merging.costs import weight_of
+from hf_contmerge.merging.lineage import LINEAGE
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.lora.matching import tied_table
@@ -23,8 +24,10 @@ from hf_contmerge.models.memory import in_memory
 from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
+from hf_contmerge.runtime.digests import digests_of, files_below
 from hf_contmerge.runtime.files import new_folder
 from hf_contmerge.runtime.ranks import OneRank
+from hf_contmerge.runtime.records import write_record
 
 _ROUNDING = "stochastic"  # peft loads the whole tensors of an adapter in the base's dtype
 
@@ -80,6 +83,8 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
             survival = Survival.of(kept, base.main_dtype, _ROUNDING, nbytes)
             survival.write(scratch)
             survival.warn(f"{out}, its modules_to_save")
+        files = digests_of(scratch, files_below(scratch, "."))
+        write_record(scratch / LINEAGE, {**log.lineage(), "scale": scale, "rank": rank, "files": files})
     return errors
 
 

@@ -1,9 +1,8 @@
 """The folder of a growing merge.
 
     STATE/
-      state.json      base, rule, experts in order with digests and norms, name of the current running folder
+      state.json      base, rule, experts in order with digests and norms, the current running folder and its digests
       running-<n>/    state after all experts (running.py)
-      tokenizer_change.json   chat template, end and padding of the newest expert that was trained here with others
       exports.jsonl   the models that were written, with the share of the update that their dtype keeps
 
 Adding an expert reads the base, the state and that expert. Time and memory do not depend on the number of earlier
@@ -17,12 +16,12 @@ leaves either the old or the new state.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +36,26 @@ from hf_contmerge.merging._log import (
     read_log,
     require_kept,
     require_new,
+    require_whole,
     stage_names,
     write_log,
 )
+from hf_contmerge.merging.lineage import LINEAGE
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import dtype_named, make_rule, recorded_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
 from hf_contmerge.models.folder import resolve_model
+from hf_contmerge.models.identity import Identity, model_files
 from hf_contmerge.models.survival import Survival
-from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, change_of_json, tokenizer_change
-from hf_contmerge.models.weights import SHARD_SIZE, Weights, weights_sha256
+from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, tokenizer_change
+from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder, write_atomically
+from hf_contmerge.runtime.digests import Digests, digests_of, files_below
+from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
 from hf_contmerge.runtime.plugins import require_same
+from hf_contmerge.runtime.records import write_record
 from hf_contmerge.runtime.versions import versions
-
-_CHANGE = "tokenizer_change.json"
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ class MergeState:
             check_mergeable(base_folder)
             require_new(state.folder)
             state.folder.mkdir(parents=True, exist_ok=True)
+            known = Identity.of(base_folder)
             log = Log(
-                rule, checked.parameters(), name_of(base), str(base_folder.resolve()), weights_sha256(base_folder),
-                Weights(base_folder).stamp(), versions=versions([rule]),
+                rule, checked.parameters(), name_of(base), str(base_folder.resolve()), known.sha256, known.stamp,
+                known.files, versions=versions([rule]),
             )  # fmt: skip
             write_log(state.folder, log)
 
@@ -108,15 +111,12 @@ class MergeState:
         """Return the merge as a value.
 
         Raises:
-            RunError: the folder with the running state is missing.
+            RunError: the running state is damaged.
             ModelError: the base has changed.
         """
         log = log or self.log()
-        experts = tuple(entry.expert() for entry in log.experts)
-        return RunningMerge(
-            self._base(log), log.rule, self._rule(log), experts, self._running(log),
-            log.running_norm, trust=log.trust(),
-        )  # fmt: skip
+        require_whole(self.folder, log)
+        return self._merge(log)
 
     def rule(self) -> MergeRule:
         """Return the rule with the state's parameters."""
@@ -139,15 +139,17 @@ class MergeState:
         """Return the running state's folder; None without experts.
 
         Raises:
-            RunError: the folder is missing.
+            RunError: it is damaged.
         """
-        return self._running(self.log())
+        log = self.log()
+        require_whole(self.folder, log)
+        return self._running(log)
 
     def require_running(self) -> Path:
         """Return the running state's folder.
 
         Raises:
-            RunError: no expert was added, or the folder is missing.
+            RunError: no expert was added, or the state is damaged.
         """
         return self._require(self.running())
 
@@ -173,6 +175,9 @@ class MergeState:
         with self._changing(crew) as log:
             folders = crew.ranks.local_main_first(lambda: [resolve_model(str(m), adapters=True) for m in models])
             merge, opened = crew.ranks.all(self._open, log, folders, force=force)
+            # Adapters are folded without a look at the base.
+            dense = any(expert.kind == "model" for expert in opened)
+            crew.ranks.first(self._check if dense else partial(require_whole, self.folder), log)
 
             def name_experts() -> list[FoldedExpert]:
                 names = stage_names([e.stage for e in log.experts], models, stages)
@@ -186,11 +191,21 @@ class MergeState:
             after = merge.fold(new, self._next_running(log, crew), opened=opened, crew=crew)
             seconds = round((time.monotonic() - start) / len(models), 3)
             added = [
-                Entry(e.stage, name_of(model), str(e.folder), e.sha256, e.norm, expert.kind, seconds, _now())
+                Entry(
+                    e.stage,
+                    name_of(model),
+                    str(e.folder),
+                    e.sha256,
+                    e.norm,
+                    expert.kind,
+                    seconds,
+                    _now(),
+                    crew.ranks.first(self._own_files, e.folder),
+                )
                 for e, model, expert in zip(after.experts[len(log.experts) :], models, opened, strict=True)
             ]
+            log = replace(log, tokenizer_change=crew.ranks.first(self._change, log, merge.base, folders))
             self._publish(log, after, (*log.experts, *added), crew)
-            crew.ranks.first(self._keep_change, merge.base, folders)
         return self
 
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:
@@ -210,7 +225,8 @@ class MergeState:
                 require_kept(kept, stage)
 
             crew.ranks.first(check)
-            after = crew.ranks.all(self.merge, log).restarted()
+            crew.ranks.first(self._check_base, log)
+            after = crew.ranks.all(self._merge, log).restarted()
             if kept:
                 after = after.fold([e.expert() for e in kept], self._next_running(log, crew), crew=crew)
             refolded = tuple(replace(e, norm=x.norm) for e, x in zip(kept, after.experts, strict=True))
@@ -242,16 +258,18 @@ class MergeState:
         log = crew.ranks.first(self.log)
 
         def open_merge() -> tuple[RunningMerge, Any]:
-            merge, kind = self.merge(log), (dtype_named(dtype), rounding_named(rounding))
+            merge, kind = self._merge(log), (dtype_named(dtype), rounding_named(rounding))
             self._require(merge.running)
             return merge, kind
 
+        crew.ranks.first(self._check, log)
         merge, (kind, by) = crew.ranks.all(open_merge)
         companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
-        change = UNCHANGED if companions else crew.ranks.first(self._trained_change)
+        change = UNCHANGED if companions else TokenizerChange.read(log.tokenizer_change)
         with new_folder(out, crew.ranks) as scratch:
-            survival = merge.export(Output(scratch, kind, shard_size, companions, change, by), crew=crew)
-            crew.ranks.first(_write_lineage, log, merge.scale, survival, scratch)
+            output = Output(scratch, kind, shard_size, companions, change, by)
+            survival = merge.export(output, crew=crew)
+            crew.ranks.first(_write_lineage, log, merge, output, survival)
         crew.ranks.first(log_export, self.folder, out, len(log.experts), survival)
         if crew.ranks.is_main:
             survival.warn(out)
@@ -265,21 +283,39 @@ class MergeState:
         require_same(log.versions, self.folder, cure=", or start the state anew")
         return recorded_rule(log.rule, log.parameters)
 
+    def _merge(self, log: Log) -> RunningMerge:
+        """Return the merge, its files unread."""
+        experts = tuple(entry.expert() for entry in log.experts)
+        rule = self._rule(log)
+        running, trust = self._running(log), log.trust()
+        return RunningMerge(self._base(log), log.rule, rule, experts, running, log.running_norm, trust=trust)
+
     def _base(self, log: Log) -> Path:
+        """Find the base; its files' times must be as they were, or their bytes."""
         folder = Path(log.base_folder)
-        base = Weights(folder if folder.is_dir() else resolve_model(log.base))
-        if base.stamp() != log.base_stamp and weights_sha256(base.folder) != log.base_sha256:
+        folder = folder if folder.is_dir() else resolve_model(log.base)
+        self._refuse(folder, log.base_identity().changed(folder, whole=False))
+        return folder
+
+    def _check_base(self, log: Log) -> None:
+        """Raise ModelError unless the base has the bytes that it had at the start."""
+        base = self._base(log)
+        self._refuse(base, log.base_identity().changed(base, whole=True))
+
+    def _refuse(self, base: Path, changed: list[str]) -> None:
+        if changed:
             raise ModelError(
-                f"The base at {base.folder} has other weights than at the start of {self.folder}. Restore it, or "
-                "start a new state with `contmerge merge init`."
+                f"The base at {base} has other weights than at the start of {self.folder}: {changed[0]} differs. "
+                "Restore it, or start a new state with `contmerge merge init`."
             )
-        return base.folder
+
+    def _check(self, log: Log) -> None:
+        """Read the base and the running state; raise an error unless both are as recorded."""
+        self._check_base(log)
+        require_whole(self.folder, log)
 
     def _running(self, log: Log) -> Path | None:
-        running = self.folder / log.running if log.running else None
-        if running and log.running_norm and not any(running.rglob("*.safetensors")):  # would read as zeros
-            raise RunError(f"The running state {running} is missing. Restore it, or start a new state.")
-        return running
+        return self.folder / log.running if log.running else None
 
     def _require(self, running: Path | None) -> Path:
         if not running:
@@ -287,7 +323,7 @@ class MergeState:
         return running
 
     def _open(self, log: Log, folders: Sequence[Path], *, force: bool) -> tuple[RunningMerge, list[Expert]]:
-        merge, names = self.merge(log), {log.base, log.base_folder}
+        merge, names = self._merge(log), {log.base, log.base_folder}
         base = Weights(merge.base)
         return merge, [open_expert(folder, base, base_names=names, force=force) for folder in folders]
 
@@ -311,21 +347,22 @@ class MergeState:
                     self._clear_all_but({self.log().running})
                 raise
 
-    def _keep_change(self, base: Path, experts: Sequence[Path]) -> None:
-        """Keep how training changed the tokenizer: an expert's folder may be deleted."""
-        for folder in experts:
-            change = tokenizer_change(base, folder) if self._trained_here(folder) else None
-            if change:
-                write_atomically(self.folder / _CHANGE, change.as_json())
+    def _change(self, log: Log, base: Path, experts: Sequence[Path]) -> dict[str, Any] | None:
+        """Return how training changed the tokenizer: an expert's folder may be deleted."""
+        changes = (tokenizer_change(base, folder) for folder in experts if self._trained_here(folder))
+        return next((c.to_json() for c in reversed([*changes]) if c), log.tokenizer_change)
+
+    def _own_files(self, expert: Path) -> Digests:
+        """Return the digests of an expert in the state's folder; others are their owners' matter."""
+        return digests_of(expert, model_files(expert)) if self._contains(expert) else {}
+
+    def _contains(self, expert: Path) -> bool:
+        return self.folder.resolve() in expert.resolve().parents
 
     def _trained_here(self, expert: Path) -> bool:
         """Report if our training wrote an expert: functions, a run, the callback."""
         records = (expert / "contmerge" / "train.json", expert.parent / "train.json")
-        return any(file.is_file() for file in records) or self.folder.resolve() in expert.resolve().parents
-
-    def _trained_change(self) -> TokenizerChange:
-        file = self.folder / _CHANGE
-        return change_of_json(file.read_text(encoding="utf-8")) if file.is_file() else UNCHANGED
+        return any(file.is_file() for file in records) or self._contains(expert)
 
     def _clear_all_but(self, keep: set[str | None]) -> None:
         for path in self.folder.glob("running-*"):
@@ -347,7 +384,8 @@ class MergeState:
 
         def write() -> None:
             sync_folder(self.folder)
-            write_log(self.folder, after)
+            files = digests_of(self.folder, files_below(self.folder, name)) if name else {}
+            write_log(self.folder, replace(after, running_files=files))
             self._clear_all_but({name})
 
         if merge.running:
@@ -355,9 +393,13 @@ class MergeState:
         crew.ranks.first(write)
 
 
-def _write_lineage(log: Log, scale: float, survival: Survival, out: Path) -> None:
-    lineage = {**asdict(log), "scale": scale, "stored": survival.to_json()}
-    (out / "merge.json").write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
+def _write_lineage(log: Log, merge: RunningMerge, out: Output, survival: Survival) -> None:
+    written = {
+        "scale": merge.scale, "factor": merge.factor, "rounding": out.rounding,
+        "dtype": None if out.dtype is None else str(out.dtype).removeprefix("torch."), "stored": survival.to_json(),
+        "files": digests_of(out.folder, files_below(out.folder, ".")),
+    }  # fmt: skip
+    write_record(out.folder / LINEAGE, {**log.lineage(), **written})
 
 
 def _now() -> str:

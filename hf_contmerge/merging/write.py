@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_contmerge.errors import ResourceError, size
+from hf_contmerge.errors import ModelError, ResourceError, size
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._pieces import Parts, Piece, Stored, merged_piece, pieces, read_out, unchanged
 from hf_contmerge.merging.costs import Passage, piece_size, stream_job, weight_of
@@ -104,6 +104,13 @@ class MergedModel:
     rounding: Rounding
     only: Expert | None
     crew: Crew
+
+    def __post_init__(self) -> None:
+        if abs(self.scale) > torch.finfo(torch.float32).max:
+            raise ModelError(
+                f"The rule's scale is {self.scale:.4g}, too large for float32. Set smaller parameters. No model was "
+                "written."
+            )
 
     def write(self, name: str, running: Parts | None) -> Kept:
         """Write a tensor from its state; without one, the base's."""

@@ -8,7 +8,6 @@ EXPERT/statistics/inputs.safetensors    weight -> X'X / n, as `Weight.statistics
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,13 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import Weights, weights_sha256
-from hf_contmerge.runtime.files import remove, write_atomically
+from hf_contmerge.runtime.digests import changed_files, digests_of
+from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.records import read_record, write_record
 
 FOLDER = "statistics"
 _RECORD = "statistics.json"
+RECORD = f"{FOLDER}/{_RECORD}"
 
 
 class Statistics:
@@ -69,6 +71,8 @@ def check_statistics(rule: MergeRule | type[MergeRule], experts: Iterable[Path])
         missing = [kind for kind in rule.needs if kind not in statistics.kinds]
         if missing:
             raise ModelError(f"{folder} lacks the statistics {missing[0]!r}, which the rule {name} needs: {cure}")
+        if damaged := damaged_statistics(folder):
+            raise ModelError(f"{damaged[0]} changed after it was measured: {cure}")
         if statistics.expert_sha256 != expert_sha256(folder):
             raise ModelError(f"The statistics of {folder} are of other weights than it holds now: {cure}")
 
@@ -106,7 +110,8 @@ def write_statistics(
     save_file(own, file.with_suffix(".new"), metadata={"format": "pt"})
     file.with_suffix(".new").replace(file)  # others may be reading the old one
     kinds = {**kept, kind: {**about, "same": same}}
-    write_atomically(folder / _RECORD, json.dumps({"expert_sha256": expert_sha256, "kinds": kinds}, indent=1) + "\n")
+    files = digests_of(folder, [_file(folder, each).name for each in kinds])
+    write_record(folder / _RECORD, {"expert_sha256": expert_sha256, "kinds": kinds, "files": files})
 
 
 def _equal_neighbours(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -125,10 +130,11 @@ def _file(folder: Path, kind: str) -> Path:
     return folder / f"{kind}.safetensors"
 
 
+def damaged_statistics(expert: Path) -> list[Path]:
+    """Return an expert's statistics that are not as their record says."""
+    folder = expert / FOLDER
+    return [folder / name for name in changed_files(folder, _read(folder / _RECORD).get("files", {}))]
+
+
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read {file}: {error}. Remove its folder and measure again.") from error
+    return read_record(file, "Remove its folder and measure again.") if file.exists() else {}

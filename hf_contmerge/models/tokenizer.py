@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,9 +51,16 @@ class TokenizerChange:
             remove(folder / "chat_template.json")  # an older place, which would count too
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
-    def as_json(self) -> str:
-        """Return the change as text for `change_of_json`."""
-        return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
+    @classmethod
+    def read(cls, record: Mapping[str, Any] | None) -> TokenizerChange:
+        """Return the change in a record; none without one."""
+        if not record:
+            return UNCHANGED
+        eos, pad = (Token(*record[name]) if record[name] else None for name in ("eos", "pad"))
+        return cls(eos, pad, record["chat_template"])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
     def _tokens(self) -> dict[str, Token]:
         return {name: token for name, token in (("eos", self.eos), ("pad", self.pad)) if token}
@@ -67,13 +74,6 @@ class TokenizerChange:
 
 
 UNCHANGED = TokenizerChange()
-
-
-def change_of_json(text: str) -> TokenizerChange:
-    """Return the change written by `as_json`."""
-    values = json.loads(text)
-    eos, pad = (Token(*values[name]) if values[name] else None for name in ("eos", "pad"))
-    return TokenizerChange(eos, pad, values["chat_template"])
 
 
 def tokenizer_change(base: Path, expert: Path) -> TokenizerChange:

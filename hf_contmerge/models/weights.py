@@ -143,10 +143,10 @@ class Weights:
     def stamp(self) -> str:
         """Return a digest of the files' names, sizes and times.
 
-        It changes with every change of a file; contents are not read.
+        It changes with every change of a file, since no program can set the inode's time; contents are not read.
         """
         stats = [(name, os.fstat(file.fileno())) for name, file in sorted(self._files.items())]
-        text = "\n".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
+        text = "\n".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in stats)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def renamed(

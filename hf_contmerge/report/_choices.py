@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +99,8 @@ def _chosen(run: Run) -> Iterator[tuple[int, MergePlace, list[dict[str, Any]], b
         if place.is_done("merge"):
             if tries := place.record("merge").get("tries"):
                 yield t, place, tries, True
-        elif place.guard_file.exists():
-            yield t, place, json.loads(place.guard_file.read_text(encoding="utf-8"))["tries"], False
+        elif tries := place.failed_tries():
+            yield t, place, tries, False
 
 
 def _row(attempt: Mapping[str, Any], done: bool) -> list[Cell]:

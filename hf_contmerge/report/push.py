@@ -1,9 +1,9 @@
 """Pushes a run's models to the Hub, in one commit.
 
-Uploaded: the merged weights, config and tokenizer, and three files written here: README.md (the card), recipe.yml and
-merge.yml. Local paths are reduced to names and secrets of the recipe are blanked in all of them; any other file in the
-merged folder stops the push. huggingface_hub reads the token from HF_TOKEN or `hf auth login`; this module never
-does.
+Uploaded: the merged weights, config and tokenizer, and four files written here: README.md (the card), recipe.yml,
+merge.yml, and merge.json, from which `contmerge verify` merges the parents again. Local paths are reduced to names and
+secrets of the recipe are blanked in all of them; any other file in the merged folder stops the push, as does one that
+is not as the run recorded it. huggingface_hub reads the token from HF_TOKEN or `hf auth login`; this module never does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError, RunError, unknown
+from hf_contmerge.merging.lineage import LINEAGE
 from hf_contmerge.models.contents import companions, is_weights
+from hf_contmerge.report._lineage import run_lineage
 from hf_contmerge.report._public import (
     HUB_ID,
     LOCAL_PATH,
@@ -27,9 +29,10 @@ from hf_contmerge.report._public import (
 from hf_contmerge.report.card import last_merged, model_card
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge, Recipe
+from hf_contmerge.runtime.records import record_text
 
 Contents = Path | bytes
-_OURS = {"README.md", "recipe.yml", "merge.yml", "merge.json"}
+_OURS = {"README.md", "recipe.yml", "merge.yml", LINEAGE}
 
 
 def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = None, private: bool | None = None) -> str:
@@ -94,7 +97,11 @@ def _checked_repo_id(repo_id: str | None) -> str:
 
 def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
     """Return path in the repository -> contents."""
-    folder = run.merged(t, entry).model
+    run.settle()
+    place = run.merged(t, entry)
+    place.check("merge", "merged")
+    place.check_recipe()
+    folder = place.model
     merged = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     model = {path.relative_to(folder).as_posix() for path in companions(folder)} | _OURS
     refused = [n for n, path in merged.items() if path.is_symlink() or not (n in model or is_weights(n))]
@@ -109,7 +116,9 @@ def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
     files["README.md"] = model_card(run, entry, repo_id=repo_id).encode()
     files["recipe.yml"] = public_recipe(run.recipe).encode()
     mergekit = public_mergekit_recipe(run, entry, t)
-    return files | ({"merge.yml": mergekit.encode()} if mergekit else {})
+    lineage = run_lineage(run, entry, t)
+    files |= {"merge.yml": mergekit.encode()} if mergekit else {}
+    return files | ({LINEAGE: record_text(lineage).encode()} if lineage else {})
 
 
 def _commit(api: Any, repo_id: str, files: dict[str, Contents], message: str) -> str:

@@ -7,6 +7,7 @@
              scores.csv       one row per score
              costs.html       seconds and memory of each phase
              costs.csv        the same for scripts
+             digests.json     of these files
 
 Everything but the costs is the same, byte for byte, for interrupted and uninterrupted runs.
 
@@ -45,7 +46,9 @@ from hf_contmerge.report._tables import (
     task_tables,
 )
 from hf_contmerge.report._terminal import rich_table
-from hf_contmerge.run.folder import Run
+from hf_contmerge.run.folder import DIGESTS, Run
+from hf_contmerge.runtime.digests import digests_of, files_below
+from hf_contmerge.runtime.records import write_record
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
 _COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", "utility", "stderr", "documents")
@@ -77,6 +80,7 @@ def write_report(run: Run) -> Path:
         (folder / name).write_text(text, encoding="utf-8")
     _write_csv(folder / "scores.csv", [_COLUMNS, *_score_rows(results)])
     _write_csv(folder / "costs.csv", [[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)])
+    write_record(folder / DIGESTS, {"files": digests_of(folder, files_below(folder, "."))})
     return run.report.publish("report") / "forgetting.png"
 
 

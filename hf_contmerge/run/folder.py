@@ -2,6 +2,7 @@
 
     runs/<name>/
       recipe.yml                                   the recipe with every default, frozen at the first start
+      inputs.json                                  digests of the base model and of the tasks' files
       tasks/<task>.yaml <task>.parquet             lm-eval tasks, for the stock `lm_eval` command too
             <task>.jsonl                           the same rows, for people
       stages/00-base/  model score.json            a link to the base model; its scores are row 0
@@ -22,20 +23,29 @@ module and places.py know these names.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from hf_contmerge.errors import ResourceError, RunError, unknown
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
 from hf_contmerge.run.recipe.changes import FieldChange, changes
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
-from hf_contmerge.run.recipe.text import load_recipe, recipe_yaml
+from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
+from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
 from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
+from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml, write_record
+
+DIGESTS = "digests.json"
+"""Record in the report's folder, which is written again at any time."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Run:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             with FolderLock(run.folder):
-                write_atomically(run._recipe_file, recipe_yaml(recipe))
+                write_atomically(run._recipe_file, seal_yaml(recipe_yaml(recipe)))
         except OSError as error:
             raise ResourceError(
                 f"Cannot write the run folder {run.folder}: {error.strerror}. Name another with --run."
@@ -77,7 +87,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"{self.folder} is a file. Name a folder with --run.")
         if self._recipe_file.exists():
-            self._refuse_changes(load_recipe(self._recipe_file))
+            self._refuse_changes(_frozen(self._recipe_file))
             self.require_same_plugins()
         elif self.folder.exists() and any(not _is_leftover(p) for p in self.folder.iterdir()):
             raise RunError(f"{self.folder} is not empty and holds no run (no recipe.yml). Name another with --run.")
@@ -100,7 +110,7 @@ class Run:
                 f"{folder} holds no run (no recipe.yml). Give the folder that `contmerge run` wrote, such as "
                 "runs/quickstart."
             )
-        return cls(Path(folder), load_recipe(recipe_file))
+        return cls(Path(folder), _frozen(recipe_file))
 
     def is_complete(self) -> bool:
         """Return True if this exact recipe is done.
@@ -126,6 +136,11 @@ class Run:
         return self.folder / "tasks"
 
     @property
+    def inputs(self) -> Path:
+        """Record of what the phases build on: the base, the tasks' files."""
+        return self.folder / "inputs.json"
+
+    @property
     def base(self) -> Place:
         return Place(self.folder / "stages" / "00-base")
 
@@ -133,6 +148,54 @@ class Run:
     def base_model(self) -> Path:
         """Link to the base model's folder, for mergekit recipes."""
         return self.base.folder / "model"
+
+    inputs_cure = (
+        "Restore it from a copy, or drop all phases with `contmerge redo RUN train` and remove it, then run the recipe "
+        "again."
+    )
+
+    def input_record(self) -> Record:
+        """Return what the phases build on. Raises RunError if the record is damaged."""
+        return read_record(self.inputs, self.inputs_cure)
+
+    def changed_tasks(self) -> list[Path]:
+        """Return the task files that are not as the last start of the run wrote them."""
+        recorded = self.input_record()["tasks"] if self.inputs.exists() else {}
+        return [self.tasks / name for name in changed_files(self.tasks, recorded)]
+
+    def settle(self, *, tasks: bool = True) -> None:
+        """Have the files that name the run's folder name this one, after it was moved or copied.
+
+        `tasks`: the task files as well, if they are as they were written.
+        """
+        if not self.inputs.exists():
+            return
+        record, here = self.input_record(), str(self.folder.resolve())
+        if record["folder"] == here:
+            return
+        if tasks:
+            self.check_tasks()
+            for file in self.tasks.glob("*.yaml"):
+                write_atomically(file, _renamed(file, record["folder"], here))
+        for _, place in self.places():
+            if isinstance(place, MergePlace) and place.mergekit_recipe.exists():
+                place.check_recipe()
+                text = _renamed(place.mergekit_recipe, record["folder"], here)
+                write_atomically(place.mergekit_recipe, seal_yaml(text))
+        digests = digests_of(self.tasks, files_below(self.tasks, "."))
+        write_record(self.inputs, {**record, "folder": here, "tasks": digests})
+
+    def check_tasks(self) -> None:
+        """Raise RunError if a task file has changed."""
+        if changed := self.changed_tasks():
+            raise RunError(
+                f"{changed[0]} is damaged or was edited after the run wrote it. Write the task files again with "
+                f"`contmerge run {self._recipe_file} --run {self.folder}`."
+            )
+
+    def has_results(self) -> bool:
+        """Check for any finished phase."""
+        return any(place.is_done(phase) for _, place in self.places() for phase in PHASES)
 
     def link_base(self, folder: Path) -> None:
         """Point the link at the base model."""
@@ -163,8 +226,11 @@ class Run:
             return None
         if kind == "previous":
             return self.expert(t - 1, kind).model
-        entry = next(e for e in self.recipe.merge if f"merged-{e.name}" == kind)
-        return self.merged(t - 1, entry).model
+        return self.merged_of(t - 1, kind).model
+
+    def merged_of(self, t: int, kind: str) -> MergePlace:
+        """Return the place of stage t's merge that experts of a kind start from."""
+        return self.merged(t, next(e for e in self.recipe.merge if f"merged-{e.name}" == kind))
 
     def memory_before(self, t: int, kind: str) -> Path | None:
         """Return the newest memory of the stages before t, if any.
@@ -256,6 +322,31 @@ class Run:
                 f"To apply the change, undo these phases with `contmerge redo {self.folder} {first}` and run again; "
                 "to keep both, name another folder with --run."
             )
+
+
+def _renamed(file: Path, old: str, new: str) -> str:
+    """Return a YAML file with one folder in place of another; patterns have both escaped."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [moved(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        return value.replace(f"{glob.escape(old)}/", f"{glob.escape(new)}/").replace(f"{old}/", f"{new}/")
+
+    return yaml.safe_dump(moved(read_yaml(file.read_text(encoding="utf-8"))), sort_keys=False)
+
+
+def _frozen(file: Path) -> Recipe:
+    """Read a frozen recipe. Raises RunError if it is not as it was written."""
+    require_seal(
+        file,
+        "Restore it from a copy. Changes go into your own recipe: `contmerge run RECIPE --run "
+        f"{file.parent}`. A run of an earlier version has no digests: continue it with that version.",
+    )
+    return load_recipe(file)
 
 
 def _is_leftover(path: Path) -> bool:

@@ -1,27 +1,44 @@
 """Places in a run folder, for outputs and records.
 
 An output is built in a hidden scratch folder, then renamed; last, the record `<phase>.json` is replaced atomically. A
-phase without its record has not happened, whatever a crash leaves.
+phase without its record has not happened, whatever a crash leaves. The record holds the digests of the phase's files,
+and what builds on them compares first.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
+from hf_contmerge.errors import RunError
+from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
+from hf_contmerge.runtime.files import put_in_place, remove
+from hf_contmerge.runtime.records import Record, read_record, require_seal, write_record
 from hf_contmerge.runtime.versions import versions
 
 if TYPE_CHECKING:
     from hf_contmerge.run.recipe.phases import Phase
     from hf_contmerge.run.recipe.schema import Merge
 
-Record = dict[str, Any]
-
 _SCORE_FILES = ("score.parquet", ".score.parquet")  # results per document
+_STATISTICS = "statistics"  # of an expert; measured again at any time, with a record of their own
+
+
+def _cure(phase: Phase) -> str:
+    return f"Restore it from a copy, or drop the phase with `contmerge redo RUN {phase}`, then run the recipe again."
+
+
+def require_whole(damaged: Sequence[Path], place: Path, phase: Phase) -> None:
+    """Raise RunError if a phase has damaged files."""
+    if damaged:
+        more = f" and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
+        raise RunError(
+            f"{damaged[0]}{more} changed or went missing after {place / phase}.json was written: nothing is built on "
+            f"it. {_cure(phase)}"
+        )
 
 
 def _words(record: Record) -> list[str]:
@@ -36,8 +53,8 @@ class Place:
     folder: Path
 
     def record(self, phase: Phase) -> Record:
-        """Return the record of a finished phase."""
-        return json.loads(self._record_file(phase).read_text(encoding="utf-8"))
+        """Return the record of a finished phase. Raises RunError if it is damaged."""
+        return read_record(self._record_file(phase), _cure(phase))
 
     def is_done(self, phase: Phase) -> bool:
         return self._record_file(phase).exists()
@@ -59,7 +76,23 @@ class Place:
         """Mark a phase as done by writing its record."""
         words = None if phase == "report" else _words(record)
         stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(words)}
-        write_atomically(self._record_file(phase), json.dumps({**record, **stamp}, indent=1) + "\n")
+        files = digests_of(self.folder, files_below(self.folder, *self.vouched(phase), apart=_STATISTICS))
+        write_record(self._record_file(phase), {**record, **stamp, "files": files})
+
+    def damaged(self, phase: Phase, *outputs: str) -> list[Path]:
+        """Return files of a finished phase that are not as its record says.
+
+        `outputs`: names of the outputs to read; by default all.
+        """
+        recorded = self.record(phase)["files"]
+        wanted = outputs or self.vouched(phase)
+        own = {name: digest for name, digest in recorded.items() if name.startswith(tuple(f"{w}/" for w in wanted))}
+        own |= {name: recorded[name] for name in wanted if name in recorded}
+        return [self.folder / name for name in changed_files(self.folder, own)]
+
+    def check(self, phase: Phase, *outputs: str) -> None:
+        """Raise RunError if files of a finished phase are damaged. Arguments as `damaged`."""
+        require_whole(self.damaged(phase, *outputs), self.folder, phase)
 
     @property
     def validation(self) -> Place:
@@ -76,6 +109,10 @@ class Place:
     def logged(self, phase: Phase) -> Path:
         """File with the last step sent to the trackers."""
         return self.folder / f".{phase}.logged"
+
+    def vouched(self, phase: Phase) -> tuple[str, ...]:
+        """Return the names of the outputs whose digests are in a phase's record."""
+        return _SCORE_FILES[:1] if phase == "score" else ()
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         """Return the names of a phase's outputs, without its record."""
@@ -107,6 +144,15 @@ class ExpertPlace(Place):
         """Training states to resume from; removed once the expert exists."""
         return self.folder / "checkpoints"
 
+    def vouched(self, phase: Phase) -> tuple[str, ...]:
+        return ("expert", "memory") if phase == "train" else super().vouched(phase)
+
+    def damaged(self, phase: Phase, *outputs: str) -> list[Path]:
+        record = self.record(phase)
+        given = record.get("given_files", {}) if not outputs or "expert" in outputs else {}
+        changed = [self.model / name for name in changed_files(self.model, given)] if given else []
+        return changed + super().damaged(phase, *outputs)
+
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         trained = ("expert", ".expert", "memory", ".memory", "checkpoints")
         return {"train": trained, "score": (*_SCORE_FILES, "validation")}.get(phase, ())
@@ -132,12 +178,22 @@ class MergePlace(Place):
 
     @property
     def mergekit_recipe(self) -> Path:
+        """The merge for mergekit; it names folders, and is written again where the run has moved."""
         return self.folder / "merge.yml"
+
+    def check_recipe(self) -> None:
+        """Raise RunError if merge.yml exists and is not as it was written."""
+        if self.mergekit_recipe.exists():
+            require_seal(self.mergekit_recipe, _cure("merge"))
 
     @property
     def guard_file(self) -> Path:
         """Failed attempts, if no merge held the forgetting budget."""
         return self.folder / "guard.json"
+
+    def failed_tries(self) -> list[Record]:
+        """Return the attempts of a merge that broke the budget, if any."""
+        return read_record(self.guard_file, _cure("merge"))["tries"] if self.guard_file.exists() else []
 
     @property
     def replayed(self) -> ExpertPlace:
@@ -147,6 +203,9 @@ class MergePlace(Place):
     def prune(self) -> None:
         """Delete the running state, unused by later stages."""
         remove(self.running)
+
+    def vouched(self, phase: Phase) -> tuple[str, ...]:
+        return ("merged", "running") if phase == "merge" else super().vouched(phase)
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         merged = ("merged", ".merged", "running", ".running", "merge.yml")

@@ -2,12 +2,13 @@
 
 Utilities are higher-is-better: an accuracy unchanged, a perplexity as -ln(perplexity) (nats).
 
-A place's record holds each task's numbers; score.parquet next to it holds one row per document: task, document (its
-digest), gain, weight, answer, text. Only `write_scores` and `load_scores` know this format.
+A place's record holds each task's numbers, and a digest of its rows in score.parquet: task, document (its digest),
+gain, weight, answer, text. Only `write_scores` and `load_scores` know this format.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.run.places import Place
+from hf_contmerge.runtime.digests import text_digest
 from hf_contmerge.runtime.files import sync_folder
 
 Block = Literal["accuracy", "perplexity"]
@@ -25,6 +27,7 @@ BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")
 DOCUMENTS_FILE = "score.parquet"
 _COLUMNS = {"documents": "document", "gains": "gain", "weights": "weight", "answers": "answer", "texts": "text"}
 """Per-document field of TaskScore -> column."""
+_DIGEST = "documents_digest"
 _FIX = "Restore the file, or score again with `contmerge redo RUN score`, then `contmerge run`."
 
 
@@ -80,6 +83,10 @@ class TaskScore:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def documents_digest(self) -> str:
+        """Return a digest of the per-document results."""
+        return text_digest(json.dumps([getattr(self, field) for field in _COLUMNS]))
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskScore:
         fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
@@ -108,12 +115,17 @@ def write_scores(place: Place, scores: Scores, *, texts: bool = False) -> dict[s
     scratch = place.folder / f".{DOCUMENTS_FILE}"
     place.folder.mkdir(parents=True, exist_ok=True)
     with scratch.open("wb") as file:
-        parquet.write_table(pa.table(columns, schema=pa.schema(fields)), file, compression="zstd")
+        parquet.write_table(
+            pa.table(columns, schema=pa.schema(fields)), file, compression="zstd", write_page_checksum=True
+        )
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(place.folder / DOCUMENTS_FILE)
     sync_folder(place.folder)
-    return {name: {k: v for k, v in score.to_json().items() if k not in _COLUMNS} for name, score in kept.items()}
+    return {
+        name: {k: v for k, v in score.to_json().items() if k not in _COLUMNS} | {_DIGEST: score.documents_digest()}
+        for name, score in kept.items()
+    }
 
 
 def scored_tasks(place: Place) -> tuple[str, ...]:
@@ -129,13 +141,18 @@ def load_scores(place: Place) -> Scores:
     if not place.is_done("score"):
         return {}
     tasks: Mapping[str, Any] = place.record("score")["tasks"]
-    if all("gains" in task for task in tasks.values()):  # the format of older versions
-        return {name: TaskScore.from_json(task) for name, task in tasks.items()}
-    documents = _read_documents(place.folder / DOCUMENTS_FILE)
-    absent = [name for name in tasks if name not in documents]
-    if absent:
-        raise RunError(f"{place.folder / DOCUMENTS_FILE} has no document of the task {absent[0]}. {_FIX}")
-    return {name: TaskScore.from_json({**task, **documents[name]}) for name, task in tasks.items()}
+    file = place.folder / DOCUMENTS_FILE
+    documents = _read_documents(file)
+    scores = {}
+    for name, task in tasks.items():
+        if name not in documents:
+            raise RunError(f"{file} has no document of the task {name}. {_FIX}")
+        numbers = {field: value for field, value in task.items() if field != _DIGEST}
+        scores[name] = TaskScore.from_json({**numbers, **documents[name]})
+        # Not the file's digest: a run that is killed while it measures more tasks has a newer file than record.
+        if scores[name].documents_digest() != task[_DIGEST]:
+            raise RunError(f"{file} has other results of the task {name} than were measured: it is damaged. {_FIX}")
+    return scores
 
 
 def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:
@@ -143,9 +160,9 @@ def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:
     from pyarrow import ArrowException, parquet
 
     try:
-        table = parquet.read_table(path).to_pydict()
+        table = parquet.read_table(path, page_checksum_verification=True).to_pydict()
         columns = {field: table[column] for field, column in _COLUMNS.items()}
-    except (OSError, ArrowException, KeyError) as error:
+    except (OSError, ArrowException, KeyError, ValueError, MemoryError) as error:
         raise RunError(f"Cannot read {path}: {error}. {_FIX}") from error
     rows: dict[str, list[int]] = {}
     for row, task in enumerate(table["task"]):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_contmerge.runtime.progress import StepProgress
+from hf_contmerge.training._checkpoints import seal_checkpoint
 
 Point = Mapping[str, float]
 OnLog = Callable[[int, Point], None]
@@ -51,6 +54,11 @@ class TrainingLog(TrainerCallback):
             control.should_log = True
         if self._progress:
             self._progress.step(state.global_step)
+
+    def on_save(self, args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        PartialState().wait_for_everyone()  # the other ranks' random states
+        if state.is_world_process_zero:
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_epoch_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_save:

@@ -214,12 +214,12 @@ def contents(folder: Path) -> dict[str, str]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes()
         if path.name in ("state.json", "merge.json"):
-            values = json.loads(data)
+            values = {**json.loads(data), "sha256": ""}
             for expert in values["experts"]:
                 del expert["seconds"], expert["added"]
             data = json.dumps(values).encode()
         if path.name == "exports.jsonl":  # names the models by their absolute paths
-            data = re.sub(rb'"model": "[^"]*"', b"", data)
+            data = re.sub(rb'"(model|sha256)": "[^"]*"', b"", data)
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

@@ -33,6 +33,7 @@ from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import FolderLock
+from hf_contmerge.runtime.records import read_record, record_text
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +195,8 @@ def test_a_base_that_has_changed(base_folder: Path, expert_folders: tuple[Path, 
         with pytest.raises(ModelError) as error:
             do()
         assert str(error.value) == (
-            f"The base at {base} has other weights than at the start of {state.folder}. Restore it, or start a new "
-            "state with `contmerge merge init`."
+            f"The base at {base} has other weights than at the start of {state.folder}: model.safetensors differs. "
+            "Restore it, or start a new state with `contmerge merge init`."
         )
     assert digests(state.folder) == before
     assert not (tmp_path / "out").exists()
@@ -289,8 +290,7 @@ def test_rules_and_parameters_that_are_unknown(base_folder: Path, tmp_path: Path
 
 def edited(state: MergeState, change: Callable[[dict[str, Any]], Any]) -> None:
     file = state.folder / "state.json"
-    values = json.loads(file.read_text())
-    file.write_text(json.dumps(change(values)))
+    file.write_text(record_text(change(read_record(file, ""))))
 
 
 def test_a_state_of_another_version(base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path) -> None:
@@ -300,8 +300,9 @@ def test_a_state_of_another_version(base_folder: Path, expert_folders: tuple[Pat
     with pytest.raises(RunError) as error:
         state.add(expert_folders[1])
     assert str(error.value) == (
-        f"{state.folder}/state.json has format 3, but this program reads up to 2. Use the version of hf_contmerge that "
-        "made it (9.1)."
+        f"{state.folder}/state.json has format 3, but this program reads format 2, whose records hold digests. "
+        "Continue with the version that wrote it (hf_contmerge 9.1). If it is this version's, it is damaged. Restore "
+        "it from a copy, or start a new state from the experts with `contmerge merge init` and `merge add`."
     )
     assert digests(state.folder) == before
 
@@ -340,7 +341,7 @@ def test_a_log_that_is_damaged(
     file.write_text(DAMAGES[damage](whole))
     before = digests(state.folder)
     for do in (state.log, lambda: state.add(expert_folders[1]), lambda: state.export(tmp_path / "out")):
-        with pytest.raises(RunError, match=rf"{file} is damaged \(.*\). Restore it, or start a new state."):
+        with pytest.raises(RunError, match=rf"{file} (is damaged: .*|has format 1.*). Restore it from a copy"):
             do()
     assert digests(state.folder) == before
     file.write_text(whole)
@@ -356,7 +357,7 @@ def test_a_running_state_that_is_gone_does_not_pass_for_zeros(
         lambda: state.add(expert_folders[1]),
         lambda: state.export(tmp_path / "out"),
     ):
-        with pytest.raises(RunError, match=r"The running state .*running-1 is missing. Restore it, or start"):
+        with pytest.raises(RunError, match=r"running-1/.* changed or went missing after .*state.json was written"):
             do()
     assert [e.stage for e in state.log().experts] == [expert_folders[0].name]
 
@@ -366,7 +367,7 @@ def test_a_running_state_that_is_truncated(base_folder: Path, expert_folders: tu
     file = state.folder / "running-1/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     before = digests(state.folder)
-    with pytest.raises(ModelError, match=f"{file} is truncated or not a safetensors file"):
+    with pytest.raises(RunError, match=f"{file} changed or went missing"):
         state.add(expert_folders[1])
     assert digests(state.folder) == before
 

@@ -1,7 +1,6 @@
 """Parts of the report of made-up runs: task tables, examples, geometry, what was chosen, and noise that says so."""
 
 import csv
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from hf_contmerge.report.write import load_results, sections, write_report
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.scores import TaskScore
-from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.records import write_record
 from hf_contmerge.scoring.forgetting.paired import Change
 
 
@@ -214,7 +213,7 @@ def test_what_was_tried_is_told(tmp_path):
     lost.undo("score")
     lost.undo("merge")
     ladder = [attempt("fold", 0.5, held=False, taken=False), attempt("shrink", 0.25, held=False, taken=False)]
-    write_atomically(lost.guard_file, json.dumps({"tries": ladder}))
+    write_record(lost.guard_file, {"tries": ladder})
     first, second = choice_tables(run)
     assert (first.title, second.title) == (
         "magmax of s1",
@@ -251,7 +250,7 @@ def test_reports_are_the_same_again(written, tmp_path):
     write_report(copy)
     for file in sorted((run.folder / "report").iterdir()):
         same = file.read_bytes() == (copy.folder / "report" / file.name).read_bytes()
-        assert same != file.name.startswith("costs"), file.name
+        assert same != file.name.startswith(("costs", "digests")), file.name
     with (copy.folder / "report" / "costs.csv").open(newline="") as file:
         assert {row["seconds"] for row in csv.DictReader(file)} == {"77.7"}
 

@@ -23,9 +23,11 @@ from hf_contmerge.report._findings import METRICS
 from hf_contmerge.report.card import model_card
 from hf_contmerge.report.push import push_merged
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.text import parse_recipe
-from hf_contmerge.run.scores import Sample, TaskScore
+from hf_contmerge.run.scores import Sample, TaskScore, write_scores
+from hf_contmerge.runtime.records import seal_yaml
 
 REPO = "me/law-chat"
 PUSH = """
@@ -88,20 +90,24 @@ def run(tmp_path: Path) -> Run:
     }
     run = Run.open(parse_recipe(data), home / "runs" / "law-chat")
     given = home / "cache" / "given"
-    run.base.finish("score", {"tasks": scores(law=-3.0, arc=0.25, piqa=0.5)})
+    put(run.base, scores(law=-3.0, arc=0.25, piqa=0.5))
     run.expert(1, "base").finish("train", {"model_sha256": "1a" * 32})
-    run.expert(1, "base").finish("score", {"tasks": scores(law=-2.0, arc=0.25, piqa=0.5)})
+    put(run.expert(1, "base"), scores(law=-2.0, arc=0.25, piqa=0.5))
     run.expert(2, "previous").finish("train", {"given": str(given), "model_sha256": "2b" * 32})
     experts = [run.expert(1, "base").model, given]
     for t in (1, 2):
         merge(run, t, experts[:t])
-    run.merged(1, magmax(run)).finish("score", {"tasks": scores(law=-2.25, arc=0.25, piqa=0.5)})
-    run.merged(2, magmax(run)).finish("score", {"tasks": scores(law=-2.5, arc=0.5, piqa=0.375)})
+    put(run.merged(1, magmax(run)), scores(law=-2.25, arc=0.25, piqa=0.5))
+    put(run.merged(2, magmax(run)), scores(law=-2.5, arc=0.5, piqa=0.375))
     return run
 
 
 def magmax(run: Run):
     return run.recipe.merge[0]
+
+
+def put(place: Place, values: dict) -> None:
+    place.finish("score", {"tasks": write_scores(place, {n: TaskScore.from_json(v) for n, v in values.items()})})
 
 
 def scores(*, law: float, arc: float, piqa: float) -> dict:
@@ -130,7 +136,7 @@ def merge(run: Run, t: int, experts: list[Path]) -> None:
     (place.model / "config.json").write_text(json.dumps({**config, "_name_or_path": run.recipe.base_model}))
     mergekit = {"merge_method": "magmax", "base_model": run.recipe.base_model,
                 "models": [{"model": str(e)} for e in experts], "parameters": {"lambda": 0.5}}  # fmt: skip
-    place.mergekit_recipe.write_text(f"# {run.folder}\n" + yaml.safe_dump(mergekit))
+    place.mergekit_recipe.write_text(seal_yaml(f"# {run.folder}\n" + yaml.safe_dump(mergekit)))
     norms, digests = {"experts": [1.5, 2.5][:t], "running": 2.75}, ["1e" * 32, "2e" * 32][:t]
     record = {"rule": "magmax", "parameters": {"lambda": 0.5}, "scale": 0.5, "norms": norms}
     place.finish("merge", {**record, "expert_sha256": digests, "model_sha256": f"{t}f" * 32})
@@ -221,6 +227,8 @@ def test_pushing_again_sends_only_what_changed(run: Run, hub: Hub) -> None:
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors changed or went missing after" in refusal(run, hub)
+    run.merged(2, magmax(run)).finish("merge", run.merged(2, magmax(run)).record("merge"))
     assert push(run, hub).returncode == 0
     assert len(hub.repos[REPO].commits) == 3
     assert shard in hub.files(REPO)

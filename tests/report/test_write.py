@@ -22,7 +22,7 @@ from hf_contmerge.report._tables import cost_tables, costs
 from hf_contmerge.report.write import load_results, print_table, write_report
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import parse_recipe
-from hf_contmerge.run.scores import TaskScore
+from hf_contmerge.run.scores import load_scores, write_scores
 from hf_contmerge.scoring.forgetting.paired import Change, mean_change
 
 
@@ -45,7 +45,7 @@ def summary(run: Run) -> dict:
 
 def test_all_files_are_there_and_no_record(run):
     names = {p.name for p in (run.folder / "report").iterdir()}
-    costs = {"costs.html", "costs.csv"}
+    costs = {"costs.html", "costs.csv", "digests.json"}
     assert names == {"index.html", "report.md", "scores.csv", "summary.json", "forgetting.png", *costs}
     assert not run.report.is_done("report")
 
@@ -323,10 +323,9 @@ def test_importing_the_report_is_cheap():
 def test_a_task_with_one_document_says_so(tmp_path):
     run = make_run(tmp_path / "run", stages=1)
     for place in (run.base, run.expert(1, "base"), run.merged(1, run.recipe.merge[0])):
-        record = place.record("score")
-        tasks = {t: TaskScore.from_json(s) for t, s in record["tasks"].items()}
+        tasks = load_scores(place)
         cut = {t: replace(s, gains=s.gains[:1], weights=s.weights[:1], stderr=None) for t, s in tasks.items()}
-        place.finish("score", {"tasks": {t: s.to_json() for t, s in cut.items()}})
+        place.finish("score", {"tasks": write_scores(place, cut)})
     for entry in run.recipe.merge[1:]:
         run.merged(1, entry).undo("score")
     results = load_results(run)

@@ -1,6 +1,5 @@
 """score.parquet: what comes back is what was written, bytes repeat, a crash or damage is told."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,9 @@ def test_texts_are_kept_where_they_are_asked_for(tmp_path: Path) -> None:
 
 def test_record_holds_no_documents(tmp_path: Path) -> None:
     tasks = written(tmp_path, SCORES).record("score")["tasks"]
-    assert tasks["choice"].keys() == {"block", "metric", "value", "utility", "stderr", "details"}
+    assert tasks["choice"].keys() == {
+        "block", "metric", "value", "utility", "stderr", "details", "documents_digest",
+    }  # fmt: skip
 
 
 def test_bytes_repeat(tmp_path: Path) -> None:
@@ -68,14 +69,6 @@ def test_file_is_small(tmp_path: Path) -> None:
     """Ten thousand questions at the most that is kept of each."""
     many = score((1.0, 0.0) * 5000, texts=("x" * 300,) * 10000, documents=tuple(f"{i:064x}" for i in range(10000)))
     assert (written(tmp_path, {"many": many}).folder / "score.parquet").stat().st_size < 400_000
-
-
-def test_scores_of_older_versions(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-    lists = {"block", "metric", "value", "utility", "stderr", "details", "gains", "weights"}
-    old = {name: {k: v for k, v in s.to_json().items() if k in lists} for name, s in SCORES.items()}
-    place.finish("score", {"tasks": json.loads(json.dumps(old))})
-    assert {n: s.gains for n, s in load_scores(place).items()} == {n: s.gains for n, s in SCORES.items()}
 
 
 def test_killed_between_the_file_and_the_record(tmp_path: Path) -> None:

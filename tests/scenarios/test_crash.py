@@ -8,6 +8,7 @@ libraries load, the processes are forked from one that has loaded them.
 import hashlib
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -146,15 +147,18 @@ def outcome(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.name in RECORDS:
-            found[name] = _timeless(json.loads(path.read_text()), folder)
-        elif path.is_file() and path.parent.name != "model" and path.stem != "costs":
-            found[name] = hashlib.sha256(path.read_bytes().replace(str(folder).encode(), b"RUN")).hexdigest()
+            found[name] = _timeless({**json.loads(path.read_text()), "sha256": ""}, folder)
+        elif path.is_file() and path.parent.name != "model" and path.stem not in OF_THE_PLACE:
+            data = re.sub(rb"\n# sha256: \w+\n$", b"\n", path.read_bytes())
+            found[name] = hashlib.sha256(data.replace(str(folder).encode(), b"RUN")).hexdigest()
         else:
             found[name] = None  # it must be there, and nothing else
     return found
 
 
 RECORDS = ("train.json", "merge.json", "score.json", "report.json")
+OF_THE_PLACE = ("costs", "digests", "inputs")
+"""Files that tell of this folder or this time."""
 
 
 def _timeless(value: Any, folder: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.text import parse_recipe
-from hf_contmerge.run.scores import Block, Sample, TaskScore, load_scores
+from hf_contmerge.run.scores import Block, Sample, TaskScore, load_scores, write_scores
 
 KEPT = {"previous": 0.6, "magmax": 0.1, "opcm": 0.02, "average": 0.3}
 """How much of a stage a line forgets with each later one, in nats."""
@@ -36,7 +36,7 @@ def make_score(utility: float, block: Block = "perplexity", *, seed: str = "", d
 
 def put(place: Place, values: Values, **record: object) -> None:
     scores = {t: make_score(u, "accuracy" if t == "quiz" else "perplexity", seed=t) for t, u in values.items()}
-    place.finish("score", {"tasks": {t: s.to_json() for t, s in scores.items()}, **record})
+    place.finish("score", {"tasks": write_scores(place, scores, texts=True), **record})
 
 
 def make_run(folder: Path, stages: int = 3, done: int | None = None, forget: dict[str, float] = KEPT, **more) -> Run:
@@ -93,7 +93,7 @@ NASTY = "<script>alert('x')</script> # not a heading | nor a table *or bold*"
 def change_scores(place: Place, change: Any) -> None:
     scores = {name: change(name, score) for name, score in load_scores(place).items()}
     record = {k: v for k, v in place.record("score").items() if k != "tasks"}
-    place.finish("score", {**record, "tasks": {name: score.to_json() for name, score in scores.items()}})
+    place.finish("score", {**record, "tasks": write_scores(place, scores, texts=True)})
 
 
 def texts(place: Place) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from hf_contmerge import finetune_stage, merge_stage
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.loop.run import run_recipe
-from hf_contmerge.models.tokenizer import Token, TokenizerChange, change_of_json, tokenizer_change
+from hf_contmerge.models.tokenizer import Token, TokenizerChange, tokenizer_change
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
@@ -93,7 +93,7 @@ def test_a_change_without_effect_writes_nothing(home: Path) -> None:
 
 def test_a_change_is_kept_as_json() -> None:
     change = TokenizerChange(Token("<end>", 3), None, "{{ 'ü' }}")
-    assert change_of_json(change.as_json()) == change
+    assert TokenizerChange.read(json.loads(json.dumps(change.to_json()))) == change
 
 
 def test_padding(home: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, size
 from hf_contmerge.loop._entries import make_entry_rule, merge_kinds, with_replay
+from hf_contmerge.loop.inputs import check_same_base, keep_inputs
 from hf_contmerge.loop.plan.disk import Trained, disk_need, disk_use
 from hf_contmerge.loop.plan.rehearsal import rehearse
 from hf_contmerge.loop.trackers import check_trackers
@@ -109,7 +110,9 @@ def prepare(run: Run, ranks: Ranks, *, trust_remote_code: bool = False) -> Prepa
         for check in rehearsals(run.recipe, prepared):
             ranks.all(check)
     if ranks.is_main:
+        run.settle(tasks=False)  # they have just been written
         run.link_base(prepared.base)
+        keep_inputs(run, prepared.base)
     return prepared
 
 
@@ -135,6 +138,8 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
     if prepared.base == Path():
         return
     yield partial(check_mergeable, prepared.base)
+    if how.is_main and not how.plans:
+        yield partial(check_same_base, run, prepared.base, whole=False)
     yield partial(check_tokenizer, prepared.base)
     yield partial(_check_loads, prepared, recipe)
     if not prepared.loads:

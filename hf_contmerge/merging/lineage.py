@@ -1,0 +1,50 @@
+"""merge.json: what a written model was made of, enough to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_contmerge.errors import ModelError
+from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
+from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
+from hf_contmerge.merging.write import Output
+from hf_contmerge.models.experts import expert_sha256
+from hf_contmerge.models.weights import weights_sha256
+from hf_contmerge.runtime.crew import Crew
+from hf_contmerge.runtime.records import Record, read_record
+
+LINEAGE = "merge.json"
+"""Record next to a model: base, experts, rule, scale, dtype, rounding, and the digests of the model's files."""
+
+
+def read_lineage(model: Path) -> Record:
+    """Return a model's lineage. Raises RunError if it is missing or damaged."""
+    return read_record(model / LINEAGE, "Write the model again, or fetch it again.")
+
+
+def check_parents(lineage: Record, base: Path, experts: Sequence[Path]) -> None:
+    """Raise ModelError for parents with other weights than the merge read."""
+    found = [(base, lineage["base"], lineage["base_sha256"], weights_sha256(base))]
+    pairs = zip(lineage["experts"], experts, strict=True)
+    found += [(folder, e["model"], e["sha256"], expert_sha256(folder)) for e, folder in pairs]
+    for folder, name, recorded, now in found:
+        if now != recorded:
+            raise ModelError(
+                f"{name} at {folder} has other weights than when it was merged (SHA-256 {now[:12]}, then "
+                f"{recorded[:12]}): the merge cannot be made again from it. Name the old one with --parent."
+            )
+
+
+def merge_again(lineage: Record, base: Path, experts: Sequence[Path], scratch: Path, crew: Crew) -> str:
+    """Merge the parents into an empty folder; return the digest of the model's weights."""
+    rule = make_rule(lineage["rule"], lineage["parameters"])
+    folded = [
+        FoldedExpert(e["stage"], folder, e["sha256"], name=e["model"])
+        for e, folder in zip(lineage["experts"], experts, strict=True)
+    ]
+    merge = RunningMerge(base, lineage["rule"], rule).fold(folded, scratch / "running", crew=crew)
+    merge = merge if lineage["factor"] == 1.0 else merge.scaled(lineage["factor"])
+    out = Output(scratch / "merged", dtype_named(lineage["dtype"]), rounding=rounding_named(lineage["rounding"]))
+    merge.export(out, crew=crew)
+    return weights_sha256(out.folder)

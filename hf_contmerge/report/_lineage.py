@@ -1,0 +1,42 @@
+"""The lineage of a run's merge: parents by public names and digests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_contmerge.report._public import expert_of, public_name, without_secrets
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import MergePlace
+from hf_contmerge.run.recipe.schema import Merge
+
+
+def run_lineage(run: Run, entry: Merge, t: int) -> dict[str, Any] | None:
+    """Return the fields of merge.json; None for a merge without experts."""
+    place = run.merged(t, entry)
+    record = place.record("merge")
+    parts = record.get("folded", [{"stage": i, "replayed": False} for i in range(1, t + 1)])
+    if not parts or not run.inputs.exists():
+        return None
+    base = run.input_record()["base"]
+    return {
+        "rule": record["rule"], "parameters": record["parameters"],
+        "base": without_secrets(public_name(run.recipe.base_model)), "base_sha256": base["sha256"],
+        "experts": [
+            {"stage": run.stage(p["stage"]).name, "model": _expert(run, place, p), "sha256": sha256}
+            for p, sha256 in zip(parts, record["expert_sha256"], strict=True)
+        ],
+        "scale": record["scale"], "factor": record.get("factor", 1.0),
+        "dtype": None if entry.dtype == "auto" else entry.dtype,
+        "rounding": entry.rounding, "stored": record.get("stored"), "model_sha256": record["model_sha256"],
+        "versions": record["versions"],
+    }  # fmt: skip
+
+
+def _expert(run: Run, place: MergePlace, part: dict[str, Any]) -> str:
+    """Return an expert's public name: of a given one its own, else its place in the run."""
+    stage = run.stage(part["stage"])
+    if stage.expert and not stage.minus:
+        return without_secrets(public_name(stage.expert))
+    replayed = run.merged(part["stage"], place.entry).replayed
+    trained = replayed if part["replayed"] else expert_of(run, place.entry, part["stage"])
+    return (trained.folder / "expert").relative_to(run.folder).as_posix()

@@ -1,0 +1,44 @@
+"""Checkpoints to resume from: whole, and with the bytes that were written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from hf_contmerge.errors import RunError
+from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
+from hf_contmerge.runtime.records import read_record, write_record
+
+LOG = logging.getLogger(__name__)
+
+_DIGESTS = "digests.json"
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Write the digests of a checkpoint's files into it."""
+    if folder.is_dir():
+        write_record(folder / _DIGESTS, {"files": digests_of(folder, files_below(folder, "."))})
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete and undamaged checkpoint: trainer_state.json comes last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if not _is_damaged(path):
+            return path
+        LOG.warning("%s is damaged: training resumes from an earlier one, or from its start.", path)
+    return None
+
+
+def _is_damaged(checkpoint: Path) -> bool:
+    """Compare a checkpoint with its digests; a kill may have come before they were written."""
+    if not (checkpoint / _DIGESTS).exists():
+        return False
+    try:
+        return bool(changed_files(checkpoint, read_record(checkpoint / _DIGESTS, "")["files"]))
+    except RunError:
+        return True
