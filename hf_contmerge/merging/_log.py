@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from hf_contmerge.merge_rules import Norms
 from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.foreign import is_file_name, parse_json, read_object, require_own_files
 
 _EXPORTS = "exports.jsonl"
 FORMAT = 1
@@ -64,19 +66,34 @@ def read_log(folder: Path) -> Log:
     """
     file = folder / "state.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_object(file)
         if values.get("format") != FORMAT:
             raise RunError(
                 f"{file} has format {values.get('format')}, but this program reads {FORMAT}. Use the version of "
                 f"hf_contmerge that made it ({values.get('versions', {}).get('hf_contmerge', 'unknown')})."
             )
-        return Log(**{**values, "experts": tuple(Entry(**e) for e in values["experts"])})
+        log = Log(**{**values, "experts": tuple(Entry(**e) for e in values["experts"])})
+        _require_own_names(log)
     except FileNotFoundError as error:
         raise RunError(
             f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{file} is damaged ({error}). Restore it, or start a new state.") from error
+    require_own_files(folder, error=RunError)
+    return log
+
+
+def _require_own_names(log: Log) -> None:
+    """Raise ValueError for names that would leave the state's folder, or change the terminal."""
+    if log.running and not re.fullmatch(r"running-\d+", log.running):
+        raise ValueError(f"running is {log.running!r}")
+    for entry in log.experts:
+        if not is_file_name(entry.stage):
+            raise ValueError(f"a stage is named {entry.stage!r}")
+    for word in (log.rule, log.base, log.base_folder, *(x for e in log.experts for x in (e.model, e.folder, e.kind))):
+        if not word.isprintable():
+            raise ValueError(f"control characters in {word!r}")
 
 
 def write_log(folder: Path, log: Log) -> None:
@@ -96,7 +113,7 @@ def read_exports(folder: Path) -> list[dict[str, Any]]:
     file = folder / _EXPORTS
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     try:
-        return [json.loads(line) for line in lines]
+        return [parse_json(line) for line in lines]
     except ValueError as error:
         raise RunError(f"{file} is damaged ({error}). Remove it: it only lists the written models.") from error
 
@@ -137,6 +154,10 @@ def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Seque
     used, names = list(taken), []
     for i, model in enumerate(models):
         name = given[i] if given else str(model).rstrip("/").split("/")[-1].partition("@")[0]
+        if not is_file_name(name):
+            raise RecipeError(
+                f"A stage cannot be named {name!r}. Give one without slashes with `--as` (in Python: `stages`)."
+            )
         if given and name in used:
             raise RecipeError(f"A stage {name} exists already. Choose a name other than {', '.join(used)}.")
         number, unique = 2, name

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._pieces import Parts
 from hf_contmerge.models.weights import Weights
+from hf_contmerge.runtime.foreign import path_in
 
 _OF = "::"
 
@@ -78,7 +79,7 @@ def write_factored(folder: Path, name: str, state: Factored) -> None:
     out = folder / "factors"
     out.mkdir(exist_ok=True)
     parts = {"left": state.left, "core": state.core, "right": state.right}
-    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, out / f"{name}.safetensors")
+    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, path_in(out, name, ".safetensors"))
 
 
 def _weights(folder: Path) -> Weights | None:

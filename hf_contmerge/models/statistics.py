@@ -22,6 +22,7 @@ from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.files import remove, write_atomically
+from hf_contmerge.runtime.foreign import path_in, read_object
 
 FOLDER = "statistics"
 _RECORD = "statistics.json"
@@ -122,12 +123,12 @@ def _equal_neighbours(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _file(folder: Path, kind: str) -> Path:
-    return folder / f"{kind}.safetensors"
+    return path_in(folder, kind, ".safetensors")
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -35,6 +35,7 @@ from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, recipe_yaml
 from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
+from hf_contmerge.runtime.foreign import require_own_files
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
 
 
@@ -77,6 +78,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"{self.folder} is a file. Name a folder with --run.")
         if self._recipe_file.exists():
+            self.require_own_files()
             self._refuse_changes(load_recipe(self._recipe_file))
             self.require_same_plugins()
         elif self.folder.exists() and any(not _is_leftover(p) for p in self.folder.iterdir()):
@@ -100,7 +102,13 @@ class Run:
                 f"{folder} holds no run (no recipe.yml). Give the folder that `contmerge run` wrote, such as "
                 "runs/quickstart."
             )
-        return cls(Path(folder), load_recipe(recipe_file))
+        run = cls(Path(folder), load_recipe(recipe_file))
+        run.require_own_files()
+        return run
+
+    def require_own_files(self) -> None:
+        """Raise RunError for links out of the folder, which its author could have set."""
+        require_own_files(self.folder, error=RunError, besides=self.base_model)
 
     def is_complete(self) -> bool:
         """Return True if this exact recipe is done.

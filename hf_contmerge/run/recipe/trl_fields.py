@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
+from hf_contmerge.runtime.hiding import shown
+
 Use = Literal["obeyed", "elsewhere", "refused"]
 
 
@@ -95,8 +97,8 @@ class TrlField:
             return TypeAdapter(accepted).validate_python(value)
         except ValidationError as error:
             words = " or ".join(_WORDS.get(kind, "a positive number") for kind in self.types)
-            shown = "" if isinstance(value, dict) else f"; got {value!r:.60}"  # a mapping might hold a token
-            raise ValueError(f"{name} must be {words}{shown}") from error
+            got = "" if isinstance(value, dict) else f"; got {shown(value)}"  # a mapping might hold a token
+            raise ValueError(f"{name} must be {words}{got}") from error
 
 
 def _obeyed(names: str, *types: Any, whole_run: bool = False) -> Iterator[tuple[str, TrlField]]:
