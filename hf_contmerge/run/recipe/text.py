@@ -160,8 +160,8 @@ def _explain(error: ValidationError, where: str) -> str:
         elif item["type"] == "missing":
             lines.append(f"{place} is missing.")
         else:
-            shown = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
-            lines.append(f"{place}{': ' * bool(place)}{item['msg'].removeprefix('Value error, ')}{shown}")
+            got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
+            lines.append(f"{place}{': ' * bool(place)}{item['msg'].removeprefix('Value error, ')}{got}")
     return f"{where}: " + "\n  ".join(lines)
 
 
