@@ -27,6 +27,7 @@ from hf_contmerge.models.contents import check_contents, companions
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.files import remove, write_atomically
+from hf_contmerge.runtime.foreign import is_too_long
 
 LOG = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def model_path(name: str) -> Path:
         from hf_contmerge.run.quickstart import quickstart_model
 
         return quickstart_model()
+    if is_too_long(name):
+        raise ModelError(f"There is no model of this name: it is too long for a path ({len(name)} characters).")
     return Path(name).expanduser()
 
 

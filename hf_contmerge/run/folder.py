@@ -38,6 +38,8 @@ from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
 from hf_contmerge.runtime.foreign import require_own_files
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
 
+_BASE_MODEL = "stages/00-base/model"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -78,7 +80,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"{self.folder} is a file. Name a folder with --run.")
         if self._recipe_file.exists():
-            self.require_own_files()
+            _require_own_files(self.folder)
             self._refuse_changes(load_recipe(self._recipe_file))
             self.require_same_plugins()
         elif self.folder.exists() and any(not _is_leftover(p) for p in self.folder.iterdir()):
@@ -102,13 +104,8 @@ class Run:
                 f"{folder} holds no run (no recipe.yml). Give the folder that `contmerge run` wrote, such as "
                 "runs/quickstart."
             )
-        run = cls(Path(folder), load_recipe(recipe_file))
-        run.require_own_files()
-        return run
-
-    def require_own_files(self) -> None:
-        """Raise RunError for links out of the folder, which its author could have set."""
-        require_own_files(self.folder, error=RunError, besides=self.base_model)
+        _require_own_files(Path(folder))
+        return cls(Path(folder), load_recipe(recipe_file))
 
     def is_complete(self) -> bool:
         """Return True if this exact recipe is done.
@@ -140,7 +137,7 @@ class Run:
     @property
     def base_model(self) -> Path:
         """Link to the base model's folder, for mergekit recipes."""
-        return self.base.folder / "model"
+        return self.folder / _BASE_MODEL
 
     def link_base(self, folder: Path) -> None:
         """Point the link at the base model."""
@@ -264,6 +261,11 @@ class Run:
                 f"To apply the change, undo these phases with `contmerge redo {self.folder} {first}` and run again; "
                 "to keep both, name another folder with --run."
             )
+
+
+def _require_own_files(folder: Path) -> None:
+    """Raise RunError for links out of a run, which its author could have set."""
+    require_own_files(folder, error=RunError, besides=folder / _BASE_MODEL)
 
 
 def _is_leftover(path: Path) -> bool:

@@ -31,8 +31,9 @@ _MOST_VALUES = 200_000
 _DEEPEST = 100
 _LONGEST_NUMBER = 100
 _LONGEST_NAME = 240  # bytes; file systems take 255, and endings are added
+_LONGEST_PART, _LONGEST_PATH = 255, 4096
 _LONG_NUMBER = re.compile(rf"\d{{{_LONGEST_NUMBER}}}")
-_NUMBER = re.compile(r"[-+0-9a-fA-FxXoO_:.]+")
+_NUMBER = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|[0-9_:.]+)")
 
 
 def read_text(path: Path, *, most: int = LARGEST_JSON) -> str:
@@ -167,6 +168,12 @@ def is_file_name(name: str) -> bool:
     )
 
 
+def is_too_long(path: str) -> bool:
+    """Say if no file can have a path, for its length."""
+    sizes = [len(part.encode(errors="replace")) for part in path.split("/")]
+    return max(sizes) > _LONGEST_PART or sum(sizes) + len(sizes) > _LONGEST_PATH
+
+
 def path_in(folder: Path, name: str, ending: str = "", *, error: type[ContmergeError] = ModelError) -> Path:
     """Return the path of a name of a file in a folder.
 
@@ -183,7 +190,8 @@ def path_in(folder: Path, name: str, ending: str = "", *, error: type[ContmergeE
 def require_own_files(folder: Path, *, error: type[ContmergeError], besides: Path | None = None) -> None:
     """Check a folder of ours that others may have made.
 
-    Raises `error` for a link to a place outside, except `besides`, and for a name with control characters.
+    Raises `error` for a link to a place outside, except `besides`, for pipes and devices, and for names with control
+    characters.
     """
     home = folder.resolve()
     for place, folders, files in os.walk(folder):
@@ -194,5 +202,6 @@ def require_own_files(folder: Path, *, error: type[ContmergeError], besides: Pat
                     f"{path} links to {os.readlink(path)}, outside {folder}. Links are not followed out of a folder: "
                     "put the file itself there, or remove the link."
                 )
-            if not name.isprintable():
-                raise error(f"{place} holds a file named {name!a}. Remove it.")
+            special = path.exists() and not (path.is_file() or path.is_dir())
+            if special or not name.isprintable():
+                raise error(f"{place} holds {name!a}, which is {'no file' if special else 'no name'}. Remove it.")

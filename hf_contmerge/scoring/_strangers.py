@@ -22,6 +22,7 @@ from hf_contmerge.runtime.patterns import require_quick
 from hf_contmerge.scoring._formats import UnknownInputError, functions_in, included_in, read_task_file
 
 _PATTERNS = ("regex_pattern", "regexes_to_ignore")
+_PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs")  # a text of any size
 _LARGEST = 10_000_000  # characters, or bits of a number, that a template may make at once
 
 
@@ -42,6 +43,10 @@ def foreign_tasks(*, trust_remote_code: bool) -> Iterator[None]:
     utils.env = _sandbox(environment.filters)
     try:
         yield
+    except SecurityError as error:
+        raise RecipeError(
+            f"A task's template reaches for Python or makes too much text: {error}. Correct it."
+        ) from error
     finally:
         for module in loaders:
             module.load_yaml = before
@@ -122,6 +127,9 @@ def _mappings(value: Any) -> Iterator[dict[str, Any]]:
 
 class _Sandbox(SandboxedEnvironment):
     """Jinja without access to Python, and with bounds on what an operator makes."""
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in _PADDING and super().is_safe_attribute(obj, attr, value)
 
     intercepted_binops = frozenset(["*", "**", "<<", "%"])
 

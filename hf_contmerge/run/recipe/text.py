@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Guard, MixedSource, Rung, Task
 from hf_contmerge.run.recipe.schema import Merge, Publish, Recipe, Stage, Train
-from hf_contmerge.runtime.foreign import LARGEST_YAML, SafeLoader, parse_yaml
+from hf_contmerge.runtime.foreign import LARGEST_YAML, SafeLoader, is_too_long, parse_yaml
 from hf_contmerge.runtime.hiding import blanked, is_control, secrets_in, shown
 
 
@@ -118,6 +118,7 @@ def _require_no_secrets(data: dict[str, Any], where: str) -> None:
         )
 
 
+_PATHS = {"base_model", "expert", "minus", "path", "include_path", "output", "chat_template_path", "dataset"}
 _FREE_TEXT = {"text", "question", "choices", "answer", "stop", "labels"}
 
 
@@ -127,6 +128,8 @@ def _require_visible(data: Any, where: str) -> None:
         sign = next(filter(is_control, text), None)
         if sign:
             raise RecipeError(f"{where}: {place} holds the control character {sign!a}. Remove it.")
+        if place.rpartition(".")[2] in _PATHS and is_too_long(text):
+            raise RecipeError(f"{where}: {place} is too long for a path ({len(text)} characters). Shorten it.")
 
 
 def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
