@@ -44,9 +44,7 @@ def foreign_tasks(*, trust_remote_code: bool) -> Iterator[None]:
     try:
         yield
     except SecurityError as error:
-        raise RecipeError(
-            f"A task's template reaches for Python or makes too much text: {error}. Correct it."
-        ) from error
+        raise RecipeError(f"A task's template reaches for Python, or makes too much text: {error}") from error
     finally:
         for module in loaders:
             module.load_yaml = before
