@@ -42,7 +42,7 @@ HOMES = {
     "mergekit": {"merging/in_mergekit", "commands"},  # `contmerge yaml` is mergekit's own command
     "huggingface_hub": {"models", "report", "scoring/tasks"},
     "matplotlib": {"report", "merging/analysis"},
-    "jinja2": {"report/_templates", "training/tokenizer", "training/limits"},
+    "jinja2": {"report/_templates", "training/tokenizer", "training/limits", "scoring/_strangers"},
     "markupsafe": {"report/_templates"},
     "rich": {"commands", "report", "runtime/progress"},
 }  # fmt: skip
@@ -57,8 +57,11 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "testing/_docs": set(),
     "run": {"pydantic", "yaml", "pyarrow", "numpy"},
     "runtime/files": set(),
-    "runtime/records": set(),
+    "runtime/records": {"yaml"},
     "runtime/digests": {"xxhash"},
+    "runtime/foreign": {"yaml"},
+    "runtime/patterns": set(),
+    "runtime/hiding": set(),
     "runtime/versions": set(),
     "runtime/plugins": set(),
     "runtime/lazy": set(),

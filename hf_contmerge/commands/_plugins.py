@@ -17,5 +17,5 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--trust-remote-code`."""
     parser.add_argument(
         "--trust-remote-code", action="store_true",
-        help="let models run their own code, if the recipe has `trust_remote_code: true`",
+        help="let models and task files run their own code, if the recipe has `trust_remote_code: true`",
     )  # fmt: skip

@@ -25,12 +25,15 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from types import TracebackType
 
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import SHARED, ContmergeError
+from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.plugins import use_plugins
 
 Add = Callable[[argparse.ArgumentParser], None]
@@ -85,7 +88,7 @@ def _yaml(words: list[str]) -> int:
         use_plugins(args.plugin)
         install()
     except ContmergeError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        _tell(error, str(error))
         return error.exit_code
     mergekit_yaml(args=words, prog_name="contmerge yaml")
     return 0
@@ -95,6 +98,17 @@ class _Outcome:
     code = 0
 
 
+class _Printable(logging.Formatter):
+    """Formats log lines without secrets and control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 @contextmanager
 def clear_errors() -> Iterator[_Outcome]:
     """Print user errors as one message and set their exit code.
@@ -102,7 +116,10 @@ def clear_errors() -> Iterator[_Outcome]:
     Other errors keep their traceback.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our log lines report progress
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    sys.excepthook = _print_traceback
     logging.getLogger("hf_contmerge").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
     outcome = _Outcome()
@@ -134,7 +151,7 @@ def _tell(error: Exception, message: str) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or SHARED not in getattr(error, "__notes__", ()):
-        print(f"Error on rank {rank}: {message}" if rank else f"Error: {message}", file=sys.stderr)
+        print(printable(f"Error on rank {rank}: {message}" if rank else f"Error: {message}"), file=sys.stderr)
 
 
 _COMMANDS: dict[str, tuple[str, Add]] = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import RecipeError
+from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.plugins import require_same
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def _kept(export: dict[str, Any]) -> str:
 
 def _say(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        print(text)
+        print(printable(text))
 
 
 def _state(args: argparse.Namespace, crew: Crew) -> MergeState:

@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="OUT", help="also write the scores to a file")
     parser.add_argument("--no-cache", action="store_true", help="ignore and do not write cached scores")
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow the model's own code to run")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code of the model and of task files to run"
+    )
     parser.set_defaults(do=score_command)
 
 

@@ -93,7 +93,7 @@ class ContinualMergeCallback(TrainerCallback):
         stage: name of the stage (default: the last part of the trainer's `output_dir`).
         export: parent folder for the merged models, one folder per stage name.
         tasks: tasks to measure, as in `score_stage`. Tasks of earlier stages are measured again.
-        score: scoring settings, as in `score_stage`: tasks_folder, limit, batch_size, max_length, dtype.
+        score: settings of `score_stage`: tasks_folder, trust_remote_code, limit, batch_size, max_length, dtype.
         parameters: parameters of the rule (`lambda` is written `lambda_`).
 
     Errors are raised when training begins: an unknown rule or task, a model with other names or shapes than the base,
@@ -117,6 +117,7 @@ class ContinualMergeCallback(TrainerCallback):
         self._export = Path(export) if export else None
         fields = dict(score or {})
         folder = fields.pop("tasks_folder", None)
+        self._trusted = bool(fields.pop("trust_remote_code", False))
         self._evaluate = evaluate_of(fields, folder)
         self._tasks, self._parameters = tasks_of(tasks), parameters
         self._stage: _Stage | None = None
@@ -201,11 +202,11 @@ class ContinualMergeCallback(TrainerCallback):
             return
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            stage.crew.ranks.main_first(write_tasks, stage.tasks, folder, stage.evaluate)
+            trusted, ranks = self._trusted, stage.crew.ranks
+            ranks.main_first(lambda: write_tasks(stage.tasks, folder, stage.evaluate, trust_remote_code=trusted))
             recorder = Recorder(self._folder, PartialState(), stage.crew, quiet=True)
-            how = Measuring(
-                stage.evaluate, folder, stage.state.base().folder, recorder, trust_remote_code=stage.trusted
-            )
+            base = stage.state.base().folder
+            how = Measuring(stage.evaluate, folder, base, recorder, trust_remote_code=trusted)
             measure_at(place, model, stage.tasks, how)
 
 

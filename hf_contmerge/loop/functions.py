@@ -44,6 +44,7 @@ from hf_contmerge.runtime.launching import join_ranks, leave_ranks
 from hf_contmerge.runtime.records import read_record
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import write_task
+from hf_contmerge.scoring.keys import ScoreRequest
 from hf_contmerge.scoring.score import score_loaded, score_model
 from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.training.job import OWN, Data, ModelName, TrainedExpert, base_of, look_up, recipe_of
@@ -243,7 +244,7 @@ def score_stage(
         tasks_folder: folder with further lm-eval task files.
         base: base of an adapter whose config names none.
         tokenizer: tokenizer of a model in memory.
-        trust_remote_code: allow the model to run code from its repository.
+        trust_remote_code: allow the model, and task files, to run their own code.
         evaluate: limit, batch_size, max_length, dtype, ... as under `evaluate` in recipes.
 
     Raises:
@@ -258,11 +259,12 @@ def score_stage(
     check_versions(crew.ranks)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
-        crew.ranks.main_first(write_tasks, wanted, made, how)
+        crew.ranks.main_first(lambda: write_tasks(wanted, made, how, trust_remote_code=trust_remote_code))
         if not isinstance(model, str | os.PathLike):
             if tokenizer is None:
                 raise RecipeError("score_stage: a model in memory needs a tokenizer. Pass `tokenizer`.")
-            scores = score_loaded(model, tokenizer, wanted, task_folder=made, evaluate=how, ranks=crew.ranks)
+            request = ScoreRequest(wanted, made, how, trust_remote_code=trust_remote_code)
+            scores = score_loaded(model, tokenizer, request, ranks=crew.ranks)
         else:
             folder = crew.ranks.local_main_first(lambda: resolve_model(os.fspath(model), adapters=True))
             base_name = os.fspath(base) if base else model.base if isinstance(model, TrainedExpert) else None
@@ -275,7 +277,7 @@ def score_stage(
         return crew.ranks.first(lambda: scores)
 
 
-def write_tasks(tasks: Sequence[Task], folder: Path, evaluate: Evaluate) -> None:
+def write_tasks(tasks: Sequence[Task], folder: Path, evaluate: Evaluate, *, trust_remote_code: bool = False) -> None:
     """Write tasks made from datasets; check all tasks.
 
     Each rank writes its own folder, since temporary folders are not shared between machines. Raises as `check_tasks`.
@@ -283,7 +285,8 @@ def write_tasks(tasks: Sequence[Task], folder: Path, evaluate: Evaluate) -> None
     for task in tasks:
         if task.dataset:
             write_task(folder, task)
-    check_tasks(tasks, evaluate.task_folders(folder), limit=evaluate.limit)
+    folders = evaluate.task_folders(folder)
+    check_tasks(tasks, folders, limit=evaluate.limit, trust_remote_code=trust_remote_code)
 
 
 def tasks_of(tasks: Sequence[str | Mapping[str, Any] | Task]) -> list[Task]:

@@ -19,6 +19,7 @@ from hf_contmerge.run.places import Place
 from hf_contmerge.run.recipe.phases import Phase
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.hiding import blanked
 
 KNOWN = ("tensorboard", "trackio", "wandb")
 
@@ -119,7 +120,7 @@ def _settings(name: str, folder: Path) -> dict[str, Any]:
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's settings as plain numbers and strings."""
-    fields = recipe.model_dump(mode="json")
+    fields = blanked(recipe.model_dump(mode="json"))
     return {name: value if isinstance(value, int | float | str) else str(value) for name, value in fields.items()}
 
 

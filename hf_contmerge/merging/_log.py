@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from hf_contmerge.merging.trust import Trust
 from hf_contmerge.models.identity import Identity
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.runtime.digests import Digests, changed_files
+from hf_contmerge.runtime.foreign import is_file_name, require_own_files
 from hf_contmerge.runtime.records import read_lines, read_record, sealed_line, write_record
 
 _EXPORTS = "exports.jsonl"
@@ -85,8 +87,26 @@ def read_log(folder: Path) -> Log:
     if not file.exists():
         raise RunError(f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME")
     values = read_record(file, _CURE)
-    experts = (Entry(**{**e, "folder": str(folder.resolve() / e["folder"])}) for e in values["experts"])
-    return Log(**{**values, "experts": tuple(experts)})
+    try:
+        experts = (Entry(**{**e, "folder": str(folder.resolve() / e["folder"])}) for e in values["experts"])
+        log = Log(**{**values, "experts": tuple(experts)})
+        _require_own_names(log)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a forged record has its seal, too
+        raise RunError(f"{file} is damaged: {error}. {_CURE}") from error
+    require_own_files(folder, error=RunError)
+    return log
+
+
+def _require_own_names(log: Log) -> None:
+    """Raise ValueError for names that would leave the state's folder, or change the terminal."""
+    if log.running and not re.fullmatch(r"running-\d+", log.running):
+        raise ValueError(f"running is {log.running!r}")
+    for entry in log.experts:
+        if not is_file_name(entry.stage):
+            raise ValueError(f"a stage is named {entry.stage!r}")
+    for word in (log.rule, log.base, log.base_folder, *(x for e in log.experts for x in (e.model, e.folder, e.kind))):
+        if not word.isprintable():
+            raise ValueError(f"control characters in {word!r}")
 
 
 def write_log(folder: Path, log: Log) -> None:
@@ -165,6 +185,10 @@ def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Seque
     used, names = list(taken), []
     for i, model in enumerate(models):
         name = given[i] if given else str(model).rstrip("/").split("/")[-1].partition("@")[0]
+        if not is_file_name(name):
+            raise RecipeError(
+                f"A stage cannot be named {name!r}. Give one without slashes with `--as` (in Python: `stages`)."
+            )
         if given and name in used:
             raise RecipeError(f"A stage {name} exists already. Choose a name other than {', '.join(used)}.")
         number, unique = 2, name

@@ -172,6 +172,13 @@ def row_names(stages: Sequence[str]) -> list[str]:
 
 def draw_ownership(shares: Mapping[str, Mapping[str, float]], rows: Sequence[str], path: Path) -> None:
     """Draw a heat map of shares by stage and layer."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # names may hold $
+        _draw(shares, rows, path)
+
+
+def _draw(shares: Mapping[str, Mapping[str, float]], rows: Sequence[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     layers, few = list(shares), len(shares) <= _COLUMNS_WITH_NUMBERS

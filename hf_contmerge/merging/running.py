@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._pieces import Parts
 from hf_contmerge.models.weights import Weights
+from hf_contmerge.runtime.foreign import path_in
 
 _OF = "::"
 
@@ -106,7 +107,7 @@ def write_shadow(folder: Path, name: str, shadow: Tensor) -> None:
 
 def _write(folder: Path, name: str, parts: Parts) -> None:
     folder.mkdir(exist_ok=True)
-    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, folder / f"{name}.safetensors")
+    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, path_in(folder, name, ".safetensors"))
 
 
 def _weights(folder: Path) -> Weights | None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.runtime.foreign import read_object, read_text
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Endings of a model's other files: config, tokenizer, chat template, generation config."""
 
+_LARGEST_TEMPLATE = 2**22
 _LAYER = re.compile(r"\.(\d+)\.")
 _STACK = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
 _NOT_A_LINEAR_MAP = re.compile(
@@ -92,7 +93,7 @@ def _tokenizer(folder: Path) -> Mapping[str, Any] | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     try:
-        return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return read_object(folder / "tokenizer.json")
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {folder / 'tokenizer.json'}: {error!r}. Fetch it again.") from error
 
@@ -100,7 +101,7 @@ def _tokenizer(folder: Path) -> Mapping[str, Any] | None:
 def config(folder: Path) -> dict[str, Any]:
     """Read config.json of a model folder."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(folder / "config.json")
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {folder / 'config.json'}: {error}. Fetch or save the model again.") from error
 
@@ -123,7 +124,7 @@ def vocabulary_size(values: Mapping[str, Any]) -> int | None:
 def optional_json(file: Path) -> dict[str, Any]:
     """Read a JSON file, {} without one. Raises ModelError if damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -134,6 +135,14 @@ def chat_template(folder: Path) -> Any:
     """Return a model's chat template as stored: text, list or None."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_template(file)
     places = (optional_json(folder / f"{name}.json") for name in ("chat_template", "tokenizer_config"))
     return next((found for values in places if (found := values.get("chat_template"))), None)
+
+
+def read_template(file: Path) -> str:
+    """Read a chat template. Raises ModelError for one that is damaged, or as large as no template is."""
+    try:
+        return read_text(file, most=_LARGEST_TEMPLATE)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {file}: {error}. Fetch it again.") from error

@@ -5,13 +5,13 @@ Everything else in a folder (trainer state, logs, notes, other formats) is neith
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.runtime.foreign import is_file_name, read_json, read_object, read_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -25,7 +25,7 @@ _COMPANION = re.compile(
 )
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_IMPORT = re.compile(r"^\s*(?:import\s+\.(\w+)\s*$|from\s+\.(\w+)\s+import)", re.MULTILINE)
+_IMPORT = re.compile(r"^[ \t]*(?:import[ \t]+\.(\w+)[ \t]*$|from[ \t]+\.(\w+)[ \t]+import)", re.MULTILINE)
 
 
 def weight_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
@@ -44,7 +44,7 @@ def weight_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
         raise ModelError(_no_weights(folder))
     if not name.endswith(".index.json"):
         return [_inside(folder, folder / "config.json", name)], ()
-    weight_map = _weight_map(folder / _inside(folder, folder / "config.json", name))
+    weight_map = read_weight_map(folder / _inside(folder, folder / "config.json", name))
     return [_inside(folder, folder / name, file) for file in sorted(set(weight_map.values()))], tuple(weight_map)
 
 
@@ -87,18 +87,25 @@ def _no_weights(folder: Path) -> str:
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return tensor -> file of an index. Raises ModelError for a damaged one, or files outside its folder."""
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = dict(read_json(index)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"Cannot read {index}: {error!r}. Fetch the model again.") from error
+    for file in set(map(str, weight_map.values())):
+        _require_name(index, file)
     return {name: str(file) for name, file in weight_map.items()}
+
+
+def _require_name(by: Path, name: str) -> None:
+    if not is_file_name(name):
+        raise ModelError(f"{by} points outside its folder: {name!a:.200}. Fetch the model again.")
 
 
 def _inside(folder: Path, by: Path, name: str) -> str:
     """Return a file's name. Raises ModelError if missing or outside the folder."""
-    if Path(name).name != name:
-        raise ModelError(f"{by} points outside its folder: {name}. Fetch the model again.")
+    _require_name(by, name)
     if not (folder / name).is_file():
         raise ModelError(f"{by} names a missing file: {name}. Fetch the model again.")
     return name
@@ -118,9 +125,9 @@ def code_files(folder: Path) -> set[str]:
     files: set[str] = set()
     while waiting:
         name = waiting.pop()
-        if name not in files and (folder / name).is_file():
+        if name not in files and is_file_name(name) and (folder / name).is_file():
             files.add(name)
-            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            text = _source(folder / name)
             waiting += [f"{one or other}.py" for one, other in _IMPORT.findall(text)]
     return files
 
@@ -133,6 +140,13 @@ def auto_classes(folder: Path) -> dict[str, str]:
     return {name: str(place) for auto_map in maps for name, place in auto_map.items()}
 
 
+def _source(file: Path) -> str:
+    try:
+        return read_text(file)
+    except ValueError:  # no Python either
+        return ""
+
+
 def _modules(auto_map: Any) -> Iterator[str]:
     """Yield the modules of an auto_map, a tokenizer's lists too."""
     for value in auto_map.values() if isinstance(auto_map, dict) else ():
@@ -143,7 +157,6 @@ def _modules(auto_map: Any) -> Iterator[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import config
+from hf_contmerge.models.config import config, optional_json
 from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.function import check_function
 from hf_contmerge.models.layout import weights_like
@@ -160,7 +160,7 @@ def expert_sha256(folder: Path) -> str:
     if not is_adapter(folder):
         return weights_sha256(folder)
     digest = weights_sha256(folder / FILE)  # a merged model may lie beside it
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = optional_json(folder / "adapter_config.json")
     return hashlib.sha256((digest + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
 

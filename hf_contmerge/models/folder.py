@@ -23,10 +23,11 @@ import torch
 
 from hf_contmerge.errors import ModelError, ResourceError
 from hf_contmerge.models.config import COMPANIONS, config
-from hf_contmerge.models.contents import check_contents, code_files, companions
+from hf_contmerge.models.contents import check_contents, companions
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.files import remove, write_atomically
+from hf_contmerge.runtime.foreign import is_too_long
 
 LOG = logging.getLogger(__name__)
 
@@ -94,12 +95,14 @@ def model_path(name: str) -> Path:
         from hf_contmerge.runtime.quickstart import quickstart_model
 
         return quickstart_model()
+    if is_too_long(name):
+        raise ModelError(f"There is no model of this name: it is too long for a path ({len(name)} characters).")
     return Path(name).expanduser()
 
 
 def check_hub_id(name: str) -> None:
     """Raise ModelError for a name unlike owner/model."""
-    if not _HUB_ID.match(name):
+    if not _HUB_ID.fullmatch(name) or ".." in re.split("[/@]", name):
         raise ModelError(f"There is no model at {name}. Give a folder, a .gguf file, or a Hub id (owner/model).")
 
 
@@ -112,8 +115,9 @@ def copy_companions(
     and pad tokens are taken.
     """
     copy_files(tokenizer_from or source, target)
-    for name in ("config.json", *code_files(source)):
-        shutil.copyfile(source / name, target / name)
+    for path in companions(source):  # again: a tokenizer's folder may have another config
+        if path.name == "config.json" or path.suffix == ".py":
+            shutil.copyfile(path, target / path.name)
     values = config(target)
     if dtype is not None:
         values["torch_dtype" if "torch_dtype" in values else "dtype"] = str(dtype).removeprefix("torch.")
@@ -197,10 +201,14 @@ def _dequantise(path: Path, folder: Path) -> None:
 
     # Without GgufConfig(dequantize=True) transformers keeps the packed blocks, which cannot be trained or saved.
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -6,7 +6,6 @@ dtypes therefore works on such a folder as on the model, and nothing larger than
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.contents import INDEX, SINGLE
+from hf_contmerge.models.contents import INDEX, SINGLE, read_weight_map
 from hf_contmerge.models.folder import TEXTS, check_hub_id, converted_folder, hub_errors, model_path, resolve_model
 from hf_contmerge.models.weights import WeightsWriter, header_bytes
 
@@ -82,7 +81,7 @@ def _of_hub(name: str, folder: Path, *, adapters: bool) -> Path:
 def _weight_files(texts: Path, files: list[str]) -> list[str]:
     """Return the weight files read by `from_pretrained`, and an adapter's."""
     if SINGLE not in files and (texts / INDEX).is_file():
-        return sorted(set(json.loads((texts / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(set(read_weight_map(texts / INDEX).values()))
     return [name for name in (SINGLE, "adapter_model.safetensors") if name in files]
 
 
@@ -109,13 +108,13 @@ def _of_gguf(path: Path, folder: Path) -> Path:
 
     if (folder / "model.safetensors").is_file():
         return folder
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     plan = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in stored.values()]
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
     WeightsWriter(folder, plan, shard_size=2**62).create()
     return folder

@@ -1,7 +1,7 @@
 """Loads whole models and peft adapters for training and scoring.
 
-transformers and peft round to the nearest value, which drops most of a usual update. Here weights of 16 bits get the
-values that a merge written in that dtype has.
+Safetensors only, and a model's own code only with consent. transformers and peft round to the nearest value, which
+drops most of a usual update. Here weights of 16 bits get the values that a merge written in that dtype has.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_contmerge.errors import ModelError
 from hf_contmerge.models.architecture import Architecture
 from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.lora.settings import check_loadable
 from hf_contmerge.models.memory import Held, held_by
 from hf_contmerge.models.rounding import compared, rounded
 from hf_contmerge.models.survival import Kept
@@ -37,12 +41,16 @@ def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: An
 
     Returns:
         A PreTrainedModel with the base's tensor names; a PeftModel for an adapter kept separate.
+
+    Raises:
+        ModelError: the model needs code of its own, or the adapter is a pickle or names other code.
     """
     if not is_adapter(folder):
         return _whole_model(folder, init)
     from peft import PeftModel
 
     model = _whole_model(base, init)
+    check_loadable(folder)
     opened = PeftModel.from_pretrained(model, str(folder), is_trainable=as_adapter, torch_device=str(model.device))
     if as_adapter:
         return opened
@@ -52,7 +60,10 @@ def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: An
 
 
 def _whole_model(folder: Path, init: dict[str, Any]) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, **init)
+    with code_by_consent(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, **{"trust_remote_code": False, **init, "use_safetensors": True}
+        )
     _round_again(model, Weights(folder))
     return model
 
@@ -125,6 +136,26 @@ def _fold_layer(inner: nn.Module, around: list[tuple[str, Any]]) -> dict[str, Ke
         p.data = rounded(exact, starts[name].dtype, name=full)
         kept[full] = compared(p.data, start, exact - start)
     return kept
+
+
+def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer of a folder, or from the Hub. Raises ModelError if it needs code of its own."""
+    with code_by_consent(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def code_by_consent(folder: Path | str) -> Iterator[None]:
+    """Turn transformers' refusal of a model's own code into a ModelError."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"{folder} needs Python code of its own (auto_map in its config), which runs only if you say so: read that "
+            "code, then set `trust_remote_code: true` in the recipe and add `--trust-remote-code`."
+        ) from error
 
 
 def runs_own_code(model: Any) -> bool:

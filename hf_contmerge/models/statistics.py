@@ -22,6 +22,7 @@ from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.digests import changed_files, digests_of
 from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.foreign import path_in
 from hf_contmerge.runtime.records import read_record, write_record
 
 FOLDER = "statistics"
@@ -127,7 +128,7 @@ def _equal_neighbours(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _file(folder: Path, kind: str) -> Path:
-    return folder / f"{kind}.safetensors"
+    return path_in(folder, kind, ".safetensors")
 
 
 def damaged_statistics(expert: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_contmerge.models.config import chat_template, optional_json, tokens_of
+from hf_contmerge.models.contents import companions
 from hf_contmerge.runtime.files import remove
 
 _FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges", "spiece")
@@ -101,8 +102,8 @@ def tokenizer_folder(base: Path, expert: Path) -> Path:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer next to an adapter."""
-    for path in source.iterdir():
-        if path.is_file() and path.name.startswith(_FILES):
+    for path in companions(source):
+        if path.name.startswith(_FILES):
             shutil.copyfile(path, target / path.name)
 
 

@@ -25,6 +25,7 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config, depths, vocabulary_size
 from hf_contmerge.models.contents import weight_files
 from hf_contmerge.models.reading import no_weights
+from hf_contmerge.runtime.foreign import parse_json
 
 SHARD_SIZE = 5_000_000_000
 """Bytes per weight file, as in `save_pretrained`."""
@@ -33,6 +34,9 @@ _AT_ONCE = 2**18  # elements compared at once; most tensors that differ do so in
 _CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}  # fmt: skip
+_LARGEST_HEADER = 2**25  # bytes; 10 MB hold 100,000 tensors
+_LONGEST_NAME = 1000
+_LONGEST_AXIS = 2**40  # an empty tensor may claim any
 _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 
@@ -192,20 +196,39 @@ class Weights:
     def _open(self, file: str) -> dict[str, _Entry]:
         path = self.folder / file
         try:
-            with safe_open(path, framework="pt"):  # safetensors checks the header against the file
-                pass
-            self._files[file] = handle = path.open("rb")
-        except (SafetensorError, OSError) as error:
+            header, data = _read_header(path)
+            self._files[file] = path.open("rb")
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(
                 f"{path} is truncated or not a safetensors file ({error}). Fetch or write it again."
             ) from error
-        (length,) = struct.unpack("<Q", handle.read(8))
-        header, data = json.loads(handle.read(length)), 8 + length
         return {
             name: _Entry(file, e["dtype"], tuple(e["shape"]), *(data + offset for offset in e["data_offsets"]))
             for name, e in header.items()
             if name != "__metadata__"
         }
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return a safetensors header and the place of the first tensor.
+
+    Raises SafetensorError, OSError or ValueError for damaged files, special ones and names of no tensor.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if length > _LARGEST_HEADER:
+            raise ValueError(f"its header would have {length} bytes")
+        header = parse_json(file.read(length).decode())
+    with safe_open(path, framework="pt"):  # safetensors checks the header against the file
+        pass
+    for name, entry in header.items():
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise ValueError(f"{name!a:.80} is no name of a tensor")
+        if name != "__metadata__" and max(entry["shape"], default=0) > _LONGEST_AXIS:
+            raise ValueError(f"{name} has the shape {entry['shape']}")
+    return header, 8 + length
 
 
 _STAGED = 2**24  # bytes of a thread's pinned buffer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ from hf_contmerge.report._tables import Picture, Section
 from hf_contmerge.report._templates import fill
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import recipe_yaml
-
-_TOKEN = re.compile(r"(?m)^(\s*hub_token: ).+")
 
 
 def page(run: Run, results: Results, panels: Sequence[Picture], sections: Sequence[Section]) -> str:
@@ -36,10 +33,5 @@ def _values(run: Run, results: Results, sections: Sequence[Section]) -> dict[str
         "sections": sections,
         "metrics": METRICS.values(),
         "units": UNITS,
-        "recipe": frozen_recipe(run),
+        "recipe": recipe_yaml(run.recipe),
     }
-
-
-def frozen_recipe(run: Run) -> str:
-    """Return the frozen recipe with defaults, secrets blanked."""
-    return _TOKEN.sub(r"\1(removed)", recipe_yaml(run.recipe))

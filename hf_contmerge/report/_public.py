@@ -13,11 +13,12 @@ from hf_contmerge.merge_rules import named_rule
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.schema import Merge, Recipe
+from hf_contmerge.runtime.foreign import parse_yaml, read_text
+from hf_contmerge.runtime.hiding import REMOVED, names_secret, without_secrets
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 LOCAL_PATH = re.compile(r"/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\|file:")
 _FILE = re.compile(r"\.(jsonl?|parquet|csv|txt|arrow|gguf|ya?ml)$")
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(?<=://)[^/\s@]+@")
 _NAMED = ("base_model", "expert", "minus", "path", "include_path", "output")
 
 
@@ -46,16 +47,11 @@ def public_name(name: str) -> str:
 
 def _public_word(key: str, value: str) -> str:
     """Return a recipe's string as the world may see it."""
-    if key.endswith("hub_token"):
-        return "(removed)"
+    if names_secret(key):
+        return REMOVED
     if (value and key in _NAMED) or (key != "text" and LOCAL_PATH.match(value)):
         value = public_name(value)
     return without_secrets(value)
-
-
-def without_secrets(text: str) -> str:
-    """Blank tokens and the passwords of addresses."""
-    return _SECRET.sub("(removed)", text)
 
 
 def public_recipe(recipe: Recipe) -> str:
@@ -89,7 +85,7 @@ def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
             return path.relative_to(root).as_posix()
         return _public_word("path" if key == "model" else key, value)
 
-    data = mapped(yaml.safe_load(file.read_text(encoding="utf-8")), public)
+    data = mapped(parse_yaml(read_text(file)), public)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,9 @@ def _environment(suffix: str) -> Environment:
         keep_trailing_newline=True,
         **settings,
     )
-    environment.filters |= {"base64": _base64, "code": code_span, "fenced": fenced, "latex": escape_latex}
+    environment.filters |= {
+        "base64": _base64, "code": code_span, "fenced": fenced, "latex": escape_latex, "quoted": quoted,
+    }  # fmt: skip
     return environment
 
 
@@ -60,9 +63,15 @@ def code_span(text: str | None) -> Markup:
     """Return a text as inline code of Markdown; nothing for nothing."""
     if not text:
         return Markup("")
+    text = " ".join(text.splitlines())  # an empty line would end the code
     tick = _longer_than_in("`", text)
     pad = " " * ("`" in text)
     return Markup(f"{tick}{pad}{text}{pad}{tick}")
+
+
+def quoted(text: str) -> Markup:
+    """Return a text as a string of Python or JSON."""
+    return Markup(json.dumps(text))
 
 
 def fenced(text: str, language: str) -> Markup:

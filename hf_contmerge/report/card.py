@@ -21,7 +21,6 @@ from hf_contmerge.report._public import (
     public_mergekit_recipe,
     public_name,
     public_recipe,
-    without_secrets,
 )
 from hf_contmerge.report._tables import Cell, Table, metric_table
 from hf_contmerge.report._templates import fill
@@ -29,6 +28,7 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.schema import Merge
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore, load_scores
+from hf_contmerge.runtime.hiding import without_secrets
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
 NOT_MEASURED = "not measured"

@@ -25,6 +25,7 @@ from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.changes import flat_fields
 from hf_contmerge.run.scores import BLOCKS, Block, Scores
+from hf_contmerge.runtime.hiding import blanked, names_secret
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change, mean_change, same_documents
 
@@ -208,8 +209,8 @@ def _metric_tables(comparison: Comparison) -> list[Table]:
 
 def _recipe_table(comparison: Comparison) -> Table:
     """Return the differing recipe fields, secrets blanked."""
-    dumped = [dict(flat_fields(c.run.recipe.model_dump(mode="json"))) for c in comparison.runs]
-    names = dict.fromkeys(name for fields in dumped for name in fields if not name.endswith("hub_token"))
+    dumped = [dict(flat_fields(blanked(c.run.recipe.model_dump(mode="json")))) for c in comparison.runs]
+    names = dict.fromkeys(name for fields in dumped for name in fields if not names_secret(name.rpartition(".")[2]))
     rows = []
     for name in names:
         values = [fields.get(name, "–") for fields in dumped]

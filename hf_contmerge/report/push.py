@@ -29,6 +29,7 @@ from hf_contmerge.report._public import (
 from hf_contmerge.report.card import last_merged, model_card
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge, Recipe
+from hf_contmerge.runtime.foreign import read_json, require_own_files
 from hf_contmerge.runtime.records import record_text
 
 Contents = Path | bytes
@@ -102,6 +103,7 @@ def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
     place.check("merge", "merged")
     place.check_recipe()
     folder = place.model
+    require_own_files(folder, error=ModelError)
     merged = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     model = {path.relative_to(folder).as_posix() for path in companions(folder)} | _OURS
     refused = [n for n, path in merged.items() if path.is_symlink() or not (n in model or is_weights(n))]
@@ -197,7 +199,7 @@ def _cleaned(path: Path) -> Contents:
     """Return a file's contents; configs lose local paths."""
     if path.suffix != ".json" or "config" not in path.name:  # a vocabulary may hold "/home" as a token: leave it alone
         return path
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path)
 
     def public(key: str, value: str) -> str:
         return public_name(value) if key.endswith(("path", "file", "dir")) and LOCAL_PATH.match(value) else value

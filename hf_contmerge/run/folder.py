@@ -41,11 +41,14 @@ from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
 from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
 from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
+from hf_contmerge.runtime.foreign import require_own_files
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
 from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml, write_record
 
 DIGESTS = "digests.json"
 """Record in the report's folder, which is written again at any time."""
+
+_BASE_MODEL = "stages/00-base/model"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f"{self.folder} is a file. Name a folder with --run.")
         if self._recipe_file.exists():
+            _require_own_files(self.folder)
             self._refuse_changes(_frozen(self._recipe_file))
             self.require_same_plugins()
         elif self.folder.exists() and any(not _is_leftover(p) for p in self.folder.iterdir()):
@@ -110,6 +114,7 @@ class Run:
                 f"{folder} holds no run (no recipe.yml). Give the folder that `contmerge run` wrote, such as "
                 "runs/quickstart."
             )
+        _require_own_files(Path(folder))
         return cls(Path(folder), _frozen(recipe_file))
 
     def is_complete(self) -> bool:
@@ -147,7 +152,7 @@ class Run:
     @property
     def base_model(self) -> Path:
         """Link to the base model's folder, for mergekit recipes."""
-        return self.base.folder / "model"
+        return self.folder / _BASE_MODEL
 
     inputs_cure = (
         "Restore it from a copy, or drop all phases with `contmerge redo RUN train` and remove it, then run the recipe "
@@ -347,6 +352,11 @@ def _frozen(file: Path) -> Recipe:
         f"{file.parent}`. A run of an earlier version has no digests: continue it with that version.",
     )
     return load_recipe(file)
+
+
+def _require_own_files(folder: Path) -> None:
+    """Raise RunError for links out of a run, which its author could have set."""
+    require_own_files(folder, error=RunError, besides=folder / _BASE_MODEL)
 
 
 def _is_leftover(path: Path) -> bool:

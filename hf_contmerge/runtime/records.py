@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.foreign import parse_json, read_text
 
 Record = dict[str, Any]
 
@@ -66,14 +67,14 @@ def read_record(path: Path, cure: str) -> Record:
         RunError: the record is missing, damaged, or of another format.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
         body = _RECORD.take(text)
-        values = json.loads(text if body is None else body + "\n}")
+        values = parse_json(text if body is None else body + "\n}")
         if not isinstance(values, dict):
             raise ValueError(f"it holds {text.strip()[:20] or 'nothing'} in place of fields")
     except OSError as error:
         raise RunError(f"Cannot read {path}: {error.strerror}. {cure}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RunError(f"{path} is damaged: {error}. {cure}") from error
     number = values.pop("format", 1)
     if number != FORMAT:
@@ -96,7 +97,7 @@ def read_lines(path: Path, cure: str) -> list[Record]:
             body = _LINE.take(line.decode("utf-8"))
             if body is None:
                 raise ValueError("its digest is missing")
-            lines.append(json.loads(body + "}"))
+            lines.append(parse_json(body + "}"))
         except ValueError as error:
             raise RunError(f"Line {number} of {path} is damaged: {error}. {cure}") from error
     return lines

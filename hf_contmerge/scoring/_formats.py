@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+
+from hf_contmerge.runtime.foreign import LARGEST_YAML, SafeLoader, parse_yaml, read_text
 
 LOCAL_READERS = frozenset({"json", "csv", "parquet", "text", "arrow", "xml"})
 """Readers of `datasets` for local files."""
@@ -21,7 +23,6 @@ LOCAL_READERS = frozenset({"json", "csv", "parquet", "text", "arrow", "xml"})
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SKIPPED = {"__pycache__", ".ipynb_checkpoints"}
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class UnknownInputError(Exception):
@@ -109,14 +110,14 @@ class Listing:
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-class _TaskLoader(_Loader):
+class _TaskLoader(SafeLoader):
     """Loads lm-eval's YAML.
 
     `!function module.name` refers to code in a nearby file.
     """
 
 
-_TaskLoader.add_constructor("!function", lambda loader, node: {"!function": loader.construct_scalar(node)})
+_TaskLoader.add_constructor("!function", lambda loader, node: {"!function": loader.construct_scalar(cast(Any, node))})
 
 
 def list_tasks(folder: Path) -> Listing:
@@ -141,27 +142,46 @@ def list_tasks(folder: Path) -> Listing:
     return Listing(files, tags)
 
 
-def read_task(path: Path, above: frozenset[Path] = frozenset()) -> dict[str, Any]:
+def read_task(path: Path, seen: set[Path] | None = None) -> dict[str, Any]:
     """Return a task file's settings merged over those of its includes.
 
     Args:
         path: the task file.
-        above: the files that include it.
+        seen: the files read before it; lm-eval refuses to include one twice.
 
     Raises:
-        UnknownInputError: includes form a circle, or included code lies in another folder.
+        UnknownInputError: a file is included twice, or included code lies in another folder.
     """
-    path = path.resolve()
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
-    if not isinstance(config, dict) or path in above:
+    path, seen = path.resolve(), set() if seen is None else seen
+    config = read_task_file(path)
+    if path in seen:
         raise UnknownInputError(str(path))
+    seen.add(path)
     merged: dict[str, Any] = {}
-    for name in _words(config.pop("include", None)):
-        included = read_task(path.parent / name, above | {path})
-        if list(_functions(included)) and (path.parent / name).resolve().parent != path.parent:
+    names = included_in(config)
+    config.pop("include", None)
+    for name in names:
+        included = read_task(path.parent / name, seen)
+        if list(functions_in(included)) and (path.parent / name).resolve().parent != path.parent:
             raise UnknownInputError(str(path))
         merged |= {k: v for k, v in included.items() if k != "task_list"}
     return merged | config
+
+
+def read_task_file(path: Path) -> dict[str, Any]:
+    """Return a task file's settings without those of its includes.
+
+    Raises:
+        UnknownInputError: the file holds no settings, or is too large or special.
+        yaml.YAMLError: it is no YAML, or too deep.
+    """
+    try:
+        config = parse_yaml(read_text(path, most=LARGEST_YAML), _TaskLoader)
+    except ValueError as error:
+        raise UnknownInputError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UnknownInputError(str(path))
+    return config
 
 
 def task_code(config: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -172,20 +192,25 @@ def task_code(config: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
         UnknownInputError: a function belongs to an installed package.
     """
-    named = {folder / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in _functions(config)}
+    named = {folder / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in functions_in(config)}
     if not all(path.is_file() for path in named):
         raise UnknownInputError(str(folder))
     return sorted({*named, *folder.glob("*.py")}) if named else []
 
 
-def _functions(config: Any) -> Iterator[str]:
+def included_in(config: Mapping[str, Any]) -> list[str]:
+    """Return the files that a task file includes."""
+    return list(map(str, _words(config.get("include"))))
+
+
+def functions_in(config: Any) -> Iterator[str]:
     """Yield the names of functions in a task's settings."""
     if isinstance(config, dict) and set(config) == {"!function"}:
         yield str(config["!function"])
     elif isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
-            yield from _functions(value)
+            yield from functions_in(value)
 
 
 def _words(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
+    return list(value) if isinstance(value, list) else [] if value is None else [value]

@@ -11,7 +11,6 @@ Batch size, device and number of processes are excluded: they change only the la
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.models.config import COMPANIONS
+from hf_contmerge.models.config import COMPANIONS, optional_json
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.runtime.versions import version
 from hf_contmerge.scoring._formats import Listing
@@ -142,6 +141,8 @@ def _companions(folder: Path, store: JsonStore) -> dict[str, str]:
     digests = {}
     for path in sorted(folder.iterdir()):
         name = path.name
+        if not path.is_file():
+            continue
         if (
             path.suffix not in (*COMPANIONS, ".py")
             or name.endswith(".index.json")
@@ -149,7 +150,7 @@ def _companions(folder: Path, store: JsonStore) -> dict[str, str]:
         ):
             continue
         if name in ("config.json", "generation_config.json"):
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = optional_json(path)
             digests[name] = digest({k: v for k, v in values.items() if k not in _NO_MATTER})
         elif name != "adapter_config.json":  # covered by the weights' digest
             digests[name] = file_sha256(path, store)

@@ -5,12 +5,12 @@ A model on this machine is located without loading torch or the Hub's library.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models.config import optional_json
 from hf_contmerge.scoring._formats import hub_offline, hub_snapshot
 from hf_contmerge.scoring.cache import JsonStore, digest, remembered, stamp
 
@@ -75,10 +75,7 @@ def _base_name(name: str, folder: Path, base: str | None) -> str | None:
         if base:
             raise ModelError(f"{name} is a whole model; --base is for adapters only. Remove --base.")
         return None
-    try:
-        base = base or json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise ModelError(f"Cannot read {settings}: {error}. Save or fetch the adapter again.") from error
+    base = base or optional_json(settings).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{name} is an adapter without a base model in its config. Give --base.")
     return base

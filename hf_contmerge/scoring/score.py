@@ -15,11 +15,10 @@ from typing import Any
 import numpy
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_contmerge.models.layout import check_loads, check_tokenizer
-from hf_contmerge.models.loading import load_model
+from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
@@ -27,6 +26,7 @@ from hf_contmerge.runtime.device import cpu_only
 from hf_contmerge.runtime.ranks import OneRank, Ranks
 from hf_contmerge.scoring._formats import Listing
 from hf_contmerge.scoring._results import task_score
+from hf_contmerge.scoring._strangers import foreign_tasks
 from hf_contmerge.scoring._task_digest import keep_own_listing
 from hf_contmerge.scoring.cache import ScoreCache
 from hf_contmerge.scoring.keys import DocumentPart, ModelKey, ScoreRequest
@@ -94,7 +94,10 @@ def measure_named(
         check_tokenizer(model.whole)
         check_loads(model.whole, trusted=request.trust_remote_code)
         folders = request.evaluate.task_folders(request.task_folder)
-        check_tasks(request.tasks, folders, split=request.part != "all", limit=request.evaluate.limit)
+        check_tasks(
+            request.tasks, folders, split=request.part != "all", limit=request.evaluate.limit,
+            trust_remote_code=request.trust_remote_code,
+        )  # fmt: skip
         return model
 
     return measure_missing(ranks.local_main_first(locate), request, ranks=ranks, cache=cache)
@@ -130,28 +133,17 @@ def _own_tasks(known: KnownScores, cache: ScoreCache) -> Listing | None:
 
 def _measure_folder(model: ModelFolders, request: ScoreRequest, dtype: str, ranks: Ranks) -> dict[str, TaskScore]:
     """Load and score a model; the main process gets the result."""
-    evaluate, part, remote = request.evaluate, request.part, request.trust_remote_code
+    evaluate, remote = request.evaluate, request.trust_remote_code
     if evaluate.backend == "vllm":
         from hf_contmerge.scoring._vllm import load_vllm
 
-        return _measure(load_vllm(model.folder, dtype, evaluate), request.tasks, request.task_folder, evaluate, part)
+        return _measure(load_vllm(model.folder, dtype, evaluate), request)
     loaded = _load(model, evaluate, dtype=getattr(torch, dtype), trust_remote_code=remote)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(model.whole, model.folder), trust_remote_code=remote)
-    return score_loaded(
-        loaded, tokenizer, request.tasks, task_folder=request.task_folder, evaluate=evaluate, ranks=ranks, part=part
-    )
+    tokenizer = load_tokenizer(tokenizer_folder(model.whole, model.folder), trust_remote_code=remote)
+    return score_loaded(loaded, tokenizer, request, ranks=ranks)
 
 
-def score_loaded(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[Task],
-    *,
-    task_folder: Path,
-    evaluate: Evaluate,
-    ranks: Ranks,
-    part: DocumentPart = "all",
-) -> dict[str, TaskScore]:
+def score_loaded(model: Any, tokenizer: Any, request: ScoreRequest, *, ranks: Ranks) -> dict[str, TaskScore]:
     """Score a loaded model; restore its mode and random states.
 
     All ranks hold the model, call this together and share the work. The main process gets the result.
@@ -159,11 +151,8 @@ def score_loaded(
     Args:
         model: a transformers model, or peft's around one, on its final device; not a DDP wrapper.
         tokenizer: its tokenizer.
-        tasks: tasks to measure; tasks made from datasets already lie in `task_folder`.
-        task_folder: folder of task files.
-        evaluate: batch size, limits; the dtype is the model's.
+        request: tasks and settings; tasks made from datasets already lie in its folder. The dtype is the model's.
         ranks: the job's processes.
-        part: document subset to measure.
 
     Raises:
         DataError: a task gave no number.
@@ -171,6 +160,7 @@ def score_loaded(
     """
     from hf_contmerge.scoring._lm import SharedLM
 
+    evaluate = request.evaluate
     if evaluate.chat_template:
         require_template(tokenizer)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about intended settings
@@ -179,21 +169,26 @@ def score_loaded(
         lm = SharedLM(
             model, copy.deepcopy(tokenizer), sharing, batch_size=evaluate.batch_size, max_length=evaluate.max_length
         )
-        scores = _measure(lm, tasks, task_folder, evaluate, part)
+        scores = _measure(lm, request)
     return scores if ranks.is_main else {}
 
 
-def _measure(
-    lm: Any, tasks: Sequence[Task], task_folder: Path, evaluate: Evaluate, part: DocumentPart
-) -> dict[str, TaskScore]:
+def _measure(lm: Any, request: ScoreRequest) -> dict[str, TaskScore]:
+    """Score a request's tasks."""
+    with foreign_tasks(trust_remote_code=request.trust_remote_code):
+        return _measure_together(lm, request)
+
+
+def _measure_together(lm: Any, request: ScoreRequest) -> dict[str, TaskScore]:
     """Score tasks in as few lm-eval calls as possible.
 
     One call batches similar lengths across tasks. Task names must be unique within a call, so a task repeated
     with other few-shot examples waits for a second call.
     """
-    manager = task_manager([t.name for t in tasks], evaluate.task_folders(task_folder))
+    folders = request.evaluate.task_folders(request.task_folder)
+    manager = task_manager([t.name for t in request.tasks], folders)
     rounds: list[list[LoadedTask]] = []
-    for task in tasks:
+    for task in request.tasks:
         loaded = load_task(manager, task)
         place = next((together for together in rounds if all(_agree(loaded, other) for other in together)), None)
         if place is None:
@@ -201,9 +196,9 @@ def _measure(
         place.append(loaded)
     scores = {}
     for together in rounds:
-        results = _evaluate(lm, together, evaluate, part)
+        results = _evaluate(lm, together, request.evaluate, request.part)
         scores |= {loaded.name: task_score(results, loaded.name, loaded.leaves) for loaded in together}
-    return {task.name: scores[task.name] for task in tasks}
+    return {task.name: scores[task.name] for task in request.tasks}
 
 
 def _agree(one: LoadedTask, other: LoadedTask) -> bool:

@@ -6,9 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from hf_contmerge.errors import ModelError, RecipeError, ResourceError
+from hf_contmerge.models.loading import load_tokenizer
 from hf_contmerge.run.recipe.parts import Evaluate
 
 AUTO_BATCH_SIZE = 8
@@ -92,4 +91,4 @@ def check_template(folder: Path, *, trust_remote_code: bool = False) -> None:
     Raises:
         ModelError: the template is missing.
     """
-    require_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    require_template(load_tokenizer(folder, trust_remote_code=trust_remote_code))

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.scoring._strangers import foreign_tasks
 from hf_contmerge.scoring.keys import DocumentPart
 
 _OWN: dict[str, Any] = {}  # lm-eval's own tasks, filled on demand
@@ -42,7 +43,12 @@ class LoadedTask:
 
 
 def check_tasks(
-    tasks: Sequence[Task], folders: Sequence[Path], *, split: bool = False, limit: int | None = None
+    tasks: Sequence[Task],
+    folders: Sequence[Path],
+    *,
+    split: bool = False,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Load all tasks to check them and their data.
 
@@ -51,12 +57,18 @@ def check_tasks(
         folders: folders of our own task files.
         split: True if documents will be split into a validation and a test part.
         limit: documents per task; None for all.
+        trust_remote_code: allow task files to run Python.
 
     Raises:
-        RecipeError: a task is unknown, or runs code written by the model.
+        RecipeError: a task is unknown, or runs code written by the model, or by others without consent.
         DataError: a dataset is missing, unreadable or too small.
         ResourceError: datasets on the Hub cannot be reached; the message names all affected tasks.
     """
+    with foreign_tasks(trust_remote_code=trust_remote_code):
+        _check_tasks(tasks, folders, limit, split=split)
+
+
+def _check_tasks(tasks: Sequence[Task], folders: Sequence[Path], limit: int | None, *, split: bool) -> None:
     manager = task_manager([t.name for t in tasks], folders)
     for task in tasks:
         if task.name not in manager.all_tasks:
@@ -91,7 +103,9 @@ def load_libraries() -> None:
     import lm_eval.models.huggingface  # noqa: F401
 
 
-def sample_requests(name: str, folders: Sequence[Path], *, few_shot: int | None, limit: int | None) -> Requests:
+def sample_requests(
+    name: str, folders: Sequence[Path], *, few_shot: int | None, limit: int | None, trust_remote_code: bool = False
+) -> Requests:
     """Estimate a task's requests from its first documents.
 
     Args:
@@ -99,10 +113,16 @@ def sample_requests(name: str, folders: Sequence[Path], *, few_shot: int | None,
         folders: folders of our own task files.
         few_shot: number of examples; None for the task's default.
         limit: number of documents; None for all.
+        trust_remote_code: allow task files to run Python.
 
     Raises:
         ContmergeError: as `check_tasks`.
     """
+    with foreign_tasks(trust_remote_code=trust_remote_code):
+        return _sample_requests(name, folders, few_shot, limit)
+
+
+def _sample_requests(name: str, folders: Sequence[Path], few_shot: int | None, limit: int | None) -> Requests:
     loaded = load_task(task_manager([name], folders), Task(name=name, num_fewshot=few_shot))
     count, sampled = 0, []
     for leaf in loaded.leaves.values():

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.runtime.patterns import require_quick
 from hf_contmerge.train_strategies import TrainStrategy
 from hf_contmerge.train_strategies._weights import Start, trained
 
@@ -39,8 +40,9 @@ class Anchor(TrainStrategy):
     def __post_init__(self) -> None:
         parts = self.modules if isinstance(self.modules, str) else "|".join(map(re.escape, self.modules))
         try:
+            require_quick(parts)
             self._pattern = re.compile(parts)
-        except re.error as error:
+        except (re.error, ValueError) as error:
             raise ValueError(f"anchor's modules is no regular expression: {self.modules!r} ({error})") from error
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:

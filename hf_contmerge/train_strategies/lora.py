@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_contmerge.models.loading import fold_adapter
+from hf_contmerge.runtime.patterns import require_quick_lora
 from hf_contmerge.train_strategies import TrainStrategy
 from hf_contmerge.train_strategies._weights import trained
 
@@ -36,6 +37,7 @@ class Lora(TrainStrategy):
         from peft import LoraConfig
 
         chosen = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+        require_quick_lora(chosen)
         LoraConfig(**chosen)  # says at once what it does not know
         self.config, self.keep = chosen, keep
 

@@ -60,6 +60,7 @@ class Qlora(Lora):
             quantization_config=bits,
             device_map={"": torch.cuda.current_device()},
             trust_remote_code=runs_own_code(model),
+            use_safetensors=True,
         )
         trained = peft.PeftModel(peft.prepare_model_for_kbit_training(small), config)
         peft.set_peft_model_state_dict(trained, peft.get_peft_model_state_dict(opened))

@@ -20,10 +20,9 @@ from datasets.table import InMemoryTable
 from pyarrow import parquet
 from pydantic import Field
 from torch import nn
-from transformers import AutoTokenizer
 
 from hf_contmerge.errors import DataError
-from hf_contmerge.models.loading import runs_own_code
+from hf_contmerge.models.loading import load_tokenizer, runs_own_code
 from hf_contmerge.train_strategies import StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main
 
@@ -136,7 +135,7 @@ def _key(row: Any) -> str:
 
 def _token_counts(data: datasets.Dataset, model: Any) -> list[int]:
     """Return each example's tokens, without the chat template's."""
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=runs_own_code(model))
+    tokenizer = load_tokenizer(model.name_or_path, trust_remote_code=runs_own_code(model))
     return [max(1, sum(len(tokenizer(text)["input_ids"]) for text in _texts(row))) for row in data]
 
 

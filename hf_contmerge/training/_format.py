@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hf_contmerge.errors import DataError
+
+_WIDE = re.compile(r"\d{4}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class _Columns(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if not format_spec:
             return shown(value, exact=self._exact)
+        if _WIDE.search(format_spec):  # a text of as many blanks
+            raise ValueError(f"the format {format_spec!r:.40} is wider than 999")
         try:
             return format(value, format_spec)
         except ValueError:

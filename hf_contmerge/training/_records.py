@@ -35,7 +35,8 @@ _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.B
 _BLANK = " \t\r\n"
 _BLANKS = re.compile(f"[{_BLANK}]*")
 _QUOTED = re.compile(r'"[^"]*"')
-_LONGEST_FIELD = 2**31 - 1
+_LONGEST = 2**24
+"""Characters of a line, a field or a value. A longer one is no example, and its tokens would fill the memory."""
 
 
 class Record(NamedTuple):
@@ -132,7 +133,7 @@ def read_records(file: str, name: str, kind: Kind, delimiter: str | None = None)
     readers: dict[Kind, Callable[[TextIO], Iterable[Record]]] = {
         "json": lambda stream: _json(stream, name),
         "csv": lambda stream: _csv(stream, name, delimiter),
-        "text": _text,
+        "text": lambda stream: _text(stream, name),
     }
     with _open(file) as raw:
         encoding = _encoding(raw, name)
@@ -174,8 +175,23 @@ def _not_text(file: str, name: str, encoding: str) -> DataError:
 # Text
 
 
-def _text(stream: TextIO) -> Iterator[Record]:
-    for number, line in enumerate(stream, 1):
+def _lines(stream: TextIO, name: str, start: int = 1) -> Iterator[str]:
+    """Yield a file's lines, counted from `start`. Raises DataError for one that is too long to be an example."""
+    for number in itertools.count(start):
+        line = stream.readline(_LONGEST + 1)
+        if not line:
+            return
+        if len(line) > _LONGEST:
+            raise _too_long(f"{name}, line {number}")
+        yield line
+
+
+def _too_long(where: str) -> DataError:
+    return DataError(f"{where}: more than {_LONGEST:,} characters, which is no example. Split it, or remove it.")
+
+
+def _text(stream: TextIO, name: str) -> Iterator[Record]:
+    for number, line in enumerate(_lines(stream, name), 1):
         yield Record(json.dumps({"text": line.removesuffix("\n").removesuffix("\r")}), f"line {number}")
 
 
@@ -184,9 +200,10 @@ def _text(stream: TextIO) -> Iterator[Record]:
 
 def _csv(stream: TextIO, name: str, delimiter: str | None) -> Iterator[Record]:
     """Yield a row per record by the header's names; empty is null."""
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
-    first = stream.readline()
-    lines = csv.reader(itertools.chain([first], stream), delimiter=delimiter or _delimiter(first), strict=True)
+    csv.field_size_limit(_LONGEST)
+    read = _lines(stream, name)
+    first = next(read, "")
+    lines = csv.reader(itertools.chain([first], read), delimiter=delimiter or _delimiter(first), strict=True)
     header: list[str] = []
     end = 0
     try:
@@ -228,16 +245,14 @@ def _row(header: list[str], fields: list[str], where: str) -> dict[str, str | No
 def _json(stream: TextIO, name: str) -> Iterator[Record]:
     """Yield JSON Lines, an array's items, or objects over several lines."""
     blank = 0
-    for first in stream:
-        if first.strip(_BLANK):
-            break
+    while not (first := stream.readline(_LONGEST + 1)).strip(_BLANK):
+        if not first:
+            return
         blank += 1
-    else:
-        return
     if first.lstrip(_BLANK).startswith("[") or not _is_json(first):
         yield from _Values(stream, first, blank + 1, name).records()
         return
-    for number, line in enumerate(itertools.chain([first], stream), blank + 1):
+    for number, line in enumerate(itertools.chain([first], _lines(stream, name, blank + 2)), blank + 1):
         if line.strip(_BLANK):
             yield _checked(line.strip(_BLANK), name, f"line {number}")
 
@@ -314,6 +329,8 @@ class _Values:
             except RecursionError as error:
                 raise _no_json(error, f"{self._name}, line {self._line}") from error
         text = self._buffer[self._at : end]
+        if len(text) > _LONGEST:
+            raise _too_long(f"{self._name}, line {self._line}")
         self._line += text.count("\n")
         self._at = end
         return text
@@ -329,6 +346,8 @@ class _Values:
     def _more(self) -> bool:
         """Read on, at least doubling the text: long values are parsed rarely."""
         left = self._buffer[self._at :]
+        if len(left) > _LONGEST + 1:  # an array on one line begins with as many
+            raise _too_long(f"{self._name}, line {self._line}")
         part = self._stream.read(max(_CHUNK, len(left)))
         self._buffer, self._at = left + part, 0
         return bool(part)

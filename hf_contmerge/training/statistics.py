@@ -20,13 +20,12 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from hf_contmerge.errors import ModelError, RecipeError
 from hf_contmerge.merge_rules import MergeRule, inputs_shape
 from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import expert_sha256
-from hf_contmerge.models.loading import load_model
+from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.lora.matching import StoredNames
 from hf_contmerge.models.statistics import FOLDER, write_statistics
 from hf_contmerge.models.tokenizer import tokenizer_folder
@@ -156,9 +155,7 @@ def _linear_maps(model: nn.Module, base: Weights) -> dict[str, nn.Linear]:
 
 
 def _tokenized(of: Measured, rows: Any) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(
-        tokenizer_folder(of.base, of.expert), trust_remote_code=of.trust_remote_code
-    )
+    tokenizer = load_tokenizer(tokenizer_folder(of.base, of.expert), trust_remote_code=of.trust_remote_code)
     longest = min(of.settings.max_length, tokenizer.model_max_length)
 
     def render(messages: list[dict[str, Any]], **arguments: Any) -> str:

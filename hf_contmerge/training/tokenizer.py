@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoTokenizer
 
 from hf_contmerge.errors import RecipeError
+from hf_contmerge.models.config import read_template
 from hf_contmerge.models.folder import hub_errors, model_path
+from hf_contmerge.models.loading import load_tokenizer
 from hf_contmerge.models.tokenizer import UNCHANGED, Token, TokenizerChange
 from hf_contmerge.run.recipe.schema import Train
 
@@ -21,7 +22,7 @@ def stage_tokenizer(base: Path, train: Train, *, trust_remote_code: bool = False
 
     Raises RecipeError for a token or a template that would need other weights than the base's.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     fields = train.sft_fields
     if fields.get("chat_template_path"):
         _take_template(tokenizer, fields["chat_template_path"], base)
@@ -36,7 +37,7 @@ def stage_change(base: Path, train: Train, *, trust_remote_code: bool = False) -
     """Return how a recipe changes the base's tokenizer. Raises RecipeError."""
     if not train.changes_tokenizer:
         return UNCHANGED
-    plain = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    plain = load_tokenizer(base, trust_remote_code=trust_remote_code)
     tokenizer = stage_tokenizer(base, train, trust_remote_code=trust_remote_code)
     eos, pad = (
         Token(getattr(tokenizer, name), tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)))
@@ -54,7 +55,7 @@ def _take_template(tokenizer: Any, path: str, base: Path) -> None:
     if file.suffix in _JINJA:
         if not file.is_file():
             raise RecipeError(f"train.chat_template_path: there is no file {file}. Give a .jinja file, or a tokenizer.")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(file)
     else:
         other = _other_tokenizer(path)
         missing = [token for token in _used_tokens(other) if token not in tokenizer.get_vocab()]
@@ -74,7 +75,7 @@ def _other_tokenizer(path: str) -> Any:
     if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
         raise RecipeError(f"train.chat_template_path: {folder} has no tokenizer. Give a .jinja file, or a tokenizer.")
     with hub_errors(path):
-        other = AutoTokenizer.from_pretrained(folder if folder.is_dir() else path)
+        other = load_tokenizer(folder if folder.is_dir() else path)
     if not other.chat_template:
         raise RecipeError(f"train.chat_template_path: the tokenizer of {path} has no chat template. Name another.")
     return other

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_contmerge.loop.plan._machine import measure_speeds, this_machine
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.scoring.files import write_answer_task, write_choice_task, write_perplexity_task
+from hf_contmerge.scoring.keys import ScoreRequest
 from hf_contmerge.scoring.score import score_loaded, score_model
 
 NAMES = ("lines", "topics", "written")
@@ -35,7 +36,7 @@ def test_scores_are_those_of_the_cpu(batch_size: int | str, home: Path) -> None:
     how, tasks = Evaluate(dtype="float32", batch_size=batch_size), [Task(name=name) for name in NAMES]
     _, gpu = score_model(home / "base", tasks, task_folder=home / "tasks", evaluate=how, ranks=PartialState())
     model, tokenizer = (c.from_pretrained(home / "base") for c in (AutoModelForCausalLM, AutoTokenizer))
-    cpu = score_loaded(model, tokenizer, tasks, task_folder=home / "tasks", evaluate=how, ranks=PartialState())
+    cpu = score_loaded(model, tokenizer, ScoreRequest(tasks, home / "tasks", how), ranks=PartialState())
     for name in NAMES:
         assert gpu[name].value == pytest.approx(cpu[name].value, rel=1e-5)
         assert gpu[name].gains == pytest.approx(cpu[name].gains, rel=1e-4, abs=1e-4)
@@ -45,9 +46,8 @@ def test_random_states_of_the_card_are_restored(home: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(home / "base").cuda().train()
     tokenizer = AutoTokenizer.from_pretrained(home / "base")
     before = torch.cuda.get_rng_state()
-    score_loaded(
-        model, tokenizer, [Task(name="lines")], task_folder=home / "tasks", evaluate=Evaluate(), ranks=PartialState()
-    )
+    request = ScoreRequest([Task(name="lines")], home / "tasks", Evaluate())
+    score_loaded(model, tokenizer, request, ranks=PartialState())
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert model.training
 

@@ -75,6 +75,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.runtime.launching import join_ranks
+from hf_contmerge.scoring.keys import ScoreRequest
 from hf_contmerge.scoring.score import score_loaded, score_model
 
 read = []  # the size of each batch that the model reads
@@ -92,7 +93,9 @@ for path in sys.argv[1:]:
     how = {"task_folder": Path(order["task_folder"]), "evaluate": Evaluate(**order["evaluate"]), "ranks": ranks}
     if order.get("in_memory"):
         model = AutoModelForCausalLM.from_pretrained(order["model"], dtype=torch.float32).train()
-        digest, scores = "", score_loaded(model, AutoTokenizer.from_pretrained(order["model"]), tasks, **how)
+        request = ScoreRequest(tasks, how["task_folder"], how["evaluate"])
+        tokenizer = AutoTokenizer.from_pretrained(order["model"])
+        digest, scores = "", score_loaded(model, tokenizer, request, ranks=ranks)
         assert model.training
     else:
         key, scores = score_model(Path(order["model"]), tasks, **how)

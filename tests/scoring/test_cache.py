@@ -433,9 +433,12 @@ def test_settings_are_a_part_of_the_key(base_folder: Path, tasks: Path) -> None:
 
 
 def measured(folder: Path, tasks: Path, cache: ScoreCache, *names: str, **evaluate: Any) -> dict[str, TaskScore]:
+    trusted = evaluate.pop("trust_remote_code", False)
     how = Evaluate.model_validate({"dtype": "float32", "batch_size": 4, **evaluate})
     wanted = [Task(name=n) for n in names]
-    return score_model(folder, wanted, task_folder=tasks, evaluate=how, ranks=OneRank(), cache=cache)[1]
+    return score_model(
+        folder, wanted, task_folder=tasks, evaluate=how, ranks=OneRank(), cache=cache, trust_remote_code=trusted
+    )[1]
 
 
 class Counting(ScoreCache):
@@ -484,7 +487,7 @@ def test_task_that_files_do_not_tell_is_measured_and_not_kept(base_folder: Path,
     text = yaml.safe_dump({**choice, "task": "far"}) + "process_docs: !function copy.copy\n"
     (tasks / "far.yaml").write_text(text)
     cache, Counting.kept = Counting(JsonStore(tmp_path / "cache")), 0
-    found = measured(base_folder, tasks, cache, "far")
+    found = measured(base_folder, tasks, cache, "far", trust_remote_code=True)
     assert found["far"].details["key"] is None
     assert len(found["far"].gains) == len(ROWS)
     assert Counting.kept == 0

@@ -30,6 +30,7 @@ from hf_contmerge.scoring.files import (
     write_perplexity_task,
     write_task,
 )
+from hf_contmerge.scoring.keys import ScoreRequest
 from hf_contmerge.scoring.score import score_loaded, score_model
 from hf_contmerge.scoring.setup import check_template
 from hf_contmerge.scoring.tasks import check_tasks, load_task, part_indices, task_manager
@@ -314,9 +315,8 @@ def test_a_model_in_training_is_left_as_it_was(base_folder: Path, tasks: Path, s
 
 
 def loaded(model: Any, folder: Path, tasks: Path) -> dict[str, TaskScore]:
-    how = Evaluate(batch_size=4)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return score_loaded(model, tokenizer, [Task(name="choice")], task_folder=tasks, evaluate=how, ranks=OneRank())
+    request = ScoreRequest([Task(name="choice")], tasks, Evaluate(batch_size=4))
+    return score_loaded(model, AutoTokenizer.from_pretrained(folder), request, ranks=OneRank())
 
 
 def test_chat_template(base_folder: Path, score: Callable[..., Any], scores: Mapping[str, TaskScore]) -> None:

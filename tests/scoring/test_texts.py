@@ -18,6 +18,7 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.files import write_answer_task, write_choice_task, write_perplexity_task
+from hf_contmerge.scoring.keys import ScoreRequest
 from hf_contmerge.scoring.score import score_loaded, score_model
 
 LINES = TEXT.strip().splitlines()
@@ -173,8 +174,8 @@ def test_rows_read_by_a_model(kind: str, chat: bool, folder: Folder, tasks: Path
     prompt = turn if chat else "".join(front) + QUESTION
     for name in ("choice", "written"):
         read.clear()
-        how = Evaluate(batch_size=1, chat_template=chat)
-        score_loaded(model, tokenizer, [Task(name=name)], task_folder=tasks, evaluate=how, ranks=OneRank())
+        request = ScoreRequest([Task(name=name)], tasks, Evaluate(batch_size=1, chat_template=chat))
+        score_loaded(model, tokenizer, request, ranks=OneRank())
         assert tokenizer.encode(prompt, add_special_tokens=False) in read
         assert all(row[: len(front)] == tokenizer.convert_tokens_to_ids(front) for row in read)
         assert all(EOS not in row[len(front) :] for row in read)

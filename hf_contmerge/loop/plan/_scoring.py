@@ -73,7 +73,10 @@ def _dry_batch(planned: PlannedRun, rows: int, length: int) -> StepCost:
 @functools.cache
 def _requests(planned: PlannedRun, task: str, few_shot: int | None) -> _Requests:
     evaluate = planned.recipe.evaluate
-    sample = sample_requests(task, evaluate.task_folders(planned.tasks), few_shot=few_shot, limit=evaluate.limit)
+    sample = sample_requests(
+        task, evaluate.task_folders(planned.tasks), few_shot=few_shot, limit=evaluate.limit,
+        trust_remote_code=planned.recipe.trust_remote_code,
+    )  # fmt: skip
     lengths = [len(planned.tokenizer(text, verbose=False)["input_ids"]) for text in sample.texts] or [1]
     mean, longest = sum(lengths) / len(lengths), max(lengths)
     if evaluate.max_length:

@@ -209,13 +209,16 @@ def _checks_of_tasks(run: Run, prepared: Prepared, how: Circumstances) -> Iterat
         yield partial(_check_tasks, prepared, recipe, tasks, how)
         if not prepared.tasks_checked:
             folders = recipe.evaluate.task_folders(how.tasks)
-            yield from (partial(check_tasks, [t], folders, split=recipe.tunes) for t in tasks if t.name not in made)
+            check = partial(check_tasks, split=recipe.tunes, trust_remote_code=recipe.trust_remote_code)
+            yield from (partial(check, [t], folders) for t in tasks if t.name not in made)
 
 
 def _check_tasks(prepared: Prepared, recipe: Recipe, tasks: list[Task], how: Circumstances) -> None:
     folders = recipe.evaluate.task_folders(how.tasks)
     try:
-        check_tasks(tasks, folders, split=recipe.tunes, limit=recipe.evaluate.limit)
+        check_tasks(
+            tasks, folders, split=recipe.tunes, limit=recipe.evaluate.limit, trust_remote_code=recipe.trust_remote_code
+        )
     except (RecipeError, DataError):
         raise
     except ResourceError:  # its message names all affected tasks

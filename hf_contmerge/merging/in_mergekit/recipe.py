@@ -13,6 +13,7 @@ from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.merge_rules import parameter_types, rule_class
 from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.models.rounding import Rounding
+from hf_contmerge.runtime.foreign import LARGEST_YAML, parse_documents, read_text
 
 _WORDS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer")
 _THEIRS_ALONE = ("slices", "modules", "chat_template")
@@ -98,8 +99,8 @@ class _Entry:
 def _words(path: Path) -> dict[str, Any]:
     """Read the recipe's top level; check its words."""
     try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        documents = parse_documents(read_text(path, most=LARGEST_YAML))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"Cannot read {path}: {error}") from error
     if len(documents) > 1:
         raise RecipeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models.config import optional_json
+from hf_contmerge.runtime.foreign import read_json
+from hf_contmerge.runtime.patterns import require_quick_lora
 
 CONFIG = "adapter_config.json"
 
@@ -77,7 +79,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json. Raises ModelError for unsupported adapters."""
     path = folder / CONFIG
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
+        require_quick_lora(settings if isinstance(settings, dict) else {})
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {path}: {error}. Save or fetch the adapter again.") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
@@ -88,6 +91,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     _require_known(path, settings)
     return settings
+
+
+def check_loadable(folder: Path) -> None:
+    """Raise ModelError for an adapter that peft cannot load without unpickling, foreign code, or slow patterns."""
+    settings = optional_json(folder / CONFIG)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{folder} has no adapter_model.safetensors, and a pickle (adapter_model.bin) is not read. Load it once "
+            "with peft and call save_pretrained, which writes safetensors."
+        )
+    if settings.get("megatron_config"):  # peft imports the module that megatron_core names
+        raise ModelError(f"{folder / CONFIG} sets megatron_config: the adapter {REFUSED['megatron_config']}.")
+    try:
+        require_quick_lora(settings)
+    except ValueError as error:
+        raise ModelError(f"{folder / CONFIG}: {error}.") from error
 
 
 def scaling(settings: Mapping[str, Any], place: str) -> tuple[int, float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,11 +13,8 @@ from pydantic import BaseModel, ValidationError
 from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Guard, MixedSource, Rung, Task
 from hf_contmerge.run.recipe.schema import Merge, Publish, Recipe, Stage, Train
-
-if TYPE_CHECKING or not yaml.__with_libyaml__:
-    from yaml import SafeLoader
-else:
-    from yaml import CSafeLoader as SafeLoader  # ten times faster
+from hf_contmerge.runtime.foreign import LARGEST_YAML, SafeLoader, is_too_long, parse_yaml
+from hf_contmerge.runtime.hiding import blanked, is_control, secrets_in, shown
 
 
 class _Loader(SafeLoader):
@@ -31,7 +28,7 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(text: str) -> Any:
     """Parse YAML text. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    return parse_yaml(text, _Loader)
 
 
 def apply_override(data: Any, override: str) -> None:
@@ -94,7 +91,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_mapping(path: str | Path) -> Any:
     """Parse a recipe's file, without checks of its fields. Raises RecipeError."""
     try:
-        return read_yaml(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:  # a pipe will do: `contmerge run <(...)`
+            return read_yaml(file.read(LARGEST_YAML + 1).decode())
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -107,21 +105,60 @@ def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
     Raises RecipeError as `load_recipe` does.
     """
     if not isinstance(data, dict):
-        raise RecipeError(f"{where} must hold a mapping with name, base_model, stages and merge; got {data!r:.80}")
+        raise RecipeError(f"{where} must hold a mapping with name, base_model, stages and merge; got {shown(data, 80)}")
     if "merge_method" in data:
         raise RecipeError(
             f"{where} is a mergekit recipe (it has `merge_method`). Run it with `mergekit-yaml {where} OUT`; "
             "a recipe for contmerge has `stages` and `merge`."
         )
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(explain(error, where)) from error
+        raise RecipeError(explain(error, where)) from None  # pydantic's own message shows values
+    _require_no_secrets(data, where)
+    _require_visible(data, where)
+    return recipe
+
+
+def _require_no_secrets(data: dict[str, Any], where: str) -> None:
+    """Raise RecipeError for a token or a password: recipes are copied into runs and cards."""
+    place = next(secrets_in(data), None)
+    if place is not None:
+        raise RecipeError(
+            f"{where}: {place} holds a token or a password, and a recipe is copied into runs, trackers and model "
+            "cards. Remove it; use an environment variable (HF_TOKEN, WANDB_API_KEY) or `hf auth login`."
+        )
+
+
+_PATHS = {"base_model", "expert", "minus", "path", "include_path", "output", "chat_template_path", "dataset"}
+_FREE_TEXT = {"text", "question", "choices", "answer", "stop", "labels"}
+
+
+def _require_visible(data: Any, where: str) -> None:
+    """Raise RecipeError for control characters in names and paths: terminals obey them."""
+    for place, text in _strings(data, ""):
+        sign = next(filter(is_control, text), None)
+        if sign:
+            raise RecipeError(f"{where}: {place} holds the control character {sign!a}. Remove it.")
+        if place.rpartition(".")[2] in _PATHS and is_too_long(text):
+            raise RecipeError(f"{where}: {place} is too long for a path ({len(text)} characters). Shorten it.")
+
+
+def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the strings of parsed YAML with their dotted paths; keys count, free text does not."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, part in parts:
+        place = f"{path}.{key}" if path else str(key)
+        yield path or "a field's name", str(key)
+        if key not in _FREE_TEXT:
+            yield from _strings(part, place)
+    if isinstance(value, str):
+        yield path, value
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Return a recipe as YAML, with all defaults."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return a recipe as YAML, with all defaults and without secrets."""
+    return yaml.safe_dump(blanked(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
 def explain(error: ValidationError, where: str, root: type[BaseModel] = Recipe) -> str:
@@ -138,8 +175,8 @@ def explain(error: ValidationError, where: str, root: type[BaseModel] = Recipe) 
         elif item["type"] == "missing":
             lines.append(f"{place} is missing.")
         else:
-            shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r:.60})"
-            lines.append(f"{place}{': ' * bool(place)}{item['msg'].removeprefix('Value error, ')}{shown}")
+            got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
+            lines.append(f"{place}{': ' * bool(place)}{item['msg'].removeprefix('Value error, ')}{got}")
     return f"{where}: " + "\n  ".join(lines)
 
 

@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
+from hf_contmerge.runtime.hiding import shown
+from hf_contmerge.runtime.patterns import require_quick
+
 Use = Literal["obeyed", "elsewhere", "refused"]
 
 
@@ -95,8 +98,8 @@ class TrlField:
             return TypeAdapter(accepted).validate_python(value)
         except ValidationError as error:
             words = " or ".join(_WORDS.get(kind, "a positive number") for kind in self.types)
-            shown = "" if isinstance(value, dict) else f"; got {value!r:.60}"  # a mapping might hold a token
-            raise ValueError(f"{name} must be {words}{shown}") from error
+            got = "" if isinstance(value, dict) else f"; got {shown(value)}"  # a mapping might hold a token
+            raise ValueError(f"{name} must be {words}{got}") from error
 
 
 def _obeyed(names: str, *types: Any, whole_run: bool = False) -> Iterator[tuple[str, TrlField]]:
@@ -109,6 +112,11 @@ def _elsewhere(name: str, place: str) -> Iterator[tuple[str, TrlField]]:
 
 def _refused(names: str, reason: str, *harmless: Any) -> Iterator[tuple[str, TrlField]]:
     yield from ((name, TrlField("refused", reason=reason, harmless=harmless)) for name in names.split())
+
+
+def _quick(pattern: str) -> str:
+    require_quick(pattern)
+    return pattern
 
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -129,6 +137,9 @@ _WORDS[Loading] = (
     "a mapping with `attn_implementation` or `experts_implementation` (words of transformers, no Hub repository) or "
     f"`dtype` ({', '.join(_DTYPES)}); other arguments could load other files or code, so it must be that"
 )
+
+Modules = Annotated[str, AfterValidator(_quick)]
+_WORDS |= {Modules: "a word or a pattern that matches quickly", list[Modules]: "a list of them"}
 
 _EVALUATION = (
     "a stage is not evaluated while it trains, because the run measures every expert and merge. Use `evaluate`."
@@ -152,7 +163,7 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_obeyed("lr_scheduler_type optim", str),
     *_obeyed("lr_scheduler_kwargs", Options, None),
     *_obeyed("optim_args", str, None),
-    *_obeyed("optim_target_modules", str, list[str], None),
+    *_obeyed("optim_target_modules", Modules, list[Modules], None),
     *_obeyed("average_tokens_across_devices auto_find_batch_size", bool),
     *_obeyed("label_smoothing_factor", Positive),
     *_obeyed("neftune_noise_alpha router_aux_loss_coef", Positive, None),
