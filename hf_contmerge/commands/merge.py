@@ -109,7 +109,10 @@ def _init(args: argparse.Namespace) -> None:
 def _add(args: argparse.Namespace) -> None:
     crew = _crew(args)
     state = _state(args, crew)
-    state.add(*args.experts, stages=args.stages, force=args.force, crew=crew)
+    if crew.ranks.first(state.finish_add, args.experts, args.stages):
+        _say("These experts are the newest ones already; nothing was added.")
+    else:
+        state.add(*args.experts, stages=args.stages, force=args.force, crew=crew)
     _print_log(state)
 
 
@@ -148,7 +151,11 @@ def _log(args: argparse.Namespace) -> None:
 def _drop(args: argparse.Namespace) -> None:
     crew = _crew(args)
     state = _state(args, crew)
-    state.drop(args.stage, crew=crew)
+    log = crew.ranks.first(state.log)
+    if args.stage in log.dropped and args.stage not in [e.stage for e in log.experts]:
+        _say(f"{args.stage} was dropped already.")
+    else:
+        state.drop(args.stage, crew=crew)
     _print_log(state)
 
 

@@ -12,7 +12,7 @@ from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.merge import RunningMerge
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.run.places import Place, Record
-from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.files import remove, write_atomically
 
 
 def merge_at(job: MergeJob) -> Record:
@@ -85,4 +85,4 @@ def _write_mergekit_recipe(job: MergeJob, merge: RunningMerge) -> None:
             merge.rule_name, merge.rule, base=job.run.base_model, experts=[e.folder for e in merge.experts],
             dtype=job.dtype, rounding=job.place.entry.rounding, scale=None if merge.factor == 1.0 else merge.scale,
         )  # fmt: skip
-        file.write_text(text, encoding="utf-8")
+        write_atomically(file, text)

@@ -11,9 +11,11 @@ GPUs. Rank 0 looks up the finished phases and writes records; all ranks train an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +26,7 @@ from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Recipe, Stage
 from hf_contmerge.runtime.files import FolderLock, remove
+from hf_contmerge.runtime.refusals import explain
 
 if TYPE_CHECKING:  # these load torch, needless for a finished run
     from hf_contmerge.loop._record import Recorder
@@ -34,6 +37,7 @@ if TYPE_CHECKING:  # these load torch, needless for a finished run
     from hf_contmerge.scoring.tasks import DocumentPart
 
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
 
 
 def run_recipe(
@@ -47,7 +51,7 @@ def run_recipe(
         ContmergeError: a user error. Finished phases are kept.
     """
     from hf_contmerge.loop._record import Recorder
-    from hf_contmerge.loop.plan.checks import prepare
+    from hf_contmerge.loop.plan.checks import disk_needed, prepare
     from hf_contmerge.loop.trackers import Trackers, check_trackers
     from hf_contmerge.runtime.launching import join_ranks
 
@@ -57,7 +61,8 @@ def run_recipe(
     with FolderLock(run.folder) if crew.ranks.is_main else nullcontext():
         prepared = prepare(run, crew.ranks, trust_remote_code=trust_remote_code)
         trackers = Trackers.open(run) if crew.ranks.is_main else Trackers()
-        Loop(run, PHASES.index(until), prepared, Recorder(run.folder, ranks, crew), trackers).carry_out()
+        recorder = Recorder(run.folder, ranks, crew, need=partial(disk_needed, run, prepared))
+        Loop(run, PHASES.index(until), prepared, recorder, trackers).carry_out()
         trackers.close()
     crew.ranks.barrier()
     return run
@@ -87,10 +92,8 @@ class Loop:
                     self._train(t, place)
                 elif isinstance(place, MergePlace):
                     self._merge(t, place)
-            if t:
-                self._report()
         if self._wanted("report") and self.recorder.is_main:
-            self.run.report.finish("report", {"recipe_sha256": self.run.recipe_sha256()})
+            self._report()
 
     def _train(self, t: int, place: ExpertPlace) -> None:
         stage = self.run.stage(t)
@@ -190,10 +193,18 @@ class Loop:
         return None
 
     def _report(self) -> None:
-        if self._wanted("report") and self.recorder.is_main:
+        """Write report and record; an error costs the report, not the run."""
+        try:
             from hf_contmerge.report.write import write_report
 
             write_report(self.run)
+            self.run.report.finish("report", {"recipe_sha256": self.run.recipe_sha256()})
+        except Exception as error:
+            cause = explain(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            LOG.warning(
+                "Warning: the report was not written. %s. All other phases are done; write it with `contmerge report "
+                "%s`, or run the same command again.", cause.rstrip("."), self.run.folder,
+            )  # fmt: skip
 
     def _wanted(self, phase: Phase) -> bool:
         return PHASES.index(phase) <= self.last_phase

@@ -51,6 +51,8 @@ class Log:
     running_norm: float = 0.0
     format: int = FORMAT
     versions: dict[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    """Stages dropped so far; left out of the file if empty."""
 
     def norms(self) -> Norms:
         return Norms(tuple(e.norm for e in self.experts), self.running_norm)
@@ -70,7 +72,8 @@ def read_log(folder: Path) -> Log:
                 f"{file} has format {values.get('format')}, but this program reads {FORMAT}. Use the version of "
                 f"hf_contmerge that made it ({values.get('versions', {}).get('hf_contmerge', 'unknown')})."
             )
-        return Log(**{**values, "experts": tuple(Entry(**e) for e in values["experts"])})
+        lists = {"experts": tuple(Entry(**e) for e in values["experts"]), "dropped": tuple(values.get("dropped", ()))}
+        return Log(**{**values, **lists})
     except FileNotFoundError as error:
         raise RunError(
             f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME"
@@ -81,14 +84,17 @@ def read_log(folder: Path) -> Log:
 
 def write_log(folder: Path, log: Log) -> None:
     """Replace state.json, the commit of a change."""
-    write_atomically(folder / "state.json", json.dumps(asdict(log), indent=1) + "\n")
+    values = {word: value for word, value in asdict(log).items() if value or word != "dropped"}
+    write_atomically(folder / "state.json", json.dumps(values, indent=1) + "\n")
 
 
 def log_export(folder: Path, out: Path, experts: int, survival: Survival) -> None:
-    """Append an export to exports.jsonl."""
-    line = {"model": str(out.resolve()), "experts": experts, **survival.to_json()}
-    with (folder / _EXPORTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append an export to exports.jsonl, unless it is the last one."""
+    line = json.dumps({"model": str(out.resolve()), "experts": experts, **survival.to_json()}) + "\n"
+    file = folder / _EXPORTS
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not before.endswith(line):
+        write_atomically(file, before + line)
 
 
 def read_exports(folder: Path) -> list[dict[str, Any]]:

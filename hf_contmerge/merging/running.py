@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._pieces import Parts
-from hf_contmerge.models.weights import Weights
+from hf_contmerge.models.weights import Weights, write_tensors
 
 _OF = "::"
 
@@ -78,7 +77,7 @@ def write_factored(folder: Path, name: str, state: Factored) -> None:
     out = folder / "factors"
     out.mkdir(exist_ok=True)
     parts = {"left": state.left, "core": state.core, "right": state.right}
-    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, out / f"{name}.safetensors")
+    write_tensors(out / f"{name}.safetensors", parts)
 
 
 def _weights(folder: Path) -> Weights | None:

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, RunError, unknown
+from hf_contmerge.errors import ModelError, RecipeError, RunError, unknown
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._log import (
     Entry,
@@ -51,9 +51,11 @@ from hf_contmerge.models.weights import SHARD_SIZE, Weights, weights_sha256
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder, write_atomically
 from hf_contmerge.runtime.plugins import require_same
+from hf_contmerge.runtime.refusals import refusals
 from hf_contmerge.runtime.versions import versions
 
 _CHANGE = "tokenizer_change.json"
+_LINEAGE = "merge.json"
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ class MergeState:
         def make() -> None:
             checked, base_folder = make_rule(rule, parameters), resolve_model(str(base))
             check_mergeable(base_folder)
-            require_new(state.folder)
-            state.folder.mkdir(parents=True, exist_ok=True)
             log = Log(
                 rule, checked.parameters(), name_of(base), str(base_folder.resolve()), weights_sha256(base_folder),
                 Weights(base_folder).stamp(), versions=versions([rule]),
             )  # fmt: skip
+            if (state.folder / "state.json").is_file() and read_log(state.folder) == log:
+                return  # the same command was cut off after its last write
+            require_new(state.folder)
             write_log(state.folder, log)
 
         (crew or Crew()).ranks.first(make)
@@ -193,6 +196,25 @@ class MergeState:
             crew.ranks.first(self._keep_change, merge.base, folders)
         return self
 
+    def finish_add(self, models: Sequence[str | Path], stages: Sequence[str] = ()) -> bool:
+        """Complete an addition that was cut off at its end.
+
+        Returns:
+            Whether these experts are the newest ones in the state.
+        """
+        log = self.log()
+        newest = log.experts[-len(models) :] if models else ()
+        if [e.model for e in newest] != [name_of(m) for m in models] or (
+            stages and [e.stage for e in newest] != list(stages)
+        ):
+            return False
+        folders = [resolve_model(str(m), adapters=True) for m in models]
+        if [e.sha256 for e in newest] != [expert_sha256(folder) for folder in folders]:
+            return False
+        with FolderLock(self.folder):
+            self._keep_change(self._base(log), folders)
+        return True
+
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:
         """Rebuild the state without a stage.
 
@@ -214,7 +236,7 @@ class MergeState:
             if kept:
                 after = after.fold([e.expert() for e in kept], self._next_running(log, crew), crew=crew)
             refolded = tuple(replace(e, norm=x.norm) for e, x in zip(kept, after.experts, strict=True))
-            self._publish(log, after, refolded, crew)
+            self._publish(replace(log, dropped=(*log.dropped, stage)), after, refolded, crew)
         return self
 
     def export(
@@ -227,7 +249,7 @@ class MergeState:
         tokenizer_from: str | None = None,
         crew: Crew | None = None,
     ) -> Path:
-        """Write the merged model in the layout of `save_pretrained`.
+        """Write the merged model in the layout of `save_pretrained`, unless an equal call did.
 
         Args:
             out: a new folder.
@@ -247,11 +269,16 @@ class MergeState:
             return merge, kind
 
         merge, (kind, by) = crew.ranks.all(open_merge)
+        asked = {"dtype": dtype, "rounding": by, "shard_size": shard_size, "tokenizer_from": tokenizer_from}
+        lineage = {**asdict(log), "scale": merge.scale, "asked": asked}
+        if stored := crew.ranks.first(read_lineage, out, lineage):
+            crew.ranks.first(log_export, self.folder, out, len(log.experts), Survival.read(stored["stored"]))
+            return out
         companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
         change = UNCHANGED if companions else crew.ranks.first(self._trained_change)
         with new_folder(out, crew.ranks) as scratch:
             survival = merge.export(Output(scratch, kind, shard_size, companions, change, by), crew=crew)
-            crew.ranks.first(_write_lineage, log, merge.scale, survival, scratch)
+            crew.ranks.first(write_lineage, scratch, {**lineage, "stored": survival.to_json()})
         crew.ranks.first(log_export, self.folder, out, len(log.experts), survival)
         if crew.ranks.is_main:
             survival.warn(out)
@@ -305,10 +332,12 @@ class MergeState:
 
             log = crew.ranks.first(begin)
             try:
-                yield log
-            except (ContmergeError, OSError, ValueError):
+                with refusals(self.folder):
+                    yield log
+            except BaseException:
                 if crew.ranks.is_main:
-                    self._clear_all_but({self.log().running})
+                    with suppress(OSError, RunError):
+                        self._clear_all_but({self.log().running})
                 raise
 
     def _keep_change(self, base: Path, experts: Sequence[Path]) -> None:
@@ -354,9 +383,19 @@ class MergeState:
         crew.ranks.first(write)
 
 
-def _write_lineage(log: Log, scale: float, survival: Survival, out: Path) -> None:
-    lineage = {**asdict(log), "scale": scale, "stored": survival.to_json()}
-    (out / "merge.json").write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
+def write_lineage(out: Path, lineage: Mapping[str, Any]) -> None:
+    """Write merge.json next to a model."""
+    write_atomically(out / _LINEAGE, json.dumps(lineage, indent=1) + "\n")
+
+
+def read_lineage(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return merge.json of a folder, if it has these values."""
+    try:
+        lineage = json.loads((out / _LINEAGE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = json.loads(json.dumps(wanted))
+    return lineage if isinstance(lineage, dict) and {word: lineage.get(word) for word in same} == same else None
 
 
 def _now() -> str:

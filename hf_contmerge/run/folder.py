@@ -34,8 +34,10 @@ from hf_contmerge.run.recipe.changes import FieldChange, changes
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, recipe_yaml
-from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
+from hf_contmerge.runtime.files import FolderLock, make_folder, sync_folder, write_atomically
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
+
+_PATIENCE = 600  # seconds to wait for another process's report
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Run:
         run = cls(Path(folder) if folder else recipe.run_folder(), recipe)
         run.check_folder()
         try:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(run.folder)
             with FolderLock(run.folder):
                 write_atomically(run._recipe_file, recipe_yaml(recipe))
         except OSError as error:
@@ -121,6 +123,10 @@ class Run:
         """Place of the report folder and its record."""
         return Place(self.folder)
 
+    def report_lock(self) -> FolderLock:
+        """Lock the report: a run and `contmerge report` take turns."""
+        return FolderLock(self.folder, ".report.lock", wait=_PATIENCE)
+
     @property
     def tasks(self) -> Path:
         return self.folder / "tasks"
@@ -136,9 +142,12 @@ class Run:
 
     def link_base(self, folder: Path) -> None:
         """Point the link at the base model."""
-        self.base_model.parent.mkdir(parents=True, exist_ok=True)
-        remove(self.base_model)
-        self.base_model.symlink_to(folder.resolve())
+        make_folder(self.base.folder)
+        new = self.base_model.with_name(".model")
+        new.unlink(missing_ok=True)
+        new.symlink_to(folder.resolve())
+        new.replace(self.base_model)  # never missing: recipes of merges name it
+        sync_folder(self.base.folder)
 
     def stage_numbers(self) -> range:
         return range(1, len(self.recipe.stages) + 1)
@@ -200,7 +209,8 @@ class Run:
             raise RunError(unknown("phase", phase, PHASES))
         first = self._first_to_redo(phase, stage)
         undone = ["the report"] if self.report.is_done("report") else []
-        self.report.undo("report")
+        with self.report_lock():
+            self.report.undo("report")
         # Last to first: a crash halfway leaves no gap in the run.
         for t, place in reversed(list(self.places())):
             for each in reversed(_following(phase, t, place, first, whole_run=stage is None)):

@@ -7,12 +7,14 @@ phase without its record has not happened, whatever a crash leaves.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
+from hf_contmerge.runtime.files import make_folder, put_in_place, remove, withdraw, write_atomically
 from hf_contmerge.runtime.versions import versions
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class Place:
         """Create an empty hidden folder for the output `name`."""
         path = self.folder / f".{name}"
         remove(path)
-        path.mkdir(parents=True)
+        make_folder(path)
         return path
 
     def publish(self, name: str) -> Path:
@@ -61,6 +63,16 @@ class Place:
         stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(words)}
         write_atomically(self._record_file(phase), json.dumps({**record, **stamp}, indent=1) + "\n")
 
+    @contextmanager
+    def reopened(self, phase: Phase) -> Iterator[None]:
+        """Withdraw a record while its output is replaced: a crash leaves no record without it."""
+        file = self._record_file(phase)
+        text = file.read_text(encoding="utf-8") if file.exists() else None
+        withdraw(file)
+        yield
+        if text is not None:
+            write_atomically(file, text)
+
     @property
     def validation(self) -> Place:
         """Scores on validation documents, for guards and `auto` parameters."""
@@ -68,7 +80,7 @@ class Place:
 
     def undo(self, phase: Phase) -> None:
         """Delete a phase's record, then its outputs."""
-        self._record_file(phase).unlink(missing_ok=True)
+        withdraw(self._record_file(phase))
         self.logged(phase).unlink(missing_ok=True)
         for name in self.outputs(phase):
             remove(self.folder / name)

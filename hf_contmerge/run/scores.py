@@ -9,7 +9,6 @@ digest), gain, weight, answer, text. Only `write_scores` and `load_scores` know 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.run.places import Place
-from hf_contmerge.runtime.files import sync_folder
+from hf_contmerge.runtime.files import replacing
 
 Block = Literal["accuracy", "perplexity"]
 BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")
@@ -105,14 +104,8 @@ def write_scores(place: Place, scores: Scores, *, texts: bool = False) -> dict[s
         columns[column] = [v for score in kept.values() for v in getattr(score, field) or [None] * len(score.gains)]
     types = {"task": pa.dictionary(pa.int32(), pa.string()), "gain": pa.float64(), "weight": pa.float64()}
     fields = [pa.field(name, types.get(name, pa.string())) for name in columns]
-    scratch = place.folder / f".{DOCUMENTS_FILE}"
-    place.folder.mkdir(parents=True, exist_ok=True)
-    with scratch.open("wb") as file:
+    with replacing(place.folder / DOCUMENTS_FILE) as file:
         parquet.write_table(pa.table(columns, schema=pa.schema(fields)), file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(place.folder / DOCUMENTS_FILE)
-    sync_folder(place.folder)
     return {name: {k: v for k, v in score.to_json().items() if k not in _COLUMNS} for name, score in kept.items()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from hf_contmerge.errors import ContmergeError, DataError, RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
-from hf_contmerge.training._log import OnLog, TrainingLog, curve
+from hf_contmerge.training._log import OnLog, TrainingLog, curve, newest_checkpoint
 from hf_contmerge.training._trainer import (
     StrategySteps,
     drop_reference,
@@ -64,7 +64,7 @@ def train_expert(
     share_out_on_processors(trainer)
     _check_ranks(trainer, strategies)
     _tell(trainer, on_log)
-    _train_on(trainer, _newest_checkpoint(checkpoints))
+    _train_on(trainer, newest_checkpoint(checkpoints))
     _check_steps(trainer)
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
@@ -188,17 +188,6 @@ def _check_steps(trainer: Any) -> None:
         )
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint: trainer_state.json comes last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
-
-
 def _tell(trainer: Any, on_log: OnLog) -> None:
     """Have our own lines, bar and trackers in place of the trainer's."""
     trainer.remove_callback(PrinterCallback)
@@ -216,4 +205,5 @@ def _train_on(trainer: Any, checkpoint: Path | None) -> None:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = state
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop_after_checkpoint():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,0 +1,267 @@
+"""Whatever a disk does to a command, nothing is lost: the same command then ends as if nothing had happened.
+
+Each command meets, at each of its changes to the disk: a kill, a write that is torn in half, a refusal (full, quota,
+input/output error, no permission), and a power cut that takes what was not flushed. After each, status, state and
+models are valid; a refusal is one sentence and exit code 2; the same command ends in the same bytes. The default tests
+draw a few of them; `-m slow` walks through all, and prints the counts.
+"""
+
+import json
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from errno import EACCES, EDQUOT, EIO, ENOSPC
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toys.faulty_disk import FULL, WRITES, Fault, after_power_cut, restore
+from toys.forks import Forks, forks, outcome
+from toys.models import perturbed, toy_llama, write_jsonl
+
+from hf_contmerge import MergeState
+from hf_contmerge.commands.main import main
+from hf_contmerge.models.experts import expert_sha256
+from hf_contmerge.models.weights import Weights, tensor_bytes, weights_sha256
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import ExpertPlace, MergePlace
+from hf_contmerge.run.scores import load_scores
+
+REFUSALS = (ENOSPC, EDQUOT, EIO, EACCES)
+CUTS = ("lost", "names", "mixed", "mixed")
+SAID = {ENOSPC: "full", EDQUOT: "quota", EIO: "input/output", EACCES: "permission"}
+
+
+@dataclass
+class Case:
+    """A command, what it starts from, and what must always hold."""
+
+    words: list[object]
+    start: Path
+    check: Callable[[Path], None]
+
+
+class Bench:
+    """Runs a case again and again in one folder."""
+
+    def __init__(self, server: Forks, case: Case) -> None:
+        self.server, self.case, self.root = server, case, server.root
+        self.reset()
+        assert self._run(Fault("record")) == 0, server.log.read_text()
+        self.names = server.steps()
+        self.journal = _journal(server.journal)
+        case.check(self.root)
+        self.unbroken = outcome(self.root)
+        self._seen: set[str] = set()
+
+    def _run(self, fault: Fault | None = None) -> int:
+        return self.server.run(*self.case.words, fault=fault)
+
+    def reset(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.rmtree(f"{self.root}.cache", ignore_errors=True)
+        shutil.copytree(self.case.start, self.root, symlinks=True)
+
+    def again(self, what: str) -> None:
+        """The same command ends in the same bytes."""
+        try:
+            self.case.check(self.root)
+        except Exception as error:
+            raise AssertionError(f"{what}: {error}") from error
+        assert self._run() == 0, f"{what}: {self.server.log.read_text()}"
+        found = outcome(self.root)
+        assert found.keys() == self.unbroken.keys(), what
+        assert {n: w for n, w in found.items() if w != self.unbroken[n]} == {}, what
+
+    def kill(self, number: int) -> None:
+        self.reset()
+        what = f"killed before {number} {self.names[number - 1]}"
+        assert self._run(Fault("kill", number)) == -signal.SIGKILL, f"{what}: {self.server.log.read_text()}"
+        self.again(what)
+
+    def tear(self, number: int) -> None:
+        self.reset()
+        what = f"killed in the middle of {number} {self.names[number - 1]}"
+        assert self._run(Fault("tear", number)) == -signal.SIGKILL, f"{what}: {self.server.log.read_text()}"
+        self.again(what)
+
+    def refuse(self, number: int, error: int) -> None:
+        self.reset()
+        what = f"refused ({error}): {number} {self.names[number - 1]}"
+        code, said = self._run(Fault("fail", number, number=error)), self.server.log.read_text()
+        assert "Traceback" not in said, f"{what}: {said}"
+        if code:
+            errors = [line for line in said.splitlines() if line.startswith("Error")]
+            assert (code, len(errors)) == (2, 1), f"{what}: {code} {said}"
+            assert SAID[error] in errors[0] or self.names[number - 1].startswith("send"), f"{what}: {said}"
+            assert str(self.root) in errors[0] or self.names[number - 1].startswith("send"), f"{what}: {said}"
+            assert re.search("again|rerun", errors[0]), f"{what}: {said}"
+        else:
+            assert "Warning: " in said or outcome(self.root) == self.unbroken, f"{what}: {said}"
+        self.again(what)
+
+    def cut(self, number: int, how: str, draw: random.Random) -> bool:
+        """Return False for a disk that was seen before."""
+        image = after_power_cut(self.journal, number, how, draw)
+        key = json.dumps(image, sort_keys=True)
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        shutil.rmtree(self.root, ignore_errors=True)
+        restore(image, self.journal, self.root)
+        step = self.journal.steps[number]
+        self.again(f"power cut ({how}) before {number} {step.kind} {step.path}")
+        return True
+
+
+def _journal(path: Path) -> Any:
+    import pickle
+
+    return pickle.loads(path.read_bytes())
+
+
+# What must hold at every moment
+
+
+def check_run(root: Path) -> None:
+    """Every record's outputs are there, as it says; the run can be looked at."""
+    folder = root / "run"
+    if not (folder / "recipe.yml").exists():
+        return
+    run = Run.load(folder)
+    for _, place in run.places():
+        if isinstance(place, ExpertPlace) and place.is_done("train"):
+            assert expert_sha256(place.model) == place.record("train")["model_sha256"]
+        if isinstance(place, MergePlace) and place.is_done("merge"):
+            assert weights_sha256(place.model) == place.record("merge")["model_sha256"]
+            words = yaml.safe_load(place.mergekit_recipe.read_text())
+            assert all((place.folder / m["model"]).exists() for m in words["models"])
+        if place.is_done("score"):
+            assert load_scores(place)
+    if run.report.is_done("report"):
+        assert {"index.html", "summary.json"} <= {p.name for p in (folder / "report").iterdir()}
+        json.loads((folder / "report/summary.json").read_text())
+    assert main(["status", str(folder)]) == 0
+
+
+def merged(state: MergeState) -> tuple[list[str], dict[str, bytes]]:
+    """Return a state's experts and its running tensors."""
+    running = state.running()
+    weights = Weights(running) if running else None
+    tensors = {n: bytes(tensor_bytes(weights.tensor(n))) for n in weights.names} if weights else {}
+    return [e.stage for e in state.log().experts], tensors
+
+
+def check_state(root: Path) -> None:
+    folder = root / "state"
+    if (folder / "state.json").exists():
+        stages, tensors = merged(MergeState.load(folder))
+        assert bool(stages) == bool(tensors)
+    if (root / "out").exists():
+        names = {path.name for path in (root / "out").iterdir()}
+        assert not names or {"merge.json"} < names
+        if "config.json" in names:
+            assert weights_sha256(root / "out")
+
+
+# The commands
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with forks(tmp_path_factory.mktemp("disk") / "root") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("disk-home")
+    base = toy_llama(home / "base", seed=0, hidden=16, layers=1)
+    for number in (1, 2, 3):
+        perturbed(base, home / f"e{number}", seed=number, size=0.01)
+    draw, words = random.Random(0), "the quick brown fox jumps over a lazy dog".split()
+    for name in ("a", "b"):
+        write_jsonl(home / f"{name}.jsonl", [{"text": " ".join(draw.choices(words, k=40))} for _ in range(12)])
+    train = {"per_device_train_batch_size": 2, "max_length": 32, "learning_rate": 1e-2, "max_steps": 2,
+             "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1}  # fmt: skip
+    stages = [{"name": n, "dataset": {"path": str(home / f"{n}.jsonl"), "heldout": 2}} for n in ("a", "b")]
+    recipe = {"name": "disk", "base_model": str(base), "stages": stages, "train": train, "merge": ["magmax"]}
+    (home / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    for name in ("nothing", "state", "none"):
+        (home / name).mkdir()
+    state = MergeState.create(home / "state" / "state", base=base, rule="opcm")
+    state.add(home / "e1", home / "e2")
+    return home
+
+
+def case(name: str, home: Path, root: Path) -> Case:
+    state, works = root / "state", ["--workers", "1"]
+    words: dict[str, list[object]] = {
+        "init": ["merge", "init", state, "--base", home / "base", "--rule", "opcm"],
+        "add": ["merge", "add", state, home / "e3", *works],
+        "drop": ["merge", "drop", state, "e1", *works],
+        "export": ["merge", "export", state, root / "out", "--shard-size", "20KB", *works],
+        "export adapter": ["merge", "export", state, root / "out", "--as-adapter", "--rank", "2", *works],
+        "run": ["run", home / "recipe.yml", "--run", root / "run"],
+    }
+    start = home / ("nothing" if name in ("init", "run") else "state")
+    return Case(words[name], start, check_run if name == "run" else check_state)
+
+
+MERGES = ("init", "add", "drop", "export", "export adapter")
+
+
+def writes(bench: Bench) -> list[int]:
+    return [i for i, name in enumerate(bench.names, 1) if name.startswith("write ")]
+
+
+def refusable(bench: Bench, error: int) -> list[int]:
+    kinds = {EIO: (*WRITES, "fsync", "rename", "unlink"), EACCES: ("open", "mkdir", "rename", "symlink")}
+    named = [(i, name.partition(" ")[0]) for i, name in enumerate(bench.names, 1)]
+    return [i for i, kind in named if kind in kinds.get(error, WRITES) or kind == "send"]
+
+
+def walk(bench: Bench, name: str, share: Callable[[list[int]], list[int]], capsys: Any) -> None:
+    """Try faults at chosen steps; print how many there were."""
+    draw, every = random.Random(name), list(range(1, len(bench.names) + 1))
+    counts = {"kills": 0, "torn writes": 0, "refused writes": 0, "power cuts": 0}
+    for number in share(every):
+        bench.kill(number)
+        counts["kills"] += 1
+    for number in share(writes(bench)):
+        bench.tear(number)
+        counts["torn writes"] += 1
+    for error in REFUSALS:
+        for number in share(refusable(bench, error)):
+            bench.refuse(number, error)
+            counts["refused writes"] += 1
+    for how in CUTS:
+        for number in share(list(range(len(bench.journal.steps)))):
+            counts["power cuts"] += bench.cut(number, how, draw)
+    with capsys.disabled():
+        told = ", ".join(f"{count} {what}" for what, count in counts.items())
+        print(f"\n{name}: {len(every)} steps; survived {told}")
+
+
+def some(count: int, seed: str) -> Callable[[list[int]], list[int]]:
+    draw = random.Random(seed)
+    return lambda numbers: sorted(draw.sample(numbers, min(count, len(numbers))))
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_merges_survive_some_faults(name: str, server: Forks, home: Path, capsys: Any) -> None:
+    walk(Bench(server, case(name, home, server.root)), name, some(2, name), capsys)
+
+
+def test_a_run_survives_some_faults(server: Forks, home: Path, capsys: Any) -> None:
+    walk(Bench(server, case("run", home, server.root)), "run", some(1, "run"), capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MERGES, "run"])
+def test_all_faults(name: str, server: Forks, home: Path, capsys: Any) -> None:
+    walk(Bench(server, case(name, home, server.root)), name, list, capsys)
