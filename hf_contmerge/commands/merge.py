@@ -151,8 +151,7 @@ def _log(args: argparse.Namespace) -> None:
 def _drop(args: argparse.Namespace) -> None:
     crew = _crew(args)
     state = _state(args, crew)
-    log = crew.ranks.first(state.log)
-    if args.stage in log.dropped and args.stage not in [e.stage for e in log.experts]:
+    if crew.ranks.first(state.finish_drop, args.stage):
         _say(f"{args.stage} was dropped already.")
     else:
         state.drop(args.stage, crew=crew)

@@ -213,6 +213,20 @@ class MergeState:
             return False
         with FolderLock(self.folder):
             self._keep_change(self._base(log), folders)
+            self._clear_all_but({self.log().running})
+        return True
+
+    def finish_drop(self, stage: str) -> bool:
+        """Complete a removal that was cut off at its end.
+
+        Returns:
+            Whether the stage was in the state, and is no more.
+        """
+        log = self.log()
+        if stage not in log.dropped or stage in [e.stage for e in log.experts]:
+            return False
+        with FolderLock(self.folder):
+            self._clear_all_but({self.log().running})
         return True
 
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:

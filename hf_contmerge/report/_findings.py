@@ -136,8 +136,13 @@ def caption(results: Results) -> str:
     return (
         "".join(gains) + "Bars: 95 % intervals, paired by document. Hollow marker: no change seen (a stage since it "
         "was learnt, general ability against the base). ★: an expert trained on that stage alone. 0.1 nats is about "
-        "10 % of the perplexity."
+        "10 % of the perplexity." + _left_out(results)
     )
+
+
+def _left_out(results: Results) -> str:
+    shown = len(results.shown)
+    return "" if shown == results.last else f" {shown} of {results.last} stages are shown; all are in scores.csv."
 
 
 def compared(results: Results, describe: Callable[[Line], str]) -> list[str]:

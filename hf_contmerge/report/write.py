@@ -63,7 +63,7 @@ def write_report(run: Run) -> Path:
 
 
 def _write(run: Run, folder: Path) -> None:
-    from hf_contmerge.report._pages import markdown, page  # jinja2 is for reports that are written, not shown again
+    from hf_contmerge.report._pages import pages  # jinja2 is for reports that are written, not shown again
     from hf_contmerge.report._templates import fill
 
     results, spent = load_results(run), costs(run)
@@ -71,8 +71,7 @@ def _write(run: Run, folder: Path) -> None:
     pictures = [Picture(draw_alone(results, panel), panel.alt_text(results)) for panel in panels(results)]
     shown = [section for section in sections(run, results) if not section.empty]
     texts = {
-        "index.html": page(run, results, pictures, shown),
-        "report.md": markdown(run, results, shown),
+        **pages(run, results, pictures, shown),
         "summary.json": json.dumps(summary(run, results), indent=1) + "\n",
         "costs.html": fill("costs.html", name=run.recipe.name, tables=cost_tables(spent)),
         "scores.csv": csv_text([_COLUMNS, *_score_rows(results)]),

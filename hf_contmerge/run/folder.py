@@ -268,6 +268,13 @@ class Run:
             )
 
 
+def evenly_spread(last: int, most: int) -> tuple[int, ...]:
+    """Return stages from 1 to `last`: all, or `most` with both ends."""
+    if last <= most:
+        return tuple(range(1, last + 1))
+    return tuple(1 + round(i * (last - 1) / (most - 1)) for i in range(most))
+
+
 def _is_leftover(path: Path) -> bool:
     """Return True for leftovers of a first start killed before recipe.yml."""
     return path.name.startswith((".recipe.yml.", ".lock"))

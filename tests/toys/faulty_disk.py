@@ -1,8 +1,8 @@
-"""A disk that fails, tears a write, loses power or kills the process at a chosen change: in place of Python's own calls.
+"""A disk that fails, tears a write, loses power or kills the process at a chosen change.
 
-Every change that this process makes to files below a folder is a step: open (for writing), write, truncate, fsync, mkdir,
-rename, unlink, rmdir, symlink, link. Libraries that write without Python (safetensors, torch.save) count too: the first
-as one write, the second is made to write through a Python file, and reports what it reports of a real disk.
+Every change that this process makes to files below a folder is a step: open (for writing), write, truncate, fsync,
+mkdir, rename, unlink, rmdir, symlink, link; and each request to a server. Libraries that write without Python count,
+too: safetensors as one write; torch.save is made to write through a Python file, and fails as on a real disk.
 """
 
 import builtins
