@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -77,6 +77,8 @@ class Loop:
     prepared: Prepared
     recorder: Recorder
     trackers: Trackers
+    scored: dict[str, tuple[Place, str]] = field(default_factory=dict)
+    """Key of a score -> place and task."""
 
     def carry_out(self) -> None:
         """Train, merge, score and report, stage by stage."""
@@ -163,6 +165,8 @@ class Loop:
 
         how = self._measuring("test" if self.run.recipe.tunes else "all")
         measure_at(place, model, tasks, how, on_log=self.trackers.of(place, "score"))
+        if self.recorder.is_main:
+            self._keep_keys(place)
 
     def _measuring(self, part: DocumentPart) -> Measuring:
         from dataclasses import replace
@@ -185,12 +189,17 @@ class Loop:
         """
         from hf_contmerge.run.scores import load_scores
 
-        for _, place in self.run.places():
-            tasks = place.record("score")["tasks"] if place.is_done("score") else {}
-            for name, task in tasks.items():
-                if task["details"].get("key") == key:
-                    return load_scores(place)[name]
-        return None
+        if not self.scored:
+            for _, place in self.run.places():
+                self._keep_keys(place)
+        place, name = self.scored.get(key, (None, ""))
+        return load_scores(place).get(name) if place else None
+
+    def _keep_keys(self, place: Place) -> None:
+        """Remember where a place's scores are: reading all records for each task grows with the cube of the stages."""
+        for name, task in (place.record("score")["tasks"] if place.is_done("score") else {}).items():
+            if key := task["details"].get("key"):
+                self.scored.setdefault(key, (place, name))
 
     def _report(self) -> None:
         """Write report and record; an error costs the report, not the run."""
