@@ -58,8 +58,7 @@ def write_report(run: Run) -> Path:
     """
     with run.report_lock():
         _write(run, run.report.scratch("report"))
-        with run.report.reopened("report"):
-            return run.report.publish("report") / "forgetting.png"
+        return run.report.publish("report") / "forgetting.png"
 
 
 def _write(run: Run, folder: Path) -> None:

@@ -109,7 +109,7 @@ class Run:
 
         Reads at most two files, so that finished runs answer at once.
         """
-        if not self.report.is_done("report"):
+        if not self.report.is_done("report") or not (self.folder / "report").is_dir():
             return False
         record = self.report.record("report")
         return record.get("recipe_sha256") == self.recipe_sha256() and not changed(record.get("versions", {}))

@@ -7,14 +7,12 @@ phase without its record has not happened, whatever a crash leaves.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.runtime.files import make_folder, put_in_place, remove, withdraw, write_atomically
+from hf_contmerge.runtime.files import make_folder, put_in_place, remove, replaced, withdraw, write_atomically
 from hf_contmerge.runtime.versions import versions
 
 if TYPE_CHECKING:
@@ -63,16 +61,6 @@ class Place:
         stamp = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(words)}
         write_atomically(self._record_file(phase), json.dumps({**record, **stamp}, indent=1) + "\n")
 
-    @contextmanager
-    def reopened(self, phase: Phase) -> Iterator[None]:
-        """Withdraw a record while its output is replaced: a crash leaves no record without it."""
-        file = self._record_file(phase)
-        text = file.read_text(encoding="utf-8") if file.exists() else None
-        withdraw(file)
-        yield
-        if text is not None:
-            write_atomically(file, text)
-
     @property
     def validation(self) -> Place:
         """Scores on validation documents, for guards and `auto` parameters."""
@@ -84,6 +72,7 @@ class Place:
         self.logged(phase).unlink(missing_ok=True)
         for name in self.outputs(phase):
             remove(self.folder / name)
+            remove(replaced(self.folder / name))
 
     def logged(self, phase: Phase) -> Path:
         """File with the last step sent to the trackers."""

@@ -126,11 +126,24 @@ def sync_folder(folder: Path) -> None:
 
 
 def put_in_place(scratch: Path, final: Path) -> None:
-    """Flush a folder to disk; rename it to `final`."""
+    """Flush a folder to disk; rename it to `final`.
+
+    An older folder is whole or gone, never half removed.
+    """
     sync_files(scratch)
+    old = replaced(final)
+    remove(old)
+    if final.is_dir() and any(final.iterdir()):
+        final.rename(old)
     remove(final)
     scratch.rename(final)
     sync_folder(final.parent)
+    remove(old)
+
+
+def replaced(final: Path) -> Path:
+    """Return the hidden name of a folder that is being replaced."""
+    return final.with_name(f".{final.name}.old")
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def times(folder: Path, names: str = "*.json") -> dict[str, int]:
 
 
 def test_layout(run: Run) -> None:
-    assert listing(run.folder) == {".lock", "recipe.yml", "tasks", "stages", "report", "report.json"}
+    assert listing(run.folder) == {".lock", ".report.lock", "recipe.yml", "tasks", "stages", "report", "report.json"}
     assert listing(run.folder / "stages") == {"00-base", "01-a", "02-b", "03-c"}
     assert listing(run.folder / "stages/00-base") == {"model", "score.json", "score.parquet"}
     tasks = ("a_heldout", "b_heldout", "c_heldout", "choice", "own")

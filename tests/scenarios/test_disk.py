@@ -12,8 +12,10 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import EACCES, EDQUOT, EIO, ENOSPC
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,8 @@ from typing import Any
 import pytest
 import yaml
 from toys.faulty_disk import WRITES, Fault, after_power_cut, restore
-from toys.forks import Forks, forks, outcome
+from toys.forks import CACHE, Forks, forks, outcome
+from toys.hub_server import WRITE_TOKEN, Hub, hub_server
 from toys.models import perturbed, toy_llama, write_jsonl
 
 from hf_contmerge import MergeState
@@ -45,6 +48,9 @@ class Case:
     words: list[object]
     start: Path
     check: Callable[[Path], None]
+    environment: dict[str, str] = field(default_factory=dict)
+    hub: Hub | None = None
+    """Where it pushes to."""
 
 
 class Bench:
@@ -57,15 +63,20 @@ class Bench:
         self.names = server.steps()
         self.journal = _journal(server.journal)
         case.check(self.root)
-        self.unbroken = outcome(self.root)
+        self.unbroken = self.outcome()
         self._seen: set[str] = set()
 
     def _run(self, fault: Fault | None = None) -> int:
-        return self.server.run(*self.case.words, fault=fault)
+        return self.server.run(*self.case.words, fault=fault, **self.case.environment)
+
+    def outcome(self) -> dict[str, Any]:
+        return {**outcome(self.root), "hub": self.case.hub.files(REPO) if self.case.hub else None}
 
     def reset(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.rmtree(f"{self.root}.cache", ignore_errors=True)
+        if self.case.hub:
+            self.case.hub.repos.clear()
         shutil.copytree(self.case.start, self.root, symlinks=True)
 
     def again(self, what: str) -> None:
@@ -75,7 +86,7 @@ class Bench:
         except Exception as error:
             raise AssertionError(f"{what}: {error}") from error
         assert self._run() == 0, f"{what}: {self.server.log.read_text()}"
-        found = outcome(self.root)
+        found = self.outcome()
         assert found.keys() == self.unbroken.keys(), what
         assert {n: w for n, w in found.items() if w != self.unbroken[n]} == {}, what
 
@@ -103,7 +114,7 @@ class Bench:
             assert str(self.root) in errors[0] or self.names[number - 1].startswith("send"), f"{what}: {said}"
             assert re.search("again|rerun", errors[0]), f"{what}: {said}"
         else:
-            assert "Warning: " in said or outcome(self.root) == self.unbroken, f"{what}: {said}"
+            assert "Warning: " in said or self.outcome() == self.unbroken, f"{what}: {said}"
         self.again(what)
 
     def cut(self, number: int, how: str, draw: random.Random) -> bool:
@@ -144,7 +155,7 @@ def check_run(root: Path) -> None:
             assert all((place.folder / m["model"]).exists() for m in words["models"])
         if place.is_done("score"):
             assert load_scores(place)
-    if run.report.is_done("report"):
+    if run.is_complete():
         assert {"index.html", "summary.json"} <= {p.name for p in (folder / "report").iterdir()}
         json.loads((folder / "report/summary.json").read_text())
     assert main(["status", str(folder)]) == 0
@@ -174,8 +185,16 @@ def check_state(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("disk") / "root") as server:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with hub_server(tmp_path_factory.mktemp("disk-hub") / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[Forks]:
+    root = tmp_path_factory.mktemp("disk") / "root"
+    net = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE_TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    with forks(root, HF_HOME=str(root.with_name("hf")), **net) as server:
         yield server
 
 
@@ -191,13 +210,46 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = {"per_device_train_batch_size": 2, "max_length": 32, "learning_rate": 1e-2, "max_steps": 2,
              "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1}  # fmt: skip
     stages = [{"name": n, "dataset": {"path": str(home / f"{n}.jsonl"), "heldout": 2}} for n in ("a", "b")]
-    recipe = {"name": "disk", "base_model": str(base), "stages": stages, "train": train, "merge": ["magmax"]}
+    recipe = {
+        "name": "disk",
+        "publish": {"repo_id": REPO},
+        "base_model": str(base),
+        "stages": stages,
+        "train": train,
+        "merge": ["magmax"],
+    }
     (home / "recipe.yml").write_text(yaml.safe_dump(recipe))
     for name in ("nothing", "state", "none"):
         (home / name).mkdir()
     state = MergeState.create(home / "state" / "state", base=base, rule="opcm")
     state.add(home / "e1", home / "e2")
     return home
+
+
+@pytest.fixture(scope="module")
+def finished(server: Forks, home: Path) -> Path:
+    """Return a folder with a whole run."""
+    shutil.rmtree(server.root, ignore_errors=True)
+    assert server.run("run", home / "recipe.yml", "--run", server.root / "run") == 0, server.log.read_text()
+    return shutil.copytree(server.root, home / "finished", symlinks=True)
+
+
+def of_a_run(name: str, start: Path, root: Path, hub: Hub) -> Case:
+    run, cache = root / "run", {"HF_CONTMERGE_CACHE": str(root / CACHE)}
+    model = run / "stages/02-b/merges/magmax/merged"
+    words: dict[str, list[object]] = {
+        "score": ["score", model, "--run", run, "--json", root / "scores.json"],
+        "report": ["report", run],
+        "redo": ["redo", run, "score"],
+        "push": ["push", run],
+    }
+
+    def check(root: Path) -> None:
+        check_run(root)
+        commits = hub.repos[REPO].commits if REPO in hub.repos else []
+        assert all("model.safetensors" in commit.files for commit in commits[1:])
+
+    return Case(words[name], start, check, cache, hub if name == "push" else None)
 
 
 def case(name: str, home: Path, root: Path) -> Case:
@@ -214,6 +266,8 @@ def case(name: str, home: Path, root: Path) -> Case:
     return Case(words[name], start, check_run if name == "run" else check_state)
 
 
+REPO = "me/disk"
+OF_A_RUN = ("score", "report", "redo", "push")
 MERGES = ("init", "add", "drop", "export", "export adapter")
 
 
@@ -257,6 +311,43 @@ def test_merges_survive_some_faults(name: str, server: Forks, home: Path, capsys
 
 def test_a_run_survives_some_faults(server: Forks, home: Path, capsys: Any) -> None:
     walk(Bench(server, case("run", home, server.root)), "run", 1, capsys)
+
+
+@pytest.mark.parametrize("name", OF_A_RUN)
+def test_other_commands_survive_some_faults(name: str, server: Forks, finished: Path, hub: Hub, capsys: Any) -> None:
+    walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, 1, capsys)
+
+
+def test_an_error_in_the_report_does_not_end_the_run(server: Forks, home: Path, finished: Path) -> None:
+    shutil.rmtree(server.root, ignore_errors=True)
+    run = Run(shutil.copytree(finished, server.root, symlinks=True) / "run", Run.load(finished / "run").recipe)
+    scores = run.merged(1, run.recipe.merge[0]).folder / "score.parquet"
+    scores.write_bytes(scores.read_bytes()[:100])
+    run.report.undo("report")
+    assert server.run("run", home / "recipe.yml", "--run", run.folder) == 0, server.log.read_text()
+    said = server.log.read_text()
+    assert "Traceback" not in said
+    assert re.search(r"Warning: the report was not written\. RunError: Cannot read .*score\.parquet", said)
+    assert not run.is_complete()
+
+
+def test_two_reports_of_one_run_at_once(server: Forks, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "copy", symlinks=True) / "run"
+    before = outcome(run)
+    script = (
+        "import sys; from hf_contmerge.commands.main import main; sys.exit(main(sys.argv[1:]) or main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "report", str(run)]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=500)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert outcome(run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_A_RUN)
+def test_all_faults_of_other_commands(name: str, server: Forks, finished: Path, hub: Hub, capsys: Any) -> None:
+    walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, MOST, capsys)
 
 
 @pytest.mark.slow

@@ -90,9 +90,10 @@ class Forks:
 
 
 @contextmanager
-def forks(root: Path) -> Iterator[Forks]:
+def forks(root: Path, **variables: str) -> Iterator[Forks]:
     """Start a server for commands on the files below `root`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     command = [sys.executable, "-c", SERVER]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -102,8 +103,9 @@ def forks(root: Path) -> Iterator[Forks]:
         process.stdin.close()
 
 
-_OF_THE_CLOCK = ("seconds", "train_seconds", "peak_memory_bytes", "finished", "added")
+_OF_THE_CLOCK = ("seconds", "train_seconds", "peak_memory_bytes", "finished", "added", "cached")
 _SCRATCH = (".lock", ".report.lock")
+CACHE = "cache"  # of scores, whose keys are of inodes
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name in _SCRATCH or path.stem == "costs":
+        if path.name in _SCRATCH or path.stem == "costs" or name.startswith(CACHE):
             continue
         if path.is_symlink() or not path.is_file():
             found[name] = None  # it must be there
