@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 
-from hf_contmerge.runtime.files import sync_files, sync_folder, write_atomically
+from hf_contmerge.runtime.files import sync_files
 from hf_contmerge.runtime.progress import StepProgress
 from hf_contmerge.runtime.stopping import asked_to_stop
 
@@ -18,22 +17,8 @@ Point = Mapping[str, float]
 OnLog = Callable[[int, Point], None]
 """Called on the main process with the number of steps taken in this stage, and what was logged at that step."""
 
-_WHOLE = "whole"
 _OF_THE_PROCESS = ("num_tokens", "train_loss")  # counted since it started, which a resumed run did later
 _OF_THE_MACHINE = ("runtime", "per_second")
-
-
-def mark_whole(checkpoint: Path) -> None:
-    """Flush a checkpoint to disk, then mark it as whole."""
-    sync_files(checkpoint)
-    write_atomically(checkpoint / _WHOLE, "")
-    sync_folder(checkpoint.parent)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole."""
-    whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / _WHOLE).is_file()]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def curve(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -77,9 +62,8 @@ class TrainingLog(TrainerCallback):
             self._progress.step(state.global_step)
 
     def on_save(self, args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        PartialState().wait_for_everyone()  # each rank has files of its own in it
         if state.is_world_process_zero:
-            mark_whole(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            sync_files(Path(args.output_dir))
 
     def on_epoch_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_save:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
-from hf_contmerge.training._log import OnLog, TrainingLog, curve, newest_checkpoint
+from hf_contmerge.training._log import OnLog, TrainingLog, curve
 from hf_contmerge.training._trainer import (
     StrategySteps,
     drop_reference,
@@ -64,7 +65,7 @@ def train_expert(
     share_out_on_processors(trainer)
     _check_ranks(trainer, strategies)
     _tell(trainer, on_log)
-    _train_on(trainer, newest_checkpoint(checkpoints))
+    _train_on(trainer, _newest_checkpoint(checkpoints))
     _check_steps(trainer)
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
@@ -186,6 +187,17 @@ def _check_steps(trainer: Any) -> None:
             f"No step was taken: {len(trainer.train_dataset)} examples are left after tokenizing, fewer than a batch "
             "of all ranks. Lower per_device_train_batch_size, set `dataloader_drop_last: false`, or give more examples."
         )
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint: trainer_state.json comes last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
 
 
 def _tell(trainer: Any, on_log: OnLog) -> None:

@@ -50,7 +50,9 @@ def until(true: Callable[[], object], seconds: float = 120) -> None:
 
 def newest(place: Path) -> int:
     """Return the step of the newest whole checkpoint."""
-    return max(int(path.parent.name.split("-")[1]) for path in place.glob("checkpoints/checkpoint-*/whole"))
+    return max(
+        int(path.parent.name.split("-")[1]) for path in place.glob("checkpoints/checkpoint-*/trainer_state.json")
+    )
 
 
 def last_line(said: str) -> str:
@@ -63,7 +65,7 @@ def test_training_stops_with_a_checkpoint_and_continues(number: signal.Signals, 
     words = ["run", home / "recipe.yml", "--run", run, "--until", "merge"]
     child = server.start(*words)
     place = run / "stages/01-law/experts/base"
-    until(lambda: any(place.glob("checkpoints/checkpoint-20/whole")))
+    until(lambda: any(place.glob("checkpoints/checkpoint-20/trainer_state.json")))
     os.kill(child, number)
     assert server.wait() == CODES[number], server.log.read_text()
     said = server.log.read_text()
@@ -117,7 +119,7 @@ def test_two_ranks_stop_with_one_checkpoint(both: bool, home: Path, tmp_path: Pa
 
     ranks = [start(rank) for rank in range(2)]
     place = tmp_path / "run/stages/01-law/experts/base"
-    until(lambda: any(place.glob("checkpoints/checkpoint-20/whole")), 300)
+    until(lambda: any(place.glob("checkpoints/checkpoint-20/trainer_state.json")), 300)
     for process in ranks if both else ranks[1:]:
         process.send_signal(signal.SIGTERM)
     codes, said = [p.wait(timeout=120) for p in ranks], [(tmp_path / f"{r}.log").read_text() for r in range(2)]
