@@ -44,7 +44,7 @@ lint: install
 
 # About an hour on two idle cores. Each script explains itself with --help; most have --quick.
 BENCHMARKS := parity svd_routes against_mergekit append digests ranks lora_stream cost_model against_fusionbench training \
-	coverage scoring score_again against_avalanche
+	coverage study_coverage scoring score_again against_avalanche soak
 bench: install
 	for name in $(BENCHMARKS); do echo; echo "## $$name"; $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 

@@ -78,6 +78,13 @@ def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> s
     return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(shown) or '(none)'}{rest}."
 
 
+def in_place_of(error: BaseException, clearer: ContmergeError) -> ContmergeError:
+    """Return the clearer error, raised on the same ranks."""
+    for note in getattr(error, "__notes__", ()):
+        clearer.add_note(note)
+    return clearer
+
+
 def mark_shared(error: Exception) -> Exception:
     """Mark an error as raised on every rank; rank 0 prints it."""
     error.add_note(SHARED)

@@ -21,20 +21,23 @@ With --plugin FILE.py, commands that train or merge use your own rules and strat
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import TracebackType
 
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import SHARED, ContmergeError
 from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.plugins import use_plugins
+from hf_contmerge.runtime.refusals import explain, refusals
+from hf_contmerge.runtime.stopping import Stopped, stoppable
 
 Add = Callable[[argparse.ArgumentParser], None]
 
@@ -124,24 +127,25 @@ def clear_errors() -> Iterator[_Outcome]:
     logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
     outcome = _Outcome()
     try:
-        yield outcome
+        with stoppable(), refusals(Path()):
+            yield outcome
+    except Stopped as stop:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"Stopped by {stop.cause}. Finished work is kept: the same command continues.", file=sys.stderr)
+        outcome.code = stop.exit_code
+        _wait_for_ranks()
     except ContmergeError as error:
         _tell(error, str(error))
         outcome.code = error.exit_code
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EROFS: "the disk is read-only",
-            errno.EACCES: "no permission",
-        }
-        if error.errno not in reasons:
-            raise
-        _tell(
-            error,
-            f"cannot write {error.filename or 'the run folder'}: {reasons[error.errno]}. Finished work is kept: fix "
-            "this and run the same command again.",
-        )
+        _tell(error, f"{explain(error)}, then run the same command again: finished work is kept.")
         outcome.code = 2
+
+
+def _wait_for_ranks() -> None:
+    """Leave the other ranks time for their own signal, before our connections break."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(1)
 
 
 def _tell(error: Exception, message: str) -> None:

@@ -110,7 +110,10 @@ def _init(args: argparse.Namespace) -> None:
 def _add(args: argparse.Namespace) -> None:
     crew = _crew(args)
     state = _state(args, crew)
-    state.add(*args.experts, stages=args.stages, force=args.force, crew=crew)
+    if crew.ranks.first(state.finish_add, args.experts, args.stages):
+        _say("These experts are the newest ones already; nothing was added.")
+    else:
+        state.add(*args.experts, stages=args.stages, force=args.force, crew=crew)
     _print_log(state)
 
 
@@ -149,7 +152,10 @@ def _log(args: argparse.Namespace) -> None:
 def _drop(args: argparse.Namespace) -> None:
     crew = _crew(args)
     state = _state(args, crew)
-    state.drop(args.stage, crew=crew)
+    if crew.ranks.first(state.finish_drop, args.stage):
+        _say(f"{args.stage} was dropped already.")
+    else:
+        state.drop(args.stage, crew=crew)
     _print_log(state)
 
 

@@ -5,27 +5,25 @@ from __future__ import annotations
 import logging
 import re
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 
-from hf_contmerge.errors import ResourceError
+from hf_contmerge.errors import ContmergeError, ResourceError, in_place_of, size
 from hf_contmerge.run.places import ExpertPlace, Place, Record
 from hf_contmerge.run.recipe.phases import Phase
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.refusals import FULL, explain, free_bytes, refusals
 
 LOG = logging.getLogger(__name__)
 
-_FULL = 2**24  # free bytes on a full disk: a failed write may have released some
 _NO_MEMORY = re.compile("(not enough|can't allocate|Cannot allocate) memory")  # torch's messages on a CPU
 
 
@@ -39,6 +37,8 @@ class Recorder:
     crew: Crew
     quiet: bool = False
     """Log nothing."""
+    need: Callable[[], int] | None = None
+    """Returns the bytes that the unfinished phases will write, for the message on a full disk."""
 
     @property
     def is_main(self) -> bool:
@@ -51,25 +51,39 @@ class Recorder:
         All ranks wait for the record.
 
         Raises:
-            ResourceError: the disk or the memory is full.
+            ResourceError: the disk refuses a file, or the memory is full.
         """
         what = f"{phase} {str(place.folder.relative_to(self.folder)).removeprefix('stages/')}"
         self._log("%s ...", what)
         record: Record = {}
         start = time.monotonic()
         try:
-            yield record
-        except (OSError, RuntimeError, SafetensorError, MemoryError) as error:  # libraries report "full" in many ways
-            raise _explained(error, what, self.folder) or error from error
+            with refusals(place.folder):
+                yield record
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise self._explained(error, what) or error from error
         if self.is_main:
             record["seconds"] = round(time.monotonic() - start, 1)
             record["peak_memory_bytes"] = peak_memory()
             record["device"], record["processes"] = str(self.ranks.device), self.ranks.num_processes
-            place.finish(phase, record)
+            with refusals(place.folder):
+                place.finish(phase, record)
             if isinstance(place, ExpertPlace) and phase == "train":
                 remove(place.checkpoints)
             self._log("%s: %.0f s", what, record["seconds"])
         self.crew.ranks.barrier()
+
+    def _explained(self, error: Exception, what: str) -> ContmergeError | None:
+        if isinstance(error, OSError) and error.errno is not None:
+            room = ""
+            if error.errno in FULL and self.need:
+                free = f"{size(free_bytes(self.folder))} of its disk are free"
+                room = f" The unfinished phases need about {size(self.need())} in {self.folder}; {free}."
+            again = "then rerun the command: finished phases are kept"
+            return in_place_of(error, ResourceError(f"{what}: {explain(error)}, {again}.{room}"))
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)):
+            return in_place_of(error, _no_memory(error, what))
+        return None
 
     def _log(self, text: str, *values: object) -> None:
         if self.is_main and not self.quiet:
@@ -89,14 +103,9 @@ def peak_memory() -> int:
         return most if sys.platform == "darwin" else most * 1024
 
 
-def _explained(error: Exception, what: str, folder: Path) -> ResourceError | None:
-    kept = "Finished phases are kept"
-    if shutil.disk_usage(folder).free < _FULL:
-        return ResourceError(f"The disk of {folder} is full ({what}). {kept}. Free some space, then rerun the command.")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)):
-        return ResourceError(
-            f"Out of memory ({what}): {str(error).splitlines()[0] if str(error) else 'allocation failed.'} {kept}. "
-            "Use smaller batches (`per_device_train_batch_size`, `max_length`, `evaluate.batch_size`), "
-            "`strategy: lora`, or more ranks with FSDP2."
-        )
-    return None
+def _no_memory(error: Exception, what: str) -> ResourceError:
+    return ResourceError(
+        f"Out of memory ({what}): {str(error).splitlines()[0] if str(error) else 'allocation failed.'} Finished phases "
+        "are kept. Use smaller batches (`per_device_train_batch_size`, `max_length`, `evaluate.batch_size`), "
+        "`strategy: lora`, or more ranks with FSDP2."
+    )

@@ -11,9 +11,11 @@ GPUs. Rank 0 looks up the finished phases and writes records; all ranks train an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -25,6 +27,7 @@ from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Recipe, Stage
 from hf_contmerge.runtime.digests import changed_files, digests_of
 from hf_contmerge.runtime.files import FolderLock, remove
+from hf_contmerge.runtime.refusals import explain
 
 if TYPE_CHECKING:  # these load torch, needless for a finished run
     from hf_contmerge.loop._record import Recorder
@@ -35,6 +38,7 @@ if TYPE_CHECKING:  # these load torch, needless for a finished run
     from hf_contmerge.scoring.tasks import DocumentPart
 
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
 
 
 def run_recipe(
@@ -58,7 +62,7 @@ def run_recipe(
         ContmergeError: a user error. Finished phases are kept.
     """
     from hf_contmerge.loop._record import Recorder
-    from hf_contmerge.loop.plan.checks import prepare
+    from hf_contmerge.loop.plan.checks import disk_needed, prepare
     from hf_contmerge.loop.trackers import Trackers, check_trackers
     from hf_contmerge.runtime.launching import join_ranks
 
@@ -68,7 +72,8 @@ def run_recipe(
     with FolderLock(run.folder) if crew.ranks.is_main else nullcontext():
         prepared = prepare(run, crew.ranks, trust_remote_code=trust_remote_code)
         trackers = Trackers.open(run) if crew.ranks.is_main else Trackers()
-        Loop(run, PHASES.index(until), prepared, Recorder(run.folder, ranks, crew), trackers, experts).carry_out()
+        recorder = Recorder(run.folder, ranks, crew, need=partial(disk_needed, run, prepared))
+        Loop(run, PHASES.index(until), prepared, recorder, trackers, experts).carry_out()
         trackers.close()
     crew.ranks.barrier()
     return run
@@ -85,6 +90,8 @@ class Loop:
     trackers: Trackers
     experts: Path | None = None
     """Experts shared by the runs of a study."""
+    scored: dict[str, tuple[Place, str]] = field(default_factory=dict)
+    """Key of a score -> place and task."""
 
     def carry_out(self) -> None:
         """Train, merge, score and report, stage by stage."""
@@ -100,10 +107,8 @@ class Loop:
                     self._train(t, place)
                 elif isinstance(place, MergePlace):
                     self._merge(t, place)
-            if t:
-                self._report()
         if self._wanted("report") and self.recorder.is_main:
-            self.run.report.finish("report", {"recipe_sha256": self.run.recipe_sha256()})
+            self._report()
 
     def _train(self, t: int, place: ExpertPlace) -> None:
         stage = self.run.stage(t)
@@ -199,6 +204,8 @@ class Loop:
 
         how = self._measuring("test" if self.run.recipe.tunes else "all")
         measure_at(place, model, tasks, how, on_log=self.trackers.of(place, "score"))
+        if self.recorder.is_main:
+            self._keep_keys(place)
 
     def _measuring(self, part: DocumentPart) -> Measuring:
         from dataclasses import replace
@@ -234,18 +241,31 @@ class Loop:
         """
         from hf_contmerge.run.scores import load_scores
 
-        for _, place in self.run.places():
-            tasks = place.record("score")["tasks"] if place.is_done("score") else {}
-            for name, task in tasks.items():
-                if task["details"].get("key") == key:
-                    return load_scores(place)[name]
-        return None
+        if not self.scored:
+            for _, place in self.run.places():
+                self._keep_keys(place)
+        place, name = self.scored.get(key, (None, ""))
+        return load_scores(place).get(name) if place else None
+
+    def _keep_keys(self, place: Place) -> None:
+        """Remember where a place's scores are: reading all records for each task grows with the cube of the stages."""
+        for name, task in (place.record("score")["tasks"] if place.is_done("score") else {}).items():
+            if key := task["details"].get("key"):
+                self.scored.setdefault(key, (place, name))
 
     def _report(self) -> None:
-        if self._wanted("report") and self.recorder.is_main:
+        """Write report and record; an error costs the report, not the run."""
+        try:
             from hf_contmerge.report.write import write_report
 
             write_report(self.run)
+            self.run.report.finish("report", {"recipe_sha256": self.run.recipe_sha256()})
+        except Exception as error:
+            cause = explain(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            LOG.warning(
+                "Warning: the report was not written. %s. All other phases are done; write it with `contmerge report "
+                "%s`, or run the same command again.", cause.rstrip("."), self.run.folder,
+            )  # fmt: skip
 
     def _wanted(self, phase: Phase) -> bool:
         return PHASES.index(phase) <= self.last_phase

@@ -15,6 +15,7 @@ from hf_contmerge.merging.trust import Trust
 from hf_contmerge.models.identity import Identity
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.runtime.digests import Digests, changed_files
+from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.runtime.foreign import is_file_name, require_own_files
 from hf_contmerge.runtime.records import read_lines, read_record, sealed_line, write_record
 
@@ -61,6 +62,8 @@ class Log:
     tokenizer_change: dict[str, Any] | None = None
     """Chat template, end and padding of the newest expert that was trained here with others."""
     versions: dict[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    """Stages dropped so far; left out of the file if empty."""
 
     def norms(self) -> Norms:
         return Norms(tuple(e.norm for e in self.experts), self.running_norm)
@@ -89,7 +92,7 @@ def read_log(folder: Path) -> Log:
     values = read_record(file, _CURE)
     try:
         experts = (Entry(**{**e, "folder": str(folder.resolve() / e["folder"])}) for e in values["experts"])
-        log = Log(**{**values, "experts": tuple(experts)})
+        log = Log(**{**values, "experts": tuple(experts), "dropped": tuple(values.get("dropped", ()))})
         _require_own_names(log)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # a forged record has its seal, too
         raise RunError(f"{file} is damaged: {error}. {_CURE}") from error
@@ -113,8 +116,9 @@ def write_log(folder: Path, log: Log) -> None:
     """Replace state.json, the commit of a change. Raises ModelError for numbers that are not finite."""
     home = folder.resolve()
     experts = [{**asdict(e), "folder": _inside(home, Path(e.folder))} for e in log.experts]
+    values = {word: value for word, value in asdict(log).items() if value or word != "dropped"}
     try:
-        write_record(folder / "state.json", {**asdict(log), "experts": experts}, finite=True)
+        write_record(folder / "state.json", {**values, "experts": experts}, finite=True)
     except ValueError as error:
         raise ModelError(f"{folder}: a norm or parameter is infinite or NaN. The state is unchanged.") from error
 
@@ -138,10 +142,12 @@ def require_whole(folder: Path, log: Log) -> None:
 
 
 def log_export(folder: Path, out: Path, experts: int, survival: Survival) -> None:
-    """Append an export to exports.jsonl."""
-    line = {"model": str(out.resolve()), "experts": experts, **survival.to_json()}
-    with (folder / _EXPORTS).open("a", encoding="utf-8") as file:
-        file.write(sealed_line(line))
+    """Append an export to exports.jsonl, unless it is the last one."""
+    line = sealed_line({"model": str(out.resolve()), "experts": experts, **survival.to_json()})
+    file = folder / _EXPORTS
+    before = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not before.endswith(line):
+        write_atomically(file, before + line)
 
 
 def read_exports(folder: Path) -> list[dict[str, Any]]:

@@ -15,27 +15,27 @@ from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._log import Log
 from hf_contmerge.merging._pieces import Stored, merged_piece, read_out
 from hf_contmerge.merging.costs import weight_of
-from hf_contmerge.merging.lineage import LINEAGE
 from hf_contmerge.merging.running import Running
-from hf_contmerge.merging.state import MergeState
+from hf_contmerge.merging.state import MergeState, read_lineage, write_lineage
 from hf_contmerge.models.lora.matching import tied_table
 from hf_contmerge.models.lora.writer import Factors, write_adapter
 from hf_contmerge.models.memory import in_memory
 from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.digests import digests_of, files_below
 from hf_contmerge.runtime.files import new_folder
 from hf_contmerge.runtime.ranks import OneRank
-from hf_contmerge.runtime.records import write_record
 
+_ERRORS = "reconstruction.json"
 _ROUNDING = "stochastic"  # peft loads the whole tensors of an adapter in the base's dtype
 
 
 def export_adapter(
     state: MergeState, out: str | Path, *, rank: int | None = None, crew: Crew | None = None
 ) -> dict[str, float]:
-    """Write the merged model as an adapter, with reconstruction.json.
+    """Write the merged model as an adapter, unless an equal call did.
+
+    Errors go to reconstruction.json.
 
     Args:
         state: the state to export.
@@ -70,6 +70,9 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
             left, right, errors[name] = _approximation(rule, base, running, name, stages, rank)
             yield model.name(name), (_finite(left * scale, name), right)
 
+    lineage = {**log.lineage(), "scale": scale, "rank": rank, "asked": {"adapter": True, "rank": rank}}
+    if read_lineage(out, lineage):
+        return json.loads((out / _ERRORS).read_text(encoding="utf-8"))
     whole, kept = _whole(rule, base, running, set(low_rank), scale, stages)
     with new_folder(out, OneRank()) as scratch:
         write_adapter(
@@ -77,14 +80,13 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
             embeddings=model.tables, conv1d=model.conv1d & {model.name(n) for n in low_rank},
             tied=model.name(tied) if tied else None,
         )  # fmt: skip
-        (scratch / "reconstruction.json").write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
+        (scratch / _ERRORS).write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
         if kept:
             nbytes = sum(whole[name].nbytes for name in kept)
             survival = Survival.of(kept, base.main_dtype, _ROUNDING, nbytes)
             survival.write(scratch)
             survival.warn(f"{out}, its modules_to_save")
-        files = digests_of(scratch, files_below(scratch, "."))
-        write_record(scratch / LINEAGE, {**log.lineage(), "scale": scale, "rank": rank, "files": files})
+        write_lineage(scratch, lineage)
     return errors
 
 

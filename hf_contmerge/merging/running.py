@@ -14,12 +14,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._pieces import Parts
-from hf_contmerge.models.weights import Weights
+from hf_contmerge.models.weights import Weights, write_tensors
 from hf_contmerge.runtime.foreign import path_in
 
 _OF = "::"
@@ -107,7 +106,7 @@ def write_shadow(folder: Path, name: str, shadow: Tensor) -> None:
 
 def _write(folder: Path, name: str, parts: Parts) -> None:
     folder.mkdir(exist_ok=True)
-    save_file({k: v.cpu().contiguous() for k, v in parts.items()}, path_in(folder, name, ".safetensors"))
+    write_tensors(path_in(folder, name, ".safetensors"), parts)
 
 
 def _weights(folder: Path) -> Weights | None:

@@ -16,16 +16,19 @@ leaves either the old or the new state.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, RunError, unknown
+import torch
+
+from hf_contmerge.errors import ModelError, RecipeError, RunError, unknown
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._log import (
     Entry,
@@ -51,10 +54,11 @@ from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, tokenizer_change
 from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.digests import Digests, digests_of, files_below
+from hf_contmerge.runtime.digests import Digests, changed_files, digests_of, files_below
 from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
 from hf_contmerge.runtime.plugins import require_same
-from hf_contmerge.runtime.records import write_record
+from hf_contmerge.runtime.records import read_record, write_record
+from hf_contmerge.runtime.refusals import refusals
 from hf_contmerge.runtime.versions import versions
 
 
@@ -80,13 +84,14 @@ class MergeState:
         def make() -> None:
             checked, base_folder = make_rule(rule, parameters), resolve_model(str(base))
             check_mergeable(base_folder)
-            require_new(state.folder)
-            state.folder.mkdir(parents=True, exist_ok=True)
             known = Identity.of(base_folder)
             log = Log(
                 rule, checked.parameters(), name_of(base), str(base_folder.resolve()), known.sha256, known.stamp,
                 known.files, versions=versions([rule]),
             )  # fmt: skip
+            if (state.folder / "state.json").is_file() and read_log(state.folder) == log:
+                return  # the same command was cut off after its last write
+            require_new(state.folder)
             write_log(state.folder, log)
 
         (crew or Crew()).ranks.first(make)
@@ -208,6 +213,39 @@ class MergeState:
             self._publish(log, after, (*log.experts, *added), crew)
         return self
 
+    def finish_add(self, models: Sequence[str | Path], stages: Sequence[str] = ()) -> bool:
+        """Complete an addition that was cut off at its end.
+
+        Returns:
+            Whether these experts are the newest ones in the state.
+        """
+        log = self.log()
+        newest = log.experts[-len(models) :] if models else ()
+        if [e.model for e in newest] != [name_of(m) for m in models] or (
+            stages and [e.stage for e in newest] != list(stages)
+        ):
+            return False
+        folders = [resolve_model(str(m), adapters=True) for m in models]
+        if [e.sha256 for e in newest] != [expert_sha256(folder) for folder in folders]:
+            return False
+        with FolderLock(self.folder):
+            self._keep_change(self._base(log), folders)
+            self._clear_all_but({self.log().running})
+        return True
+
+    def finish_drop(self, stage: str) -> bool:
+        """Complete a removal that was cut off at its end.
+
+        Returns:
+            Whether the stage was in the state, and is no more.
+        """
+        log = self.log()
+        if stage not in log.dropped or stage in [e.stage for e in log.experts]:
+            return False
+        with FolderLock(self.folder):
+            self._clear_all_but({self.log().running})
+        return True
+
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:
         """Rebuild the state without a stage.
 
@@ -230,7 +268,7 @@ class MergeState:
             if kept:
                 after = after.fold([e.expert() for e in kept], self._next_running(log, crew), crew=crew)
             refolded = tuple(replace(e, norm=x.norm) for e, x in zip(kept, after.experts, strict=True))
-            self._publish(log, after, refolded, crew)
+            self._publish(replace(log, dropped=(*log.dropped, stage)), after, refolded, crew)
         return self
 
     def export(
@@ -243,7 +281,7 @@ class MergeState:
         tokenizer_from: str | None = None,
         crew: Crew | None = None,
     ) -> Path:
-        """Write the merged model in the layout of `save_pretrained`.
+        """Write the merged model in the layout of `save_pretrained`, unless an equal call did.
 
         Args:
             out: a new folder.
@@ -264,12 +302,18 @@ class MergeState:
 
         crew.ranks.first(self._check, log)
         merge, (kind, by) = crew.ranks.all(open_merge)
+        asked = {"dtype": dtype, "rounding": by, "shard_size": shard_size, "tokenizer_from": tokenizer_from}
+        lineage = {**log.lineage(), "scale": merge.scale, "factor": merge.factor, "asked": asked}
+        if stored := crew.ranks.first(read_lineage, out, lineage):
+            crew.ranks.first(log_export, self.folder, out, len(log.experts), Survival.read(stored["stored"]))
+            return out
         companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
         change = UNCHANGED if companions else TokenizerChange.read(log.tokenizer_change)
         with new_folder(out, crew.ranks) as scratch:
             output = Output(scratch, kind, shard_size, companions, change, by)
             survival = merge.export(output, crew=crew)
-            crew.ranks.first(_write_lineage, log, merge, output, survival)
+            written = {"dtype": _word(kind), "rounding": by, "stored": survival.to_json()}
+            crew.ranks.first(write_lineage, scratch, {**lineage, **written})
         crew.ranks.first(log_export, self.folder, out, len(log.experts), survival)
         if crew.ranks.is_main:
             survival.warn(out)
@@ -341,10 +385,12 @@ class MergeState:
 
             log = crew.ranks.first(begin)
             try:
-                yield log
-            except (ContmergeError, OSError, ValueError):
+                with refusals(self.folder):
+                    yield log
+            except BaseException:
                 if crew.ranks.is_main:
-                    self._clear_all_but({self.log().running})
+                    with suppress(OSError, RunError):
+                        self._clear_all_but({self.log().running})
                 raise
 
     def _change(self, log: Log, base: Path, experts: Sequence[Path]) -> dict[str, Any] | None:
@@ -393,13 +439,24 @@ class MergeState:
         crew.ranks.first(write)
 
 
-def _write_lineage(log: Log, merge: RunningMerge, out: Output, survival: Survival) -> None:
-    written = {
-        "scale": merge.scale, "factor": merge.factor, "rounding": out.rounding,
-        "dtype": None if out.dtype is None else str(out.dtype).removeprefix("torch."), "stored": survival.to_json(),
-        "files": digests_of(out.folder, files_below(out.folder, ".")),
-    }  # fmt: skip
-    write_record(out.folder / LINEAGE, {**log.lineage(), **written})
+def write_lineage(out: Path, lineage: Mapping[str, Any]) -> None:
+    """Write merge.json next to a model, with the digests of its files."""
+    write_record(out / LINEAGE, {**lineage, "files": digests_of(out, files_below(out, "."))})
+
+
+def read_lineage(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return merge.json of a folder, if it has these values and the folder is whole."""
+    try:
+        lineage = read_record(out / LINEAGE, "")
+    except RunError:
+        return None
+    same = json.loads(json.dumps(wanted))
+    whole = not changed_files(out, lineage["files"])
+    return lineage if whole and {word: lineage.get(word) for word in same} == same else None
+
+
+def _word(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _now() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_contmerge.errors import ModelError, ResourceError, size
+from hf_contmerge.errors import ModelError, ResourceError, in_place_of, size
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._pieces import Parts, Piece, Stored, merged_piece, pieces, read_out, unchanged
 from hf_contmerge.merging.costs import Passage, piece_size, stream_job, weight_of
@@ -23,6 +22,7 @@ from hf_contmerge.models.survival import Kept, Survival
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
 from hf_contmerge.models.weights import SHARD_SIZE, Plan, Weights, WeightsWriter, kept_dtype, main_dtype
 from hf_contmerge.runtime.crew import Crew, Job
+from hf_contmerge.runtime.refusals import FULL, explain, free_bytes
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,18 @@ def opened(crew: Crew, writers: Sequence[WeightsWriter], later: Sequence[Weights
 
         crew.ranks.first(create)
         crew.ranks.all(enter if not crew.ranks.is_main else lambda: None)
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                raise in_place_of(error, _no_room(error, [*writers, *later])) from error
+            raise
+
+
+def _no_room(error: OSError, writers: Sequence[WeightsWriter]) -> ResourceError:
+    """Return the error of a disk that filled up on the way."""
+    need = ", ".join(f"{size(writer.nbytes)} to {writer.folder}" for writer in writers)
+    return ResourceError(f"{explain(error)}, then run the same command again. Merging writes {need}.")
 
 
 def check_room(writers: Sequence[WeightsWriter]) -> None:
@@ -199,7 +210,7 @@ def check_room(writers: Sequence[WeightsWriter]) -> None:
         device = writer.folder.stat().st_dev
         needed[device] = (writer.folder, needed.get(device, (writer.folder, 0))[1] + writer.nbytes)
     for folder, need in needed.values():
-        free = shutil.disk_usage(folder).free
+        free = free_bytes(folder)
         if need > free:
             raise ResourceError(
                 f"Merging writes {size(need)} to the disk of {folder}, which has {size(free)} free. Free some room, or "

@@ -26,7 +26,7 @@ from hf_contmerge.models.config import COMPANIONS, config
 from hf_contmerge.models.contents import check_contents, companions
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
-from hf_contmerge.runtime.files import remove, write_atomically
+from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
 from hf_contmerge.runtime.foreign import is_too_long
 
 LOG = logging.getLogger(__name__)
@@ -175,8 +175,7 @@ def _from_gguf(path: Path) -> Path:
     scratch = folder.with_name(f".{folder.name}")
     remove(scratch)
     _dequantise(path, scratch)
-    remove(folder)
-    scratch.rename(folder)
+    put_in_place(scratch, folder)
     write_atomically(record, json.dumps({"source_sha256": source, "weights_sha256": weights_sha256(folder)}))
     return folder
 

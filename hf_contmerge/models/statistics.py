@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.models.experts import expert_sha256
-from hf_contmerge.models.weights import Weights, weights_sha256
+from hf_contmerge.models.weights import Weights, weights_sha256, write_tensors
 from hf_contmerge.runtime.digests import changed_files, digests_of
-from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.files import make_folder, sync_files, withdraw
 from hf_contmerge.runtime.foreign import path_in
 from hf_contmerge.runtime.records import read_record, write_record
 
@@ -101,15 +100,15 @@ def write_statistics(
         about: what the record says of it: examples, tokens, data.
         expert_sha256: of the weights that were measured. Statistics of other ones are dropped.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     record = _read(folder / _RECORD)
     kept = record["kinds"] if record.get("expert_sha256") == expert_sha256 else {}
-    remove(folder / _RECORD)
+    withdraw(folder / _RECORD)
     same = _equal_neighbours(tensors)
-    own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if name not in same}
     file = _file(folder, kind)
-    save_file(own, file.with_suffix(".new"), metadata={"format": "pt"})
+    write_tensors(file.with_suffix(".new"), {name: tensor for name, tensor in tensors.items() if name not in same})
     file.with_suffix(".new").replace(file)  # others may be reading the old one
+    sync_files(folder)
     kinds = {**kept, kind: {**about, "same": same}}
     files = digests_of(folder, [_file(folder, each).name for each in kinds])
     write_record(folder / _RECORD, {"expert_sha256": expert_sha256, "kinds": kinds, "files": files})

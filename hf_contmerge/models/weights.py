@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
@@ -26,6 +27,7 @@ from hf_contmerge.models.config import config, depths, vocabulary_size
 from hf_contmerge.models.contents import weight_files
 from hf_contmerge.models.reading import no_weights
 from hf_contmerge.runtime.foreign import parse_json
+from hf_contmerge.runtime.refusals import refusals
 
 SHARD_SIZE = 5_000_000_000
 """Bytes per weight file, as in `save_pretrained`."""
@@ -267,6 +269,12 @@ def fill_files(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     return files
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a small safetensors file."""
+    with refusals(path):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+
+
 class WeightsWriter:
     """Writes safetensors shards tensor by tensor, in any order.
 
@@ -322,8 +330,8 @@ class WeightsWriter:
     def create(self) -> None:
         """Create the index and the files, in full size."""
         for number, shard in enumerate(self._shards):
-            header = _header(shard)
-            with (self.folder / self._file_name(number)).open("wb") as file:
+            header, path = _header(shard), self.folder / self._file_name(number)
+            with refusals(path), path.open("wb") as file:
                 file.write(header)
                 file.truncate(len(header) + sum(_nbytes(shape, dtype) for _, shape, dtype in shard))
         if len(self._shards) > 1:
@@ -348,10 +356,11 @@ class WeightsWriter:
             raise ValueError(f"expected {name} {shape} {dtype}; got {tuple(tensor.shape)} {tensor.dtype} at {start}")
         shard, offset = self._places[name]
         offset += start * dtype.itemsize
-        for data in _runs_of_bytes(tensor):
-            while len(data):
-                written = os.pwrite(self._handles[shard], data, offset)
-                data, offset = data[written:], offset + written
+        with refusals(self.folder / self._file_name(shard)):
+            for data in _runs_of_bytes(tensor):
+                while len(data):
+                    written = os.pwrite(self._handles[shard], data, offset)
+                    data, offset = data[written:], offset + written
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:

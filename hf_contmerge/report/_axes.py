@@ -30,7 +30,7 @@ _RATIOS = (
 def stage_axis(axes: Axes, results: Results, *, learnt: int | None) -> None:
     if learnt:
         axes.axvspan(learnt - 0.2, learnt + 0.2, color=FAINT, lw=0, zorder=0.5)
-    axes.set_xticks(range(results.last + 1))
+    axes.set_xticks([0, *results.shown])
     axes.set_xlim(-0.25, results.last + 0.25)
     axes.set_xlabel("after stage", loc="left")
     axes.spines["bottom"].set_bounds(-0.25, results.last + 0.25)

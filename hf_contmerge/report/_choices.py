@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_contmerge.report._findings import amount, interval
+from hf_contmerge.report._results import SHOWN
 from hf_contmerge.report._tables import Cell, Table
-from hf_contmerge.run.folder import Run
+from hf_contmerge.run.folder import Run, evenly_spread
 from hf_contmerge.run.places import MergePlace
 from hf_contmerge.scoring.forgetting.paired import Change
 
@@ -73,8 +74,9 @@ def choice_tables(run: Run) -> list[Table]:
 def curves(run: Run) -> list[Curve]:
     """Return the curve of each entry whose coefficient was searched."""
     by_entry: dict[str, Curve] = {}
+    shown = evenly_spread(len(run.recipe.stages), SHOWN)
     for t, place, tries, _ in _chosen(run):
-        if not (word := place.entry.auto):
+        if not (word := place.entry.auto) or t not in shown:
             continue
         points = [
             Point(x["parameters"][word], x["objective"], x["keeps_general"], bool(x.get("taken")))

@@ -158,8 +158,15 @@ def caption(results: Results) -> str:
     return (
         "".join(gains) + "Bars: 95 % intervals, paired by document. Hollow marker: no change seen, or less than "
         f"{smallest(results)} (a stage since it was learnt, general ability against the base). ★: an expert trained on "
-        "that stage alone. 0.1 nats is about 10 % of the perplexity." + f" {UNMEASURED}" * (not results.general_tasks)
+        "that stage alone. 0.1 nats is about 10 % of the perplexity."
+        + f" {UNMEASURED}" * (not results.general_tasks)
+        + _left_out(results)
     )
+
+
+def _left_out(results: Results) -> str:
+    shown = len(results.shown)
+    return "" if shown == results.last else f" {shown} of {results.last} stages are shown; all are in scores.csv."
 
 
 def compared(results: Results, describe: Callable[[Line], str]) -> list[str]:

@@ -90,16 +90,16 @@ def last_merged_stage(run: Run, entry: Merge) -> int:
 
 def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, Any]]]) -> list[Table]:
     """Return tables of cosines and opposite signs per kind of expert."""
-    _, far, fullest = max(group, key=lambda merged: len(_folded(run, merged[1], merged[2])))
-    names = _folded(run, far, fullest)
+    _, far, fullest = max(group, key=lambda merged: len(_compared(run, merged[1], merged[2])))
+    names, numbers = _compared(run, far, fullest), _numbers(run, far, fullest)
     tables = []
     for what, key in (("Cosines", "cosines"), ("Opposite signs", "conflicts")):
         rows = [
-            [Cell(n), _length(fullest, i), *(_angle(v, key) for v in fullest["geometry"][key][i][:-1])]
+            [Cell(n), _length(fullest, numbers[i] - 1), *(_angle(v, key) for v in fullest["geometry"][key][i][:-1])]
             for i, n in enumerate(names)
         ]
         for entry, t, record in group:
-            last = dict(zip(_folded(run, t, record), record["geometry"][key][-1], strict=False))
+            last = dict(zip(_compared(run, t, record), record["geometry"][key][-1], strict=False))
             rows.append(
                 [Cell(_MERGED + entry.name), _merged_length(record), *(_angle(last.get(n), key) for n in names)]
             )
@@ -112,6 +112,16 @@ def _folded(run: Run, t: int, record: Mapping[str, Any]) -> list[str]:
     """Return the stages in a merge: all, unless a guard dropped some."""
     folded = record.get("folded", [{"stage": i, "replayed": False} for i in range(1, t + 1)])
     return [run.stage(x["stage"]).name + " (again, with replay)" * x["replayed"] for x in folded]
+
+
+def _numbers(run: Run, t: int, record: Mapping[str, Any]) -> Sequence[int]:
+    """Return the numbers of the compared experts, from 1."""
+    return record["geometry"].get("compared") or range(1, len(_folded(run, t, record)) + 1)
+
+
+def _compared(run: Run, t: int, record: Mapping[str, Any]) -> list[str]:
+    folded = _folded(run, t, record)
+    return [folded[number - 1] for number in _numbers(run, t, record)]
 
 
 def _length(record: Mapping[str, Any], i: int) -> Cell:

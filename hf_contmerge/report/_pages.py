@@ -13,14 +13,10 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import recipe_yaml
 
 
-def page(run: Run, results: Results, panels: Sequence[Picture], sections: Sequence[Section]) -> str:
-    """Return index.html, whole in itself."""
-    return fill("page.html", panels=panels, **_values(run, results, sections))
-
-
-def markdown(run: Run, results: Results, sections: Sequence[Section]) -> str:
-    """Return report.md."""
-    return fill("report.md", **_values(run, results, sections))
+def pages(run: Run, results: Results, panels: Sequence[Picture], sections: Sequence[Section]) -> dict[str, str]:
+    """Return the report for browsers, whole in itself, and as Markdown."""
+    values = _values(run, results, sections)
+    return {"index.html": fill("page.html", panels=panels, **values), "report.md": fill("report.md", **values)}
 
 
 def _values(run: Run, results: Results, sections: Sequence[Section]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hf_contmerge.report._axes import COLOURS, GREY, INK, MARKERS, change_axis, 
 from hf_contmerge.report._findings import fate, gained, natural, relative
 from hf_contmerge.report._labels import Dot, Label
 from hf_contmerge.report._results import Results, any_score, line_label
-from hf_contmerge.run.scores import Block
+from hf_contmerge.run.scores import Block, Scores
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change
 
@@ -32,6 +32,8 @@ class Panel:
     kind: str
     block: Block
     of: int | None = None
+    limits: tuple[float, float] | None = None
+    """The range of all panels of stages in this block."""
 
     def alt_text(self, results: Results) -> str:
         """Describe the panel in words, as alternative text."""
@@ -67,7 +69,9 @@ class Drawing:
 
 def panels(results: Results) -> list[Panel]:
     """Return the panels with data: stages, general abilities, the plane."""
-    stages = [Panel("stage", b, j) for j in range(1, results.last + 1) if (b := stage_block(results, j))]
+    blocks: dict[int, Block] = {j: block for j in results.shown if (block := stage_block(results, j))}
+    limits = {block: _common_limits(results, block) for block in set(blocks.values())}
+    stages = [Panel("stage", block, j, limits[block]) for j, block in blocks.items()]
     measured = [results.base[t].block for t in results.general_tasks if t in results.base]
     general = [Panel("general", b) for b in results.blocks() if results.last and b in measured]
     planes = [Panel("plane", b) for b in results.stage_blocks()[:1] if _dots(results, b)]
@@ -112,13 +116,18 @@ class _Point:
 
 def _stage_points(results: Results, line: Line, j: int, block: Block) -> list[_Point]:
     names, points = results.stages[j - 1].task_names(), []
-    for t, row in enumerate(line.rows):
-        change = results.change(row, results.base, names, block) if t else None
+    for t, row in _shown_rows(results, line):
+        change = results.change(row, results.base, names, block)
         if change is None:
             continue
         since = results.change(row, line.rows[j], names, block) if t > j else change
         points.append(_Point(t, change, hollow=since is None or since.sign == 0))
     return points
+
+
+def _shown_rows(results: Results, line: Line) -> list[tuple[int, Scores]]:
+    """Return (stage, scores) of the stages shown."""
+    return [(t, line.rows[t]) for t in results.shown if t < len(line.rows)]
 
 
 def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
@@ -142,7 +151,7 @@ def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
         if d.line is results.baseline and results.last <= _NAMED:
             _name_drop(axes, [p for p in points if p.stage >= j])
     stage_axis(axes, results, learnt=j)
-    change_axis(axes, block, _common_limits(results, block))
+    change_axis(axes, block, panel.limits)
     title, finding = f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block)
     return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base")
 
@@ -176,9 +185,10 @@ def _trace(axes: Axes, d: StyledLine, points: Sequence[_Point], shift: float) ->
     axes.plot([0, x[0]], [0, y[0]], color=d.colour, lw=0.9, ls=(0, (1, 2)), alpha=0.5, zorder=2)
     axes.plot(x, y, color=d.colour, ls=d.dash, lw=2.0, alpha=0.95, zorder=4)
     axes.errorbar(x, y, yerr=_bars([p.change for p in points]), color=d.colour, ls="none", elinewidth=1, zorder=4)
-    for at, value, point in zip(x, y, points, strict=True):
-        fill = "white" if point.hollow else d.colour
-        axes.plot([at], [value], d.marker, ms=5.8, mfc=fill, mec=d.colour, mew=1.3, zorder=5)
+    for fill, hollow in (("white", True), (d.colour, False)):
+        marked = [(at, value) for at, value, point in zip(x, y, points, strict=True) if point.hollow == hollow]
+        if marked:
+            axes.plot(*zip(*marked, strict=True), d.marker, ms=5.8, mfc=fill, mec=d.colour, mew=1.3, zorder=5)
 
 
 def _bars(changes: Sequence[Change]) -> list[list[float]]:
@@ -210,7 +220,7 @@ def _general_panel(axes: Axes, results: Results, block: Block) -> Drawing:
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
     tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
     for i, d in enumerate(drawn := drawn_lines(results)):
-        changes = [(t, results.change(row, results.base, tasks, block)) for t, row in enumerate(d.line.rows) if t]
+        changes = [(t, results.change(row, results.base, tasks, block)) for t, row in _shown_rows(results, d.line)]
         points = [_Point(t, c, hollow=c.sign == 0) for t, c in changes if c]
         _trace(axes, d, points, 0.05 * (i - (len(drawn) - 1) / 2))
         if points and points[-1].stage == len(d.line.rows) - 1:
@@ -265,7 +275,7 @@ def _common_limits(results: Results, block: Block) -> tuple[float, float] | None
     """Return the range of a block's panels, for one scale."""
     values = [
         value
-        for j in range(1, results.last + 1) if stage_block(results, j) == block
+        for j in results.shown if stage_block(results, j) == block
         for d in drawn_lines(results)
         for point in _stage_points(results, d.line, j, block)
         for value in (point.change.mean, point.change.low, point.change.high) if value is not None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hf_contmerge.models.survival import Survival
+from hf_contmerge.run.folder import evenly_spread
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change, Group, flips, mean_change
+
+SHOWN = 16
+"""Stages shown in detail; of more, a page would take minutes to write and to load."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,22 @@ class Results:
     """What the last model of each merge entry keeps of its update, where it was measured."""
     matters: Mapping[str, float] = field(default_factory=dict)
     """The smallest difference of each block that is one."""
+    _values: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _changes: dict[Any, tuple[Sequence[Group], Change | None]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The stages shown in detail: all, or some of a long run, evenly spread."""
+        return evenly_spread(self.last, SHOWN)
+
+    @property
+    def shown_tasks(self) -> tuple[str, ...]:
+        """The tasks shown in detail: of these stages and of a short run's next ones, and the general ones."""
+        stages = self.stages if len(self.stages) <= SHOWN else [self.stages[t - 1] for t in self.shown]
+        tasks = [task for stage in stages for task in stage.task_names()]
+        return tuple(dict.fromkeys([*tasks, *self.general_tasks]))
 
     @property
     def base(self) -> Scores:
@@ -59,20 +76,17 @@ class Results:
 
     def blocks(self) -> list[Block]:
         """Return the measured blocks, perplexity first."""
-        lines = (*self.experts, *self.merges)
-        return [
-            b
-            for b in reversed(BLOCKS)
-            if any(s.block == b for line in lines for row in line.rows for s in row.values())
-        ]
+        return self._blocks_of(lambda _: True)
+
+    def _blocks_of(self, wanted: Callable[[str], bool]) -> list[Block]:
+        rows = [row for line in (*self.experts, *self.merges) for row in line.rows]
+        found = {score.block for row in rows for task, score in row.items() if wanted(task)}
+        return [block for block in reversed(BLOCKS) if block in found]
 
     def stage_blocks(self) -> list[Block]:
         """Return the blocks with a measured stage."""
-        lines = (*self.merges, *self.experts)
-        return [
-            b for b in self.blocks()
-            if any(v is not None for line in lines for row in line.matrix(self.stages, b).rows for v in row)
-        ]  # fmt: skip
+        tasks = {task for stage in self.stages for task in stage.task_names()}
+        return self._once("stage blocks", lambda: self._blocks_of(tasks.__contains__))
 
     def learnt(self, line: Line, block: Block) -> Change | None:
         """Return a line's gain at learning time: LA minus the base's average."""
@@ -111,6 +125,15 @@ class Results:
 
     def best(self, block: Block) -> Line | None:
         """Return the merge with the highest final average."""
+        return self._once(block, lambda: self._best(block))
+
+    def _once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return a value that is computed once."""
+        if key not in self._values:
+            self._values[key] = compute()
+        return self._values[key]
+
+    def _best(self, block: Block) -> Line | None:
         far = max(len(line.rows) for line in self.merges)
         scored = [
             (acc, line) for line in self.merges

@@ -105,13 +105,14 @@ def heat_maps(results: Results) -> list[Table]:
 
 def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
     learnt = {task: t for t, stage in enumerate(results.stages, 1) for task in stage.task_names()}
-    tasks = [t for t in (*learnt, *results.general_tasks) if (s := any_score(results, t)) and s.block == block]
+    tasks = [t for t in results.shown_tasks if (s := any_score(results, t)) and s.block == block]
     largest = _largest(results, tasks)
     names = ["base", *(stage.name for stage in results.stages)]
     rows = []
-    for t, row in enumerate(line.rows):
-        cells = [score_cell(results, row, k, largest, own=learnt.get(k) == t) for k in tasks]
-        rows.append([Cell(names[t]), *cells])
+    for t in (0, *results.shown):
+        if t < len(line.rows):
+            cells = [score_cell(results, line.rows[t], k, largest, own=learnt.get(k) == t) for k in tasks]
+            rows.append([Cell(names[t]), *cells])
     return Table(f"{name}, {block}", ("after", *tasks), rows)
 
 
@@ -194,7 +195,9 @@ def final_table(results: Results, block: Block) -> Table:
 def task_tables(results: Results) -> list[Table]:
     """Return a table per task: scores after each stage, and changes."""
     tables = []
-    for task, facts in task_facts(results).items():
+    facts_of = task_facts(results)
+    for task in results.shown_tasks:
+        facts = facts_of[task]
         if facts["block"] and task in results.base:
             tables.append(_task_table(results, task, facts["block"], facts["stage"]))
     return tables
@@ -202,12 +205,14 @@ def task_tables(results: Results) -> list[Table]:
 
 def _task_table(results: Results, task: str, block: Block, stage: str | None) -> Table:
     learnt = next((t for t, s in enumerate(results.stages, 1) if s.name == stage), 0)
-    after = ["base", *(s.name for s in results.stages[: results.last])]
+    names, shown = ["base", *(s.name for s in results.stages)], (0, *results.shown)
+    after = [names[t] for t in shown]
     largest, rows = _largest(results, [task]), []
     for name, line in results.named_lines():
         if not any(task in row for row in line.rows[1:]):
             continue
-        cells = [score_cell(results, row, task, largest, own=t == learnt > 0) for t, row in enumerate(line.rows)]
+        measured = [t for t in shown if t < len(line.rows)]
+        cells = [score_cell(results, line.rows[t], task, largest, own=t == learnt > 0) for t in measured]
         cells += [Cell()] * (len(after) - len(cells))
         last = line.rows[-1] if task in line.rows[-1] else {}
         changes = [results.change(last, results.base, [task], block) if last else None]

@@ -9,7 +9,6 @@ entries are compared. Differences are paired by document; tasks measured on othe
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,11 @@ from hf_contmerge.report._results import Results
 from hf_contmerge.report._tables import Cell, Section, Table, change_cell, metric_table
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report._terminal import rich_table
-from hf_contmerge.report.write import load_results
+from hf_contmerge.report.write import csv_text, load_results
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.changes import flat_fields
 from hf_contmerge.run.scores import BLOCKS, Block, Scores
+from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.runtime.hiding import blanked, names_secret
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change, mean_change, same_documents
@@ -238,11 +238,9 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
     shown = {"title": comparison.title, "findings": findings(comparison), "sections": sections(comparison)}
     page = folder / "index.html"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        page.write_text(fill("compare.html", **shown), encoding="utf-8")
-        (folder / "compare.md").write_text(fill("compare.md", **shown), encoding="utf-8")
-        with (folder / "compare.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([_COLUMNS, *_rows(comparison)])
+        write_atomically(page, fill("compare.html", **shown))
+        write_atomically(folder / "compare.md", fill("compare.md", **shown))
+        write_atomically(folder / "compare.csv", csv_text([_COLUMNS, *_rows(comparison)]))
     except OSError as error:
         raise ResourceError(f"Cannot write {folder}: {error.strerror}. Name another folder with --out.") from error
     return page

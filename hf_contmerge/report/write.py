@@ -17,6 +17,7 @@ A verdict claims a change only if 0 lies outside the 95 % interval of the paired
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
@@ -61,27 +62,33 @@ _SIDES = (
 
 
 def write_report(run: Run) -> Path:
-    """Write the report; return the picture's path. The caller writes the record."""
-    from hf_contmerge.report._pages import markdown, page  # jinja2 is for reports that are written, not shown again
+    """Write the report; return the picture's path. The caller writes the record.
+
+    Another process may write the report of this run, too: the second one waits.
+    """
+    with run.report_lock():
+        _write(run, run.report.scratch("report"))
+        return run.report.publish("report") / "forgetting.png"
+
+
+def _write(run: Run, folder: Path) -> None:
+    from hf_contmerge.report._pages import pages  # jinja2 is for reports that are written, not shown again
     from hf_contmerge.report._templates import fill
 
     results, spent = load_results(run), costs(run)
-    folder = run.report.scratch("report")
     draw_forgetting(results, folder / "forgetting.png")
     pictures = [Picture(draw_alone(results, panel), panel.alt_text(results)) for panel in panels(results)]
     shown = [section for section in sections(run, results) if not section.empty]
     texts = {
-        "index.html": page(run, results, pictures, shown),
-        "report.md": markdown(run, results, shown),
+        **pages(run, results, pictures, shown),
         "summary.json": json.dumps(summary(run, results), indent=1) + "\n",
         "costs.html": fill("costs.html", name=run.recipe.name, tables=cost_tables(spent)),
+        "scores.csv": csv_text([_COLUMNS, *_score_rows(results)]),
+        "costs.csv": csv_text([[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)]),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    _write_csv(folder / "scores.csv", [_COLUMNS, *_score_rows(results)])
-    _write_csv(folder / "costs.csv", [[f.name for f in fields(Cost)], *(astuple(cost) for cost in spent)])
+        (folder / name).write_bytes(text.encode())
     write_record(folder / DIGESTS, {"files": digests_of(folder, files_below(folder, "."))})
-    return run.report.publish("report") / "forgetting.png"
 
 
 def sections(run: Run, results: Results) -> list[Section]:
@@ -114,9 +121,11 @@ def _choices(run: Run) -> Section:
     return Section("Choosing the merges", choices_intro(run) + hint, choice_tables(run), pictures=pictures)
 
 
-def _write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Return rows as CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def show_report(run: Run, *, browser: bool = False) -> None:

@@ -40,7 +40,7 @@ from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
 from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
-from hf_contmerge.runtime.files import FolderLock, remove, write_atomically
+from hf_contmerge.runtime.files import FolderLock, make_folder, sync_folder, write_atomically
 from hf_contmerge.runtime.foreign import require_own_files
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
 from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml, write_record
@@ -49,6 +49,8 @@ DIGESTS = "digests.json"
 """Record in the report's folder, which is written again at any time."""
 
 _BASE_MODEL = "stages/00-base/model"
+
+_PATIENCE = 600  # seconds to wait for another process's report
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Run:
         run = cls(Path(folder) if folder else recipe.run_folder(), recipe)
         run.check_folder()
         try:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(run.folder)
             with FolderLock(run.folder):
                 write_atomically(run._recipe_file, seal_yaml(recipe_yaml(recipe)))
         except OSError as error:
@@ -122,7 +124,7 @@ class Run:
 
         Reads at most two files, so that finished runs answer at once.
         """
-        if not self.report.is_done("report"):
+        if not self.report.is_done("report") or not (self.folder / "report").is_dir():
             return False
         record = self.report.record("report")
         return record.get("recipe_sha256") == self.recipe_sha256() and not changed(record.get("versions", {}))
@@ -135,6 +137,10 @@ class Run:
     def report(self) -> Place:
         """Place of the report folder and its record."""
         return Place(self.folder)
+
+    def report_lock(self) -> FolderLock:
+        """Lock the report: a run and `contmerge report` take turns."""
+        return FolderLock(self.folder, ".report.lock", wait=_PATIENCE)
 
     @property
     def tasks(self) -> Path:
@@ -204,9 +210,12 @@ class Run:
 
     def link_base(self, folder: Path) -> None:
         """Point the link at the base model."""
-        self.base_model.parent.mkdir(parents=True, exist_ok=True)
-        remove(self.base_model)
-        self.base_model.symlink_to(folder.resolve())
+        make_folder(self.base.folder)
+        new = self.base_model.with_name(".model")
+        new.unlink(missing_ok=True)
+        new.symlink_to(folder.resolve())
+        new.replace(self.base_model)  # never missing: recipes of merges name it
+        sync_folder(self.base.folder)
 
     def stage_numbers(self) -> range:
         return range(1, len(self.recipe.stages) + 1)
@@ -271,7 +280,8 @@ class Run:
             raise RunError(unknown("phase", phase, PHASES))
         first = self._first_to_redo(phase, stage)
         undone = ["the report"] if self.report.is_done("report") else []
-        self.report.undo("report")
+        with self.report_lock():
+            self.report.undo("report")
         # Last to first: a crash halfway leaves no gap in the run.
         for t, place in reversed(list(self.places())):
             for each in reversed(_following(phase, t, place, first, whole_run=stage is None)):
@@ -357,6 +367,13 @@ def _frozen(file: Path) -> Recipe:
 def _require_own_files(folder: Path) -> None:
     """Raise RunError for links out of a run, which its author could have set."""
     require_own_files(folder, error=RunError, besides=folder / _BASE_MODEL)
+
+
+def evenly_spread(last: int, most: int) -> tuple[int, ...]:
+    """Return stages from 1 to `last`: all, or `most` with both ends."""
+    if last <= most:
+        return tuple(range(1, last + 1))
+    return tuple(1 + round(i * (last - 1) / (most - 1)) for i in range(most))
 
 
 def _is_leftover(path: Path) -> bool:

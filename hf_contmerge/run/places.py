@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
-from hf_contmerge.runtime.files import put_in_place, remove
+from hf_contmerge.runtime.files import make_folder, put_in_place, remove, replaced, withdraw
 from hf_contmerge.runtime.records import Record, read_record, require_seal, write_record
 from hf_contmerge.runtime.versions import versions
 
@@ -63,7 +63,7 @@ class Place:
         """Create an empty hidden folder for the output `name`."""
         path = self.folder / f".{name}"
         remove(path)
-        path.mkdir(parents=True)
+        make_folder(path)
         return path
 
     def publish(self, name: str) -> Path:
@@ -101,10 +101,11 @@ class Place:
 
     def undo(self, phase: Phase) -> None:
         """Delete a phase's record, then its outputs."""
-        self._record_file(phase).unlink(missing_ok=True)
+        withdraw(self._record_file(phase))
         self.logged(phase).unlink(missing_ok=True)
         for name in self.outputs(phase):
             remove(self.folder / name)
+            remove(replaced(self.folder / name))
 
     def logged(self, phase: Phase) -> Path:
         """File with the last step sent to the trackers."""

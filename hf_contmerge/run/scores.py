@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Literal
 from hf_contmerge.errors import RunError
 from hf_contmerge.run.places import Place
 from hf_contmerge.runtime.digests import text_digest
-from hf_contmerge.runtime.files import sync_folder
+from hf_contmerge.runtime.files import replacing
 
 Block = Literal["accuracy", "perplexity"]
 BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")
@@ -112,16 +111,9 @@ def write_scores(place: Place, scores: Scores, *, texts: bool = False) -> dict[s
         columns[column] = [v for score in kept.values() for v in getattr(score, field) or [None] * len(score.gains)]
     types = {"task": pa.dictionary(pa.int32(), pa.string()), "gain": pa.float64(), "weight": pa.float64()}
     fields = [pa.field(name, types.get(name, pa.string())) for name in columns]
-    scratch = place.folder / f".{DOCUMENTS_FILE}"
-    place.folder.mkdir(parents=True, exist_ok=True)
-    with scratch.open("wb") as file:
-        parquet.write_table(
-            pa.table(columns, schema=pa.schema(fields)), file, compression="zstd", write_page_checksum=True
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(place.folder / DOCUMENTS_FILE)
-    sync_folder(place.folder)
+    with replacing(place.folder / DOCUMENTS_FILE) as file:
+        table = pa.table(columns, schema=pa.schema(fields))
+        parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
     return {
         name: {k: v for k, v in score.to_json().items() if k not in _COLUMNS} | {_DIGEST: score.documents_digest()}
         for name, score in kept.items()

@@ -123,8 +123,13 @@ class Crew:
                 threads = [threading.Thread(target=worker, daemon=True) for _ in range(count)]
                 for thread in threads:
                     thread.start()
-                for thread in threads:
-                    thread.join()
+                try:
+                    for thread in threads:
+                        thread.join()
+                except BaseException as error:  # a stop: no thread may write once its folder is removed
+                    errors.append(error)
+                    for thread in threads:
+                        thread.join()
         finally:
             torch.set_num_threads(threads_before)  # a thread's setting partly changes the process's
         if errors:

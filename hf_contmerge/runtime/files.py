@@ -1,49 +1,87 @@
-"""Atomic files and folders, folder locks, flushes to disk."""
+"""Atomic files and folders, folder locks, flushes to disk.
+
+What a command reports as done is on the disk: data first, then its name, last the record that vouches for it.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from hf_contmerge.errors import ContmergeError, RunError
+from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.ranks import Ranks
+from hf_contmerge.runtime.refusals import refusals
+
+_WINDOWS = os.name == "nt"  # flushes only files that are open for writing, and no folders
 
 
 class FolderLock:
-    """Locks a folder against other processes; the kernel unlocks after crashes."""
+    """Locks a folder against other processes; the system unlocks after crashes.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
+    Args:
+        folder: an existing folder.
+        name: of the lock's file.
+        wait: seconds to wait for another process.
+    """
+
+    def __init__(self, folder: Path, name: str = ".lock", *, wait: float = 0) -> None:
+        self._path, self._wait = folder / name, wait
 
     def __enter__(self) -> FolderLock:
-        self._file = self._path.open("w")
+        from filelock import FileLock, Timeout  # slow to import; most commands lock nothing
+
+        self._lock = FileLock(self._path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
+            self._lock.acquire(timeout=self._wait)
+        except Timeout as error:
             raise RunError(
                 f"{self._path.parent} is in use by another process. Wait for it, or name another folder."
             ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._lock.release()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that replaces `path` at the end, on the disk.
+
+    A crash leaves the old file or the new one.
+    """
+    make_folder(path.parent)
+    scratch = path.with_name(f".{path.name}.new")
+    with refusals(path):
+        try:
+            with scratch.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+        except BaseException:
+            with suppress(OSError):  # a full disk needs the room
+                scratch.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file atomically: a crash leaves the old or new text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    sync_folder(path.parent)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, on the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -66,11 +104,18 @@ def link_files(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
 
+def withdraw(record: Path) -> None:
+    """Remove a record, on the disk: what it vouches for may change next."""
+    if record.exists():
+        record.unlink()
+        sync_folder(record.parent)
+
+
 def sync_files(folder: Path) -> None:
     """Flush a folder's files and entries to disk, with subfolders."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
+            with refusals(path), path.open("rb+" if _WINDOWS else "rb") as file:
                 os.fsync(file.fileno())
         elif path.is_dir():
             sync_folder(path)
@@ -79,19 +124,38 @@ def sync_files(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries (names, renames) to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if _WINDOWS:
+        return
+    with refusals(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks flush names by themselves
+                raise
+        finally:
+            os.close(handle)
 
 
 def put_in_place(scratch: Path, final: Path) -> None:
-    """Flush a folder to disk; rename it to `final`."""
+    """Flush a folder to disk; rename it to `final`.
+
+    An older folder is whole or gone, never half removed.
+    """
     sync_files(scratch)
+    old = replaced(final)
+    remove(old)
+    if final.is_dir() and any(final.iterdir()):
+        final.rename(old)
     remove(final)
     scratch.rename(final)
     sync_folder(final.parent)
+    remove(old)
+
+
+def replaced(final: Path) -> Path:
+    """Return the hidden name of a folder that is being replaced."""
+    return final.with_name(f".{final.name}.old")
 
 
 @contextmanager
@@ -107,13 +171,15 @@ def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunError(f"{out} exists and is not empty. Name a new folder, or remove that one.")
         remove(scratch)
-        scratch.mkdir(parents=True)
+        make_folder(scratch)
 
     ranks.first(make)
     try:
-        yield scratch
-    except (ContmergeError, OSError, ValueError):
+        with refusals(out):
+            yield scratch
+            ranks.first(put_in_place, scratch, out)
+    except BaseException:
         if ranks.is_main:
-            remove(scratch)
+            with suppress(OSError):
+                remove(scratch)
         raise
-    ranks.first(lambda: put_in_place(scratch, out))

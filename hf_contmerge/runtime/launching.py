@@ -19,6 +19,7 @@ from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.device import cpu_only
 from hf_contmerge.runtime.progress import progress_bar
 from hf_contmerge.runtime.ranks import find_ranks
+from hf_contmerge.runtime.stopping import share_stops
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
 _PATIENCE = 7200  # seconds; rank 0 may need more than NCCL's ten minutes to save a large model
@@ -55,7 +56,9 @@ def join_ranks(fields: Mapping[str, Any] = MappingProxyType({})) -> tuple[Partia
     patience = timedelta(seconds=float(fields.get("ddp_timeout") or _PATIENCE))
     joined = PartialState(cpu=cpu_only(), timeout=patience)
     device = torch.device("cpu") if cpu_only() else torch.device(str(joined.device))
-    return joined, Crew(ranks=find_ranks(), device=device, bar=progress_bar)
+    crew = Crew(ranks=find_ranks(), device=device, bar=progress_bar)
+    share_stops(crew.ranks.largest)
+    return joined, crew
 
 
 def leave_ranks() -> None:

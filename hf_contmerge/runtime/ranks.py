@@ -31,6 +31,10 @@ class Ranks:
         """Return every rank's value on every rank, in rank order."""
         raise NotImplementedError
 
+    def largest(self, value: int) -> int:
+        """Return the largest of all ranks' numbers."""
+        return max(self.gather(value))
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -112,6 +116,14 @@ class LaunchedRanks(Ranks):
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def largest(self, value: int) -> int:
+        import torch
+        import torch.distributed as dist
+
+        shared = torch.tensor(value)  # called after each training step: a tensor on the CPU waits for no GPU
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+        return int(shared)
 
 
 def find_ranks() -> Ranks:

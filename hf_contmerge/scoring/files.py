@@ -17,6 +17,7 @@ import yaml
 from pyarrow import parquet
 
 from hf_contmerge.run.recipe.parts import Task
+from hf_contmerge.runtime.files import replacing, write_atomically
 from hf_contmerge.training.data import StageData, documents, require_chat_template, task_rows
 
 
@@ -105,9 +106,9 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
     The JSON reader of `datasets` takes strings for dates, so that lm-eval reads Parquet.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    write_atomically(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with replacing(path) as file:
+        parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
     return path
 
 
@@ -117,4 +118,4 @@ def _write_task(folder: Path, name: str, data: Path, fields: Mapping[str, Any]) 
         "task": name, "dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": file}},
         "test_split": "test", **fields, "metadata": {"version": 1.0},
     }  # fmt: skip
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+    write_atomically(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))

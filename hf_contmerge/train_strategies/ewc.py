@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.weights import write_tensors
 from hf_contmerge.train_strategies import Likelihoods, StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
 from hf_contmerge.train_strategies._weights import Start, trained
@@ -78,7 +79,7 @@ class Ewc(TrainStrategy):
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
         if is_main():
-            save_file({n: f.cpu().contiguous() for n, f in self._fisher.items()}, out / _FILE)
+            write_tensors(out / _FILE, self._fisher)
 
     def memory_bytes(self, stage: StageSize) -> int:
         return 4 * stage.trained

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.weights import write_tensors
 from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies._ranks import is_main
 from hf_contmerge.train_strategies.lora import Lora, trained_a, whole
@@ -67,7 +68,7 @@ class Olora(Lora):
         fresh = {name: whole(a) for name, a in trained_a(model)}
         kept = {n: torch.cat([self._old[n].cpu(), a]) if n in self._old else a for n, a in fresh.items()}
         if is_main():
-            save_file(kept, out / _FILE)
+            write_tensors(out / _FILE, kept)
 
     def memory_bytes(self, stage: StageSize) -> int:
         return 4 * stage.lora_a * stage.number

@@ -19,10 +19,11 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.weights import write_tensors
 from hf_contmerge.train_strategies import Likelihoods, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
 from hf_contmerge.train_strategies._weights import plain_model
@@ -128,7 +129,7 @@ class Osf(TrainStrategy):
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
         if self._importance and is_main():
-            save_file({name: value.clone() for name, value in self._importance.items()}, out / _FILE)
+            write_tensors(out / _FILE, {name: value.clone() for name, value in self._importance.items()})
 
     def adjust_weights(self, model: nn.Module) -> None:
         if self.project:

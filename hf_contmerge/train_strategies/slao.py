@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.weights import write_tensors
 from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies._ranks import is_main
 from hf_contmerge.train_strategies.lora import Lora, trained_a, whole
@@ -46,7 +47,7 @@ class Slao(Lora):
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
         last = {name: whole(a) for name, a in trained_a(model)}
         if is_main():
-            save_file(last, out / _FILE)
+            write_tensors(out / _FILE, last)
 
     def memory_bytes(self, stage: StageSize) -> int:
         return 4 * stage.lora_a

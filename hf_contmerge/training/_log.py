@@ -8,8 +8,11 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
+from hf_contmerge.runtime.files import sync_files
 from hf_contmerge.runtime.progress import StepProgress
+from hf_contmerge.runtime.stopping import asked_to_stop
 from hf_contmerge.training._checkpoints import seal_checkpoint
 
 Point = Mapping[str, float]
@@ -35,6 +38,8 @@ class TrainingLog(TrainerCallback):
 
     A mean over the steps since the last log cannot be taken up in the middle, so a step with a checkpoint is logged
     too; and the last one, so that there is always a loss to record.
+
+    When asked to stop, training ends with a checkpoint, unless `save_strategy` is `no`.
     """
 
     def __init__(self, on_log: OnLog, *, last_checkpoint: bool) -> None:
@@ -46,8 +51,11 @@ class TrainingLog(TrainerCallback):
         if state.is_world_process_zero:
             self._progress = StepProgress(state.max_steps, state.global_step, state.num_input_tokens_seen)
 
-    def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
+        if asked_to_stop():
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != SaveStrategy.NO
         if last and not self._last_checkpoint:
             control.should_save = False
         if control.should_save or last:
@@ -59,6 +67,7 @@ class TrainingLog(TrainerCallback):
         PartialState().wait_for_everyone()  # the other ranks' random states
         if state.is_world_process_zero:
             seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            sync_files(Path(args.output_dir))
 
     def on_epoch_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_save:

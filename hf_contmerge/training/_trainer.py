@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.loading import load_model
+from hf_contmerge.runtime.files import sync_files
 from hf_contmerge.train_strategies import Combined, Likelihoods
 from hf_contmerge.training._forms import Form
 
@@ -57,10 +58,13 @@ class StageTrainer(Trainer):
         """Let all ranks write their part of a checkpoint.
 
         Next, the main process writes trainer_state.json and deletes the checkpoint before: by then, no other rank may
-        be half-way, or a kill would leave nothing to resume from.
+        be half-way, or a kill would leave nothing to resume from. trainer_state.json vouches for the other files, so
+        these are on the disk before it.
         """
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            sync_files(Path(output_dir))
 
 
 class AddedLoss(StageTrainer):

@@ -16,6 +16,7 @@ from hf_contmerge.errors import ContmergeError, DataError, RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.training._checkpoints import newest_checkpoint
 from hf_contmerge.training._log import OnLog, TrainingLog, curve
@@ -205,4 +206,5 @@ def _train_on(trainer: Any, checkpoint: Path | None) -> None:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = state
     else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stop_after_checkpoint():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

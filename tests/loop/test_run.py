@@ -129,7 +129,7 @@ def times(folder: Path, names: str = "*.json") -> dict[str, int]:
 
 def test_layout(run: Run) -> None:
     assert listing(run.folder) == {
-        ".lock", "recipe.yml", "inputs.json", "tasks", "stages", "report", "report.json",
+        ".lock", ".report.lock", "recipe.yml", "inputs.json", "tasks", "stages", "report", "report.json",
     }  # fmt: skip
     assert listing(run.folder / "stages") == {"00-base", "01-a", "02-b", "03-c"}
     assert listing(run.folder / "stages/00-base") == {"model", "score.json", "score.parquet"}

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toys.forks import Forks, forks
 from toys.loras import lora
 from toys.models import perturbed
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -583,168 +582,33 @@ def test_whoever_adds_at_the_same_time_loses_nothing(
         assert merged(state) == merged(started(base_folder, tmp_path / f"{attempt}-again", experts=order))
 
 
-# Crashes. The processes are forked from one that has loaded the libraries, and kill themselves (SIGKILL) just before a
-# chosen change to the files, or are killed while they write.
-
-FORKS = r"""
-import json, os, signal, sys
-import hf_contmerge.merging.state, hf_contmerge.merging.in_mergekit.replay, numpy
-from hf_contmerge.commands.main import main
-
-def die_before(number, log):
-    changes = []
-    def hook(event, args):
-        if event == "open":
-            if not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or args[0] == log:
-                return
-        elif event not in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            return
-        changes.append(event)
-        if len(changes) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-
-for line in sys.stdin:
-    order = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        out = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1); os.dup2(out, 2)
-        die_before(order["change"], order["log"])
-        code = main(order["argv"])
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Forks:
-    """Runs commands in processes of their own."""
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self._process, self.log = process, log
-
-    def start(self, *argv: object, change: int = 0) -> int:
-        """Start a command that dies before its change numbered `change`; return its process id."""
-        order = {"argv": [str(a) for a in argv], "change": change, "log": str(self.log)}
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def wait(self) -> int:
-        assert self._process.stdout
-        return int(self._process.stdout.readline())
-
-    def run(self, *argv: object, change: int = 0) -> int:
-        self.start(*argv, change=change)
-        return self.wait()
+# Crashes; tests/scenarios/test_disk.py has those before each change.
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield Forks(process, tmp_path_factory.mktemp("forks") / "log")
-        assert process.stdin
-        process.stdin.close()
-
-
-CRASHES = {"add": "magmax", "add adapter": "opcm", "drop": "opcm"}
-
-
-@pytest.mark.parametrize("what", ["add", "drop", pytest.param("add adapter", marks=pytest.mark.slow)])
-def test_killed_before_any_change(
-    what: str, base_folder: Path, expert_folders: tuple[Path, ...], adapters: tuple[Path, ...], tmp_path: Path,
-    forks: Forks,
-) -> None:  # fmt: skip
-    """The state is the old one or the new one; the same command then makes it new, or says that it is."""
-    experts = adapters if what == "add adapter" else expert_folders
-    folded = experts if what == "drop" else experts[:2]
-    words = ["drop", experts[1].name] if what == "drop" else ["add", str(experts[2])]
-    start = started(base_folder, tmp_path / "start", CRASHES[what], folded)
-    state = MergeState(tmp_path / "state")
-
-    def restart() -> list[str]:
-        shutil.rmtree(state.folder, ignore_errors=True)
-        shutil.copytree(start.folder, state.folder)
-        return ["merge", words[0], str(state.folder), words[1]]
-
-    assert forks.run(*restart()) == 0, forks.log.read_text()
-    old, new, outcomes = merged(start), merged(state), []
-    for number in range(1, 100):
-        code = forks.run(*restart(), change=number)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, forks.log.read_text()
-        outcomes.append(merged(state) == new)
-        assert merged(state) in (old, new)
-        code = forks.run("merge", words[0], state.folder, words[1])
-        assert code == (2 if outcomes[-1] else 0), forks.log.read_text()
-        if code:
-            assert re.search("must not be folded twice|Unknown stage", forks.log.read_text())
-        assert merged(state) == new
-        left = {p.name for p in state.folder.iterdir()} - {".lock", "state.json", ".state.json.new"}
-        assert left == {state.log().running}
-    assert len(outcomes) > 8
-    assert outcomes == sorted(outcomes)  # once it is new, it stays so
-    assert {False, True} == set(outcomes)
-
-
-def test_killed_while_starting_a_state(base_folder: Path, tmp_path: Path, forks: Forks) -> None:
-    for number in range(1, 20):
-        folder = tmp_path / str(number)
-        command = ["merge", "init", folder, "--base", base_folder, "--rule", "magmax"]
-        if forks.run(*command, change=number) == 0:
-            assert number > 2
-            return
-        if not (folder / "state.json").exists():
-            assert forks.run(*command) == 0, forks.log.read_text()
-        assert MergeState.load(folder).log().experts == ()
-    pytest.fail("it never ends")
-
-
-def test_killed_while_exporting(
-    base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path, forks: Forks
-) -> None:
-    state = started(base_folder, tmp_path / "state", "opcm", expert_folders)
-    wanted, before = digests(state.export(tmp_path / "wanted")), digests(state.folder)
-    for number in range(1, 100):
-        out = tmp_path / str(number)
-        if forks.run("merge", "export", state.folder, out, "--shard-size", "60KB", change=number) == 0:
-            assert number > 8
-            return
-        assert digests(state.folder) == before
-        if out.exists():
-            assert len(digests(out)) > len(wanted)  # whole, and in more files
-        else:
-            assert forks.run("merge", "export", state.folder, out) == 0, forks.log.read_text()
-            assert digests(out) == wanted
-        assert not list(tmp_path.glob(".*"))
-    pytest.fail("it never ends")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with forks(tmp_path_factory.mktemp("forks") / "root") as server:
+        yield server
 
 
 def test_killed_while_it_writes(
-    base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path, forks: Forks
+    base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path, server: Forks
 ) -> None:
     """At moments that the tensors' writing, of which Python tells nobody, decides."""
     state = started(base_folder, tmp_path / "state", "opcm", expert_folders[:2])
     old = merged(state)
     new = merged(started(base_folder, tmp_path / "new", "opcm", expert_folders))
     for delay in (0.0, 0.001, 0.002, 0.004, 0.008, 0.016):
-        child = forks.start("merge", "add", state.folder, expert_folders[2])
+        child = server.start("merge", "add", state.folder, expert_folders[2])
         while not (state.folder / "running-2").exists() and len(state.log().experts) == 2:
             pass
         time.sleep(delay)
         with suppress(ProcessLookupError):  # it was faster
             os.kill(child, signal.SIGKILL)
-        forks.wait()
+        server.wait()
         assert merged(state) in (old, new)
         if merged(state) == new:
             break
     if merged(state) == old:
-        assert forks.run("merge", "add", state.folder, expert_folders[2]) == 0, forks.log.read_text()
+        assert server.run("merge", "add", state.folder, expert_folders[2]) == 0, server.log.read_text()
     assert merged(state) == new

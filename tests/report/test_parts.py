@@ -14,7 +14,7 @@ from hf_contmerge.report._choices import choice_tables, curves
 from hf_contmerge.report._examples import examples
 from hf_contmerge.report._findings import relative
 from hf_contmerge.report._merges import geometry_section
-from hf_contmerge.report._pages import markdown
+from hf_contmerge.report._pages import pages
 from hf_contmerge.report._panels import Panel, draw_panel, panels
 from hf_contmerge.report._tables import Table, change_cell, heat_maps, task_tables
 from hf_contmerge.report.write import load_results, sections, write_report
@@ -230,7 +230,7 @@ def test_what_was_tried_is_told(tmp_path):
     chosen = next(s for s in sections(run, load_results(run)) if s.title == "Choosing the merges")
     assert "validation documents (25 % of each task); results use the other documents" in chosen.intro
     assert "a loss of at most 0.05" in chosen.intro
-    assert "98.76" not in markdown(run, load_results(run), [chosen]), "times are the machine's"
+    assert "98.76" not in pages(run, load_results(run), [], [chosen])["report.md"], "times are the machine's"
 
 
 def test_what_was_not_chosen_has_no_section(run):

@@ -388,15 +388,20 @@ def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
         in_form_of(fresh, old, path)
 
 
-def check_disk(run: Run, prepared: Prepared) -> None:
-    """Raise ResourceError if the disk is too small."""
+def disk_needed(run: Run, prepared: Prepared) -> int:
+    """Return the most bytes that the unfinished phases will add."""
     base = Weights(prepared.base)
     carrier = make_strategies(run.recipe.train).carrier
     # An adapter's size needs the model; it is small enough to leave out.
     whole = carrier.bytes_per_parameter >= Full.bytes_per_parameter
     trained = Trained(base.numel() if whole else 0, carrier.keeps_adapter())
     uses = (disk_use(s, run, base, prepared.rules, trained) for s in run_steps(run, prepared.kinds) if not s.done)
-    need = disk_need(uses).peak
+    return disk_need(uses).peak
+
+
+def check_disk(run: Run, prepared: Prepared) -> None:
+    """Raise ResourceError if the disk is too small."""
+    need = disk_needed(run, prepared)
     free = shutil.disk_usage(run.folder).free
     if need > free:
         raise ResourceError(
