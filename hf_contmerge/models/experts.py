@@ -89,7 +89,7 @@ class DenseExpert:
 
     def reader(self, name: str, _base: Tensor) -> Reader:
         stored = self.weights.tensor(name).reshape(-1)
-        return lambda start, stop, wide: torch.sub(stored[start:stop].to(wide.device), wide)
+        return lambda start, stop, wide: torch.sub(stored[start:stop].to(wide.device), wide).float()  # of float64
 
     def is_whole(self, _name: str) -> bool:
         return False
