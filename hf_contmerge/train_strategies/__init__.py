@@ -73,7 +73,7 @@ class TrainStrategy:
     stage: int = field(default=1, init=False, repr=False)
     """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
 
-    kept: Mapping[str, Kept] | None = field(default=None, init=False, repr=False)
+    kept_by_rounding: Mapping[str, Kept] | None = field(default=None, init=False, repr=False)
     """Set by `close`: what each weight that it rounded keeps of its update. No parameter of a recipe."""
 
     def keeps_adapter(self) -> bool:

@@ -52,7 +52,7 @@ class Lora(TrainStrategy):
     def close(self, model: Any) -> PreTrainedModel:
         if self.keep:
             return model
-        plain, self.kept = fold_adapter(model)
+        plain, self.kept_by_rounding = fold_adapter(model)
         return plain
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.loading import fold_adapter
 from hf_contmerge.models.weights import write_tensors
 from hf_contmerge.train_strategies import Likelihoods, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
@@ -139,7 +140,8 @@ class Osf(TrainStrategy):
                 low["V_low"].copy_(_off(low["V_low"].T, _turned(layer._osf_V_high), _turned(layer._osf_V_low_init)).T)
 
     def close(self, model: Any) -> PreTrainedModel:
-        return model.merge_and_unload()
+        plain, self.kept_by_rounding = fold_adapter(model)
+        return plain
 
 
 def osf_layers(model: nn.Module) -> Iterator[Any]:

@@ -53,7 +53,7 @@ def save_expert(trainer: Any, strategies: Combined, base: Path, out: Path, chang
     accelerator.wait_for_everyone()
     if trainer.is_deepspeed_enabled and trained.itemsize == 2:
         LOG.warning("DeepSpeed hands out %s for its float32 weights; what that drops is not measured.", trained)
-    return {"trained_in": _word(trained), **_stored(model, strategies.carrier.kept)}
+    return {"trained_in": _word(trained), **_stored(model, strategies.carrier.kept_by_rounding)}
 
 
 def trained_dtype(model: Any) -> torch.dtype:

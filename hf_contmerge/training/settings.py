@@ -22,6 +22,7 @@ from hf_contmerge.runtime.device import bf16_pays, cpu_only
 from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined, combine, named_strategy
 from hf_contmerge.train_strategies.lora import Lora
+from hf_contmerge.train_strategies.osf import Osf
 from hf_contmerge.training._forms import Form
 from hf_contmerge.training._trainer import trainer_class
 from hf_contmerge.training.data import StageData, require_chat_template
@@ -106,10 +107,10 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
 
 
 def _warn_of_halves(train: Train, start: Path) -> None:
-    """Warn of training weights of 16 bits. A LoRA's are float32."""
+    """Warn of training weights of 16 bits. The factors of lora and osf are float32."""
     dtype = (train.sft_fields.get("model_init_kwargs") or {}).get("dtype", "float32")
     dtype = str(Weights(start).main_dtype).removeprefix("torch.") if dtype == "auto" else dtype
-    if dtype in ("bfloat16", "float16") and not isinstance(make_strategies(train).carrier, Lora):
+    if dtype in ("bfloat16", "float16") and not isinstance(make_strategies(train).carrier, Lora | Osf):
         LOG.warning(in_halves("train.model_init_kwargs.dtype", dtype))
 
 

@@ -200,3 +200,12 @@ def test_a_stale_record_of_rounding_goes(half: Path, tmp_path: Path) -> None:
         )
         subprocess.run([Path(sys.executable).with_name("mergekit-yaml"), yml, tmp_path / "out"], check=True)
         assert (tmp_path / "out" / "rounding.json").is_file() == exists
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_expert_in_float64_is_merged_as_any_other(rule: str, half: Path, tmp_path: Path) -> None:
+    state = MergeState.create(tmp_path / "state", base=half / "base", rule=rule, **RULES[rule])
+    state.add(changed(half / "e1", tmp_path / "e1", seed=4, size=0, dtype=torch.float64), half / "e2")
+    same = started(half, tmp_path / "other", rule, **RULES[rule])
+    found, wanted = (load_file(s.export(tmp_path / s.folder.name / "out") / "model.safetensors") for s in (state, same))
+    assert all(torch.equal(found[n], t) for n, t in wanted.items())

@@ -120,10 +120,13 @@ def test_expert(strategy: Row, tied: bool, train: Callable[..., Row], tmp_path: 
     assert changed == ({n for n in before if "proj" in n} if strategy else set(before))
 
 
-def test_a_lora_on_16_bits_keeps_its_update(train: Callable[..., Row], tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", [LORA, {"strategy": "osf"}], ids=["lora", "osf"])
+def test_factors_on_16_bits_keep_their_update(strategy: Row, train: Callable[..., Row], tmp_path: Path) -> None:
     """Its factors are float32; folded in, they are rounded once, and the record says what the file keeps."""
     base = toy_llama(tmp_path / "base", seed=1, dtype=torch.bfloat16)
-    record = train("expert", base=base, **{**LORA, "learning_rate": 1e-5, "model_init_kwargs": {"dtype": "bfloat16"}})
+    record = train(
+        "expert", base=base, **{**strategy, "learning_rate": 1e-5, "model_init_kwargs": {"dtype": "bfloat16"}}
+    )
     before, after = weights(base), weights(tmp_path / "expert")
     assert {t.dtype for t in after.values()} == {torch.bfloat16}
     assert record["trained_in"] == "float32"

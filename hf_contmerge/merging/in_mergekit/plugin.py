@@ -280,7 +280,7 @@ def _warn_of_rounding(config: Any) -> None:
     """Warn of mergekit's own methods in 16 bits, which round to nearest."""
     if isinstance(registry.get(config.merge_method), RuleMethod):
         return
-    asked = [dtype_from_name(word) for word in (config.dtype, config.out_dtype) if word]
+    asked = [dtype for word in (config.dtype, config.out_dtype) if (dtype := dtype_from_name(word or None))]
     folders = [Path(model.model.path) for model in config.referenced_models()]
     stored = [Weights(folder).main_dtype for folder in folders if folder.is_dir() and not is_adapter(folder)]
     least = min(asked or [functools.reduce(promote_types, stored, bfloat16)], key=lambda dtype: dtype.itemsize)
