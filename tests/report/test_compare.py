@@ -81,9 +81,7 @@ def test_differences_are_paired_and_have_intervals(pair):
     told = findings(found)
     assert told[1].startswith("new: magmax: better on 2 tasks of perplexity (+0.15 nats, ")
     assert "; better on 1 task of accuracy (+25.0 points, " in told[1]
-    assert "the same on 2 tasks of perplexity (0.00 nats, 0.00 to 0.00)" in told[0], (
-        "one and the same fine-tuning"
-    )
+    assert "the same on 2 tasks of perplexity (0.00 nats, 0.00 to 0.00)" in told[0], "one and the same fine-tuning"
 
 
 def test_tables_show_metrics_and_what_differs_between_the_recipes(pair):
