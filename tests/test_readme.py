@@ -23,6 +23,7 @@ from hf_contmerge.merging.in_mergekit.recipe import read_mergekit_recipe
 from hf_contmerge.run.recipe.study import Study
 from hf_contmerge.run.recipe.suites import stream_names, suite_names, suite_tasks
 from hf_contmerge.run.recipe.text import load_recipe, parse_recipe, read_yaml
+from hf_contmerge.scoring.forgetting.lines import SIDES
 from hf_contmerge.scoring.forgetting.matrix import ScoreMatrix
 from hf_contmerge.train_strategies import strategy_class, strategy_names
 
@@ -329,7 +330,7 @@ def test_strategies_are_complete() -> None:
 
 def test_metrics_are_complete() -> None:
     measured = ScoreMatrix(("law",), ((0.1,), (0.2,))).metrics()
-    assert {*measured, "general_delta", "fuar"} == set(
+    assert {*measured, *SIDES, "general_delta", "fuar"} == set(
         re.findall(r"^\| [^|`]+ \| `(\w+)` \|", doc("measuring.md"), re.M)
     )
 

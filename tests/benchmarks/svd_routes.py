@@ -3,9 +3,10 @@
     python tests/benchmarks/svd_routes.py                  on one core, and on CUDA too where there is one; 3 minutes
     python tests/benchmarks/svd_routes.py --largest 600    only shapes whose smaller side is at most that
 
-Prints a Markdown table. Inputs are float32, with singular values from 1 down to 10^-2, 10^-5 and 10^-8, evenly on a
+Prints two Markdown tables. Inputs are float32, with singular values from 1 down to 10^-2, 10^-5 and 10^-8, evenly on a
 logarithmic scale. Errors are |removed - reference| / |reference| of what OPCM removes from a random matrix, for the
-leading block (half of the nuclear norm) and for the diagonal beyond it; the reference is a float64 SVD on the CPU.
+leading block (half of the nuclear norm) and for the diagonal beyond it; the reference is a float64 SVD on the CPU. The
+second table has whole updates by OPCM's variants, and a Gram route that computes the leading eigenvectors alone.
 """
 
 import os
@@ -13,16 +14,21 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: rules run on one BLAS thread for each worker
 
 import argparse
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hf_contmerge.merge_rules import Weight
 from hf_contmerge.merge_rules._linear import NUMERICAL_RANK, by_gram
+from hf_contmerge.merge_rules.opcm import Opcm
 
 SHAPES = {
     "core of a LoRA stream": (64, 64),
@@ -65,6 +71,54 @@ def main() -> None:
             cases = [draw(shape, decades) for decades in DECADES]
             for name, route in routes().items():
                 print(f"| {what}, {shape[0]} x {shape[1]} | {name} | {measure(route, cases)} |", flush=True)
+    print("\nWhole updates; S and D of normal noise, in float32 (`block`) or float64.\n")
+    print("| shape | r of q | block, ms | fusionbench / block | paper / block | eigh alone / block | partial / eigh |")
+    print("|---|---|---|---|---|---|---|")
+    for what, shape in SHAPES.items():
+        if min(shape) <= args.largest:
+            print(f"| {what}, {shape[0]} x {shape[1]} | {updates(shape)} |", flush=True)
+
+
+def updates(shape: tuple[int, int]) -> str:
+    """Return the cells of a shape: ratios of processor times, all measured in turns."""
+    generator, weight = torch.Generator().manual_seed(0), Weight("w", True, 2)
+    s, d = (torch.randn(shape, generator=generator) for _ in range(2))
+    x = s if shape[0] <= shape[1] else s.T
+    gram = x.double() @ x.T.double()
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    r = int((values.cumsum(0) / values.sum() <= ALPHA).sum())
+    ways: dict[str, Callable[[], object]] = {
+        "block": lambda: Opcm(variant="block").update(s, d, weight),
+        "fusionbench": lambda: Opcm(variant="fusionbench").update(s.double(), d.double(), weight),
+        "paper": lambda: Opcm(variant="paper").update(s.double(), d.double(), weight),
+        "eigh": lambda: torch.linalg.eigh(gram),
+        "partial": lambda: leading(gram.numpy(), r),
+    }
+    spent: dict[str, float] = {}
+    for _ in range(3):
+        for name, way in ways.items():
+            start = time.process_time()
+            way()
+            spent[name] = min(spent.get(name, math.inf), time.process_time() - start)
+    block, eigh = spent["block"], spent["eigh"]
+    ratios = (spent["fusionbench"] / block, spent["paper"] / block, eigh / block, spent["partial"] / eigh)
+    return f"{r} of {len(x)} | {1000 * block:.3g} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+def leading(gram: Any, r: int) -> Any:
+    """Return all eigenvalues and the leading eigenvectors: LAPACK's tridiagonal form, then r vectors alone.
+
+    SciPy's calls hold Python's lock, so that the workers of a merge would wait for each other.
+    """
+    from scipy.linalg import lapack
+
+    q = len(gram)
+    form, diagonal, beside, tau, _ = lapack.dsytrd(gram, lower=1, lwork=64 * q)
+    values, _ = lapack.dsterf(diagonal.copy(), beside.copy())
+    _, _, vectors, _ = lapack.dstemr(diagonal, np.append(beside, 0.0), 2, 0.0, 1.0, q - r + 1, q, compute_v=1)
+    vectors = np.asfortranarray(vectors[:, :r])
+    vectors[1:] = lapack.dormqr("L", "N", np.asfortranarray(form[1:, :-1]), tau, vectors[1:].copy("F"), 64 * r)[0]
+    return values, vectors
 
 
 def routes() -> dict[str, Route]:

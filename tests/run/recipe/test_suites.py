@@ -112,7 +112,7 @@ def test_orders_are_those_published() -> None:
 def test_wrong_words(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(tmp_path / "x.yml"), "--base", "b/c", "--gpus", "0", *words]) == 2
     assert message in capsys.readouterr().err
-    assert stream_names() == ("cl-standard",)
+    assert stream_names() == ("cl-standard", "mergebench")
 
 
 def test_labels_become_words(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from toys.reports import make_score
 
+from hf_contmerge.report._findings import fate, outcome
+from hf_contmerge.report._results import Results
+from hf_contmerge.report._tables import MISSING, change_cell, sides_tables
 from hf_contmerge.run.recipe.parts import Guard
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.run.scores import Sample, TaskScore
@@ -116,6 +119,22 @@ def test_metrics_of_a_line() -> None:
     assert Line("x", rows[:1]).metrics(recipe.stages, [quiz], "accuracy")["general_lost"] is None
 
 
+def test_the_reports_table_of_both_sides() -> None:
+    recipe = parse_recipe(RECIPE)
+    rows = (
+        {"quiz": scored("1111100000" * 30)},
+        {"a_heldout": scored("1111100000" * 30), "quiz": scored("1111100000" * 30)},
+        {"a_heldout": scored("1110000001" * 30), "quiz": scored("1111100001" * 30)},
+    )
+    results = Results(recipe.stages, ("quiz",), (), (Line("magmax", rows),), matters={"accuracy": 0.01})
+    [table] = sides_tables(results)
+    assert table.header == ("after", "a", "b")
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["a_heldout", MISSING, "−20.0 / +10.0"], ["quiz", "0.0 / 0.0", "0.0 / +10.0"],
+    ]  # fmt: skip
+    assert [cell.way for cell in table.rows[1][1:]] == ["", "up"]
+
+
 def test_a_guard_that_holds_lost_documents() -> None:
     """A tenth of the documents went wrong and a tenth right: the mean is as it was."""
     recipe = parse_recipe({**RECIPE, "evaluate": {"general_tasks": ["quiz"]}})
@@ -155,6 +174,16 @@ def change(mean: float, reach: float, matters: float = 0.02) -> Change:
 def test_what_is_said_of_a_difference(found: Change, sign: int, seen: str) -> None:
     assert (found.sign, found.seen) == (sign, seen)
     assert found.same == (seen == "the same")
+
+
+def test_what_is_the_same_is_not_forgotten() -> None:
+    small, large = change(-0.004, 0.001), change(-0.05, 0.001)
+    assert outcome(small, "perplexity", "it") == "is the same on it (perplexity × 1.00)"
+    assert outcome(large, "perplexity", "it") == "forgot it (perplexity × 1.05)"
+    assert fate(small, "perplexity") == "is the same (0.00 nats)"
+    cells = [change_cell(c, "perplexity") for c in (small, large)]
+    assert [cell.way for cell in cells] == ["", "down"]
+    assert cells[0].hint.startswith("the same; detectable")
 
 
 def test_another_confidence_has_the_same_size_that_matters() -> None:
