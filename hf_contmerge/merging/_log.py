@@ -79,8 +79,11 @@ def read_log(folder: Path) -> Log:
     if not file.exists():
         raise RunError(f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME")
     values = read_record(file, _CURE)
-    experts = (Entry(**{**e, "folder": str(folder.resolve() / e["folder"])}) for e in values["experts"])
-    return Log(**{**values, "experts": tuple(experts)})
+    try:
+        experts = [Entry(**{**e, "folder": str(folder.resolve() / e["folder"])}) for e in values["experts"]]
+        return Log(**{**values, "experts": tuple(experts)})
+    except (TypeError, KeyError) as error:  # sealed, by another program
+        raise RunError(f"{file} is damaged: {error}. {_CURE}") from error
 
 
 def write_log(folder: Path, log: Log) -> None:
