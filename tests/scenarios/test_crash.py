@@ -181,7 +181,7 @@ MOMENTS = {
     "the expert is in place, its record is not": r"open stages/02-b/experts/base/\.train\.json",
     "its checkpoints are being removed": r"rmdir stages/02-b/experts/base/checkpoints$",
     "a merge is half written": r"open stages/02-b/merges/magmax/\.merged/config\.json",
-    "the merge is in place, its record is not": r"open stages/02-b/merges/magmax/merge\.yml",
+    "the merge is in place, its record is not": r"open stages/02-b/merges/magmax/\.merge\.yml",
     "the merge's record is put in place": r"rename stages/02-b/merges/magmax/\.merge\.json",
     "the old running state is half pruned": r"rmdir stages/01-a/merges/magmax/running",
     "running is in place, merged is not": r"rename stages/02-b/merges/opcm/\.merged",
