@@ -22,6 +22,7 @@ from hf_contmerge.commands.main import main
 from hf_contmerge.models.experts import first_twin
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.files import FolderLock
+from hf_contmerge.runtime.records import read_record, record_text
 
 Captured = pytest.CaptureFixture[str]
 Run = Callable[..., str]
@@ -524,8 +525,8 @@ def test_a_state_of_another_base(home: Path, tmp_path: Path, done: Run, refused:
     for words in (["add", state, home / "code"], ["export", state, tmp_path / "out"], ["owners", state],
                   ["export", state, tmp_path / "out", "--as-adapter", "--rank", 1]):  # fmt: skip
         assert refused(*words) == (
-            f"The base at {base} has other weights than at the start of {state}. Restore it, or start a new state "
-            "with `contmerge merge init`."
+            f"The base at {base} has other weights than at the start of {state}: model.safetensors differs. Restore "
+            "it, or start a new state with `contmerge merge init`."
         )
     shutil.rmtree(base)
     assert refused("add", state, home / "code").startswith(f"There is no model at {base}. Give a folder")
@@ -536,13 +537,13 @@ def test_a_state_of_another_base(home: Path, tmp_path: Path, done: Run, refused:
 @pytest.mark.parametrize(
     ("values", "wanted"),
     [
-        ({"format": 3, "versions": {"hf_contmerge": "9.1"}}, "FILE has format 3, but this program reads up to 2. Use "
-         "the version of hf_contmerge that made it (9.1)."),
-        ({"format": None}, "FILE has format None, but this program reads up to 2. Use the version of hf_contmerge"),
+        ({"format": 3, "versions": {"hf_contmerge": "9.1"}}, "FILE has format 3, but this program reads format 2, "
+         "whose records hold digests. Continue with the version that wrote it (hf_contmerge 9.1)."),
+        ({"format": None}, "FILE has format None, but this program reads format 2, whose records hold digests."),
         ({"rule": "soup"}, "Unknown rule 'soup'."),
         ({"parameters": {"lamda": 1}}, "magmax has no parameter 'lamda'; it has: lambda"),
-        ({"experts": 7}, "FILE is damaged ("),
-        ({"colour": "red"}, "FILE is damaged ("),
+        ({"experts": 7}, "FILE is damaged: "),
+        ({"colour": "red"}, "FILE is damaged: "),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("words", [["add", "code"], ["export", "out"], ["drop", "law"], ["log"]])
@@ -550,7 +551,7 @@ def test_a_state_of_another_rule_or_version(
     values: dict[str, Any], wanted: str, words: list[str], home: Path, state: Path, tmp_path: Path, refused: Run
 ) -> None:
     file = state / "state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    file.write_text(record_text({**read_record(file, ""), **values}))
     before = digests(state)
     more = [{"code": home / "code", "out": tmp_path / "out"}.get(w, w) for w in words[1:]]
     assert refused(words[0], state, *more).replace(str(file), "FILE").startswith(wanted)
@@ -562,10 +563,10 @@ def test_a_damaged_state(home: Path, state: Path, refused: Run) -> None:
     running = state / "running-1/model.safetensors"
     running.write_bytes(running.read_bytes()[:-8])
     before = digests(state)
-    assert refused("add", state, home / "code").startswith(f"{running} is truncated or not a safetensors file")
+    assert refused("add", state, home / "code").startswith(f"{running} changed or went missing after")
     assert digests(state) == before
     shutil.rmtree(running.parent)
-    assert refused("add", state, home / "code").startswith(f"The running state {running.parent} is missing. Restore")
+    assert refused("add", state, home / "code").startswith(f"{running} changed or went missing after")
 
 
 def test_a_state_in_use(home: Path, state: Path, refused: Run) -> None:

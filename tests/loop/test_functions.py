@@ -22,6 +22,7 @@ from hf_contmerge.errors import ContmergeError, DataError, ModelError, RecipeErr
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.runtime.ranks import OneRank
+from hf_contmerge.runtime.records import read_record, write_record
 from hf_contmerge.scoring.files import write_perplexity_task
 from hf_contmerge.scoring.score import score_model
 
@@ -85,10 +86,10 @@ def test_an_expert_made_with_a_plugin_is_found_with_the_same_plugin_only(
 ) -> None:
     copy = shutil.copytree(experts[0].folder, tmp_path / "law")
     file = copy / "contmerge" / "train.json"
-    record = json.loads(file.read_text())
+    record = read_record(file, "")
     assert record["versions"]["torch"]
     record["versions"]["calm.py"] = "sha256:0"
-    file.write_text(json.dumps(record))
+    write_record(file, record)
     how: dict[str, Any] = {"strategy": ["full", "replay"], "parameters": {"replay": {"examples": 4}}, **TRAIN}
     with pytest.raises(RunError, match=r"law was made with the plugin calm\.py: add `--plugin calm\.py`"):
         finetune_stage(base_folder, home / "law.jsonl", copy, **how)
