@@ -100,7 +100,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def _require_name(by: Path, name: str) -> None:
     if not is_file_name(name):
-        raise ModelError(f"{by} points outside its folder: {name!a:.200}. Fetch the model again.")
+        raise ModelError(f"{by} points outside its folder: {name:.200}. Fetch the model again.")
 
 
 def _inside(folder: Path, by: Path, name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def read_text(path: Path, *, most: int = LARGEST_JSON) -> str:
 
     Raises ValueError for a larger or special file (a pipe, a device), OSError as `open`.
     """
-    if path.exists() and not path.is_file():  # to open a pipe waits for a writer
+    if _is_special(path):  # to open a pipe waits for a writer
         raise ValueError("it is not a regular file")
     with path.open("rb") as file:
         data = file.read(most + 1)
@@ -202,6 +203,15 @@ def require_own_files(folder: Path, *, error: type[ContmergeError], besides: Pat
                     f"{path} links to {os.readlink(path)}, outside {folder}. Links are not followed out of a folder: "
                     "put the file itself there, or remove the link."
                 )
-            special = path.exists() and not (path.is_file() or path.is_dir())
+            special = _is_special(path)
             if special or not name.isprintable():
                 raise error(f"{place} holds {name!a}, which is {'no file' if special else 'no name'}. Remove it.")
+
+
+def _is_special(path: Path) -> bool:
+    """Say if a path is a pipe, a device or a socket. Other processes may remove it at any time."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

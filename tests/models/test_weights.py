@@ -304,7 +304,7 @@ def test_damaged_files(tmp_path: Path, damage: Callable[[Path], None], text: str
         ("/etc/passwd", "points outside its folder: /etc/passwd. Fetch the model again."),
         ("sub/x.safetensors", "points outside its folder: sub/x.safetensors. Fetch the model again."),
         ("no.safetensors", "names a missing file: no.safetensors. Fetch the model again."),
-        ("..", "names a missing file: ... Fetch the model again."),
+        ("..", "points outside its folder: ... Fetch the model again."),
         (7, "names a missing file: 7. Fetch the model again."),
         (None, "names a missing file: None. Fetch the model again."),
     ],
