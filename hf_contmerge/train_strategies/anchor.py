@@ -40,10 +40,10 @@ class Anchor(TrainStrategy):
     def __post_init__(self) -> None:
         parts = self.modules if isinstance(self.modules, str) else "|".join(map(re.escape, self.modules))
         try:
-            require_quick(parts)
             self._pattern = re.compile(parts)
-        except (re.error, ValueError) as error:
+        except re.error as error:
             raise ValueError(f"anchor's modules is no regular expression: {self.modules!r} ({error})") from error
+        require_quick(parts)
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         self._start = Start(model, self._pattern.search)
