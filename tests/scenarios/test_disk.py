@@ -323,7 +323,7 @@ def test_a_run_survives_some_faults(server: Forks, home: Path, capsys: Any) -> N
     walk(Bench(server, case("run", home, server.root)), "run", 1, capsys)
 
 
-@pytest.mark.parametrize("name", ["score", "push"])
+@pytest.mark.parametrize("name", ["push"])
 def test_other_commands_survive_some_faults(name: str, server: Forks, finished: Path, hub: Hub, capsys: Any) -> None:
     walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, 1, capsys)
 
