@@ -229,7 +229,6 @@ class MergeState:
         if [e.sha256 for e in newest] != [expert_sha256(folder) for folder in folders]:
             return False
         with FolderLock(self.folder):
-            self._keep_change(self._base(log), folders)
             self._clear_all_but({self.log().running})
         return True
 

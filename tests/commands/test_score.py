@@ -19,6 +19,7 @@ from toys.models import TEXT
 from hf_contmerge.commands.main import main
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.runtime.ranks import OneRank
+from hf_contmerge.runtime.records import seal_yaml
 from hf_contmerge.scoring.files import write_choice_task, write_perplexity_task
 from hf_contmerge.scoring.score import score_model
 
@@ -139,7 +140,7 @@ def test_run_gives_tasks_and_settings(model: Path, tasks: Path, cache: Path, tmp
         "merge": ["average"],
         "evaluate": {"limit": 3, "general_tasks": [{"name": "choice", "num_fewshot": 1}]},
     }  # fmt: skip
-    (run / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    (run / "recipe.yml").write_text(seal_yaml(yaml.safe_dump(recipe)))
     assert main(["score", str(model), "--run", str(run), "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert {name: task["documents"] for name, task in found["tasks"].items()} == {"texts": 3, "choice": 3}

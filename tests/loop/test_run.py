@@ -32,6 +32,7 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
 from hf_contmerge.run.scores import BLOCKS, load_scores
 from hf_contmerge.runtime.ranks import find_ranks
+from hf_contmerge.runtime.records import read_record, write_record
 from hf_contmerge.scoring.forgetting.lines import load_lines
 
 Data = dict[str, Any]
@@ -283,16 +284,16 @@ def test_a_run_keeps_the_default_that_it_was_started_with(run: Run, tmp_path: Pa
     old = Run.open(run.recipe, folder)
     entry = next(e for e in old.recipe.merge if e.name == "opcm")
     place, file = old.merged(3, entry), old.merged(2, entry).folder / "merge.json"
-    prepared, record = prepare(old, find_ranks()), json.loads(file.read_text())
+    prepared, record = prepare(old, find_ranks()), read_record(file, "")
     named = entry.model_copy(update={"parameters": {"variant": "block"}})
     for parameters in ({"alpha": 0.4}, {"alpha": 0.4, "variant": "fusionbench"}):
-        file.write_text(json.dumps({**record, "parameters": parameters}))
+        write_record(file, {**record, "parameters": parameters})
         job: Any = MergeJob(old, prepared, cast(Any, None), 3, place)
         assert job.rule() == ("opcm", Opcm(alpha=0.4, variant="fusionbench"))
         assert job.previous().rule == Opcm(alpha=0.4, variant="fusionbench")
         other = replace(job, place=replace(place, entry=named))
         assert other.rule() == ("opcm", Opcm(alpha=0.4, variant="block"))
-    file.write_text(json.dumps(record))
+    write_record(file, record)
     assert MergeJob(old, prepared, cast(Any, None), 3, place).rule() == ("opcm", Opcm())
 
 

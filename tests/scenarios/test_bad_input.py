@@ -106,7 +106,7 @@ def to(*settings: str) -> list[str]:
 WORDS = {
     "evaluate.general_task=[x]": "RECIPE: Unknown field 'general_task' in evaluate. Did you mean 'general_tasks'? "
     "Known: backend, batch_size, cache, chat_template, dtype, general_tasks, include_path, limit, matrix, max_length, "
-    "parallel, validation.",
+    "parallel, same_within, validation.",
     "stages.0.dataset.helduot=3": "RECIPE: Unknown field 'helduot' in stages.0.dataset. Did you mean 'heldout' or "
     "'heldout_split'? Known: config, heldout, heldout_chars, heldout_split, labels, max_chars, max_examples, messages, "
     "min_chars, mix, path, revision, split, streaming, text.",

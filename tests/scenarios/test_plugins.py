@@ -403,7 +403,7 @@ def test_a_new_recipe_with_a_plugin(home: Path, plugin: Path, contmerge: Contmer
     assert code == 0
     assert "  contmerge plan rules/r.yml --plugin rules/my_gain.py\n" in said
     assert "plugins: [my_gain.py]" in Path("rules/r.yml").read_text()
-    words = ("--set", "stages.0.dataset.heldout=2", "--set", "train.max_steps=1")
+    words = ("--set", "stages.0.dataset.heldout=2", "--set", "train.max_steps=1", "--set", "evaluate.general_tasks=[]")
     assert contmerge("plan", "rules/r.yml", "--plugin", "rules/my_gain.py", *words)[0] == 0
 
 

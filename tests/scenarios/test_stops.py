@@ -81,9 +81,10 @@ def test_training_stops_with_a_checkpoint_and_continues(number: signal.Signals, 
     assert int(first.split()[1].split("/")[0]) > step  # it did not begin anew
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_merge_stops_and_leaves_the_state_unchanged(number: signal.Signals, home: Path, tmp_path: Path) -> None:
-    base = toy_llama(tmp_path / "large", seed=0, hidden=512, layers=8)
+    base = toy_llama(tmp_path / "large", seed=0, hidden=768, layers=8)
     expert = perturbed(base, tmp_path / "expert", seed=1, size=0.01)
     state = MergeState.create(tmp_path / "state", base=base, rule="opcm").add(expert)
     other = perturbed(base, tmp_path / "other", seed=2, size=0.01)

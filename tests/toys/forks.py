@@ -6,6 +6,7 @@ The processes are forked from one that has loaded the libraries, which takes ten
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -108,19 +109,25 @@ _SCRATCH = (".lock", ".report.lock")
 CACHE = "cache"  # of scores, whose keys are of inodes
 
 
+_OF_THE_PLACE = ("costs", "digests", "inputs")
+"""Files about this time or place."""
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """Return all that commands leave behind: the bytes of the files, records without times and memory."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name in _SCRATCH or path.stem == "costs" or name.startswith(CACHE):
+        if path.name in _SCRATCH or path.stem in _OF_THE_PLACE or name.startswith(CACHE):
             continue
         if path.is_symlink() or not path.is_file():
             found[name] = None  # it must be there
         elif path.suffix == ".json":
-            found[name] = _timeless(json.loads(path.read_text(encoding="utf-8")))
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = _timeless({**record, "sha256": ""} if "format" in record else record)  # of its times, too
         else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            data = re.sub(rb"\n# sha256: \w+\n$", b"\n", path.read_bytes())
+            found[name] = hashlib.sha256(data).hexdigest()
     return found
 
 
