@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help install quickstart test slow lint bench gpu gpu-wheels clean
 
 help:
-	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (10 minutes on 2 cores)"
+	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (12 minutes on 2 cores)"
 	@echo "make test         install, then run the tests"
 	@echo "make slow         run the slow tests: the real model, crashes, launchers"
 	@echo "make lint         run ruff and pyright"
