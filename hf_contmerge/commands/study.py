@@ -12,7 +12,7 @@ from hf_contmerge.commands.plan import duration
 from hf_contmerge.errors import RecipeError, size
 from hf_contmerge.loop.study import StudyFolder, run_cells, run_side_by_side, unfinished
 from hf_contmerge.run.recipe.study import load_study
-from hf_contmerge.runtime.files import FolderLock
+from hf_contmerge.runtime.files import FOREVER, FolderLock
 from hf_contmerge.runtime.plugins import require_given
 
 
@@ -57,11 +57,12 @@ def _run(args: argparse.Namespace, folder: StudyFolder, part: tuple[int, int] | 
     left = sum(1 for _ in unfinished(folder))
     if left:
         print(f"{left} of {len(folder.cells)} runs of {folder.folder} are left.")
-    elif folder.is_complete():  # reported by another job
-        _show_stored(folder)
-    else:
-        with FolderLock(folder.folder):
+        return
+    with FolderLock(folder.folder, wait=FOREVER):  # the last jobs may end at the same moment
+        if not folder.is_complete():
             _report(folder)
+            return
+    _show_stored(folder)
 
 
 def _report(folder: StudyFolder) -> None:

@@ -11,12 +11,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import BudgetError
 from hf_contmerge.loop._job import MergeJob
 from hf_contmerge.loop._replay import can_replay, replay
+from hf_contmerge.loop.inputs import check_model_of
 from hf_contmerge.loop.stages import measure_at
 from hf_contmerge.merge_rules import yaml_word
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
@@ -227,7 +229,8 @@ class Chooser:
 
     def _measured(self, place: Place, model: Path, tasks: Sequence[Task]) -> Scores:
         """Return a model's validation scores on rank 0."""
-        measure_at(place.validation, model, tasks, self._job.measuring)
+        check = partial(check_model_of, self._job.run, place, model)
+        measure_at(place.validation, model, tasks, self._job.measuring, check=check)
         return load_scores(place.validation) if self._job.recorder.is_main else {}
 
     def _judged(self, what: str, merge: RunningMerge, scores: Scores, start: float) -> Attempt:

@@ -20,7 +20,7 @@ from hf_contmerge.merging.write import Output
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ExpertPlace, MergePlace, Record
+from hf_contmerge.run.places import ExpertPlace, MergePlace, Record, newest, one_a_stage
 from hf_contmerge.runtime.files import link_files
 from hf_contmerge.training.job import TrainJob
 
@@ -105,13 +105,11 @@ class MergeJob:
 
     def newest(self) -> FoldedExpert:
         """Return the stage's expert."""
-        return self._expert(_newest(self.t))
+        return self._expert(newest(self.t))
 
     def _parts_before(self) -> list[dict[str, Any]]:
         """Return the experts of the previous stage's merge, as in merge.json."""
-        if not self.place_before:
-            return []
-        return self.place_before.record("merge").get("folded", _one_a_stage(self.t - 1))
+        return self.place_before.folded(self.t - 1) if self.place_before else []
 
     def _place_of(self, part: dict[str, Any]) -> ExpertPlace:
         t = part["stage"]
@@ -133,12 +131,12 @@ class MergeJob:
         return [{"stage": number[e.stage], "replayed": e.replayed} for e in merge.experts]
 
     def holds_one_a_stage(self, merge: RunningMerge) -> bool:
-        return self.parts(merge) == _one_a_stage(self.t)
+        return self.parts(merge) == one_a_stage(self.t)
 
     def check(self) -> None:
         """Raise an error unless base, state and experts are as recorded: all of them are read."""
         check_same_base(self.run, self.prepared.base)
-        for part in (*self._parts_before(), _newest(self.t)):
+        for part in (*self._parts_before(), newest(self.t)):
             self._place_of(part).check("train", "expert")
         if self.place_before:
             self.place_before.check("merge", "running", "merged")
@@ -178,11 +176,3 @@ class MergeJob:
 
 def _trust(record: Record) -> Trust | None:
     return Trust(record["amplification"]) if "amplification" in record else None
-
-
-def _one_a_stage(t: int) -> list[dict[str, Any]]:
-    return [_newest(i) for i in range(1, t + 1)]
-
-
-def _newest(t: int) -> dict[str, Any]:
-    return {"stage": t, "replayed": False}

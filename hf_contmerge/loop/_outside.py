@@ -68,13 +68,7 @@ def is_trained(work: ExpertPlace) -> bool:
 def publish(work: ExpertPlace, out: Path) -> Record:
     """Move an expert with record and memory to `out`."""
     record, own = work.record("train"), work.model / OWN
-    moved = {"expert/": "", "memory/": f"{OWN}/memory/"}
-    files = {
-        to + n.removeprefix(old): d
-        for old, to in moved.items()
-        for n, d in record["files"].items()
-        if n.startswith(old)
-    }
+    files = {_published(name): digest for name, digest in record["files"].items()}
     write_record(own / "train.json", {**record, "files": files})
     if work.memory.is_dir():
         work.memory.rename(own / "memory")

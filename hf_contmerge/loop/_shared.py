@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,13 +21,12 @@ from hf_contmerge.errors import RunError
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.stages import OnLog, train_at
 from hf_contmerge.run.places import ExpertPlace, Record
-from hf_contmerge.runtime.files import FolderLock, link_files
+from hf_contmerge.runtime.digests import digests_below
+from hf_contmerge.runtime.files import FOREVER, FolderLock, link_files
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.training.job import TrainJob
 
 LOG = logging.getLogger(__name__)
-
-_WAIT = 2.0  # seconds between two looks at a job of another process
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class SharedExperts:
             def claim() -> ExpertPlace:
                 place = ExpertPlace(self.folder / _digest(job), "shared")
                 place.folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock_when_free(place.folder))
+                held.enter_context(FolderLock(place.folder, wait=FOREVER))
                 return place
 
             yield ranks.first(claim)
@@ -83,35 +81,11 @@ def _link(source: ExpertPlace, target: ExpertPlace, more: Record) -> None:
     target.finish("train", {**source.record("train"), **more})
 
 
-@contextmanager
-def lock_when_free(folder: Path) -> Iterator[None]:
-    """Lock a folder as soon as no other process does."""
-    while True:
-        try:
-            lock = FolderLock(folder).__enter__()
-            break
-        except RunError:
-            time.sleep(_WAIT)
-    try:
-        yield
-    finally:
-        lock.__exit__()
-
-
 def _digest(job: TrainJob) -> str:
     """Return the digest of everything that decides a job's expert."""
     remembering = job.make(job.train).overriding("remember") if job.remembers else []
     inputs: dict[str, Any] = {
-        **job.inputs(), "stage": job.stage, "memory": _folder_sha256(job.memory) if job.memory else None,
+        **job.inputs(), "stage": job.stage, "memory": digests_below(job.memory) if job.memory else None,
         "remembering": remembering,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _folder_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder)}\n".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import random
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +53,7 @@ from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import remove
 from hf_contmerge.runtime.ranks import find_ranks
 from hf_contmerge.runtime.records import write_record
+from hf_contmerge.runtime.refusals import free_bytes
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.training.job import ModelName
 from hf_contmerge.training.saving import refuse_shared_weights, trained_dtype, write_adapter, write_expert
@@ -189,7 +189,7 @@ class ContinualMergeCallback(TrainerCallback):
         """Raise ResourceError if the disk is too small."""
         expert = 0 if hasattr(model, "peft_config") else sum(p.numel() * p.element_size() for p in model.parameters())
         need = expert + running_bytes(base, opened.rule()) + model_bytes(base, None)
-        free = shutil.disk_usage(self._folder).free
+        free = free_bytes(self._folder)
         if need > free:
             raise ResourceError(
                 f"When training ends, this stage writes {size(need)} to {self._folder}, but {size(free)} are free. "

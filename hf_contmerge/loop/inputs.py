@@ -7,8 +7,8 @@ from pathlib import Path
 from hf_contmerge.errors import ModelError, RunError
 from hf_contmerge.models.identity import Identity
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ExpertPlace
-from hf_contmerge.runtime.digests import digests_of, files_below
+from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
+from hf_contmerge.runtime.digests import digests_below
 from hf_contmerge.runtime.records import write_record
 
 
@@ -43,11 +43,20 @@ def check_start(run: Run, base: Path, t: int, kind: str) -> None:
         ExpertPlace(memory.parent, kind).check("train", "memory")
 
 
+def check_model_of(run: Run, place: Place, model: Path) -> None:
+    """Raise an error unless a place's model is as recorded. `model`: for the base, its folder."""
+    if isinstance(place, ExpertPlace):
+        place.check("train", "expert")
+    elif isinstance(place, MergePlace):
+        place.check("merge", "merged")
+    else:
+        check_same_base(run, model)
+
+
 def keep_inputs(run: Run, base: Path) -> None:
     """Write inputs.json, once the base and the task files are in place."""
-    tasks = digests_of(run.tasks, files_below(run.tasks, "."))
     base_now = {"name": run.recipe.base_model, **_identity(run, base).to_json()}
-    write_record(run.inputs, {"folder": str(run.folder.resolve()), "base": base_now, "tasks": tasks})
+    write_record(run.inputs, {"folder": str(run.folder.resolve()), "base": base_now, "tasks": digests_below(run.tasks)})
 
 
 def _identity(run: Run, base: Path) -> Identity:

@@ -200,10 +200,12 @@ class Loop:
     def _score(self, place: Place, model: Path, tasks: Sequence[Task]) -> None:
         if not self._wanted("score"):
             return
+        from hf_contmerge.loop.inputs import check_model_of
         from hf_contmerge.loop.stages import measure_at
 
         how = self._measuring("test" if self.run.recipe.tunes else "all")
-        measure_at(place, model, tasks, how, on_log=self.trackers.of(place, "score"))
+        check = partial(check_model_of, self.run, place, model)
+        measure_at(place, model, tasks, how, check=check, on_log=self.trackers.of(place, "score"))
         if self.recorder.is_main:
             self._keep_keys(place)
 
@@ -219,20 +221,7 @@ class Loop:
             recipe.trust_remote_code,
             keep_texts=lambda place: place.folder == self.run.base.folder,  # the base has every task
             cache=None if quiet else ScoreCache.open(use=recipe.evaluate.cache, here=self._score_of),
-            check=self._check_model,
         )  # fmt: skip
-
-    def _check_model(self, model: Path) -> None:
-        """Raise an error for a model that is not as the run recorded it."""
-        from hf_contmerge.loop.inputs import check_same_base
-
-        if model == self.prepared.base:
-            check_same_base(self.run, model)
-        for _, place in self.run.places():
-            if isinstance(place, ExpertPlace) and place.model == model:
-                place.check("train", "expert")
-            elif isinstance(place, MergePlace) and place.model == model:
-                place.check("merge", "merged")
 
     def _score_of(self, key: str) -> TaskScore | None:
         """Return this run's score with a key.

@@ -26,6 +26,13 @@ from hf_contmerge.training.job import TrainJob
 OnLog = Callable[[int, Mapping[str, float]], None]
 
 
+Check = Callable[[], None]
+
+
+def _no_check() -> None:
+    return None
+
+
 def _no_log(_step: int, _point: Mapping[str, float]) -> None:
     return None
 
@@ -83,8 +90,6 @@ class Measuring:
     """Whether a place stores the documents' texts with the scores."""
     cache: ScoreCache | None = None
     """None: the machine's cache, unless `evaluate` disables it."""
-    check: Callable[[Path], None] = lambda _model: None
-    """Raises an error for a model that is not as recorded."""
 
     def measure(self, model: Path, tasks: Sequence[Task]) -> tuple[ModelKey, Scores]:
         """Return a model's digest and dtype, and rank 0's scores."""
@@ -94,14 +99,25 @@ class Measuring:
         )  # fmt: skip
 
 
-def measure_at(place: Place, model: Path, tasks: Sequence[Task], how: Measuring, *, on_log: OnLog = _no_log) -> None:
-    """Measure a place's missing tasks and store their scores."""
+def measure_at(
+    place: Place,
+    model: Path,
+    tasks: Sequence[Task],
+    how: Measuring,
+    *,
+    check: Check = _no_check,
+    on_log: OnLog = _no_log,
+) -> None:
+    """Measure a place's missing tasks and store their scores.
+
+    `check`: called on rank 0 before; raises an error for a model that is not as recorded.
+    """
     recorder = how.recorder
     have = recorder.crew.ranks.first(_names_at, place, how)
     missing = [task for task in tasks if task.name not in have]
     if not missing:
         return
-    recorder.crew.ranks.first(how.check, model)
+    recorder.crew.ranks.first(check)
     with recorder.phase(place, "score") as record:
         scored, scores = how.measure(model, missing)
         if recorder.is_main:

@@ -18,7 +18,8 @@ import yaml
 from hf_contmerge.errors import BudgetError, ContmergeError, ResourceError, RunError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.study import Study, StudyCell, study_cells
-from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.files import FOREVER, FolderLock, make_folder, write_atomically
+from hf_contmerge.runtime.records import read_record, write_record
 
 LOG = logging.getLogger(__name__)
 
@@ -55,19 +56,16 @@ class StudyFolder:
 
     def is_complete(self) -> bool:
         """Say if this exact study is done, its report included."""
-        try:
-            record = json.loads(self._record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not self._record.exists():
             return False
+        record = read_record(self._record, "Remove it, and give the same command again.")
         return record.get("study_sha256") == self._sha256() and all(self.run(cell).is_complete() for cell in self.cells)
 
     def write(self) -> None:
         """Write the study with all defaults. Raises ResourceError."""
-        from hf_contmerge.loop._shared import lock_when_free
-
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with lock_when_free(self.folder):  # other parts may start at the same moment
+            make_folder(self.folder)
+            with FolderLock(self.folder, wait=FOREVER):  # other parts may start at the same moment
                 write_atomically(self.folder / "study.yml", yaml.safe_dump(self._fields(), sort_keys=False))
         except OSError as error:
             raise ResourceError(
@@ -77,8 +75,7 @@ class StudyFolder:
     def finish(self) -> None:
         """Record that all cells and the report are done."""
         finished = datetime.now(UTC).isoformat(timespec="seconds")
-        text = json.dumps({"study_sha256": self._sha256(), "cells": len(self.cells), "finished": finished}, indent=1)
-        write_atomically(self._record, text + "\n")
+        write_record(self._record, {"study_sha256": self._sha256(), "cells": len(self.cells), "finished": finished})
 
     @property
     def _record(self) -> Path:

@@ -18,14 +18,14 @@ from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.folder import resolve_model
 from hf_contmerge.models.identity import Identity
 from hf_contmerge.models.statistics import RECORD as STATISTICS_RECORD
-from hf_contmerge.run.folder import DIGESTS, Run
+from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
 from hf_contmerge.run.recipe.phases import PHASES, Phase
-from hf_contmerge.runtime.digests import changed_files
+from hf_contmerge.runtime.digests import DIGESTS, changed_files
 from hf_contmerge.runtime.records import Record, read_lines, read_record
 from hf_contmerge.training.job import OWN
 
-_IGNORED = {".lock"}
+_IGNORED = {".lock", ".report.lock"}
 
 
 class Damage(NamedTuple):

@@ -15,8 +15,9 @@ from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._log import Log
 from hf_contmerge.merging._pieces import Stored, merged_piece, read_out
 from hf_contmerge.merging.costs import weight_of
+from hf_contmerge.merging.lineage import finished_lineage, write_lineage
 from hf_contmerge.merging.running import Running
-from hf_contmerge.merging.state import MergeState, read_lineage, write_lineage
+from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.lora.matching import tied_table
 from hf_contmerge.models.lora.writer import Factors, write_adapter
 from hf_contmerge.models.memory import in_memory
@@ -71,7 +72,7 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
             yield model.name(name), (_finite(left * scale, name), right)
 
     lineage = {**log.lineage(), "scale": scale, "rank": rank, "asked": {"adapter": True, "rank": rank}}
-    if read_lineage(out, lineage):
+    if finished_lineage(out, lineage):
         return json.loads((out / _ERRORS).read_text(encoding="utf-8"))
     whole, kept = _whole(rule, base, running, set(low_rank), scale, stages)
     with new_folder(out, OneRank()) as scratch:

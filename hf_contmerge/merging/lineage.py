@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from hf_contmerge.errors import ModelError
+from hf_contmerge.errors import ModelError, RunError
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.records import Record, read_record
+from hf_contmerge.runtime.digests import changed_files, digests_below
+from hf_contmerge.runtime.records import Record, read_record, write_record
 
 LINEAGE = "merge.json"
 """Record next to a model: base, experts, rule, scale, dtype, rounding, and the digests of the model's files."""
@@ -21,6 +24,22 @@ LINEAGE = "merge.json"
 def read_lineage(model: Path) -> Record:
     """Return a model's lineage. Raises RunError if it is missing or damaged."""
     return read_record(model / LINEAGE, "Write the model again, or fetch it again.")
+
+
+def write_lineage(out: Path, lineage: Mapping[str, Any]) -> None:
+    """Write merge.json next to a model, with the digests of its files."""
+    write_record(out / LINEAGE, {**lineage, "files": digests_below(out)})
+
+
+def finished_lineage(out: Path, wanted: Mapping[str, Any]) -> Record | None:
+    """Return a model's lineage, if it has these values and the model is whole."""
+    try:
+        lineage = read_lineage(out)
+    except RunError:
+        return None
+    same = json.loads(json.dumps(wanted))
+    whole = not changed_files(out, lineage["files"])
+    return lineage if whole and {word: lineage.get(word) for word in same} == same else None
 
 
 def check_parents(lineage: Record, base: Path, experts: Sequence[Path]) -> None:

@@ -16,9 +16,8 @@ leaves either the old or the new state.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -43,7 +42,7 @@ from hf_contmerge.merging._log import (
     stage_names,
     write_log,
 )
-from hf_contmerge.merging.lineage import LINEAGE
+from hf_contmerge.merging.lineage import finished_lineage, write_lineage
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.merging.rules import dtype_named, make_rule, recorded_rule, rounding_named
 from hf_contmerge.merging.write import Output
@@ -54,10 +53,9 @@ from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, tokenizer_change
 from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.runtime.digests import Digests, changed_files, digests_of, files_below
+from hf_contmerge.runtime.digests import Digests, digests_of, files_below
 from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
 from hf_contmerge.runtime.plugins import require_same
-from hf_contmerge.runtime.records import read_record, write_record
 from hf_contmerge.runtime.refusals import refusals
 from hf_contmerge.runtime.versions import versions
 
@@ -228,8 +226,7 @@ class MergeState:
         folders = [resolve_model(str(m), adapters=True) for m in models]
         if [e.sha256 for e in newest] != [expert_sha256(folder) for folder in folders]:
             return False
-        with FolderLock(self.folder):
-            self._clear_all_but({self.log().running})
+        self._clear_leftovers()
         return True
 
     def finish_drop(self, stage: str) -> bool:
@@ -241,8 +238,7 @@ class MergeState:
         log = self.log()
         if stage not in log.dropped or stage in [e.stage for e in log.experts]:
             return False
-        with FolderLock(self.folder):
-            self._clear_all_but({self.log().running})
+        self._clear_leftovers()
         return True
 
     def drop(self, stage: str, *, crew: Crew | None = None) -> MergeState:
@@ -303,7 +299,7 @@ class MergeState:
         merge, (kind, by) = crew.ranks.all(open_merge)
         asked = {"dtype": dtype, "rounding": by, "shard_size": shard_size, "tokenizer_from": tokenizer_from}
         lineage = {**log.lineage(), "scale": merge.scale, "factor": merge.factor, "asked": asked}
-        if stored := crew.ranks.first(read_lineage, out, lineage):
+        if stored := crew.ranks.first(finished_lineage, out, lineage):
             crew.ranks.first(log_export, self.folder, out, len(log.experts), Survival.read(stored["stored"]))
             return out
         companions = crew.ranks.local_main_first(resolve_model, tokenizer_from) if tokenizer_from else None
@@ -317,6 +313,10 @@ class MergeState:
         if crew.ranks.is_main:
             survival.warn(out)
         return out
+
+    def _clear_leftovers(self) -> None:
+        with FolderLock(self.folder):
+            self._clear_all_but({self.log().running})
 
     def exports(self) -> list[dict[str, Any]]:
         """Return the written models with the survival of their updates."""
@@ -436,22 +436,6 @@ class MergeState:
         if merge.running:
             crew.ranks.all(sync_files, merge.running)
         crew.ranks.first(write)
-
-
-def write_lineage(out: Path, lineage: Mapping[str, Any]) -> None:
-    """Write merge.json next to a model, with the digests of its files."""
-    write_record(out / LINEAGE, {**lineage, "files": digests_of(out, files_below(out, "."))})
-
-
-def read_lineage(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return merge.json of a folder, if it has these values and the folder is whole."""
-    try:
-        lineage = read_record(out / LINEAGE, "")
-    except RunError:
-        return None
-    same = json.loads(json.dumps(wanted))
-    whole = not changed_files(out, lineage["files"])
-    return lineage if whole and {word: lineage.get(word) for word in same} == same else None
 
 
 def _word(dtype: torch.dtype | None) -> str | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from hf_contmerge.report._results import Results, line_label
+from hf_contmerge.report._results import Results, line_label, scopes
 from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change
@@ -205,20 +205,17 @@ def verdict(results: Results, line: Line) -> str:
 
 def _against(results: Results, line: Line, plain: Line, t: int) -> str:
     new, old = line.rows[t], plain.rows[t]
-    last = results.stages[t - 1]
+    last = results.stages[t - 1].name
+    words = {"last stage": f"on {last}, the last one" if t > 1 else f"on {last}", "general": "on general tasks"}
+    if t > 1:
+        words = {"all stages": "over all stages", "earlier stages": "on the earlier", **words}
     parts = []
     for block in results.blocks():
-        scopes = {
-            f"on {last.name}, the last one" if t > 1 else f"on {last.name}": [(new, old, last.task_names())],
-            "on general tasks": [(new, old, results.general_tasks)],
-        }
-        if t > 1:
-            earlier = [(new, old, stage.task_names()) for stage in results.stages[: t - 1]]
-            scopes = {"over all stages": [*earlier, (new, old, last.task_names())], "on the earlier": earlier, **scopes}
+        groups = scopes(results.stages[:t], results.general_tasks, new, old)
         parts += [
             _scope_text(change, block, where)
-            for where, g in scopes.items()
-            if (change := results.mean_change(g, block))
+            for scope, where in words.items()
+            if (change := results.mean_change(groups[scope], block))
         ]
     comparison = "; ".join(parts) or "nothing to compare yet"
     return f"after {t} stage{'s' * (t != 1)}, against plain fine-tuning: {comparison}"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_contmerge.report._public import expert_of, public_name, without_secrets
+from hf_contmerge.report._public import expert_of, public_name
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import MergePlace
 from hf_contmerge.run.recipe.schema import Merge
+from hf_contmerge.runtime.hiding import without_secrets
 
 
 def run_lineage(run: Run, entry: Merge, t: int) -> dict[str, Any] | None:
     """Return the fields of merge.json; None for a merge without experts."""
     place = run.merged(t, entry)
     record = place.record("merge")
-    parts = record.get("folded", [{"stage": i, "replayed": False} for i in range(1, t + 1)])
+    parts = place.folded(t)
     if not parts or not run.inputs.exists():
         return None
     base = run.input_record()["base"]

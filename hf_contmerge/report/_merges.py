@@ -9,6 +9,7 @@ from hf_contmerge.errors import size
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.report._tables import Cell, Section, Table
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import one_a_stage
 from hf_contmerge.run.recipe.schema import Merge
 
 _MERGED = "merged: "
@@ -110,7 +111,7 @@ def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, 
 
 def _folded(run: Run, t: int, record: Mapping[str, Any]) -> list[str]:
     """Return the stages in a merge: all, unless a guard dropped some."""
-    folded = record.get("folded", [{"stage": i, "replayed": False} for i in range(1, t + 1)])
+    folded = record.get("folded", one_a_stage(t))
     return [run.stage(x["stage"]).name + " (again, with replay)" * x["replayed"] for x in folded]
 
 

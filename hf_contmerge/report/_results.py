@@ -142,6 +142,16 @@ class Results:
         return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
+SCOPES = ("all stages", "earlier stages", "last stage", "general")
+
+
+def scopes(stages: Sequence[Stage], general_tasks: Sequence[str], new: Scores, old: Scores) -> dict[str, list[Group]]:
+    """Return the groups to compare two models on, by scope."""
+    names: list[Sequence[str]] = [stage.task_names() for stage in stages]
+    tasks = (names, names[:-1], names[-1:], [general_tasks])
+    return {scope: [(new, old, group) for group in groups] for scope, groups in zip(SCOPES, tasks, strict=True)}
+
+
 def _of_block(new: Scores, old: Scores, tasks: Sequence[str], block: Block) -> tuple[str, ...]:
     return tuple(t for t in tasks if any(t in scores and scores[t].block == block for scores in (new, old)))
 

@@ -13,10 +13,9 @@ same documents. Intervals: scoring/forgetting/crossed.py.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -25,11 +24,11 @@ from typing import Any
 from hf_contmerge.errors import RunError, unknown
 from hf_contmerge.report._findings import METRICS, amount, interval, known_metrics
 from hf_contmerge.report._pictures import Dot, draw_dots
-from hf_contmerge.report._results import Results
+from hf_contmerge.report._results import SCOPES, Results, scopes
 from hf_contmerge.report._tables import Cell, Picture, Section, Table, change_cell, costs, metric_cell
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report._terminal import rich_table
-from hf_contmerge.report.write import load_results
+from hf_contmerge.report.write import csv_text, load_results
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.study import StudyCell
 from hf_contmerge.run.scores import BLOCKS, Block
@@ -39,7 +38,6 @@ from hf_contmerge.scoring.forgetting.paired import Change, Group, mean_change, s
 
 PLAIN = "fine-tuning alone"
 _SHOWN = ("acc", "la", "bwt", "fwt", "general_delta")
-_SCOPES = ("all stages", "earlier stages", "last stage", "general")
 
 At = tuple[int, int]
 """Order and seed."""
@@ -52,6 +50,7 @@ class StudyLine:
     setting: str
     name: str
     cells: Mapping[At, tuple[Results, Line]]
+    _metrics: dict[Block, dict[At, dict[str, float | None]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def title(self) -> str:
@@ -59,7 +58,11 @@ class StudyLine:
 
     def metrics(self, block: Block) -> dict[At, dict[str, float | None]]:
         """Return each cell's metrics of one block."""
-        return {at: line.metrics(r.stages, r.general_tasks, block) for at, (r, line) in self.cells.items()}
+        if block not in self._metrics:
+            self._metrics[block] = {
+                at: line.metrics(r.stages, r.general_tasks, block) for at, (r, line) in self.cells.items()
+            }
+        return self._metrics[block]
 
     def mean(self, block: Block, metric: str) -> float | None:
         """Return a metric's mean over the cells, None if one lacks it."""
@@ -79,6 +82,7 @@ class StudyResults:
     lines: tuple[StudyLine, ...]
     asked: str | None = None
     """The reference line, if the study names one."""
+    _changes: dict[tuple[str, Block, str], Change | None] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -97,12 +101,19 @@ class StudyResults:
         return max(named or measured, key=lambda line: line.mean(block, "acc") or 0.0)
 
     def change(self, line: StudyLine, block: Block, scope: str) -> Change | None:
-        """Return a line's difference from the reference, over common cells."""
+        """Return a line's difference from the reference, over common cells; computed once."""
+        key = (line.title, block, scope)
+        if key not in self._changes:
+            self._changes[key] = self._change(line, block, scope)
+        return self._changes[key]
+
+    def _change(self, line: StudyLine, block: Block, scope: str) -> Change | None:
         common = [at for at in line.cells if at in self.reference.cells]
         grid, every = {}, list[Group]()
         for at in common:
-            groups = _groups(line.cells[at], self.reference.cells[at], scope)
-            change = mean_change(groups, block) if groups else None
+            (results, mine), (_, theirs) = line.cells[at], self.reference.cells[at]
+            groups = scopes(results.stages, results.general_tasks, mine.rows[-1], theirs.rows[-1])[scope]
+            change = mean_change(groups, block)
             if change is None:
                 return None
             grid[at] = change.mean
@@ -125,17 +136,6 @@ class StudyResults:
     def compared(self, block: Block) -> Iterator[StudyLine]:
         """Yield the measured lines besides the reference."""
         return (x for x in self.lines if x is not self.reference and x.mean(block, "acc") is not None)
-
-
-def _groups(new: tuple[Results, Line], old: tuple[Results, Line], scope: str) -> list[Group]:
-    """Return the paired scores of two lines after their last stage."""
-    (results, line), (_, reference) = new, old
-    last, before = line.rows[-1], reference.rows[-1]
-    names = [stage.task_names() for stage in results.stages]
-    tasks = {
-        "all stages": names, "earlier stages": names[:-1], "last stage": names[-1:], "general": [results.general_tasks],
-    }[scope]  # fmt: skip
-    return [(last, before, group) for group in tasks if group]
 
 
 def load_study_results(
@@ -171,7 +171,7 @@ def findings(study: StudyResults) -> list[str]:
         for line in study.compared(block):
             parts = [
                 f"{change.seen} on {scope} ({amount(change.mean, block)}, {interval(change, block)})"
-                for scope in _SCOPES
+                for scope in SCOPES
                 if (change := study.change(line, block, scope))
             ]
             wins, of = study.better_in(line, block)
@@ -209,7 +209,7 @@ def draw(study: StudyResults, block: Block) -> bytes:
     dots = [
         Dot(line.title, scope, change)
         for line in study.compared(block)
-        for scope in _SCOPES
+        for scope in SCOPES
         if (change := study.change(line, block, scope))
     ]
     return draw_dots(dots, block, title=f"Against {study.reference.title}")
@@ -219,9 +219,9 @@ def _against(study: StudyResults, block: Block) -> Table:
     rows = []
     for line in study.compared(block):
         wins, of = study.better_in(line, block)
-        cells = [change_cell(study.change(line, block, scope), block) for scope in _SCOPES]
+        cells = [change_cell(study.change(line, block, scope), block) for scope in SCOPES]
         rows.append([Cell(line.title), *cells, Cell(f"{wins} of {of}", "cells with a higher ACC")])
-    return Table(f"{block}, against {study.reference.title}", ("line", *_SCOPES, "better in"), rows)
+    return Table(f"{block}, against {study.reference.title}", ("line", *SCOPES, "better in"), rows)
 
 
 def _means(study: StudyResults, block: Block) -> Table:
@@ -276,20 +276,19 @@ def _costs(study: StudyResults) -> Table:
 
 def write_study_report(study: StudyResults, folder: Path) -> Path:
     """Write the report's files; return the page."""
-    from hf_contmerge.runtime.files import put_in_place, remove
+    from hf_contmerge.runtime.files import make_folder, put_in_place, remove
 
     scratch = folder.with_name(f".{folder.name}")
     remove(scratch)
-    scratch.mkdir(parents=True)
+    make_folder(scratch)
     said, parts = findings(study), sections(study)
     shown = {"title": f"Study {study.name}", "findings": said, "sections": parts}
     (scratch / "index.html").write_text(fill("compare.html", **shown), encoding="utf-8")
     (scratch / "study.md").write_text(fill("compare.md", **shown), encoding="utf-8")
     (scratch / "study.tex").write_text(fill("study.tex", tables=parts[2].tables), encoding="utf-8")
     (scratch / "study.json").write_text(json.dumps(_summary(study, said), indent=1) + "\n", encoding="utf-8")
-    (scratch / "study.png").write_bytes(draw(study, study.blocks[0]))
-    with (scratch / "study.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(_rows(study))
+    (scratch / "study.png").write_bytes(parts[0].pictures[0].png)
+    (scratch / "study.csv").write_bytes(csv_text(_rows(study)).encode())
     put_in_place(scratch, folder)
     return folder / "index.html"
 
@@ -300,7 +299,7 @@ def _summary(study: StudyResults, said: Sequence[str]) -> dict[str, Any]:
         "orders": study.orders, "seeds": study.seeds,
         "lines": [
             {"line": x.title, "block": b, "mean": {m: x.mean(b, m) for m in _SHOWN},
-             "against_reference": {s: _limits(study.change(x, b, s)) for s in _SCOPES} if x is not study.reference
+             "against_reference": {s: _limits(study.change(x, b, s)) for s in SCOPES} if x is not study.reference
              else None}
             for b in study.blocks for x in study.lines if x.mean(b, "acc") is not None
         ],

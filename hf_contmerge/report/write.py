@@ -47,8 +47,8 @@ from hf_contmerge.report._tables import (
     task_tables,
 )
 from hf_contmerge.report._terminal import rich_table
-from hf_contmerge.run.folder import DIGESTS, Run
-from hf_contmerge.runtime.digests import digests_of, files_below
+from hf_contmerge.run.folder import Run
+from hf_contmerge.runtime.digests import DIGESTS, digests_below
 from hf_contmerge.runtime.records import write_record
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
@@ -88,7 +88,7 @@ def _write(run: Run, folder: Path) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
-    write_record(folder / DIGESTS, {"files": digests_of(folder, files_below(folder, "."))})
+    write_record(folder / DIGESTS, {"files": digests_below(folder)})
 
 
 def sections(run: Run, results: Results) -> list[Section]:

@@ -39,14 +39,11 @@ from hf_contmerge.run.recipe.changes import FieldChange, changes
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
-from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
+from hf_contmerge.runtime.digests import changed_files, digests_below
 from hf_contmerge.runtime.files import FolderLock, make_folder, sync_folder, write_atomically
 from hf_contmerge.runtime.foreign import require_own_files
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
 from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml, write_record
-
-DIGESTS = "digests.json"
-"""Record in the report's folder, which is written again at any time."""
 
 _BASE_MODEL = "stages/00-base/model"
 
@@ -193,8 +190,7 @@ class Run:
                 place.check_recipe()
                 text = _renamed(place.mergekit_recipe, record["folder"], here)
                 write_atomically(place.mergekit_recipe, seal_yaml(text))
-        digests = digests_of(self.tasks, files_below(self.tasks, "."))
-        write_record(self.inputs, {**record, "folder": here, "tasks": digests})
+        write_record(self.inputs, {**record, "folder": here, "tasks": digests_below(self.tasks)})
 
     def check_tasks(self) -> None:
         """Raise RunError if a task file has changed."""

@@ -41,6 +41,16 @@ def require_whole(damaged: Sequence[Path], place: Path, phase: Phase) -> None:
         )
 
 
+def newest(t: int) -> Record:
+    """Return stage t's expert, as merge records name it."""
+    return {"stage": t, "replayed": False}
+
+
+def one_a_stage(t: int) -> list[Record]:
+    """Return the experts of a merge of t stages without a guard's choice."""
+    return [newest(i) for i in range(1, t + 1)]
+
+
 def _words(record: Record) -> list[str]:
     """Return the rule or the strategies behind a record."""
     return [*record.get("settings", {}).get("strategy", ()), *filter(None, [record.get("rule")])]
@@ -181,6 +191,10 @@ class MergePlace(Place):
     def mergekit_recipe(self) -> Path:
         """The merge for mergekit; it names folders, and is written again where the run has moved."""
         return self.folder / "merge.yml"
+
+    def folded(self, t: int) -> list[Record]:
+        """Return the experts of stage t's merge: one a stage, unless a guard chose otherwise."""
+        return self.record("merge").get("folded", one_a_stage(t))
 
     def check_recipe(self) -> None:
         """Raise RunError if merge.yml exists and is not as it was written."""

@@ -16,6 +16,9 @@ import xxhash
 Digests = dict[str, str]
 """Name of a file, relative to a folder -> digest of its bytes."""
 
+DIGESTS = "digests.json"
+"""Record inside a folder whose files it vouches for."""
+
 _WINDOW = 2**26
 _SHARED: dict[str, int] = (
     {"flags": mmap.MAP_SHARED | mmap.MAP_POPULATE, "prot": mmap.PROT_READ}
@@ -45,6 +48,11 @@ def digests_of(folder: Path, names: Iterable[str]) -> Digests:
     listed = sorted(names)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(listed, pool.map(lambda name: file_digest(folder / name), listed), strict=True))
+
+
+def digests_below(folder: Path) -> Digests:
+    """Return the digests of all files of a folder."""
+    return digests_of(folder, files_below(folder, "."))
 
 
 def files_below(folder: Path, *outputs: str, apart: str | None = None) -> list[str]:

@@ -17,6 +17,8 @@ from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.runtime.refusals import refusals
 
+FOREVER = -1.0
+
 _WINDOWS = os.name == "nt"  # flushes only files that are open for writing, and no folders
 
 
@@ -26,7 +28,7 @@ class FolderLock:
     Args:
         folder: an existing folder.
         name: of the lock's file.
-        wait: seconds to wait for another process.
+        wait: seconds to wait for another process, or FOREVER.
     """
 
     def __init__(self, folder: Path, name: str = ".lock", *, wait: float = 0) -> None:

@@ -7,18 +7,16 @@ import logging
 from pathlib import Path
 
 from hf_contmerge.errors import RunError
-from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
+from hf_contmerge.runtime.digests import DIGESTS, changed_files, digests_below
 from hf_contmerge.runtime.records import read_record, write_record
 
 LOG = logging.getLogger(__name__)
-
-_DIGESTS = "digests.json"
 
 
 def seal_checkpoint(folder: Path) -> None:
     """Write the digests of a checkpoint's files into it."""
     if folder.is_dir():
-        write_record(folder / _DIGESTS, {"files": digests_of(folder, files_below(folder, "."))})
+        write_record(folder / DIGESTS, {"files": digests_below(folder)})
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -36,9 +34,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _is_damaged(checkpoint: Path) -> bool:
     """Compare a checkpoint with its digests; a kill may have come before they were written."""
-    if not (checkpoint / _DIGESTS).exists():
+    if not (checkpoint / DIGESTS).exists():
         return False
     try:
-        return bool(changed_files(checkpoint, read_record(checkpoint / _DIGESTS, "")["files"]))
+        return bool(changed_files(checkpoint, read_record(checkpoint / DIGESTS, "")["files"]))
     except RunError:
         return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import psutil
 import torch
 
 from hf_contmerge.runtime.device import cpu_only
+from hf_contmerge.runtime.refusals import free_bytes
 
 Shape = tuple[int, int, int, torch.dtype]
 """A matrix product: rows, inner, columns, dtype of the factors."""
@@ -76,12 +76,11 @@ class Speeds:
 
 def this_machine(folder: Path) -> Machine:
     """Return this machine's resources. `folder` may be missing."""
-    existing = _existing(folder)
     gpus = () if cpu_only() else tuple(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     memory = psutil.virtual_memory()
     limit = min([memory.total, *_limits()])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cores, limit, min(memory.available, limit), gpus, shutil.disk_usage(existing).free)
+    return Machine(cores, limit, min(memory.available, limit), gpus, free_bytes(folder))
 
 
 def measure_speeds(folder: Path) -> Speeds:

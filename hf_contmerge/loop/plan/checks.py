@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +34,7 @@ from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.steps import run_steps
 from hf_contmerge.runtime.ranks import Ranks
+from hf_contmerge.runtime.refusals import free_bytes
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import heldout_documents, write_perplexity_task, write_task
 from hf_contmerge.scoring.leaks import leaks
@@ -402,7 +402,7 @@ def disk_needed(run: Run, prepared: Prepared) -> int:
 def check_disk(run: Run, prepared: Prepared) -> None:
     """Raise ResourceError if the disk is too small."""
     need = disk_needed(run, prepared)
-    free = shutil.disk_usage(run.folder).free
+    free = free_bytes(run.folder)
     if need > free:
         raise ResourceError(
             f"This run still needs about {size(need)} in {run.folder}, but {size(free)} are free. "
