@@ -50,6 +50,7 @@ from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.run.folder import Run
 from hf_contmerge.runtime.digests import DIGESTS, digests_below
 from hf_contmerge.runtime.records import write_record
+from hf_contmerge.runtime.refusals import refusals
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
 _COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", "utility", "stderr", "documents")
@@ -66,7 +67,7 @@ def write_report(run: Run) -> Path:
 
     Another process may write the report of this run, too: the second one waits.
     """
-    with run.report_lock():
+    with run.report_lock(), refusals(run.folder / "report"):
         _write(run, run.report.scratch("report"))
         return run.report.publish("report") / "forgetting.png"
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SPACE = "Free some space"
@@ -30,6 +30,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)  # safetensors; pyarrow
 _TORCH = re.compile(r"inline_container|PytorchStreamWriter")  # torch.save does not pass the number on
+_REASON = re.compile(r"with strerror: (.+)")
 _NEXT_TO_NOTHING = 2**24  # free bytes: a failed write may have released some
 
 
@@ -70,10 +71,31 @@ def _number(error: Exception, place: Path) -> int | None:
         return int(match[1])
     if not _TORCH.search(text):
         return None
-    return errno.ENOSPC if free_bytes(place) < _NEXT_TO_NOTHING else errno.EIO
+    if match := _REASON.search(text):
+        return next((n for n in errno.errorcode if os.strerror(n) == match[1]), errno.EIO)
+    return errno.ENOSPC if free_bytes(place) < _NEXT_TO_NOTHING else _tried(place)
+
+
+def _tried(place: Path) -> int:
+    """Return the error of a small file at a place; EIO if it can be written."""
+    file = _existing(place) / ".write-test"
+    try:
+        with file.open("wb") as opened:
+            opened.write(bytes(2**16))
+            opened.flush()
+            os.fsync(opened.fileno())
+    except OSError as error:
+        return error.errno or errno.EIO
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+    return errno.EIO
 
 
 def free_bytes(place: Path) -> int:
     """Return the free bytes of the disk of a place, which need not exist."""
-    existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(place)).free
+
+
+def _existing(place: Path) -> Path:
+    return next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())

@@ -77,6 +77,8 @@ class Bench:
         shutil.rmtree(f"{self.root}.cache", ignore_errors=True)
         if self.case.hub:
             self.case.hub.repos.clear()
+            for blob in self.case.hub.folder.iterdir():
+                blob.unlink()
         shutil.copytree(self.case.start, self.root, symlinks=True)
 
     def again(self, what: str) -> None:
@@ -117,9 +119,9 @@ class Bench:
         if code:
             errors = [line for line in said.splitlines() if line.startswith("Error")]
             assert (code, len(errors)) == (2, 1), f"{what}: {code} {said}"
-            assert SAID[error] in errors[0] or self.names[number - 1].startswith("send"), f"{what}: {said}"
+            assert SAID[error] in errors[0].lower() or self.names[number - 1].startswith("send"), f"{what}: {said}"
             assert str(self.root) in errors[0] or self.names[number - 1].startswith("send"), f"{what}: {said}"
-            assert re.search("again|rerun", errors[0]), f"{what}: {said}"
+            assert re.search("again|rerun|name another", errors[0].lower()), f"{what}: {said}"
         else:
             assert "Warning: " in said or self.outcome() == self.unbroken, f"{what}: {said}"
         self.again(what)

@@ -71,6 +71,7 @@ class Journal:
 
 real_open = io.open
 _LINK = "link:"
+_TORCH = "[enforce fail at inline_container.cc"
 
 
 class Disk:
@@ -286,10 +287,14 @@ def _patch_libraries(disk: Disk) -> None:
         if not isinstance(file, str | os.PathLike):
             return save(value, file, *args, **words)
         try:
-            with open(file, "wb") as opened:
+            opened = open(file, "wb")  # noqa: SIM115  (opening fails otherwise than writing)
+        except OSError as error:
+            raise RuntimeError(f"{_TORCH}:747] . open file failed with strerror: {error.strerror}") from error
+        try:
+            with opened:
                 return save(value, opened, *args, **words)
         except OSError as error:  # the writer in C++ does not say more
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534") from error
+            raise RuntimeError(f"{_TORCH}:672] . unexpected pos 576 vs 534") from error
 
     send = httpx.Client.send
 
