@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hf_contmerge.loop._choice import Choice, choose
@@ -11,9 +12,13 @@ from hf_contmerge.merging.analysis import merge_geometry, ownership
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.merge import RunningMerge
 from hf_contmerge.models.weights import Weights, weights_sha256
+from hf_contmerge.run.folder import evenly_spread
 from hf_contmerge.run.places import Place, Record
 from hf_contmerge.runtime.files import remove, write_atomically
 from hf_contmerge.runtime.records import seal_yaml
+
+_COMPARED = 16
+"""Experts whose task vectors are compared with each other."""
 
 
 def merge_at(job: MergeJob) -> Record:
@@ -57,10 +62,21 @@ def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Rec
         "start_from": job.kind, "scale": merge.scale,
         "norms": {"experts": list(merge.norms.experts), "running": merge.running_norm},
         "expert_sha256": [e.sha256 for e in merge.experts], "model_sha256": weights_sha256(merged),
-        "geometry": merge_geometry(merge.base, [e.folder for e in merge.experts], merged),
+        "geometry": _geometry(merge, merged),
         **owners, **({"amplification": merge.trust.amplification} if merge.trust else {}),
         **_deviations(job, merge, choice),
     }  # fmt: skip
+
+
+def _geometry(merge: RunningMerge, merged: Path) -> dict[str, Any]:
+    """Compare the task vectors of experts and merge.
+
+    Of many experts, some are compared, so that the cost of a stage does not grow: `compared` lists their numbers, from
+    1.
+    """
+    chosen = evenly_spread(len(merge.experts), _COMPARED)
+    found = merge_geometry(merge.base, [merge.experts[number - 1].folder for number in chosen], merged)
+    return found if len(chosen) == len(merge.experts) else {**found, "compared": list(chosen)}
 
 
 def _deviations(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> dict[str, Any]:

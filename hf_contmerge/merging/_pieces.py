@@ -89,6 +89,12 @@ class Stored:
     start: int = 0
 
 
+def check_scale(scale: float) -> None:
+    """Raise ModelError for a scale beyond float32."""
+    if not abs(scale) <= torch.finfo(torch.float32).max:  # false for NaN
+        raise ModelError(f"The scale of the merge is {scale:.4g}, which float32 cannot hold. Use a smaller parameter.")
+
+
 def merged_piece(
     base: Tensor, running: Tensor, scale: float, stored: Stored, *, expert: Tensor | None = None
 ) -> tuple[Tensor, Kept]:
@@ -100,8 +106,7 @@ def merged_piece(
     Raises:
         ModelError: a value is too large for the dtype.
     """
-    if not abs(scale) <= torch.finfo(torch.float32).max:  # false for NaN
-        raise ModelError(f"The scale of the merge is {scale:.4g}, which float32 cannot hold. Use a smaller parameter.")
+    check_scale(scale)
     wide = base.float()
     merged = torch.add(wide, running, alpha=scale)
     if expert is not None:

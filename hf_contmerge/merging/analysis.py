@@ -26,26 +26,17 @@ from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.config import layer_of, layer_order
 from hf_contmerge.models.experts import Expert, open_expert
 from hf_contmerge.models.weights import Weights
-from hf_contmerge.run.folder import evenly_spread
 
-COMPARED = 16
-"""Experts whose task vectors are compared with each other."""
 _RUN = 32  # adjacent elements: reading one loads its page anyway
 _ELEMENTS = 2**17  # of the whole model: the cosine of unrelated vectors has a standard error of 0.003
 _SEED = 20240711
 
 
 def merge_geometry(base: Path, experts: Sequence[Path], merged: Path) -> dict[str, Any]:
-    """Return the geometry of a merge from folders.
-
-    Missing experts are skipped. Of many experts, some are compared, so that the cost of a stage does not grow:
-    `compared` lists their numbers, from 1.
-    """
-    weights, chosen = Weights(base), evenly_spread(len(experts), COMPARED)
-    folders = [experts[number - 1] for number in chosen]
-    opened = [open_expert(folder, weights, force=True) if folder.is_dir() else None for folder in folders]
-    found = geometry(weights, opened, Weights(merged))
-    return found if len(chosen) == len(experts) else {**found, "compared": list(chosen)}
+    """Return the geometry of a merge from folders. Missing experts are skipped."""
+    weights = Weights(base)
+    opened = [open_expert(folder, weights, force=True) if folder.is_dir() else None for folder in experts]
+    return geometry(weights, opened, Weights(merged))
 
 
 def geometry(base: Weights, experts: Sequence[Expert | None], merged: Weights) -> dict[str, Any]:

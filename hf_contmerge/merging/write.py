@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_contmerge.errors import ModelError, ResourceError, in_place_of, size
+from hf_contmerge.errors import ResourceError, in_place_of, size
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
-from hf_contmerge.merging._pieces import Parts, Piece, Stored, merged_piece, pieces, read_out, unchanged
+from hf_contmerge.merging._pieces import Parts, Piece, Stored, check_scale, merged_piece, pieces, read_out, unchanged
 from hf_contmerge.merging.costs import Passage, piece_size, stream_job, weight_of
 from hf_contmerge.merging.running import Running
 from hf_contmerge.models.experts import Expert
@@ -106,11 +106,7 @@ class MergedModel:
     crew: Crew
 
     def __post_init__(self) -> None:
-        if abs(self.scale) > torch.finfo(torch.float32).max:
-            raise ModelError(
-                f"The rule's scale is {self.scale:.4g}, too large for float32. Set smaller parameters. No model was "
-                "written."
-            )
+        check_scale(self.scale)
 
     def write(self, name: str, running: Parts | None) -> Kept:
         """Write a tensor from its state; without one, the base's."""

@@ -118,7 +118,11 @@ class StudyResults:
                 return None
             grid[at] = change.mean
             every += groups
-        return crossed_change(grid, mean_change(every, block), same_documents=self._same_documents) if grid else None
+        if not grid:
+            return None
+        change = crossed_change(grid, mean_change(every, block), same_documents=self._same_documents)
+        first, _ = line.cells[common[0]]
+        return replace(change, matters=first.matters.get(block, 0.0))
 
     @cached_property
     def _same_documents(self) -> bool:
