@@ -1,4 +1,4 @@
-"""`--plugin FILE.py` and `--trust-remote-code`: the user's word that code of others may run."""
+"""`--plugin FILE.py` and `--trust-remote-code`: consent to run code."""
 
 from __future__ import annotations
 

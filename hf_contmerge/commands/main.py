@@ -143,7 +143,7 @@ def clear_errors() -> Iterator[_Outcome]:
 
 
 def _wait_for_ranks() -> None:
-    """Leave the other ranks time for their own signal, before our connections break."""
+    """Wait for the other ranks' own signal before our connections break."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         time.sleep(1)
 

@@ -1,4 +1,4 @@
-"""`contmerge verify`: compare files with their records, and a merge with its parents.
+"""`contmerge verify`: compare files with records, merges with parents.
 
     contmerge verify runs/x                            every file of a run
     contmerge verify state                             every file of a merge state
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verify_command(args: argparse.Namespace) -> None:
-    """Read all files; print what is damaged, and what to do.
+    """Read all files; print the damaged ones, and the remedy.
 
     Raises:
         DamageError: a file is not as recorded, or the model not what its parents give.

@@ -172,7 +172,7 @@ class Chooser:
         return None
 
     def write(self, merge: RunningMerge) -> Survival | None:
-        """Write a merge into the scratch folder, once; return what its file keeps of the update."""
+        """Write a merge into the scratch folder, once; return the update kept."""
         if self._written != merge:
             self._survival = merge.export(self._job.output(), crew=self._job.crew)
             self._written = merge

@@ -134,7 +134,7 @@ class MergeJob:
         return self.parts(merge) == one_a_stage(self.t)
 
     def check(self) -> None:
-        """Raise an error unless base, state and experts are as recorded: all of them are read."""
+        """Read base, state and experts; raise an error for changed ones."""
         check_same_base(self.run, self.prepared.base)
         for part in (*self._parts_before(), newest(self.t)):
             self._place_of(part).check("train", "expert")

@@ -1,4 +1,4 @@
-"""Experts shared by the runs of a study: equal jobs are trained once.
+"""Experts shared by a study's runs: equal jobs are trained once.
 
     experts/<digest of the job>/  expert/ memory/ train.json
 
@@ -37,7 +37,7 @@ class SharedExperts:
 
     @contextmanager
     def claimed(self, job: TrainJob, ranks: Ranks) -> Iterator[ExpertPlace]:
-        """Yield the place of a job's expert; processes with an equal job wait."""
+        """Yield the place of a job's expert; equal jobs wait."""
         with ExitStack() as held:
 
             def claim() -> ExpertPlace:
@@ -50,7 +50,7 @@ class SharedExperts:
 
 
 def train_once(shared: SharedExperts, place: ExpertPlace, job: TrainJob, recorder: Recorder, *, on_log: OnLog) -> None:
-    """Train an expert at a place, or link the one of an equal job. All ranks call this."""
+    """Train an expert at a place, or link an equal job's, on all ranks."""
     ranks = recorder.crew.ranks
     with shared.claimed(job, ranks) as store:
         if ranks.first(_is_whole, store):
@@ -62,7 +62,7 @@ def train_once(shared: SharedExperts, place: ExpertPlace, job: TrainJob, recorde
 
 
 def _is_whole(store: ExpertPlace) -> bool:
-    """Say if a stored expert is there, byte by byte; drop a damaged one."""
+    """Return True for a stored expert, byte by byte; drop a damaged one."""
     try:
         whole = store.is_done("train") and not store.damaged("train")
     except RunError:
@@ -82,7 +82,7 @@ def _link(source: ExpertPlace, target: ExpertPlace, more: Record) -> None:
 
 
 def _digest(job: TrainJob) -> str:
-    """Return the digest of everything that decides a job's expert."""
+    """Return the digest of a job's inputs."""
     remembering = job.make(job.train).overriding("remember") if job.remembers else []
     inputs: dict[str, Any] = {
         **job.inputs(), "stage": job.stage, "memory": digests_below(job.memory) if job.memory else None,

@@ -196,7 +196,7 @@ def _check_same_start(
 
 
 def _is_exported(state: MergeState, out: Path, count: int, asked: tuple[str | None, str | None]) -> bool:
-    """Check for an export of the first `count` experts. `asked`: dtype and rounding.
+    """Check for an export of the first `count` experts, as asked.
 
     Raises:
         RunError: it is stored otherwise, or it is missing and later experts are already folded.

@@ -1,4 +1,4 @@
-"""The base and the task files of a run, which must not change under it."""
+"""The base and the task files of a run; they must not change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_same_base(run: Run, base: Path, *, whole: bool = True) -> None:
 
 
 def check_start(run: Run, base: Path, t: int, kind: str) -> None:
-    """Raise an error unless the base, the start model and the memory of a training are as recorded."""
+    """Raise an error for a changed base, start model or memory."""
     check_same_base(run, base)
     if t == 1 or kind == "base":
         return
@@ -44,7 +44,7 @@ def check_start(run: Run, base: Path, t: int, kind: str) -> None:
 
 
 def check_model_of(run: Run, place: Place, model: Path) -> None:
-    """Raise an error unless a place's model is as recorded. `model`: for the base, its folder."""
+    """Raise an error for a changed model of a place."""
     if isinstance(place, ExpertPlace):
         place.check("train", "expert")
     elif isinstance(place, MergePlace):

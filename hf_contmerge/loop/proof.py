@@ -18,7 +18,7 @@ from hf_contmerge.runtime.records import Record
 
 @dataclass(frozen=True)
 class WrittenModel:
-    """A model with what it was made of."""
+    """A model with its parents."""
 
     folder: Path
     from_hub: bool
@@ -35,7 +35,7 @@ def find_model(name: str) -> WrittenModel:
 
 
 def prove(model: WrittenModel, given: Mapping[str, str]) -> Iterator[str]:
-    """Merge a model's parents again and compare the weights, tensor by tensor; yield what was done.
+    """Merge a model's parents again; compare the weights, tensor by tensor.
 
     `given`: `base` or name of a stage -> model to read in place of the recorded one.
 
@@ -62,7 +62,7 @@ def prove(model: WrittenModel, given: Mapping[str, str]) -> Iterator[str]:
 
 
 def _parent(model: WrittenModel, name: str, recorded: str, given: Mapping[str, str], *, adapters: bool) -> Path:
-    """Find a parent. Lineages from the Hub name models on the Hub only: a stranger wrote them."""
+    """Find a parent. A lineage from the Hub names Hub models only."""
     try:
         if name not in given and model.from_hub:
             check_hub_id(recorded)

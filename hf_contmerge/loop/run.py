@@ -127,7 +127,7 @@ class Loop:
             self.trackers.stage_is_over(place, place.record("train").get("steps", 0))
 
     def _follow(self, place: ExpertPlace, stage: Stage) -> None:
-        """Record the new folder of a given expert that moved."""
+        """Record the new folder of a moved expert."""
         record, folder = place.record("train"), self.prepared.given.get(stage.expert or "")
         if folder and record.get("given", str(folder)) != str(folder):
             require_whole(
@@ -237,7 +237,7 @@ class Loop:
         return load_scores(place).get(name) if place else None
 
     def _keep_keys(self, place: Place) -> None:
-        """Remember where a place's scores are: reading all records for each task grows with the cube of the stages."""
+        """Remember the place of scores: searching grows with the cube of the stages."""
         for name, task in (place.record("score")["tasks"] if place.is_done("score") else {}).items():
             if key := task["details"].get("key"):
                 self.scored.setdefault(key, (place, name))

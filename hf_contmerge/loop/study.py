@@ -1,4 +1,4 @@
-"""Runs a study: every cell of its grid, one after the other or side by side."""
+"""Runs a study: each cell of its grid, in turn or side by side."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class StudyFolder:
         return Run(self.folder / "runs" / cell.name, cell.recipe)
 
     def part(self, number: int, parts: int) -> list[StudyCell]:
-        """Return the cells of one part of several, from 1; neighbours share experts."""
+        """Return the cells of a part, from 1; neighbours share experts."""
         size = len(self.cells)
         return list(self.cells[size * (number - 1) // parts : size * number // parts])
 
@@ -73,7 +73,7 @@ class StudyFolder:
             ) from error
 
     def finish(self) -> None:
-        """Record that all cells and the report are done."""
+        """Record the study as complete."""
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         write_record(self._record, {"study_sha256": self._sha256(), "cells": len(self.cells), "finished": finished})
 

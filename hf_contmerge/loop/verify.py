@@ -1,4 +1,4 @@
-"""Reads all files of a run, a state or a model, and compares them with their records.
+"""Compares all files of a run, state or model with their records.
 
 A record vouches for itself by its seal and for other files by their digests. What no record covers (trackers, logs,
 locks) is listed.
@@ -29,7 +29,7 @@ _IGNORED = {".lock", ".report.lock"}
 
 
 class Damage(NamedTuple):
-    """A file that is not as recorded."""
+    """A file with other bytes than recorded."""
 
     file: Path
     what: str
@@ -39,7 +39,7 @@ class Damage(NamedTuple):
 
 @dataclass
 class Reading:
-    """What was read below a folder, and what is wrong with it."""
+    """The files read below a folder, and the damaged ones."""
 
     folder: Path
     read: set[Path] = field(default_factory=set)
@@ -63,7 +63,7 @@ class Reading:
             self.damages.append(Damage(file, what, redo))
 
     def base(self, identity: Identity, name: str, folder: Path, redo: str) -> None:
-        """Compare a base with what it was."""
+        """Compare a base with its record."""
         try:
             base = folder if folder.is_dir() else resolve_model(name)
             changed = identity.changed(base, whole=True)
@@ -73,7 +73,7 @@ class Reading:
         self.damages += [Damage(base / n, f"{base / n}, of the base, changed.", redo) for n in changed]
 
     def uncovered(self) -> list[Path]:
-        """Return the files below the folder that no record covers."""
+        """Return the files below the folder without a record."""
         every = (path for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.is_symlink())
         return [path for path in every if path not in self.read and path.name not in _IGNORED]
 
@@ -141,7 +141,7 @@ def _verify_phase(reading: Reading, run: Run, t: int, place: Place, phase: Phase
 
 
 def _is_pruned(run: Run, t: int, place: MergePlace) -> bool:
-    """Check for a state that the next stage has read and removed."""
+    """Check for a state already read and removed by the next stage."""
     later = t < len(run.recipe.stages) and run.merged(t + 1, place.entry).is_done("merge")
     return later and not place.running.exists()
 

@@ -106,7 +106,7 @@ class Fold:
         return dense, low_rank
 
     def _shadowed(self, names: Sequence[str]) -> set[str]:
-        """Return the matrices with a shadow: those of the state, or of its first fold."""
+        """Return the matrices with a shadow, by the state or its first fold."""
         if not self.rule.ill_posed:
             return set()
         if self.before:
@@ -224,7 +224,7 @@ class Fold:
             self.before.prefetch(name)
 
     def _require_finite(self, name: str, norm: float) -> None:
-        """Raise ModelError for a state beyond float32: of finite task vectors, only their sum can be."""
+        """Raise ModelError for a state beyond float32, a sum too large."""
         if not math.isfinite(norm):
             raise ModelError(
                 f"{name}: the state of the rule is too large for float32 with {self.experts[-1].folder}. Leave out the "

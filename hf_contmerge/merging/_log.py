@@ -75,13 +75,13 @@ class Log:
         return Identity(self.base_sha256, self.base_stamp, self.base_files)
 
     def lineage(self) -> dict[str, Any]:
-        """Return the fields that go with a written model."""
+        """Return the fields of a written model."""
         own = ("base_stamp", "base_files", "running", "running_files", "tokenizer_change")
         return {name: value for name, value in asdict(self).items() if name not in own}
 
 
 def read_log(folder: Path) -> Log:
-    """Read state.json; folders of experts inside the state are stored relative to it.
+    """Read state.json; folders inside the state are relative to it.
 
     Raises:
         RunError: the file is missing, damaged or of another version.
@@ -101,7 +101,7 @@ def read_log(folder: Path) -> Log:
 
 
 def _require_own_names(log: Log) -> None:
-    """Raise ValueError for names that would leave the state's folder, or change the terminal."""
+    """Raise ValueError for names with path separators or control characters."""
     if log.running and not re.fullmatch(r"running-\d+", log.running):
         raise ValueError(f"running is {log.running!r}")
     for entry in log.experts:
@@ -113,7 +113,7 @@ def _require_own_names(log: Log) -> None:
 
 
 def write_log(folder: Path, log: Log) -> None:
-    """Replace state.json, the commit of a change. Raises ModelError for numbers that are not finite."""
+    """Replace state.json, the commit of a change. Raises ModelError for infinite numbers."""
     home = folder.resolve()
     experts = [{**asdict(e), "folder": _inside(home, Path(e.folder))} for e in log.experts]
     values = {word: value for word, value in asdict(log).items() if value or word != "dropped"}
@@ -128,7 +128,7 @@ def _inside(home: Path, folder: Path) -> str:
 
 
 def damaged_state(folder: Path, log: Log) -> list[Path]:
-    """Return the files of a running state that are not as state.json says."""
+    """Return the files of a running state with other bytes than recorded."""
     return [folder / name for name in changed_files(folder, log.running_files)]
 
 

@@ -48,7 +48,7 @@ class Piece:
 
 
 def pieces(rule: MergeRule, weight: Weight, device: torch.device, *, whole: bool = False) -> Iterator[Piece]:
-    """Yield a weight's pieces: the whole, or flat runs; none of an empty weight."""
+    """Yield a weight's pieces: the whole, flat runs, or none if empty."""
     numel = math.prod(weight.shape)
     if not numel:
         return
@@ -98,7 +98,7 @@ def check_scale(scale: float) -> None:
 def merged_piece(
     base: Tensor, running: Tensor, scale: float, stored: Stored, *, expert: Tensor | None = None
 ) -> tuple[Tensor, Kept]:
-    """Return base + scale * running as stored, and what is kept of the update.
+    """Return base + scale * running as stored, and the update kept.
 
     With `expert`, the only one so far and taken whole (scale 1), its own values are returned where running is its task
     vector: base + (expert - base) may round to a neighbour.
@@ -120,7 +120,7 @@ def merged_piece(
 
 
 def unchanged(base: Tensor, stored: Stored) -> tuple[Tensor, Kept]:
-    """Return a piece without an update as stored, and what rounding adds to it. Raises as `merged_piece`."""
+    """Return a piece without an update as stored, and its rounding error."""
     wide = base.float()
     result = rounded(wide, stored.dtype, name=stored.name, start=stored.start, by=stored.by)
     kept = compared(result, wide, torch.zeros_like(wide))

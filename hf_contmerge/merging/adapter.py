@@ -92,7 +92,7 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
 
 
 def _finite(factor: Tensor, name: str) -> Tensor:
-    """Return a factor. Raises ModelError for one that overflowed."""
+    """Return a factor. Raises ModelError on overflow."""
     if not bool(torch.isfinite(factor).all()):
         raise ModelError(f"{name}: the scaled factor does not fit float32. Use a smaller scale. Nothing was written.")
     return factor
@@ -136,7 +136,7 @@ def _approximation(
 def _whole(
     rule: MergeRule, base: Weights, running: Running, low_rank: set[str], scale: float, stages: int
 ) -> tuple[dict[str, Tensor], dict[str, Kept]]:
-    """Return the modules exported as full tensors, and what these keep of their updates."""
+    """Return the modules exported as full tensors, and the updates kept."""
     changed = running.names() - low_rank
     modules = {n.rpartition(".")[0] for n in changed if n.rpartition(".")[0] + ".weight" not in low_rank}
     tensors = {n: base.tensor(n) for n in base.names if n.rpartition(".")[0] in modules}

@@ -1,4 +1,4 @@
-"""merge.json: what a written model was made of, enough to make it again."""
+"""merge.json: the parents and settings of a merged model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_lineage(out: Path, lineage: Mapping[str, Any]) -> None:
 
 
 def finished_lineage(out: Path, wanted: Mapping[str, Any]) -> Record | None:
-    """Return a model's lineage, if it has these values and the model is whole."""
+    """Return the lineage of a whole model with these values."""
     try:
         lineage = read_lineage(out)
     except RunError:
@@ -56,7 +56,7 @@ def check_parents(lineage: Record, base: Path, experts: Sequence[Path]) -> None:
 
 
 def merge_again(lineage: Record, base: Path, experts: Sequence[Path], scratch: Path, crew: Crew) -> str:
-    """Merge the parents into an empty folder; return the digest of the model's weights."""
+    """Merge the parents into an empty folder; return the weights' digest."""
     rule = make_rule(lineage["rule"], lineage["parameters"])
     folded = [
         FoldedExpert(e["stage"], folder, e["sha256"], name=e["model"])

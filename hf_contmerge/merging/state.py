@@ -212,7 +212,7 @@ class MergeState:
         return self
 
     def finish_add(self, models: Sequence[str | Path], stages: Sequence[str] = ()) -> bool:
-        """Complete an addition that was cut off at its end.
+        """Complete an addition cut off at its end.
 
         Returns:
             Whether these experts are the newest ones in the state.
@@ -230,7 +230,7 @@ class MergeState:
         return True
 
     def finish_drop(self, stage: str) -> bool:
-        """Complete a removal that was cut off at its end.
+        """Complete a removal cut off at its end.
 
         Returns:
             Whether the stage was in the state, and is no more.
@@ -276,7 +276,7 @@ class MergeState:
         tokenizer_from: str | None = None,
         crew: Crew | None = None,
     ) -> Path:
-        """Write the merged model in the layout of `save_pretrained`, unless an equal call did.
+        """Write the merged model as `save_pretrained` does, unless an equal call did.
 
         Args:
             out: a new folder.
@@ -334,14 +334,14 @@ class MergeState:
         return RunningMerge(self._base(log), log.rule, rule, experts, running, log.running_norm, trust=trust)
 
     def _base(self, log: Log) -> Path:
-        """Find the base; its files' times must be as they were, or their bytes."""
+        """Find the base, unchanged by its files' times or bytes."""
         folder = Path(log.base_folder)
         folder = folder if folder.is_dir() else resolve_model(log.base)
         self._refuse(folder, log.base_identity().changed(folder, whole=False))
         return folder
 
     def _check_base(self, log: Log) -> None:
-        """Raise ModelError unless the base has the bytes that it had at the start."""
+        """Raise ModelError for a base with other bytes than at the start."""
         base = self._base(log)
         self._refuse(base, log.base_identity().changed(base, whole=True))
 
@@ -353,7 +353,7 @@ class MergeState:
             )
 
     def _check(self, log: Log) -> None:
-        """Read the base and the running state; raise an error unless both are as recorded."""
+        """Read the base and the running state; raise an error if they changed."""
         self._check_base(log)
         require_whole(self.folder, log)
 
@@ -398,7 +398,7 @@ class MergeState:
         return next((c.to_json() for c in reversed([*changes]) if c), log.tokenizer_change)
 
     def _own_files(self, expert: Path) -> Digests:
-        """Return the digests of an expert in the state's folder; others are their owners' matter."""
+        """Return the digests of an expert, if it is in the state's folder."""
         return digests_of(expert, model_files(expert)) if self._contains(expert) else {}
 
     def _contains(self, expert: Path) -> bool:

@@ -29,13 +29,13 @@ _SHADOWS = 8
 
 @dataclass(frozen=True)
 class Trust:
-    """The growth of rounding over all stages, the largest of the matrices with a shadow."""
+    """The largest growth of rounding, of all matrices with a shadow."""
 
     amplification: float
 
     @property
     def error(self) -> float:
-        """Relative error of the merge's update that float64 rounding may have led to."""
+        """Relative error of the merge's update by float64 rounding, estimated."""
         return self.amplification * _ROUNDING
 
     def in_words(self) -> str:
@@ -59,7 +59,7 @@ class Shadow:
     growth: float | None = None
 
     def fold(self, after: Parts, change: Tensor, weight: Weight) -> None:
-        """Follow the fold of a change that led to the state `after`."""
+        """Follow the fold of a change into the state `after`."""
         if self.state is not None:
             self.state = updated(self.rule, {"": self.state}, change, weight)[""]
         elif after[""].any():
@@ -74,7 +74,7 @@ def shadowed(names: Sequence[str]) -> set[str]:
 
 
 def nudged(state: Tensor, name: str) -> Tensor:
-    """Return a state NUDGE away, in a direction that follows from its name."""
+    """Return a state NUDGE away, in a direction seeded by its name."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
     noise = torch.randn(state.shape, dtype=state.dtype, generator=torch.Generator().manual_seed(seed)).to(state.device)
     return state + noise * (NUDGE * state.norm() / noise.norm())

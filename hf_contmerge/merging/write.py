@@ -193,7 +193,7 @@ def opened(crew: Crew, writers: Sequence[WeightsWriter], later: Sequence[Weights
 
 
 def _no_room(error: OSError, writers: Sequence[WeightsWriter]) -> ResourceError:
-    """Return the error of a disk that filled up on the way."""
+    """Return the error of a full disk."""
     need = ", ".join(f"{size(writer.nbytes)} to {writer.folder}" for writer in writers)
     return ResourceError(f"{explain(error)}, then run the same command again. Merging writes {need}.")
 

@@ -141,7 +141,7 @@ def chat_template(folder: Path) -> Any:
 
 
 def read_template(file: Path) -> str:
-    """Read a chat template. Raises ModelError for one that is damaged, or as large as no template is."""
+    """Read a chat template. Raises ModelError if it is damaged or too large."""
     try:
         return read_text(file, most=_LARGEST_TEMPLATE)
     except (OSError, ValueError) as error:

@@ -88,7 +88,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return tensor -> file of an index. Raises ModelError for a damaged one, or files outside its folder."""
+    """Return tensor -> file of an index. Raises ModelError for damaged or foreign ones."""
     try:
         weight_map = dict(read_json(index)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -133,7 +133,7 @@ def code_files(folder: Path) -> set[str]:
 
 
 def auto_classes(folder: Path) -> dict[str, str]:
-    """Return transformers' Auto classes with code of the model's own -> the code's place."""
+    """Return Auto class -> place of the model's custom code."""
     maps = [
         auto_map for path in folder.glob("*config.json") if isinstance(auto_map := _json(path).get("auto_map"), dict)
     ]

@@ -150,7 +150,7 @@ def _check_files(base: Path, other: Path) -> None:
 
 
 def _notes(base: Path, other: Path) -> Iterator[str]:
-    """Yield what a merge takes from the base alone."""
+    """Yield the properties taken from the base alone."""
     ours, theirs = _tokens(base) or {}, _tokens(other) or {}
     if new := sorted(theirs.keys() - ours.keys()) if ours else []:
         more = f" and {len(new) - 1} more tokens" if len(new) > 1 else ""

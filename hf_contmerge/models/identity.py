@@ -1,4 +1,4 @@
-"""What a model's files held when others began to build on them."""
+"""Digests of a model's files, taken before others build on them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Identity:
         return asdict(self)
 
     def changed(self, folder: Path, *, whole: bool) -> list[str]:
-        """Return the files of a model that are not as they were.
+        """Return the changed files of a model.
 
         `whole`: read the weights, even if the files' times say that they are the same.
         """
@@ -48,7 +48,7 @@ class Identity:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Return the files of a model or adapter that are read: weights, companions, code."""
+    """Return the files read of a model or adapter: weights, companions, code."""
     texts = [path.relative_to(folder).as_posix() for path in companions(folder)]
     if is_adapter(folder):
         return [FILE, CONFIG, *texts]

@@ -157,7 +157,7 @@ def _require(base: Weights, other: Weights, missing: set[str], extra: set[str]) 
 
 
 def check_loads(folder: Path, *, trusted: bool) -> None:
-    """Raise ModelError for a model that transformers cannot load.
+    """Raise ModelError for a model beyond transformers.
 
     `trusted`: whether the user allows code of the model's own.
     """

@@ -70,7 +70,7 @@ def _whole_model(folder: Path, init: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def _round_again(model: Any, weights: Weights) -> None:
-    """Replace values that transformers rounded to the nearest one.
+    """Replace values rounded to nearest by transformers.
 
     Tensors on the meta device (offloaded) and sharded ones are left alone.
     """
@@ -139,7 +139,7 @@ def _fold_layer(inner: nn.Module, around: list[tuple[str, Any]]) -> dict[str, Ke
 
 
 def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer of a folder, or from the Hub. Raises ModelError if it needs code of its own."""
+    """Load a tokenizer. Raises ModelError if it needs custom code."""
     with code_by_consent(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 

@@ -155,7 +155,7 @@ def _ties(model: Any) -> dict[str, tuple[str, ...]]:
 
 
 def held_by(architecture: Architecture, rules: Conversion, base: Weights) -> dict[str, Held]:
-    """Return name in memory -> tensor, with the stored weights in it. `rules`: of the architecture, unused so far."""
+    """Return name in memory -> tensor, with the stored weights in it."""
     held = {name: Held(name, shape) for name, shape in architecture.shapes.items()}
     collected: dict[str, dict[str, list[_Array]]] = defaultdict(lambda: defaultdict(list))
     for stored in in_order(base.names):

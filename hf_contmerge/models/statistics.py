@@ -131,7 +131,7 @@ def _file(folder: Path, kind: str) -> Path:
 
 
 def damaged_statistics(expert: Path) -> list[Path]:
-    """Return an expert's statistics that are not as their record says."""
+    """Return an expert's statistics with other bytes than recorded."""
     folder = expert / FOLDER
     return [folder / name for name in changed_files(folder, _read(folder / _RECORD).get("files", {}))]
 

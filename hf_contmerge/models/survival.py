@@ -39,7 +39,7 @@ class Kept:
 
     @property
     def survival(self) -> float:
-        """<stored - base, exact - base> / |exact - base|^2; 1 for no update."""
+        """<stored - base, exact - base> / |exact - base|^2; 1 without update."""
         return (self.moved + self.update - self.lost) / (2 * self.update) if self.update else 1.0
 
     @property

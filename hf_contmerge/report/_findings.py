@@ -89,7 +89,7 @@ def amount(value: float, block: Block, *, sign: bool = True) -> str:
 
 
 def smallest(results: Results) -> str:
-    """Return the smallest differences that matter, in words."""
+    """Return the smallest relevant differences, in words."""
     return " or ".join(amount(results.matters.get(b, 0.0), b, sign=False) for b in results.blocks())
 
 
@@ -170,7 +170,7 @@ def _left_out(results: Results) -> str:
 
 
 def compared(results: Results, describe: Callable[[Line], str]) -> list[str]:
-    """Summarise plain fine-tuning and the best merge so far."""
+    """Summarise plain fine-tuning and the best merge to date."""
     best = next((line for b in results.stage_blocks() if (line := results.best(b))), None)
     name = best.name + ", the best merge," * (len(results.merges) > 1) if best else ""
     if best and (lossy := results.lossy(best)):

@@ -34,7 +34,7 @@ def run_lineage(run: Run, entry: Merge, t: int) -> dict[str, Any] | None:
 
 
 def _expert(run: Run, place: MergePlace, part: dict[str, Any]) -> str:
-    """Return an expert's public name: of a given one its own, else its place in the run."""
+    """Return an expert's public name: given, or its place in the run."""
     stage = run.stage(part["stage"])
     if stage.expert and not stage.minus:
         return without_secrets(public_name(stage.expert))

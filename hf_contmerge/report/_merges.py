@@ -61,7 +61,7 @@ def _kept_cells(survival: Survival) -> list[Cell]:
 
 
 def _rounded_experts(run: Run) -> list[list[Cell]]:
-    """Return a row for each expert that lost precision, while training or in its file."""
+    """Return a row per expert with lost precision, in training or file."""
     rows = []
     for t, place in run.places():
         record = place.record("train") if place.is_done("train") else {}

@@ -99,7 +99,7 @@ class Dot:
 
 
 def draw_dots(dots: Sequence[Dot], block: Block, *, title: str) -> bytes:
-    """Return differences as a PNG: a panel per scope, a row per line."""
+    """Return differences as a PNG: panels per scope, rows per line."""
     panels, lines = list(dict.fromkeys(d.panel for d in dots)), list(dict.fromkeys(d.line for d in dots))
     factor, unit = (1, "nats") if block == "perplexity" else (100, "points")
     with _figure(2.2 + 2.1 * max(len(panels), 1), 1.3 + 0.3 * max(len(lines), 1)) as figure:

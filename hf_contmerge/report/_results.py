@@ -19,7 +19,7 @@ SHOWN = 16
 
 @dataclass(frozen=True)
 class Results:
-    """Measurements of a run so far.
+    """Measurements of a run to date.
 
     Lines differ in length during a stage.
     """
@@ -41,12 +41,12 @@ class Results:
 
     @property
     def shown(self) -> tuple[int, ...]:
-        """The stages shown in detail: all, or some of a long run, evenly spread."""
+        """The stages shown in detail; of a long run, evenly spread ones."""
         return evenly_spread(self.last, SHOWN)
 
     @property
     def shown_tasks(self) -> tuple[str, ...]:
-        """The tasks shown in detail: of these stages and of a short run's next ones, and the general ones."""
+        """The tasks shown in detail: of these stages, and general ones."""
         stages = self.stages if len(self.stages) <= SHOWN else [self.stages[t - 1] for t in self.shown]
         tasks = [task for stage in stages for task in stage.task_names()]
         return tuple(dict.fromkeys([*tasks, *self.general_tasks]))
@@ -118,7 +118,7 @@ class Results:
         return self._changes[key][1]
 
     def flips(self, line: Line, t: int, task: str, to: Literal["wrong", "right"]) -> Change | None:
-        """Return the share of a task's documents that changed sides until stage t."""
+        """Return the share of a task's documents lost or regained by stage t."""
         then = line.since(t, task, self.stages)
         change = flips([(line.rows[t], then, [task])], to) if then and task in line.rows[t] else None
         return replace(change, matters=self.matters.get("accuracy", 0.0)) if change else None
@@ -128,7 +128,7 @@ class Results:
         return self._once(block, lambda: self._best(block))
 
     def _once(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Return a value that is computed once."""
+        """Return a value, computed once."""
         if key not in self._values:
             self._values[key] = compute()
         return self._values[key]

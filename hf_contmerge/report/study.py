@@ -1,4 +1,4 @@
-"""The report of a study: every line in every setting, over orders and seeds.
+"""The report of a study: lines by setting, over orders and seeds.
 
     report/  index.html   one file; the picture is inside
              study.md     the same as Markdown
@@ -45,7 +45,7 @@ At = tuple[int, int]
 
 @dataclass(frozen=True)
 class StudyLine:
-    """A line of a setting: what it scored in each cell."""
+    """A line of a setting: its scores in each cell."""
 
     setting: str
     name: str
@@ -132,7 +132,7 @@ class StudyResults:
         return all(task in first and same_documents(row[task], first[task]) for row in rows for task in row)
 
     def better_in(self, line: StudyLine, block: Block) -> tuple[int, int]:
-        """Return in how many cells a line's ACC is above the reference's, and of how many."""
+        """Return the number of cells with an ACC above the reference, and all."""
         mine, theirs = line.metrics(block), self.reference.metrics(block)
         common = [at for at in mine if at in theirs]
         return sum((mine[at]["acc"] or 0.0) > (theirs[at]["acc"] or 0.0) for at in common), len(common)

@@ -145,7 +145,7 @@ class Run:
 
     @property
     def inputs(self) -> Path:
-        """Record of what the phases build on: the base, the tasks' files."""
+        """Record of the phases' inputs: the base, the tasks' files."""
         return self.folder / "inputs.json"
 
     @property
@@ -163,16 +163,16 @@ class Run:
     )
 
     def input_record(self) -> Record:
-        """Return what the phases build on. Raises RunError if the record is damaged."""
+        """Return the phases' inputs. Raises RunError if the record is damaged."""
         return read_record(self.inputs, self.inputs_cure)
 
     def changed_tasks(self) -> list[Path]:
-        """Return the task files that are not as the last start of the run wrote them."""
+        """Return the task files changed since the last start of the run."""
         recorded = self.input_record()["tasks"] if self.inputs.exists() else {}
         return [self.tasks / name for name in changed_files(self.tasks, recorded)]
 
     def settle(self, *, tasks: bool = True) -> None:
-        """Have the files that name the run's folder name this one, after it was moved or copied.
+        """Write the run's folder anew into its files, after a move.
 
         `tasks`: the task files as well, if they are as they were written.
         """
@@ -239,7 +239,7 @@ class Run:
         return self.merged_of(t - 1, kind).model
 
     def merged_of(self, t: int, kind: str) -> MergePlace:
-        """Return the place of stage t's merge that experts of a kind start from."""
+        """Return the place of stage t's merge, the start of a kind's experts."""
         return self.merged(t, next(e for e in self.recipe.merge if f"merged-{e.name}" == kind))
 
     def memory_before(self, t: int, kind: str) -> Path | None:
@@ -336,7 +336,7 @@ class Run:
 
 
 def _renamed(file: Path, old: str, new: str) -> str:
-    """Return a YAML file with one folder in place of another; patterns have both escaped."""
+    """Return a YAML file with one folder in place of another."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
@@ -351,7 +351,7 @@ def _renamed(file: Path, old: str, new: str) -> str:
 
 
 def _frozen(file: Path) -> Recipe:
-    """Read a frozen recipe. Raises RunError if it is not as it was written."""
+    """Read a frozen recipe. Raises RunError if it has changed."""
     require_seal(
         file,
         "Restore it from a copy. Changes go into your own recipe: `contmerge run RECIPE --run "
@@ -361,7 +361,7 @@ def _frozen(file: Path) -> Recipe:
 
 
 def _require_own_files(folder: Path) -> None:
-    """Raise RunError for links out of a run, which its author could have set."""
+    """Raise RunError for links out of a run."""
     require_own_files(folder, error=RunError, besides=folder / _BASE_MODEL)
 
 

@@ -47,7 +47,7 @@ def newest(t: int) -> Record:
 
 
 def one_a_stage(t: int) -> list[Record]:
-    """Return the experts of a merge of t stages without a guard's choice."""
+    """Return the experts of a merge of t stages, without a guard."""
     return [newest(i) for i in range(1, t + 1)]
 
 
@@ -63,7 +63,7 @@ class Place:
     folder: Path
 
     def record(self, phase: Phase) -> Record:
-        """Return the record of a finished phase. Raises RunError if it is damaged."""
+        """Return a finished phase's record. Raises RunError if it is damaged."""
         return read_record(self._record_file(phase), _cure(phase))
 
     def is_done(self, phase: Phase) -> bool:
@@ -90,7 +90,7 @@ class Place:
         write_record(self._record_file(phase), {**record, **stamp, "files": files})
 
     def damaged(self, phase: Phase, *outputs: str) -> list[Path]:
-        """Return files of a finished phase that are not as its record says.
+        """Return files of a finished phase with other bytes than recorded.
 
         `outputs`: names of the outputs to read; by default all.
         """
@@ -101,7 +101,7 @@ class Place:
         return [self.folder / name for name in changed_files(self.folder, own)]
 
     def check(self, phase: Phase, *outputs: str) -> None:
-        """Raise RunError if files of a finished phase are damaged. Arguments as `damaged`."""
+        """Raise RunError for damaged files of a phase. Arguments as `damaged`."""
         require_whole(self.damaged(phase, *outputs), self.folder, phase)
 
     @property
@@ -122,7 +122,7 @@ class Place:
         return self.folder / f".{phase}.logged"
 
     def vouched(self, phase: Phase) -> tuple[str, ...]:
-        """Return the names of the outputs whose digests are in a phase's record."""
+        """Return the names of a phase's outputs with recorded digests."""
         return _SCORE_FILES[:1] if phase == "score" else ()
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
@@ -189,11 +189,11 @@ class MergePlace(Place):
 
     @property
     def mergekit_recipe(self) -> Path:
-        """The merge for mergekit; it names folders, and is written again where the run has moved."""
+        """The merge for mergekit, written again after the run has moved."""
         return self.folder / "merge.yml"
 
     def folded(self, t: int) -> list[Record]:
-        """Return the experts of stage t's merge: one a stage, unless a guard chose otherwise."""
+        """Return the experts of stage t's merge: one a stage, or the guard's."""
         return self.record("merge").get("folded", one_a_stage(t))
 
     def check_recipe(self) -> None:
@@ -207,7 +207,7 @@ class MergePlace(Place):
         return self.folder / "guard.json"
 
     def failed_tries(self) -> list[Record]:
-        """Return the attempts of a merge that broke the budget, if any."""
+        """Return a merge's attempts beyond the budget."""
         return read_record(self.guard_file, _cure("merge"))["tries"] if self.guard_file.exists() else []
 
     @property

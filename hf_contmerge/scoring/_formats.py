@@ -199,7 +199,7 @@ def task_code(config: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def included_in(config: Mapping[str, Any]) -> list[str]:
-    """Return the files that a task file includes."""
+    """Return the files included by a task file."""
     return list(map(str, _words(config.get("include"))))
 
 

@@ -62,7 +62,7 @@ def _details(results: Any, name: str, documents: Sequence[str]) -> dict[str, Any
 
 
 def _guessing(rows: Sequence[tuple[Row, Any]]) -> dict[str, float]:
-    """Return the chance of a guess to be right, and its variance; means over documents."""
+    """Return the mean chance of a right guess, and its variance."""
     chances = [_chance(row, leaf) for row, leaf in rows]
     return {
         "chance": math.fsum(chances) / len(chances),

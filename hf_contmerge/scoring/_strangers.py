@@ -1,4 +1,4 @@
-"""Keeps lm-eval from running what task files of others say.
+"""Keeps lm-eval from running code of task files.
 
 A task file can call Python (`!function`), name a metric that is a Hub script, and hold Jinja templates, which reach all
 of Python. Code runs with consent only, templates always in Jinja's sandbox. lm-eval's own task files are its package.
@@ -28,7 +28,7 @@ _LARGEST = 10_000_000  # characters, or bits of a number, that a template may ma
 
 @contextmanager
 def foreign_tasks(*, trust_remote_code: bool) -> Iterator[None]:
-    """Check each task file that lm-eval loads inside.
+    """Check each task file loaded by lm-eval inside.
 
     Raises RecipeError for a file in use that would run code without consent.
     """
@@ -71,7 +71,7 @@ def _is_of_lm_eval(file: Path) -> bool:
 
 
 def _require_harmless(file: Path, *, trusted: bool, seen: set[Path]) -> None:
-    """Raise RecipeError for a task file beyond bounds, or one that runs code, or includes such a file."""
+    """Raise RecipeError for a task file beyond bounds or with code."""
     if file in seen or _is_of_lm_eval(file):
         return
     seen.add(file)
@@ -99,7 +99,7 @@ def _require_harmless(file: Path, *, trusted: bool, seen: set[Path]) -> None:
 
 
 def _scripts(config: Any) -> Iterator[str]:
-    """Yield metrics that lm-eval would fetch as scripts."""
+    """Yield metrics fetched as scripts by lm-eval."""
     from lm_eval.api import metrics  # noqa: F401  (fills the registry)
     from lm_eval.api.registry import metric_registry
 
@@ -124,7 +124,7 @@ def _mappings(value: Any) -> Iterator[dict[str, Any]]:
 
 
 class _Sandbox(SandboxedEnvironment):
-    """Jinja without access to Python, and with bounds on what an operator makes."""
+    """Jinja without access to Python, and with bounded operators."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in _PADDING and super().is_safe_attribute(obj, attr, value)

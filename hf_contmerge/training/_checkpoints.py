@@ -33,7 +33,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _is_damaged(checkpoint: Path) -> bool:
-    """Compare a checkpoint with its digests; a kill may have come before they were written."""
+    """Compare a checkpoint with its digests, unless a kill came before them."""
     if not (checkpoint / DIGESTS).exists():
         return False
     try:

@@ -389,7 +389,7 @@ def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
 
 
 def disk_needed(run: Run, prepared: Prepared) -> int:
-    """Return the most bytes that the unfinished phases will add."""
+    """Return an upper bound of the unfinished phases' bytes."""
     base = Weights(prepared.base)
     carrier = make_strategies(run.recipe.train).carrier
     # An adapter's size needs the model; it is small enough to leave out.

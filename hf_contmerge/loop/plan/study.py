@@ -1,4 +1,4 @@
-"""The plan of a study: its runs, and their time with shared experts trained once."""
+"""The plan of a study: its runs, their time, shared experts once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StudyPlan:
 
 
 def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> StudyPlan:
-    """Check the first cell of each setting; estimate the whole study from these."""
+    """Check the first cell of each setting; estimate the study from these."""
     findings, seconds, disk = Findings(), {"train": 0.0, "merge": 0.0, "score": 0.0}, 0
     trained: dict[str, float] = {}
     count = 0
@@ -62,7 +62,7 @@ def _kind(phase: Mapping[str, Any]) -> str:
 
 
 def _key(recipe: Recipe, t: int, kind: str) -> str:
-    """Return a key of what decides an expert; equal keys are equal experts."""
+    """Return a key of an expert's inputs; equal keys, equal experts."""
     stages = [s.model_dump(mode="json", include={"dataset", "train", "expert", "minus"}) for s in recipe.stages[:t]]
     entry = [m.model_dump(mode="json") for m in recipe.merge if f"merged-{m.name}" == kind]
     train = recipe.train.model_dump(mode="json")

@@ -230,7 +230,7 @@ def guard_planner() -> None:
 
 
 class _Report(Task[None], frozen=True):
-    """The last task of a merge: says what the written model keeps."""
+    """The last task of a merge: logs the update kept."""
 
     method_name: str
     out_path: str
@@ -277,7 +277,7 @@ def _warn_of_namesakes(name: str) -> None:
 
 
 def _warn_of_rounding(config: Any) -> None:
-    """Warn of mergekit's own methods in 16 bits, which round to nearest."""
+    """Warn of mergekit's own methods in 16 bits: they round to nearest."""
     if isinstance(registry.get(config.merge_method), RuleMethod):
         return
     asked = [dtype for word in (config.dtype, config.out_dtype) if (dtype := dtype_from_name(word or None))]
@@ -309,7 +309,7 @@ def _refuse_adapters(config: Any, options: Any) -> None:
 
 
 def _refuse_code(config: Any, options: Any) -> None:
-    """Raise MergekitRecipeError for models with code of their own, which mergekit loads."""
+    """Raise MergekitRecipeError for models with custom code: mergekit would load it."""
     for folder in (Path(model.model.path) for model in config.referenced_models()):
         try:
             if folder.is_dir():
@@ -319,7 +319,7 @@ def _refuse_code(config: Any, options: Any) -> None:
 
 
 def _refuse_other_readings(config: Any) -> None:
-    """Raise MergekitRecipeError for models that transformers reads otherwise than mergekit, or that do not fit."""
+    """Raise MergekitRecipeError for models read otherwise by transformers, or of another shape."""
     folders = [Path(model.model.path) for model in config.referenced_models()]
     base = Path(config.base_model.model.path) if config.base_model else Path()
     for folder in (f for f in folders if f.is_dir()):

@@ -94,7 +94,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise ModelError for an adapter that peft cannot load without unpickling, foreign code, or slow patterns."""
+    """Raise ModelError for adapters with pickles, foreign code or slow patterns."""
     settings = optional_json(folder / CONFIG)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(

@@ -192,7 +192,7 @@ TasksField = Annotated[tuple[TaskField, ...], BeforeValidator(expand_suites)]
 
 
 class SameWithin(Part):
-    """The smallest differences that matter; smaller ones are "the same", however certain."""
+    """The smallest relevant differences; smaller ones are "the same", however certain."""
 
     accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """A share of right answers."""

@@ -15,7 +15,7 @@ from hf_contmerge.errors import RecipeError, unknown
 
 @dataclass(frozen=True)
 class StreamStage:
-    """A stage of a stream: a dataset for text classification, or a trained expert."""
+    """A stage of a stream: a classification dataset, or an expert."""
 
     name: str
     path: str = ""
@@ -72,7 +72,7 @@ def _stage(name: str, fields: Mapping[str, Any]) -> StreamStage:
 
 
 def stream_rules(name: str) -> tuple[str, ...]:
-    """Return the merge rules that a stream's authors compare, if it says so."""
+    """Return the merge rules compared by a stream's authors."""
     return tuple(_contents()["streams"][name].get("rules", ()))
 
 

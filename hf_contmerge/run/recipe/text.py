@@ -47,7 +47,7 @@ def apply_override(data: Any, override: str) -> None:
 
 
 def set_field(data: Any, dotted: str, value: Any, where: str) -> None:
-    """Set a field of parsed YAML by its dotted path; numbers index lists.
+    """Set a field of parsed YAML by dotted path; numbers index lists.
 
     `where`: for errors. Raises RecipeError for a missing path.
     """
@@ -121,7 +121,7 @@ def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
 
 
 def _require_no_secrets(data: dict[str, Any], where: str) -> None:
-    """Raise RecipeError for a token or a password: recipes are copied into runs and cards."""
+    """Raise RecipeError for a token or a password: cards quote recipes."""
     place = next(secrets_in(data), None)
     if place is not None:
         raise RecipeError(
@@ -145,7 +145,7 @@ def _require_visible(data: Any, where: str) -> None:
 
 
 def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Yield the strings of parsed YAML with their dotted paths; keys count, free text does not."""
+    """Yield strings of parsed YAML with dotted paths, except free text."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, part in parts:
         place = f"{path}.{key}" if path else str(key)

@@ -144,7 +144,7 @@ def shifts(group: str, now: Scores, then: Scores, tasks: Sequence[str]) -> list[
 
 
 def _losses(group: str, now: Scores, then: Scores, tasks: Sequence[str], measure: str) -> list[Shift]:
-    """Return what the guard holds: changes of the mean, or documents that are wrong now."""
+    """Return the guard's measure: changes of the mean, or lost documents."""
     changes = shifts(group, now, then, tasks)
     if measure == "mean":
         return changes

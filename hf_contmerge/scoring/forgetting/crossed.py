@@ -24,7 +24,7 @@ Grid = Mapping[tuple[int, int], float]
 def crossed_change(
     grid: Grid, documents: Change | None, *, same_documents: bool, confidence: float = CONFIDENCE
 ) -> Change:
-    """Return the mean difference over a grid, with an interval over orders, seeds and documents.
+    """Return a grid's mean difference, with its interval over orders, seeds, documents.
 
     Args:
         grid: the difference in each run; incomplete grids count as unrelated runs.
@@ -55,7 +55,7 @@ def _documents(change: Change) -> float:
 
 
 def _of_runs(grid: Grid) -> tuple[float, float]:
-    """Return the variance of a grid's mean, and its degrees of freedom; 0 for one run."""
+    """Return the variance of a grid's mean, and its degrees of freedom."""
     orders, seeds = sorted({o for o, _ in grid}), sorted({s for _, s in grid})
     if len(orders) > 1 and len(seeds) > 1 and len(grid) == len(orders) * len(seeds):
         return _two_way(np.array([[grid[o, s] for s in seeds] for o in orders]))
@@ -65,7 +65,7 @@ def _of_runs(grid: Grid) -> tuple[float, float]:
 
 
 def _two_way(values: np.ndarray) -> tuple[float, float]:
-    """Return the variance of the mean of a complete grid, and its degrees of freedom."""
+    """Return the variance of a complete grid's mean, and its degrees of freedom."""
     rows, columns = values.shape
     mean, of_rows, of_columns = values.mean(), values.mean(axis=1), values.mean(axis=0)
     rest = values - of_rows[:, None] - of_columns[None, :] + mean

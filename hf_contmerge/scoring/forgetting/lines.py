@@ -56,7 +56,7 @@ class Line:
         return {**metrics, "general_delta": delta, **sides, "fuar": self._fuar(stages, tasks, block)}
 
     def since(self, t: int, task: str, stages: Sequence[Stage]) -> Scores | None:
-        """Return the scores that a task's flips after stage t count from.
+        """Return the reference scores of a task's flips after stage t.
 
         These are the ones right after its stage was learnt; general tasks count from the base. None before that.
         """
@@ -64,7 +64,7 @@ class Line:
         return self.rows[learnt] if learnt < t < len(self.rows) else None
 
     def _sides(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> dict[str, float | None]:
-        """Return the shares of documents that changed sides, by name."""
+        """Return the shares of documents lost and gained, by name."""
         last = len(self.rows) - 1 if block == "accuracy" else 0
         earlier = [(self.rows[-1], self.rows[j], stages[j - 1].task_names()) for j in range(1, last)]
         general = [(self.rows[-1], self.rows[0], tasks)] if last else []

@@ -79,7 +79,7 @@ class Change:
 
     @property
     def same(self) -> bool:
-        """True if the difference is too small to matter: measured, or with its whole interval."""
+        """True if the difference, or its whole interval, is too small to matter."""
         if self.low is None or self.high is None or not self.matters:
             return False
         certain = not self.low <= 0 <= self.high
@@ -123,7 +123,7 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
 
 
 def flips(groups: Iterable[Group], to: Literal["wrong", "right"], confidence: float = CONFIDENCE) -> Change | None:
-    """Return the share of documents that went right or wrong, beyond guessing.
+    """Return the shares of documents gone right or wrong, beyond guessing.
 
     Utility changes: wrong ones are negative, and both add up to the change of the accuracy. None if a score is missing,
     is not simply right or wrong, or does not say how likely a guess is. Raises as `mean_change`.
@@ -136,7 +136,7 @@ _PartOf = Callable[[TaskScore, TaskScore, float], Part | None]
 
 
 def _parts(groups: Iterable[Group], block: Block, part_of: _PartOf) -> list[tuple[str, Part]] | None:
-    """Return each task's part in a mean over groups; None if one is missing."""
+    """Return each task's part in a mean over groups; None if incomplete."""
     measured = []
     for new, old, names in groups:
         tasks = [t for t in names if any(t in scores and scores[t].block == block for scores in (new, old))]
@@ -207,7 +207,7 @@ def _difference(new: TaskScore, old: TaskScore, share: float) -> Part:
 
 
 def _flipped(new: TaskScore, old: TaskScore, share: float, to: Literal["wrong", "right"]) -> Part | None:
-    """Return the flips of a task's documents, with their influence on the guesses' share."""
+    """Return the flips of a task's documents, with influences on guessing."""
     c, variance = (new.details.get(word) for word in ("chance", "chance_variance"))
     if c is None or variance is None or c >= 1 or {*new.gains, *old.gains} - {0.0, 1.0}:
         return None
