@@ -18,6 +18,7 @@ import difflib
 from collections.abc import Iterable
 
 _LONGEST_LIST = 30  # longer lists of names are shortened
+_LONGEST_MESSAGE, _END = 6000, 1000
 SHARED = "All ranks of the job raise this error."
 
 
@@ -76,6 +77,12 @@ def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> s
     shown = options if len(options) <= _LONGEST_LIST else difflib.get_close_matches(word, options, n=8, cutoff=0)
     rest = f" and {len(options) - len(shown)} more" if len(options) > len(shown) else ""
     return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(shown) or '(none)'}{rest}."
+
+
+def shortened(message: str) -> str:
+    """Leave out the middle of a message of many pages, as foreign files can cause."""
+    cut = len(message) - _LONGEST_MESSAGE
+    return f"{message[: -_END - cut]} ... ({cut} characters) ... {message[-_END:]}" if cut > 0 else message
 
 
 def in_place_of(error: BaseException, clearer: ContmergeError) -> ContmergeError:

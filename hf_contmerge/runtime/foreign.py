@@ -110,11 +110,13 @@ def parse_documents(text: str, loader: Any = SafeLoader) -> list[Any]:
     """Parse YAML documents. Raises as `parse_yaml`."""
     if len(text) > LARGEST_YAML:
         raise yaml.YAMLError(f"it is larger than {size(LARGEST_YAML)}")
-    _require_bounded(text)
     try:
+        _require_bounded(text)
         return list(yaml.load_all(text, Loader=loader))
     except yaml.YAMLError:
         raise
+    except UnicodeError as error:  # an argument's bytes that are not UTF-8
+        raise yaml.YAMLError(f"it holds half of a character ({error.reason})") from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise yaml.YAMLError(f"a value does not have its type ({error})") from error  # such as the date 2001-99-99
 

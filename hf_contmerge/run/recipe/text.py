@@ -161,6 +161,9 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(blanked(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
+_MOST_LINES = 30
+
+
 def explain(error: ValidationError, where: str, root: type[BaseModel] = Recipe) -> str:
     """Format pydantic's errors, one sentence per field, with suggestions."""
     lines = []
@@ -177,7 +180,8 @@ def explain(error: ValidationError, where: str, root: type[BaseModel] = Recipe) 
         else:
             got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
             lines.append(f"{place}{': ' * bool(place)}{item['msg'].removeprefix('Value error, ')}{got}")
-    return f"{where}: " + "\n  ".join(lines)
+    more = [f"and {len(lines) - _MOST_LINES} more mistakes"] if len(lines) > _MOST_LINES else []
+    return f"{where}: " + "\n  ".join([*lines[:_MOST_LINES], *more])
 
 
 _PARTS: dict[str, type[BaseModel]] = {
