@@ -27,6 +27,12 @@ class ContmergeError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:
+        """Leave out the middle of a message of many pages, as values of foreign files can make."""
+        text = super().__str__()
+        cut = len(text) - _LONGEST_MESSAGE
+        return f"{text[: -_END - cut]} ... ({cut} characters) ... {text[-_END:]}" if cut > 0 else text
+
 
 class RecipeError(ContmergeError, ValueError):
     """A word in a recipe is unknown, missing or contradictory."""
@@ -77,12 +83,6 @@ def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> s
     shown = options if len(options) <= _LONGEST_LIST else difflib.get_close_matches(word, options, n=8, cutoff=0)
     rest = f" and {len(options) - len(shown)} more" if len(options) > len(shown) else ""
     return f"Unknown {what} {word!r}{place}.{hint} Known: {', '.join(shown) or '(none)'}{rest}."
-
-
-def shortened(message: str) -> str:
-    """Leave out the middle of a message of many pages, as foreign files can cause."""
-    cut = len(message) - _LONGEST_MESSAGE
-    return f"{message[: -_END - cut]} ... ({cut} characters) ... {message[-_END:]}" if cut > 0 else message
 
 
 def in_place_of(error: BaseException, clearer: ContmergeError) -> ContmergeError:

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hf_contmerge.commands._plugins import add_plugin_argument
-from hf_contmerge.errors import SHARED, ContmergeError, shortened
+from hf_contmerge.errors import SHARED, ContmergeError
 from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.plugins import use_plugins
 from hf_contmerge.runtime.refusals import explain, refusals
@@ -155,8 +155,7 @@ def _tell(error: Exception, message: str) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or SHARED not in getattr(error, "__notes__", ()):
-        text = f"Error on rank {rank}: {message}" if rank else f"Error: {message}"
-        print(shortened(printable(text)), file=sys.stderr)
+        print(printable(f"Error on rank {rank}: {message}" if rank else f"Error: {message}"), file=sys.stderr)
 
 
 _COMMANDS: dict[str, tuple[str, Add]] = {

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from hf_contmerge.errors import ModelError, ResourceError
+from hf_contmerge.models._gguf import opened_gguf
 from hf_contmerge.models.config import COMPANIONS, config
 from hf_contmerge.models.contents import check_contents, companions
 from hf_contmerge.models.lora.settings import CONFIG
@@ -192,22 +193,19 @@ def converted_folder(path: Path) -> tuple[str, Path]:
 
 
 def _dequantise(path: Path, folder: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ModelError(f"Reading {path} needs the package gguf: pip install 'hf_contmerge[gguf]'.") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    with opened_gguf(path):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Without GgufConfig(dequantize=True) transformers keeps the packed blocks, which cannot be trained or saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        trust_remote_code=False,
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
+        # Without GgufConfig(dequantize=True) transformers keeps the packed blocks, which cannot be trained or saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            trust_remote_code=False,
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
 
 
 def is_adapter(folder: Path) -> bool:

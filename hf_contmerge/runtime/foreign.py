@@ -48,7 +48,10 @@ def read_text(path: Path, *, most: int = LARGEST_JSON) -> str:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it is larger than {size(most)}")
-    return data.decode()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:  # its own text holds all bytes
+        raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
 
 
 def read_json(path: Path) -> Any:
@@ -93,6 +96,53 @@ def _require_shallow(value: Any) -> None:
 
 def _parts(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
+
+
+def require_shape(value: Any, shape: Any, place: str = "it") -> None:
+    """Check JSON-like data. Raises ValueError with the place of a misfit.
+
+    A shape is a type (float takes integers, object all), a tuple of alternatives, None for null, a list with the shape
+    of all items or of each of several, or a mapping: of all keys, `{str: shape}`, or of named ones, optional with a
+    question mark. Keys without a name are free.
+    """
+    misfit = _misfit(value, shape)
+    if misfit:
+        raise ValueError(f"{place}{misfit}")
+
+
+def _misfit(value: Any, shape: Any) -> str:
+    """Return where and how a value does not fit; "" if it does."""
+    if isinstance(shape, tuple):
+        misfits = [_misfit(value, each) for each in shape]
+        return "" if "" in misfits else max(misfits, key=lambda text: text.partition(" is ")[0].count("."))
+    if isinstance(shape, dict | list) and not isinstance(value, type(shape)):
+        return f" is {value!r:.40}, expected {'fields' if isinstance(shape, dict) else 'a list'}"
+    if isinstance(shape, list):
+        if len(shape) > 1 and len(value) != len(shape):
+            return f" has {len(value)} items, expected {len(shape)}"
+        inner = ((i, part, shape[i % len(shape)]) for i, part in enumerate(value))
+    elif isinstance(shape, dict) and str in shape:
+        inner = ((key, part, shape[str]) for key, part in value.items())
+    elif isinstance(shape, dict):
+        missing = [word for word in shape if not word.endswith("?") and word not in value]
+        if missing:
+            return f" lacks {missing[0]!r}"
+        names = {word.removesuffix("?"): part for word, part in shape.items()}
+        inner = ((key, value[key], part) for key, part in names.items() if key in value)
+    else:
+        return "" if _is_a(value, shape) else f" is {value!r:.40}, expected {_name_of(shape)}"
+    return next((f".{key!s:.40}{misfit}" for key, part, own in inner if (misfit := _misfit(part, own))), "")
+
+
+def _is_a(value: Any, shape: Any) -> bool:
+    if shape in (None, bool, object):
+        return shape is object or (value is None if shape is None else isinstance(value, bool))
+    return isinstance(value, int | float if shape is float else shape) and not isinstance(value, bool)
+
+
+def _name_of(shape: Any) -> str:
+    names = {None: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names[shape]
 
 
 # YAML

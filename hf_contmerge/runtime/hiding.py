@@ -96,8 +96,8 @@ def printable(text: str) -> str:
 
 
 def is_control(character: str) -> bool:
-    """Say if a character moves the cursor, or turns the text around."""
-    return character in _TURNS or (unicodedata.category(character) == "Cc" and character not in "\n\t")
+    """Say if a character moves the cursor, turns the text around, or is half of one."""
+    return character in _TURNS or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t")
 
 
 def _of_environment() -> Iterator[str]:

@@ -53,12 +53,14 @@ Form = Literal["bytes", "text", "json", "yaml", "lines", "record", "sealed yaml"
 
 _WORDS = [
     b"null", b"true", b"NaN", b"Infinity", b"-Infinity", b".nan", b".inf", b"1e309", b"-1", b"0", b"1e3", b"9" * 400,
-    b"9223372036854775808", b"18446744073709551616", b"-9223372036854775809", b"1" + b"0" * 25, b"0x10", b"1_000", b"1:1",
-    b"{}", b"[]", b'""', b"~", b"../x", b"/etc/passwd", b"\\u0000", b"\\ud800", b"\x00", b"\x1b[2J", b"\xe2\x80\xae",
-    b"\xed\xa0\x80", b"\xff", b"\xef\xbb\xbf", b"&a ", b"*a", b"!!python/object:os.system ", b"!!int ", b"!!binary ",
+    b"9223372036854775808", b"18446744073709551616", b"-9223372036854775809", b"1" + b"0" * 25, b"0x10", b"1_000",
+    b"1:1", b"{}", b"[]", b'""', b"~", b"../x", b"/etc/passwd", b"\\u0000", b"\\ud800", b"\x00", b"\x1b[2J",
+    b"\xe2\x80\xae", b"\xed\xa0\x80", b"\xff", b"\xef\xbb\xbf", b"&a ", b"*a", b"!!python/object:os.system ", b"!!int ",
+    b"!!binary ",
     b"!!set ", b"!!timestamp ", b"<<: ", b"? ", b"- ", b": ", b"---\n", b"|\n", b"%YAML 1.1\n", b"[" * 150, b"{" * 150,
     b'{"a":' * 150, b"- " * 150, b"{{ x }}", b"{% for x in range(9) %}", b"{% endfor %}", b"{0.__class__}", b"{text!r}",
-    b"(a+)+", b"(?:x*)*", b"\\d+", b"(?P<a>", b"(?(1)a|b)", b"\r", b"\n", b"\t", b",", b";", b'"', b"'", b"#", b"2001-99-99",
+    b"(a+)+", b"(?:x*)*", b"\\d+", b"(?P<a>", b"(?(1)a|b)", b"\r", b"\n", b"\t", b",", b";", b'"', b"'",
+    b"#", b"2001-99-99",
     b"12:30:45", b"quickstart:", b"auto", b"::", b"@", b"+", b"=", b"!function a.b",
 ]  # fmt: skip
 _VALUES: list[Any] = [
@@ -238,7 +240,7 @@ _CHANGES: list[Callable[[random.Random, bytearray, bytes], None]] = [
 def _spots(tree: Any) -> list[tuple[Any, Any]]:
     """Return (container, key) of nodes below the root, the upper ones first."""
     spots: list[tuple[Any, Any]] = []
-    level = [tree]
+    level = [tree] if isinstance(tree, dict | list) else []
     while level and len(spots) < 500:
         spots += [(part, key) for part in level for key in (part if isinstance(part, dict) else range(len(part)))]
         parts = [value for part in level for value in (part.values() if isinstance(part, dict) else part)]
@@ -337,9 +339,9 @@ class End:
     detail: str = ""
 
 
-_WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.system",
-            "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pickle.find_class",
-            "shutil.rmtree", "shutil.copyfile", "os.chmod", "os.utime"}  # fmt: skip
+_WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link",
+            "os.truncate", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
+            "socket.connect", "pickle.find_class", "shutil.rmtree", "shutil.copyfile", "os.chmod", "os.utime"}  # fmt: skip
 _guarded: list[str] = []
 _escapes: list[str] = []
 
@@ -364,6 +366,8 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         return
     if isinstance(path, str | bytes | os.PathLike):
         place = os.path.realpath(os.fsdecode(path))
+        if "__pycache__" in place:  # an import's
+            return
         if place != "/dev/null" and not place.startswith(tuple(_guarded)):
             _escapes.append(f"{event} outside the folder: {place}")
 
@@ -432,14 +436,21 @@ def _trace(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back warnings and logs."""
+def apart(cache: Path) -> Iterator[None]:
+    """Hold back warnings and logs; keep the cache of `datasets` in a folder."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
     logging.disable(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = cache
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(logging.NOTSET)
+        datasets.enable_progress_bars()
+        datasets.config.HF_DATASETS_CACHE = before
 
 
 # A campaign
@@ -565,10 +576,8 @@ def work(budget: float, seed: int, names: list[str], state: Path) -> None:
     """Fuzz targets in turns; write the counts after each."""
     from fuzz.targets import TARGETS, Place, make_home
 
-    scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    try:
-        logging.disable(logging.CRITICAL)
-        warnings.simplefilter("ignore")
+    scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=state))
+    with apart(scratch / "home" / "cache"):
         home = make_home(scratch / "home")
         limit = _address_space() + 2 * MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -577,18 +586,21 @@ def work(budget: float, seed: int, names: list[str], state: Path) -> None:
         for target in TARGETS:
             if not names or target.name in names:
                 place = Place.of(target, home, scratch / target.name.replace(" ", "-"))
-                (state / "now").write_text(f"{target.name}\n{place.file}")
+                _note(state, target, place)
                 campaigns.append(
                     Campaign(target, place, random.Random(f"{seed} {target.name}"), inputs_of(target, home))
                 )
         while time.monotonic() < end:
             for campaign in campaigns:
-                (state / "now").write_text(f"{campaign.target.name}\n{campaign.place.file}")
+                _note(state, campaign.target, campaign.place)
                 campaign.turn(min(campaign.target.turn, max(end - time.monotonic(), 0)))
-            _save(state, campaigns)
-        _save(state, campaigns)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+                _save(state, campaigns)
+            shutil.rmtree(home / "cache", ignore_errors=True)
+
+
+def _note(state: Path, target: Target, place: Place) -> None:
+    """Write where the input lies, for whoever finds this process dead."""
+    (state / "now").write_text(f"{target.name}\n{place.file}")
 
 
 def _save(state: Path, campaigns: list[Campaign]) -> None:
@@ -614,7 +626,7 @@ def main() -> int:
         return 0
     end, seed = time.monotonic() + args.budget, args.seed
     died: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         while (left := end - time.monotonic()) > 0:
             words = [f"--budget={left}", f"--seed={seed}", f"--worker={folder}", *args.targets]
             worker = subprocess.Popen([sys.executable, __file__, *words], env=_environment(Path(folder)))
@@ -664,7 +676,7 @@ def _environment(folder: Path) -> dict[str, str]:
     path = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     caches = {"HF_CONTMERGE_CACHE": "off", "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-              "TQDM_DISABLE": "1"}  # fmt: skip
+              "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     kept = {word: os.environ[word] for word in ("HOME", "LANG", "PATH", "VIRTUAL_ENV") if word in os.environ}
     return {**kept, **own, **caches}
 

@@ -63,8 +63,8 @@ class Place:
             shutil.copytree(home / target.like, folder / target.like, symlinks=True)
         file = folder / target.file
         file.parent.mkdir(parents=True, exist_ok=True)
-        caches = [Path(os.environ["HF_HOME"])] if "HF_HOME" in os.environ else []
-        return cls(folder, file, home, tuple(os.path.realpath(p) for p in (folder, *caches)), bool(target.like))
+        writable = tuple(os.path.realpath(path) for path in (folder, home / "cache"))
+        return cls(folder, file, home, writable, bool(target.like))
 
     def put(self, data: bytes) -> None:
         """Write the input."""
@@ -181,20 +181,23 @@ _GROUP = (
 )
 _TEMPLATES = (
     CHATML,
-    "{% set ns = namespace(x=1) %}{% for m in messages if m.role == 'user' %}{{ m['content'] | trim | tojson }}{% endfor %}",
+    "{% set ns = namespace(x=1) %}{% for m in messages if m.role == 'user' %}{{ m['content'] | trim | tojson }}"
+    "{% endfor %}",
     "{% macro f(x) %}{{ x[0] ~ x|length }}{% endmacro %}{{ f(messages) }}{{ raise_exception('no') }}",
     "{{ bos_token }}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ strftime_now('%Y') }}",
 )
 _PATTERNS = (
     r"(?:.*?(?:language|text).*?(?:k_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp))", r".*\.(q|k|v)_proj$",
-    r"(-?[$0-9.,]{2,})|(-?[0-9]+)", r"(?s).*answer is:? *([A-D])", r"(?P<a>x)(?(a)y|z)(?=b)(?<!c)\1", r"x{2,5}?y*+(?>a|b)",
+    r"(-?[$0-9.,]{2,})|(-?[0-9]+)", r"(?s).*answer is:? *([A-D])", r"(?P<a>x)(?(a)y|z)(?=b)(?<!c)\1",
+    r"x{2,5}?y*+(?>a|b)",
 )  # fmt: skip
 _JSONL = (
     '{"text": "the quick brown fox", "n": 1.50}\n{"text": "jumps", "n": 2}\n',
     '{"prompt": "a", "completion": "b"}\n\n{"prompt": "c", "completion": "d"}\n',
     '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}], "tools": null}\n',
     '{"prompt": "p", "chosen": "c", "rejected": "r"}\nnull\n{"chosen": [{"role": "user", "content": "x"}, {"role": '
-    '"assistant", "content": "y"}], "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "z"}]}\n',
+    '"assistant", "content": "y"}], "rejected": [{"role": "user", "content": "x"}, {"role": '
+    '"assistant", "content": "z"}]}\n',
     '[{"text": "a"}, "b",\n {"text": "c", "tools": [{"type": "function"}], "chat_template_kwargs": {"think": true}}]\n',
     '{"query": "2+2?", "choices": ["3", "4"], "gold": 1}\n{"query": "x", "choices": ["a"], "gold": "0"}\n',
 )
@@ -557,6 +560,49 @@ def _arrows(_home: Path) -> list[bytes]:
     return [sink.getvalue().to_pybytes()]
 
 
+def _gguf(place: Place) -> Any:
+    from hf_contmerge.models.folder import _dequantise
+    from hf_contmerge.models.headers import _of_gguf
+
+    _of_gguf(place.file, place.folder / "out" / "headers")
+    _dequantise(place.file, place.folder / "out" / "whole")
+
+
+def _ggufs(home: Path) -> list[bytes]:
+    """Return a llama of one layer."""
+    import gguf
+    import numpy as np
+
+    file, words = home / "toy.gguf", ["<unk>", "<s>", "</s>", "a", "b", "ab"]
+    if not file.exists():
+        writer = gguf.GGUFWriter(file, "llama")
+        for name, value in (
+            ("block_count", 1),
+            ("context_length", 32),
+            ("embedding_length", 8),
+            ("head_count", 2),
+            ("feed_forward_length", 16),
+            ("head_count_kv", 2),
+            ("vocab_size", len(words)),
+        ):
+            getattr(writer, f"add_{name}")(value)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(words)
+        writer.add_token_types([1] * len(words))
+        writer.add_token_merges(["a b"])
+        shapes = {"token_embd": (6, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
+                  **{f"blk.0.attn_{n}": (8, 8) for n in ("q", "k", "v", "output")}, "blk.0.ffn_up": (16, 8),
+                  "blk.0.ffn_gate": (16, 8), "blk.0.ffn_down": (8, 16)}  # fmt: skip
+        for name, shape in shapes.items():
+            writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return [file.read_bytes()]
+
+
 def _score_file(place: Place) -> Any:
     from hf_contmerge.run.scores import _read_documents
 
@@ -568,8 +614,8 @@ def _score_files(_home: Path) -> list[bytes]:
     from pyarrow import parquet
 
     sink = pyarrow.BufferOutputStream()
-    values = {"task": ["t", "t"], "document": ["a", "b"], "gain": [0.5, 1.0], "weight": [1.0, 2.0], "answer": [None, "x"],
-              "text": ["a", None]}  # fmt: skip
+    values = {"task": ["t", "t"], "document": ["a", "b"], "gain": [0.5, 1.0], "weight": [1.0, 2.0], "answer":
+              [None, "x"], "text": ["a", None]}  # fmt: skip
     parquet.write_table(pyarrow.table(values), sink, compression="zstd", write_page_checksum=True)
     return [sink.getvalue().to_pybytes()]
 
@@ -600,7 +646,8 @@ TARGETS: Sequence[Target] = (
            turn=4),
     # Words
     Target("pattern", "text", "p.txt", _pattern, _texts(*_PATTERNS), refuses=(ValueError,), turn=4),
-    Target("text to print", "text", "t.txt", _printed, _texts("hf_" + "a" * 32, "https://u:p@h/x?token=1", "a\x1b[2Jb")),
+    Target("text to print", "text", "t.txt", _printed,
+           _texts("hf_" + "a" * 32, "https://u:p@h/x?token=1", "a\x1b[2Jb")),
     Target("format", "text", "f.txt", _format, _texts("text", "{text}: {q:.2f}", "{list[0]!r:>9}{a.b}"),
            refuses=(ValueError, TypeError)),
     Target("model name", "text", "n.txt", _model_name, _texts("owner/model@main", "~/x", "quickstart:x", "a.gguf")),
@@ -612,8 +659,10 @@ TARGETS: Sequence[Target] = (
     Target("state grown", "record", "state/state.json", _grown, _forged("state/state.json"), like="state", examples=5),
     Target("exports", "bytes", "state/exports.jsonl", _exports, _forged("state/exports.jsonl"), like="state",
            examples=50),
-    Target("lineage", "record", "merged/merge.json", _lineage, _forged("merged/merge.json"), like="merged", examples=10),
-    Target("statistics", "record", "expert/statistics/statistics.json", _statistics, _statistics_records, like="expert"),
+    Target("lineage", "record", "merged/merge.json", _lineage, _forged("merged/merge.json"), like="merged",
+           examples=10),
+    Target("statistics", "record", "expert/statistics/statistics.json", _statistics, _statistics_records,
+           like="expert"),
     # Models
     Target("safetensors", "safetensors", "x.safetensors", _header_of, _headers, turn=4),
     Target("index", "json", "base/model.safetensors.index.json", _index,
@@ -630,8 +679,10 @@ TARGETS: Sequence[Target] = (
     Target("tokenizer loaded", "json", "base/tokenizer.json", _loaded_tokenizer, _files("base/tokenizer.json"),
            like="base", examples=5),
     Target("chat template", "text", "c.jinja", _chat_template, _texts(*_TEMPLATES), examples=10),
+    Target("gguf", "bytes", "m.gguf", _gguf, _ggufs, examples=5),
     # Tasks
-    Target("task file", "yaml", "tasks/t.yaml", _task_file, _texts(_TASK, _GROUP, "include: t.yaml\ntask: [a]\n"), turn=2),
+    Target("task file", "yaml", "tasks/t.yaml", _task_file, _texts(_TASK, _GROUP, "include: t.yaml\ntask: [a]\n"),
+           turn=2),
     Target("task", "yaml", "tasks/t.yaml", _task, _texts(_TASK), examples=5),
     Target("task template", "text", "t.jinja", _task_template, _texts("{{ text | upper }}", "{{ 3 * 'a' }}{{ n ** 2 }}",
            "{% for c in choices %}{{ c ~ loop.index }}{% endfor %}", "{{ text | regex_replace('a', 'b') }}"),
