@@ -18,7 +18,7 @@ from hf_contmerge.models.tokenizer import SHAPE as TOKENIZER_CHANGE
 from hf_contmerge.run.shapes import PARAMETERS, SURVIVAL
 from hf_contmerge.runtime.digests import Digests, changed_files
 from hf_contmerge.runtime.files import write_atomically
-from hf_contmerge.runtime.foreign import is_file_name, require_own_files
+from hf_contmerge.runtime.foreign import expanded, is_file_name, require_own_files
 from hf_contmerge.runtime.records import read_lines, read_record, sealed_line, write_record
 
 _EXPORTS = "exports.jsonl"
@@ -221,5 +221,5 @@ def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Seque
 
 def name_of(model: str | Path) -> str:
     """Return a model's Hub id or absolute path."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return str(path.resolve()) if path.exists() else str(model)

@@ -28,7 +28,7 @@ from hf_contmerge.models.contents import check_contents, companions
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
-from hf_contmerge.runtime.foreign import is_too_long
+from hf_contmerge.runtime.foreign import expanded, is_too_long
 
 LOG = logging.getLogger(__name__)
 
@@ -98,13 +98,24 @@ def model_path(name: str) -> Path:
         return quickstart_model()
     if is_too_long(name):
         raise ModelError(f"There is no model of this name: it is too long for a path ({len(name)} characters).")
-    return Path(name).expanduser()
+    return expanded(name)
 
 
 def check_hub_id(name: str) -> None:
     """Raise ModelError for a name unlike owner/model."""
-    if not _HUB_ID.fullmatch(name) or ".." in re.split("[/@]", name):
+    if not _HUB_ID.fullmatch(name) or ".." in re.split("[/@]", name) or not _is_repo_id(name.partition("@")[0]):
         raise ModelError(f"There is no model at {name}. Give a folder, a .gguf file, or a Hub id (owner/model).")
+
+
+def _is_repo_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def copy_companions(

@@ -117,18 +117,19 @@ def _misfit(value: Any, shape: Any) -> str:
         return "" if "" in misfits else max(misfits, key=lambda text: text.partition(" is ")[0].count("."))
     if isinstance(shape, dict | list) and not isinstance(value, type(shape)):
         return f" is {value!r:.40}, expected {'fields' if isinstance(shape, dict) else 'a list'}"
+    parts: Any = value  # a list or fields, as the shape
     if isinstance(shape, list):
         if len(shape) > 1 and len(value) != len(shape):
             return f" has {len(value)} items, expected {len(shape)}"
-        inner = ((i, part, shape[i % len(shape)]) for i, part in enumerate(value))
+        inner = ((i, part, shape[i % len(shape)]) for i, part in enumerate(parts))
     elif isinstance(shape, dict) and str in shape:
-        inner = ((key, part, shape[str]) for key, part in value.items())
+        inner = ((key, part, shape[str]) for key, part in parts.items())
     elif isinstance(shape, dict):
         missing = [word for word in shape if not word.endswith("?") and word not in value]
         if missing:
             return f" lacks {missing[0]!r}"
         names = {word.removesuffix("?"): part for word, part in shape.items()}
-        inner = ((key, value[key], part) for key, part in names.items() if key in value)
+        inner = ((key, parts[key], part) for key, part in names.items() if key in parts)
     else:
         return "" if _is_a(value, shape) else f" is {value!r:.40}, expected {_name_of(shape)}"
     return next((f".{key!s:.40}{misfit}" for key, part, own in inner if (misfit := _misfit(part, own))), "")
@@ -165,7 +166,7 @@ def parse_documents(text: str, loader: Any = SafeLoader) -> list[Any]:
         return list(yaml.load_all(text, Loader=loader))
     except yaml.YAMLError:
         raise
-    except UnicodeError as error:  # an argument's bytes that are not UTF-8
+    except UnicodeEncodeError as error:  # an argument's bytes that are not UTF-8
         raise yaml.YAMLError(f"it holds half of a character ({error.reason})") from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise yaml.YAMLError(f"a value does not have its type ({error})") from error  # such as the date 2001-99-99
@@ -219,6 +220,14 @@ def is_file_name(name: str) -> bool:
         and name not in ("", ".", "..")
         and len(name.encode()) <= _LONGEST_NAME
     )
+
+
+def expanded(name: str | Path) -> Path:
+    """Return a path with the user's home for `~`. Names of unknown users, and of no path at all, stay as they are."""
+    try:
+        return Path(os.path.expanduser(name))
+    except ValueError:  # a null byte
+        return Path(name)
 
 
 def is_too_long(path: str) -> bool:

@@ -18,6 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from yaml import YAMLError
 
 from hf_contmerge.errors import RecipeError
+from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.runtime.patterns import require_quick
 from hf_contmerge.scoring._formats import UnknownInputError, functions_in, included_in, read_task_file
 
@@ -55,7 +56,7 @@ def _load_yaml(
     load: Callable[..., dict[str, Any]], checked: set[Path], trusted: bool, path: str | Path, **how: Any
 ) -> dict[str, Any]:
     """Load a task file by lm-eval's own function, once it is checked."""
-    file = Path(path).expanduser().resolve()
+    file = expanded(path).resolve()
     runs = how.get("resolve_func", True)
     if file not in checked and not _is_of_lm_eval(file):
         _require_harmless(file, trusted=trusted or not runs, seen=set())

@@ -27,6 +27,7 @@ from datasets.packaged_modules.text.text import Text
 
 from hf_contmerge.errors import DataError, ResourceError, unknown
 from hf_contmerge.run.recipe.parts import DataSource
+from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.training._records import Kind, Records, parse_record
 
 Row = dict[str, Any]
@@ -123,7 +124,7 @@ def empty(spec: DataSource) -> DataError:
 
 def _saved(spec: DataSource) -> datasets.Dataset | None:
     """Return rows of the package, or of `Dataset.save_to_disk`."""
-    folder = Path(spec.path).expanduser()
+    folder = expanded(spec.path)
     if spec.path.startswith("quickstart:"):
         from hf_contmerge.runtime.quickstart import load_quickstart, quickstart_names
 
@@ -146,7 +147,7 @@ def _saved(spec: DataSource) -> datasets.Dataset | None:
 
 def _builder(spec: DataSource) -> datasets.DatasetBuilder:
     """Return the builder of a dataset's rows. Raises DataError for other files."""
-    path = Path(spec.path).expanduser()
+    path = expanded(spec.path)
     kind = _kind(path)
     if "::" in str(path) and path.exists():
         raise DataError(f"{path}: `datasets` takes a name with '::' for a file in an archive. Rename it.")

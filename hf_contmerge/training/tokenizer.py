@@ -13,6 +13,7 @@ from hf_contmerge.models.folder import hub_errors, model_path
 from hf_contmerge.models.loading import load_tokenizer
 from hf_contmerge.models.tokenizer import UNCHANGED, Token, TokenizerChange
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.foreign import expanded
 
 _JINJA = (".jinja", ".j2")
 
@@ -51,7 +52,7 @@ def stage_change(base: Path, train: Train, *, trust_remote_code: bool = False) -
 
 def _take_template(tokenizer: Any, path: str, base: Path) -> None:
     """Set a template from a file, or another tokenizer's with its end."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.suffix in _JINJA:
         if not file.is_file():
             raise RecipeError(f"train.chat_template_path: there is no file {file}. Give a .jinja file, or a tokenizer.")

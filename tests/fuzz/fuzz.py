@@ -339,9 +339,11 @@ class End:
     detail: str = ""
 
 
-_WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link",
-            "os.truncate", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
-            "socket.connect", "pickle.find_class", "shutil.rmtree", "shutil.copyfile", "os.chmod", "os.utime"}  # fmt: skip
+_WATCHED = {
+    "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.system",
+    "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pickle.find_class", "shutil.rmtree",
+    "shutil.copyfile", "os.chmod", "os.utime",
+}  # fmt: skip
 _guarded: list[str] = []
 _escapes: list[str] = []
 
@@ -360,6 +362,8 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         event.startswith(("os.mk", "os.r", "os.sy", "os.li", "os.tr", "os.ch", "os.ut", "shutil"))
         and event != "os.system"
     ):
+        if event in ("os.remove", "os.rmdir", "os.mkdir") and args[-1] not in (-1, None):  # below an open folder
+            return
         path = args[1] if event in ("os.rename", "os.link", "os.symlink", "shutil.copyfile") else args[0]
     else:
         _escapes.append(event)
@@ -440,17 +444,18 @@ def apart(cache: Path) -> Iterator[None]:
     """Hold back warnings and logs; keep the cache of `datasets` in a folder."""
     import datasets
 
-    before = datasets.config.HF_DATASETS_CACHE
+    before, tempdir = datasets.config.HF_DATASETS_CACHE, tempfile.tempdir
+    cache.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.CRITICAL)
     datasets.disable_progress_bars()
-    datasets.config.HF_DATASETS_CACHE = cache
+    datasets.config.HF_DATASETS_CACHE, tempfile.tempdir = cache, str(cache)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(logging.NOTSET)
         datasets.enable_progress_bars()
-        datasets.config.HF_DATASETS_CACHE = before
+        datasets.config.HF_DATASETS_CACHE, tempfile.tempdir = before, tempdir
 
 
 # A campaign
@@ -595,7 +600,13 @@ def work(budget: float, seed: int, names: list[str], state: Path) -> None:
                 _note(state, campaign.target, campaign.place)
                 campaign.turn(min(campaign.target.turn, max(end - time.monotonic(), 0)))
                 _save(state, campaigns)
-            shutil.rmtree(home / "cache", ignore_errors=True)
+            remove_below(home / "cache")
+
+
+def remove_below(folder: Path) -> None:
+    """Empty a folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def _note(state: Path, target: Target, place: Place) -> None:

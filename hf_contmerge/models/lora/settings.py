@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import optional_json
-from hf_contmerge.runtime.foreign import read_json, require_shape
+from hf_contmerge.runtime.foreign import expanded, read_json, require_shape
 from hf_contmerge.runtime.patterns import require_quick_lora
 
 CONFIG = "adapter_config.json"
@@ -171,7 +171,7 @@ def _identities(name: str) -> set[str]:
     cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)(?:/|$)", plain)
     if cached:
         return {f"{cached[1]}/{cached[2]}".lower(), str(Path(plain).resolve())}
-    names = {str(Path(plain).expanduser().resolve())}
+    names = {str(expanded(plain).resolve())}
     if not plain.startswith(("/", "~", ".")):
         names.add(plain.partition("@")[0].lower())
     return names
