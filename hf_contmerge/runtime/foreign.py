@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,6 +229,11 @@ def expanded(name: str | Path) -> Path:
         return Path(os.path.expanduser(name))
     except ValueError:  # a null byte
         return Path(name)
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that come more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def is_too_long(path: str) -> bool:

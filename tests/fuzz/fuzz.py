@@ -582,6 +582,7 @@ def work(budget: float, seed: int, names: list[str], state: Path) -> None:
     from fuzz.targets import TARGETS, Place, make_home
 
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=state))
+    (state / "now").write_text("the toys\n")
     with apart(scratch / "home" / "cache"):
         home = make_home(scratch / "home")
         limit = _address_space() + 2 * MEMORY

@@ -91,7 +91,7 @@ def make_home(home: Path) -> Path:
 
     from hf_contmerge.merging.state import MergeState
 
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     base = toy_llama(home / "base", seed=0)
     perturbed(base, home / "expert", seed=1, size=0.01)
     lora(base, home / "adapter", seed=2)

@@ -71,6 +71,36 @@ def test_findings_are_fixed(target: Target, file: Path, place: Place) -> None:
     assert not end.finding, f"{end.finding}\n{end.detail}"
 
 
+RECIPE = "name: n\nbase_model: b\nmerge: [average]\nstages: [{name: a, dataset: a.jsonl}]\n"
+STUDY = "name: s\nrecipe: {name: n, base_model: b, merge: [average], stages: [{name: a, expert: e}, " + (
+    ", ".join(f"{{name: s{i}, expert: e}}" for i in range(12)) + "]}\n"
+)
+LARGE = {
+    "unknown fields": ("recipe", RECIPE + "".join(f"f{i}: 1\n" for i in range(90_000))),
+    "values": ("recipe", f"{RECIPE}train: {{x: [{'a,' * 190_000}]}}"),
+    "equal names": ("recipe", RECIPE + f"plugins: [{','.join(f'{i}.py' for i in range(90_000))}, 0.py]"),
+    "beginnings of tokens": ("recipe", f"{RECIPE}train: {{x: {'sk-' * 300_000}}}"),
+    "words of tokens": ("recipe", f"{RECIPE}train: {{x: {'-eyJ' * 200_000}}}"),
+    "all orders": ("study", STUDY + "orders: all\n"),
+    "many orders": ("study", STUDY + "orders: 100000000\n"),
+    "many settings": ("study", f"{STUDY}vary: {{{', '.join(f'x{i}: [1, 2, 3, 4, 5, 6, 7]' for i in range(20))}}}\n"),
+    "columns": ("csv", ",".join(f"c{i}" for i in range(200_000)) + ",c9\n"),
+    "keys": ("jsonl", "{" + ",".join(f'"k{i}": 1' for i in range(100_000)) + ',"k99999": 2}\n'),
+    "an open quote": ("csv", "a\n" + '"' * 2_000_000),
+    "brackets": ("jsonl", "[\n" * 200_000),
+}
+"""Inputs whose time could grow with the square of their size, or faster."""
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_large_inputs_end_in_time(what: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "SECONDS", 5.0)
+    name, text = LARGE[what]
+    target = next(t for t in TARGETS if t.name == name)
+    end = run(target, Place.of(target, home, tmp_path / "place"), text.encode())
+    assert not end.finding, end.finding
+
+
 @pytest.mark.parametrize(
     ("kind", "does"),
     [
