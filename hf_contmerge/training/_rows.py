@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -40,6 +39,8 @@ _READERS: dict[str, _FileKind] = {
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _TYPED = {"parquet": Parquet, "arrow": Arrow}
 _GUESSING: dict[type, Kind] = {Json: "json", Csv: "csv", Text: "text"}
+_MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""Of a file's metadata, as libraries find them: features in a Parquet file may be of any type."""
 _FORMAT = "1"
 """Of the records in the cache; raise it when the same file gives others."""
 _BUFFER = 10_000
@@ -243,7 +244,7 @@ def _clear(spec: DataSource) -> Iterator[None]:
             f"{spec.path} is made by a script of its own, which datasets {datasets.__version__} no longer runs. Set "
             "`revision: refs/convert/parquet`, where the Hub keeps a copy of many such datasets, or name another."
         ) from error
-    except (DatasetGenerationError, ValueError, json.JSONDecodeError, pyarrow.ArrowNotImplementedError) as error:
+    except (DatasetGenerationError, pyarrow.ArrowException, *_MISTAKES) as error:
         cause = error.__cause__ or error
         if isinstance(cause, DataError):
             raise cause from error
