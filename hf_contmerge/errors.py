@@ -18,6 +18,7 @@ import difflib
 from collections.abc import Iterable
 
 _LONGEST_LIST = 30  # longer lists of names are shortened
+_LONGEST_MESSAGE, _END = 6000, 1000
 SHARED = "All ranks of the job raise this error."
 
 
@@ -25,6 +26,12 @@ class ContmergeError(Exception):
     """Base class of user errors."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """Leave out the middle of a message of many pages, as values of foreign files can make."""
+        text = super().__str__()
+        cut = len(text) - _LONGEST_MESSAGE
+        return f"{text[: -_END - cut]} ... ({cut} characters) ... {text[-_END:]}" if cut > 0 else text
 
 
 class RecipeError(ContmergeError, ValueError):

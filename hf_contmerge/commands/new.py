@@ -29,6 +29,7 @@ from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.run.recipe.suites import StreamStage, stream_names, stream_rules, stream_stages
 from hf_contmerge.run.recipe.text import parse_recipe, read_yaml
 from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.foreign import expanded
 
 T = TypeVar("T")
 _DEFAULT_RULE = "magmax"
@@ -148,7 +149,7 @@ def parse_source(words: str) -> Source:
     path = path.removeprefix(_MODEL).strip()
     if not (name.strip() and equals and path):
         raise RecipeError(f"A stage is NAME=SOURCE, such as law=data/law.jsonl or code=model:me/coder; got {words!r}.")
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     is_model = is_model or any((folder / f).is_file() for f in ("config.json", "adapter_config.json"))
     return Source(name.strip(), path, is_model)
 

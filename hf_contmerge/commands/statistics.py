@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.recipe.parts import Dataset, StatisticsSettings
+from hf_contmerge.runtime.foreign import expanded
 
 if TYPE_CHECKING:
     from hf_contmerge.training.statistics import Measured
@@ -72,7 +73,7 @@ def _settings(args: argparse.Namespace) -> StatisticsSettings:
 def _out(args: argparse.Namespace) -> Path:
     from hf_contmerge.models.statistics import FOLDER
 
-    folder = Path(args.model).expanduser()
+    folder = expanded(args.model)
     if not args.out and not folder.is_dir():
         raise RecipeError(
             f"{args.model} is not a local folder, so its statistics need a destination. Give --out; or download the "

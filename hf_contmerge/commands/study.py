@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.commands.plan import duration
-from hf_contmerge.errors import RecipeError, size
+from hf_contmerge.errors import RecipeError, RunError, size
 from hf_contmerge.loop.study import StudyFolder, run_cells, run_side_by_side, unfinished
 from hf_contmerge.run.recipe.study import load_study
 from hf_contmerge.runtime.files import FOREVER, FolderLock
+from hf_contmerge.runtime.foreign import read_object, require_shape
 from hf_contmerge.runtime.plugins import require_given
 
 
@@ -78,7 +78,12 @@ def _report(folder: StudyFolder) -> None:
 
 def _show_stored(folder: StudyFolder) -> None:
     """Print a finished study's findings."""
-    stored = json.loads((folder.report / "study.json").read_text(encoding="utf-8"))
+    file = folder.report / "study.json"
+    try:
+        stored = read_object(file)
+        require_shape(stored, {"findings": [str]})
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}. Remove {folder.report}, and give the command again.") from error
     print("\n".join([*stored["findings"], f"Report:  {folder.report / 'index.html'}"]))
 
 

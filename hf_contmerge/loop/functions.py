@@ -30,7 +30,7 @@ from hf_contmerge.loop._outside import clear_others, finished, is_trained, publi
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.plan.rehearsal import rehearse
 from hf_contmerge.loop.stages import train_at
-from hf_contmerge.merging.lineage import LINEAGE
+from hf_contmerge.merging.lineage import LINEAGE, read_lineage
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.folder import resolve_model
@@ -41,7 +41,6 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.launching import join_ranks, leave_ranks
-from hf_contmerge.runtime.records import read_record
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import write_task
 from hf_contmerge.scoring.keys import ScoreRequest
@@ -204,7 +203,7 @@ def _is_exported(state: MergeState, out: Path, count: int, asked: tuple[str | No
     experts = [e.sha256 for e in state.log().experts]
     file = out / LINEAGE
     if file.is_file():
-        exported = read_record(file, "Remove the folder, or export again to another one.")
+        exported = read_lineage(out)
         if [e["sha256"] for e in exported["experts"]] == experts[:count] and exported["rule"] == state.log().rule:
             have = tuple(exported["stored"][word] for word in ("dtype", "rounding"))
             if any(word and mine not in (word, "none") for word, mine in zip(asked, have, strict=True)):

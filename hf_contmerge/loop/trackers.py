@@ -8,6 +8,7 @@ steps count across stages.
 from __future__ import annotations
 
 import importlib.util
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ class Trackers:
 
     def stage_is_over(self, place: Place, steps: int) -> None:
         """Advance the step by an expert's steps, once."""
-        self._before += steps if place.folder not in self._over else 0
+        self._before += steps if place.folder not in self._over else -1
         self._over.add(place.folder)
 
     def of(self, place: Place, phase: Phase) -> Callable[[int, Mapping[str, float]], None]:
@@ -59,7 +60,7 @@ class Trackers:
         mark = place.logged(phase)
 
         def log(step: int, values: Mapping[str, float]) -> None:
-            if not self._opened or (mark.exists() and int(mark.read_text(encoding="utf-8")) >= step):
+            if not self._opened or _logged(mark) >= step:
                 return
             named = {f"{_group(place)}/{name}": value for name, value in values.items()}
             for tracker in self._opened:
@@ -107,14 +108,21 @@ def check_trackers(train: Train) -> list[str]:
     return names
 
 
+def _logged(mark: Path) -> int:
+    """Return the last logged step; -1 for none, or a damaged file."""
+    text = mark.read_text(encoding="utf-8", errors="replace") if mark.exists() else ""
+    return int(text) if re.fullmatch(r"\d{1,18}", text) else 0
+
+
 def _settings(name: str, folder: Path) -> dict[str, Any]:
     """Return a tracker's arguments, equal after a resume."""
     if name == "tensorboard":
         return {"logging_dir": folder}
     file = folder / "id"
-    if not file.exists():
-        write_atomically(file, uuid.uuid4().hex[:12])
-    own = file.read_text(encoding="utf-8")
+    own = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    if not re.fullmatch("[0-9a-f]{12}", own):  # none, or not of ours
+        own = uuid.uuid4().hex[:12]
+        write_atomically(file, own)
     return {"name": own, "resume": "allow"} | ({"id": own, "dir": str(folder)} if name == "wandb" else {})
 
 

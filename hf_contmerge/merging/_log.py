@@ -14,9 +14,11 @@ from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.merging.trust import Trust
 from hf_contmerge.models.identity import Identity
 from hf_contmerge.models.survival import Survival
+from hf_contmerge.models.tokenizer import SHAPE as TOKENIZER_CHANGE
+from hf_contmerge.run.shapes import PARAMETERS, SURVIVAL
 from hf_contmerge.runtime.digests import Digests, changed_files
 from hf_contmerge.runtime.files import write_atomically
-from hf_contmerge.runtime.foreign import is_file_name, require_own_files
+from hf_contmerge.runtime.foreign import expanded, is_file_name, require_own_files
 from hf_contmerge.runtime.records import read_lines, read_record, sealed_line, write_record
 
 _EXPORTS = "exports.jsonl"
@@ -80,6 +82,18 @@ class Log:
         return {name: value for name, value in asdict(self).items() if name not in own}
 
 
+_SHAPE = {
+    "rule": str, "parameters": PARAMETERS, "base": str, "base_folder": str, "base_sha256": str,
+    "base_stamp": str, "base_files": {str: str}, "running?": (str, None), "running_norm?": float,
+    "amplification?": (float, None), "running_files?": {str: str}, "tokenizer_change?": (TOKENIZER_CHANGE, None),
+    "dropped?": [str], "experts": [{
+        "stage": str, "model": str, "folder": str, "sha256": str, "norm": float, "kind": str, "seconds?": float,
+        "added?": str, "files?": {str: str},
+    }],
+}  # fmt: skip
+_EXPORT = {"model": str, "experts": int, **SURVIVAL}
+
+
 def read_log(folder: Path) -> Log:
     """Read state.json; folders inside the state are relative to it.
 
@@ -89,7 +103,7 @@ def read_log(folder: Path) -> Log:
     file = folder / "state.json"
     if not file.exists():
         raise RunError(f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME")
-    values = read_record(file, _CURE)
+    values = read_record(file, _CURE, _SHAPE)
     try:
         experts = (Entry(**{**e, "folder": str(folder.resolve() / e["folder"])}) for e in values["experts"])
         log = Log(**{**values, "experts": tuple(experts), "dropped": tuple(values.get("dropped", ()))})
@@ -152,7 +166,7 @@ def log_export(folder: Path, out: Path, experts: int, survival: Survival) -> Non
 
 def read_exports(folder: Path) -> list[dict[str, Any]]:
     """Return the exports of a state, in order."""
-    return read_lines(folder / _EXPORTS, "Remove it: it only lists the written models.")
+    return read_lines(folder / _EXPORTS, "Remove it: it only lists the written models.", _EXPORT)
 
 
 def require_new(folder: Path) -> None:
@@ -207,5 +221,5 @@ def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Seque
 
 def name_of(model: str | Path) -> str:
     """Return a model's Hub id or absolute path."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return str(path.resolve()) if path.exists() else str(model)

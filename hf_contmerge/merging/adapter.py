@@ -18,6 +18,7 @@ from hf_contmerge.merging.costs import weight_of
 from hf_contmerge.merging.lineage import finished_lineage, write_lineage
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.state import MergeState
+from hf_contmerge.models.config import optional_json
 from hf_contmerge.models.lora.matching import tied_table
 from hf_contmerge.models.lora.writer import Factors, write_adapter
 from hf_contmerge.models.memory import in_memory
@@ -73,7 +74,7 @@ def _export(state: MergeState, out: Path, rank: int | None) -> dict[str, float]:
 
     lineage = {**log.lineage(), "scale": scale, "rank": rank, "asked": {"adapter": True, "rank": rank}}
     if finished_lineage(out, lineage):
-        return json.loads((out / _ERRORS).read_text(encoding="utf-8"))
+        return optional_json(out / _ERRORS)
     whole, kept = _whole(rule, base, running, set(low_rank), scale, stages)
     with new_folder(out, OneRank()) as scratch:
         write_adapter(

@@ -13,6 +13,7 @@ from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import weights_sha256
+from hf_contmerge.run.shapes import PARAMETERS
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.digests import changed_files, digests_below
 from hf_contmerge.runtime.records import Record, read_record, write_record
@@ -21,9 +22,16 @@ LINEAGE = "merge.json"
 """Record next to a model: base, experts, rule, scale, dtype, rounding, and the digests of the model's files."""
 
 
+_SHAPE = {
+    "rule": str, "parameters": PARAMETERS, "base": str, "base_sha256": str,
+    "experts": [{"stage": str, "model": str, "sha256": str}], "scale?": float, "factor?": float, "dtype?": (str, None),
+    "rounding?": (str, None), "versions": {str: str}, "stored?": ({"dtype": str, "rounding": str}, None),
+}  # fmt: skip
+
+
 def read_lineage(model: Path) -> Record:
     """Return a model's lineage. Raises RunError if it is missing or damaged."""
-    return read_record(model / LINEAGE, "Write the model again, or fetch it again.")
+    return read_record(model / LINEAGE, "Write the model again, or fetch it again.", _SHAPE)
 
 
 def write_lineage(out: Path, lineage: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_contmerge.models.config import config
+from hf_contmerge.models.config import config, foreign_errors
 
 
 class Place(NamedTuple):
@@ -151,9 +151,9 @@ def _find(folder: Path, _stamp: tuple[int, ...], tied: bool | None) -> Architect
     own = settings and _model_class(folder, settings)
     if not own:
         return None
-    for part in (settings, settings.get_text_config()) if tied is not None else ():
-        part.tie_word_embeddings = tied
-    with torch.device("meta"):
+    with foreign_errors(folder / "config.json", "transformers"), torch.device("meta"):
+        for part in (settings, settings.get_text_config()) if tied is not None else ():
+            part.tie_word_embeddings = tied
         return Architecture(own(settings))
 
 
@@ -163,10 +163,11 @@ def load_config(folder: Path) -> Any:
 
     if not config(folder).get("model_type"):
         return None
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError):  # unknown, or known by the model's own code only
-        return None
+    with foreign_errors(folder / "config.json", "transformers"):
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, KeyError):  # unknown, or known by the model's own code only
+            return None
 
 
 def _model_class(folder: Path, settings: Any) -> Any:
@@ -175,6 +176,8 @@ def _model_class(folder: Path, settings: Any) -> Any:
 
     name = (config(folder).get("architectures") or [""])[0]
     own = getattr(transformers, name, None)
+    if not (isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)):  # a file may name anything
+        own = None
     mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     language = mapping.get(type(settings), None)
     return language if language and (own is None or name.endswith("Model")) else own

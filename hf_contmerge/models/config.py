@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.errors import ModelError
-from hf_contmerge.runtime.foreign import read_object, read_text
+from hf_contmerge.errors import ContmergeError, ModelError
+from hf_contmerge.runtime.foreign import read_object, read_text, require_shape
 
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Endings of a model's other files: config, tokenizer, chat template, generation config."""
 
 _LARGEST_TEMPLATE = 2**22
+MOST_LAYERS = 2000
+_COUNT = re.compile(r"(num_|n_|num_hidden_|\w*_)?(layers?|blocks?|experts|depth)")
+_FIELDS: dict[str, Any] = {
+    "vocab_size?": (int, None), "tie_word_embeddings?": (bool, None), "model_type?": (str, None),
+    "rope_scaling?": ({}, None), "rope_parameters?": ({}, None), "auto_map?": ({}, None),
+}  # fmt: skip
+_CONFIG = {**_FIELDS, "text_config?": (_FIELDS, None), "architectures?": ([str], None), "transformers_weights?":
+           (str, None), "quantization_config?": ({}, None)}  # fmt: skip
+_TOKENIZER = {
+    "model": {"vocab": ({str: int}, [[str, float]])}, "added_tokens?": ([{"content": str, "id": int}], None),
+}  # fmt: skip
 _LAYER = re.compile(r"\.(\d+)\.")
 _STACK = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
 _NOT_A_LINEAR_MAP = re.compile(
@@ -73,14 +85,10 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
     values = _tokenizer(folder)
     if values is None:
         return None
-    try:
-        vocabulary = values["model"]["vocab"]
-        added = {token["content"]: token["id"] for token in values.get("added_tokens") or ()}
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"Cannot read {folder / 'tokenizer.json'}: {error!r}. Fetch it again.") from error
+    vocabulary = values["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram: pairs of token and score
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **added}
+    return {**vocabulary, **{token["content"]: token["id"] for token in values.get("added_tokens") or ()}}
 
 
 def special_tokens(folder: Path) -> dict[str, int]:
@@ -93,17 +101,31 @@ def _tokenizer(folder: Path) -> Mapping[str, Any] | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     try:
-        return read_object(folder / "tokenizer.json")
+        values = read_object(folder / "tokenizer.json")
+        require_shape(values, _TOKENIZER)
     except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read {folder / 'tokenizer.json'}: {error!r}. Fetch it again.") from error
+        raise ModelError(f"Cannot read {folder / 'tokenizer.json'}: {error}. Fetch it again.") from error
+    return values
 
 
 def config(folder: Path) -> dict[str, Any]:
     """Read config.json of a model folder."""
     try:
-        return read_object(folder / "config.json")
+        values = read_object(folder / "config.json")
+        require_shape(values, _CONFIG)
+        _require_few_layers(values)
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {folder / 'config.json'}: {error}. Fetch or save the model again.") from error
+    return values
+
+
+def _require_few_layers(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for more layers than a model has: transformers would make them one by one."""
+    for word, value in values.items():
+        if isinstance(value, dict):
+            _require_few_layers(value)
+        elif isinstance(value, int | float) and value > MOST_LAYERS and _COUNT.fullmatch(word):
+            raise ValueError(f"{word} is {value}, more than {MOST_LAYERS}")
 
 
 def text_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -128,7 +150,7 @@ def optional_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read {file}: {error!r}. Fetch it again.") from error
+        raise ModelError(f"Cannot read {file}: {error}. Fetch it again.") from error
 
 
 def chat_template(folder: Path) -> Any:
@@ -138,6 +160,18 @@ def chat_template(folder: Path) -> Any:
         return read_template(file)
     places = (optional_json(folder / f"{name}.json") for name in ("chat_template", "tokenizer_config"))
     return next((found for values in places if (found := values.get("chat_template"))), None)
+
+
+@contextmanager
+def foreign_errors(file: Path, library: str) -> Iterator[None]:
+    """Turn a library's exceptions about a foreign file into a ModelError."""
+    try:
+        yield
+    except (ContmergeError, OSError, MemoryError):  # of the disk, the Hub, the machine
+        raise
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(f"{library} cannot read {file} ({why:.300}). Fetch or save it again.") from error
 
 
 def read_template(file: Path) -> str:

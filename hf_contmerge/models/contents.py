@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import ModelError
-from hf_contmerge.runtime.foreign import is_file_name, read_json, read_object, read_text
+from hf_contmerge.runtime.foreign import is_file_name, read_json, read_object, read_text, require_shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -90,12 +90,13 @@ def _no_weights(folder: Path) -> str:
 def read_weight_map(index: Path) -> dict[str, str]:
     """Return tensor -> file of an index. Raises ModelError for damaged or foreign ones."""
     try:
-        weight_map = dict(read_json(index)["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"Cannot read {index}: {error!r}. Fetch the model again.") from error
-    for file in set(map(str, weight_map.values())):
+        values = read_json(index)
+        require_shape(values, {"weight_map": {str: str}})
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Cannot read {index}: {error}. Fetch the model again.") from error
+    for file in set(values["weight_map"].values()):
         _require_name(index, file)
-    return {name: str(file) for name, file in weight_map.items()}
+    return values["weight_map"]
 
 
 def _require_name(by: Path, name: str) -> None:

@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 from hf_contmerge.errors import ModelError, ResourceError
+from hf_contmerge.models._gguf import opened_gguf
 from hf_contmerge.models.config import COMPANIONS, config
 from hf_contmerge.models.contents import check_contents, companions
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
-from hf_contmerge.runtime.foreign import is_too_long
+from hf_contmerge.runtime.foreign import expanded, is_too_long
 
 LOG = logging.getLogger(__name__)
 
@@ -97,13 +98,24 @@ def model_path(name: str) -> Path:
         return quickstart_model()
     if is_too_long(name):
         raise ModelError(f"There is no model of this name: it is too long for a path ({len(name)} characters).")
-    return Path(name).expanduser()
+    return expanded(name)
 
 
 def check_hub_id(name: str) -> None:
     """Raise ModelError for a name unlike owner/model."""
-    if not _HUB_ID.fullmatch(name) or ".." in re.split("[/@]", name):
+    if not _HUB_ID.fullmatch(name) or ".." in re.split("[/@]", name) or not _is_repo_id(name.partition("@")[0]):
         raise ModelError(f"There is no model at {name}. Give a folder, a .gguf file, or a Hub id (owner/model).")
+
+
+def _is_repo_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def copy_companions(
@@ -192,22 +204,19 @@ def converted_folder(path: Path) -> tuple[str, Path]:
 
 
 def _dequantise(path: Path, folder: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ModelError(f"Reading {path} needs the package gguf: pip install 'hf_contmerge[gguf]'.") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    with opened_gguf(path):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Without GgufConfig(dequantize=True) transformers keeps the packed blocks, which cannot be trained or saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        trust_remote_code=False,
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
+        # Without GgufConfig(dequantize=True) transformers keeps the packed blocks, which cannot be trained or saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            trust_remote_code=False,
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
 
 
 def is_adapter(folder: Path) -> bool:

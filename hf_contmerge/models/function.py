@@ -133,9 +133,11 @@ def _tokens(folder: Path) -> dict[str, int] | None:
     tokens = tokens_of(folder)
     if tokens is None:
         return None
-    added = optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    listed = {t["content"]: int(n) for n, t in added.items() if isinstance(t, dict) and "content" in t}
-    return {**tokens, **listed, **optional_json(folder / "added_tokens.json")}
+    added = optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    entries = added.items() if isinstance(added, dict) else ()
+    listed = {t.get("content"): int(n) for n, t in entries if isinstance(t, dict) and n.isdecimal()}
+    more = {**listed, **optional_json(folder / "added_tokens.json")}
+    return {**tokens, **{t: n for t, n in more.items() if isinstance(t, str) and isinstance(n, int)}}
 
 
 def _check_files(base: Path, other: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models._gguf import opened_gguf
 from hf_contmerge.models.contents import INDEX, SINGLE, read_weight_map
 from hf_contmerge.models.folder import TEXTS, check_hub_id, converted_folder, hub_errors, model_path, resolve_model
 from hf_contmerge.models.weights import WeightsWriter, header_bytes
@@ -100,21 +101,19 @@ def _write_empty(path: Path, metadata: Any) -> None:
 
 def _of_gguf(path: Path, folder: Path) -> Path:
     """Write a GGUF file's bfloat16 folder without data."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ModelError(f"Reading {path} needs the package gguf: pip install 'hf_contmerge[gguf]'.") from error
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     if (folder / "model.safetensors").is_file():
         return folder
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with opened_gguf(path):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     plan = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in stored.values()]
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     WeightsWriter(folder, plan, shard_size=2**62).create()
     return folder

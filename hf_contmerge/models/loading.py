@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.architecture import Architecture
+from hf_contmerge.models.config import foreign_errors
 from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.lora.settings import check_loadable
 from hf_contmerge.models.memory import Held, held_by
@@ -140,7 +141,7 @@ def _fold_layer(inner: nn.Module, around: list[tuple[str, Any]]) -> dict[str, Ke
 
 def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer. Raises ModelError if it needs custom code."""
-    with code_by_consent(folder):
+    with foreign_errors(Path(folder), "transformers"), code_by_consent(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

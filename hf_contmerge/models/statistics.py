@@ -27,6 +27,7 @@ from hf_contmerge.runtime.records import read_record, write_record
 FOLDER = "statistics"
 _RECORD = "statistics.json"
 RECORD = f"{FOLDER}/{_RECORD}"
+_SHAPE = {"expert_sha256?": (str, None), "kinds?": {str: {"same?": {str: str}}}}
 
 
 class Statistics:
@@ -137,4 +138,4 @@ def damaged_statistics(expert: Path) -> list[Path]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return read_record(file, "Remove its folder and measure again.") if file.exists() else {}
+    return read_record(file, "Remove its folder and measure again.", _SHAPE) if file.exists() else {}

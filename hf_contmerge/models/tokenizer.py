@@ -19,6 +19,11 @@ from hf_contmerge.runtime.files import remove
 _FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges", "spiece")
 
 
+_TOKEN = ([str, int], None)
+SHAPE = {"eos": _TOKEN, "pad": _TOKEN, "chat_template": (str, None)}
+"""Of a change in a record."""
+
+
 class Token(NamedTuple):
     """A token of the vocabulary."""
 
@@ -70,7 +75,7 @@ class TokenizerChange:
         if not self.eos:
             return {}
         old = values.get("eos_token_id")
-        ends = old if isinstance(old, list) else [] if old is None else [old]
+        ends = [end for end in (old if isinstance(old, list) else [old]) if isinstance(end, int)]
         return {"eos_token_id": list(dict.fromkeys([self.eos.number, *ends]))}
 
 
@@ -109,7 +114,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def _special(folder: Path, name: str) -> str:
     token = optional_json(folder / "tokenizer_config.json").get(f"{name}_token")
-    return (token.get("content") if isinstance(token, dict) else token) or ""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
 
 
 def _template(folder: Path) -> str | None:

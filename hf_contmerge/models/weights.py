@@ -38,7 +38,7 @@ _CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool}  # fmt: skip
 _LARGEST_HEADER = 2**25  # bytes; 10 MB hold 100,000 tensors
 _LONGEST_NAME = 1000
-_LONGEST_AXIS = 2**40  # an empty tensor may claim any
+_MOST_AXES, _LARGEST_EMPTY = 16, 2**48  # an empty tensor may claim any
 _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 
@@ -228,8 +228,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     for name, entry in header.items():
         if not name.isprintable() or len(name) > _LONGEST_NAME:
             raise ValueError(f"{name!a:.80} is no name of a tensor")
-        if name != "__metadata__" and max(entry["shape"], default=0) > _LONGEST_AXIS:
-            raise ValueError(f"{name} has the shape {entry['shape']}")
+        shape = entry["shape"] if name != "__metadata__" else ()
+        if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _LARGEST_EMPTY:
+            raise ValueError(f"{name} has the shape {shape!s:.100}")
     return header, 8 + length
 
 

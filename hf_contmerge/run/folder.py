@@ -39,6 +39,7 @@ from hf_contmerge.run.recipe.changes import FieldChange, changes
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
+from hf_contmerge.run.shapes import INPUTS
 from hf_contmerge.runtime.digests import changed_files, digests_below
 from hf_contmerge.runtime.files import FolderLock, make_folder, sync_folder, write_atomically
 from hf_contmerge.runtime.foreign import require_own_files
@@ -164,7 +165,7 @@ class Run:
 
     def input_record(self) -> Record:
         """Return the phases' inputs. Raises RunError if the record is damaged."""
-        return read_record(self.inputs, self.inputs_cure)
+        return read_record(self.inputs, self.inputs_cure, INPUTS)
 
     def changed_tasks(self) -> list[Path]:
         """Return the task files changed since the last start of the run."""

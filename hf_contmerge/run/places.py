@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_contmerge.errors import RunError
+from hf_contmerge.run.shapes import GUARD, RECORDS
 from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
 from hf_contmerge.runtime.files import make_folder, put_in_place, remove, replaced, withdraw
 from hf_contmerge.runtime.records import Record, read_record, require_seal, write_record
@@ -64,7 +65,7 @@ class Place:
 
     def record(self, phase: Phase) -> Record:
         """Return a finished phase's record. Raises RunError if it is damaged."""
-        return read_record(self._record_file(phase), _cure(phase))
+        return read_record(self._record_file(phase), _cure(phase), RECORDS[phase])
 
     def is_done(self, phase: Phase) -> bool:
         return self._record_file(phase).exists()
@@ -208,7 +209,7 @@ class MergePlace(Place):
 
     def failed_tries(self) -> list[Record]:
         """Return a merge's attempts beyond the budget."""
-        return read_record(self.guard_file, _cure("merge"))["tries"] if self.guard_file.exists() else []
+        return read_record(self.guard_file, _cure("merge"), GUARD)["tries"] if self.guard_file.exists() else []
 
     @property
     def replayed(self) -> ExpertPlace:

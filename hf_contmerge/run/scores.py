@@ -154,10 +154,11 @@ def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:
     try:
         table = parquet.read_table(path, page_checksum_verification=True).to_pydict()
         columns = {field: table[column] for field, column in _COLUMNS.items()}
+        tasks: list[str] = table["task"]
     except (OSError, ArrowException, KeyError, ValueError, MemoryError) as error:
         raise RunError(f"Cannot read {path}: {error}. {_FIX}") from error
     rows: dict[str, list[int]] = {}
-    for row, task in enumerate(table["task"]):
+    for row, task in enumerate(tasks):
         rows.setdefault(task, []).append(row)
     return {
         task: {field: [values[i] for i in of] if values[of[0]] is not None else [] for field, values in columns.items()}

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,10 @@ def read_text(path: Path, *, most: int = LARGEST_JSON) -> str:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it is larger than {size(most)}")
-    return data.decode()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:  # its own text holds all bytes
+        raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
 
 
 def read_json(path: Path) -> Any:
@@ -95,6 +99,54 @@ def _parts(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
+def require_shape(value: Any, shape: Any, place: str = "it") -> None:
+    """Check JSON-like data. Raises ValueError with the place of a misfit.
+
+    A shape is a type (float takes integers, object all), a tuple of alternatives, None for null, a list with the shape
+    of all items or of each of several, or a mapping: of all keys, `{str: shape}`, or of named ones, optional with a
+    question mark. Keys without a name are free.
+    """
+    misfit = _misfit(value, shape)
+    if misfit:
+        raise ValueError(f"{place}{misfit}")
+
+
+def _misfit(value: Any, shape: Any) -> str:
+    """Return where and how a value does not fit; "" if it does."""
+    if isinstance(shape, tuple):
+        misfits = [_misfit(value, each) for each in shape]
+        return "" if "" in misfits else max(misfits, key=lambda text: text.partition(" is ")[0].count("."))
+    if isinstance(shape, dict | list) and not isinstance(value, type(shape)):
+        return f" is {value!r:.40}, expected {'fields' if isinstance(shape, dict) else 'a list'}"
+    parts: Any = value  # a list or fields, as the shape
+    if isinstance(shape, list):
+        if len(shape) > 1 and len(value) != len(shape):
+            return f" has {len(value)} items, expected {len(shape)}"
+        inner = ((i, part, shape[i % len(shape)]) for i, part in enumerate(parts))
+    elif isinstance(shape, dict) and str in shape:
+        inner = ((key, part, shape[str]) for key, part in parts.items())
+    elif isinstance(shape, dict):
+        missing = [word for word in shape if not word.endswith("?") and word not in value]
+        if missing:
+            return f" lacks {missing[0]!r}"
+        names = {word.removesuffix("?"): part for word, part in shape.items()}
+        inner = ((key, parts[key], part) for key, part in names.items() if key in parts)
+    else:
+        return "" if _is_a(value, shape) else f" is {value!r:.40}, expected {_name_of(shape)}"
+    return next((f".{key!s:.40}{misfit}" for key, part, own in inner if (misfit := _misfit(part, own))), "")
+
+
+def _is_a(value: Any, shape: Any) -> bool:
+    if shape in (None, bool, object):
+        return shape is object or (value is None if shape is None else isinstance(value, bool))
+    return isinstance(value, int | float if shape is float else shape) and not isinstance(value, bool)
+
+
+def _name_of(shape: Any) -> str:
+    names = {None: "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names[shape]
+
+
 # YAML
 
 
@@ -110,11 +162,13 @@ def parse_documents(text: str, loader: Any = SafeLoader) -> list[Any]:
     """Parse YAML documents. Raises as `parse_yaml`."""
     if len(text) > LARGEST_YAML:
         raise yaml.YAMLError(f"it is larger than {size(LARGEST_YAML)}")
-    _require_bounded(text)
     try:
+        _require_bounded(text)
         return list(yaml.load_all(text, Loader=loader))
     except yaml.YAMLError:
         raise
+    except UnicodeEncodeError as error:  # an argument's bytes that are not UTF-8
+        raise yaml.YAMLError(f"it holds half of a character ({error.reason})") from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise yaml.YAMLError(f"a value does not have its type ({error})") from error  # such as the date 2001-99-99
 
@@ -167,6 +221,19 @@ def is_file_name(name: str) -> bool:
         and name not in ("", ".", "..")
         and len(name.encode()) <= _LONGEST_NAME
     )
+
+
+def expanded(name: str | Path) -> Path:
+    """Return a path with the user's home for `~`. Names of unknown users, and of no path at all, stay as they are."""
+    try:
+        return Path(os.path.expanduser(name))
+    except ValueError:  # a null byte
+        return Path(name)
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that come more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def is_too_long(path: str) -> bool:

@@ -22,6 +22,7 @@ _LONGEST = 10_000
 
 LORA_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 """Settings of peft's LoraConfig with patterns of module names."""
+_INNER = ("layers_pattern", "rank_pattern", "alpha_pattern")  # peft puts them inside of others
 
 
 def require_quick(pattern: str) -> None:
@@ -31,6 +32,8 @@ def require_quick(pattern: str) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
             bits = _bits(_PARSER.parse(pattern))
+            if bits <= _MOST:
+                re.compile(pattern)  # finds more mistakes than the parser
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{pattern!r:.80} is an invalid pattern: {error}") from error
     if bits > _MOST:
@@ -46,7 +49,7 @@ def require_quick_lora(settings: Mapping[str, Any]) -> None:
         value = settings.get(word)
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, Iterable) else ():
             if isinstance(pattern, str):
-                require_quick(pattern)
+                require_quick(f"({pattern})" if word in _INNER else pattern)
 
 
 def _bits(items: Any) -> float:

@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Generic, TypeVar
 
 from hf_contmerge.errors import RecipeError, RunError, unknown
+from hf_contmerge.runtime.foreign import expanded
 
 LOG = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ def use_plugin(path: str | Path) -> None:
 
     Raises RecipeError if it cannot be read, or another file has the same name.
     """
-    file = Path(path).expanduser().resolve()
+    file = expanded(path).resolve()
     try:
         plugin = PluginFile(file, file.read_bytes())
     except OSError as error:

@@ -9,11 +9,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.files import write_atomically
-from hf_contmerge.runtime.foreign import parse_json, read_text
+from hf_contmerge.runtime.foreign import parse_json, read_text, require_shape
 
 Record = dict[str, Any]
 
@@ -56,12 +57,16 @@ def record_text(values: Mapping[str, Any], *, finite: bool = False) -> str:
     return _RECORD.put(text.removesuffix("\n}"))
 
 
-def read_record(path: Path, cure: str) -> Record:
+_COMMON = {"files?": {str: str}, "versions?": {str: str}}
+
+
+def read_record(path: Path, cure: str, shape: Mapping[str, Any] = MappingProxyType({})) -> Record:
     """Return a record's fields.
 
     Args:
         path: the file.
         cure: what to do if it is damaged.
+        shape: of its fields, as in `require_shape`: whoever forges a record forges its seal, too.
 
     Raises:
         RunError: the record is missing, damaged, or of another format.
@@ -81,6 +86,10 @@ def read_record(path: Path, cure: str) -> Record:
         raise RunError(_other_format(path, number, values, cure))
     if body is None:
         raise RunError(f"{path} is damaged: the digest at its end is missing. {cure}")
+    try:
+        require_shape(values, {**_COMMON, **shape})
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. {cure}") from error
     return values
 
 
@@ -89,8 +98,8 @@ def sealed_line(values: Mapping[str, Any]) -> str:
     return _LINE.put(json.dumps(values).removesuffix("}")) + "\n"
 
 
-def read_lines(path: Path, cure: str) -> list[Record]:
-    """Return the lines of a log, possibly none. Raises RunError for a damaged one."""
+def read_lines(path: Path, cure: str, shape: Mapping[str, Any] = MappingProxyType({})) -> list[Record]:
+    """Return the lines of a log, possibly none. Raises RunError for a damaged one. Arguments as `read_record`."""
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), 1):
         try:
@@ -98,6 +107,7 @@ def read_lines(path: Path, cure: str) -> list[Record]:
             if body is None:
                 raise ValueError("its digest is missing")
             lines.append(parse_json(body + "}"))
+            require_shape(lines[-1], dict(shape))
         except ValueError as error:
             raise RunError(f"Line {number} of {path} is damaged: {error}. {cure}") from error
     return lines

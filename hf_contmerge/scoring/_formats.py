@@ -213,4 +213,5 @@ def functions_in(config: Any) -> Iterator[str]:
 
 
 def _words(value: Any) -> list[str]:
-    return list(value) if isinstance(value, list) else [] if value is None else [value]
+    """Return the words of a list or of one; others name nothing."""
+    return [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import BaseLoader, StrictUndefined
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from yaml import YAMLError
 
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import ContmergeError, RecipeError
+from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.runtime.patterns import require_quick
 from hf_contmerge.scoring._formats import UnknownInputError, functions_in, included_in, read_task_file
 
@@ -45,17 +46,31 @@ def foreign_tasks(*, trust_remote_code: bool) -> Iterator[None]:
         yield
     except SecurityError as error:
         raise RecipeError(f"A task's template reaches for Python, or makes too much text: {error}") from error
+    except TemplateError as error:
+        raise RecipeError(f"A task's template is no Jinja, or does not fit its documents: {error}") from error
     finally:
         for module in loaders:
             module.load_yaml = before
         utils.env = environment
 
 
+@contextmanager
+def task_errors(name: str = "a task") -> Iterator[None]:
+    """Turn lm-eval's exceptions about settings of a task file into a RecipeError."""
+    try:
+        yield
+    except (ContmergeError, TemplateError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RecipeError(f"lm-eval cannot use {name} ({why:.300}). Correct its file, or remove it.") from error
+
+
 def _load_yaml(
     load: Callable[..., dict[str, Any]], checked: set[Path], trusted: bool, path: str | Path, **how: Any
 ) -> dict[str, Any]:
     """Load a task file by lm-eval's own function, once it is checked."""
-    file = Path(path).expanduser().resolve()
+    file = expanded(path).resolve()
     runs = how.get("resolve_func", True)
     if file not in checked and not _is_of_lm_eval(file):
         _require_harmless(file, trusted=trusted or not runs, seen=set())

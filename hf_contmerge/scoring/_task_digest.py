@@ -53,8 +53,8 @@ class TaskDigests:
         """Return the digest of a task, group or tag; None if unknown."""
         try:
             return digest(["task", self._parts(name, frozenset())])
-        except (UnknownInputError, OSError, yaml.YAMLError, UnicodeDecodeError):
-            return None
+        except (UnknownInputError, OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError):
+            return None  # the file gets no further: lm-eval says why
 
     def _parts(self, name: str, above: frozenset[str]) -> Any:
         """Resolve a name to all its content.

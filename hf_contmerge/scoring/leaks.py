@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hf_contmerge.errors import RunError
 from hf_contmerge.run.recipe.parts import Dataset, DataSource, Task
 from hf_contmerge.run.recipe.schema import Recipe
+from hf_contmerge.runtime.foreign import parse_json, require_shape
 from hf_contmerge.training.data import StageData
 
 
@@ -96,4 +97,13 @@ class _TaskTexts:
 def _documents(path: Path) -> Iterator[str]:
     if path.is_file():
         with path.open(encoding="utf-8") as lines:
-            yield from (json.loads(line)["text"] for line in lines)
+            yield from (_text(line, path) for line in lines)
+
+
+def _text(line: str, path: Path) -> str:
+    try:
+        row = parse_json(line)
+        require_shape(row, {"text": str})
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Run the recipe again to write it.") from error
+    return row["text"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import optional_json
+from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.scoring._formats import hub_offline, hub_snapshot
 from hf_contmerge.scoring.cache import JsonStore, digest, remembered, stamp
 
@@ -82,7 +83,7 @@ def _base_name(name: str, folder: Path, base: str | None) -> str | None:
 
 
 def _local_folder(name: str, store: JsonStore) -> Path | None:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.startswith("quickstart:"):
         from hf_contmerge.runtime.quickstart import quickstart_model
 

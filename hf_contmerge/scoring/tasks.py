@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from hf_contmerge.errors import DataError, RecipeError, ResourceError, unknown
 from hf_contmerge.run.recipe.parts import Evaluate, Task
-from hf_contmerge.scoring._strangers import foreign_tasks
+from hf_contmerge.scoring._strangers import foreign_tasks, task_errors
 from hf_contmerge.scoring.keys import DocumentPart
 
 _OWN: dict[str, Any] = {}  # lm-eval's own tasks, filled on demand
@@ -64,7 +64,7 @@ def check_tasks(
         DataError: a dataset is missing, unreadable or too small.
         ResourceError: datasets on the Hub cannot be reached; the message names all affected tasks.
     """
-    with foreign_tasks(trust_remote_code=trust_remote_code):
+    with foreign_tasks(trust_remote_code=trust_remote_code), task_errors():
         _check_tasks(tasks, folders, limit, split=split)
 
 
@@ -118,7 +118,7 @@ def sample_requests(
     Raises:
         ContmergeError: as `check_tasks`.
     """
-    with foreign_tasks(trust_remote_code=trust_remote_code):
+    with foreign_tasks(trust_remote_code=trust_remote_code), task_errors(name):
         return _sample_requests(name, folders, few_shot, limit)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from pathlib import Path
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.digests import DIGESTS, changed_files, digests_below
+from hf_contmerge.runtime.foreign import read_object
 from hf_contmerge.runtime.records import read_record, write_record
 
 LOG = logging.getLogger(__name__)
+
+
+_NAME = re.compile(r"checkpoint-(\d{1,18})")
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -21,9 +25,10 @@ def seal_checkpoint(folder: Path) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete and undamaged checkpoint: trainer_state.json comes last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            read_object(path / "trainer_state.json")
         except (OSError, ValueError):
             continue
         if not _is_damaged(path):

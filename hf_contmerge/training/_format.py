@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,22 @@ def read_format(text: str, columns: Collection[str], where: str) -> Format:
     if text in columns:
         return Format(text, (text,), True)
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        fields = list(_fields(text))
     except ValueError as error:
         raise DataError(f"{where} is no format string: {text!r} ({error}).") from error
     if "" in fields:
         raise DataError(f"{where} has a field without a name: {text!r}. Name the column, such as {{question}}.")
     return Format(text, tuple(dict.fromkeys(fields)) or (text,), not fields)
+
+
+def _fields(text: str, *, inner: bool = False) -> Iterator[str]:
+    """Yield the names of fields, of widths such as {text:{width}} too. Raises ValueError for deeper ones."""
+    for _, name, width, _ in string.Formatter().parse(text):
+        if name is not None:
+            yield name
+            if inner and "{" in (width or ""):
+                raise ValueError("fields are nested too deeply")
+            yield from _fields(width or "", inner=True)
 
 
 def shown(value: Any, *, exact: bool) -> str:

@@ -24,6 +24,7 @@ from datasets.builder import Key
 from datasets.utils.file_utils import xopen
 
 from hf_contmerge.errors import DataError
+from hf_contmerge.runtime.foreign import repeated
 
 Kind = Literal["json", "csv", "text"]
 
@@ -72,9 +73,7 @@ def parse_record(text: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has the key {twice!r} twice")
+        raise ValueError(f"it has the key {repeated(name for name, _ in pairs)[0]!r} twice")
     return row
 
 
@@ -224,9 +223,8 @@ def _delimiter(header: str) -> str:
 
 
 def _header(names: list[str], file: str) -> list[str]:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{file}: two columns are named {twice!r}. Give each column its own name in the first line.")
+    if twice := repeated(names):
+        raise DataError(f"{file}: two columns are named {twice[0]!r}. Give each column its own name in the first line.")
     return names
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -27,6 +26,7 @@ from datasets.packaged_modules.text.text import Text
 
 from hf_contmerge.errors import DataError, ResourceError, unknown
 from hf_contmerge.run.recipe.parts import DataSource
+from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.training._records import Kind, Records, parse_record
 
 Row = dict[str, Any]
@@ -39,6 +39,8 @@ _READERS: dict[str, _FileKind] = {
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _TYPED = {"parquet": Parquet, "arrow": Arrow}
 _GUESSING: dict[type, Kind] = {Json: "json", Csv: "csv", Text: "text"}
+_MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""Of a file's metadata, as libraries find them: features in a Parquet file may be of any type."""
 _FORMAT = "1"
 """Of the records in the cache; raise it when the same file gives others."""
 _BUFFER = 10_000
@@ -123,7 +125,7 @@ def empty(spec: DataSource) -> DataError:
 
 def _saved(spec: DataSource) -> datasets.Dataset | None:
     """Return rows of the package, or of `Dataset.save_to_disk`."""
-    folder = Path(spec.path).expanduser()
+    folder = expanded(spec.path)
     if spec.path.startswith("quickstart:"):
         from hf_contmerge.runtime.quickstart import load_quickstart, quickstart_names
 
@@ -146,7 +148,7 @@ def _saved(spec: DataSource) -> datasets.Dataset | None:
 
 def _builder(spec: DataSource) -> datasets.DatasetBuilder:
     """Return the builder of a dataset's rows. Raises DataError for other files."""
-    path = Path(spec.path).expanduser()
+    path = expanded(spec.path)
     kind = _kind(path)
     if "::" in str(path) and path.exists():
         raise DataError(f"{path}: `datasets` takes a name with '::' for a file in an archive. Rename it.")
@@ -242,7 +244,7 @@ def _clear(spec: DataSource) -> Iterator[None]:
             f"{spec.path} is made by a script of its own, which datasets {datasets.__version__} no longer runs. Set "
             "`revision: refs/convert/parquet`, where the Hub keeps a copy of many such datasets, or name another."
         ) from error
-    except (DatasetGenerationError, ValueError, json.JSONDecodeError, pyarrow.ArrowNotImplementedError) as error:
+    except (DatasetGenerationError, pyarrow.ArrowException, *_MISTAKES) as error:
         cause = error.__cause__ or error
         if isinstance(cause, DataError):
             raise cause from error

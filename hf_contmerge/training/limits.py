@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from jinja2 import TemplateError
 
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.schema import Train
@@ -71,7 +70,9 @@ class TrainerLimits:
         arguments = template_arguments(example)
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **arguments)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:  # a template is a program
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program
             raise DataError(
                 f"the chat template refuses the conversation ({type(error).__name__}: {error}). Correct the "
                 "conversation, or remove it."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.config import read_template
@@ -13,6 +14,9 @@ from hf_contmerge.models.folder import hub_errors, model_path
 from hf_contmerge.models.loading import load_tokenizer
 from hf_contmerge.models.tokenizer import UNCHANGED, Token, TokenizerChange
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.foreign import expanded
+
+LOG = logging.getLogger(__name__)
 
 _JINJA = (".jinja", ".j2")
 
@@ -51,7 +55,7 @@ def stage_change(base: Path, train: Train, *, trust_remote_code: bool = False) -
 
 def _take_template(tokenizer: Any, path: str, base: Path) -> None:
     """Set a template from a file, or another tokenizer's with its end."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.suffix in _JINJA:
         if not file.is_file():
             raise RecipeError(f"train.chat_template_path: there is no file {file}. Give a .jinja file, or a tokenizer.")
@@ -90,10 +94,12 @@ def _check_syntax(tokenizer: Any, path: str) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:
         tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateSyntaxError as error:
+    except (TemplateSyntaxError, SyntaxError, RecursionError) as error:
         raise RecipeError(f"train.chat_template_path: {path} is no Jinja template: {error}.") from error
-    except TemplateError:  # a template may refuse these turns; the stage's are rendered before any training
-        pass
+    except MemoryError:
+        raise
+    except Exception:  # a template may refuse these turns; the stage's are rendered before any training
+        LOG.debug("%s refuses the turns %s", path, turns)
 
 
 def _require_token(tokenizer: Any, token: str, where: str, base: Path) -> None:

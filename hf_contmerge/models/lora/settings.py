@@ -10,12 +10,20 @@ from typing import Any
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import optional_json
-from hf_contmerge.runtime.foreign import read_json
+from hf_contmerge.runtime.foreign import expanded, read_json, require_shape
 from hf_contmerge.runtime.patterns import require_quick_lora
 
 CONFIG = "adapter_config.json"
 
 _BY_PATH = "Save it from peft with path_initial_model_for_weight_conversion=..., which converts it to a plain LoRA."
+
+_SHAPE: dict[str, Any] = {
+    "r?": int, "lora_alpha?": float, "rank_pattern?": ({str: int}, None), "alpha_pattern?": ({str: float}, None),
+    "use_rslora?": (bool, None), "use_dora?": (bool, None), "fan_in_fan_out?": (bool, None), "lora_bias?": (bool, None),
+    "base_model_name_or_path?": (str, None), "revision?": (str, None), "target_parameters?": ([str], None),
+    "trainable_token_indices?": ([int], {str: [int]}, None), "target_modules?": (str, [str], None),
+    "modules_to_save?": (str, [str], None), "init_lora_weights?": (bool, str, None),
+}  # fmt: skip
 
 READ = {
     "alpha_pattern": "scaling by module",
@@ -80,7 +88,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         settings = read_json(path)
-        require_quick_lora(settings if isinstance(settings, dict) else {})
+        if isinstance(settings, dict) and settings.get("peft_type") == "LORA":
+            require_shape(settings, _SHAPE)
+            require_quick_lora(settings)
     except (OSError, ValueError) as error:
         raise ModelError(f"Cannot read {path}: {error}. Save or fetch the adapter again.") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
@@ -104,6 +114,7 @@ def check_loadable(folder: Path) -> None:
     if settings.get("megatron_config"):  # peft imports the module that megatron_core names
         raise ModelError(f"{folder / CONFIG} sets megatron_config: the adapter {REFUSED['megatron_config']}.")
     try:
+        require_shape(settings, _SHAPE)
         require_quick_lora(settings)
     except ValueError as error:
         raise ModelError(f"{folder / CONFIG}: {error}.") from error
@@ -116,6 +127,10 @@ def scaling(settings: Mapping[str, Any], place: str) -> tuple[int, float]:
     """
     rank = _pattern(settings, "rank_pattern", place, settings.get("r", 8))
     alpha = _pattern(settings, "alpha_pattern", place, settings.get("lora_alpha", 8))
+    if rank < 1:
+        raise ModelError(
+            f"{CONFIG} gives {place} the rank {rank}; expected at least 1. Save or fetch the adapter again."
+        )
     return rank, alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
@@ -156,7 +171,7 @@ def _identities(name: str) -> set[str]:
     cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)(?:/|$)", plain)
     if cached:
         return {f"{cached[1]}/{cached[2]}".lower(), str(Path(plain).resolve())}
-    names = {str(Path(plain).expanduser().resolve())}
+    names = {str(expanded(plain).resolve())}
     if not plain.startswith(("/", "~", ".")):
         names.add(plain.partition("@")[0].lower())
     return names

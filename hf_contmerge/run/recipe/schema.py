@@ -35,6 +35,7 @@ from hf_contmerge.run.recipe.parts import (
     TasksField,
 )
 from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, read_fields
+from hf_contmerge.runtime.foreign import repeated
 
 StartFrom = Literal["base", "previous", "merged"]
 
@@ -201,7 +202,7 @@ class Recipe(Part):
             ("plugins", [Path(file).name for file in self.plugins]),
             ("tasks", [n for s in self.stages for n in s.task_names()] + [t.name for t in self.evaluate.general_tasks]),
         ):
-            twice = sorted({n for n in names if names.count(n) > 1})
+            twice = sorted(repeated(names))
             if twice:
                 raise ValueError(f"two {what} are named {', '.join(twice)}; give each a different `name`")
         return self

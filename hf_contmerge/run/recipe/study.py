@@ -35,8 +35,10 @@ from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.recipe.parts import Name, Part
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.text import explain, parse_recipe, read_mapping, set_field
+from hf_contmerge.runtime.foreign import repeated
 
 Order = tuple[str, ...]
+_MOST_CELLS = 10_000
 
 _FIXED = {"name": "the cell", "output": "the cell", "seed": "`seeds`", "stages": "`orders`"}
 """Fields of a recipe that the grid sets, and what sets them."""
@@ -73,8 +75,10 @@ class Study(Part):
             first = field.partition(".")[0]
             if first in _FIXED and (first != "stages" or field == "stages"):
                 raise ValueError(f"{field} cannot vary here: {_FIXED[first]} sets it")
-        names = [name for name, _ in self.changes()]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        count = math.prod(map(len, self.vary.values())) + len(self.settings)
+        if count > _MOST_CELLS:
+            raise ValueError(f"`vary` and `settings` give {count} settings, at most {_MOST_CELLS} are run")
+        if twice := sorted(repeated(name for name, _ in self.changes())):
             raise ValueError(f"two settings are named {', '.join(twice)}; give each a different `name`")
         return self
 
@@ -135,6 +139,7 @@ def study_cells(study: Study) -> list[StudyCell]:
     """
     where = f"recipe of study {study.name}"
     plain = parse_recipe(study.recipe, where=where)
+    _require_few(study, len(plain.stages))
     orders = study_orders(study, [stage.name for stage in plain.stages])
     cells = []
     for setting, fields in study.changes():
@@ -152,6 +157,15 @@ def study_cells(study: Study) -> list[StudyCell]:
             "`settings`. For a single run, use `contmerge run`."
         )
     return cells
+
+
+def _require_few(study: Study, stages: int) -> None:
+    """Raise RecipeError for more runs than anyone could wait for."""
+    asked = study.orders
+    orders = math.factorial(min(stages, 20)) if asked == "all" else asked if isinstance(asked, int) else len(asked)
+    count = orders * len(study.seeds) * max(1, math.prod(map(len, study.vary.values())) + len(study.settings))
+    if count > _MOST_CELLS:
+        raise RecipeError(f"Study {study.name} has {count} runs, at most {_MOST_CELLS} are made. Vary less.")
 
 
 def study_orders(study: Study, stages: list[str]) -> list[Order]:

@@ -161,10 +161,14 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(blanked(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
+_MOST_MISTAKES = 30
+
+
 def explain(error: ValidationError, where: str, root: type[BaseModel] = Recipe) -> str:
     """Format pydantic's errors, one sentence per field, with suggestions."""
     lines = []
-    for item in error.errors():
+    errors = error.errors()
+    for item in errors[:_MOST_MISTAKES]:
         if item["type"] == "too_short" and item["input"]:  # a list with wrong items, reported separately
             continue
         place = ".".join(str(part) for part in item["loc"])
@@ -177,6 +181,8 @@ def explain(error: ValidationError, where: str, root: type[BaseModel] = Recipe) 
         else:
             got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
             lines.append(f"{place}{': ' * bool(place)}{item['msg'].removeprefix('Value error, ')}{got}")
+    if len(errors) > _MOST_MISTAKES:
+        lines.append(f"and {len(errors) - _MOST_MISTAKES} more mistakes")
     return f"{where}: " + "\n  ".join(lines)
 
 

@@ -1,0 +1,48 @@
+"""The fields of a run's records, as their readers need them. A forged record has a seal that fits, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NUMBER_OR_NONE = (float, None)
+PARAMETERS = {str: (bool, float, str, None)}
+SURVIVAL = {
+    "dtype": str, "rounding": str, "survival": float, "error": float, "nbytes": int, "worst": [[str, float]],
+}  # fmt: skip
+_COST = {
+    "seconds?": NUMBER_OR_NONE, "peak_memory_bytes?": NUMBER_OR_NONE, "device?": str, "processes?": (int, None),
+}  # fmt: skip
+_SHIFT = {"group": str, "block": str, "mean": float, "low": NUMBER_OR_NONE, "high": NUMBER_OR_NONE}
+TRIES = [{
+    "what": str, "rule": str, "parameters": PARAMETERS, "scale": float, "objective?": NUMBER_OR_NONE, "held?":
+    (bool, None), "keeps_general?": (bool, None), "losses?": [_SHIFT], "gains?": [_SHIFT],
+}]  # fmt: skip
+_SCORE = {
+    "block": str, "metric": str, "value": float, "utility": float, "stderr": NUMBER_OR_NONE, "details": {},
+    "documents_digest": str,
+}  # fmt: skip
+_GEOMETRY = {
+    "sampled": float, "lengths": [float], "cosines": [[NUMBER_OR_NONE]], "conflicts": [[NUMBER_OR_NONE]],
+    "compared?": ([int], None),
+}  # fmt: skip
+
+RECORDS: dict[str, dict[str, Any]] = {
+    "train": {
+        **_COST, "given?": str, "given_files?": {str: str}, "steps?": int, "model_sha256?": str, "trained_in?": str,
+        "stored?": SURVIVAL, "settings?": {"strategy?": [str]},
+        "vector?": {"layers?": {str: {"cosine": float, "norm_ratio": float}}, "special_tokens?": ({str: float}, None)},
+    },
+    "merge": {
+        **_COST, "rule": str, "parameters": PARAMETERS, "start_from": str, "scale": float, "factor?": float,
+        "norms": {"experts": [float], "running": float}, "amplification?": float, "stored?": (SURVIVAL, None),
+        "folded?": [{"stage": int, "replayed": bool}], "expert_sha256": [str], "model_sha256": str, "tries?": TRIES,
+        "goes_on?": {"rule": str, "parameters": PARAMETERS}, "geometry?": (_GEOMETRY, None),
+        "ownership?": {str: {str: float}},
+    },
+    "score": {**_COST, "tasks": {str: _SCORE}, "measured_by?": ({}, None)},
+    "report": {"recipe_sha256?": str},
+}  # fmt: skip
+"""Phase -> shape of its record (foreign.require_shape)."""
+
+INPUTS = {"folder": str, "tasks": {str: str}, "base": {"sha256": str, "stamp": str, "files": {str: str}}}
+GUARD = {"tries": TRIES}
