@@ -95,7 +95,7 @@ def remembered_bytes(planned: PlannedRun, step: Step) -> int:
     dry = _dry_training(planned, stage.name, train.model_dump_json()).step
     rows = _sample(data)
     mean = sum(len(json.dumps(row).encode()) for row in rows) / len(rows)
-    return make_strategies(train).memory_bytes(StageSize(step.t, dry.trained, dry.lora_a, len(data), mean))
+    return make_strategies(train).memory_bytes(StageSize(step.t, dry.trained, dry.lora_a, dry.inputs, len(data), mean))
 
 
 @functools.cache
