@@ -35,9 +35,10 @@ def check_strategy(strategy: Strategy | Sequence[Strategy], /, **parameters: Any
     The message names the promise. A toy Llama of 30,000 weights is trained for two stages of six steps, in seconds.
 
     It must have a docstring with its equation and a reference, and refuse parameters that it does not have and values
-    of a wrong type. In both stages the loss must fall (where tokens are weighted, the accuracy rise), and the expert keep the base's names, shapes and finite values.
-    The second stage must do without the first's dataset. Training that was killed must resume from its checkpoint to
-    the same bytes, of the expert and of what is remembered. Hooks must leave their inputs alone.
+    of a wrong type. In both stages the loss must fall (where it weights tokens, the accuracy rise), and the expert keep
+    the base's names, shapes and finite values. The second stage must do without the first's dataset. Training that was
+    killed must resume from its checkpoint to the same bytes, of the expert and of what is remembered. Hooks must leave
+    their inputs alone.
 
     Several ranks are not tried: test `sharded` and sums over ranks yourself.
 

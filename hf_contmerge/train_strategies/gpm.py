@@ -7,6 +7,7 @@ subspace; wide maps are sketched, in one pass (Tropp, Yurtsever, Udell and Cevhe
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -87,8 +88,7 @@ class Gpm(TrainStrategy):
                 yield name, weight, basis
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
-        layers = linear_maps(model)
-        seen = {name: Seen(layer.in_features, self.rank, self._bases.get(name)) for name, layer in layers.items()}
+        layers, seen = linear_maps(model), _Inputs(self.rank, self._bases)
         with _watching(layers, seen) as self._same, torch.no_grad():
             for _ in likelihoods(self.examples):
                 pass
@@ -123,10 +123,8 @@ class Seen:
 
     def __init__(self, width: int, rank: int, basis: Tensor | None) -> None:
         self._basis = torch.empty(width, 0) if basis is None else basis
-        draw = torch.Generator().manual_seed(width)  # the same on all ranks
-        columns = 2 * rank
-        self._probe = torch.randn(width, columns, generator=draw) if columns < width else None
-        self._sketch = torch.zeros(width, min(columns, width))
+        self._probe = _probe(width, 2 * rank) if 2 * rank < width else None
+        self._sketch = torch.zeros(width, min(2 * rank, width))
         self._inside = self._total = torch.zeros(())
 
     def add(self, inputs: Tensor) -> None:
@@ -149,6 +147,25 @@ class Seen:
         basis = self._basis.to(directions)
         chosen = directions[:, : max(0, min(wanted, rank - basis.shape[1]))]
         return torch.linalg.qr(torch.cat([basis, chosen], dim=1))[0].float()
+
+
+@functools.cache
+def _probe(width: int, columns: int) -> Tensor:
+    """Return random vectors, the same on all ranks."""
+    return torch.randn(width, columns, generator=torch.Generator().manual_seed(width))
+
+
+class _Inputs(dict[str, Seen]):
+    """Layer -> its inputs, made when the first ones come: layers that share an input have none."""
+
+    def __init__(self, rank: int, bases: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._rank, self._bases = rank, bases
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        if name not in self:
+            self[name] = Seen(inputs.shape[-1], self._rank, self._bases.get(name))
+        self[name].add(inputs)
 
 
 def _leading(sketch: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -175,7 +192,7 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 @contextmanager
-def _watching(layers: dict[str, nn.Linear], seen: dict[str, Seen]) -> Iterator[dict[str, str]]:
+def _watching(layers: dict[str, nn.Linear], seen: _Inputs) -> Iterator[dict[str, str]]:
     """Add up the inputs of layers. Yields layer -> first layer with the same input."""
     same: dict[str, str] = {}
     latest: tuple[str, Tensor] | None = None
@@ -185,7 +202,7 @@ def _watching(layers: dict[str, nn.Linear], seen: dict[str, Seen]) -> Iterator[d
             nonlocal latest
             if latest is None or latest[1] is not inputs[0]:  # q, k and v read one tensor
                 latest = (name, inputs[0])
-                seen[name].add(inputs[0])
+                seen.add(name, inputs[0])
             same[name] = latest[0]
 
         return note

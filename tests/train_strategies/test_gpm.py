@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_contmerge.train_strategies import StageSize, combine
 from hf_contmerge.train_strategies.gpm import Gpm, Seen, linear_maps
@@ -189,3 +189,16 @@ def test_memory_is_counted_by_shapes(toy: Toy) -> None:
     assert counted == sum(4 * 4 * (m.in_features + m.out_features) for m in maps)
     widths = sum(m.in_features for m in maps)
     assert strategies.memory_bytes(StageSize(1, 10, 0, widths, 5, 100.0)) == 4 * 4 * widths
+
+
+def test_memory_at_the_shapes_of_an_8b_model() -> None:
+    """As docs/strategies.md has it; no value of a weight is needed."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128_256, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert Gpm().added_bytes(model) == 2.5 * 2**30
+    widths = sum(layer.in_features for layer in linear_maps(model).values())
+    assert Gpm().memory_bytes(StageSize(2, 0, 0, widths, 1, 1.0)) / 2**30 == pytest.approx(1.19, abs=0.01)
