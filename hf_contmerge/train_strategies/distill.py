@@ -1,4 +1,4 @@
-"""Distill: stay near the predictions of the stage's start, of the base, or of both.
+"""Distill: stay near the predictions of earlier models.
 
 Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv 1606.09282; the factor T^2, which keeps the gradient's
 size, as in Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Two teachers,
@@ -88,7 +88,7 @@ class Distill(TrainStrategy):
         return output.last_hidden_state[:, :-1][counts]
 
     def _gap(self, head: nn.Module, learnt: Tensor, *taught: Tensor) -> Tensor:
-        """Return T^2 * KL, the teachers' mean summed over tokens, of hidden states (token, width)."""
+        """Return T^2 * KL summed over tokens, averaged over teachers."""
         found = F.log_softmax(head(learnt).float() / self.temperature, -1)
         gaps = []
         for teacher, hidden in zip(self._teachers, taught, strict=True):

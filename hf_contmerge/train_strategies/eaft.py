@@ -1,4 +1,4 @@
-"""EAFT: entropy-adaptive fine-tuning, without the tokens on which the model is sure.
+"""EAFT: entropy-adaptive fine-tuning; confident contradictions count less.
 
 arXiv 2601.02151. The authors take the entropy of the 20 likeliest tokens, scaled to sum to 1, by its maximum ln 20 (as
 the number 3 in their program). TRL gives the entropy of the whole vocabulary: about the same where few tokens are

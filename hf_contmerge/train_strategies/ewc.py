@@ -106,7 +106,7 @@ class Ewc(TrainStrategy):
 
 
 def size_of(head: nn.Module, hidden: Tensor) -> Tensor:
-    """Return the mean squared logits, summed over tokens, of hidden states (token, width)."""
+    """Return the mean squared logits of hidden states, summed over tokens."""
 
     def size(part: Tensor) -> Tensor:
         return head(part).float().square().mean(-1).sum()

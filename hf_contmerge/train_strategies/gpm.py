@@ -1,4 +1,4 @@
-"""GPM: gradient projection memory, which keeps what linear maps compute on earlier inputs.
+"""GPM: gradient projection memory, over the inputs of earlier stages.
 
 Saha, Garg and Roy, ICLR 2021, arXiv 2103.09762. Differences: each token's input is scaled to length 1, because a few
 channels of an LLM hold most of the energy; not only gradients are projected but whole steps, because Adam leaves the
@@ -116,7 +116,7 @@ class Gpm(TrainStrategy):
 
 
 class Seen:
-    """The inputs of a linear map: their energy inside M, and a sketch of the rest.
+    """Inputs of a linear map: energy inside M, sketch of the rest.
 
     The sketch is C P, with C the rest's second moment: C itself, or its products with 2 * rank random vectors P.
     """
@@ -156,7 +156,7 @@ def _probe(width: int, columns: int) -> Tensor:
 
 
 class _Inputs(dict[str, Seen]):
-    """Layer -> its inputs, made when the first ones come: layers that share an input have none."""
+    """Inputs by layer, made on first use: layers with a shared input have none."""
 
     def __init__(self, rank: int, bases: dict[str, Tensor]) -> None:
         super().__init__()

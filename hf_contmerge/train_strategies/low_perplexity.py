@@ -1,4 +1,4 @@
-"""Low perplexity: learn only tokens that the model finds likely.
+"""Low perplexity: learn only likely tokens.
 
 Selective token masking: Wu, Tam, Lin, Lee and Chen, "Mitigating Forgetting in LLM Fine-Tuning via Low-Perplexity Token
 Learning", NeurIPS 2025, arXiv 2501.14315, with tokens of perplexity up to 2.5. In the authors' program the model before

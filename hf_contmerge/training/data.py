@@ -139,7 +139,7 @@ def _set_aside(source: DataSource, share: float, count: int, *, seed: int, limit
 
 
 def _measurable(fit: Fit) -> list[int]:
-    """Return the places of the examples that may be held out: no bad answers."""
+    """Return the places of examples for measuring: no bad answers."""
     return (
         [i for i, good in enumerate(fit.rows[LABEL]) if good] if fit.form == "unpaired" else list(range(len(fit.rows)))
     )

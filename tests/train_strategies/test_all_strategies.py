@@ -48,8 +48,14 @@ PARAMETERS: dict[str, Row] = {
 """Of strategies whose defaults cannot train a toy, by name."""
 
 
+TOGETHER: dict[str, dict[str, Row]] = {
+    "asft distill": {"distill": {"strength": 0.001}},  # asft's weights make a toy's loss smaller than the pull
+}
+
+
 def parameters_of(case: str) -> dict[str, Row]:
-    return {name: PARAMETERS[name] for name in case.split() if name in PARAMETERS}
+    own = {name: PARAMETERS[name] for name in case.split() if name in PARAMETERS}
+    return own | TOGETHER.get(case, {})
 
 
 @functools.cache

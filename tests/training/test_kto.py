@@ -1,5 +1,6 @@
 """Stages that learn from labelled answers, by TRL's KTOTrainer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from toys.models import write_jsonl
 from toys.trainings import Row, Training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_contmerge.commands.main import main
 from hf_contmerge.errors import DataError, RecipeError
 from hf_contmerge.loop.plan.rehearsal import rehearse
+from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.recipe.text import parse_recipe
@@ -167,3 +170,32 @@ def test_good_answers_become_likelier_than_bad_ones(
     assert train.bytes("broken") == train.bytes("whole")
     assert broken["log"] == record["log"]
     assert load_file(base_folder / "model.safetensors").keys() == train.weights("whole").keys()
+
+
+@pytest.mark.slow
+def test_a_run_with_labelled_answers(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned, trained after a stage of texts, merged and scored on the good answers that were held out."""
+    monkeypatch.chdir(tmp_path)
+    texts = [{"text": f"the quick brown fox number {i} jumps over a lazy dog"} for i in range(20)]
+    files = [
+        str(write_jsonl(tmp_path / name, rows)) for name, rows in (("texts.jsonl", texts), ("kto.jsonl", rows_of()))
+    ]
+    recipe = {
+        "name": "thumbs", "base_model": str(base_folder), "merge": ["magmax"],
+        "train": {"max_steps": 3, "max_length": 64, "logging_steps": 1, "save_strategy": "no", "packing": True},
+        "stages": [
+            {"name": "texts", "dataset": {"path": files[0], "heldout": 3}},
+            {"name": "answers", "dataset": {"path": files[1], "heldout": 3},
+             "train": {"learn": "kto", "learning_rate": 1e-3}},
+        ],
+    }  # fmt: skip
+    Path("recipe.yml").write_text(json.dumps(recipe))
+    assert main(["plan", "recipe.yml"]) == 0
+    assert main(["run", "recipe.yml"]) == 0
+    run = Run.open(parse_recipe(recipe), tmp_path / "runs" / "thumbs")
+    record = run.expert(2, "previous").record("train")
+    assert record["settings"]["learning_rate"] == 1e-3
+    assert "rewards/margins" in record["log"][-1]
+    held = [json.loads(line)["text"] for line in (run.tasks / "answers_heldout.jsonl").read_text().splitlines()]
+    assert len(held) == 3
+    assert all("quick fox" in text for text in held)
