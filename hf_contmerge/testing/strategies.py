@@ -35,9 +35,10 @@ def check_strategy(strategy: Strategy | Sequence[Strategy], /, **parameters: Any
     The message names the promise. A toy Llama of 30,000 weights is trained for two stages of six steps, in seconds.
 
     It must have a docstring with its equation and a reference, and refuse parameters that it does not have and values
-    of a wrong type. In both stages the loss must fall, and the expert keep the base's names, shapes and finite values.
-    The second stage must do without the first's dataset. Training that was killed must resume from its checkpoint to
-    the same bytes, of the expert and of what is remembered. Hooks must leave their inputs alone.
+    of a wrong type. In both stages the loss must fall (where it weights tokens, the accuracy rise), and the expert keep
+    the base's names, shapes and finite values. The second stage must do without the first's dataset. Training that was
+    killed must resume from its checkpoint to the same bytes, of the expert and of what is remembered. Hooks must leave
+    their inputs alone.
 
     Several ranks are not tried: test `sharded` and sums over ranks yourself.
 
@@ -166,11 +167,15 @@ def _task_vectors(expert: Path, base: Weights) -> Iterator[tuple[str, Tensor]]:
 
 @_promise
 def learns(course: Course) -> Iterator[str]:
-    """Check for a falling loss in both stages."""
+    """Check for a falling loss in both stages; of weighted tokens, for a rising accuracy."""
+    weighting = course.strategies().overriding("token_weights")  # p * -log p rises up to p = 1 / e
+    key, words, sign = (
+        ("mean_token_accuracy", "accuracy does not rise", -1) if weighting else ("loss", "loss does not fall", 1)
+    )
     for name, record in (("first", course.first), ("second", course.second)):
-        losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
-        if len(losses) != STEPS or not sum(losses[-2:]) < sum(losses[:2]):
-            yield f"the loss does not fall in the {name} stage: {', '.join(f'{loss:.4f}' for loss in losses)}"
+        values = [entry[key] for entry in record["log"] if key in entry]
+        if len(values) != STEPS or not sign * sum(values[-2:]) < sign * sum(values[:2]):
+            yield f"the {words} in the {name} stage: {', '.join(f'{value:.4f}' for value in values)}"
 
 
 @_promise

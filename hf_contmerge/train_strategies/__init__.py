@@ -44,6 +44,8 @@ class StageSize:
     """Parameters that are trained."""
     lora_a: int
     """Of these, those in the A's of a LoRA."""
+    inputs: int
+    """The widths of the trained linear maps' inputs, added up."""
     examples: int
     example_bytes: float
     """Of one, on average."""
@@ -72,6 +74,9 @@ class TrainStrategy:
 
     stage: int = field(default=1, init=False, repr=False)
     """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
+
+    base: Path | None = field(default=None, init=False, repr=False)
+    """The pretrained model's folder; set before the first hook. No parameter of a recipe."""
 
     kept_by_rounding: Mapping[str, Kept] | None = field(default=None, init=False, repr=False)
     """Set by `close`: what each weight that it rounded keeps of its update. No parameter of a recipe."""
@@ -162,6 +167,10 @@ class TrainStrategy:
             out: an empty folder; only the main process may write. Left empty, it is removed.
         """
 
+    def added_bytes(self, model: nn.Module) -> int:
+        """Return the bytes held in training besides the carrier's. `model`: may lack values."""
+        return self.bytes_per_parameter * sum(weight.numel() for weight in model.parameters())
+
     def memory_bytes(self, stage: StageSize) -> int:
         """Return about how many bytes `remember` will write."""
         return 0
@@ -201,10 +210,10 @@ class Combined:
         plain = getattr(TrainStrategy, hook)
         return [name for name, part in self.parts.items() if getattr(type(part), hook) is not plain]
 
-    def begin(self, stage: int) -> None:
-        """Set the stage's number, before any hook is called."""
+    def begin(self, stage: int, base: Path | None = None) -> None:
+        """Set the stage's number and the base, before any hook is called."""
         for part in self.parts.values():
-            part.stage = stage
+            part.stage, part.base = stage, base
 
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
         for name, part in self.parts.items():

@@ -1,15 +1,17 @@
-"""Distill: stay near the predictions of the stage's starting model.
+"""Distill: stay near the predictions of earlier models.
 
 Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv 1606.09282; the factor T^2, which keeps the gradient's
-size, as in Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
+size, as in Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Two teachers,
+the pretrained model and the previous one: MulKI, "Multi-Stage Knowledge Integration of Vision-Language Models".
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.loading import load_model, runs_own_code
 from hf_contmerge.train_strategies import Inputs, TrainStrategy
 from hf_contmerge.train_strategies._weights import plain_model
+
+Teacher = Literal["start", "base", "both"]
 
 _LOGITS = 2**25  # in one chunk: 128 MiB in float32
 
@@ -28,49 +33,69 @@ _LOGITS = 2**25  # in one chunk: 128 MiB in float32
 class Distill(TrainStrategy):
     """loss + strength * T^2 * KL(teacher || student), mean over the tokens that count; logits are divided by T first.
 
-    The teacher is the model as the stage starts: the previous expert; in the first stage, the base itself. It reads the
-    stage's own examples, so that no earlier ones are needed. The last hidden states of the student are caught on their
-    way to the loss; logits exist only for the tokens that count, a chunk at a time.
+    The teacher is the model as the stage starts (the previous expert; in the first stage, the base itself), the base,
+    or both, with the mean of their divergences. It reads the stage's own examples, so that no earlier ones are needed.
+    The last hidden states of the student are caught on their way to the loss; logits exist only for the tokens that
+    count, a chunk at a time.
     """
 
-    bytes_per_parameter = 4  # the teacher's own weights; with adapters it shares the frozen ones, and has next to none
-    sharded = False  # the teacher is whole on each rank
+    bytes_per_parameter = 4  # a teacher's own weights; with adapters the start shares the frozen ones
+    sharded = False  # a teacher is whole on each rank
     texts_only = True
 
     strength: Annotated[float, Field(ge=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    _teacher: Any = field(default=None, init=False, repr=False)
+    teacher: Teacher = "start"
+    _teachers: list[Any] = field(default_factory=list, init=False, repr=False)
     _hidden: Tensor | None = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.teacher == "both":
+            self.bytes_per_parameter = 8  # pyright: ignore[reportAttributeAccessIssue]
+
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
-        shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-        self._teacher = plain_model(copy.deepcopy(model, shared)).eval().requires_grad_(False)
-        _require_plain_head(self._teacher)
+        self._teachers = [teacher.eval().requires_grad_(False) for teacher in self._made(model)]
+        _require_plain_head(self._teachers[0])
         plain_model(model).base_model.register_forward_hook(self._catch)
         return model
+
+    def _made(self, model: PreTrainedModel) -> Iterator[Any]:
+        """Yield the teachers, in the model's dtype."""
+        if self.teacher != "base":
+            shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+            yield plain_model(copy.deepcopy(model, shared))
+        if self.teacher != "start":
+            assert self.base
+            yield load_model(self.base, self.base, dtype=model.dtype, trust_remote_code=runs_own_code(model))
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor | None:
         assert self._hidden is not None
         counts = inputs["labels"][:, 1:] != -100
-        self._teacher.to(counts.device)
-        with torch.no_grad():
-            output = self._teacher.base_model(**{k: v for k, v in inputs.items() if k != "labels"})
-        taught, learnt = output.last_hidden_state[:, :-1][counts], self._hidden[:, :-1][counts]
-        self._hidden = None
+        learnt, self._hidden = self._hidden[:, :-1][counts], None
+        taught = [self._taught(teacher.to(counts.device), inputs, counts) for teacher in self._teachers]
         head = plain_model(model).get_output_embeddings()
-        size = max(1, _LOGITS // self._teacher.config.get_text_config().vocab_size)
+        size = max(1, _LOGITS // self._teachers[0].config.get_text_config().vocab_size)
         gaps = [
-            checkpoint(self._gap, head, *pair, use_reentrant=False, preserve_rng_state=False)
-            for pair in zip(learnt.split(size), taught.split(size), strict=True)
+            checkpoint(self._gap, head, *parts, use_reentrant=False, preserve_rng_state=False)
+            for parts in zip(learnt.split(size), *(hidden.split(size) for hidden in taught), strict=True)
         ]
         return self.strength * torch.stack(gaps).sum()
 
-    def _gap(self, head: nn.Module, learnt: Tensor, taught: Tensor) -> Tensor:
-        """Return T^2 * KL, summed over tokens, of hidden states (token, width)."""
-        with torch.no_grad():
-            wanted = F.log_softmax(self._teacher.get_output_embeddings()(taught).float() / self.temperature, -1)
+    @torch.no_grad()
+    def _taught(self, teacher: Any, inputs: Inputs, counts: Tensor) -> Tensor:
+        """Return a teacher's last hidden states (token, width)."""
+        output = teacher.base_model(**{k: v for k, v in inputs.items() if k != "labels"})
+        return output.last_hidden_state[:, :-1][counts]
+
+    def _gap(self, head: nn.Module, learnt: Tensor, *taught: Tensor) -> Tensor:
+        """Return T^2 * KL summed over tokens, averaged over teachers."""
         found = F.log_softmax(head(learnt).float() / self.temperature, -1)
-        return self.temperature**2 * F.kl_div(found, wanted, reduction="sum", log_target=True)
+        gaps = []
+        for teacher, hidden in zip(self._teachers, taught, strict=True):
+            with torch.no_grad():
+                wanted = F.log_softmax(teacher.get_output_embeddings()(hidden).float() / self.temperature, -1)
+            gaps.append(F.kl_div(found, wanted, reduction="sum", log_target=True))
+        return self.temperature**2 * sum(gaps[1:], gaps[0]) / len(gaps)
 
     def _catch(self, _: nn.Module, __: Any, output: Any) -> None:
         if torch.is_grad_enabled():

@@ -1,19 +1,22 @@
-"""EWC: elastic weight consolidation, with one running diagonal Fisher.
+"""EWC: elastic weight consolidation, with one running importance of each weight.
 
 Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796; running as in
-Schwarz et al., "Progress & Compress", ICML 2018, arXiv 1805.06370.
+Schwarz et al., "Progress & Compress", ICML 2018, arXiv 1805.06370. MAS: Aljundi et al., "Memory Aware Synapses", ECCV
+2018, arXiv 1711.09601.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hf_contmerge.models.weights import write_tensors
@@ -22,6 +25,7 @@ from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
 from hf_contmerge.train_strategies._weights import Start, trained
 
 _FILE = "fisher.safetensors"
+_TOKENS = 256
 
 
 @dataclass
@@ -32,6 +36,9 @@ class Ewc(TrainStrategy):
     labels of the data: the empirical Fisher), summed over a seeded sample and divided by the sample's tokens: of a
     token, as the loss is. In theory strength 1 weighs old and new tokens alike; but the gradients of what has just been
     learnt are so small that it takes thousands to be felt.
+
+    With `importance: mas`, F_t is |gradient of an example's sum of mean squared logits|, over the same sample and
+    divided by all of its tokens: how much a weight matters to the outputs, right or wrong. The paper's strength is 1.
     """
 
     carriers = ("full",)
@@ -43,6 +50,7 @@ class Ewc(TrainStrategy):
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     examples: Annotated[int, Field(ge=1)] = 128
     """How many of the stage's examples F_t is measured on, each by a forward and a backward pass."""
+    importance: Literal["fisher", "mas"] = "fisher"
     _fisher: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _start: Start | None = field(default=None, init=False, repr=False)
 
@@ -65,10 +73,11 @@ class Ewc(TrainStrategy):
         self._start = None  # its memory is needed now
         weights = dict(trained(model))
         sums, tokens = {n: torch.zeros_like(w) for n, w in weights.items()}, 0
-        for likelihood, count in likelihoods(self.examples):
-            gradients = torch.autograd.grad(likelihood, list(weights.values()), materialize_grads=True)
+        fisher = self.importance == "fisher"
+        for measured, count in likelihoods(self.examples) if fisher else self._sizes(model, likelihoods):
+            gradients = torch.autograd.grad(measured, list(weights.values()), materialize_grads=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
-                total.addcmul_(gradient, gradient)
+                total.addcmul_(gradient, gradient if fisher else gradient.sign())
             tokens += count
         device = next(iter(weights.values())).device
         tokens = sum_over_ranks(torch.tensor(float(tokens), device=device)).clamp(min=1)
@@ -77,12 +86,33 @@ class Ewc(TrainStrategy):
             old = self._fisher.get(name)
             self._fisher[name] = fresh if old is None else fresh.add_(old.to(device), alpha=self.gamma)
 
+    def _sizes(self, model: Any, likelihoods: Likelihoods) -> Iterator[tuple[Tensor, int]]:
+        """Yield each example's sum of mean squared logits, and its tokens."""
+        hidden: list[Tensor] = []
+        watched = model.base_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state[0]))
+        try:
+            for _ in likelihoods(self.examples):
+                states = hidden.pop()
+                yield size_of(model.get_output_embeddings(), states), len(states)
+        finally:
+            watched.remove()
+
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
         if is_main():
             write_tensors(out / _FILE, self._fisher)
 
     def memory_bytes(self, stage: StageSize) -> int:
         return 4 * stage.trained
+
+
+def size_of(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Return the mean squared logits of hidden states, summed over tokens."""
+
+    def size(part: Tensor) -> Tensor:
+        return head(part).float().square().mean(-1).sum()
+
+    parts = hidden.split(_TOKENS)  # logits of all tokens would not fit
+    return torch.stack([checkpoint(size, part, use_reentrant=False, preserve_rng_state=False) for part in parts]).sum()
 
 
 def _require_same(shapes: dict[str, tuple[int, ...]], fisher: dict[str, Tensor], path: Path) -> None:

@@ -1,6 +1,7 @@
 """The forms of examples, recognised by columns; usable rows.
 
     preference            prompt, chosen, rejected        answers compared (DPO); the prompt may also stand in both
+    unpaired              prompt, completion, label       good and bad answers (KTO), where `learn: kto` asks for it
     messages              messages                        conversations
     prompt_completion     prompt, completion              text, or turns of a conversation
     text                  text                            pretraining
@@ -36,14 +37,18 @@ from hf_contmerge.training._rows import Row, Rows
 
 LOG = logging.getLogger(__name__)
 
-Form = Literal["text", "messages", "prompt_completion", "preference"]
+Form = Literal["text", "messages", "prompt_completion", "preference", "unpaired"]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
+    "unpaired": ("prompt", "completion", "label"),
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
+LABEL = "label"
+_LABELS: dict[Any, bool] = {"true": True, "True": True, "1": True, "false": False, "False": False, "0": False}
+"""Of text files; others have true and false, or 1 and 0."""
 _TEXT = datasets.Value("string")
 _TURNS = datasets.List({"role": _TEXT, "content": _TEXT})
 _ANY_TURNS = datasets.List(datasets.Json())
@@ -55,6 +60,11 @@ _VERSION = 2
 
 class Limits(Protocol):
     """The limits of a stage's trainer (limits.py)."""
+
+    @property
+    def form(self) -> Form | None:
+        """The form that the stage must have, whatever other columns there are."""
+        ...
 
     def check(self, example: Row, form: Form) -> str | None:
         """Return the reason to leave an example out, or None."""
@@ -149,12 +159,13 @@ class Examples:
             return _pair({name: _answer(value, column) for name, (column, value) in named.items()})
         if self.layout.form == "messages":
             return {"messages": _talk(*named["messages"])}
-        example = {name: _answer(value, column) for name, (column, value) in named.items()}
+        label = {name: _label(value) for name, (_, value) in named.items() if name == LABEL}
+        example = {name: _answer(value, column) for name, (column, value) in named.items() if name != LABEL}
         if len({type(value) for value in example.values()}) > 1:
             raise DataError("prompt and completion must both be text, or both lists of turns.")
         if not example["completion"]:
             raise LeftOutError("have an empty completion")
-        return example
+        return example | label
 
     def _extra(self, name: str, value: Any) -> Any:
         if name == TOOLS:
@@ -180,7 +191,7 @@ def fit_rows(rows: Rows, spec: DataSource, limits: Limits | None = None) -> Fit:
     """
     if len(rows) > _MANY:
         LOG.info("Checking %d rows of %s", len(rows), spec.path)
-    examples = Examples(rows, spec, layout_of(rows, spec), limits)
+    examples = Examples(rows, spec, layout_of(rows, spec, limits), limits)
     keep: list[int] = []
     left_out: Counter[str] = Counter()
     plain = True
@@ -218,14 +229,26 @@ def require_columns(known: list[str], columns: list[str] | tuple[str, ...], path
             raise DataError(unknown("column", column, known, where=path))
 
 
-def layout_of(rows: Rows, spec: DataSource) -> Layout:
+def layout_of(rows: Rows, spec: DataSource, limits: Limits | None = None) -> Layout:
     """Return the form of a dataset. Raises DataError for unknown columns."""
-    layout = _form_of(rows, spec)
-    answer = layout.columns[-1]
+    layout = _wanted_form(rows, spec, limits.form) if limits and limits.form else _form_of(rows, spec)
+    answer = layout.columns[-2 if layout.form == "unpaired" else -1]
     first = next((row for row in rows if row.get(answer) is not None), {})
     extras = extras_of(rows.columns, talk=layout.form != "text" and isinstance(first.get(answer), list))
     unused = tuple(name for name in rows.columns if name not in (*layout.columns, *extras))
     return layout._replace(extras=extras, argument_keys=argument_keys(first), unused=unused)
+
+
+def _wanted_form(rows: Rows, spec: DataSource, form: Form) -> Layout:
+    columns = COLUMNS[form]
+    require_columns(rows.columns, tuple(spec.labels), spec.path)
+    if spec.text is not None or spec.messages is not None or not {*columns} <= {*rows.columns}:
+        raise DataError(
+            f"{spec.path} has the columns {', '.join(rows.columns)}; `learn: kto` needs `prompt`, `completion` and "
+            "`label` (true for a good answer, false for a bad one), and neither `text` nor `messages`. Rename the "
+            "columns, or remove `learn`."
+        )
+    return Layout(form, columns, columns)
 
 
 def _form_of(rows: Rows, spec: DataSource) -> Layout:
@@ -239,6 +262,8 @@ def _form_of(rows: Rows, spec: DataSource) -> Layout:
         require_columns(known, (spec.messages,), spec.path)
         return Layout("messages", (spec.messages,), ("messages",))
     for form, columns in COLUMNS.items():
+        if form == "unpaired":
+            continue
         if form == "preference" and {"chosen", "rejected"} <= {*known}:
             columns = tuple(c for c in columns if c in known)
         if {*columns} <= {*known}:
@@ -258,6 +283,7 @@ def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets
     rows, layout = examples.rows, examples.layout
     made = layout.format and not layout.format.is_column
     split = layout.form == "preference" and _is_split(rows.data.features)
+    split = split or (layout.form == "unpaired" and rows.data.features.get(LABEL) != datasets.Value("bool"))
     if not (rows.are_records or examples.spec.labels or made or split or layout.extras):
         data = rows.data.select_columns(list(layout.columns))
         data = data if len(keep) == len(data) else data.select(keep)
@@ -289,7 +315,7 @@ def _is_split(features: datasets.Features) -> bool:
 
 def _features(example: Row, *, plain: bool) -> datasets.Features:
     turns = _TURNS if plain else _ANY_TURNS
-    extras = {TOOLS: _TEXT, ARGUMENTS: datasets.Json()}
+    extras = {TOOLS: _TEXT, ARGUMENTS: datasets.Json(), LABEL: datasets.Value("bool")}
     return datasets.Features(
         {name: extras.get(name, _TEXT if isinstance(value, str) else turns) for name, value in example.items()}
     )
@@ -351,6 +377,14 @@ def _answer(value: Any, column: str) -> str | list[Row]:
         f"the column {column} holds {value!r:.60}; text, or turns with `role` and `content`, were expected. Write it "
         "as a string."
     )
+
+
+def _label(value: Any) -> bool:
+    """Return a label. Raises DataError for other values."""
+    label = _LABELS.get(value) if isinstance(value, str) else bool(value) if value in (0, 1) else None
+    if label is None:
+        raise DataError(f"the column {LABEL} holds {value!r:.60}; true for a good answer or false was expected.")
+    return label
 
 
 def _talk(column: str, turns: Any) -> list[Row]:

@@ -204,7 +204,7 @@ def _refuse_pairs(plain: type, strategies: Combined) -> None:
     names = strategies.texts_only()
     if names and not issubclass(plain, SFTTrainer):
         raise RecipeError(
-            f"train.strategy: {' and '.join(names)} needs the tokens of texts, and a stage has preference pairs. Give "
+            f"train.strategy: {' and '.join(names)} needs the tokens of texts, and a stage has preferences. Give "
             "that stage texts or conversations, or leave the strategy out."
         )
 
@@ -224,7 +224,7 @@ def reference_model(form: Form, opened: Any, start: Path, base: Path, **init: An
     """
     from peft import LoraConfig, PeftModel
 
-    if form != "preference":
+    if form not in ("preference", "unpaired"):
         return {}
     if isinstance(opened, PeftModel) and isinstance(opened.peft_config["default"], LoraConfig):
         return {}

@@ -17,6 +17,7 @@ from hf_contmerge.training._asked import asked_of
 from hf_contmerge.training._extras import template_arguments
 from hf_contmerge.training._forms import (
     COLUMNS,
+    LABEL,
     Fit,
     Form,
     Limits,
@@ -31,7 +32,9 @@ from hf_contmerge.training._rows import Row, empty, load_rows, stream_rows
 
 LOG = logging.getLogger(__name__)
 
-_MEASURED: dict[Form, tuple[str, ...]] = {**COLUMNS, "preference": ("prompt", "chosen")}
+_MEASURED: dict[Form, tuple[str, ...]] = {
+    **COLUMNS, "preference": ("prompt", "chosen"), "unpaired": ("prompt", "completion"),
+}  # fmt: skip
 """What of a held-out example is measured."""
 
 
@@ -117,7 +120,7 @@ def _set_aside(source: DataSource, share: float, count: int, *, seed: int, limit
     if source.heldout_split:
         other = source.model_copy(update={"split": source.heldout_split})
         test = _examples(other, seed=seed, at_most=count, limits=limits)
-        held, others = test.rows, test.left_out
+        held, others = test.rows.select(_measurable(test)), test.left_out
         left_out = left_out + Counter({f"{why} (split {other.split})": n for why, n in others.items()})
         heldout, train = held.select(range(min(count or len(held), len(held)))), fit.rows
     else:
@@ -126,8 +129,20 @@ def _set_aside(source: DataSource, share: float, count: int, *, seed: int, limit
                 f"{source.path} has {len(fit.rows)} examples, but {count} are to be held out and none would be "
                 "left to train on. Give more examples, or set `heldout` to a smaller number."
             )
-        heldout, train = fit.rows.select(range(count)), fit.rows.select(range(count, len(fit.rows)))
+        held = _measurable(fit)[:count]
+        if len(held) < count:
+            raise DataError(
+                f"{source.path} has {len(held)} good answers, but {count} are to be held out. Lower `heldout`."
+            )
+        heldout, train = fit.rows.select(held), fit.rows.select(sorted({*range(len(fit.rows))} - {*held}))
     return Portion(source, share, fit.form, train, heldout, left_out)
+
+
+def _measurable(fit: Fit) -> list[int]:
+    """Return the places of examples for measuring: no bad answers."""
+    return (
+        [i for i, good in enumerate(fit.rows[LABEL]) if good] if fit.form == "unpaired" else list(range(len(fit.rows)))
+    )
 
 
 def _trained(portion: Portion, heldout: datasets.Dataset, limits: Limits | None) -> Portion:
@@ -211,7 +226,7 @@ def _examples(spec: DataSource, *, seed: int, at_most: int, limits: Limits | Non
     left_out, read, layout = Counter[str](), 0, None
     for part in stream_rows(spec, seed=seed):
         if not layout:
-            layout = layout_of(part, spec)
+            layout = layout_of(part, spec, limits)
             _tell_unused(spec, layout.unused)
         usable, others = fit_part(part, spec, layout, limits)
         examples += usable
@@ -268,7 +283,7 @@ def _without(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> 
 def _as_text(row: Row, form: Form, render: Callable[..., str]) -> str:
     if form == "messages":
         return render(row["messages"], **template_arguments(row))
-    if form in ("prompt_completion", "preference"):
+    if form in ("prompt_completion", "preference", "unpaired"):
         prompt, completion = (row[column] for column in _MEASURED[form])
         return (
             prompt + completion

@@ -58,7 +58,7 @@ def train_expert(
         For the record: the training loss, steps, tokens and the curve.
     """
     strategies = job.make(job.train)
-    strategies.begin(job.stage)
+    strategies.begin(job.stage, job.base)
     examples = strategies.mix(job.data.train, job.memory, seed=job.seed)
     trainer = _make_trainer(job, strategies, examples, checkpoints)
     dropped = _dropped(trainer, len(examples))

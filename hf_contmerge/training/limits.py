@@ -17,7 +17,7 @@ import datasets
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.training._extras import template_arguments
-from hf_contmerge.training._forms import COLUMNS, Form, Row, rows_of
+from hf_contmerge.training._forms import COLUMNS, LABEL, Form, Row, rows_of
 from hf_contmerge.training.data import require_chat_template
 from hf_contmerge.training.settings import loss_fields
 from hf_contmerge.training.tokenizer import stage_tokenizer
@@ -45,6 +45,11 @@ class TrainerLimits:
     @functools.cached_property
     def tokenizer(self) -> Any:
         return self.load_tokenizer()
+
+    @property
+    def form(self) -> Form | None:
+        """The form that `learn` needs."""
+        return "unpaired" if self.train.learn == "kto" else None
 
     # Conversations
 
@@ -112,7 +117,7 @@ class TrainerLimits:
         """Return the common tokens of a prompt, and prompt and answer."""
         prompt, arguments = example["prompt"], template_arguments(example)
         start = self._ids(prompt, prompt=True, **arguments)
-        answers = (example[name] for name in COLUMNS[form] if name != "prompt")
+        answers = (example[name] for name in _answers(form))
         return min(_common(start, self._ids(prompt + answer, **arguments)) for answer in answers)
 
     def _shows_answer(self, example: Row, fields: dict[str, Any]) -> bool:
@@ -172,7 +177,9 @@ def _cuts(fields: dict[str, Any], form: Form) -> bool:
         return False
     if form == "messages":
         return True
-    return fields["truncation_mode"] == "keep_start" and fields.get("completion_only_loss") is not False
+    return (
+        fields.get("truncation_mode", "keep_start") == "keep_start" and fields.get("completion_only_loss") is not False
+    )
 
 
 def _conversations(example: Row, form: Form) -> Iterable[tuple[list[Row], bool]]:
@@ -181,9 +188,12 @@ def _conversations(example: Row, form: Form) -> Iterable[tuple[list[Row], bool]]
         yield example["messages"], False
     elif form != "text" and isinstance(example["prompt"], list):
         yield example["prompt"], True
-        for name in COLUMNS[form]:
-            if name != "prompt":
-                yield [*example["prompt"], *example[name]], False
+        for name in _answers(form):
+            yield [*example["prompt"], *example[name]], False
+
+
+def _answers(form: Form) -> tuple[str, ...]:
+    return tuple(name for name in COLUMNS[form] if name not in ("prompt", LABEL))
 
 
 def _shows(turn: Row, text: str) -> bool:

@@ -30,7 +30,13 @@ from hf_contmerge.training.data import StageData, require_chat_template
 LOG = logging.getLogger(__name__)
 
 _OWN = tuple(Train.model_fields)
-_SFT_LOSSES = ("nll", "dft", "chunked_nll")  # values of `loss_type` that SFTTrainer has, and DPOTrainer has not
+_PREFERENCES: dict[Form, str] = {"preference": "pairs", "unpaired": "labelled answers"}
+_OWNERS: dict[Form, str] = {
+    "preference": "preference pairs", "unpaired": "labelled answers (`learn: kto`)", "text": "texts and conversations",
+}  # fmt: skip
+"""A form of each trainer, in words."""
+_SFT_LOSSES = ("nll", "dft", "chunked_nll")  # values of `loss_type` that SFTTrainer has, and the others have not
+_KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 
 def make_strategies(train: Train) -> Combined:
@@ -68,7 +74,7 @@ def data_checks(recipe: Recipe, data: Mapping[str, StageData]) -> Iterator[Check
 
 def _check_settings(train: Train) -> None:
     """Raise RecipeError for unknown fields and rejected values."""
-    _check_fields(train.sft_fields, {*config_fields("preference"), *config_fields("text")}, "train", others=_OWN)
+    _check_fields(train.sft_fields, {name for form in _OWNERS for name in config_fields(form)}, "train", others=_OWN)
     _check_values(train, "text", "train")
 
 
@@ -95,8 +101,10 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
         if stage.dataset:
             form, train = forms[stage.name], recipe.train_of(stage)
             where = f"train of stage {stage.name}"
-            if form == "preference" and stage.train.get("loss_type") in _SFT_LOSSES:
-                raise RecipeError(f"{where}: loss_type {stage.train['loss_type']} is for texts, not pairs.")
+            if form in _PREFERENCES and stage.train.get("loss_type") in _SFT_LOSSES:
+                raise RecipeError(
+                    f"{where}: loss_type {stage.train['loss_type']} is for texts, not {_PREFERENCES[form]}."
+                )
             _check_fields(stage.train, config_fields(form), where, others=_OWN)
             _check_values(train, form, where)
             _check_form(train, form, where)
@@ -163,8 +171,7 @@ def _all_fields() -> set[str]:
 
 def _whose(field: str) -> str:
     """Name the form of examples with this field."""
-    forms: dict[Form, str] = {"preference": "preference pairs", "text": "texts and conversations"}
-    owners = [words for form, words in forms.items() if field in config_fields(form)]
+    owners = [words for form, words in _OWNERS.items() if field in config_fields(form)]
     return f" It is for {owners[0]}, and no stage here has them." if owners else ""
 
 
@@ -192,6 +199,23 @@ def _check_form(train: Train, form: Form, where: str) -> None:
         )
     if fields.get("padding_free") and form == "preference":
         raise RecipeError(f"{where}: padding_free has no effect on preference pairs in this TRL. Remove it.")
+    if form == "unpaired":
+        _check_kto(_fields_for(form, train), where)
+
+
+def _check_kto(fields: Mapping[str, Any], where: str) -> None:
+    loss = fields.get("loss_type", "kto")
+    if loss not in _KTO_LOSSES:
+        raise RecipeError(f"{where}: " + unknown("loss_type", str(loss), _KTO_LOSSES, where="`learn: kto`"))
+    if loss == "kto" and fields.get("per_device_train_batch_size") == 1:
+        raise RecipeError(
+            f"{where}: KTO compares the answers of a batch, which needs per_device_train_batch_size 2 or more."
+        )
+    if loss == "kto" and fields.get("train_sampling_strategy", "sequential") != "sequential":
+        raise RecipeError(
+            f"{where}: KTO pairs each answer with its neighbour's prompt, in the order of the data. Remove "
+            "train_sampling_strategy."
+        )
 
 
 def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:
@@ -212,7 +236,7 @@ def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], wher
 def _fields_for(form: Form, train: Train) -> dict[str, Any]:
     """Return the fields of a form's trainer: pairs have no `packing`."""
     fields = {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
-    if form == "preference" and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
+    if form in _PREFERENCES and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
         del fields["loss_type"]
     return {field: value for field, value in fields.items() if field not in TOKENIZER_FIELDS}  # the tokenizer has them
 
@@ -272,6 +296,11 @@ def trl_classes(form: Form) -> tuple[type, type]:
         from trl.trainer.dpo_trainer import DPOTrainer
 
         return DPOTrainer, DPOConfig
+    if form == "unpaired":
+        from trl.trainer.kto_config import KTOConfig
+        from trl.trainer.kto_trainer import KTOTrainer
+
+        return KTOTrainer, KTOConfig
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 

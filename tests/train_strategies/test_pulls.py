@@ -1,5 +1,6 @@
 """What anchor, ewc, distill and migu do to a step, against the same computed as literally as their papers have it."""
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies import Combined, combine, distill
 from hf_contmerge.train_strategies.anchor import Anchor
 from hf_contmerge.train_strategies.distill import Distill
-from hf_contmerge.train_strategies.ewc import Ewc
+from hf_contmerge.train_strategies.ewc import Ewc, size_of
 from hf_contmerge.train_strategies.migu import Migu
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
@@ -206,6 +207,31 @@ def test_fisher_is_that_of_a_loop_by_hand(
         torch.testing.assert_close(second[name], 1.5 * first[name], rtol=1e-5, atol=0)
 
 
+def test_mas_is_that_of_a_loop_by_hand(
+    train: Callable[..., Any], model: Any, data: StageData, tmp_path: Path
+) -> None:  # fmt: skip
+    """|gradient of an example's sum of mean squared logits|, over all tokens, without a look at the labels."""
+    train("one", "ewc", {"importance": "mas"}, learning_rate=0.0, max_steps=1, packing=False)
+    found = load_file(tmp_path / "one-memory" / "ewc" / "fisher.safetensors")
+    sums, count, tokenizer = {n: torch.zeros_like(w) for n, w in model.named_parameters()}, 0, toy_tokenizer()
+    for row in data.train.to_list():
+        ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id][:32]])
+        model.zero_grad()
+        model(ids).logits.square().mean(-1).sum().backward()
+        count += ids.shape[1]
+        for name, weight in model.named_parameters():
+            sums[name] += weight.grad.abs()
+    for name, wanted in sums.items():
+        torch.testing.assert_close(found[name], wanted / count, rtol=1e-3, atol=1e-5 * float(wanted.max() / count))
+
+
+def test_mas_of_a_linear_model_is_twice_the_output_times_the_input() -> None:
+    """|2 W x x'|, over the outputs."""
+    head, x = nn.Linear(4, 3, bias=False), torch.randn(1, 4)
+    (found,) = torch.autograd.grad(size_of(head, x), [head.weight])
+    torch.testing.assert_close(found, 2 * (head.weight @ x.T) @ x / 3)
+
+
 def test_ewc_adds_the_gradient_of_its_penalty(model: Any, fisher: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(fisher, tmp_path / "fisher.safetensors")
     strategy = Ewc(strength=7.0)
@@ -270,11 +296,34 @@ def test_teacher_of_a_lora_has_no_weights_of_its_own(model: Any) -> None:
     assert isinstance(strategy, Distill)
     ours, own = (
         {w.data_ptr() for w in opened.parameters()},
-        {w.data_ptr(): w.numel() for w in strategy._teacher.parameters()},
+        {w.data_ptr(): w.numel() for w in strategy._teachers[0].parameters()},
     )
     assert sum(n for p, n in own.items() if p not in ours) == sum(
         w.numel() for w in opened.parameters() if w.requires_grad
     )
+
+
+@pytest.mark.parametrize(("teacher", "weight_of_base"), [("start", 0.0), ("base", 1.0), ("both", 0.5)])
+def test_distill_has_the_mean_divergence_of_its_teachers(
+    teacher: str, weight_of_base: float, model: Any, base_folder: Path
+) -> None:
+    """The base comes from its own folder, whatever the stage starts from."""
+    base, inputs = AutoModelForCausalLM.from_pretrained(base_folder), batch()
+    strategies = combine(["full", "distill"], {"distill": {"teacher": teacher, "temperature": 1.0}})
+    strategies.begin(2, base_folder)
+    moved(model)
+    start = copy.deepcopy(model)
+    strategies.open(model, None)
+    moved(model)
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    counts = inputs["labels"][:, 1:] != -100
+    with torch.no_grad():
+        p, q, r = (m(**ids).logits.log_softmax(-1)[:, :-1][counts] for m in (start, base, model))
+    of_start, of_base = ((t.exp() * (t - r)).sum() for t in (p, q))
+    model(**inputs, use_cache=False)
+    found = strategies.loss(model, inputs)
+    torch.testing.assert_close(found, (1 - weight_of_base) * of_start + weight_of_base * of_base, rtol=1e-4, atol=0)
+    assert strategies.bytes_per_parameter == 16 + (8 if teacher == "both" else 4)
 
 
 def test_distill_of_scaled_logits_is_refused() -> None:

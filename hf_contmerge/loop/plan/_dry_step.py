@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_contmerge.errors import ModelError
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.full import Full
+from hf_contmerge.train_strategies.gpm import linear_maps
 from hf_contmerge.train_strategies.lora import Lora
 
 _ADAM_BYTES = 8  # two float32 moments per trained parameter
@@ -59,6 +60,8 @@ class StepCost:
     work: Work
     lora_a: int = 0
     """Number of trained parameters in LoRA's A matrices."""
+    inputs: int = 0
+    """Widths of the trained linear maps' inputs, added up."""
 
 
 def training_step(
@@ -85,7 +88,7 @@ def training_step(
     if settings.gradient_checkpointing:
         _checkpoint(model, settings.gradient_checkpointing_kwargs)
     add_fused_lm_head(model, outputs=_FUSED_OUTPUTS)
-    numel = sum(p.numel() for p in model.parameters())
+    added = _added_bytes(strategies, model)
     opened = _opened(strategies, model)
     with _metering(folder) as meter:
         _materialise(opened)
@@ -100,8 +103,9 @@ def training_step(
             del out, loss
     counts = {name: p.numel() for name, p in opened.named_parameters() if p.requires_grad}
     trained, lora_a = sum(counts.values()), sum(count for name, count in counts.items() if ".lora_A." in name)
-    held = weights + trained * _moments(str(settings.optim)) + numel * _added_bytes(strategies)
-    return StepCost(held, held + meter.peak - weights, trained, meter.work, lora_a)
+    held = weights + trained * _moments(str(settings.optim)) + added
+    inputs = sum(layer.in_features for layer in linear_maps(opened).values())
+    return StepCost(held, held + meter.peak - weights, trained, meter.work, lora_a, inputs)
 
 
 def scoring_batch(folder: Path, *, batch: int, length: int, init: dict[str, Any]) -> StepCost:
@@ -162,10 +166,12 @@ def _opened(strategies: Combined, model: Any) -> Any:
     return Lora.open(carrier, model, None) if isinstance(carrier, Lora) else model
 
 
-def _added_bytes(strategies: Combined) -> int:
-    """Return bytes per parameter missing from the dry step."""
-    counted = Lora if isinstance(strategies.carrier, Lora) else Full
-    return strategies.bytes_per_parameter - counted.bytes_per_parameter
+def _added_bytes(strategies: Combined, model: Any) -> int:
+    """Return the strategies' bytes missing from the dry step."""
+    carrier = strategies.carrier
+    counted = Lora if isinstance(carrier, Lora) else Full
+    more = (carrier.bytes_per_parameter - counted.bytes_per_parameter) * sum(p.numel() for p in model.parameters())
+    return more + sum(part.added_bytes(model) for part in strategies.parts.values() if part is not carrier)
 
 
 def _moments(optimizer: str) -> int:

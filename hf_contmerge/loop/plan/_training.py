@@ -24,7 +24,8 @@ from hf_contmerge.training.settings import make_strategies, sft_settings, trl_cl
 
 _SAMPLED = 256  # examples with counted tokens
 _ADAM_MOVES = 40  # bytes per trained parameter and step: p, g, m, v read, p, m, v written; the norm and clipping of g
-_WITH_REFERENCE = 4 / 3  # preference pairs: the reference's forward pass on top of the model's forward and backward
+_WITH_REFERENCE = {"preference": 4 / 3, "unpaired": 2.0}
+"""Form -> a step's passes over those of plain training: the reference's forward pass, and two more for KTO's KL."""
 
 
 class _Shape(NamedTuple):
@@ -55,8 +56,7 @@ def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train) -> 
     if steps <= 0:
         steps = math.ceil(math.ceil(shape.examples / at_once) * settings.num_train_epochs)
     each = settings.gradient_accumulation_steps * host.computing(dry.work)
-    if planned.data[stage].form == "preference":
-        each *= _WITH_REFERENCE
+    each *= _WITH_REFERENCE.get(planned.data[stage].form, 1.0)
     each += _ADAM_MOVES * dry.trained / host.speeds.moved
     seconds = steps * each + host.loading(weights) + host.saving(weights)
     buckets = 4 * dry.trained if host.processes > 1 else 0  # DDP's copy of the gradients
@@ -95,7 +95,7 @@ def remembered_bytes(planned: PlannedRun, step: Step) -> int:
     dry = _dry_training(planned, stage.name, train.model_dump_json()).step
     rows = _sample(data)
     mean = sum(len(json.dumps(row).encode()) for row in rows) / len(rows)
-    return make_strategies(train).memory_bytes(StageSize(step.t, dry.trained, dry.lora_a, len(data), mean))
+    return make_strategies(train).memory_bytes(StageSize(step.t, dry.trained, dry.lora_a, dry.inputs, len(data), mean))
 
 
 @functools.cache
@@ -108,7 +108,7 @@ def _dry_training(planned: PlannedRun, stage: str, train_json: str) -> _DryTrain
     shape = _shape(planned, data, settings)
     strategies = make_strategies(train)
     step = training_step(planned.base, strategies, settings, batch=shape.rows, length=shape.length, init=init)
-    if data.form == "preference" and not isinstance(strategies.carrier, Lora):  # a second model is the reference
+    if data.form in _WITH_REFERENCE and not isinstance(strategies.carrier, Lora):  # a second model is the reference
         more = model_bytes(planned.weights, torch.float32)
         step = replace(step, held=step.held + more, peak=step.peak + more)
     return _DryTraining(step, settings, shape)

@@ -32,7 +32,7 @@ from hf_contmerge.training.tokenizer import stage_tokenizer
 _ROWS = 4
 _LOOKED_AT = 64
 _ONE_STEP = {
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "save_strategy": "no",
+    "gradient_accumulation_steps": 1, "max_steps": 1, "save_strategy": "no",
     "logging_strategy": "no", "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
     "dataset_num_proc": None, "dataloader_num_workers": 0, "dataloader_prefetch_factor": None,
     "dataloader_persistent_workers": False, "dataloader_multiprocessing_context": None, "full_determinism": False,
@@ -57,7 +57,17 @@ def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_rem
         settings = sft_settings(train, data, tokenizer, numel=0)
         settings.pop("model_init_kwargs", None)
         try:
-            _step(train, data, tokenizer, {**settings, **_ONE_STEP, "output_dir": scratch})
+            _step(
+                train,
+                data,
+                tokenizer,
+                {
+                    **settings,
+                    **_ONE_STEP,
+                    "output_dir": scratch,
+                    "per_device_train_batch_size": 2 if data.form == "unpaired" else 1,
+                },
+            )
         except ContmergeError:
             raise
         except Exception as error:  # code of others may fail in any way
@@ -67,7 +77,7 @@ def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_rem
 def _step(train: Train, data: StageData, tokenizer: Any, settings: dict[str, Any]) -> None:
     trainer_type, config_type = trl_classes(data.form)
     lora = isinstance(make_strategies(train).carrier, Lora)
-    pairs = data.form == "preference"
+    pairs = data.form in ("preference", "unpaired")
     trainer = trainer_type(
         model=_tiny(tokenizer, lora=lora),
         args=config_type(**settings),

@@ -93,6 +93,8 @@ class Train(BaseModel):
     """One name, or several to combine: [lora, replay]."""
     parameters: dict[str, Any] = {}
     """Parameters of the strategy; of several, by name: {lora: {r: 8}, replay: {examples: 100}}."""
+    learn: Literal["kto"] | None = None
+    """Another objective than the columns' own; kto: from single answers, each labelled good or bad."""
     statistics: StatisticsSettings | None = None
     """Of each expert, for merge rules that need them: [inputs], or {examples: 64, ...}."""
 

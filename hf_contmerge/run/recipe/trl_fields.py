@@ -1,4 +1,4 @@
-"""Fields of TRL's SFTConfig and DPOConfig: obeyed, set elsewhere, or refused.
+"""Fields of TRL's SFTConfig, DPOConfig and KTOConfig: obeyed, set elsewhere, or refused.
 
 One table for recipes, functions, checks and the page docs/recipe.md. It imports neither torch nor TRL: a refused field
 never reaches a run folder, and with it no token. `training.settings` compares the table with the installed TRL.
@@ -189,6 +189,7 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     # Preference pairs
     *_obeyed("beta label_smoothing f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha", Number),
     *_obeyed("ld_alpha", Share, None),
+    *_obeyed("desirable_weight undesirable_weight", Positive),
     *_obeyed("loss_weights", list[Number], None),
     *_obeyed("f_divergence_type", str),
     *_obeyed("disable_dropout precompute_ref_log_probs use_weighting sync_ref_model", bool),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from toys import ROOT
 from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.kto_config import KTOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from hf_contmerge.errors import RecipeError
@@ -15,7 +16,7 @@ from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
 from hf_contmerge.run.recipe.trl_fields import TRL_FIELDS, TrlField
 from hf_contmerge.training.settings import training_checks
 
-INSTALLED = {field.name: field for config in (SFTConfig, DPOConfig) for field in dataclasses.fields(config)}
+INSTALLED = {field.name: field for config in (SFTConfig, DPOConfig, KTOConfig) for field in dataclasses.fields(config)}
 TOKEN = "hf_" + "abcDEF123" * 4
 
 
