@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test slow lint bench gpu gpu-wheels clean
+.PHONY: help install quickstart test slow fuzz lint bench gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (12 minutes on 2 cores)"
 	@echo "make test         install, then run the tests"
 	@echo "make slow         run the slow tests: the real model, crashes, launchers"
+	@echo "make fuzz         give hostile files to all parsers for BUDGET seconds (60), from SEED (0)"
 	@echo "make lint         run ruff and pyright"
 	@echo "make bench        measure the figures of docs/figures.md again (about an hour)"
 	@echo "make gpu          test and measure on a machine with one GPU (25 minutes; no network, no .venv)"
@@ -36,6 +37,10 @@ test: install
 # BUDGET: seconds after which no further slow test is started, such as `make slow BUDGET=3000`.
 slow: install
 	$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(if $(BUDGET),--budget $(BUDGET) -rs)
+
+# Inputs that reach new lines join tests/fuzz/corpus, those of findings tests/fuzz/regressions.
+fuzz: install
+	$(BIN)/python tests/fuzz/fuzz.py --budget $(or $(BUDGET),60) --seed $(or $(SEED),0) $(TARGETS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -33,16 +33,16 @@ RECORDS: dict[str, dict[str, Any]] = {
         "vector?": {"layers?": {str: {"cosine": float, "norm_ratio": float}}, "special_tokens?": ({str: float}, None)},
     },
     "merge": {
-        **_COST, "rule": str, "parameters": PARAMETERS, "start_from": str, "scale": float, "factor?": float,
-        "norms": {"experts": [float], "running": float}, "amplification?": float, "stored?": (SURVIVAL, None),
-        "folded?": [{"stage": int, "replayed": bool}], "expert_sha256": [str], "model_sha256": str, "tries?": TRIES,
+        **_COST, "rule?": str, "parameters?": PARAMETERS, "start_from?": str, "scale?": float, "factor?": float,
+        "norms?": {"experts": [float], "running": float}, "amplification?": float, "stored?": (SURVIVAL, None),
+        "folded?": [{"stage": int, "replayed": bool}], "expert_sha256?": [str], "model_sha256?": str, "tries?": TRIES,
         "goes_on?": {"rule": str, "parameters": PARAMETERS}, "geometry?": (_GEOMETRY, None),
         "ownership?": {str: {str: float}},
     },
-    "score": {**_COST, "tasks": {str: _SCORE}, "measured_by?": ({}, None)},
+    "score": {**_COST, "tasks?": {str: _SCORE}, "measured_by?": ({}, None)},
     "report": {"recipe_sha256?": str},
 }  # fmt: skip
 """Phase -> shape of its record (foreign.require_shape)."""
 
-INPUTS = {"folder": str, "tasks": {str: str}, "base": {"sha256": str, "stamp": str, "files": {str: str}}}
+INPUTS = {"folder?": str, "tasks?": {str: str}, "base?": {"sha256": str, "stamp": str, "files": {str: str}}}
 GUARD = {"tries": TRIES}

@@ -57,6 +57,17 @@ def record_text(values: Mapping[str, Any], *, finite: bool = False) -> str:
     return _RECORD.put(text.removesuffix("\n}"))
 
 
+class _Fields(Record):
+    """The fields of a record. Raises RunError for a missing one."""
+
+    def __init__(self, values: Record, path: Path, cure: str) -> None:
+        super().__init__(values)
+        self._path, self._cure = path, cure
+
+    def __missing__(self, field: str) -> Any:
+        raise RunError(f"{self._path} is damaged: it lacks {field!r}. {self._cure}")
+
+
 _COMMON = {"files?": {str: str}, "versions?": {str: str}}
 
 
@@ -90,7 +101,7 @@ def read_record(path: Path, cure: str, shape: Mapping[str, Any] = MappingProxyTy
         require_shape(values, {**_COMMON, **shape})
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}. {cure}") from error
-    return values
+    return _Fields(values, path, cure)
 
 
 def sealed_line(values: Mapping[str, Any]) -> str:

@@ -179,7 +179,7 @@ def read_task_file(path: Path) -> dict[str, Any]:
         config = parse_yaml(read_text(path, most=LARGEST_YAML), _TaskLoader)
     except ValueError as error:
         raise UnknownInputError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or any("\0" in name for name in included_in(config)):
         raise UnknownInputError(str(path))
     return config
 

@@ -324,6 +324,8 @@ class _Values:
                 if not self._more():
                     self._line += self._buffer.count("\n", self._at, error.pos)
                     raise self._error(error.msg) from error
+            except ValueError as error:
+                raise self._error("a number has too many digits") from error
             except RecursionError as error:
                 raise _no_json(error, f"{self._name}, line {self._line}") from error
         text = self._buffer[self._at : end]

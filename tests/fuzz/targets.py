@@ -483,8 +483,11 @@ def _task_file(place: Place) -> Any:
 def _task(place: Place) -> Any:
     """Load a task as scoring does, and render its requests."""
     from hf_contmerge.run.recipe.parts import Task
+    from hf_contmerge.scoring._formats import list_tasks
     from hf_contmerge.scoring.tasks import check_tasks, sample_requests
 
+    if "t" not in list_tasks(place.file.parent).files:  # else lm-eval looks through its own thousands
+        return None
     check_tasks([Task(name="t")], [place.file.parent])
     return sample_requests("t", [place.file.parent], few_shot=None, limit=3)
 
