@@ -22,13 +22,15 @@ help:
 
 install: $(VENV)/.installed
 
-# Nothing is installed that is not in the lock, byte for byte. Setuptools comes first: some packages are built by it.
-# PyPI's torch for Linux needs CUDA's libraries, the builds for the CPU do not.
+# Nothing is installed that is not in a lock, byte for byte. Setuptools comes first: some packages are built by it. Where
+# pip finds PyTorch's build for the CPU (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), it is taken; PyPI's build for Linux needs
+# gigabytes of CUDA.
 LOCKED := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
-$(VENV)/.installed: pyproject.toml requirements.lock cuda.lock
+$(VENV)/.installed: pyproject.toml requirements.lock cpu.lock cuda.lock
 	$(PYTHON) -m venv $(VENV)
 	sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > $(VENV)/setuptools.lock
 	$(LOCKED) --require-hashes -r $(VENV)/setuptools.lock
+	$(LOCKED) --require-hashes -r cpu.lock 2> $(VENV)/cpu.log || echo "No torch build for the CPU found: taking PyPI's."
 	$(LOCKED) --require-hashes -r requirements.lock
 	if $(BIN)/pip show torch | grep -q nvidia; then $(LOCKED) --require-hashes -r cuda.lock; fi
 	$(LOCKED) -e .

@@ -30,7 +30,7 @@ def locked(name: str) -> Iterator[tuple[str, str, list[str]]]:
             yield canonicalize_name(package), version, hashes
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "cuda.lock"])
+@pytest.mark.parametrize("name", ["requirements.lock", "cuda.lock", "cpu.lock"])
 def test_every_locked_file_has_a_hash(name: str) -> None:
     for package, _, hashes in locked(name):
         assert hashes, package
@@ -43,6 +43,11 @@ def test_the_lock_is_of_constraints() -> None:
     assert [(canonicalize_name(name), version) for name, version in pins] == [
         (package, version) for package, version, _ in locked("requirements.lock")
     ]
+
+
+def test_the_build_for_the_cpu_is_of_the_same_version() -> None:
+    versions = {package: version for package, version, _ in locked("requirements.lock")}
+    assert [(package, version) for package, version, _ in locked("cpu.lock")] == [("torch", f"{versions['torch']}+cpu")]
 
 
 def test_the_lock_has_all_that_the_project_needs() -> None:
