@@ -17,7 +17,7 @@ help:
 	@echo "make lock         write requirements.lock and cuda.lock after a change of constraints.txt"
 	@echo "make sbom         write the installed packages as CycloneDX JSON, out/sbom.json"
 	@echo "make audit        look for known vulnerabilities of the pinned versions (needs a network)"
-	@echo "make faults       measure the figures of SECURITY.md again (about an hour)"
+	@echo "make faults       measure the figures of SECURITY.md again (ten minutes; LONG=--long: hours)"
 	@echo "make clean        delete .venv and caches"
 
 install: $(VENV)/.installed
@@ -73,6 +73,10 @@ BENCHMARKS := parity svd_routes against_mergekit append digests ranks lora_strea
 	coverage study_coverage scoring score_again against_avalanche soak
 bench: install
 	for name in $(BENCHMARKS); do echo; echo "## $$name"; $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
+
+# The figures of SECURITY.md. LONG=--long: hours.
+faults: install
+	$(BIN)/python tests/benchmarks/faults.py $(LONG)
 
 # A machine with a GPU has a torch of its own, in GPU_PYTHON. What else it lacks is carried as wheels.
 GPU_PYTHON ?= python3

@@ -147,7 +147,7 @@ def damaged_in_state(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("flips", [SAMPLED, pytest.param(25, marks=pytest.mark.slow)])
-def test_every_flipped_bit_is_found(flips: int, run: Path, state: Path) -> None:
+def test_every_flipped_bit_is_found(flips: int, run: Path, state: Path, figure: Callable[..., None]) -> None:
     model = state.with_name("merged")
     whole = (damaged_in_run(run), damaged_in_state(state), verify_model(model).damages)
     assert whole == ([], [], [])
@@ -156,7 +156,8 @@ def test_every_flipped_bit_is_found(flips: int, run: Path, state: Path) -> None:
         found(state, lambda: damaged_in_state(state), flips=flips, seed=2),
         found(model, lambda: [d.file for d in verify_model(model).damages], flips=flips, seed=3),
     ]
-    print(f"bits flipped: {sum(n for n, _ in counts)}, missed: {sum(len(m) for _, m in counts)}")
+    tried = sum(n for n, _ in counts)
+    figure("flipped bits of runs, states and models, found", tried, tried - sum(len(m) for _, m in counts))
     assert [missed for _, missed in counts] == [[], [], []]
 
 
