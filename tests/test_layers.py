@@ -54,6 +54,8 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "__init__": set(),
     "merge_rules": {"torch"},
     "testing/rules": {"torch"},
+    "testing/folding": {"torch"},
+    "testing/extremes": {"torch"},
     "testing/_docs": set(),
     "run": {"pydantic", "yaml", "pyarrow", "numpy"},
     "runtime/files": {"filelock"},

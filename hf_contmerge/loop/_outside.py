@@ -6,6 +6,7 @@ memory.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -55,8 +56,8 @@ def working_folder(out: Path, inputs: Mapping[str, Any]) -> Path:
 
 def clear_others(out: Path, work: Path) -> None:
     """Remove unfinished trainings with other settings."""
-    for path in work.parent.glob(f".{out.name}.*"):
-        if path != work:
+    for path in work.parent.glob(f".{glob.escape(out.name)}.*"):
+        if path != work and path.is_dir():  # not the lock
             remove(path)
 
 

@@ -19,6 +19,7 @@ import atexit
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.crew import Crew
+from hf_contmerge.runtime.files import alone
 from hf_contmerge.runtime.launching import join_ranks, leave_ranks
 from hf_contmerge.runtime.versions import check_versions
 from hf_contmerge.scoring.files import write_task
@@ -87,17 +89,19 @@ def finetune_stage(
     out = Path(out)
     job = crew.ranks.main_first(look_up, recipe, model, data, base)
     inputs = crew.ranks.first(job.inputs)
-    record = crew.ranks.first(finished, out, inputs)
-    if record is None:
-        work = ExpertPlace(working_folder(out, inputs), "base")
-        crew.ranks.first(clear_others, out, work.folder)
-        if not crew.ranks.first(is_trained, work):
-            crew.ranks.all(
-                rehearse, job.train, job.data, job.base, "finetune_stage", trust_remote_code=job.trust_remote_code
-            )
-            recorder = Recorder(work.folder, ranks, crew, quiet=True)
-            train_at(work, job, recorder, more={"inputs": inputs})
-        record = crew.ranks.first(publish, work, out)
+    with ExitStack() as held:
+        crew.ranks.first(held.enter_context, alone(out.absolute()))  # another call would remove what this one trains
+        record = crew.ranks.first(finished, out, inputs)
+        if record is None:
+            work = ExpertPlace(working_folder(out, inputs), "base")
+            crew.ranks.first(clear_others, out, work.folder)
+            if not crew.ranks.first(is_trained, work):
+                crew.ranks.all(
+                    rehearse, job.train, job.data, job.base, "finetune_stage", trust_remote_code=job.trust_remote_code
+                )
+                recorder = Recorder(work.folder, ranks, crew, quiet=True)
+                train_at(work, job, recorder, more={"inputs": inputs})
+            record = crew.ranks.first(publish, work, out)
     memory = out / OWN / "memory"
     kept = crew.ranks.first(memory.is_dir)
     numbers = (record["loss"], record["steps"], record["examples"], record["tokens"])

@@ -54,7 +54,7 @@ from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange, tokenizer_
 from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.digests import Digests, digests_of, files_below
-from hf_contmerge.runtime.files import FolderLock, new_folder, remove, sync_files, sync_folder
+from hf_contmerge.runtime.files import FolderLock, alone, new_folder, remove, sync_files, sync_folder
 from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.runtime.refusals import refusals
 from hf_contmerge.runtime.versions import versions
@@ -87,10 +87,11 @@ class MergeState:
                 rule, checked.parameters(), name_of(base), str(base_folder.resolve()), known.sha256, known.stamp,
                 known.files, versions=versions([rule]),
             )  # fmt: skip
-            if (state.folder / "state.json").is_file() and read_log(state.folder) == log:
-                return  # the same command was cut off after its last write
-            require_new(state.folder)
-            write_log(state.folder, log)
+            with alone(state.folder.absolute()):
+                if (state.folder / "state.json").is_file() and read_log(state.folder) == log:
+                    return  # the same command was cut off after its last write
+                require_new(state.folder)
+                write_log(state.folder, log)
 
         (crew or Crew()).ranks.first(make)
         return state

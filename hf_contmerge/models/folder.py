@@ -27,7 +27,7 @@ from hf_contmerge.models.config import COMPANIONS, config
 from hf_contmerge.models.contents import check_contents, companions
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
-from hf_contmerge.runtime.files import put_in_place, remove, write_atomically
+from hf_contmerge.runtime.files import FOREVER, alone, put_in_place, remove, write_atomically
 from hf_contmerge.runtime.foreign import expanded, is_too_long
 
 LOG = logging.getLogger(__name__)
@@ -181,14 +181,15 @@ def _from_gguf(path: Path) -> Path:
     """Dequantise a GGUF model to bfloat16, once, into HF_HOME."""
     source, folder = converted_folder(path)
     record = folder / "converted.json"
-    if record.is_file() and json.loads(record.read_text())["weights_sha256"] == weights_sha256(folder):
-        return folder
-    LOG.warning("%s is quantised: dequantising it to bfloat16 in %s (once)", path.name, folder)
-    scratch = folder.with_name(f".{folder.name}")
-    remove(scratch)
-    _dequantise(path, scratch)
-    put_in_place(scratch, folder)
-    write_atomically(record, json.dumps({"source_sha256": source, "weights_sha256": weights_sha256(folder)}))
+    with alone(folder, wait=FOREVER):  # other processes may convert it too
+        if record.is_file() and json.loads(record.read_text())["weights_sha256"] == weights_sha256(folder):
+            return folder
+        LOG.warning("%s is quantised: dequantising it to bfloat16 in %s (once)", path.name, folder)
+        scratch = folder.with_name(f".{folder.name}")
+        remove(scratch)
+        _dequantise(path, scratch)
+        put_in_place(scratch, folder)
+        write_atomically(record, json.dumps({"source_sha256": source, "weights_sha256": weights_sha256(folder)}))
     return folder
 
 

@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,10 +29,11 @@ class FolderLock:
         folder: an existing folder.
         name: of the lock's file.
         wait: seconds to wait for another process, or FOREVER.
+        what: the folder in messages, if it is another one.
     """
 
-    def __init__(self, folder: Path, name: str = ".lock", *, wait: float = 0) -> None:
-        self._path, self._wait = folder / name, wait
+    def __init__(self, folder: Path, name: str = ".lock", *, wait: float = 0, what: Path | None = None) -> None:
+        self._path, self._wait, self._what = folder / name, wait, what or folder
 
     def __enter__(self) -> FolderLock:
         from filelock import FileLock, Timeout  # slow to import; most commands lock nothing
@@ -42,7 +43,7 @@ class FolderLock:
             self._lock.acquire(timeout=self._wait)
         except Timeout as error:
             raise RunError(
-                f"{self._path.parent} is in use by another process. Wait for it, or name another folder."
+                f"{self._what} is in use by another process. Wait for it, or name another folder."
             ) from error
         return self
 
@@ -161,27 +162,53 @@ def replaced(final: Path) -> Path:
 
 
 @contextmanager
+def alone(out: Path, *, wait: float = 0) -> Iterator[None]:
+    """Lock a folder that may not exist yet, from next to it.
+
+    Raises RunError if another process makes it.
+    """
+    lock = out.with_name(f".{out.name}.lock")
+    make_folder(out.parent)
+    with FolderLock(out.parent, lock.name, wait=wait, what=out):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # filelock takes care of those who wait for it
+                lock.unlink()
+
+
+def target_of(out: Path) -> Path:
+    """Return the place that a path or link means. Raises RunError for links in a circle."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:  # by version of Python
+        raise RunError(f"{out} links to itself. Name a new folder.") from error
+
+
+@contextmanager
 def new_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
     """Yield a hidden folder, renamed to `out` at the end.
 
-    It is removed after an error. Raises RunError if `out` exists and is not empty.
+    It is removed after an error. A link to an empty folder is followed. Raises RunError if `out` exists and is not
+    empty, or another process makes it.
     """
-    out = out.absolute()  # "." has no name
-    scratch = out.with_name(f".{out.name}.partial")
+    final = target_of(out)
+    scratch = final.with_name(f".{final.name}.partial")
 
     def make() -> None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        held.enter_context(alone(final))
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
             raise RunError(f"{out} exists and is not empty. Name a new folder, or remove that one.")
         remove(scratch)
         make_folder(scratch)
 
-    ranks.first(make)
-    try:
-        with refusals(out):
+    with ExitStack() as held, refusals(final):
+        ranks.first(make)
+        try:
             yield scratch
-            ranks.first(put_in_place, scratch, out)
-    except BaseException:
-        if ranks.is_main:
-            with suppress(OSError):
-                remove(scratch)
-        raise
+            ranks.first(put_in_place, scratch, final)
+        except BaseException:
+            if ranks.is_main:
+                with suppress(OSError):
+                    remove(scratch)
+            raise

@@ -12,25 +12,35 @@ def oracle(task_vectors, *, alpha):                 # the method over all of the
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
 
-from hf_contmerge.merge_rules import MergeRule, Norms, StartFrom, State, Weight, named_rule, parameter_types, rule_of
+from hf_contmerge.merge_rules import MergeRule, Norms, StartFrom, State, named_rule, parameter_types, rule_of
+from hf_contmerge.testing import extremes
 from hf_contmerge.testing._docs import docstring
+from hf_contmerge.testing.folding import (
+    Case,
+    Check,
+    draw,
+    flat,
+    fold,
+    merge,
+    on_each_weight,
+    on_parts,
+    require,
+    require_equal,
+    weight,
+    zeros,
+)  # fmt: skip
 
 Oracle = Callable[..., Tensor]
 """Takes the task vectors of a matrix, in float64, and the rule's fields by name; returns merged - base."""
-Check = Callable[[MergeRule], None]
 
-SHAPES = (((), False), ((7,), False), ((5, 7), False), ((5, 7), True), ((3, 7, 5), False), ((3, 7, 5), True))
-"""Shape of a weight, and whether it is a linear map."""
 _CORES = (((40, 30), (12, 9)), ((30, 40), (9, 12)), ((90, 30), (9, 12)), ((30, 90), (7, 7)))
 
 
@@ -43,6 +53,10 @@ def check_rule(rule: str | type[MergeRule], /, oracle: Oracle | None = None, **p
     must repeat themselves, leave their inputs alone, return float32 of the right shape, take views, empty weights and
     zeros, and add nothing for experts that learnt nothing. What its marks promise must hold: `unit`, `slots`,
     `basis_free`, `selects`, `tunable`, `whole_model_scale`. With an oracle, it must equal the method as published.
+
+    Results must be finite for weights of zeros, of rank 1, of equal singular values and at the ends of 16-bit floats,
+    and for parameters at the ends of their ranges. Unless it is `ill_posed`, float32 must agree with float64, and
+    several threads with one, to 1e-5 of the largest value.
 
     Args:
         rule: its word in recipes, or its class.
@@ -69,90 +83,6 @@ def variants(cls: type[MergeRule], parameters: Mapping[str, Any]) -> Iterator[Me
         yield rule_of(cls, cls.__name__, {**parameters, **dict(zip(choices, picked, strict=True))})
 
 
-# Folding
-
-
-def draw(shape: Sequence[int], count: int, *, seed: int = 0) -> list[Tensor]:
-    """Return tensors of normal noise."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(tuple(shape), generator=generator) for _ in range(count)]
-
-
-def weight(is_matrix: bool, stage: int = 1, name: str = "w", shape: Sequence[int] = ()) -> Weight:
-    """Return a weight as rules see it."""
-    return Weight(name, is_matrix, stage, tuple(shape))
-
-
-def zeros(rule: MergeRule, shape: Sequence[int], *, is_matrix: bool = True) -> Any:
-    """Return the first state: a tensor, or named parts."""
-    parts = {name: torch.zeros(part) for name, part in rule.parts(weight(is_matrix, shape=shape)).items()}
-    return parts[""] if list(parts) == [""] else parts
-
-
-def fold(rule: MergeRule, task_vectors: Sequence[Tensor], *, is_matrix: bool = True, name: str = "w") -> Any:
-    """Return the state of one weight after the experts."""
-    shape, dtype = task_vectors[0].shape, task_vectors[0].dtype
-    running = on_parts(lambda part: part.to(dtype), zeros(rule, shape, is_matrix=is_matrix))
-    for stage, task_vector in enumerate(task_vectors, 1):
-        running = rule.update(running, task_vector, weight(is_matrix, stage, name, shape))
-    return running
-
-
-def on_parts(do: Callable[[Tensor], Tensor], state: State) -> Any:
-    """Return a state with a function applied to each of its tensors."""
-    return do(state) if isinstance(state, Tensor) else {name: do(part) for name, part in state.items()}
-
-
-def flat(state: State) -> Tensor:
-    """Return a state as one tensor: of parts, their elements in order."""
-    return state if isinstance(state, Tensor) else torch.cat([part.reshape(-1) for part in state.values()])
-
-
-def merge(rule: MergeRule, base: Tensor, experts: Sequence[Tensor], *, is_matrix: bool = True) -> Tensor:
-    """Fold experts into a model of one weight."""
-    task_vectors = [expert - base for expert in experts]
-    running = fold(rule, task_vectors, is_matrix=is_matrix)
-    norms = Norms(tuple(d.norm().item() for d in task_vectors), flat(running).norm().item())
-    last = weight(is_matrix, len(experts), shape=base.shape)
-    return base + rule.scale(norms) * rule.read_out(running, last)
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A rule at work on one weight."""
-
-    rule: MergeRule
-    shape: tuple[int, ...]
-    is_matrix: bool
-
-    def __str__(self) -> str:
-        return f"{self.rule}, {'matrix' if self.is_matrix else 'weight'} of shape {self.shape}"
-
-    def fold(self, task_vectors: Sequence[Tensor]) -> Any:
-        return fold(self.rule, task_vectors, is_matrix=self.is_matrix)
-
-    def weight(self, stage: int) -> Weight:
-        return weight(self.is_matrix, stage, shape=self.shape)
-
-
-def _on_each_weight(check: Callable[[_Case], None]) -> Check:
-    @functools.wraps(check)
-    def on_all(rule: MergeRule) -> None:
-        for shape, is_matrix in SHAPES:
-            check(_Case(rule, shape, is_matrix))
-
-    return on_all
-
-
-def _require(holds: bool, who: object, what: str) -> None:
-    if not holds:
-        raise AssertionError(f"{who}: {what}")
-
-
-def _require_equal(found: State, wanted: State, who: object, what: str, *, atol: float = 0.0) -> None:
-    torch.testing.assert_close(flat(found), flat(wanted), rtol=0, atol=atol, msg=lambda text: f"{who}: {what}. {text}")
-
-
 # The contract
 
 
@@ -160,19 +90,19 @@ def says_what_it_is(rule: MergeRule) -> None:
     """Check a rule's reference, start and docstring."""
     cls = type(rule)
     reference, start, starts = getattr(cls, "reference", ""), getattr(cls, "start_from", None), get_args(StartFrom)
-    _require(reference.startswith("https://"), rule, f"`reference` must be a URL; it is {reference!r}")
-    _require(start in starts, rule, f"`start_from` must be one of {starts}; it is {start!r}")
-    _require(bool(docstring(cls)), rule, "the class has no docstring")
+    require(reference.startswith("https://"), rule, f"`reference` must be a URL; it is {reference!r}")
+    require(start in starts, rule, f"`start_from` must be one of {starts}; it is {start!r}")
+    require(bool(docstring(cls)), rule, "the class has no docstring")
 
 
 def is_made_again_by_its_parameters(rule: MergeRule) -> None:
     """Check a rule's parameters as recipes spell them."""
     for word, (kind, _) in parameter_types(type(rule)).items():
         known = kind in (bool, int, float, str) or get_origin(kind) is Literal
-        _require(known, rule, f"{word} must be annotated as bool, int, float, str or a Literal; it is {kind}")
+        require(known, rule, f"{word} must be annotated as bool, int, float, str or a Literal; it is {kind}")
     again = rule_of(type(rule), type(rule).__name__, rule.parameters())
-    _require(again == rule, rule, f"its own parameters {rule.parameters()} make another rule, {again}")
-    _require(hash(again) == hash(rule), rule, "two equal rules must have one hash")
+    require(again == rule, rule, f"its own parameters {rule.parameters()} make another rule, {again}")
+    require(hash(again) == hash(rule), rule, "two equal rules must have one hash")
 
 
 def is_frozen(rule: MergeRule) -> None:
@@ -188,12 +118,12 @@ def is_frozen(rule: MergeRule) -> None:
 def refuses_what_it_does_not_have(rule: MergeRule) -> None:
     """Check the errors for unknown parameters and wrong types."""
     cls, name = type(rule), type(rule).__name__
-    _require(_refused(cls, {"lamda": 0.7}, TypeError, f"{name} has no parameter 'lamda'"), rule, "`lamda` is accepted")
+    require(_refused(cls, {"lamda": 0.7}, TypeError, f"{name} has no parameter 'lamda'"), rule, "`lamda` is accepted")
     for word, (kind, _) in parameter_types(cls).items():
         wrong = [None, "no such thing", *([math.nan, math.inf, True] if kind is float else [])]
         for value in wrong[:1] if kind is str else wrong:
             refused = _refused(cls, {word: value}, ValueError, f"{name}'s {word} must be ")
-            _require(refused, rule, f"{word}={value!r} is accepted, or refused without a word")
+            require(refused, rule, f"{word}={value!r} is accepted, or refused without a word")
 
 
 def _refused(cls: type[MergeRule], parameters: Mapping[str, Any], kind: type[Exception], start: str) -> bool:
@@ -204,16 +134,16 @@ def _refused(cls: type[MergeRule], parameters: Mapping[str, Any], kind: type[Exc
     return False
 
 
-@_on_each_weight
-def leaves_its_inputs_alone(case: _Case) -> None:
+@on_each_weight
+def leaves_its_inputs_alone(case: Case) -> None:
     """Check for writes into the arguments of `update` and `read_out`."""
     first, task_vector = draw(case.shape, 2)
     running = on_parts(torch.clone, case.fold([first]))
     before = on_parts(torch.clone, running), task_vector.clone()
     case.rule.update(running, task_vector, case.weight(2))
     case.rule.read_out(running, case.weight(2))
-    _require_equal(running, before[0], case, "`running` is changed in place")
-    _require_equal(task_vector, before[1], case, "`task_vector` is changed in place")
+    require_equal(running, before[0], case, "`running` is changed in place")
+    require_equal(task_vector, before[1], case, "`task_vector` is changed in place")
 
 
 def _gapped(x: Tensor) -> Tensor:
@@ -221,27 +151,27 @@ def _gapped(x: Tensor) -> Tensor:
     return torch.full((*x.shape, 2), 9.0)[..., 0].copy_(x)
 
 
-@_on_each_weight
-def takes_views_with_gaps(case: _Case) -> None:
+@on_each_weight
+def takes_views_with_gaps(case: Case) -> None:
     """Check tensors with strides."""
     first, task_vector = draw(case.shape, 2)
     running, second = case.fold([first]), case.weight(2)
     found = case.rule.update(on_parts(_gapped, running), _gapped(task_vector), second)
-    _require_equal(found, case.rule.update(running, task_vector, second), case, "views are folded otherwise", atol=1e-5)
+    require_equal(found, case.rule.update(running, task_vector, second), case, "views are folded otherwise", atol=1e-5)
     read = case.rule.read_out(on_parts(_gapped, running), second)
-    _require_equal(read, case.rule.read_out(running, second), case, "views are read otherwise", atol=1e-5)
+    require_equal(read, case.rule.read_out(running, second), case, "views are read otherwise", atol=1e-5)
 
 
-@_on_each_weight
-def repeats_itself_in_float32(case: _Case) -> None:
+@on_each_weight
+def repeats_itself_in_float32(case: Case) -> None:
     """Check shapes and dtypes; equal inputs must give equal bits."""
     task_vectors, second = draw(case.shape, 2), case.weight(2)
     state, again = (case.fold(task_vectors) for _ in range(2))
     _require_like(state, zeros(case.rule, case.shape, is_matrix=case.is_matrix), case, "`update`")
-    _require_equal(state, again, case, "`update` does not repeat itself")
+    require_equal(state, again, case, "`update` does not repeat itself")
     read, once_more = (case.rule.read_out(state, second) for _ in range(2))
     _require_like(read, torch.zeros(case.shape), case, "`read_out`")
-    _require_equal(read, once_more, case, "`read_out` does not repeat itself")
+    require_equal(read, once_more, case, "`read_out` does not repeat itself")
 
 
 def _require_like(found: State, wanted: State, who: object, what: str) -> None:
@@ -254,7 +184,7 @@ def _require_like(found: State, wanted: State, who: object, what: str) -> None:
     if not isinstance(found, Tensor):
         raise AssertionError(f"{who}: {what} must return a tensor; got {type(found).__name__}")
     got, asked = ((t.dtype, tuple(t.shape)) for t in (found, wanted))
-    _require(got == asked, who, f"{what} must return {asked[0]} of shape {asked[1]}; got {got[0]} of shape {got[1]}")
+    require(got == asked, who, f"{what} must return {asked[0]} of shape {asked[1]}; got {got[0]} of shape {got[1]}")
 
 
 def keeps_empty_weights(rule: MergeRule) -> None:
@@ -265,26 +195,26 @@ def keeps_empty_weights(rule: MergeRule) -> None:
         _require_like(merged, empty, rule, f"merging weights of shape {shape}")
 
 
-@_on_each_weight
-def stays_finite_on_zeros(case: _Case) -> None:
+@on_each_weight
+def stays_finite_on_zeros(case: Case) -> None:
     """Check task vectors, and norms of whole models, of zero."""
     zero, (task_vector,) = torch.zeros(case.shape), draw(case.shape, 1)
     for earlier, new in itertools.product((zero, task_vector), repeat=2):
         state = case.fold([earlier, new])
         read = case.rule.read_out(state, case.weight(2))
         finite = bool(flat(state).isfinite().all() and read.isfinite().all())
-        _require(finite, case, "a task vector of zeros makes values that are not finite")
+        require(finite, case, "a task vector of zeros makes values that are not finite")
     for norms in [(0.0,), (0.0, 0.0), (1.0, 0.0, 2.0)]:
         scale = case.rule.scale(Norms(norms, running=0.0))
-        _require(math.isfinite(scale), case, f"the scale is {scale} for norms {norms} and a state of norm 0")
+        require(math.isfinite(scale), case, f"the scale is {scale} for norms {norms} and a state of norm 0")
 
 
-@_on_each_weight
-def leaves_the_base_if_nothing_was_learnt(case: _Case) -> None:
+@on_each_weight
+def leaves_the_base_if_nothing_was_learnt(case: Case) -> None:
     """Check experts equal to the base: its bits must stay."""
     (base,) = draw(case.shape, 1)
     merged = merge(case.rule, base, [base, base], is_matrix=case.is_matrix)
-    _require_equal(merged, base, case, "experts that are the base change it")
+    require_equal(merged, base, case, "experts that are the base change it")
 
 
 def scales_by_ratios_of_norms(rule: MergeRule) -> None:
@@ -292,10 +222,10 @@ def scales_by_ratios_of_norms(rule: MergeRule) -> None:
     norms = Norms((1.0, 2.0, 4.5), running=3.0)
     tenfold = Norms(tuple(10 * n for n in norms.experts), running=30.0)
     scale, same = rule.scale(norms), rule.scale(tenfold)
-    _require(math.isclose(same, scale, rel_tol=1e-12), rule, f"all norms tenfold make the scale {same}, not {scale}")
+    require(math.isclose(same, scale, rel_tol=1e-12), rule, f"all norms tenfold make the scale {same}, not {scale}")
     reads = rule.scale(dataclasses.replace(norms, running=6.0)) != scale
     said = f"`whole_model_scale` is {rule.whole_model_scale}"
-    _require(reads == rule.whole_model_scale, rule, f"{said}, but the scale {'reads' if reads else 'ignores'} norms")
+    require(reads == rule.whole_model_scale, rule, f"{said}, but the scale {'reads' if reads else 'ignores'} norms")
 
 
 def equals_its_oracle(rule: MergeRule, oracle: Oracle) -> None:
@@ -305,15 +235,15 @@ def equals_its_oracle(rule: MergeRule, oracle: Oracle) -> None:
         base, *models = draw(shape, experts + 1)
         wanted = base.double() + oracle([(model - base).double() for model in models], **fields)
         what = f"{experts} experts, a matrix of shape {shape}: not what the oracle returns"
-        _require_equal(merge(rule, base, models).double(), wanted, rule, what, atol=1e-5)
+        require_equal(merge(rule, base, models).double(), wanted, rule, what, atol=1e-5)
 
 
-@_on_each_weight
-def returns_a_single_expert(case: _Case) -> None:
+@on_each_weight
+def returns_a_single_expert(case: Case) -> None:
     """Check a merge of one expert: few rules return it unchanged."""
     base, expert = draw(case.shape, 2)
     merged = merge(case.rule, base, [expert], is_matrix=case.is_matrix)
-    _require_equal(merged, base + (expert - base), case, "a single expert is not returned as it is")
+    require_equal(merged, base + (expert - base), case, "a single expert is not returned as it is")
 
 
 # The marks
@@ -322,30 +252,30 @@ def returns_a_single_expert(case: _Case) -> None:
 def has_marks_that_fit(rule: MergeRule) -> None:
     """Check the marks against each other."""
     units = ("element", "matrix", "tensor")
-    _require(rule.unit in units, rule, f"`unit` must be one of {units}; it is {rule.unit!r}")
-    _require(rule.slots >= 1, rule, f"`slots` must be 1 or more; it is {rule.slots}")
+    require(rule.unit in units, rule, f"`unit` must be one of {units}; it is {rule.unit!r}")
+    require(rule.slots >= 1, rule, f"`slots` must be 1 or more; it is {rule.slots}")
     one = not (rule.basis_free or rule.selects) or rule.slots == 1
-    _require(one, rule, f"with {rule.slots} `slots` it can be neither `basis_free` nor `selects`")
+    require(one, rule, f"with {rule.slots} `slots` it can be neither `basis_free` nor `selects`")
     named = type(rule).parts is not MergeRule.parts
     whole = named or rule.needs
-    _require(not (rule.basis_free and whole), rule, "with named parts or statistics it cannot be `basis_free`")
-    _require(not rule.basis_free or rule.unit != "tensor", rule, "a `basis_free` rule has a smaller `unit` than tensor")
+    require(not (rule.basis_free and whole), rule, "with named parts or statistics it cannot be `basis_free`")
+    require(not rule.basis_free or rule.unit != "tensor", rule, "a `basis_free` rule has a smaller `unit` than tensor")
 
 
-@_on_each_weight
-def tunes_the_scale_alone(case: _Case) -> None:
+@on_each_weight
+def tunes_the_scale_alone(case: Case) -> None:
     """Check `tunable`: another value multiplies the scale and changes nothing else."""
     rule, vectors, norms, second = case.rule, draw(case.shape, 2), Norms((1.0, 2.0), 3.0), case.weight(2)
     state = case.fold(vectors)
     for field in rule.tunable:
         other = dataclasses.replace(rule, **{field: 3 * getattr(rule, field)})
         changed = fold(other, vectors, is_matrix=case.is_matrix)
-        _require_equal(changed, state, case, f"`update` reads {field}, which is `tunable`")
+        require_equal(changed, state, case, f"`update` reads {field}, which is `tunable`")
         read = other.read_out(state, second)
-        _require_equal(read, rule.read_out(state, second), case, f"`read_out` reads {field}, which is `tunable`")
+        require_equal(read, rule.read_out(state, second), case, f"`read_out` reads {field}, which is `tunable`")
         scales = other.scale(norms), 3 * rule.scale(norms)
         what = f"{field} is `tunable`, but three times of it make the scale {scales[0]}, not {scales[1]}"
-        _require(math.isclose(*scales, rel_tol=1e-6), case, what)
+        require(math.isclose(*scales, rel_tol=1e-6), case, what)
 
 
 def folds_cores_like_matrices(rule: MergeRule) -> None:
@@ -355,8 +285,8 @@ def folds_cores_like_matrices(rule: MergeRule) -> None:
         cores = [c.double() for c in draw(core, 3)]
         small, large = fold(rule, cores), fold(rule, [(p @ c @ q.T).float() for c in cores])
         what = f"`basis_free`, but cores of shape {core} are not folded like their matrices of shape {shape}"
-        _require_equal(large.double(), p @ small @ q.T, rule, what, atol=1e-5)
-        _require_equal(rule.read_out(small, weight(True, 3)), small, rule, "`basis_free`, but `read_out` changes cores")
+        require_equal(large.double(), p @ small @ q.T, rule, what, atol=1e-5)
+        require_equal(rule.read_out(small, weight(True, 3)), small, rule, "`basis_free`, but `read_out` changes cores")
 
 
 def takes_growing_cores(rule: MergeRule) -> None:
@@ -368,11 +298,11 @@ def takes_growing_cores(rule: MergeRule) -> None:
         grown = torch.nn.functional.pad(running, (0, k - len(running), 0, k - len(running)))
         running = rule.update(grown, core[:k, :k], weight(True, stage))
     if rule.basis_free:
-        _require_equal(running, fold(rule, cores), rule, "cores that grow are folded otherwise", atol=1e-10)
+        require_equal(running, fold(rule, cores), rule, "cores that grow are folded otherwise", atol=1e-10)
 
 
-@_on_each_weight
-def selects_one_experts_values(case: _Case) -> None:
+@on_each_weight
+def selects_one_experts_values(case: Case) -> None:
     """Check `selects`: each element of the state is one expert's, or 0."""
     experts = draw(case.shape, 4)
     for stage in range(1, 5) if case.rule.selects else ():
@@ -380,7 +310,7 @@ def selects_one_experts_values(case: _Case) -> None:
         state = state if isinstance(state, torch.Tensor) else next(iter(state.values()))  # the first part selects
         owned = torch.stack([state == d for d in [*experts[:stage], torch.zeros(case.shape)]]).any(0)
         strangers = int((~owned).sum())
-        _require(not strangers, case, f"`selects`, but {strangers} elements after stage {stage} are no expert's")
+        require(not strangers, case, f"`selects`, but {strangers} elements after stage {stage} are no expert's")
 
 
 def folds_pieces_alone(rule: MergeRule) -> None:
@@ -395,10 +325,10 @@ def folds_pieces_alone(rule: MergeRule) -> None:
             fold(rule, whole, is_matrix=is_matrix),
             f"`unit` is {rule.unit!r}, but pieces of shape {shape} are",
         )
-        _require_equal(torch.cat(parts, dim=-1).reshape(state.shape), state, rule, f"{what} folded otherwise")
+        require_equal(torch.cat(parts, dim=-1).reshape(state.shape), state, rule, f"{what} folded otherwise")
         last = weight(is_matrix, 3)
         read = torch.cat([rule.read_out(part, last) for part in parts]).reshape(shape)
-        _require_equal(read, rule.read_out(state, last), rule, f"{what} read otherwise")
+        require_equal(read, rule.read_out(state, last), rule, f"{what} read otherwise")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -419,5 +349,6 @@ CHECKS: tuple[Check, ...] = (
     takes_growing_cores,
     selects_one_experts_values,
     folds_pieces_alone,
+    *extremes.CHECKS,
 )
 """What any rule must pass, in the order in which `check_rule` asks."""

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, TextIO
 
 import datasets
@@ -25,6 +26,7 @@ from datasets.utils.file_utils import xopen
 
 from hf_contmerge.errors import DataError
 from hf_contmerge.runtime.foreign import repeated
+from hf_contmerge.training._packed import require_bounded
 
 Kind = Literal["json", "csv", "text"]
 
@@ -100,7 +102,7 @@ class Records(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> list[Any]:
         files: Any = self.config.data_files
         return [
-            datasets.SplitGenerator(str(split), {"files": dl_manager.download_and_extract(names), "names": list(names)})
+            datasets.SplitGenerator(str(split), {"files": _unpacked(dl_manager, names), "names": list(names)})
             for split, names in files.items()
         ]
 
@@ -115,6 +117,16 @@ class Records(datasets.ArrowBasedBuilder):
 
 
 COLUMNS = list(Record._fields)
+
+
+def _unpacked(manager: Any, names: list[str]) -> Any:
+    """Download files, and unpack compressed ones within bounds."""
+    if manager.is_streaming:
+        return manager.download_and_extract(names)
+    fetched = manager.download(names)
+    for file, name in zip(fetched, names, strict=True):
+        require_bounded(Path(file), name)
+    return manager.extract(fetched)
 
 
 def read_records(file: str, name: str, kind: Kind, delimiter: str | None = None) -> Iterator[Record]:

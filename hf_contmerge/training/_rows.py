@@ -161,7 +161,7 @@ def _builder(spec: DataSource) -> datasets.DatasetBuilder:
     if path.is_dir() and glob.has_magic(str(path.resolve())):
         return _folder_builder(path.resolve())
     folder = str(path) if path.is_dir() else spec.path
-    return _exact(datasets.load_dataset_builder(folder, spec.config, revision=spec.revision))
+    return _in_parts(_exact(datasets.load_dataset_builder(folder, spec.config, revision=spec.revision)))
 
 
 def _kind(path: Path) -> _FileKind | None:
@@ -184,8 +184,16 @@ def _local_file(path: Path, spec: DataSource) -> DataFilesDict:
 def _file_builder(kind: _FileKind, files: DataFilesDict) -> datasets.DatasetBuilder:
     """Return the builder of literally named files, wildcards included."""
     if kind in ("parquet", "arrow"):
-        return _TYPED[kind](data_files=files, hash=datasets.__version__)
+        return _in_parts(_TYPED[kind](data_files=files, hash=datasets.__version__))
     return Records(data_files=files, hash=_FORMAT, kind=kind)
+
+
+def _in_parts(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
+    """Set how many rows of a Parquet file are decoded at once: a few bytes may stand for a row of any length."""
+    config: Any = builder.config
+    if isinstance(builder, Parquet) and config.batch_size is None:
+        config.batch_size = _CHUNK
+    return builder
 
 
 def _folder_builder(folder: Path) -> datasets.DatasetBuilder:

@@ -11,7 +11,7 @@ from mergekit.merge_methods.base import GroupMergeMethod, TensorGroup
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Norms, _linear, get_rule
-from hf_contmerge.testing.rules import draw, fold, merge, weight
+from hf_contmerge.testing.folding import draw, fold, merge, weight
 
 # The first ones
 

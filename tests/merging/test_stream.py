@@ -28,7 +28,7 @@ from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
-from hf_contmerge.testing.rules import fold
+from hf_contmerge.testing.folding import fold
 
 Tensors = dict[str, torch.Tensor]
 

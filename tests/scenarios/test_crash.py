@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +96,8 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
         yield runner
 
 
+KILLS = "kills of a training run, survived"
+
 # In the order in which a run comes to them.
 MOMENTS = {
     "the recipe is put in place": r"rename run/\.recipe\.yml",
@@ -115,27 +117,30 @@ MOMENTS = {
 }
 
 
-def test_killed_at_every_moment_in_turn(runner: Runner) -> None:
+def test_killed_at_every_moment_in_turn(runner: Runner, figure: Callable[..., None]) -> None:
     runner.begin()
     for moment, change in MOMENTS.items():
         assert runner.run(die_before=change, count=1) == -signal.SIGKILL, f"{moment}: {runner.log()}"
     runner.assert_unbroken()
+    figure(KILLS, len(MOMENTS), len(MOMENTS))
 
 
 @pytest.mark.slow  # one after the other in one run, they are in the test above
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_when(moment: str, runner: Runner) -> None:
+def test_killed_when(moment: str, runner: Runner, figure: Callable[..., None]) -> None:
     runner.begin()
     assert runner.run(die_before=MOMENTS[moment], count=1) == -signal.SIGKILL
     runner.assert_unbroken()
+    figure(KILLS, 1, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [(i + 0.5) / 30 for i in range(30)])
-def test_killed_after_a_share_of_all_changes(share: float, runner: Runner) -> None:
+def test_killed_after_a_share_of_all_changes(share: float, runner: Runner, figure: Callable[..., None]) -> None:
     runner.begin()
     assert runner.run(count=1 + int(share * runner.steps)) == -signal.SIGKILL
     runner.assert_unbroken()
+    figure(KILLS, 1, 1)
 
 
 def shares(seed: int, count: int) -> list[float]:
@@ -145,11 +150,12 @@ def shares(seed: int, count: int) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [*shares(0, 1), *shares(1, 30)])
-def test_killed_at_a_random_time(share: float, runner: Runner) -> None:
+def test_killed_at_a_random_time(share: float, runner: Runner, figure: Callable[..., None]) -> None:
     """Between two changes to the disk as well as within one. A machine that is suddenly faster ends the run first."""
     runner.begin()
     assert runner.run_for(share * runner.seconds) in (-signal.SIGKILL, 0)
     runner.assert_unbroken()
+    figure(KILLS, 1, 1)
 
 
 @pytest.mark.slow

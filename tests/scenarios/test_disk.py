@@ -3,7 +3,7 @@
 Each command meets, at each of its changes to the disk: a kill, a write that is torn in half, a refusal (full, quota,
 input/output error, no permission), and a power cut that takes what was not flushed. After each, status, state and
 models are valid; a refusal is one sentence and exit code 2; the same command ends in the same bytes. The default tests
-draw a few of them; `-m slow` walks through all, and prints the counts.
+draw a few of them; `-m slow` walks through all, and `make faults` counts.
 """
 
 import json
@@ -39,6 +39,9 @@ from hf_contmerge.run.scores import load_scores
 REFUSALS = (ENOSPC, EDQUOT, EIO, EACCES)
 CUTS = ("lost", "names", "mixed", "mixed")
 SAID = {ENOSPC: "full", EDQUOT: "quota", EIO: "input/output", EACCES: "permission"}
+
+
+Figure = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -290,8 +293,8 @@ def refusable(bench: Bench, error: int) -> list[int]:
     return [i for i, kind in named if kind in kinds.get(error, WRITES) or kind == "send"]
 
 
-def walk(bench: Bench, name: str, most: int, capsys: Any) -> None:
-    """Try each kind of fault at `most` steps at most, drawn from all; print how many there were."""
+def walk(bench: Bench, name: str, most: int, figure: Figure) -> None:
+    """Try each kind of fault at `most` steps at most, drawn from all."""
     draw, images = random.Random(f"{name} {most}"), range(len(bench.journal.steps))
     steps = range(1, len(bench.names) + 1)
     pairs = [(draw.choice(steps), draw.choice(steps)) for _ in steps]
@@ -302,13 +305,10 @@ def walk(bench: Bench, name: str, most: int, capsys: Any) -> None:
         "refused writes": [partial(bench.refuse, n, error) for error in REFUSALS for n in refusable(bench, error)],
         "power cuts": [partial(bench.cut, n, how, draw) for how in CUTS for n in images],
     }
-    told = []
     for what, every in tries.items():
         chosen = draw.sample(every, min(most, len(every)))
         survived = sum(attempt() is not False for attempt in chosen)
-        told.append(f"{survived} of {len(every)} {what}")
-    with capsys.disabled():
-        print(f"\n{name}: {len(bench.names)} steps; tried and survived: {', '.join(told)}")
+        figure(f"{what}, survived", survived, survived)
 
 
 ALL = 10**6
@@ -317,17 +317,17 @@ MOST = int(os.environ.get("FAULTS", "60"))
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_merges_survive_some_faults(name: str, server: Forks, home: Path, capsys: Any) -> None:
-    walk(Bench(server, case(name, home, server.root)), name, 2, capsys)
+def test_merges_survive_some_faults(name: str, server: Forks, home: Path, figure: Figure) -> None:
+    walk(Bench(server, case(name, home, server.root)), name, 2, figure)
 
 
-def test_a_run_survives_some_faults(server: Forks, home: Path, capsys: Any) -> None:
-    walk(Bench(server, case("run", home, server.root)), "run", 1, capsys)
+def test_a_run_survives_some_faults(server: Forks, home: Path, figure: Figure) -> None:
+    walk(Bench(server, case("run", home, server.root)), "run", 1, figure)
 
 
 @pytest.mark.parametrize("name", ["push"])
-def test_other_commands_survive_some_faults(name: str, server: Forks, finished: Path, hub: Hub, capsys: Any) -> None:
-    walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, 1, capsys)
+def test_other_commands_survive_some_faults(name: str, server: Forks, finished: Path, hub: Hub, figure: Figure) -> None:
+    walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, 1, figure)
 
 
 def test_an_error_in_the_report_does_not_end_the_run(server: Forks, home: Path, finished: Path) -> None:
@@ -358,11 +358,11 @@ def test_two_reports_of_one_run_at_once(server: Forks, finished: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_A_RUN)
-def test_all_faults_of_other_commands(name: str, server: Forks, finished: Path, hub: Hub, capsys: Any) -> None:
-    walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, MOST, capsys)
+def test_all_faults_of_other_commands(name: str, server: Forks, finished: Path, hub: Hub, figure: Figure) -> None:
+    walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, MOST, figure)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MERGES, "run"])
-def test_all_faults(name: str, server: Forks, home: Path, capsys: Any) -> None:
-    walk(Bench(server, case(name, home, server.root)), name, MOST if name == "run" else ALL, capsys)
+def test_all_faults(name: str, server: Forks, home: Path, figure: Figure) -> None:
+    walk(Bench(server, case(name, home, server.root)), name, MOST if name == "run" else ALL, figure)

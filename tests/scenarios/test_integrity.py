@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from toys.hub_server import Hub, Repo, hub_server
+from toys.hub_server import WRITE_TOKEN, Hub, Repo, hub_server
 from toys.loras import lora
 from toys.models import perturbed, toy_llama, write_jsonl
 
@@ -147,7 +147,7 @@ def damaged_in_state(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("flips", [SAMPLED, pytest.param(25, marks=pytest.mark.slow)])
-def test_every_flipped_bit_is_found(flips: int, run: Path, state: Path) -> None:
+def test_every_flipped_bit_is_found(flips: int, run: Path, state: Path, figure: Callable[..., None]) -> None:
     model = state.with_name("merged")
     whole = (damaged_in_run(run), damaged_in_state(state), verify_model(model).damages)
     assert whole == ([], [], [])
@@ -156,7 +156,8 @@ def test_every_flipped_bit_is_found(flips: int, run: Path, state: Path) -> None:
         found(state, lambda: damaged_in_state(state), flips=flips, seed=2),
         found(model, lambda: [d.file for d in verify_model(model).damages], flips=flips, seed=3),
     ]
-    print(f"bits flipped: {sum(n for n, _ in counts)}, missed: {sum(len(m) for _, m in counts)}")
+    tried = sum(n for n, _ in counts)
+    figure("flipped bits of runs, states and models, found", tried, tried - sum(len(m) for _, m in counts))
     assert [missed for _, missed in counts] == [[], [], []]
 
 
@@ -414,11 +415,11 @@ def upload(hub: Hub, repo: str, folder: Path) -> None:
     hub.commit(repo, "model", files)
 
 
-def verified(hub: Hub, home: Path) -> tuple[int, str]:
-    """Run `contmerge verify me/merged` in a process that knows this Hub only."""
+def online(hub: Hub, home: Path, *words: object) -> tuple[int, str]:
+    """Run a command in a process that knows this Hub only."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "hf_contmerge.commands.main", "verify", "me/merged"]
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITE_TOKEN}
+    command = [sys.executable, "-m", "hf_contmerge.commands.main", *map(str, words)]
     done = subprocess.run(command, env={**clean, **own}, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -434,10 +435,27 @@ def test_a_model_on_the_hub_is_proved_by_merging_its_parents_again(home: Path, t
         for name in ("base", "given", "other"):
             upload(hub, f"me/{name}", home / name)
         upload(hub, "me/merged", merged)
-        code, said = verified(hub, tmp_path)
+        code, said = online(hub, tmp_path, "verify", "me/merged")
     assert code == 0, said
     assert "Parents as recorded: me/base, me/given, me/other." in said
     assert "Merged again by opcm: the same weights" in said
+
+
+def test_a_pushed_run_is_proved_by_its_own_record(run: Path, home: Path, tmp_path: Path) -> None:
+    """merge.json as `push` writes it: the parents by public names, found with --parent."""
+    parents = {"base": home / "base", "a": run / "stages/01-a/experts/base/expert", "b": home / "given"}
+    words = [word for name, folder in parents.items() for word in ("--parent", f"{name}={folder}")]
+    with hub_server(tmp_path / "hub") as hub:
+        code, said = online(hub, tmp_path, "push", run, "--repo-id", "me/merged")
+        assert code == 0, said
+        assert str(home).encode() not in hub.files("me/merged")["merge.json"]
+        code, said = online(hub, tmp_path, "verify", "me/merged", *words)
+        assert code == 0, said
+        assert "Merged again by magmax: the same weights" in said
+        other = ["--parent", f"b={home / 'other'}"]
+        code, said = online(hub, tmp_path, "verify", "me/merged", *words, *other)
+        assert code == 2
+        assert "has other weights than when it was merged" in said
 
 
 def test_a_lineage_from_the_hub_does_not_lead_to_folders_of_this_machine(state: Path, home: Path) -> None:

@@ -48,7 +48,7 @@ def leaks(*folders: Path) -> list[str]:
     return [f"{name} in {p}" for p in files for name, token in PLANTED.items() if token.encode() in p.read_bytes()]
 
 
-def test_nothing_planted_is_left_behind(tmp_path: Path, look: Callable[..., str]) -> None:
+def test_nothing_planted_is_left_behind(tmp_path: Path, look: Callable[..., str], figure: Callable[..., None]) -> None:
     base = toy_llama(tmp_path / "base", seed=0)
     expert = perturbed(base, tmp_path / "expert", seed=1, size=0.01)
     data = write_jsonl(tmp_path / "secrets.jsonl", [{"text": f"the quick brown fox {i}"} for i in range(12)])
@@ -79,7 +79,9 @@ def test_nothing_planted_is_left_behind(tmp_path: Path, look: Callable[..., str]
         look("push", run, "--repo-id", "other/x", code=2, **online)
         assert hub.files("me/x")
     file.unlink()
-    assert leaks(run, tmp_path / "cache", tmp_path / "hf", tmp_path / "hub") == []
+    leaked = leaks(run, tmp_path / "cache", tmp_path / "hf", tmp_path / "hub")
+    figure("planted tokens, not leaked", len(PLANTED), len(PLANTED) - len({leak.split(" in ")[0] for leak in leaked}))
+    assert leaked == []
 
 
 TOKENS = [

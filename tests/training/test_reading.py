@@ -1,9 +1,12 @@
 """The text in a file is the text that is trained on and asked for, whatever it looks like."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,12 @@ from pyarrow import parquet
 from toys.models import TEXT, toy_llama, write_jsonl
 
 from hf_contmerge.errors import DataError
-from hf_contmerge.run.recipe.parts import Dataset, Task
+from hf_contmerge.run.recipe.parts import Dataset, DataSource, Task
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.scoring.files import write_task
 from hf_contmerge.scoring.tasks import load_task, task_manager
+from hf_contmerge.training import _packed
+from hf_contmerge.training._rows import load_rows
 from hf_contmerge.training.data import StageData, load_stage_data, task_rows
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
@@ -506,3 +511,48 @@ def test_examples_that_only_the_trainer_drops_are_recorded(base: Path, tmp_path:
         checkpoints=tmp_path / "checkpoints",
     )
     assert 0 < record["dropped"] < 30
+
+
+# Files that unpack to more than anybody's disk
+
+BOMBS: dict[str, Callable[[Path, bytes], object]] = {
+    "bomb.jsonl.gz": lambda path, data: path.write_bytes(gzip.compress(data)),
+    "bomb.jsonl.bz2": lambda path, data: path.write_bytes(bz2.compress(data)),
+    "bomb.jsonl.xz": lambda path, data: path.write_bytes(lzma.compress(data)),
+    "zipped.jsonl": lambda path, data: zipped(path, data),  # `datasets` looks at the first bytes
+}
+
+
+def zipped(path: Path, data: bytes) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.jsonl", data)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_that_unpacks_to_a_thousand_times_its_bytes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_packed, "ALLOWED", 2**20)
+    BOMBS[name](tmp_path / name, b'{"text": "' + b"x" * 2**22 + b'"}\n')
+    with pytest.raises(DataError, match=rf"{name} has 0.0 MiB and unpacks to more than 1.0 MiB, as no text does"):
+        load_rows(DataSource(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", [name for name in BOMBS if name.startswith("bomb")])
+def test_a_packed_file_of_texts_is_read_unless_it_is_damaged(name: str, tmp_path: Path) -> None:
+    lines = b"".join(b'{"text": "the quick brown fox %d"}\n' % i for i in range(200))
+    BOMBS[name](tmp_path / name, lines)
+    assert len(load_rows(DataSource(path=str(tmp_path / name)))) == 200
+    cut = tmp_path / f"cut-{name}"
+    cut.write_bytes((tmp_path / name).read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"damaged|cannot be read"):
+        load_rows(DataSource(path=str(cut)))
+
+
+def test_parquet_is_decoded_a_part_at_a_time(tmp_path: Path) -> None:
+    """A long value and a million references to it."""
+    long = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000), ["x" * 100])
+    parquet.write_table(pyarrow.table({"text": long}), tmp_path / "references.parquet")
+    data = load_rows(DataSource(path=str(tmp_path / "references.parquet"))).data
+    assert len(data) == 20_000
+    assert max(len(chunk) for chunk in data.data.column("text").chunks) <= 1000
