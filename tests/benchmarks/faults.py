@@ -63,11 +63,16 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="all faults, and the whole soak")
     args = parser.parse_args()
     files = [str(TESTS / "scenarios" / f"{name}.py") for name in FILES]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
+    all_day = {"FAULTS_SECONDS": "inf"} if args.long else {}
+    env = {
+        **os.environ,
+        **all_day,
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     rows: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "junit.xml"
-        which = ["-m", "not gpu"] if args.long else []
+        which = ["-m", "not gpu", "--timeout=0"] if args.long else []
         words = ["-m", "pytest", "-q", *which, "-o", "junit_family=xunit1", f"--junitxml={report}", *files]
         subprocess.run([sys.executable, *words], cwd=TESTS.parent, env=env, stdout=sys.stderr, check=False)
         for row, tried, held in counted(report):

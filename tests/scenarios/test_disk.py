@@ -3,10 +3,11 @@
 Each command meets, at each of its changes to the disk: a kill, a write that is torn in half, a refusal (full, quota,
 input/output error, no permission), and a power cut that takes what was not flushed. After each, status, state and
 models are valid; a refusal is one sentence and exit code 2; the same command ends in the same bytes. The default tests
-draw a few of them; `-m slow` walks through all, and `make faults` counts.
+draw a few of them; `-m slow` tries more for some minutes, and `make faults LONG=--long` all; it counts them.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from errno import EACCES, EDQUOT, EIO, ENOSPC
@@ -293,8 +295,8 @@ def refusable(bench: Bench, error: int) -> list[int]:
     return [i for i, kind in named if kind in kinds.get(error, WRITES) or kind == "send"]
 
 
-def walk(bench: Bench, name: str, most: int, figure: Figure) -> None:
-    """Try each kind of fault at `most` steps at most, drawn from all."""
+def walk(bench: Bench, name: str, most: int, figure: Figure, seconds: float = math.inf) -> None:
+    """Try each kind of fault at `most` steps at most, drawn from all, and for an equal part of the seconds."""
     draw, images = random.Random(f"{name} {most}"), range(len(bench.journal.steps))
     steps = range(1, len(bench.names) + 1)
     pairs = [(draw.choice(steps), draw.choice(steps)) for _ in steps]
@@ -306,14 +308,17 @@ def walk(bench: Bench, name: str, most: int, figure: Figure) -> None:
         "power cuts": [partial(bench.cut, n, how, draw) for how in CUTS for n in images],
     }
     for what, every in tries.items():
-        chosen = draw.sample(every, min(most, len(every)))
-        survived = sum(attempt() is not False for attempt in chosen)
+        end, survived = time.monotonic() + seconds / len(tries), 0
+        for attempt in draw.sample(every, min(most, len(every))):
+            survived += attempt() is not False
+            if time.monotonic() > end:
+                break
         figure(f"{what}, survived", survived, survived)
 
 
 ALL = 10**6
-MOST = int(os.environ.get("FAULTS", "60"))
-"""How many faults of a kind the slow test of a whole run tries; all take hours."""
+SECONDS = float(os.environ.get("FAULTS_SECONDS", "100"))
+"""How long a slow test tries faults; all of a run take hours."""
 
 
 @pytest.mark.parametrize("name", MERGES)
@@ -359,10 +364,10 @@ def test_two_reports_of_one_run_at_once(server: Forks, finished: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_A_RUN)
 def test_all_faults_of_other_commands(name: str, server: Forks, finished: Path, hub: Hub, figure: Figure) -> None:
-    walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, MOST, figure)
+    walk(Bench(server, of_a_run(name, finished, server.root, hub)), name, ALL, figure, SECONDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MERGES, "run"])
 def test_all_faults(name: str, server: Forks, home: Path, figure: Figure) -> None:
-    walk(Bench(server, case(name, home, server.root)), name, MOST if name == "run" else ALL, figure)
+    walk(Bench(server, case(name, home, server.root)), name, ALL, figure, SECONDS)
