@@ -103,10 +103,14 @@ class Course:
 
 def write_texts(path: Path, stage: int) -> Path:
     """Write the examples of a stage."""
-    draw, words = random.Random(stage), _WORDS[stage].split()
-    rows = [{"text": " ".join(draw.choices(words, k=20))} for _ in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts_for(stage)), encoding="utf-8")
     return path
+
+
+def texts_for(stage: int) -> list[str]:
+    """Return the texts of a stage."""
+    draw, words = random.Random(stage), _WORDS[stage].split()
+    return [" ".join(draw.choices(words, k=20)) for _ in range(40)]
 
 
 def texts_of(path: Path) -> StageData:

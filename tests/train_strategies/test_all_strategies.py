@@ -48,14 +48,8 @@ PARAMETERS: dict[str, Row] = {
 """Of strategies whose defaults cannot train a toy, by name."""
 
 
-TOGETHER: dict[str, dict[str, Row]] = {
-    "asft distill": {"distill": {"strength": 0.001}},  # asft's weights make a toy's loss smaller than the pull
-}
-
-
 def parameters_of(case: str) -> dict[str, Row]:
-    own = {name: PARAMETERS[name] for name in case.split() if name in PARAMETERS}
-    return own | TOGETHER.get(case, {})
+    return {name: PARAMETERS[name] for name in case.split() if name in PARAMETERS}
 
 
 @functools.cache
