@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ExpertPlace, MergePlace, Place, Record, require_whole
+from hf_contmerge.run.places import JOINT, ExpertPlace, MergePlace, Place, Record, require_whole
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Recipe, Stage
@@ -136,12 +136,13 @@ class Loop:
             place.finish("train", {**record, "given": str(folder)})
 
     def _finetune(self, t: int, place: ExpertPlace) -> None:
-        from hf_contmerge.loop._job import train_job
+        from hf_contmerge.loop._job import joint_job, train_job
         from hf_contmerge.loop.inputs import check_start
         from hf_contmerge.loop.stages import train_at
 
         self._from_main(lambda: check_start(self.run, self.prepared.base, t, place.kind))
-        job = train_job(self.run, self.prepared, t, place.kind)
+        joint = place.kind == JOINT
+        job = joint_job(self.run, self.prepared) if joint else train_job(self.run, self.prepared, t, place.kind)
         on_log = self.trackers.of(place, "train")
         if self.experts:
             from hf_contmerge.loop._shared import SharedExperts, train_once

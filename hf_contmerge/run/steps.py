@@ -43,6 +43,9 @@ def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
         yield from (Step("merge", t, place) for place in merges)
         stages = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
         for place in experts.values():
-            alone = place.kind == "base" and t > 1  # an independent expert has learnt its own stage only
+            alone = place.alone(t)  # an independent expert has learnt its own stage only
             yield Step("score", t, place, tuple(recipe.measured([t] if alone else stages, general=not alone)))
         yield from (Step("score", t, place, tuple(recipe.measured(stages))) for place in merges)
+    if "joint" in recipe.baselines:
+        yield Step("train", every[-1], run.joint)
+        yield Step("score", every[-1], run.joint, tuple(recipe.measured(every)))

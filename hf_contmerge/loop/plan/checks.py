@@ -43,6 +43,7 @@ from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.joint import joint_data
 from hf_contmerge.training.limits import trainer_limits
 from hf_contmerge.training.settings import Check, data_checks, make_strategies, training_checks
 from hf_contmerge.training.statistics import check_asked
@@ -175,6 +176,8 @@ def checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> It
         yield partial(check_kept_adapters, recipe, prepared)
         yield from data_checks(recipe, prepared.data)
         yield partial(check_replay, recipe, prepared.data)
+        if "joint" in recipe.baselines:
+            yield partial(joint_data, prepared.data, seed=recipe.seed)
         if how.processes == 1 or how.plans:
             yield from rehearsals(recipe, prepared)
 

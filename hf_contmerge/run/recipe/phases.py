@@ -27,6 +27,7 @@ class Use:
 _USES = (
     # patterns                                                                phase    undoes  compares
     Use("name output publish publish.* plugins",                              None,    False),
+    Use("baselines",                                                          None,    False),  # places of their own
     Use("*.suite",                                                            None,    False),
     Use("*train.report_to *train.disable_tqdm *train.ddp_timeout", "train", False),
     Use("guard guard.*",                                                      "merge", False),  # from the next merge on
