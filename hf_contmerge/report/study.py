@@ -30,7 +30,7 @@ from hf_contmerge.report._templates import fill
 from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.report.write import csv_text, load_results
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import JOINT
+from hf_contmerge.run.places import BASELINES
 from hf_contmerge.run.recipe.study import StudyCell
 from hf_contmerge.run.scores import BLOCKS, Block
 from hf_contmerge.scoring.forgetting.crossed import crossed_change
@@ -99,7 +99,7 @@ class StudyResults:
         named = [line for line in measured if wanted in (line.title, line.name)]
         if self.asked and not named:
             raise RunError(unknown("line", wanted, {word for x in measured for word in (x.title, x.name)}))
-        lines = named or [line for line in measured if line.name != line_label(JOINT)]
+        lines = named or [line for line in measured if line.name not in map(line_label, BASELINES)]
         return max(lines, key=lambda line: line.mean(block, "acc") or 0.0)
 
     def change(self, line: StudyLine, block: Block, scope: str) -> Change | None:

@@ -10,6 +10,7 @@
       stages/01-law/
         experts/<kind>/  expert/ train.json score.json         kind: base, previous, or merged-<merge entry>
         baselines/joint/ expert/ train.json score.json         after the last stage, if the recipe asks
+        baselines/{oracle,routed}/ score.json                  separate experts behind a router
         merges/<entry>/  running/ merged/ merge.yml merge.json score.json
                          validation/  with a guard or `auto`: the scores behind the choice
                          replay/      the stage's expert, retrained by a guard
@@ -230,8 +231,12 @@ class Run:
 
     @property
     def joint(self) -> ExpertPlace:
-        """Place of the expert trained on all stages at once; more stages have another."""
-        return ExpertPlace(self._stage_folder(len(self.recipe.stages)) / "baselines" / JOINT, JOINT)
+        """Place of the expert trained on all stages at once."""
+        return ExpertPlace(self.baseline(JOINT).folder, JOINT)
+
+    def baseline(self, name: str) -> Place:
+        """Return the place of a yardstick for these stages; more stages have another."""
+        return Place(self._stage_folder(len(self.recipe.stages)) / "baselines" / name)
 
     def merged(self, t: int, entry: Merge) -> MergePlace:
         return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry)
@@ -272,8 +277,8 @@ class Run:
             for entry in self.recipe.merge:
                 if self.merged(t, entry).folder.exists():
                     yield t, self.merged(t, entry)
-            for folder in self._stage_folder(t).glob(f"baselines/{JOINT}"):
-                yield t, ExpertPlace(folder, JOINT)
+            for folder in sorted(self._stage_folder(t).glob("baselines/*")):
+                yield t, ExpertPlace(folder, JOINT) if folder.name == JOINT else Place(folder)
 
     def redo(self, phase: str, *, stage: str | None = None) -> list[str]:
         """Undo a phase and its dependents; list the undone phases.

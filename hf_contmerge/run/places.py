@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 JOINT = "joint"
 """Kind of the expert trained on all stages at once."""
+ROUTED, ORACLE = "routed", "oracle"
+"""Separate experts behind a router: one that reads the prompt, one that is always right."""
+BASELINES = (JOINT, ROUTED, ORACLE)
+"""Yardsticks, measured after the last stage."""
 FROM_BASE = ("base", JOINT)
 """Kinds of experts that start from the base."""
 _SCORE_FILES = ("score.parquet", ".score.parquet")  # results per document

@@ -14,6 +14,7 @@ from hf_contmerge.errors import DataError, RecipeError
 from hf_contmerge.loop.plan.plan import Findings, make_plan
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.weights import weights_sha256
+from hf_contmerge.report.card import model_card
 from hf_contmerge.report.write import load_results, summary
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import parse_recipe
@@ -47,6 +48,9 @@ def recipe(home: Path, files: str, **more: Any) -> dict[str, Any]:
     stages = [{"name": f"s{i}", "dataset": {"path": str(home / f"{n}.jsonl"), "heldout": 3}}
               for i, n in enumerate(names, 1)]  # fmt: skip
     fields = {"name": "yard", "base_model": str(home / "base"), "stages": stages, "train": TRAIN, "merge": [AVERAGE]}
+    rows = [{"query": "the quick", "choices": [" brown", " fox"], "gold": i % 2} for i in range(6)]
+    quiz = {"name": "quiz", "kind": "multiple_choice", "dataset": str(write_jsonl(home / "quiz.jsonl", rows))}
+    fields["evaluate"] = {"routed": True, "general_tasks": [quiz]}
     return {**fields, "baselines": ["joint"], **more}
 
 
@@ -69,7 +73,7 @@ def test_it_trains_on_all_stages_for_their_steps(run: Run):
     assert record["steps"] == sum(e["steps"] for e in each) == 8
     assert record["examples"] == sum(e["examples"] for e in each) == 34
     assert not run.joint.memory.exists()
-    assert set(load_scores(run.joint)) == {"s1_heldout", "s2_heldout"}
+    assert set(load_scores(run.joint)) == {"s1_heldout", "s2_heldout", "quiz"}
 
 
 def test_two_stages_of_one_file_see_each_example_twice(home: Path, tmp_path: Path):
@@ -155,8 +159,48 @@ def test_texts_and_prompts_have_a_union(home: Path, tmp_path: Path):
 def test_given_experts_are_refused(home: Path, tmp_path: Path):
     fields = recipe(home, "a")
     fields["stages"].append({"name": "given", "expert": str(home / "base")})
-    with pytest.raises(RecipeError, match=r"baselines \(joint\) need the examples of every stage, and given has"):
+    with pytest.raises(RecipeError, match=r"baselines \(joint\) needs the examples of every stage, and given has"):
         parse_recipe(fields)
     (tmp_path / "given.yml").write_text(json.dumps(fields))
     assert main(["run", str(tmp_path / "given.yml"), "--run", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_an_oracle_has_each_stage_s_own_expert(run: Run):
+    oracle, base = load_scores(run.baseline("oracle")), load_scores(run.base)
+    for t in (1, 2):
+        task = f"s{t}_heldout"
+        assert oracle[task].gains == load_scores(run.expert(t, "base"))[task].gains
+    assert oracle["quiz"].gains == base["quiz"].gains, "no stage teaches general tasks"
+
+
+def test_a_router_tells_texts_of_other_words_apart(run: Run):
+    record = run.baseline("routed").record("score")["router"]
+    assert record["prompts"] == [17, 17]
+    assert sum(sum(of.values()) for of in record["confusion"].values()) == 3 + 3 + 6
+    assert all(record["confusion"][s]["base"] == 0 for s in ("s1", "s2")), "the base is a choice for general tasks"
+
+
+def test_routed_experts_are_in_report_and_card(run: Run):
+    page = (run.folder / "report" / "report.md").read_text()
+    assert "Merge or route" in page
+    assert "Documents by the pick of routed experts" in page
+    card = model_card(run, run.recipe.merge[0])
+    assert "Merged or routed" in card
+    assert "separate experts, with an oracle" in card
+    oracle = load_results(run).expert("oracle")
+    assert oracle
+    assert oracle.metrics(run.recipe.stages, (), "perplexity")["normalised"] == pytest.approx(1)
+
+
+def test_of_one_stage_the_router_has_the_expert(home: Path, tmp_path: Path):
+    run = run_recipe(parse_recipe(recipe(home, "a", baselines=[])), tmp_path / "alone", until="score")
+    own, routed, oracle = (load_scores(p)["s1_heldout"] for p in (
+        run.expert(1, "base"), run.baseline("routed"), run.baseline("oracle")))  # fmt: skip
+    assert own.gains == routed.gains == oracle.gains
+
+
+def test_routing_needs_separate_experts(home: Path, tmp_path: Path):
+    fields = recipe(home, "a b", merge=[{"rule": "average", "start_from": "previous"}])
+    with pytest.raises(RecipeError, match="no merge entry trains them"):
+        run_recipe(parse_recipe(fields), tmp_path / "none")

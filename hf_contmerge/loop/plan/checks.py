@@ -133,6 +133,7 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
         yield partial(_make_rule, prepared, entry)
     if len(prepared.rules) == len(recipe.merge):
         prepared.kinds = merge_kinds(recipe, prepared.rules)
+        yield partial(_check_routed, recipe, prepared)
     yield partial(check_ladder, recipe)
     yield partial(make_strategies, recipe.train)
     yield partial(_find_base, prepared, recipe, how)
@@ -367,6 +368,15 @@ def check_kept_adapters(recipe: Recipe, prepared: Prepared) -> None:
                     f"{start} the full model of stage {before.name}, and its adapter would not be one of the base. "
                     f"{cure}."
                 )
+
+
+def _check_routed(recipe: Recipe, prepared: Prepared) -> None:
+    """Raise RecipeError for a router without separate experts."""
+    if recipe.evaluate.routed and len(recipe.stages) > 1 and "base" not in prepared.kinds.values():
+        raise RecipeError(
+            "evaluate.routed compares with separate experts, each trained from the base, and no merge entry trains "
+            "them here. Set `start_from: base` in one, or remove `routed`."
+        )
 
 
 def check_ladder(recipe: Recipe) -> None:

@@ -223,10 +223,11 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _baselines_have_data(self) -> Recipe:
         given = [s.name for s in self.stages if not s.dataset]
-        if self.baselines and given:
+        fields = (*(f"baselines ({name})" for name in self.baselines), *["evaluate.routed"] * self.evaluate.routed)
+        if fields and given:
             raise ValueError(
-                f"baselines ({', '.join(self.baselines)}) need the examples of every stage, and {', '.join(given)} "
-                "has an `expert` without any; remove `baselines`, or give the stage a `dataset`"
+                f"{fields[0]} needs the examples of every stage, and {', '.join(given)} has an `expert` without any; "
+                "leave it out, or give the stage a `dataset`"
             )
         return self
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import JOINT
+from hf_contmerge.run.places import JOINT, ORACLE, ROUTED
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import Block, Scores, load_scores
 from hf_contmerge.scoring.forgetting.matrix import Row, ScoreMatrix, facts_ratio, general_delta, mean
@@ -103,10 +103,10 @@ class Line:
 def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[Line]]:
     """Load the measured lines of expert kinds and of merge entries.
 
-    The joint expert's line comes last among experts. It has scores after the last stage only.
+    Baselines come last among experts. They have scores after the last stage only.
     """
     base, joint = load_scores(run.base), load_scores(run.joint)
-    alone = tuple(load_scores(run.expert(t, "base")) for t in run.stage_numbers())
+    alone = tuple(_own(run, t, load_scores(run.expert(t, "base"))) for t in run.stage_numbers())
 
     def line(name: str, rows: Iterable[Scores]) -> Line:
         rows = list(rows)
@@ -120,9 +120,15 @@ def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[
 
     later = run.stage_numbers()[1:]
     experts = [line(kind, experts_of(kind)) for kind in expert_kinds]
-    experts += [line(JOINT, ({} if t < len(alone) else joint for t in run.stage_numbers()))] if joint else []
+    at_the_end = {JOINT: joint, **{name: load_scores(run.baseline(name)) for name in (ROUTED, ORACLE)}}
+    experts += [line(name, [*({} for _ in alone[1:]), scores]) for name, scores in at_the_end.items() if scores]
     merges = [line(e.name, (load_scores(run.merged(t, e)) for t in run.stage_numbers())) for e in run.recipe.merge]
     return experts, merges
+
+
+def _own(run: Run, t: int, scores: Scores) -> Scores:
+    """Leave out what an independent expert of a later stage was measured on for a router."""
+    return scores if t == 1 else {k: score for k, score in scores.items() if k in run.stage(t).task_names()}
 
 
 def _utility(scores: Scores, tasks: Sequence[str], block: Block) -> float | None:
