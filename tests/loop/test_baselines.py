@@ -76,6 +76,7 @@ def test_it_trains_on_all_stages_for_their_steps(run: Run):
     assert set(load_scores(run.joint)) == {"s1_heldout", "s2_heldout", "quiz"}
 
 
+@pytest.mark.slow
 def test_two_stages_of_one_file_see_each_example_twice(home: Path, tmp_path: Path):
     run = run_recipe(parse_recipe(recipe(home, "a a")), tmp_path / "twins", until="train")
     assert run.joint.record("train")["examples"] == 2 * run.expert(1, "base").record("train")["examples"]
@@ -151,6 +152,7 @@ def test_forms_without_a_union_are_refused(home: Path, tmp_path: Path, files: st
     assert not list((tmp_path / "refused").glob("stages/*/experts"))
 
 
+@pytest.mark.slow
 def test_texts_and_prompts_have_a_union(home: Path, tmp_path: Path):
     run = run_recipe(parse_recipe(recipe(home, "a asked")), tmp_path / "mixed", until="train")
     assert run.joint.record("train")["examples"] == 17 + 9
