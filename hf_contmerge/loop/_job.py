@@ -23,6 +23,7 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Record, newest, one_a_stage
 from hf_contmerge.runtime.files import link_files
 from hf_contmerge.training.job import TrainJob
+from hf_contmerge.training.joint import joint_data, joint_train
 
 if TYPE_CHECKING:
     from hf_contmerge.loop.plan.checks import Prepared
@@ -32,11 +33,22 @@ if TYPE_CHECKING:
 def train_job(run: Run, prepared: Prepared, t: int, kind: str) -> TrainJob:
     """Return the training job of stage t's expert."""
     stage, recipe = run.stage(t), run.recipe
-    alone = kind == "base" and t > 1  # no later stage starts from an independent expert
+    alone = run.expert(t, kind).alone(t)
     return TrainJob(
         start=run.start_of(t, kind) or prepared.base, base=prepared.base, data=prepared.data[stage.name],
         train=recipe.train_of(stage), seed=recipe.seed, memory=run.memory_before(t, kind), remembers=not alone,
         trust_remote_code=recipe.trust_remote_code, stage=1 if alone else t,
+    )  # fmt: skip
+
+
+def joint_job(run: Run, prepared: Prepared) -> TrainJob:
+    """Return the training job of the expert on all stages at once."""
+    recipe, kind = run.recipe, next(iter(prepared.kinds.values()))
+    steps = sum(run.expert(t, kind).record("train")["steps"] for t in run.stage_numbers())
+    return TrainJob(
+        start=prepared.base, base=prepared.base, data=joint_data(prepared.data, seed=recipe.seed),
+        train=joint_train(recipe, steps), seed=recipe.seed, remembers=False,
+        trust_remote_code=recipe.trust_remote_code,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_contmerge.errors import ModelError, RunError
 from hf_contmerge.models.identity import Identity
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
+from hf_contmerge.run.places import FROM_BASE, ExpertPlace, MergePlace, Place
 from hf_contmerge.runtime.digests import digests_below
 from hf_contmerge.runtime.records import write_record
 
@@ -33,7 +33,7 @@ def check_same_base(run: Run, base: Path, *, whole: bool = True) -> None:
 def check_start(run: Run, base: Path, t: int, kind: str) -> None:
     """Raise an error for a changed base, start model or memory."""
     check_same_base(run, base)
-    if t == 1 or kind == "base":
+    if t == 1 or kind in FROM_BASE:
         return
     if kind == "previous":
         run.expert(t - 1, kind).check("train", "expert")

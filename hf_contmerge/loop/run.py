@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ExpertPlace, MergePlace, Place, Record, require_whole
+from hf_contmerge.run.places import JOINT, ORACLE, ROUTED, ExpertPlace, MergePlace, Place, Record, require_whole
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Recipe, Stage
@@ -100,7 +100,9 @@ class Loop:
         for t, steps in groupby(run_steps(self.run, self.prepared.kinds), key=lambda step: step.t):
             for step in steps:
                 place = step.place
-                if step.phase == "score":
+                if step.phase == "score" and place.folder.name in (ORACLE, ROUTED):
+                    self._route(place, step.tasks)
+                elif step.phase == "score":
                     model = place.model if isinstance(place, ExpertPlace | MergePlace) else self.prepared.base
                     self._score(place, model, step.tasks)
                 elif isinstance(place, ExpertPlace):
@@ -136,12 +138,13 @@ class Loop:
             place.finish("train", {**record, "given": str(folder)})
 
     def _finetune(self, t: int, place: ExpertPlace) -> None:
-        from hf_contmerge.loop._job import train_job
+        from hf_contmerge.loop._job import joint_job, train_job
         from hf_contmerge.loop.inputs import check_start
         from hf_contmerge.loop.stages import train_at
 
         self._from_main(lambda: check_start(self.run, self.prepared.base, t, place.kind))
-        job = train_job(self.run, self.prepared, t, place.kind)
+        joint = place.kind == JOINT
+        job = joint_job(self.run, self.prepared) if joint else train_job(self.run, self.prepared, t, place.kind)
         on_log = self.trackers.of(place, "train")
         if self.experts:
             from hf_contmerge.loop._shared import SharedExperts, train_once
@@ -208,6 +211,12 @@ class Loop:
         measure_at(place, model, tasks, how, check=check, on_log=self.trackers.of(place, "score"))
         if self.recorder.is_main:
             self._keep_keys(place)
+
+    def _route(self, place: Place, tasks: Sequence[Task]) -> None:
+        if self._wanted("score"):
+            from hf_contmerge.loop._routed import route_at
+
+            route_at(self.run, self.prepared, place, tasks, self._measuring("all"))
 
     def _measuring(self, part: DocumentPart) -> Measuring:
         from dataclasses import replace

@@ -102,7 +102,7 @@ def verify_run(run: Run) -> Reading:
         redo = f"Write the report again: contmerge report {run.folder}"
         record = reading.record(run.folder / "report" / DIGESTS, redo)
         reading.files(run.folder / "report", record.get("files", {}), redo)
-    for file in run.folder.glob(f"stages/*/experts/*/checkpoints/*/{DIGESTS}"):
+    for file in run.folder.glob(f"stages/*/[be]*/*/checkpoints/*/{DIGESTS}"):  # of experts and baselines
         redo = f"{again}, which resumes from an earlier checkpoint."
         reading.files(file.parent, reading.record(file, redo).get("files", {}), redo)
     return reading

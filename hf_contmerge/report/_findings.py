@@ -40,12 +40,18 @@ METRICS = {
     "forgetting": Metric("F", "mean drop of earlier stages from their best; higher is worse"),
     "fwt": Metric("FWT", "mean gain over the base on a stage before it is learnt; needs `matrix: full`", signed=True),
     "intransigence": Metric(
-        "I", "mean shortfall of each stage, when learnt, against its single-stage expert; higher is worse"
+        "I", "intransigence: shortfall of the last stage against joint training on all stages; higher is worse"
+    ),
+    "against_alone": Metric(
+        "against alone", "mean shortfall of each stage, when learnt, against its single-stage expert; higher is worse"
     ),
     "normalised": Metric(
         "of expert",
         "share of the single-stage experts' gain over the base that the final model keeps; 1 is all",
         unit=False,
+    ),
+    "joint_kept": Metric(
+        "of joint", "share of joint training's gain over the base that the final model has; 1 is all", unit=False
     ),
     "general_delta": Metric("general Δ", "mean change of the general tasks against the base", signed=True),
     "lost": Metric(
@@ -159,6 +165,7 @@ def caption(results: Results) -> str:
         "".join(gains) + "Bars: 95 % intervals, paired by document. Hollow marker: no change seen, or less than "
         f"{smallest(results)} (a stage since it was learnt, general ability against the base). ★: an expert trained on "
         "that stage alone. 0.1 nats is about 10 % of the perplexity."
+        + " Dashed line: an expert trained on all stages at once." * (results.joint is not None)
         + f" {UNMEASURED}" * (not results.general_tasks)
         + _left_out(results)
     )
@@ -198,6 +205,11 @@ def verdict(results: Results, line: Line) -> str:
         assert mean
         if change := results.overall(line, mean, t, block):
             parts.append(f"against the mean of the experts: {_scope_text(change, block, 'over all stages')}")
+    parts += [
+        f"{100 * kept:.0f} % of joint training's gain ({block})".replace("-", "−")
+        for block in results.stage_blocks()
+        if (kept := line.metrics(results.stages, (), block)["joint_kept"]) is not None
+    ]
     if lossy := results.lossy(line):
         parts.append(f"{lossy.taken}, so this does not judge the rule: {lossy.advice()}")
     return "; ".join(parts) + "."

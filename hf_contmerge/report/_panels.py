@@ -15,6 +15,7 @@ from hf_contmerge.report._axes import COLOURS, GREY, INK, MARKERS, change_axis, 
 from hf_contmerge.report._findings import fate, gained, natural, relative
 from hf_contmerge.report._labels import Dot, Label
 from hf_contmerge.report._results import Results, any_score, line_label
+from hf_contmerge.run.places import JOINT
 from hf_contmerge.run.scores import Block, Scores
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change
@@ -142,6 +143,7 @@ def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
         axes.plot([j], [alone.mean], "*", ms=12, color="#F0E442", mec=INK, mew=0.8, zorder=6)
         axes.plot([j, results.last], [alone.mean] * 2, color=GREY, lw=0.7, zorder=1)
         labels.append(Label(alone.mean, _at_end("★ trained alone", independent.rows[j], tasks, alone.mean, block), INK))
+    labels += _joint_line(axes, results, tasks, block)
     for i, d in enumerate(drawn := drawn_lines(results)):
         points = _stage_points(results, d.line, j, block)
         _trace(axes, d, points, 0.05 * (i - (len(drawn) - 1) / 2))
@@ -154,6 +156,16 @@ def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
     change_axis(axes, block, panel.limits)
     title, finding = f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block)
     return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base")
+
+
+def _joint_line(axes: Axes, results: Results, tasks: Sequence[str], block: Block) -> list[Label]:
+    """Draw what joint training reaches, if it was measured; return the label."""
+    row = results.joint.rows[-1] if results.joint else {}
+    change = results.change(row, results.base, tasks, block)
+    if not change:
+        return []
+    axes.plot([0, results.last], [change.mean] * 2, color=INK, lw=1.1, ls=(0, (6, 3)), zorder=1)
+    return [Label(change.mean, _at_end(line_label(JOINT), row, tasks, change.mean, block), INK)]
 
 
 def _at_end(name: str, row: Any, tasks: Sequence[str], change: float, block: Block) -> str:
@@ -219,6 +231,7 @@ def _general_panel(axes: Axes, results: Results, block: Block) -> Drawing:
     labels, clauses, ends = [Label(0.0, "base", GREY)], [], []
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
     tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
+    labels += _joint_line(axes, results, tasks, block)
     for i, d in enumerate(drawn := drawn_lines(results)):
         changes = [(t, results.change(row, results.base, tasks, block)) for t, row in _shown_rows(results, d.line)]
         points = [_Point(t, c, hollow=c.sign == 0) for t, c in changes if c]
@@ -280,4 +293,7 @@ def _common_limits(results: Results, block: Block) -> tuple[float, float] | None
         for point in _stage_points(results, d.line, j, block)
         for value in (point.change.mean, point.change.low, point.change.high) if value is not None
     ]  # fmt: skip
+    joint = results.joint.rows[-1] if results.joint else {}
+    stages = [results.stages[j - 1].task_names() for j in results.shown if stage_block(results, j) == block]
+    values += [c.mean for names in stages if (c := results.change(joint, results.base, names, block))]
     return (min(0.0, *values), max(0.0, *values)) if values else None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.run.folder import evenly_spread
+from hf_contmerge.run.places import JOINT, ORACLE, ROUTED
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
@@ -64,6 +65,15 @@ class Results:
     def baseline(self) -> Line | None:
         """Plain sequential fine-tuning, if this run trains it."""
         return next((line for line in self.experts if line.name == "previous" and len(line.rows) > 1), None)
+
+    @property
+    def joint(self) -> Line | None:
+        """The expert trained on all stages at once, if it was measured."""
+        return self.expert(JOINT)
+
+    def expert(self, name: str) -> Line | None:
+        """Return the line of experts with this name, if it was measured."""
+        return next((line for line in self.experts if line.name == name), None)
 
     def lossy(self, line: Line) -> Survival | None:
         """Return a merge's survival, if rounding lost more than a tenth."""
@@ -158,7 +168,10 @@ def _of_block(new: Scores, old: Scores, tasks: Sequence[str], block: Block) -> t
 
 def line_label(kind: str) -> str:
     """Return the name of an expert kind."""
-    names = {"previous": "fine-tuning alone", "base": "independent experts"}
+    names = {
+        "previous": "fine-tuning alone", "base": "independent experts", JOINT: "joint training",
+        ROUTED: "routed experts", ORACLE: "experts with an oracle",
+    }  # fmt: skip
     return names.get(kind, f"experts from {kind.removeprefix('merged-')}")
 
 

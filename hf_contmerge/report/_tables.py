@@ -110,7 +110,7 @@ def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
     names = ["base", *(stage.name for stage in results.stages)]
     rows = []
     for t in (0, *results.shown):
-        if t < len(line.rows):
+        if t < len(line.rows) and line.rows[t]:
             cells = [score_cell(results, line.rows[t], k, largest, own=learnt.get(k) == t) for k in tasks]
             rows.append([Cell(names[t]), *cells])
     return Table(f"{name}, {block}", ("after", *tasks), rows)

@@ -22,17 +22,26 @@ from hf_contmerge.report._public import (
     public_name,
     public_recipe,
 )
+from hf_contmerge.report._routes import route_table
 from hf_contmerge.report._tables import Cell, Table, metric_table
 from hf_contmerge.report._templates import fill
+from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ExpertPlace
+from hf_contmerge.run.places import JOINT, ORACLE, ROUTED, ExpertPlace
 from hf_contmerge.run.recipe.schema import Merge
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore, load_scores
 from hf_contmerge.runtime.hiding import without_secrets
 from hf_contmerge.scoring.forgetting.lines import Line, load_lines
 
 NOT_MEASURED = "not measured"
-_ON_THE_CARD = ("acc", "la", "bwt", "normalised", "general_delta", "lost", "regained", "general_lost", "fuar")
+_AT_THE_END = {
+    JOINT: "joint training, all stages at once",
+    ROUTED: "separate experts, routed by the prompt",
+    ORACLE: "separate experts, with an oracle",
+}
+_ON_THE_CARD = (
+    "acc", "la", "bwt", "normalised", "joint_kept", "general_delta", "lost", "regained", "general_lost", "fuar",
+)  # fmt: skip
 
 
 def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
@@ -58,6 +67,7 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
         norms=_norms(run, merge),
         stored=stored(run).get(entry.name),
         scores=_scores(run, lines, t),
+        routes=[table for block in metrics if (table := route_table(load_results(run), block, entry.name)).rows],
         unmeasured="" if recipe.evaluate.general_tasks else UNMEASURED,
         metrics=[metric_table(of, block) for block, of in metrics.items()],
         shown=[METRICS[m] for m in known_metrics(x for of in metrics.values() for x in of.values())],
@@ -166,7 +176,8 @@ def _scores(run: Run, lines: Sequence[Line], t: int) -> Table | None:
     tasks = [name for s in range(1, t + 1) for name in run.stage(s).task_names()]
     tasks += [task.name for task in run.recipe.evaluate.general_tasks]
     models = [("base model", lines[-1].rows[0])]
-    models += [(f"{x.name}, after {run.stage(s).name}", x.rows[s]) for s in range(1, t + 1) for x in lines]
+    models += [(f"{x.name}, after {run.stage(s).name}", x.rows[s]) for s in range(1, t + 1) for x in lines
+if x.name not in _AT_THE_END.values() or s == len(run.recipe.stages)]  # fmt: skip
     measured = {name: score for line in lines for row in line.rows for name, score in row.items()}
     rows = [[Cell(name), *(_cell(row.get(task)) for task in tasks)] for name, row in models]
     head = ("model", *(f"{task} ({_metric(measured.get(task))})" for task in tasks))
@@ -190,10 +201,12 @@ def _metrics(run: Run, lines: Sequence[Line], t: int) -> dict[Block, dict[str, d
 def _lines(run: Run, entry: Merge, t: int) -> list[Line]:
     """Return the lines of fine-tuning and of this merge, base first."""
     names = {"previous": "fine-tuning alone, in sequence", "base": "fine-tuning alone, each stage from the base"}
-    names[f"merged-{entry.name}"] = "fine-tuning from the merged model"
+    names |= {f"merged-{entry.name}": "fine-tuning from the merged model", **_AT_THE_END}
     experts, merges = load_lines(run, [kind for kind in run.expert_kinds() if kind in names])
     ours = next(line for line in merges if line.name == entry.name)
     named = [replace(x, name=names[x.name]) for x in experts] + [replace(ours, name=f"this merge ({entry.name})")]
+    if t < len(run.recipe.stages):
+        named = [replace(x, joint={}) for x in named if x.name not in _AT_THE_END.values()]
     return [replace(x, rows=(*x.rows[: t + 1], *({} for _ in range(t + 1 - len(x.rows))))) for x in named]
 
 

@@ -24,12 +24,13 @@ from typing import Any
 from hf_contmerge.errors import RunError, unknown
 from hf_contmerge.report._findings import METRICS, amount, interval, known_metrics
 from hf_contmerge.report._pictures import Dot, draw_dots
-from hf_contmerge.report._results import SCOPES, Results, scopes
+from hf_contmerge.report._results import SCOPES, Results, line_label, scopes
 from hf_contmerge.report._tables import Cell, Picture, Section, Table, change_cell, costs, metric_cell
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.report.write import csv_text, load_results
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import BASELINES
 from hf_contmerge.run.recipe.study import StudyCell
 from hf_contmerge.run.scores import BLOCKS, Block
 from hf_contmerge.scoring.forgetting.crossed import crossed_change
@@ -98,7 +99,8 @@ class StudyResults:
         named = [line for line in measured if wanted in (line.title, line.name)]
         if self.asked and not named:
             raise RunError(unknown("line", wanted, {word for x in measured for word in (x.title, x.name)}))
-        return max(named or measured, key=lambda line: line.mean(block, "acc") or 0.0)
+        lines = named or [line for line in measured if line.name not in map(line_label, BASELINES)]
+        return max(lines, key=lambda line: line.mean(block, "acc") or 0.0)
 
     def change(self, line: StudyLine, block: Block, scope: str) -> Change | None:
         """Return a line's difference from the reference, over common cells; computed once."""

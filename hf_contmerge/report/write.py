@@ -34,6 +34,7 @@ from hf_contmerge.report._merges import geometry_section, storage_section, store
 from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
 from hf_contmerge.report._results import Results, task_facts
+from hf_contmerge.report._routes import route_section
 from hf_contmerge.report._tables import (
     Cost,
     Picture,
@@ -108,6 +109,7 @@ def sections(run: Run, results: Results) -> list[Section]:
         Section("Metrics", tables=metric_tables(results)),
         Section("Task by task", intervals, tables=task_tables(results)),
         Section("Right and wrong", _SIDES, tables=sides_tables(results)),
+        route_section(run, results),
         examples(results),
         _choices(run),
         storage_section(run),

@@ -9,6 +9,8 @@
                        score.parquet               next to each score.json: results per document
       stages/01-law/
         experts/<kind>/  expert/ train.json score.json         kind: base, previous, or merged-<merge entry>
+        baselines/joint/ expert/ train.json score.json         after the last stage, if the recipe asks
+        baselines/{oracle,routed}/ score.json                  separate experts behind a router
         merges/<entry>/  running/ merged/ merge.yml merge.json score.json
                          validation/  with a guard or `auto`: the scores behind the choice
                          replay/      the stage's expert, retrained by a guard
@@ -34,7 +36,7 @@ from typing import Any
 import yaml
 
 from hf_contmerge.errors import ResourceError, RunError, unknown
-from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
+from hf_contmerge.run.places import FROM_BASE, JOINT, ExpertPlace, MergePlace, Place
 from hf_contmerge.run.recipe.changes import FieldChange, changes
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
@@ -228,12 +230,21 @@ class Run:
         kind = kind if t > 1 else "base"
         return ExpertPlace(self._stage_folder(t) / "experts" / kind, kind)
 
+    @property
+    def joint(self) -> ExpertPlace:
+        """Place of the expert trained on all stages at once."""
+        return ExpertPlace(self.baseline(JOINT).folder, JOINT)
+
+    def baseline(self, name: str) -> Place:
+        """Return the place of a yardstick for these stages; more stages have another."""
+        return Place(self._stage_folder(len(self.recipe.stages)) / "baselines" / name)
+
     def merged(self, t: int, entry: Merge) -> MergePlace:
         return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry)
 
     def start_of(self, t: int, kind: str) -> Path | None:
         """Return the start model of stage t's expert; None for the base."""
-        if t == 1 or kind == "base":
+        if t == 1 or kind in FROM_BASE:
             return None
         if kind == "previous":
             return self.expert(t - 1, kind).model
@@ -246,9 +257,9 @@ class Run:
     def memory_before(self, t: int, kind: str) -> Path | None:
         """Return the newest memory of the stages before t, if any.
 
-        Independent experts (kind base) have none.
+        Independent experts have none.
         """
-        if kind == "base":
+        if kind in FROM_BASE:
             return None
         folders = (self.expert(i, kind).memory for i in range(t - 1, 0, -1))
         return next((folder for folder in folders if folder.is_dir()), None)
@@ -267,6 +278,8 @@ class Run:
             for entry in self.recipe.merge:
                 if self.merged(t, entry).folder.exists():
                     yield t, self.merged(t, entry)
+            for folder in sorted(self._stage_folder(t).glob("baselines/*")):
+                yield t, ExpertPlace(folder, JOINT) if folder.name == JOINT else Place(folder)
 
     def redo(self, phase: str, *, stage: str | None = None) -> list[str]:
         """Undo a phase and its dependents; list the undone phases.

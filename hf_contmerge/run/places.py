@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from hf_contmerge.run.recipe.phases import Phase
     from hf_contmerge.run.recipe.schema import Merge
 
+JOINT = "joint"
+"""Kind of the expert trained on all stages at once."""
+ROUTED, ORACLE = "routed", "oracle"
+"""Separate experts behind a router: one that reads the prompt, one that is always right."""
+BASELINES = (JOINT, ROUTED, ORACLE)
+"""Yardsticks, measured after the last stage."""
+FROM_BASE = ("base", JOINT)
+"""Kinds of experts that start from the base."""
 _SCORE_FILES = ("score.parquet", ".score.parquet")  # results per document
 _STATISTICS = "statistics"  # of an expert; measured again at any time, with a record of their own
 
@@ -145,6 +153,10 @@ class ExpertPlace(Place):
         """The expert's folder; for a given expert, the path in its record."""
         given = self.record("train").get("given") if self.is_done("train") else None
         return Path(given) if given else self.folder / "expert"
+
+    def alone(self, t: int) -> bool:
+        """Say if no later expert builds on this one of stage t."""
+        return self.kind == JOINT or (self.kind == "base" and t > 1)
 
     @property
     def memory(self) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import Place
+from hf_contmerge.run.places import ORACLE, ROUTED, Place
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.phases import Phase
 
@@ -43,6 +43,14 @@ def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
         yield from (Step("merge", t, place) for place in merges)
         stages = every if recipe.evaluate.matrix == "full" else range(1, t + 1)
         for place in experts.values():
-            alone = place.kind == "base" and t > 1  # an independent expert has learnt its own stage only
+            if place.kind == "base" and recipe.evaluate.routed:
+                yield Step("score", t, place, tuple(recipe.measured(every)))
+                continue
+            alone = place.alone(t)  # an independent expert has learnt its own stage only
             yield Step("score", t, place, tuple(recipe.measured([t] if alone else stages, general=not alone)))
         yield from (Step("score", t, place, tuple(recipe.measured(stages))) for place in merges)
+    for name in (ORACLE, ROUTED) if recipe.evaluate.routed else ():
+        yield Step("score", every[-1], run.baseline(name), tuple(recipe.measured(every)))
+    if "joint" in recipe.baselines:
+        yield Step("train", every[-1], run.joint)
+        yield Step("score", every[-1], run.joint, tuple(recipe.measured(every)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections import Counter
@@ -181,6 +182,22 @@ def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callabl
         render: makes text of a conversation by the tokenizer's chat template, with a row's `template_arguments`.
     """
     return [_as_text(row, form, render)[:chars] for row in rows_of(data)]
+
+
+def prompts(data: datasets.Dataset, form: Form, *, count: int | None = None) -> list[str]:
+    """Return what comes before the answers of examples; of plain texts, the texts."""
+    rows = data.select(range(min(count or len(data), len(data))))
+    return [_prompt(row, form) for row in rows_of(rows)]
+
+
+def _prompt(row: Row, form: Form) -> str:
+    if form == "text":
+        return row["text"]
+    turns = row["messages"] if form == "messages" else row["prompt"]
+    if isinstance(turns, str):
+        return turns
+    asked = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns)
+    return "\n".join(str(turn["content"]) for turn in asked)
 
 
 def require_chat_template(tokenizer: Any) -> None:

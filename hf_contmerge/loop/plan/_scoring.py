@@ -12,7 +12,7 @@ from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.loop.plan._dry_step import StepCost, scoring_batch
 from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun, resident
 from hf_contmerge.loop.plan.disk import model_bytes
-from hf_contmerge.run.places import ExpertPlace, MergePlace
+from hf_contmerge.run.places import ORACLE, ROUTED, ExpertPlace, MergePlace
 from hf_contmerge.run.steps import Step
 from hf_contmerge.runtime.device import bf16_pays
 from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
@@ -34,7 +34,7 @@ def scoring_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
     evaluate = planned.recipe.evaluate
     batch = AUTO_BATCH_SIZE if evaluate.batch_size == "auto" else evaluate.batch_size
     peak, seconds = 0, 0.0
-    for task in step.tasks:
+    for task in () if step.place.folder.name in (ROUTED, ORACLE) else step.tasks:  # made of others' scores
         count, mean, longest = _requests(planned, task.name, task.num_fewshot)
         rows = min(batch, count)
         peak = max(peak, _dry_batch(planned, rows, longest).peak)

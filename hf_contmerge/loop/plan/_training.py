@@ -15,11 +15,12 @@ from hf_contmerge.loop.plan._dry_step import StepCost, training_step
 from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun, resident
 from hf_contmerge.loop.plan.disk import Trained, model_bytes
 from hf_contmerge.run.places import ExpertPlace
-from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.run.recipe.schema import Stage, Train
 from hf_contmerge.run.steps import Step
 from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData, template_arguments
+from hf_contmerge.training.joint import joint_train
 from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
 
 _SAMPLED = 256  # examples with counted tokens
@@ -66,6 +67,19 @@ def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train) -> 
     return Cost(host.memory(resident(peak)), 0, seconds)
 
 
+def joint_cost(planned: PlannedRun, host: Host) -> Cost:
+    """Return the cost of one expert on all stages: their steps, one after the other."""
+    stages, train = planned.recipe.stages, joint_train(planned.recipe)
+    each = [training_cost(planned, host, s.name, train.model_copy(update=_length(planned, s))) for s in stages]
+    return Cost(max(c.memory for c in each), max(c.vram for c in each), sum(c.seconds for c in each))
+
+
+def _length(planned: PlannedRun, stage: Stage) -> dict[str, Any]:
+    """Return the fields of a stage's settings that decide its number of steps."""
+    fields = planned.recipe.train_of(stage).sft_fields
+    return {name: fields[name] for name in ("max_steps", "num_train_epochs") if name in fields}
+
+
 def given_expert_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
     """Return the cost of a given expert.
 
@@ -88,7 +102,7 @@ def trained_part(planned: PlannedRun) -> Trained:
 def remembered_bytes(planned: PlannedRun, step: Step) -> int:
     """Return the bytes of a stage's strategy memory."""
     stage = planned.run.stage(step.t) if step.t else None
-    alone = isinstance(step.place, ExpertPlace) and step.place.kind == "base" and step.t > 1
+    alone = isinstance(step.place, ExpertPlace) and step.place.alone(step.t)
     if step.phase != "train" or not stage or not stage.dataset or alone:
         return 0
     train, data = planned.recipe.train_of(stage), planned.data[stage.name].train

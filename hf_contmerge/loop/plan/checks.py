@@ -43,6 +43,7 @@ from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.joint import joint_data
 from hf_contmerge.training.limits import trainer_limits
 from hf_contmerge.training.settings import Check, data_checks, make_strategies, training_checks
 from hf_contmerge.training.statistics import check_asked
@@ -132,6 +133,7 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
         yield partial(_make_rule, prepared, entry)
     if len(prepared.rules) == len(recipe.merge):
         prepared.kinds = merge_kinds(recipe, prepared.rules)
+        yield partial(_check_routed, recipe, prepared)
     yield partial(check_ladder, recipe)
     yield partial(make_strategies, recipe.train)
     yield partial(_find_base, prepared, recipe, how)
@@ -175,6 +177,8 @@ def checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> It
         yield partial(check_kept_adapters, recipe, prepared)
         yield from data_checks(recipe, prepared.data)
         yield partial(check_replay, recipe, prepared.data)
+        if "joint" in recipe.baselines:
+            yield partial(joint_data, prepared.data, seed=recipe.seed)
         if how.processes == 1 or how.plans:
             yield from rehearsals(recipe, prepared)
 
@@ -364,6 +368,15 @@ def check_kept_adapters(recipe: Recipe, prepared: Prepared) -> None:
                     f"{start} the full model of stage {before.name}, and its adapter would not be one of the base. "
                     f"{cure}."
                 )
+
+
+def _check_routed(recipe: Recipe, prepared: Prepared) -> None:
+    """Raise RecipeError for a router without separate experts."""
+    if recipe.evaluate.routed and len(recipe.stages) > 1 and "base" not in prepared.kinds.values():
+        raise RecipeError(
+            "evaluate.routed compares with separate experts, each trained from the base, and no merge entry trains "
+            "them here. Set `start_from: base` in one, or remove `routed`."
+        )
 
 
 def check_ladder(recipe: Recipe) -> None:

@@ -15,8 +15,15 @@ from dataclasses import dataclass, replace
 from hf_contmerge.loop.plan._merging import merging_cost
 from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun
 from hf_contmerge.loop.plan._scoring import scoring_cost
-from hf_contmerge.loop.plan._training import given_expert_cost, remembered_bytes, trained_part, training_cost
+from hf_contmerge.loop.plan._training import (
+    given_expert_cost,
+    joint_cost,
+    remembered_bytes,
+    trained_part,
+    training_cost,
+)
 from hf_contmerge.loop.plan.disk import DiskUse, disk_use
+from hf_contmerge.run.places import JOINT, ExpertPlace
 from hf_contmerge.run.steps import Step
 
 
@@ -43,6 +50,8 @@ def _cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
         return merging_cost(planned, host, step)
     if step.phase == "score":
         return scoring_cost(planned, host, step)
+    if isinstance(step.place, ExpertPlace) and step.place.kind == JOINT:
+        return joint_cost(planned, host)
     stage = planned.run.stage(step.t)
     if stage.dataset:
         return training_cost(planned, host, stage.name, planned.recipe.train_of(stage))

@@ -9,8 +9,10 @@ from typing import Any
 
 from hf_contmerge.loop.plan.plan import Findings, make_plan
 from hf_contmerge.loop.study import StudyFolder
+from hf_contmerge.run.places import JOINT
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.study import StudyCell
+from hf_contmerge.training.joint import joint_train
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> Study
             seconds[phase] += len(cells) * sum(p["seconds"] for p in plan["phases"] if p["phase"] == phase)
         training = [(p["stage"], _kind(p), p["seconds"]) for p in plan["phases"] if p["phase"] == "train"]
         names = [stage.name for stage in cells[0].recipe.stages]
-        takes = {names[t - 1]: took for t, _, took in training}
+        takes = {None if kind == JOINT else names[t - 1]: took for t, kind, took in training}
         for cell in cells:
             for t, kind, _ in training:
                 count += 1
-                trained[_key(cell.recipe, t, kind)] = takes[cell.recipe.stages[t - 1].name]
+                stage = None if kind == JOINT else cell.recipe.stages[t - 1].name
+                trained[_key(cell.recipe, t, kind)] = takes[stage]
     seconds["train"] = sum(trained.values())
     return StudyPlan(len(folder.cells), count, len(trained), seconds, disk, findings)
 
@@ -64,6 +67,9 @@ def _kind(phase: Mapping[str, Any]) -> str:
 def _key(recipe: Recipe, t: int, kind: str) -> str:
     """Return a key of an expert's inputs; equal keys, equal experts."""
     stages = [s.model_dump(mode="json", include={"dataset", "train", "expert", "minus"}) for s in recipe.stages[:t]]
+    if kind == JOINT:  # in any order of the stages
+        key = [recipe.seed, joint_train(recipe).model_dump(mode="json"), sorted(map(json.dumps, stages))]
+        return json.dumps([JOINT, recipe.base_model, *key], sort_keys=True)
     entry = [m.model_dump(mode="json") for m in recipe.merge if f"merged-{m.name}" == kind]
     train = recipe.train.model_dump(mode="json")
     start = ["base", stages[-1:]] if kind == "base" else [kind, stages, entry]

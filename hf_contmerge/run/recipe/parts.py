@@ -207,6 +207,8 @@ class Evaluate(Part):
     """Abilities that no stage teaches: what the base could do and should still do at the end."""
     matrix: Literal["lower", "full"] = "lower"
     """lower: the stages seen so far. full: also the ones to come, which forward transfer needs."""
+    routed: bool = False
+    """Also score separate experts behind a router: each expert is measured on all stages then."""
     include_path: str | None = None
     """A folder of lm-eval task YAML files."""
     limit: Annotated[int, Field(ge=1)] | None = None

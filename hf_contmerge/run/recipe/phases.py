@@ -27,13 +27,14 @@ class Use:
 _USES = (
     # patterns                                                                phase    undoes  compares
     Use("name output publish publish.* plugins",                              None,    False),
+    Use("baselines",                                                          None,    False),  # places of their own
     Use("*.suite",                                                            None,    False),
     Use("*train.report_to *train.disable_tqdm *train.ddp_timeout", "train", False),
     Use("guard guard.*",                                                      "merge", False),  # from the next merge on
     Use("merge.*",                                                            "merge"),
     Use("evaluate.validation",                                                "merge", True,   True),
     Use("evaluate.same_within evaluate.same_within.*",                       "report", False),
-    Use("evaluate.matrix evaluate.cache evaluate.batch_size evaluate.parallel", "score", False),
+    Use("evaluate.matrix evaluate.routed evaluate.cache evaluate.batch_size evaluate.parallel", "score", False),
     Use("evaluate.general_tasks evaluate.general_tasks.* *.tasks *.tasks.* evaluate.include_path", "score"),
     Use("evaluate.*",                                                         "score", True,   True),
     Use("*",                                                                  "train"),

@@ -38,6 +38,7 @@ from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, read_fields
 from hf_contmerge.runtime.foreign import repeated
 
 StartFrom = Literal["base", "previous", "merged"]
+Baseline = Literal["joint"]
 
 
 def _stage_fields(train: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +194,8 @@ class Recipe(Part):
     train: Train = Train()
     merge: Annotated[tuple[Merge, ...], Field(min_length=1)]
     evaluate: Evaluate = Evaluate()
+    baselines: Annotated[tuple[Baseline, ...], BeforeValidator(_as_names)] = ()
+    """joint: one expert trained from the base on all stages' examples at once, for as many steps as all stages."""
     guard: Guard | None = None
     publish: Publish | None = None
 
@@ -218,6 +221,17 @@ class Recipe(Part):
                     f"tokenizer_from of merge entry {entry.name} must be `base` or a stage with `expert` "
                     f"({', '.join(given) or 'none in this recipe'}); got {entry.tokenizer_from}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_have_data(self) -> Recipe:
+        given = [s.name for s in self.stages if not s.dataset]
+        fields = (*(f"baselines ({name})" for name in self.baselines), *["evaluate.routed"] * self.evaluate.routed)
+        if fields and given:
+            raise ValueError(
+                f"{fields[0]} needs the examples of every stage, and {', '.join(given)} has an `expert` without any; "
+                "leave it out, or give the stage a `dataset`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import JOINT, ORACLE, ROUTED
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import Block, Scores, load_scores
 from hf_contmerge.scoring.forgetting.matrix import Row, ScoreMatrix, facts_ratio, general_delta, mean
@@ -26,6 +27,8 @@ class Line:
     rows: tuple[Scores, ...]
     alone: tuple[Scores, ...] = ()
     """Scores of each stage's expert, trained from the base on the stage alone: the target."""
+    joint: Scores = field(default_factory=dict)
+    """Scores of the expert trained on all stages at once, if the line has come that far."""
 
     def matrix(self, stages: Sequence[Stage], block: Block) -> ScoreMatrix:
         """Return the score matrix R of one block.
@@ -51,7 +54,8 @@ class Line:
         """
         general = self.general(tasks, block)
         delta = general_delta(general.rows[0], general.rows[-1]) if general else None
-        metrics = self.matrix(stages, block).metrics(self._alone(stages, block))
+        joint = tuple(_utility(self.joint, s.task_names(), block) for s in stages)
+        metrics = self.matrix(stages, block).metrics(self._alone(stages, block), joint)
         sides = self._sides(stages, tasks, block)
         return {**metrics, "general_delta": delta, **sides, "fuar": self._fuar(stages, tasks, block)}
 
@@ -97,15 +101,18 @@ class Line:
 
 
 def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[Line]]:
-    """Load the measured lines of expert kinds and of merge entries."""
-    base = load_scores(run.base)
-    alone = tuple(load_scores(run.expert(t, "base")) for t in run.stage_numbers())
+    """Load the measured lines of expert kinds and of merge entries.
+
+    Baselines come last among experts. They have scores after the last stage only.
+    """
+    base, joint = load_scores(run.base), load_scores(run.joint)
+    alone = tuple(_own(run, t, load_scores(run.expert(t, "base"))) for t in run.stage_numbers())
 
     def line(name: str, rows: Iterable[Scores]) -> Line:
         rows = list(rows)
         while rows and not rows[-1]:  # stages not measured yet
             rows.pop()
-        return Line(name, (base, *rows), alone)
+        return Line(name, (base, *rows), alone, joint if len(rows) == len(run.stage_numbers()) else {})
 
     def experts_of(kind: str) -> Iterable[Scores]:
         """Yield each stage's expert scores; all kinds share the first stage's expert."""
@@ -113,8 +120,15 @@ def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[
 
     later = run.stage_numbers()[1:]
     experts = [line(kind, experts_of(kind)) for kind in expert_kinds]
+    at_the_end = {JOINT: joint, **{name: load_scores(run.baseline(name)) for name in (ROUTED, ORACLE)}}
+    experts += [line(name, [*({} for _ in alone[1:]), scores]) for name, scores in at_the_end.items() if scores]
     merges = [line(e.name, (load_scores(run.merged(t, e)) for t in run.stage_numbers())) for e in run.recipe.merge]
     return experts, merges
+
+
+def _own(run: Run, t: int, scores: Scores) -> Scores:
+    """Leave out what an independent expert of a later stage was measured on for a router."""
+    return scores if t == 1 else {k: score for k, score in scores.items() if k in run.stage(t).task_names()}
 
 
 def _utility(scores: Scores, tasks: Sequence[str], block: Block) -> float | None:

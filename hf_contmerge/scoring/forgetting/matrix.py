@@ -85,11 +85,17 @@ class ScoreMatrix:
         """
         return mean([_minus(self._at(j - 1, j), self._at(0, j)) for j in self._columns(2, self.last)])
 
-    def intransigence(self, alone: Row) -> float | None:
-        """I = 1/T sum_j (e_j - R[j][j]) (after Chaudhry et al. 2018).
+    def intransigence(self, joint: Row) -> float | None:
+        """I_T = J[T] - R[T][T] (Chaudhry et al. 2018): the last stage.
 
-        The additional gain of training a stage alone. Their reference was trained on all data up to the stage; here
-        e_j, `alone`, is the expert trained on stage j alone.
+        `joint` is J, the model trained on all data up to stage T at once.
+        """
+        return mean([_minus(joint[j - 1], self._at(j, j)) for j in self._columns(self.last, self.last)])
+
+    def against_alone(self, alone: Row) -> float | None:
+        """1/T sum_j (e_j - R[j][j]): the additional gain of training a stage alone.
+
+        `alone` is e_j, the utility of the expert trained on stage j alone.
         """
         return mean([_minus(alone[j - 1], self._at(j, j)) for j in self._columns(1, self.last)])
 
@@ -99,7 +105,7 @@ class ScoreMatrix:
         0 is the floor, 1 equals each stage's expert.
 
         Args:
-            alone: e_j, the utility of stage j's expert, trained on stage j alone.
+            alone: e_j, the utility of stage j's expert, trained on stage j alone, or of the joint model.
             floor: c_j, such as chance; default: the base model.
 
         Returns:
@@ -110,13 +116,15 @@ class ScoreMatrix:
         gain = mean([_minus(alone[j - 1], floor[j - 1]) for j in columns])
         return None if kept is None or gain is None or gain <= 0 else kept / gain
 
-    def metrics(self, alone: Row | None = None) -> dict[str, float | None]:
+    def metrics(self, alone: Row | None = None, joint: Row | None = None) -> dict[str, float | None]:
         """Return all metrics under their names in summary.json.
 
         Args:
             alone: e_j, if known.
+            joint: J, of the model trained on all these stages at once, if known.
         """
-        alone = (None,) * len(self.stages) if alone is None else alone
+        unknown: Row = (None,) * len(self.stages)
+        alone, joint = alone or unknown, joint or unknown
         return {
             "acc": self.average(),
             "aia": self.average_incremental(),
@@ -125,8 +133,10 @@ class ScoreMatrix:
             "bwt_per_stage": self.backward_transfer_per_stage(),
             "forgetting": self.forgetting(),
             "fwt": self.forward_transfer(),
-            "intransigence": self.intransigence(alone),
+            "intransigence": self.intransigence(joint),
+            "against_alone": self.against_alone(alone),
             "normalised": self.normalised(alone),
+            "joint_kept": self.normalised(joint),
         }
 
     def _at(self, row: int, column: int) -> float | None:

@@ -28,8 +28,10 @@ def test_two_stages_by_hand():
         "bwt_per_stage": pytest.approx(-0.24),
         "forgetting": pytest.approx(0.48),
         "fwt": pytest.approx(0.5 - 0.3),
-        "intransigence": pytest.approx((0.01 + 0.02) / 2),
+        "intransigence": None,
+        "against_alone": pytest.approx((0.01 + 0.02) / 2),
         "normalised": pytest.approx((0.3 + 0.68) / (0.79 + 0.7)),
+        "joint_kept": None,
     }
     assert TWO.average(1) == pytest.approx(0.98)
 
@@ -43,7 +45,7 @@ def test_three_stages_by_hand():
     assert m.forward_transfer() == pytest.approx(((2 - 1) + (5 - 2)) / 2)
     assert m.average_incremental() == pytest.approx((6 + (7 + 8) / 2 + (4 + 7 + 9) / 3) / 3)
     assert m.backward_transfer_per_stage() == pytest.approx(((4 - 6) + (7 - 8)) / 3), "TRACE's denominator"
-    assert m.intransigence((8, 8, 10)) == pytest.approx((2 + 0 + 1) / 3)
+    assert m.against_alone((8, 8, 10)) == pytest.approx((2 + 0 + 1) / 3)
     assert m.normalised((8, 9, 12)) == pytest.approx((4 + 6 + 7) / (8 + 8 + 10))
     assert m.normalised((8, 9, 12), floor=(2, 3, 4)) == pytest.approx((2 + 4 + 5) / (6 + 6 + 8))
 
@@ -65,7 +67,7 @@ def test_what_was_not_measured_is_none_and_never_zero():
     alone = ScoreMatrix(("a", "b"), ((0.2, 0.3), (0.98, None), (None, 0.9)))
     assert {name for name, value in alone.metrics().items() if value is not None} == {"la"}
     assert alone.learning_score() == pytest.approx(0.94)
-    assert lower.intransigence((0.99, None)) is None, "one of the experts was not measured"
+    assert lower.against_alone((0.99, None)) is None, "one of the experts was not measured"
     assert lower.normalised((0.99, None)) is None
     assert lower.normalised((0.2, 0.3)) is None, "experts that gained nothing are no measure"
 
@@ -82,7 +84,7 @@ def test_a_stage_without_a_task_of_this_kind_is_left_out():
     assert m.forward_transfer() == pytest.approx(0.5 - 0.3)
     assert m.average_incremental() == pytest.approx((0.98 + 0.8 + 0.74) / 3), "after the middle stage a counts alone"
     assert m.backward_transfer_per_stage() == pytest.approx(-0.24)
-    assert m.intransigence((0.99, None, 1.0)) == pytest.approx(0.015)
+    assert m.against_alone((0.99, None, 1.0)) == pytest.approx(0.015)
 
 
 def test_laws_of_the_metrics():
@@ -97,7 +99,7 @@ def test_laws_of_the_metrics():
         assert found["forgetting"] >= -found["bwt"] - 1e-12, "the best is at least what was learnt"
         assert found["bwt_per_stage"] == pytest.approx((t - 1) / t * found["bwt"])
         assert found["acc"] == pytest.approx(found["la"] + found["bwt_per_stage"])
-        assert found["intransigence"] == pytest.approx(9 - found["la"])
+        assert found["against_alone"] == pytest.approx(9 - found["la"])
         assert found["normalised"] < 1
 
 
@@ -120,7 +122,7 @@ def test_where_nothing_improves_bwt_is_forgetting():
 def test_a_shift_of_all_utilities_changes_no_difference():
     moved = ScoreMatrix(TWO.stages, tuple(tuple(x - 3 for x in row if x is not None) for row in TWO.rows))
     before, after = TWO.metrics((0.99, 1.0)), moved.metrics((-2.01, -2.0))
-    for name in ("bwt", "bwt_per_stage", "forgetting", "fwt", "intransigence", "normalised"):
+    for name in ("bwt", "bwt_per_stage", "forgetting", "fwt", "against_alone", "normalised"):
         assert before[name] == pytest.approx(after[name])
 
 
@@ -160,7 +162,7 @@ def test_fuar_of_a_line_by_hand():
     line = Line("magmax", (base, first, second), ({"quiz_a": answers("1111")}, {"quiz_b": answers("1111")}))
     found = line.metrics(stages, ["trivia"], "accuracy")
     assert found["fuar"] == pytest.approx(2 / 5)
-    assert found["intransigence"] == pytest.approx((0.25 + 0.25) / 2)
+    assert found["against_alone"] == pytest.approx((0.25 + 0.25) / 2)
     assert found["normalised"] == pytest.approx((0.5 + 0.5) / (1 + 0.75))
     assert line.metrics(stages, ["trivia"], "perplexity")["fuar"] is None
     assert Line("x", (base, first)).metrics(stages, [], "accuracy")["fuar"] is None, "there is nothing to forget"
@@ -204,3 +206,12 @@ def test_stderr_with_unequal_weights_is_that_of_simulated_samples():
     errors = [e for s in samples if (e := s.stderr()) is not None]
     spread = statistics.stdev(s.utility for s in samples)
     assert statistics.mean(errors) == pytest.approx(spread, rel=0.12)
+
+
+def test_against_the_joint_model():
+    """Chaudhry's intransigence is about the last stage; the share kept is about all."""
+    found = TWO.metrics(joint=(0.8, 0.9))
+    assert found["intransigence"] == pytest.approx(0.9 - 0.98)
+    assert found["joint_kept"] == pytest.approx((0.3 + 0.68) / (0.6 + 0.6))
+    assert TWO.metrics(joint=(None, 0.9))["joint_kept"] is None
+    assert TWO.metrics(joint=TWO.rows[0])["joint_kept"] is None, "a joint model that gained nothing is no measure"
