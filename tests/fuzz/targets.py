@@ -639,7 +639,7 @@ def _sealed_recipes(home: Path) -> list[bytes]:
 
 TARGETS: Sequence[Target] = (
     # Recipes
-    Target("recipe", "yaml", "r.yml", _recipe, _recipes, turn=4),
+    Target("recipe", "yaml", "r.yml", _recipe, _recipes, examples=40, turn=4),
     Target("recipe in full", "yaml", "r.yml", _recipe_in_full, _recipes),
     Target("override", "text", "r.txt", _override, _texts("train.max_steps=3", "merge.0={rule: opcm}", "a.b.c=[1]")),
     Target("study", "yaml", "s.yml", _study, lambda _: [yaml.safe_dump(s).encode() for s in (_STUDY, _ORDERS)],
@@ -686,7 +686,7 @@ TARGETS: Sequence[Target] = (
     # Tasks
     Target("task file", "yaml", "tasks/t.yaml", _task_file, _texts(_TASK, _GROUP, "include: t.yaml\ntask: [a]\n"),
            turn=2),
-    Target("task", "yaml", "tasks/t.yaml", _task, _texts(_TASK), examples=5),
+    Target("task", "yaml", "tasks/t.yaml", _task, _texts(_TASK), examples=2),
     Target("task template", "text", "t.jinja", _task_template, _texts("{{ text | upper }}", "{{ 3 * 'a' }}{{ n ** 2 }}",
            "{% for c in choices %}{{ c ~ loop.index }}{% endfor %}", "{{ text | regex_replace('a', 'b') }}"),
            refuses=(Exception,)),
