@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.survival import Kept
+from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.runtime.plugins import Registry
 from hf_contmerge.train_strategies._weights import take_gradients, trained
 
@@ -49,6 +50,22 @@ class StageSize:
     """Of one, on average."""
 
 
+SOURCE = "mixed_from"
+"""The column with each example's source, for `mix`. Training does not see it."""
+
+
+@dataclass(frozen=True)
+class StageTools:
+    """What a stage's training lends to its strategies."""
+
+    general: Any = None
+    """Examples of the dataset in `general_data`, with their sources; a datasets.Dataset."""
+    batch: int = 0
+    """Examples of an optimizer step, of all ranks; 0 where packing cuts them into blocks."""
+    count_tokens: Callable[[Any], list[int]] = lambda rows: [1] * len(rows)
+    """Returns each example's tokens."""
+
+
 @dataclass
 class TrainStrategy:
     """Base of strategies. Hooks do nothing unless overridden.
@@ -73,6 +90,9 @@ class TrainStrategy:
     stage: int = field(default=1, init=False, repr=False)
     """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
 
+    tools: StageTools = field(default=StageTools(), init=False, repr=False)
+    """Set before the first hook. No parameter of a recipe."""
+
     kept_by_rounding: Mapping[str, Kept] | None = field(default=None, init=False, repr=False)
     """Set by `close`: what each weight that it rounded keeps of its update. No parameter of a recipe."""
 
@@ -83,6 +103,14 @@ class TrainStrategy:
     def warn_of_rate(self, rate: float) -> str | None:
         """Return a warning about a stage's learning rate, or None."""
         return None
+
+    def general_data(self) -> Dataset | None:
+        """Return a dataset to load for `mix`, or None."""
+        return None
+
+    def keeps_order(self) -> bool:
+        """Say if batches follow the order of `mix`, without shuffling."""
+        return False
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         """Return the model to train, made from the stage's start."""
@@ -103,7 +131,8 @@ class TrainStrategy:
         """Return the examples to train on.
 
         Args:
-            fresh: a datasets.Dataset of the stage's own examples.
+            fresh: a datasets.Dataset of the stage's own examples. Its column SOURCE, if any, names each one's source;
+                added examples should name theirs.
             memory: what this strategy remembered of earlier stages; None where there are none.
             seed: of whatever is drawn.
         """
@@ -201,10 +230,18 @@ class Combined:
         plain = getattr(TrainStrategy, hook)
         return [name for name, part in self.parts.items() if getattr(type(part), hook) is not plain]
 
-    def begin(self, stage: int) -> None:
-        """Set the stage's number, before any hook is called."""
+    def begin(self, stage: int, tools: StageTools = StageTools()) -> None:
+        """Set the stage's number and tools, before any hook is called."""
         for part in self.parts.values():
-            part.stage = stage
+            part.stage, part.tools = stage, tools
+
+    def general_data(self) -> Dataset | None:
+        """Return the dataset to load for `mix`. Only one strategy may name one."""
+        return next((spec for part in self.parts.values() if (spec := part.general_data())), None)
+
+    def keeping_order(self) -> list[str]:
+        """Return the strategies that decide the order of the examples."""
+        return [name for name, part in self.parts.items() if part.keeps_order()]
 
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
         for name, part in self.parts.items():
@@ -351,8 +388,10 @@ def _checked(what: str, value: Any, kind: Any) -> Any:
         strict = ConfigDict(strict=True, allow_inf_nan=False)
         return TypeAdapter(kind, config=strict).validate_python(value)
     except ValidationError as error:
-        problem = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise ValueError(f"{what} {problem}; got {value!r}") from error
+        problem = error.errors()[0]["msg"]
+        if own := problem.partition("Value error, ")[2]:
+            raise ValueError(f"{what}: {own}") from error
+        raise ValueError(f"{what} {problem.replace('Input should be', 'must be')}; got {value!r}") from error
 
 
 def combine(names: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> Combined:

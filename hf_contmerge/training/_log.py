@@ -30,7 +30,7 @@ def curve(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _differs(key: str) -> bool:
-    return key in _OF_THE_PROCESS or key.endswith(_OF_THE_MACHINE)
+    return key in _OF_THE_PROCESS or (key.endswith(_OF_THE_MACHINE) and not key.startswith("loss_"))  # of a source
 
 
 class TrainingLog(TrainerCallback):

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.runtime.files import sync_files
-from hf_contmerge.train_strategies import Combined, Likelihoods
+from hf_contmerge.train_strategies import SOURCE, Combined, Likelihoods
 from hf_contmerge.training._forms import Form
 
 
@@ -53,6 +53,8 @@ class StageTrainer(Trainer):
     strategies: ClassVar[Combined]
     model: Any
     model_wrapped: Any
+    sums: Tensor | None = None
+    """Losses by source since the last log (_sources.py)."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Let all ranks write their part of a checkpoint.
@@ -155,7 +157,7 @@ class GradientBefore(StageTrainer):
     def _accumulate(self) -> None:
         """Leave the coming step's gradient in `.grad`, without side effects."""
         batches, items = self._batches
-        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+        metrics, tokens, sums = copy.deepcopy(self._metrics), self._total_train_tokens, self.sums
         device = self.accelerator.device
         drawn = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
         with torch.enable_grad(), drawn:
@@ -163,7 +165,7 @@ class GradientBefore(StageTrainer):
                 with self.accelerator.no_sync(self.model_wrapped):
                     self.training_step(self.model_wrapped, batch, items)
             self.training_step(self.model_wrapped, batches[-1], items)
-        self._metrics, self._total_train_tokens = metrics, tokens
+        self._metrics, self._total_train_tokens, self.sums = metrics, tokens, sums
 
 
 class _BeforeStep(TrainerCallback):
@@ -191,6 +193,7 @@ def likelihoods(trainer: Any, *, seed: int) -> Likelihoods:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
         for i in order[:count][accelerator.process_index :: accelerator.num_processes]:
             inputs = trainer._prepare_inputs(trainer.data_collator([data[i]]))
+            inputs.pop(SOURCE, None)
             with trainer.compute_loss_context_manager():
                 output = model(**inputs, use_cache=False, fused_lm_head=True)
             yield output.log_probs.sum(), int(output.label_mask.sum())

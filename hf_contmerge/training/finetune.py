@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 from pathlib import Path
@@ -18,8 +17,11 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
+from hf_contmerge.train_strategies.replay import without_source
 from hf_contmerge.training._checkpoints import newest_checkpoint
 from hf_contmerge.training._log import OnLog, TrainingLog, curve
+from hf_contmerge.training._mixing import mixed, mixed_record, source_names
+from hf_contmerge.training._sources import with_sources
 from hf_contmerge.training._trainer import (
     StrategySteps,
     drop_reference,
@@ -58,8 +60,7 @@ def train_expert(
         For the record: the training loss, steps, tokens and the curve.
     """
     strategies = job.make(job.train)
-    strategies.begin(job.stage)
-    examples = strategies.mix(job.data.train, job.memory, seed=job.seed)
+    examples = mixed(job, strategies)
     trainer = _make_trainer(job, strategies, examples, checkpoints)
     dropped = _dropped(trainer, len(examples))
     share_out_on_processors(trainer)
@@ -70,7 +71,7 @@ def train_expert(
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
     precision = save_expert(trainer, strategies, job.base, out, change)
-    record = {**_record(trainer, job.data), **dropped, **precision}
+    record = {**_record(trainer, job.data, examples), **dropped, **precision}
     del trainer
     gc.collect()
     if torch.cuda.is_available():
@@ -92,7 +93,11 @@ def _dropped(trainer: Any, given: int) -> dict[str, int]:
 
 def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoints: Path) -> Any:
     """Load and open the model; return TRL's trainer of it."""
-    trainer_type = trl_classes(job.data.form)[0]
+    trainer_type, sources = trl_classes(job.data.form)[0], source_names(examples)
+    if len(sources) > 1 and job.data.form != "preference":
+        trainer_type = with_sources(trainer_type, sources)
+    else:
+        examples = without_source(examples)
     tokenizer = stage_tokenizer(job.base, job.train, trust_remote_code=job.trust_remote_code)
     settings = sft_settings(job.train, job.data, tokenizer, numel=Weights(job.base).numel())
     init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
@@ -126,7 +131,7 @@ def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | Non
         strategies.remember(model, job.data.train, job.memory, out, main=trainer.accelerator.is_main_process)
 
 
-def _record(trainer: Any, data: StageData) -> dict[str, Any]:
+def _record(trainer: Any, data: StageData, examples: Any) -> dict[str, Any]:
     """Return a finished training's part of the record."""
     history = trainer.state.log_history
     log = curve(history)
@@ -135,7 +140,8 @@ def _record(trainer: Any, data: StageData) -> dict[str, Any]:
         "loss": losses[-1] if losses else None,
         "steps": trainer.state.global_step,
         "examples": len(data.train),
-        "sources": [dataclasses.asdict(source) for source in data.sources],
+        "sources": data.source_records(),
+        **mixed_record(data, examples, log),
         "tokens": trainer.state.num_input_tokens_seen or None,
         "log": log,
         "train_seconds": history[-1].get("train_runtime") if history else None,

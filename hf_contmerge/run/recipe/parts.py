@@ -43,6 +43,8 @@ class DataSource(Part):
     """Fetch rows only until there are `max_examples` and `heldout`, shuffled through a buffer of 10,000 of them."""
     heldout_split: str | None = None
     """Take the held-out examples from this split (`test`, say), not from those to train on."""
+    license: str | None = None
+    """The rows' licence, for the model card. Default: the one in the dataset's README."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> DataSource:

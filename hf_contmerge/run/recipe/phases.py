@@ -28,6 +28,7 @@ _USES = (
     # patterns                                                                phase    undoes  compares
     Use("name output publish publish.* plugins",                              None,    False),
     Use("*.suite",                                                            None,    False),
+    Use("stages.*.license train.*.license",                                   None,    False),
     Use("*train.report_to *train.disable_tqdm *train.ddp_timeout", "train", False),
     Use("guard guard.*",                                                      "merge", False),  # from the next merge on
     Use("merge.*",                                                            "merge"),
