@@ -71,8 +71,8 @@ class TrainStrategy:
     """Base of strategies. Hooks do nothing unless overridden.
 
     A hook changes what its first line says and nothing else: examples, batches, statistics of tokens and the memory of
-    earlier stages stay unchanged, and only `before_step`, `adjust_gradients` and `adjust_weights` may change weights or
-    gradients.
+    earlier stages stay unchanged, and only `before_step`, `adjust_gradients`, `adjust_weights` and `finish` may change
+    weights or gradients.
     """
 
     carrier: ClassVar[bool] = False
@@ -89,6 +89,12 @@ class TrainStrategy:
 
     stage: int = field(default=1, init=False, repr=False)
     """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
+
+    step: int = field(default=0, init=False, repr=False)
+    """Optimizer steps taken in this stage, resumed ones too; the one of `adjust_weights` included."""
+
+    steps: int = field(default=0, init=False, repr=False)
+    """Steps of the whole stage."""
 
     tools: StageTools = field(default=StageTools(), init=False, repr=False)
     """Set before the first hook. No parameter of a recipe."""
@@ -177,6 +183,16 @@ class TrainStrategy:
 
     def adjust_weights(self, model: nn.Module) -> None:
         """Change the weights just after the optimizer's step."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what a checkpoint must keep, beyond the weights and `step`."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a checkpoint's `state`, on the rank that gave it."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Change the weights after the last step, before they are reviewed and saved."""
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
         """Review the trained model on the stage's examples; on all ranks."""
@@ -311,6 +327,27 @@ class Combined:
     def adjust_weights(self, model: nn.Module) -> None:
         for part in self.parts.values():
             part.adjust_weights(model)
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Set the number of steps taken, and of all."""
+        for part in self.parts.values():
+            part.step, part.steps = step, steps
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all parts' states, by part and name."""
+        return {f"{part}/{name}": t for part, of in self.parts.items() for name, t in of.state().items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Give each part its own state."""
+        for part, strategy in self.parts.items():
+            own = {name.removeprefix(f"{part}/"): t for name, t in state.items() if name.startswith(f"{part}/")}
+            if own:
+                strategy.restore(own)
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> None:
+        for part in self.parts.values():
+            part.finish(model)
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
         for part in self.parts.values():

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.loading import load_model
@@ -32,7 +33,11 @@ class StrategySteps(TrainerCallback):
         with torch.no_grad():
             self._strategies.adjust_gradients(model)
 
-    def on_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+    def on_train_begin(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        self._strategies.at_step(state.global_step, state.max_steps)
+
+    def on_optimizer_step(self, _args: Any, state: TrainerState, *_: Any, model: Any, **__: Any) -> None:
+        self._strategies.at_step(state.global_step + 1, state.max_steps)  # the trainer counts it a little later
         with torch.no_grad():
             self._strategies.adjust_weights(model)
 
@@ -64,9 +69,26 @@ class StageTrainer(Trainer):
         these are on the disk before it.
         """
         super()._save_rng_state(output_dir)
+        file, state = self._state_file(output_dir), self.strategies.state()
+        if state and file:
+            save_file(state, file)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             sync_files(Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights, and what the strategies keep beyond them."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = self._state_file(resume_from_checkpoint, reading=True)
+        if file and file.exists():
+            self.strategies.restore(load_file(file))
+
+    def _state_file(self, checkpoint: str, *, reading: bool = False) -> Path | None:
+        """Return this rank's file; whole weights are the same on all ranks, and one writes for all."""
+        rank, count = self.accelerator.process_index, self.accelerator.num_processes
+        if self.is_fsdp_enabled:
+            return Path(checkpoint) / f"strategies-{rank + 1}-of-{count}.safetensors"
+        return Path(checkpoint) / "strategies.safetensors" if reading or rank == 0 else None
 
 
 class AddedLoss(StageTrainer):

@@ -68,6 +68,7 @@ def train_expert(
     _tell(trainer, on_log)
     _train_on(trainer, newest_checkpoint(checkpoints))
     _check_steps(trainer)
+    strategies.finish(trainer.accelerator.unwrap_model(trainer.model))
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
     precision = save_expert(trainer, strategies, job.base, out, change)

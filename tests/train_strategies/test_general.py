@@ -291,7 +291,7 @@ def recipe(home: Path, replay: Row, **train: Any) -> Row:
     for name, seed in (("law", 2), ("general", 3)):
         write_jsonl(home / f"run-{name}.jsonl", lines(name, 40, seed))
     return {
-        "name": "general", "base_model": str(home / "base"), "merge": ["average"],
+        "name": "general", "base_model": str(home / "base"), "merge": [{"rule": "average", "start_from": "previous"}],
         "stages": [{"name": n, "dataset": {"path": str(home / "run-law.jsonl"), "heldout": 4}} for n in ("a", "b")],
         "train": {**LIGHT, **train, "strategy": ["full", "replay"], "parameters": {"replay": replay}},
         "evaluate": {"cache": False},
@@ -306,10 +306,14 @@ def home(base_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_run_with_general_data_from_the_first_stage(home: Path) -> None:
     general = {"path": str(home / "run-general.jsonl"), "license": "cc0-1.0"}
-    run = run_recipe(parse_recipe(recipe(home, {"general": general, "general_share": 0.2, "share": 0.1})), home / "run")
-    first, second = (run.expert(t, "base").record("train") for t in (1, 2))
+    data = recipe(home, {"general": general, "general_share": 0.2, "share": 0.1})
+    run = run_recipe(parse_recipe(data), home / "run")
+    first, second = (run.expert(t, "previous").record("train") for t in (1, 2))
     counts = [{m["source"]: m["examples"] for m in r["mixed"]} for r in (first, second)]
-    assert counts[0] == {"run-general.jsonl": 9, "run-law.jsonl": 36}
+    assert counts == [
+        {"run-general.jsonl": 9, "run-law.jsonl": 36},
+        {"replay": 5, "run-general.jsonl": 10, "run-law.jsonl": 36},
+    ]
     assert first["general_sources"][0]["train"] == 40
     assert first["general_sources"][0]["license"] == "cc0-1.0"
     report = (run.folder / "report" / "report.md").read_text()
