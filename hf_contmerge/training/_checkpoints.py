@@ -8,9 +8,13 @@ from pathlib import Path
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.digests import DIGESTS, changed_files, digests_below
+from hf_contmerge.runtime.files import link_files, put_in_place, remove
 from hf_contmerge.runtime.records import read_record, write_record
 
 LOG = logging.getLogger(__name__)
+
+_TO_RESUME = ("optimizer", "scheduler", "rng_state", "scaler", DIGESTS)
+"""Files of a checkpoint that only resumed training reads."""
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -19,9 +23,35 @@ def seal_checkpoint(folder: Path) -> None:
         write_record(folder / DIGESTS, {"files": digests_below(folder)})
 
 
+def keep_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Link what a model needs of a checkpoint into a folder, with digests."""
+    scratch, kept = folder / f".{checkpoint.name}", folder / checkpoint.name
+    remove(scratch)
+    link_files(checkpoint, scratch)
+    for path in list(scratch.iterdir()):
+        if path.name.startswith(_TO_RESUME):
+            path.unlink()
+    seal_checkpoint(scratch)
+    put_in_place(scratch, kept)
+
+
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """Return the undamaged kept checkpoints of a training, the latest first."""
+    return [path for path in _in_order(folder) if not _is_damaged(path)]
+
+
+def _in_order(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=kept_step, reverse=True)
+
+
+def kept_step(checkpoint: Path) -> int:
+    """Return the step of a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete and undamaged checkpoint: trainer_state.json comes last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    for path in _in_order(folder):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

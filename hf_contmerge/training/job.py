@@ -80,6 +80,8 @@ class TrainJob:
     trust_remote_code: bool = False
     stage: int = 1
     """The stage's number."""
+    keep: int = 0
+    """Checkpoints to keep for a guard, evenly over the stage."""
     make: Callable[[Train], Combined] = make_strategies
     """Makes the strategies; by default those of the registry."""
 
