@@ -117,6 +117,8 @@ def choose(job: MergeJob, guard: Guard | None) -> Choice:
         chooser.give_up()
     assert taken is not None
     survival = chooser.write(taken.merge)
+    newest = taken.merge.experts[-1:]
+    job.crew.ranks.first(drop_earlier, job, but=newest[0].earlier if newest else 0)
     return Choice(taken, not first.held, tuple(chooser.tries), survival)
 
 
@@ -216,7 +218,7 @@ class Chooser:
         for step in earlier_steps(self._job):
             self._merge = self._fold(self._job.start(), [expert_at(self._job, step)])
             attempt = self._look_at(rung.do, self._merge)
-            self._job.crew.ranks.first(drop_earlier, self._job, but=step if attempt.held else 0)
+            self._job.crew.ranks.first(drop_earlier, self._job, but=step)
             if attempt.held:
                 break
         return attempt
@@ -293,7 +295,7 @@ class Chooser:
         best = min(self.tries, key=lambda t: t.drop)
         report = {"settings": guard.model_dump(mode="json"), "tries": tries, "best": self.tries.index(best)}
         write_record(place.guard_file, report)
-        for name in (".running", ".merged"):
+        for name in (".running", ".merged", "earlier"):
             remove(place.folder / name)
         raise BudgetError(self._failure(guard, best, place.guard_file))
 

@@ -35,9 +35,9 @@ def expert_at(job: MergeJob, step: int) -> FoldedExpert:
 
 
 def drop_earlier(job: MergeJob, *, but: int = 0) -> None:
-    """Remove the experts of earlier steps, except the one at a step."""
+    """Remove the experts of earlier steps, except the one at a step (0: none)."""
     kept = job.place.earlier_at(but).folder
-    for folder in kept.parent.glob("*"):
+    for folder in [*kept.parent.glob("*")] if but else [kept.parent]:
         if folder != kept:
             remove(folder)
 

@@ -243,12 +243,12 @@ class Evaluate(Part):
 
 
 class Rung(Part):
-    """A reaction to forgetting: `shrink`, `replay`, `earlier`, `keep_previous`, `{rule: name}`."""
+    """A reaction to forgetting: `shrink`, `replay`, `earlier`, ..., `{rule: name}`."""
 
     do: Literal["shrink", "rule", "replay", "earlier", "keep_previous"]
     """shrink: a smaller scale. rule: all experts so far, folded by another rule. replay: the stage trained again with
-    examples of the earlier ones among its own. earlier: the stage's expert as it was at an earlier step, the latest that
-    holds. keep_previous: the merge of the stage before, without this expert; where
+    examples of the earlier ones among its own. earlier: the stage's expert as it was at an earlier step, the latest
+    that holds. keep_previous: the merge of the stage before, without this expert; where
     stages start from each other (`start_from: previous`), later experts still descend from it."""
     rule: str | None = None
     parameters: dict[str, bool | int | float | str] = Field(default={})
