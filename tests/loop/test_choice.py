@@ -234,6 +234,7 @@ def test_a_stage_is_trained_again_with_examples_of_earlier_ones(home: Path, tmp_
     assert record["tries"][1]["utilities"] != record["tries"][0]["utilities"]
 
 
+@pytest.mark.slow
 def test_an_earlier_step_takes_the_stages_place(home: Path, tmp_path: Path) -> None:
     """The latest one within the budget is taken, and the next stage's merge goes on from there."""
 
@@ -243,8 +244,9 @@ def test_an_earlier_step_takes_the_stages_place(home: Path, tmp_path: Path) -> N
 
     def run(name: str, strategy: list[str], ladder: list[Any], budget: float) -> Run:
         data = recipe(home, "quiet", guard={"max_forgetting": budget, "on": "general", "ladder": ladder})
-        texts = {"path": str(noise), "heldout": 8}
-        data["stages"] = [{"name": n, "dataset": texts} for n in ("s1", "s2")][: 2 if budget else 1]
+        texts = {"s1": str(noise), "s2": str(home / "other.jsonl")}
+        stages = [{"name": n, "dataset": {"path": path, "heldout": 8}} for n, path in texts.items()]
+        data["stages"] = stages[: 2 if budget else 1]
         data["merge"] = [{"rule": "task_arithmetic", "parameters": {"lambda": 1.0}, "start_from": "base"}]
         data["train"] = {"max_steps": 8, "per_device_train_batch_size": 4, "max_length": 32, "learning_rate": 1e-2,
                          "lr_scheduler_type": "constant", "save_strategy": "no", "strategy": strategy}  # fmt: skip
