@@ -208,7 +208,7 @@ def lines(name: str, count: int, seed: int = 0) -> list[Row]:
     [
         {},
         {"packing": False},
-        {"packing": True, "packing_strategy": "bfd"},
+        pytest.param({"packing": True, "packing_strategy": "bfd"}, marks=pytest.mark.slow),
         {"packing": False, "gradient_accumulation_steps": 2, "strategy": ["full", "replay", "distill"]},
     ],
     ids=["wrapped", "rows", "bfd", "rows with a strategy's loss"],
@@ -322,7 +322,7 @@ def test_a_run_with_general_data_from_the_first_stage(home: Path) -> None:
     from hf_contmerge.report.card import model_card
 
     card = model_card(run, run.recipe.merge[0])
-    assert "run-general.jsonl` (split train, licence cc0-1.0)" in card
+    assert "run-general.jsonl` (split train, licence cc0-1.0, general data)" in card
     assert "run-law.jsonl` (split train, licence not stated)" in card
 
 
