@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import BudgetError
+from hf_contmerge.loop._earlier import drop_earlier, earlier_steps, expert_at
 from hf_contmerge.loop._job import MergeJob
 from hf_contmerge.loop._replay import can_replay, replay
 from hf_contmerge.loop.inputs import check_model_of
@@ -72,6 +73,7 @@ class Attempt:
         return {
             "what": self.what, "rule": merge.rule_name, "parameters": merge.rule.parameters(),
             "factor": merge.factor, "scale": merge.scale, "stages": list(self.stages),
+            **({"step": step} if (step := merge.experts[-1].earlier if merge.experts else 0) else {}),
             "utilities": self.utilities, "objective": self.objective, "keeps_general": self.allowed,
             **(self.judgement.to_json() if self.judgement else {}),
             "held": self.held if self.judgement else None, "seconds": self.seconds,
@@ -115,6 +117,8 @@ def choose(job: MergeJob, guard: Guard | None) -> Choice:
         chooser.give_up()
     assert taken is not None
     survival = chooser.write(taken.merge)
+    newest = taken.merge.experts[-1:]
+    job.crew.ranks.first(drop_earlier, job, but=newest[0].earlier if newest else 0)
     return Choice(taken, not first.held, tuple(chooser.tries), survival)
 
 
@@ -164,7 +168,7 @@ class Chooser:
         """Return the first rung within the budget, or None."""
         assert self._guard
         for rung in self._guard.ladder:
-            climb = {"shrink": self._shrink, "rule": self._other_rule, "replay": self._replay,
+            climb = {"shrink": self._shrink, "rule": self._other_rule, "replay": self._replay, "earlier": self._earlier,
                      "keep_previous": self._keep_previous}[rung.do]  # fmt: skip
             attempt = climb(rung)
             if attempt and attempt.held:
@@ -207,6 +211,17 @@ class Chooser:
         again = replay(self._job, rung)
         self._merge = self._fold(self._job.start(), [again])
         return self._look_at(rung.do, self._merge)
+
+    def _earlier(self, rung: Rung) -> Attempt | None:
+        """Try the stage's earlier steps, the latest first."""
+        attempt = None
+        for step in earlier_steps(self._job):
+            self._merge = self._fold(self._job.start(), [expert_at(self._job, step)])
+            attempt = self._look_at(rung.do, self._merge)
+            self._job.crew.ranks.first(drop_earlier, self._job, but=step)
+            if attempt.held:
+                break
+        return attempt
 
     def _keep_previous(self, rung: Rung) -> Attempt:
         job, start = self._job, time.monotonic()
@@ -280,7 +295,7 @@ class Chooser:
         best = min(self.tries, key=lambda t: t.drop)
         report = {"settings": guard.model_dump(mode="json"), "tries": tries, "best": self.tries.index(best)}
         write_record(place.guard_file, report)
-        for name in (".running", ".merged"):
+        for name in (".running", ".merged", "earlier"):
             remove(place.folder / name)
         raise BudgetError(self._failure(guard, best, place.guard_file))
 

@@ -38,6 +38,7 @@ def train_job(run: Run, prepared: Prepared, t: int, kind: str) -> TrainJob:
         start=run.start_of(t, kind) or prepared.base, base=prepared.base, data=prepared.data[stage.name],
         train=recipe.train_of(stage), seed=recipe.seed, memory=run.memory_before(t, kind), remembers=not alone,
         trust_remote_code=recipe.trust_remote_code, stage=1 if alone else t,
+        keep=recipe.guard.checkpoints if recipe.guard else 0,
     )  # fmt: skip
 
 
@@ -124,23 +125,29 @@ class MergeJob:
         return self.place_before.folded(self.t - 1) if self.place_before else []
 
     def _place_of(self, part: dict[str, Any]) -> ExpertPlace:
-        t = part["stage"]
-        return self.run.merged(t, self.place.entry).replayed if part["replayed"] else self.run.expert(t, self.kind)
+        merged = self.run.merged(part["stage"], self.place.entry)
+        if step := part.get("earlier"):
+            return merged.earlier_at(step)
+        return merged.replayed if part["replayed"] else self.run.expert(part["stage"], self.kind)
 
     def _expert(self, part: dict[str, Any]) -> FoldedExpert:
         """Return an expert from its entry in merge.json."""
         place = self._place_of(part)
         sha256 = place.record("train")["model_sha256"]
-        return self.expert_at(part["stage"], place.model, sha256, replayed=part["replayed"])
+        expert = self.expert_at(part["stage"], place.model, sha256)
+        return replace(expert, replayed=part["replayed"], earlier=part.get("earlier", 0))
 
-    def expert_at(self, t: int, model: Path, sha256: str, *, replayed: bool) -> FoldedExpert:
+    def expert_at(self, t: int, model: Path, sha256: str) -> FoldedExpert:
         stage = self.run.stage(t).name
-        return FoldedExpert(stage, model, sha256, name=f"Stage {stage}", replayed=replayed)
+        return FoldedExpert(stage, model, sha256, name=f"Stage {stage}")
 
     def parts(self, merge: RunningMerge) -> list[dict[str, Any]]:
         """Return a merge's experts as in merge.json."""
         number = {stage.name: t for t, stage in enumerate(self.run.recipe.stages, 1)}
-        return [{"stage": number[e.stage], "replayed": e.replayed} for e in merge.experts]
+        return [
+            {"stage": number[e.stage], "replayed": e.replayed, **({"earlier": e.earlier} if e.earlier else {})}
+            for e in merge.experts
+        ]
 
     def holds_one_a_stage(self, merge: RunningMerge) -> bool:
         return self.parts(merge) == one_a_stage(self.t)

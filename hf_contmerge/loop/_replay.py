@@ -32,12 +32,12 @@ def replay(job: MergeJob, rung: Rung) -> FoldedExpert:
         ranks.first(check_start, job.run, job.prepared.base, job.t, job.kind)
         ranks.first(_remember, job, memory, rung)
         plain = train_job(job.run, job.prepared, job.t, job.kind)
-        again = replace(plain, train=with_replay(plain.train, rung), memory=memory, remembers=False)
+        again = replace(plain, train=with_replay(plain.train, rung), memory=memory, remembers=False, keep=0)
         train_at(place, again, replace(job.recorder, quiet=True), more={"rung": settings})
         ranks.first(remove, memory)
     ranks.first(place.check, "train", "expert")
     sha256 = ranks.first(lambda: place.record("train")["model_sha256"])
-    return job.expert_at(job.t, place.model, sha256, replayed=True)
+    return replace(job.expert_at(job.t, place.model, sha256), replayed=True)
 
 
 def _remember(job: MergeJob, memory: Path, rung: Rung) -> None:

@@ -74,7 +74,7 @@ def _is_whole(store: ExpertPlace) -> bool:
 
 def _link(source: ExpertPlace, target: ExpertPlace, more: Record) -> None:
     """Link an expert's files and copy its record."""
-    for name in ("expert", "memory"):
+    for name in ("expert", "memory", "earlier"):
         if (source.folder / name).is_dir():
             link_files(source.folder / name, target.scratch(name))
             target.publish(name)
@@ -86,6 +86,6 @@ def _digest(job: TrainJob) -> str:
     remembering = job.make(job.train).overriding("remember") if job.remembers else []
     inputs: dict[str, Any] = {
         **job.inputs(), "stage": job.stage, "memory": digests_below(job.memory) if job.memory else None,
-        "remembering": remembering,
+        "remembering": remembering, **({"keep": job.keep} if job.keep else {}),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -197,6 +197,10 @@ class Loop:
             record = merge_at(job)
             if self.recorder.is_main:
                 self.trackers.merged(place, record)
+        if self.recorder.is_main:
+            from hf_contmerge.loop._earlier import drop_checkpoints
+
+            drop_checkpoints(self.run, t, self.prepared.kinds)
         if t > 1 and self.recorder.is_main:
             self.run.merged(t - 1, entry).prune()
 

@@ -57,7 +57,7 @@ def train_at(
         recorder.crew.ranks.first(_clear, place, scratch["memory"])
         outcome = train_expert(
             job, scratch["expert"], checkpoints=place.checkpoints,
-            memory_out=scratch["memory"] if job.remembers else None, on_log=on_log,
+            memory_out=scratch["memory"] if job.remembers else None, earlier=place.earlier, on_log=on_log,
         )  # fmt: skip
         settings = job.train.model_dump(mode="json")
         record.update({"start": str(job.start), "settings": settings, "seed": job.seed, **outcome, **more})

@@ -102,7 +102,7 @@ def verify_run(run: Run) -> Reading:
         redo = f"Write the report again: contmerge report {run.folder}"
         record = reading.record(run.folder / "report" / DIGESTS, redo)
         reading.files(run.folder / "report", record.get("files", {}), redo)
-    for file in run.folder.glob(f"stages/*/[be]*/*/checkpoints/*/{DIGESTS}"):  # of experts and baselines
+    for file in run.folder.glob(f"stages/*/[be]*/*/*/checkpoint-*/{DIGESTS}"):  # of experts and baselines
         redo = f"{again}, which resumes from an earlier checkpoint."
         reading.files(file.parent, reading.record(file, redo).get("files", {}), redo)
     return reading
@@ -122,6 +122,7 @@ def _inner_places(place: Place) -> Iterator[Place]:
     yield place.validation
     if isinstance(place, MergePlace):
         yield place.replayed
+        yield from (ExpertPlace(folder, "earlier") for folder in sorted(place.folder.glob("earlier/*")))
 
 
 def _verify_phase(reading: Reading, run: Run, t: int, place: Place, phase: Phase) -> None:

@@ -35,6 +35,8 @@ class FoldedExpert:
     """Its name in messages."""
     replayed: bool = False
     """Whether it was retrained with examples of earlier stages."""
+    earlier: int = 0
+    """The step of the checkpoint in its place; 0 for the last."""
 
     def is_unchanged(self) -> bool:
         """Check the folder for the folded weights."""

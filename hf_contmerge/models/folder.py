@@ -101,6 +101,16 @@ def model_path(name: str) -> Path:
     return expanded(name)
 
 
+def dataset_readme(name: str, revision: str | None) -> Path | None:
+    """Return the README of a fetched Hub dataset; no network is used."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not _HUB_ID.fullmatch(name):
+        return None
+    cached = try_to_load_from_cache(name, "README.md", revision=revision, repo_type="dataset")
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def check_hub_id(name: str) -> None:
     """Raise ModelError for a name unlike owner/model."""
     if not _HUB_ID.fullmatch(name) or ".." in re.split("[/@]", name) or not _is_repo_id(name.partition("@")[0]):

@@ -15,7 +15,8 @@ from hf_contmerge.scoring.forgetting.paired import Change
 
 _WHAT = {
     "fold": "as in the recipe", "auto": "a coefficient", "shrink": "a smaller share of the merge",
-    "rule": "another rule", "replay": "trained again, with replay", "keep_previous": "the previous merge, unchanged",
+    "rule": "another rule", "replay": "trained again, with replay", "earlier": "an earlier step of the stage",
+    "keep_previous": "the previous merge, unchanged",
 }  # fmt: skip
 
 _HEAD = (

@@ -38,6 +38,7 @@ def _expert(run: Run, place: MergePlace, part: dict[str, Any]) -> str:
     stage = run.stage(part["stage"])
     if stage.expert and not stage.minus:
         return without_secrets(public_name(stage.expert))
-    replayed = run.merged(part["stage"], place.entry).replayed
-    trained = replayed if part["replayed"] else expert_of(run, place.entry, part["stage"])
+    merged = run.merged(part["stage"], place.entry)
+    trained = merged.replayed if part["replayed"] else expert_of(run, place.entry, part["stage"])
+    trained = merged.earlier_at(part["earlier"]) if part.get("earlier") else trained
     return (trained.folder / "expert").relative_to(run.folder).as_posix()

@@ -112,7 +112,14 @@ def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, 
 def _folded(run: Run, t: int, record: Mapping[str, Any]) -> list[str]:
     """Return the stages in a merge: all, unless a guard dropped some."""
     folded = record.get("folded", one_a_stage(t))
-    return [run.stage(x["stage"]).name + " (again, with replay)" * x["replayed"] for x in folded]
+    return [run.stage(part["stage"]).name + _instead(part) for part in folded]
+
+
+def _instead(part: Mapping[str, Any]) -> str:
+    """Return what a guard took in place of a stage's expert."""
+    if part.get("earlier"):
+        return f" (at step {part['earlier']})"
+    return " (again, with replay)" if part["replayed"] else ""
 
 
 def _numbers(run: Run, t: int, record: Mapping[str, Any]) -> Sequence[int]:

@@ -23,6 +23,7 @@ from hf_contmerge.report._public import (
     public_recipe,
 )
 from hf_contmerge.report._routes import route_table
+from hf_contmerge.report._sources import stage_sources
 from hf_contmerge.report._tables import Cell, Table, metric_table
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report.write import load_results
@@ -93,8 +94,8 @@ def _front_matter(run: Run, entry: Merge, t: int, shown_id: str) -> str:
 
     recipe, merged = run.recipe, [run.stage(s) for s in range(1, t + 1)]
     parents = [recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
-    sources = [source.path for s in merged if s.dataset for source in s.dataset.sources()]
-    datasets = [d for path in sources if (d := hub_id(path))]
+    sources = [source for n in range(1, t + 1) for source in stage_sources(run, expert_of(run, entry, n), n)]
+    datasets = [d for source in sources if (d := hub_id(source.path))]
     results = _eval_results(load_scores(run.merged(t, entry)))
     data = ModelCardData(
         # The Hub refuses a card whose base_model could not be a model's id, as with quickstart:smollm2.
@@ -131,7 +132,7 @@ class _Ancestor:
     source: str
     """The given expert."""
     datasets: tuple[tuple[str, str], ...]
-    """Names and splits of the training data; empty for a given expert."""
+    """Names of the training data, and their splits and licences; empty for a given expert."""
     minus: str | None
     start: str
     expert_sha256: str | None
@@ -146,7 +147,7 @@ def _ancestor(run: Run, entry: Merge, t: int) -> _Ancestor:
     return _Ancestor(
         name=stage.name,
         source=_named(str(stage.expert or "")),
-        datasets=tuple((_named(s.path), s.split) for s in stage.dataset.sources()) if stage.dataset else (),
+        datasets=tuple((_named(s.path), s.in_words()) for s in stage_sources(run, place, t)),
         minus=_named(stage.minus) if stage.minus else None,
         start=_start(run, place, t),
         expert_sha256=digests[-1],

@@ -35,6 +35,7 @@ from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
 from hf_contmerge.report._results import Results, task_facts
 from hf_contmerge.report._routes import route_section
+from hf_contmerge.report._sources import sources_section
 from hf_contmerge.report._tables import (
     Cost,
     Picture,
@@ -111,6 +112,7 @@ def sections(run: Run, results: Results) -> list[Section]:
         Section("Right and wrong", _SIDES, tables=sides_tables(results)),
         route_section(run, results),
         examples(results),
+        sources_section(run),
         _choices(run),
         storage_section(run),
         geometry_section(run),

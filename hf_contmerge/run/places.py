@@ -168,6 +168,11 @@ class ExpertPlace(Place):
         """Training states to resume from; removed once the expert exists."""
         return self.folder / "checkpoints"
 
+    @property
+    def earlier(self) -> Path:
+        """Checkpoints for a guard's rung `earlier`; removed once the stage is merged."""
+        return self.folder / "earlier"
+
     def vouched(self, phase: Phase) -> tuple[str, ...]:
         return ("expert", "memory") if phase == "train" else super().vouched(phase)
 
@@ -178,7 +183,7 @@ class ExpertPlace(Place):
         return changed + super().damaged(phase, *outputs)
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
-        trained = ("expert", ".expert", "memory", ".memory", "checkpoints")
+        trained = ("expert", ".expert", "memory", ".memory", "checkpoints", "earlier")
         return {"train": trained, "score": (*_SCORE_FILES, "validation")}.get(phase, ())
 
 
@@ -228,6 +233,10 @@ class MergePlace(Place):
         """The stage's expert, retrained by the guard with earlier examples."""
         return ExpertPlace(self.folder / "replay", "replay")
 
+    def earlier_at(self, step: int) -> ExpertPlace:
+        """The stage's expert as it was at an earlier step."""
+        return ExpertPlace(self.folder / "earlier" / f"{step}", "earlier")
+
     def prune(self) -> None:
         """Delete the running state, unused by later stages."""
         remove(self.running)
@@ -237,5 +246,5 @@ class MergePlace(Place):
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
         merged = ("merged", ".merged", "running", ".running", "merge.yml")
-        chosen = ("guard.json", "validation", ".validation", "replay", ".replay-memory")
+        chosen = ("guard.json", "validation", ".validation", "replay", ".replay-memory", "earlier")
         return {"merge": merged + chosen, "score": _SCORE_FILES}.get(phase, ())

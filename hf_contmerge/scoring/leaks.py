@@ -87,7 +87,8 @@ class _TaskTexts:
         The task `without` is left out.
         """
         shared: dict[str, set[str]] = defaultdict(set)
-        for text in data.train["text"] if data.form == "text" else ():
+        parts = [data, *([data.general] if data.general else [])]
+        for text in (text for part in parts if part.form == "text" for text in part.train["text"]):
             for chars, tasks in self._tasks.items():
                 for name in tasks.get(text[:chars], ()):
                     shared[name].add(text[:chars])

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.survival import Kept
+from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.runtime.plugins import Registry
 from hf_contmerge.train_strategies._weights import take_gradients, trained
 
@@ -51,13 +52,29 @@ class StageSize:
     """Of one, on average."""
 
 
+SOURCE = "mixed_from"
+"""The column with each example's source, for `mix`. Training does not see it."""
+
+
+@dataclass(frozen=True)
+class StageTools:
+    """What a stage's training lends to its strategies."""
+
+    general: Any = None
+    """Examples of the dataset in `general_data`, with their sources; a datasets.Dataset."""
+    batch: int = 0
+    """Examples of an optimizer step, of all ranks; 0 where packing cuts them into blocks."""
+    count_tokens: Callable[[Any], list[int]] = lambda rows: [1] * len(rows)
+    """Returns each example's tokens."""
+
+
 @dataclass
 class TrainStrategy:
     """Base of strategies. Hooks do nothing unless overridden.
 
     A hook changes what its first line says and nothing else: examples, batches, statistics of tokens and the memory of
-    earlier stages stay unchanged, and only `before_step`, `adjust_gradients` and `adjust_weights` may change weights or
-    gradients.
+    earlier stages stay unchanged, and only `before_step`, `adjust_gradients`, `adjust_weights` and `finish` may change
+    weights or gradients.
     """
 
     carrier: ClassVar[bool] = False
@@ -78,6 +95,15 @@ class TrainStrategy:
     base: Path | None = field(default=None, init=False, repr=False)
     """The pretrained model's folder; set before the first hook. No parameter of a recipe."""
 
+    step: int = field(default=0, init=False, repr=False)
+    """Optimizer steps taken in this stage, resumed ones too; the one of `adjust_weights` included."""
+
+    steps: int = field(default=0, init=False, repr=False)
+    """Steps of the whole stage."""
+
+    tools: StageTools = field(default=StageTools(), init=False, repr=False)
+    """Set before the first hook. No parameter of a recipe."""
+
     kept_by_rounding: Mapping[str, Kept] | None = field(default=None, init=False, repr=False)
     """Set by `close`: what each weight that it rounded keeps of its update. No parameter of a recipe."""
 
@@ -88,6 +114,14 @@ class TrainStrategy:
     def warn_of_rate(self, rate: float) -> str | None:
         """Return a warning about a stage's learning rate, or None."""
         return None
+
+    def general_data(self) -> Dataset | None:
+        """Return a dataset to load for `mix`, or None."""
+        return None
+
+    def keeps_order(self) -> bool:
+        """Say if batches follow the order of `mix`, without shuffling."""
+        return False
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         """Return the model to train, made from the stage's start."""
@@ -108,7 +142,8 @@ class TrainStrategy:
         """Return the examples to train on.
 
         Args:
-            fresh: a datasets.Dataset of the stage's own examples.
+            fresh: a datasets.Dataset of the stage's own examples. Its column SOURCE, if any, names each one's source;
+                added examples should name theirs.
             memory: what this strategy remembered of earlier stages; None where there are none.
             seed: of whatever is drawn.
         """
@@ -153,6 +188,16 @@ class TrainStrategy:
 
     def adjust_weights(self, model: nn.Module) -> None:
         """Change the weights just after the optimizer's step."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what a checkpoint must keep, beyond the weights and `step`."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a checkpoint's `state`, on the rank that gave it."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Change the weights after the last step, before they are reviewed and saved."""
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
         """Review the trained model on the stage's examples; on all ranks."""
@@ -210,10 +255,18 @@ class Combined:
         plain = getattr(TrainStrategy, hook)
         return [name for name, part in self.parts.items() if getattr(type(part), hook) is not plain]
 
-    def begin(self, stage: int, base: Path | None = None) -> None:
-        """Set the stage's number and the base, before any hook is called."""
+    def begin(self, stage: int, base: Path | None = None, tools: StageTools = StageTools()) -> None:
+        """Set the stage's number, base and tools, before any hook is called."""
         for part in self.parts.values():
-            part.stage, part.base = stage, base
+            part.stage, part.base, part.tools = stage, base, tools
+
+    def general_data(self) -> Dataset | None:
+        """Return the dataset to load for `mix`. Only one strategy may name one."""
+        return next((spec for part in self.parts.values() if (spec := part.general_data())), None)
+
+    def keeping_order(self) -> list[str]:
+        """Return the strategies that decide the order of the examples."""
+        return [name for name, part in self.parts.items() if part.keeps_order()]
 
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
         for name, part in self.parts.items():
@@ -283,6 +336,27 @@ class Combined:
     def adjust_weights(self, model: nn.Module) -> None:
         for part in self.parts.values():
             part.adjust_weights(model)
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Set the number of steps taken, and of all."""
+        for part in self.parts.values():
+            part.step, part.steps = step, steps
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all parts' states, by part and name."""
+        return {f"{part}/{name}": t for part, of in self.parts.items() for name, t in of.state().items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Give each part its own state."""
+        for part, strategy in self.parts.items():
+            own = {name.removeprefix(f"{part}/"): t for name, t in state.items() if name.startswith(f"{part}/")}
+            if own:
+                strategy.restore(own)
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> None:
+        for part in self.parts.values():
+            part.finish(model)
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
         for part in self.parts.values():
@@ -360,8 +434,10 @@ def _checked(what: str, value: Any, kind: Any) -> Any:
         strict = ConfigDict(strict=True, allow_inf_nan=False)
         return TypeAdapter(kind, config=strict).validate_python(value)
     except ValidationError as error:
-        problem = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise ValueError(f"{what} {problem}; got {value!r}") from error
+        problem = error.errors()[0]["msg"]
+        if own := problem.partition("Value error, ")[2]:
+            raise ValueError(f"{what}: {own}") from error
+        raise ValueError(f"{what} {problem.replace('Input should be', 'must be')}; got {value!r}") from error
 
 
 def combine(names: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> Combined:

@@ -1,63 +1,147 @@
-"""Replay: train on some examples of earlier stages among the new ones.
+"""Replay: train on some examples of earlier stages, and general ones, among the new ones.
 
 Experience replay, Rolnick et al., NeurIPS 2019, arXiv 1811.11682. A fixed random number of each example says which are
-remembered, so that the sample never depends on how it was drawn.
+remembered, so that the sample never depends on how it was drawn. General data among the new: Roth et al., "A
+Practitioner's Guide to Continual Multimodal Pretraining", NeurIPS 2024, arXiv 2408.14471. Shares within each batch:
+ConPET's static form, Song et al., arXiv 2309.14763.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import datasets
 import pyarrow
 from datasets.table import InMemoryTable
 from pyarrow import parquet
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationError
 from torch import nn
 
 from hf_contmerge.errors import DataError
 from hf_contmerge.models.loading import load_tokenizer, runs_own_code
-from hf_contmerge.train_strategies import StageSize, TrainStrategy
+from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.text import explain
+from hf_contmerge.runtime.shares import evenly, in_blocks, split_by_shares
+from hf_contmerge.train_strategies import SOURCE, StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main
+
+LOG = logging.getLogger(__name__)
 
 _KEY, _SIZE = "replay_key", "replay_size"
 _EXAMPLES = 1000
+_GENERAL_SHARE = 0.1
 _BYTES_PER_TOKEN = 4
+
+
+def _as_general(value: Any) -> Any:
+    """Return general data as a dataset that holds nothing out. Raises ValueError."""
+    if value is None or isinstance(value, Dataset):
+        return value
+    fields = {"path": value} if isinstance(value, str) else value
+    if not isinstance(fields, dict):
+        raise ValueError(f"must be a path or a dataset's fields; got {value!r:.60}")
+    try:
+        dataset = Dataset.model_validate({"heldout": 0, **fields})
+    except ValidationError as error:
+        raise ValueError(explain(error, "", Dataset).removeprefix(": ")) from None
+    if dataset.holds_out:
+        raise ValueError("nothing of general data is held out; remove `heldout` and `heldout_split`")
+    return dataset
 
 
 @dataclass
 class Replay(TrainStrategy):
-    """Mixes old examples in: n_old = share / (1 - share) * n_new.
+    """Mixes old and general examples in: n = share / (1 - share - general_share) * n_new, and so for general ones.
 
     The memory holds `examples` in all (1000, if nothing is said), or as many as have `tokens` in all. The stages so far
     share it equally: each keeps the examples with its lowest keys, and fewer with every stage. Held-out examples are
-    none of a stage's own. Earlier datasets are not read again and may be gone.
+    none of a stage's own. Earlier datasets are not read again and may be gone. General examples need no memory, and are
+    mixed in from the first stage on.
     """
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     examples: Annotated[int, Field(ge=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None
+    general: Annotated[Dataset | None, BeforeValidator(_as_general)] = None
+    """General data, with the fields of a stage's dataset; nothing of it is held out."""
+    general_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of the examples trained on; 0.1 if there is general data."""
+    share_of: Literal["examples", "tokens"] = "examples"
+    """What the shares count."""
+    within_batch: bool = False
+    """Give every batch the shares, to one example. Each epoch then has the same order."""
 
     def __post_init__(self) -> None:
         if self.examples and self.tokens:
             raise ValueError("replay has both `examples` and `tokens`; give the memory one size, and remove the other")
+        if self.general_share is not None and not self.general:
+            raise ValueError("replay has `general_share` without `general`; name the dataset, or remove the share")
+        if self.share + self._general_share() >= 1:
+            raise ValueError(
+                f"replay's share and general_share leave nothing for the new examples: {self.share:g} + "
+                f"{self._general_share():g} must be less than 1"
+            )
+
+    def _general_share(self) -> float:
+        default = _GENERAL_SHARE if self.general else 0.0
+        return default if self.general_share is None else self.general_share
+
+    def general_data(self) -> Dataset | None:
+        return self.general if self._general_share() else None
+
+    def keeps_order(self) -> bool:
+        return self.within_batch
 
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:
-        if not memory or not self.share:
+        added = self._added(fresh, memory, seed)
+        if not added:
             return fresh
-        olds = [in_form_of(fresh, old.remove_columns([_KEY, _SIZE]), path) for path, old in _remembered(memory)]
-        features = widest([fresh, *olds])
-        fresh, *olds = (with_features(rows, features) for rows in (fresh, *olds))
-        old = datasets.concatenate_datasets(olds).shuffle(seed=seed, keep_in_memory=True)
-        count = round(len(fresh) * self.share / (1 - self.share))
-        drawn = old.select([i % len(old) for i in range(count)])
-        return datasets.concatenate_datasets([fresh, drawn]).shuffle(seed=seed, keep_in_memory=True)
+        parts = _alike([fresh, *(pool for _, pool in added)])
+        counts = self._counts(parts[0], [share for share, _ in added])
+        drawn = [_drawn(pool, count, self._sizes(pool)) for pool, count in zip(parts[1:], counts, strict=True)]
+        mixed = datasets.concatenate_datasets([parts[0], *drawn])
+        if not self.within_batch:
+            return mixed.shuffle(seed=seed, keep_in_memory=True)
+        return mixed.select(self._order([parts[0], *drawn]), keep_in_memory=True)
+
+    def _added(self, fresh: Any, memory: Path | None, seed: int) -> list[tuple[float, datasets.Dataset]]:
+        """Return shares and the examples to draw from, in the new ones' form."""
+        plain = without_source(fresh)
+        pools = []
+        if memory and self.share:
+            olds = [in_form_of(plain, old.remove_columns([_KEY, _SIZE]), path) for path, old in _remembered(memory)]
+            old = datasets.concatenate_datasets(_alike([plain, *olds])[1:]).shuffle(seed=seed, keep_in_memory=True)
+            pools.append((self.share, from_source(old, ["replay"] * len(old))))
+        if self.general_data():
+            general = self.tools.general.shuffle(seed=seed + self.stage, keep_in_memory=True)
+            pools.append((self._general_share(), general))
+        return pools
+
+    def _counts(self, fresh: datasets.Dataset, shares: Sequence[float]) -> list[int]:
+        """Return how many examples (or tokens) to draw from each pool."""
+        total = sum(shares)
+        count = round(sum(self._sizes(fresh)) * total / (1 - total))
+        return split_by_shares(count, [share / total for share in shares])
+
+    def _sizes(self, rows: datasets.Dataset) -> list[int]:
+        return self.tools.count_tokens(rows) if self.share_of == "tokens" else [1] * len(rows)
+
+    def _order(self, parts: Sequence[datasets.Dataset]) -> list[int]:
+        """Return the places of joined parts, in an order that keeps the shares throughout."""
+        if self.tools.batch and self.share_of == "examples":
+            order = list(in_blocks([len(part) for part in parts], self.tools.batch))
+        else:
+            order = evenly([self.tools.count_tokens(part) for part in parts])
+        starts = accumulate((len(part) for part in parts[:-1]), initial=0)
+        places = [iter(range(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
+        return [next(places[part]) for part in order]
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
         if not is_main():
@@ -81,6 +165,39 @@ class Replay(TrainStrategy):
         return round(stage.example_bytes * min(self.examples or _EXAMPLES, stage.examples * stage.number))
 
 
+def _drawn(pool: datasets.Dataset, count: int, sizes: Sequence[int]) -> datasets.Dataset:
+    """Return the first examples of so many tokens (or examples), again from the start if too few."""
+    chosen: list[int] = []
+    total = 0
+    while total < count:
+        i = len(chosen) % len(pool)
+        if total + sizes[i] - count > count - total:  # without it, the number is nearer
+            break
+        chosen.append(i)
+        total += sizes[i]
+    if len(chosen) > len(pool):
+        LOG.info("replay draws %d examples out of %d, so that some come again", len(chosen), len(pool))
+    return pool.select(chosen)
+
+
+def from_source(rows: datasets.Dataset, names: Sequence[str]) -> datasets.Dataset:
+    """Return rows with the name of each one's source."""
+    return rows.add_column(SOURCE, list(names))  # pyright: ignore
+
+
+def without_source(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return rows as training sees them."""
+    return rows.remove_columns(SOURCE) if SOURCE in rows.column_names else rows
+
+
+def _alike(parts: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
+    """Return parts with equal columns; sources only where the first has them."""
+    named = SOURCE in parts[0].column_names
+    parts = [part if named else without_source(part) for part in parts]
+    features = widest(parts)
+    return [with_features(rows, features) for rows in parts]
+
+
 def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) -> datasets.Dataset:
     """Return old examples in the columns of fresh ones.
 
@@ -95,8 +212,8 @@ def in_form_of(fresh: datasets.Dataset, old: datasets.Dataset, where: object) ->
         return with_features(old, widest([fresh, old]))
     except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
         raise DataError(
-            f"replay cannot mix the examples of {where} ({_form(old)}) with new ones ({_form(fresh)}). Give all stages "
-            "one form (text, messages, or prompt and completion), or leave replay out."
+            f"replay cannot mix the examples of {where} ({_form(old)}) with new ones ({_form(fresh)}). Give all of "
+            "them one form (text, messages, or prompt and completion), or leave replay out."
         ) from error
 
 

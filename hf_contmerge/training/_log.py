@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_contmerge.runtime.files import sync_files
 from hf_contmerge.runtime.progress import StepProgress
 from hf_contmerge.runtime.stopping import asked_to_stop
-from hf_contmerge.training._checkpoints import seal_checkpoint
+from hf_contmerge.training._checkpoints import keep_checkpoint, seal_checkpoint
 
 Point = Mapping[str, float]
 OnLog = Callable[[int, Point], None]
@@ -30,7 +30,28 @@ def curve(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _differs(key: str) -> bool:
-    return key in _OF_THE_PROCESS or key.endswith(_OF_THE_MACHINE)
+    return key in _OF_THE_PROCESS or (key.endswith(_OF_THE_MACHINE) and not key.startswith("loss_"))  # of a source
+
+
+class KeepEarlier(TrainerCallback):
+    """Keeps checkpoints of some steps for a guard, evenly over the training."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder, self._count = folder, count
+
+    def _is_kept(self, state: TrainerState) -> bool:
+        parts = range(1, self._count + 1)
+        steps = {round(state.max_steps * part / (self._count + 1)) for part in parts}
+        return 0 < state.global_step < state.max_steps and state.global_step in steps
+
+    def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._is_kept(state):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero and self._is_kept(state):
+            keep_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._folder)
 
 
 class TrainingLog(TrainerCallback):

@@ -13,6 +13,7 @@ import pyarrow
 
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.parts import DataSource
+from hf_contmerge.runtime.shares import split_by_shares
 from hf_contmerge.train_strategies.replay import widest, with_features
 from hf_contmerge.training._forms import Form
 
@@ -40,16 +41,6 @@ class Portion:
     def first(self, count: int, why: str) -> Portion:
         """Return the portion with its first examples. `why`: reason for others."""
         return self.keeping(self.train.select(range(min(count, len(self.train)))), why)
-
-
-def split_by_shares(count: int, shares: Sequence[float]) -> list[int]:
-    """Divide `count` by shares into whole numbers, by largest remainders."""
-    wanted = [count * share for share in shares]
-    parts = [math.floor(number + _ROUNDING) for number in wanted]
-    order = sorted(range(len(parts)), key=lambda i: parts[i] - wanted[i])
-    for i in order[: count - sum(parts)]:
-        parts[i] += 1
-    return parts
 
 
 def in_proportion(portions: Sequence[Portion], *, at_most: int | None) -> list[Portion]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.runtime.files import sync_files
-from hf_contmerge.train_strategies import Combined, Likelihoods
+from hf_contmerge.train_strategies import SOURCE, Combined, Likelihoods
 from hf_contmerge.training._forms import Form
 
 
@@ -32,7 +33,11 @@ class StrategySteps(TrainerCallback):
         with torch.no_grad():
             self._strategies.adjust_gradients(model)
 
-    def on_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+    def on_train_begin(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        self._strategies.at_step(state.global_step, state.max_steps)
+
+    def on_optimizer_step(self, _args: Any, state: TrainerState, *_: Any, model: Any, **__: Any) -> None:
+        self._strategies.at_step(state.global_step + 1, state.max_steps)  # the trainer counts it a little later
         with torch.no_grad():
             self._strategies.adjust_weights(model)
 
@@ -53,6 +58,8 @@ class StageTrainer(Trainer):
     strategies: ClassVar[Combined]
     model: Any
     model_wrapped: Any
+    sums: Tensor | None = None
+    """Losses by source since the last log (_sources.py)."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Let all ranks write their part of a checkpoint.
@@ -62,9 +69,26 @@ class StageTrainer(Trainer):
         these are on the disk before it.
         """
         super()._save_rng_state(output_dir)
+        file, state = self._state_file(output_dir), self.strategies.state()
+        if state and file:
+            save_file(state, file)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             sync_files(Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights, and what the strategies keep beyond them."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = self._state_file(resume_from_checkpoint, reading=True)
+        if file and file.exists():
+            self.strategies.restore(load_file(file))
+
+    def _state_file(self, checkpoint: str, *, reading: bool = False) -> Path | None:
+        """Return this rank's file; whole weights are the same on all ranks, and one writes for all."""
+        rank, count = self.accelerator.process_index, self.accelerator.num_processes
+        if self.is_fsdp_enabled:
+            return Path(checkpoint) / f"strategies-{rank + 1}-of-{count}.safetensors"
+        return Path(checkpoint) / "strategies.safetensors" if reading or rank == 0 else None
 
 
 class AddedLoss(StageTrainer):
@@ -155,7 +179,7 @@ class GradientBefore(StageTrainer):
     def _accumulate(self) -> None:
         """Leave the coming step's gradient in `.grad`, without side effects."""
         batches, items = self._batches
-        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+        metrics, tokens, sums = copy.deepcopy(self._metrics), self._total_train_tokens, self.sums
         device = self.accelerator.device
         drawn = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
         with torch.enable_grad(), drawn:
@@ -163,7 +187,7 @@ class GradientBefore(StageTrainer):
                 with self.accelerator.no_sync(self.model_wrapped):
                     self.training_step(self.model_wrapped, batch, items)
             self.training_step(self.model_wrapped, batches[-1], items)
-        self._metrics, self._total_train_tokens = metrics, tokens
+        self._metrics, self._total_train_tokens, self.sums = metrics, tokens, sums
 
 
 class _BeforeStep(TrainerCallback):
@@ -191,6 +215,7 @@ def likelihoods(trainer: Any, *, seed: int) -> Likelihoods:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
         for i in order[:count][accelerator.process_index :: accelerator.num_processes]:
             inputs = trainer._prepare_inputs(trainer.data_collator([data[i]]))
+            inputs.pop(SOURCE, None)
             with trainer.compute_loss_context_manager():
                 output = model(**inputs, use_cache=False, fused_lm_head=True)
             yield output.log_probs.sum(), int(output.label_mask.sum())

@@ -7,13 +7,14 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import datasets
 
 from hf_contmerge.errors import DataError, ModelError
 from hf_contmerge.run.recipe.parts import Dataset, DataSource, Task
+from hf_contmerge.runtime.shares import split_by_shares
 from hf_contmerge.training._asked import asked_of
 from hf_contmerge.training._extras import template_arguments
 from hf_contmerge.training._forms import (
@@ -28,8 +29,8 @@ from hf_contmerge.training._forms import (
     layout_of,
     rows_of,
 )
-from hf_contmerge.training._mix import Portion, alike, in_proportion, joined, split_by_shares
-from hf_contmerge.training._rows import Row, empty, load_rows, stream_rows
+from hf_contmerge.training._mix import Portion, alike, in_proportion, joined
+from hf_contmerge.training._rows import Row, dataset_license, empty, load_rows, stream_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class SourceCounts:
     heldout: int
     left_out: Mapping[str, int]
     """Reason ("lack text", ...) -> number of rows."""
+    license: str | None = None
+    """As the recipe or the dataset's README names it."""
 
     def sentences(self) -> list[str]:
         """Return how many rows are left out, a sentence per reason."""
@@ -70,6 +73,22 @@ class StageData:
     train_sources: tuple[int, ...] = ()
     """For each example its place in `sources`. Training does not see it."""
     heldout_sources: tuple[int, ...] = ()
+    general: StageData | None = None
+    """General data that a strategy mixes in."""
+
+    def source_names(self) -> list[str]:
+        """Return a name for each source, all different."""
+        names = [source.path.rstrip("/").rpartition("/")[2] or source.path for source in self.sources]
+        return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+    def source_records(self) -> list[dict[str, Any]]:
+        """Return the sources for the record, by name."""
+        return [{"name": n, **asdict(source)} for n, source in zip(self.source_names(), self.sources, strict=True)]
+
+    def named_sources(self) -> list[str]:
+        """Return each training example's source by name."""
+        names = self.source_names()
+        return [names[place] for place in self.train_sources]
 
 
 def load_stage_data(spec: Dataset, *, seed: int, limits: Limits | None = None) -> StageData:
@@ -148,7 +167,7 @@ def _measurable(fit: Fit) -> list[int]:
 
 def _trained(portion: Portion, heldout: datasets.Dataset, limits: Limits | None) -> Portion:
     """Return a portion without held-out twins, up to `max_examples`."""
-    rest = portion.keeping(_without(portion.train, heldout, portion.form), "are copies of held-out ones")
+    rest = portion.keeping(without_heldout(portion.train, heldout, portion.form), "are copies of held-out ones")
     if len(rest.train) == 0:
         raise DataError(f"{portion.source.path} has no example to train on once the held-out ones are removed.")
     rest = _learnt(rest, limits) if limits else rest
@@ -169,7 +188,9 @@ def _learnt(portion: Portion, limits: Limits) -> Portion:
 
 def _counts(portion: Portion) -> SourceCounts:
     source, used = portion.source, (len(portion.train), len(portion.heldout))
-    return SourceCounts(source.path, source.config, source.split, portion.share, *used, dict(+portion.left_out))
+    left_out = dict(+portion.left_out)
+    license = source.license or dataset_license(source)
+    return SourceCounts(source.path, source.config, source.split, portion.share, *used, left_out, license)
 
 
 def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callable[..., str]) -> list[str]:
@@ -286,7 +307,7 @@ def _warn_left_out(path: str, count: int, read: int, why: str) -> None:
         LOG.warning("%s: %d of %d rows are left out, for they %s", path, count, read, why)
 
 
-def _without(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> datasets.Dataset:
+def without_heldout(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> datasets.Dataset:
     """Drop training examples with a held-out twin: memorised documents measure nothing."""
 
     def key(row: Row) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
-from hf_contmerge.training._checkpoints import newest_checkpoint
-from hf_contmerge.training._log import OnLog, TrainingLog, curve
+from hf_contmerge.train_strategies.replay import without_source
+from hf_contmerge.training._checkpoints import kept_checkpoints, kept_step, newest_checkpoint
+from hf_contmerge.training._log import KeepEarlier, OnLog, TrainingLog, curve
+from hf_contmerge.training._mixing import mixed, mixed_record, source_names
+from hf_contmerge.training._sources import with_sources
 from hf_contmerge.training._trainer import (
     StrategySteps,
     drop_reference,
@@ -36,6 +39,9 @@ from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
 
 LOG = logging.getLogger(__name__)
 
+_ROWS = 64
+"""Of a trainer that loads a checkpoint and trains nothing."""
+
 
 def train_expert(
     job: TrainJob,
@@ -43,6 +49,7 @@ def train_expert(
     *,
     checkpoints: Path,
     memory_out: Path | None = None,
+    earlier: Path | None = None,
     on_log: OnLog = lambda _step, _point: None,
 ) -> dict[str, Any]:
     """Train one expert. All ranks call this together; the main one writes.
@@ -52,25 +59,28 @@ def train_expert(
         out: an empty folder for the expert.
         checkpoints: holds half-trained states; training resumes from the newest whole one.
         memory_out: a new folder for what the strategies of later stages need; None keeps nothing.
+        earlier: a folder for the checkpoints that the job keeps.
         on_log: gets each point of the loss curve.
 
     Returns:
         For the record: the training loss, steps, tokens and the curve.
     """
     strategies = job.make(job.train)
-    strategies.begin(job.stage, job.base)
-    examples = strategies.mix(job.data.train, job.memory, seed=job.seed)
+    examples = mixed(job, strategies)
     trainer = _make_trainer(job, strategies, examples, checkpoints)
     dropped = _dropped(trainer, len(examples))
     share_out_on_processors(trainer)
     _check_ranks(trainer, strategies)
+    if earlier and job.keep and _can_keep(trainer):
+        trainer.add_callback(KeepEarlier(earlier, job.keep))
     _tell(trainer, on_log)
     _train_on(trainer, newest_checkpoint(checkpoints))
     _check_steps(trainer)
+    strategies.finish(trainer.accelerator.unwrap_model(trainer.model))
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
     precision = save_expert(trainer, strategies, job.base, out, change)
-    record = {**_record(trainer, job.data), **dropped, **precision}
+    record = {**_record(trainer, job.data, examples), **dropped, **precision}
     del trainer
     gc.collect()
     if torch.cuda.is_available():
@@ -78,6 +88,44 @@ def train_expert(
     if job.train.statistics:
         measure_expert(Measured(out, job.base, job.data, job.train.statistics, job.trust_remote_code))
     return record
+
+
+def expert_at_checkpoint(job: TrainJob, checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Write the expert of an earlier step; all ranks call this together.
+
+    Args:
+        job: of the whole training.
+        checkpoint: a folder that it kept.
+        out: an empty folder for the expert.
+
+    Returns:
+        For the record: dtypes, the step.
+    """
+    strategies = job.make(job.train)
+    strategies.begin(job.stage, job.base)
+    some = job.data.train.select(range(min(len(job.data.train), _ROWS)))
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _make_trainer(job, strategies, some, Path(scratch))
+        trainer._load_from_checkpoint(str(checkpoint))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        strategies.finish(model)
+        drop_reference(model)
+        change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
+        precision = save_expert(trainer, strategies, job.base, out, change)
+    return {"steps": kept_step(checkpoint), **precision}
+
+
+def earlier_experts(folder: Path) -> list[int]:
+    """Return the steps of a training's kept and undamaged checkpoints, the latest first."""
+    return [kept_step(path) for path in kept_checkpoints(folder)]
+
+
+def _can_keep(trainer: Any) -> bool:
+    """Say if checkpoints hold whole weights; warn otherwise."""
+    shared = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if shared:
+        LOG.warning("guard.ladder: `earlier` keeps no checkpoints under FSDP or DeepSpeed; the rung is left out.")
+    return not shared
 
 
 def _dropped(trainer: Any, given: int) -> dict[str, int]:
@@ -92,7 +140,11 @@ def _dropped(trainer: Any, given: int) -> dict[str, int]:
 
 def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoints: Path) -> Any:
     """Load and open the model; return TRL's trainer of it."""
-    trainer_type = trl_classes(job.data.form)[0]
+    trainer_type, sources = trl_classes(job.data.form)[0], source_names(examples)
+    if len(sources) > 1 and job.data.form != "preference":
+        trainer_type = with_sources(trainer_type, sources)
+    else:
+        examples = without_source(examples)
     tokenizer = stage_tokenizer(job.base, job.train, trust_remote_code=job.trust_remote_code)
     settings = sft_settings(job.train, job.data, tokenizer, numel=Weights(job.base).numel())
     init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
@@ -126,7 +178,7 @@ def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | Non
         strategies.remember(model, job.data.train, job.memory, out, main=trainer.accelerator.is_main_process)
 
 
-def _record(trainer: Any, data: StageData) -> dict[str, Any]:
+def _record(trainer: Any, data: StageData, examples: Any) -> dict[str, Any]:
     """Return a finished training's part of the record."""
     history = trainer.state.log_history
     log = curve(history)
@@ -135,7 +187,8 @@ def _record(trainer: Any, data: StageData) -> dict[str, Any]:
         "loss": losses[-1] if losses else None,
         "steps": trainer.state.global_step,
         "examples": len(data.train),
-        "sources": [dataclasses.asdict(source) for source in data.sources],
+        "sources": data.source_records(),
+        **mixed_record(data, examples, log),
         "tokens": trainer.state.num_input_tokens_seen or None,
         "log": log,
         "train_seconds": history[-1].get("train_runtime") if history else None,

@@ -27,6 +27,7 @@ from hf_contmerge.train_strategies import Combined
 from hf_contmerge.training._forms import fit_rows, rows_of
 from hf_contmerge.training._rows import Rows
 from hf_contmerge.training.data import StageData, load_stage_data, stage_data_of
+from hf_contmerge.training.general import with_general
 from hf_contmerge.training.limits import TrainerLimits, trainer_limits
 from hf_contmerge.training.settings import data_checks, make_strategies, training_checks
 
@@ -79,16 +80,19 @@ class TrainJob:
     trust_remote_code: bool = False
     stage: int = 1
     """The stage's number."""
+    keep: int = 0
+    """Checkpoints to keep for a guard, evenly over the stage."""
     make: Callable[[Train], Combined] = make_strategies
     """Makes the strategies; by default those of the registry."""
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs behind the expert, for its record."""
-        start = expert_sha256(self.start)
+        start, general = expert_sha256(self.start), self.data.general
         return {
             "start_sha256": start,
             "base_sha256": start if self.start == self.base else expert_sha256(self.base),
             "examples_sha256": rows_sha256(self.data.train),
+            **({"general_sha256": rows_sha256(general.train)} if general else {}),
             "remembers": self.memory is not None,
             "seed": self.seed,
             "train": self.train.model_dump(mode="json"),
@@ -137,6 +141,7 @@ def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None
     limits = trainer_limits(recipe.train, pretrained, trust_remote_code=recipe.trust_remote_code)
     examples = _in_memory(data, spec, recipe.seed, limits) if isinstance(data, datasets.Dataset) else None
     examples = examples or load_stage_data(spec, seed=recipe.seed, limits=limits)
+    examples = with_general(examples, recipe.train, (), seed=recipe.seed, limits=limits)
     for check in data_checks(recipe, {"stage": examples}):
         check()
     return TrainJob(

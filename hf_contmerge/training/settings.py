@@ -111,6 +111,7 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
             strategies = make_strategies(train)
             trainer_class(trl_classes(form)[0], strategies)
             _refuse_two_weightings(strategies, _fields_for(form, train), where)
+            _refuse_two_orders(strategies, _fields_for(form, train), where)
     _warn_of_rates(recipe, forms)
 
 
@@ -233,6 +234,17 @@ def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], wher
         )
 
 
+def _refuse_two_orders(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError for a sampler that undoes a strategy's order."""
+    names, sampler = strategies.keeping_order(), fields.get("train_sampling_strategy", "sequential")
+    other = "shuffle_dataset" if fields.get("shuffle_dataset") else f"train_sampling_strategy: {sampler}"
+    if names and (sampler != "sequential" or fields.get("shuffle_dataset")):
+        raise RecipeError(
+            f"{where}: {' and '.join(names)} fills each batch by shares (`within_batch`), which {other} would undo. "
+            "Remove one of them."
+        )
+
+
 def _fields_for(form: Form, train: Train) -> dict[str, Any]:
     """Return the fields of a form's trainer: pairs have no `packing`."""
     fields = {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
@@ -256,8 +268,9 @@ def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBa
         form = {"packing": True, "packing_strategy": "wrapped"}
     if data.form == "messages":
         form = {"assistant_only_loss": _marks_assistant(tokenizer)}
+    order = {"train_sampling_strategy": "sequential"} if make_strategies(train).keeping_order() else {}
     # Trackers are the run's; the trainer would start a run of theirs with every stage.
-    return {**_defaults(train, numel=numel), **form, **_fields_for(data.form, train), "report_to": "none"}
+    return {**_defaults(train, numel=numel), **form, **order, **_fields_for(data.form, train), "report_to": "none"}
 
 
 def _defaults(train: Train, *, numel: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_contmerge.models.loading import load_tokenizer
 from hf_contmerge.models.tokenizer import UNCHANGED, Token, TokenizerChange
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.runtime.foreign import expanded
+from hf_contmerge.training._extras import EXTRAS, template_arguments
 
 LOG = logging.getLogger(__name__)
 
@@ -108,3 +110,20 @@ def _require_token(tokenizer: Any, token: str, where: str, base: Path) -> None:
             f"{where}: the tokenizer of {base} has no token {token!r}. Name one of its tokens; another would need a "
             "larger embedding, and the expert could not be merged."
         )
+
+
+def count_tokens(tokenizer: Any, example: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of an example, or of both answers of a pair, each with the prompt."""
+    extras = template_arguments(example)
+    values = {name: value for name, value in example.items() if name not in EXTRAS}
+    if "rejected" not in values:
+        return [_tokens(tokenizer, list(values.values()), extras)]
+    return [_tokens(tokenizer, [values["prompt"], values[answer]], extras) for answer in ("chosen", "rejected")]
+
+
+def _tokens(tokenizer: Any, values: list[Any], extras: dict[str, Any]) -> int:
+    if any(isinstance(value, list) for value in values):
+        turns = [turn for value in values for turn in (value if isinstance(value, list) else [])]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **extras)
+        return len(tokenizer(text, verbose=False)["input_ids"])
+    return 1 + len(tokenizer("".join(map(str, values)), verbose=False)["input_ids"])

@@ -16,10 +16,12 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from toys.guarded import make_home, recipe
+from toys.models import write_jsonl
 from toys.reports import make_score
 
 from hf_contmerge.errors import BudgetError, RecipeError
 from hf_contmerge.loop.run import run_recipe
+from hf_contmerge.loop.verify import verify_run
 from hf_contmerge.merge_rules import get_rule
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.stream import merge_experts
@@ -232,6 +234,49 @@ def test_a_stage_is_trained_again_with_examples_of_earlier_ones(home: Path, tmp_
     assert record["tries"][1]["utilities"] != record["tries"][0]["utilities"]
 
 
+@pytest.mark.slow
+def test_an_earlier_step_takes_the_stages_place(home: Path, tmp_path: Path) -> None:
+    """The latest one within the budget is taken, and the next stage's merge goes on from there."""
+
+    words = [f"{chr(97 + i % 26)}{chr(98 + i % 24)}x" for i in range(200)]
+    rows = [{"text": " ".join(words[i : i + 15])} for i in range(40)]
+    noise = write_jsonl(tmp_path / "noise-earlier.jsonl", rows)
+
+    def run(name: str, strategy: list[str], ladder: list[Any], budget: float) -> Run:
+        data = recipe(home, "quiet", guard={"max_forgetting": budget, "on": "general", "ladder": ladder})
+        texts = {"s1": str(noise), "s2": str(home / "other.jsonl")}
+        stages = [{"name": n, "dataset": {"path": path, "heldout": 8}} for n, path in texts.items()]
+        data["stages"] = stages[: 2 if budget else 1]
+        data["merge"] = [{"rule": "task_arithmetic", "parameters": {"lambda": 1.0}, "start_from": "base"}]
+        data["train"] = {"max_steps": 8, "per_device_train_batch_size": 4, "max_length": 32, "learning_rate": 1e-2,
+                         "lr_scheduler_type": "constant", "save_strategy": "no", "strategy": strategy}  # fmt: skip
+        return carried_out(data, tmp_path / name)
+
+    rungs = [{"do": "earlier", "parameters": {"checkpoints": 3}}, "keep_previous"]
+    none = merged(run("none", ["lora", "soup"], rungs, 0.0), 1)
+    tries = none.record("merge")["tries"]
+    assert [(t["what"], t.get("step")) for t in tries] == [
+        ("fold", None), ("earlier", 6), ("earlier", 4), ("earlier", 2), ("keep_previous", None)
+    ]  # fmt: skip
+    assert not (none.folder / "earlier").exists()
+    drops = [-t["losses"][0]["mean"] for t in tries[:4]]
+    assert 0 < drops[3] < drops[0]
+    one = run("one", ["lora", "soup"], rungs, 1.05 * drops[3])
+    place, record = merged(one, 1), merged(one, 1).record("merge")
+    *others, taken = record["tries"]
+    assert (taken["held"], any(t["held"] for t in others)) == (True, False)
+    assert (record["guard"]["taken"], taken["step"]) == ("earlier", taken["step"])
+    assert record["folded"] == [{"stage": 1, "replayed": False, "earlier": taken["step"]}]
+    expert = place.earlier_at(taken["step"])
+    assert [p.name for p in (place.folder / "earlier").iterdir()] == [str(taken["step"])]
+    assert expert.record("train")["model_sha256"] == weights_sha256(expert.model) == record["expert_sha256"][0]
+    assert not list(one.folder.glob("stages/*/experts/*/earlier"))
+    assert len(merged(one, 2).record("merge")["norms"]["experts"]) >= 1
+    assert f"earlier/{taken['step']}/expert" in place.mergekit_recipe.read_text()
+    assert not verify_run(one).damages
+    assert not verify_run(one).uncovered()
+
+
 # Recipes
 
 
@@ -256,6 +301,8 @@ def test_guards_as_recipes_write_them(home: Path, tmp_path: Path) -> None:
         ({"ladder": [{"do": "shrink", "rule": "opcm"}]}, "the others have no `rule`"),
         ({"ladder": [{"do": "shrink", "parameters": {"a": 1}}]}, "`shrink` has no parameters"),
         ({"confidence": 1.0}, "confidence"),
+        ({"ladder": [{"do": "earlier", "parameters": {"checkpoints": 0}}]}, "`checkpoints`, a number from 1"),
+        ({"ladder": [{"do": "earlier", "parameters": {"steps": 3}}]}, "`checkpoints`, a number from 1"),
     ],
 )
 def test_bad_guards_are_refused(home: Path, guard: Data, words: str) -> None:

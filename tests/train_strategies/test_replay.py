@@ -174,7 +174,7 @@ def test_forms_that_cannot_be_mixed(old: Row, fresh: Row, tmp_path: Path) -> Non
         mixed_form(old, fresh, tmp_path)
     assert str(caught.value).startswith(f"replay cannot mix the examples of {tmp_path}/memory/000.parquet (")
     assert str(caught.value).endswith(
-        "Give all stages one form (text, messages, or prompt and completion), or leave replay out."
+        "Give all of them one form (text, messages, or prompt and completion), or leave replay out."
     )
 
 

@@ -15,7 +15,7 @@ from toys.models import write_jsonl
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
-from hf_contmerge.training._mix import split_by_shares
+from hf_contmerge.runtime.shares import split_by_shares
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
@@ -252,8 +252,9 @@ def test_training_sees_no_source_and_the_record_has_the_counts(
     )
     assert record["examples"] == 45
     assert json.loads(json.dumps(record["sources"])) == [
-        {"path": str(home / "law.jsonl"), "config": None, "split": "train", "share": 0.75, "train": 34, "heldout": 6,
-         "left_out": {}},
-        {"path": str(home / "code.jsonl"), "config": None, "split": "train", "share": 0.25, "train": 11, "heldout": 2,
-         "left_out": {"are more than the mix takes": 87}},
+        {"name": f"{name}.jsonl", "path": str(home / f"{name}.jsonl"), "config": None, "split": "train", "share": share,
+         "train": train, "heldout": heldout, "left_out": left_out, "license": None}
+        for name, share, train, heldout, left_out in [
+            ("law", 0.75, 34, 6, {}), ("code", 0.25, 11, 2, {"are more than the mix takes": 87})]
     ]  # fmt: skip
+    assert [(part["source"], part["examples"]) for part in record["mixed"]] == [("code.jsonl", 11), ("law.jsonl", 34)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,9 +18,10 @@ from hf_contmerge.run.recipe.schema import Stage, Train
 from hf_contmerge.run.steps import Step
 from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies.lora import Lora
-from hf_contmerge.training.data import StageData, template_arguments
+from hf_contmerge.training.data import StageData
 from hf_contmerge.training.joint import joint_train
 from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.tokenizer import count_tokens
 
 _SAMPLED = 256  # examples with counted tokens
 _ADAM_MOVES = 40  # bytes per trained parameter and step: p, g, m, v read, p, m, v written; the norm and clipping of g
@@ -130,7 +130,7 @@ def _dry_training(planned: PlannedRun, stage: str, train_json: str) -> _DryTrain
 
 def _shape(planned: PlannedRun, data: StageData, settings: Any) -> _Shape:
     longest = settings.max_length or 2**62
-    lengths = [max(_count_tokens(planned.tokenizer, text) for text in _texts(row)) for row in _sample(data.train)]
+    lengths = [max(count_tokens(planned.tokenizer, row)) for row in _sample(data.train)]
     batch = settings.per_device_train_batch_size * (2 if data.form == "preference" else 1)
     if getattr(settings, "packing", False):
         tokens = sum(lengths) / len(lengths) * len(data.train)
@@ -140,20 +140,3 @@ def _shape(planned: PlannedRun, data: StageData, settings: Any) -> _Shape:
 
 def _sample(examples: Any) -> list[dict[str, Any]]:
     return [dict(row) for row in examples.select(range(min(len(examples), _SAMPLED)))]
-
-
-def _count_tokens(tokenizer: Any, example: Mapping[str, Any]) -> int:
-    values = list(example.values())
-    if any(isinstance(v, list) for v in values):
-        turns = [turn for v in values for turn in (v if isinstance(v, list) else [])]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **template_arguments(example))
-        return len(tokenizer(text, verbose=False)["input_ids"])
-    return 1 + len(tokenizer("".join(str(v) for v in values), verbose=False)["input_ids"])
-
-
-def _texts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return an example's rows: one, or two of a pair."""
-    if "rejected" not in row:
-        return [row]
-    shared = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
-    return [{**shared, "answer": row["chosen"]}, {**shared, "answer": row["rejected"]}]

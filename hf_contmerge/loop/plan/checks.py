@@ -43,6 +43,7 @@ from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.general import with_general
 from hf_contmerge.training.joint import joint_data
 from hf_contmerge.training.limits import trainer_limits
 from hf_contmerge.training.settings import Check, data_checks, make_strategies, training_checks
@@ -171,16 +172,17 @@ def checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> It
     for task in recipe.tasks():
         if task.dataset and how.is_main:
             yield partial(write_task, how.tasks, task)
-    if how.is_main:
-        yield partial(_warn_of_leaks, recipe, prepared, how)
     if prepared.is_whole(recipe):
         yield partial(check_kept_adapters, recipe, prepared)
         yield from data_checks(recipe, prepared.data)
         yield partial(check_replay, recipe, prepared.data)
         if "joint" in recipe.baselines:
             yield partial(joint_data, prepared.data, seed=recipe.seed)
+        yield from (partial(_load_general, prepared, recipe, stage) for stage in recipe.stages if stage.dataset)
         if how.processes == 1 or how.plans:
             yield from rehearsals(recipe, prepared)
+    if how.is_main:
+        yield partial(_warn_of_leaks, recipe, prepared, how)
 
 
 def rehearsals(recipe: Recipe, prepared: Prepared) -> Iterator[Check]:
@@ -292,6 +294,14 @@ def _load_stage(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
     prepared.data[stage.name] = data
 
 
+def _load_general(prepared: Prepared, recipe: Recipe, stage: Stage) -> None:
+    """Load the general data of a stage, without any stage's held-out documents."""
+    train = recipe.train_of(stage)
+    limits = trainer_limits(train, prepared.base, trust_remote_code=recipe.trust_remote_code)
+    data = with_general(prepared.data[stage.name], train, prepared.data.values(), seed=recipe.seed, limits=limits)
+    prepared.data[stage.name] = data
+
+
 # Checks
 
 
@@ -384,6 +394,11 @@ def check_ladder(recipe: Recipe) -> None:
     for number, rung in enumerate(recipe.guard.ladder if recipe.guard else ()):
         if rung.rule:
             make_rule(rung.rule, rung.parameters, where=f"guard.ladder.{number}")
+        if "general" in rung.parameters:
+            raise RecipeError(
+                f"guard.ladder.{number}: a rung cannot name `general` data, which is loaded before the run. Set it in "
+                "`train.parameters` with `strategy: [..., replay]`; the rung then uses it too."
+            )
         if rung.do == "replay":
             make_strategies(with_replay(recipe.train, rung))
 

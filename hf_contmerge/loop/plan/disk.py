@@ -73,15 +73,24 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
         expert += statistics_bytes(base) if stage.dataset and train.statistics else 0
         fields = train.sft_fields
         saved = stage.dataset and fields.get("save_strategy", "steps") != "no"
-        return DiskUse(expert, _checkpoint_bytes(trained.count, fields) if saved else 0)
+        at_work = _checkpoint_bytes(trained.count, fields) if saved else 0
+        return DiskUse(expert, at_work + _earlier_bytes(run, trained) if stage.dataset else 0)
     if step.phase == "merge" and isinstance(step.place, MergePlace):
         entry, rule = step.place.entry, rules[step.place.entry.name]
         state = running_bytes(base, rule)
         kept_before = state if step.t > 1 else 0  # pruned once this stage's state is recorded
         ladder = run.recipe.guard.ladder if run.recipe.guard else ()
         again = model_bytes(base, torch.float32) if any(rung.do == "replay" for rung in ladder) and step.t > 1 else 0
+        again += _earlier_bytes(run, trained)
+        if any(rung.do == "earlier" for rung in ladder):
+            again += model_bytes(base, torch.float32)
         return DiskUse(model_bytes(base, merged_dtype(entry)) + companions + state - kept_before, kept_before + again)
     return DiskUse(0, 0)
+
+
+def _earlier_bytes(run: Run, trained: Trained) -> int:
+    """Return the bytes of the checkpoints kept for a guard."""
+    return 4 * trained.count * run.recipe.guard.checkpoints if run.recipe.guard else 0
 
 
 def disk_need(uses: Iterable[DiskUse]) -> DiskNeed:

@@ -43,6 +43,8 @@ class DataSource(Part):
     """Fetch rows only until there are `max_examples` and `heldout`, shuffled through a buffer of 10,000 of them."""
     heldout_split: str | None = None
     """Take the held-out examples from this split (`test`, say), not from those to train on."""
+    license: str | None = None
+    """The rows' licence, for the model card. Default: the one in the dataset's README."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> DataSource:
@@ -243,15 +245,16 @@ class Evaluate(Part):
 
 
 class Rung(Part):
-    """A reaction to forgetting: `shrink`, `replay`, `keep_previous`, `{rule: name}`."""
+    """A reaction to forgetting: `shrink`, `replay`, `earlier`, ..., `{rule: name}`."""
 
-    do: Literal["shrink", "rule", "replay", "keep_previous"]
+    do: Literal["shrink", "rule", "replay", "earlier", "keep_previous"]
     """shrink: a smaller scale. rule: all experts so far, folded by another rule. replay: the stage trained again with
-    examples of the earlier ones among its own. keep_previous: the merge of the stage before, without this expert; where
+    examples of the earlier ones among its own. earlier: the stage's expert as it was at an earlier step, the latest
+    that holds. keep_previous: the merge of the stage before, without this expert; where
     stages start from each other (`start_from: previous`), later experts still descend from it."""
     rule: str | None = None
     parameters: dict[str, bool | int | float | str] = Field(default={})
-    """Of the rule, or of the replay strategy."""
+    """Of the rule, or of the replay strategy; of `earlier`, `checkpoints` (3): how many are kept, evenly spread."""
 
     @model_validator(mode="before")
     @classmethod
@@ -266,9 +269,18 @@ class Rung(Part):
     def _parameters_have_a_use(self) -> Rung:
         if (self.do == "rule") != (self.rule is not None):
             raise ValueError("a rung with another rule is `{rule: name}`; the others have no `rule`")
-        if self.parameters and self.do not in ("rule", "replay"):
+        if self.do == "earlier":
+            others, count = {*self.parameters} - {"checkpoints"}, self.checkpoints
+            if others or isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError("the parameter of `earlier` is `checkpoints`, a number from 1")
+        elif self.parameters and self.do not in ("rule", "replay"):
             raise ValueError(f"`{self.do}` has no parameters")
         return self
+
+    @property
+    def checkpoints(self) -> Any:
+        """Checkpoints that `earlier` keeps of a stage."""
+        return self.parameters.get("checkpoints", 3)
 
 
 def _as_list(value: Any) -> Any:
@@ -291,6 +303,11 @@ class Guard(Part):
     """How sure a drop beyond `max_forgetting` must be to break the budget: noise does so in 1 - confidence of cases."""
     ladder: tuple[Rung, ...] = (Rung(do="shrink"), Rung(do="keep_previous"))
     """What is tried, in this order, until one holds. If none does, the run stops with exit code 3."""
+
+    @property
+    def checkpoints(self) -> int:
+        """Earlier checkpoints to keep of each stage; 0 without the rung `earlier`."""
+        return max((rung.checkpoints for rung in self.ladder if rung.do == "earlier"), default=0)
 
     @model_validator(mode="before")
     @classmethod

@@ -29,6 +29,7 @@ _USES = (
     Use("name output publish publish.* plugins",                              None,    False),
     Use("baselines",                                                          None,    False),  # places of their own
     Use("*.suite",                                                            None,    False),
+    Use("stages.*.license train.*.license",                                   None,    False),
     Use("*train.report_to *train.disable_tqdm *train.ddp_timeout", "train", False),
     Use("guard guard.*",                                                      "merge", False),  # from the next merge on
     Use("merge.*",                                                            "merge"),

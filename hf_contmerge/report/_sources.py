@@ -1,0 +1,74 @@
+"""The sources of the stages' examples: shares, licences, losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_contmerge.report._tables import Cell, Section, Table
+from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import ExpertPlace
+
+_INTRO = (
+    "Examples trained on, by source, and the mean loss of each source's tokens at the first and the last logged step. "
+    "Replay: examples of earlier stages. Preference pairs have no loss by source."
+)
+
+
+@dataclass(frozen=True)
+class StageSource:
+    """A dataset that a stage was trained on."""
+
+    path: str
+    split: str
+    license: str | None
+    general: bool = False
+
+    def in_words(self) -> str:
+        """Return split, licence and role."""
+        words = [f"split {self.split}", f"licence {self.license or 'not stated'}", *["general data"] * self.general]
+        return ", ".join(words)
+
+
+def stage_sources(run: Run, place: ExpertPlace, t: int) -> list[StageSource]:
+    """Return a trained stage's datasets: from its record, or from the recipe."""
+    stage = run.stage(t)
+    record = place.record("train") if place.is_done("train") else {}
+    if not record.get("sources"):
+        return [StageSource(s.path, s.split, s.license) for s in stage.dataset.sources()] if stage.dataset else []
+    return [
+        StageSource(source["path"], source["split"], source.get("license"), general)
+        for general, sources in ((False, record["sources"]), (True, record.get("general_sources", ())))
+        for source in sources
+    ]
+
+
+def sources_section(run: Run) -> Section:
+    """Return a table of the sources of each expert with several."""
+    places = [(t, place) for t, place in run.places() if isinstance(place, ExpertPlace) and place.is_done("train")]
+    rows = [row for t, place in places for row in _rows(run, t, place)]
+    header = ("expert", "source", "examples", "share", "licence", "first loss", "last loss")
+    return Section("Sources of the examples", _INTRO, tables=[Table("", header, rows)] if rows else [])
+
+
+def _rows(run: Run, t: int, place: ExpertPlace) -> list[list[Cell]]:
+    record = place.record("train")
+    mixed, licences = record.get("mixed", ()), _licences(record)
+    total = sum(part["examples"] for part in mixed)
+    return [
+        [
+            Cell(f"{run.stage(t).name} ({place.folder.name})"),
+            Cell(part["source"]),
+            Cell(str(part["examples"])),
+            Cell(f"{100 * part['examples'] / total:.1f} %"),
+            Cell(licences.get(part["source"]) or ""),
+            *(Cell("" if loss is None else f"{loss:.3f}") for loss in (part["first_loss"], part["loss"])),
+        ]
+        for part in mixed
+    ]
+
+
+def _licences(record: Mapping[str, Any]) -> dict[str, str | None]:
+    sources = [*record.get("sources", ()), *record.get("general_sources", ())]
+    return {source.get("name", ""): source.get("license") for source in sources}

@@ -1,0 +1,76 @@
+"""General data for a stage: loaded, in the stage's form, without held-out documents."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from hf_contmerge.errors import DataError
+from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.train_strategies.replay import in_form_of
+from hf_contmerge.training._forms import Limits
+from hf_contmerge.training.data import StageData, load_stage_data, without_heldout
+from hf_contmerge.training.settings import make_strategies
+
+LOG = logging.getLogger(__name__)
+
+_TWIN = "are copies of held-out ones"
+
+
+def with_general(
+    data: StageData, train: Train, others: Iterable[StageData], *, seed: int, limits: Limits | None = None
+) -> StageData:
+    """Return a stage's data with the general data that its strategies ask for.
+
+    Args:
+        data: of the stage.
+        train: its settings.
+        others: all stages; none of their held-out documents is in the general data.
+        seed: of the order.
+        limits: of the stage's trainer.
+
+    Raises:
+        DataError: the general data is missing, or cannot be mixed with the stage's examples.
+    """
+    spec = make_strategies(train).general_data()
+    if spec is None or not len(data.train):
+        return data
+    general = _in_form(load_stage_data(spec, seed=seed, limits=limits), data, spec)
+    for stage in (data, *others):
+        if len(stage.heldout):
+            general = _without(general, stage)
+    if not len(general.train):
+        raise DataError(f"{_paths(spec)}: all general examples are held-out ones of the stages. Name other data.")
+    return replace(data, general=general)
+
+
+def _in_form(general: StageData, data: StageData, spec: Dataset) -> StageData:
+    return replace(general, form=data.form, train=in_form_of(data.train.select([0]), general.train, _paths(spec)))
+
+
+def _without(general: StageData, stage: StageData) -> StageData:
+    """Drop the general examples that a stage holds out; count them by source."""
+    try:
+        heldout = in_form_of(general.train.select([0]), stage.heldout, "")
+    except DataError:  # of another form, so that none can be the same
+        return general
+    numbered = general.train.add_column("place", list(range(len(general.train))))  # pyright: ignore
+    keep = list(without_heldout(numbered, heldout, general.form)["place"])
+    if len(keep) == len(general.train):
+        return general
+    kept = tuple(general.train_sources[i] for i in keep)
+    dropped = Counter(general.train_sources) - Counter(kept)
+    sources = [
+        replace(s, train=s.train - dropped[i], left_out=Counter(s.left_out) + Counter({_TWIN: dropped[i]}))
+        for i, s in enumerate(general.sources)
+    ]
+    for i in dropped:
+        LOG.info("%s: %d general examples are left out, for they %s", sources[i].path, dropped[i], _TWIN)
+    return replace(general, train=general.train.select(keep), train_sources=kept, sources=tuple(sources))
+
+
+def _paths(spec: Dataset) -> str:
+    return " + ".join(source.path for source in spec.sources())
