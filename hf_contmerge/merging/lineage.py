@@ -59,7 +59,9 @@ def merge_again(lineage: Record, base: Path, experts: Sequence[Path], scratch: P
     """Merge the parents into an empty folder; return the digest of the model's weights."""
     rule = make_rule(lineage["rule"], lineage["parameters"])
     folded = [
-        FoldedExpert(e["stage"], folder, e["sha256"], name=e["model"])
+        FoldedExpert(
+            e["stage"], folder, e["sha256"], name=e["model"], weight=e.get("weight", 1.0), chosen=e.get("chosen", {})
+        )
         for e, folder in zip(lineage["experts"], experts, strict=True)
     ]
     merge = RunningMerge(base, lineage["rule"], rule).fold(folded, scratch / "running", crew=crew)

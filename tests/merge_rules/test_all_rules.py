@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,9 +27,43 @@ def average(task_vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(task_vectors)).mean(0)
 
 
+def blend(task_vectors: Sequence[Tensor], *, keep: float, take: float) -> Tensor:
+    t = len(task_vectors)
+    return torch.stack([take * keep ** (t - i) * d for i, d in enumerate(task_vectors, 1)]).sum(0)
+
+
+def covariance(
+    task_vectors: Sequence[Tensor], *, space: str, form: str, a: float, eps: float, max_inputs: int
+) -> Tensor:
+    assert (space, form, a, max_inputs) == ("update", "full", 0.9, 8192)
+    moments = [d.T @ d for d in task_vectors]
+    total = torch.stack(moments).sum(0)
+    ridge = eps * total.square().sum() / total.trace() * torch.eye(len(total), dtype=total.dtype)
+    inverse = (total + ridge).inverse()
+    product = torch.stack([d @ g for d, g in zip(task_vectors, moments, strict=True)]).sum(0)
+    return product @ inverse @ total @ inverse
+
+
+def dare(task_vectors: Sequence[Tensor], *, p: float, lambda_: float, seed: int) -> Tensor:
+    total = torch.zeros_like(task_vectors[0])
+    for stage, d in enumerate(task_vectors, 1):
+        digest = hashlib.sha256(f"{seed}/w/{stage}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        total += d * (torch.rand(d.shape, generator=generator) >= p) / (1 - p)
+    return lambda_ * total
+
+
 def ema(task_vectors: Sequence[Tensor], *, beta: float) -> Tensor:
     t = len(task_vectors)
     return torch.stack([(1 - beta) * beta ** (t - i) * d for i, d in enumerate(task_vectors, 1)]).sum(0)
+
+
+def sum_without_statistics(task_vectors: Sequence[Tensor], **_: Any) -> Tensor:
+    return torch.stack(list(task_vectors)).sum(0)  # with statistics: test_data_aware.py
+
+
+def mean_without_statistics(task_vectors: Sequence[Tensor], **_: Any) -> Tensor:
+    return torch.stack(list(task_vectors)).mean(0)  # with statistics: test_data_aware.py
 
 
 def iso_c(task_vectors: Sequence[Tensor], *, alpha: float) -> Tensor:
@@ -82,6 +116,14 @@ def slao(task_vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack([a * b * d for a, b, d in zip(shares, left, task_vectors, strict=True)]).sum(0)
 
 
+def stitch(task_vectors: Sequence[Tensor], *, sparsity: float, lambda_: float, embeddings: bool) -> Tensor:
+    assert not embeddings
+    kept = torch.stack(list(task_vectors))
+    for d in kept:
+        d[d.abs() < d.abs().quantile(1 - int(sparsity * d.numel()) / d.numel(), interpolation="higher")] = 0
+    return lambda_ * kept.sum(0) / (kept != 0).sum(0).clamp_min(1)
+
+
 def task_arithmetic(task_vectors: Sequence[Tensor], *, lambda_: float) -> Tensor:
     return lambda_ * torch.stack(list(task_vectors)).sum(0)
 
@@ -104,13 +146,19 @@ class Oracle:
 
 ORACLES = {
     "average": Oracle(average, {}),
+    "blend": Oracle(blend, {"take": 1.0}),
+    "covariance": Oracle(covariance, None),
+    "curvature": Oracle(mean_without_statistics, {}),
+    "dare": Oracle(dare, {"p": 0.0, "lambda": 1.0}),
     "ema": Oracle(ema, {"beta": 0.0}),
+    "input_space": Oracle(sum_without_statistics, {}),
     "iso_c": Oracle(iso_c, None),
     "magmax": Oracle(magmax, {"lambda": 1.0}),
     "null_space": Oracle(null_space, {}),
     "opcm": Oracle(opcm, {}),
     "random_mix": Oracle(random_mix, {}),
     "slao": Oracle(slao, {}),
+    "stitch": Oracle(stitch, {"sparsity": 1.0, "embeddings": True}),
     "task_arithmetic": Oracle(task_arithmetic, {"lambda": 1.0}),
     "ties": Oracle(ties, {"density": 1.0}),
 }
@@ -258,6 +306,8 @@ class Drawn(Sum):
 class Normed(Sum):
     """A rule."""
 
+    linear = False
+
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running + task_vector / task_vector.norm()
 
@@ -266,6 +316,8 @@ class Normed(Sum):
 @dataclass(frozen=True)
 class Shifted(Sum):
     """A rule."""
+
+    linear = False
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running + task_vector + 1
@@ -293,8 +345,32 @@ class NotTuned(Sum):
 class LargestOnly(Sum):
     """A rule."""
 
+    linear = False
+
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return torch.where(task_vector.abs() > running.abs(), task_vector, running)
+
+
+@broken("`linear`, but sums of experts are merged otherwise")
+@dataclass(frozen=True)
+class Largest(Sum):
+    """A rule."""
+
+    basis_free = False
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return torch.where(task_vector.abs() > running.abs(), task_vector, running)
+
+
+@broken("beta is `of_newest` from stage 2, but read before")
+@dataclass(frozen=True)
+class Early(Sum):
+    """A rule."""
+
+    of_newest: ClassVar[dict[str, int]] = {"beta": 2}
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running + self.beta * task_vector
 
 
 @broken("`selects`, but 1 elements after stage 2 are no expert's")
@@ -323,6 +399,7 @@ class RowMeans(Sum):
 
     unit = "tensor"
     basis_free = False
+    linear = False
 
     def parts(self, weight: Weight) -> dict[str, tuple[int, ...]]:
         return {"sum": weight.shape, "squares": weight.shape[:1]}

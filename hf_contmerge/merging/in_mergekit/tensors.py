@@ -12,7 +12,7 @@ import math
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,9 +67,15 @@ class Storage:
         return Stored(name, asked, self.by)
 
 
-def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str, storage: Storage) -> Written:
-    """Fold tensors in memory; scale by their norms or a number."""
+def from_this_tensor(
+    how: Sequence[tuple[MergeRule, float]], group: TensorGroup, scale: float | str, storage: Storage
+) -> Written:
+    """Fold tensors in memory; scale by their norms or a number.
+
+    `how`: rule and weight of each expert.
+    """
     assert group.base is not None
+    rule = how[-1][0]
     base, experts, weights = group.base.tensor, [entry.tensor for entry in group.non_base], _weights_met(rule, group)
     if isinstance(scale, str) and not rule.whole_model_scale:
         scale = rule.scale(Norms((1.0,) * len(experts), 1.0))
@@ -82,7 +88,7 @@ def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str, st
     with _one_thread(base.device):
         for piece in parts:
             cut_base, *cut = (piece.of(f) for f in flat)
-            running, norms = fold_tensor(rule, weights, piece, cut_base, cut)
+            running, norms = fold_tensor(how, weights, piece, cut_base, cut)
             _require_finite(weights[-1].name, norms, group)
             factor = rule.scale(norms) if isinstance(scale, str) else scale
             read, only = read_out(rule, running, weights[-1]), cut[0] if len(cut) == 1 and factor == 1.0 else None

@@ -128,6 +128,15 @@ class Train(BaseModel):
         return any(self.sft_fields.get(field) for field in TOKENIZER_FIELDS)
 
 
+class Layers(Part):
+    """Factors on what a merge changes, from the first layer to the last, on a line between (LiNeS)."""
+
+    first: float | Literal["auto"] = 1.0
+    """Also of embeddings. `auto`: searched after each stage on validation documents."""
+    last: float = 1.0
+    """Also of the head and of norms behind the layers."""
+
+
 class Merge(Part):
     """A merge rule, applied after each stage.
 
@@ -138,6 +147,10 @@ class Merge(Part):
     rule: str
     parameters: dict[str, bool | int | float | str] = Field(default={})
     """By name. `auto`: searched after each stage on validation documents, for parameters of the scale only."""
+    layers: Layers | None = None
+    """Factors on the merged change by layer."""
+    weights: dict[Name, float] = Field(default={})
+    """Stage -> factor on its expert's change before it is folded, with a linear rule; other stages have 1."""
     start_from: StartFrom | None = None
     """Start of the experts' training; default: as in the rule's paper."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -159,10 +172,15 @@ class Merge(Part):
             value = {**value, "name": value["rule"]}
         return value
 
+    def settings(self) -> dict[str, bool | int | float | str]:
+        """Return the rule's parameters with the factors by layer."""
+        layers = {f"{word}_layer": value for word, value in self.layers or () if value != 1.0}
+        return {**self.parameters, **layers}
+
     @property
-    def auto(self) -> str | None:
-        """Name of the `auto` parameter, if any."""
-        return next((word for word, value in self.parameters.items() if value == "auto"), None)
+    def auto(self) -> tuple[str, ...]:
+        """Names of the `auto` parameters."""
+        return tuple(word for word, value in self.settings().items() if value == "auto")
 
 
 class Publish(Part):
@@ -214,6 +232,17 @@ class Recipe(Part):
                 raise ValueError(
                     f"tokenizer_from of merge entry {entry.name} must be `base` or a stage with `expert` "
                     f"({', '.join(given) or 'none in this recipe'}); got {entry.tokenizer_from}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_have_a_stage(self) -> Recipe:
+        names = [s.name for s in self.stages]
+        for entry in self.merge:
+            if strangers := [name for name in entry.weights if name not in names]:
+                raise ValueError(
+                    f"merge entry {entry.name} has a weight for {strangers[0]}, which is not a stage "
+                    f"({', '.join(names)}); remove it, or name a stage"
                 )
         return self
 
