@@ -86,9 +86,7 @@ class Covariance(MergeRule):
         diagonal = moment.diagonal() if moment.ndim == 2 else moment
         if self.form == "diagonal":
             return diagonal.clone()
-        return (self.a * moment if moment.ndim == 2 else 0) + (
-            (1 - self.a) if moment.ndim == 2 else 1
-        ) * diagonal.diag()
+        return diagonal.diag() if moment.ndim == 1 else self.a * moment + (1 - self.a) * diagonal.diag()
 
     def _solved(self, total: Tensor, moment: Tensor) -> Tensor:
         """Return N C^-1, filtered where C has no safe inverse."""

@@ -163,8 +163,9 @@ def test_directions_stay_orthonormal_over_twenty_stages(width: int) -> None:
     basis = running["inputs"]
     gram = basis.T @ basis
     used = int((gram.diagonal() > 0.5).sum())
-    assert used == 16
-    torch.testing.assert_close(gram, torch.eye(16), rtol=0, atol=1e-5)
+    assert used == 16 if width > N else 8 < used <= 16
+    torch.testing.assert_close(gram[:used, :used], torch.eye(used), rtol=0, atol=1e-5)
+    assert not basis[:, used:].any()
 
 
 def test_subspace_iteration_finds_the_leading_directions() -> None:
