@@ -7,6 +7,8 @@ import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import PerInputValues, TensorGroup
 from mergekit.options import MergeOptions
 from toys.loras import lora
 from toys.models import perturbed, toy_llama
@@ -16,7 +18,7 @@ from hf_contmerge.errors import RecipeError
 from hf_contmerge.loop.proof import find_model, prove
 from hf_contmerge.merge_rules import get_rule
 from hf_contmerge.merging.adapter import export_adapter
-from hf_contmerge.merging.in_mergekit.plugin import MergekitRecipeError
+from hf_contmerge.merging.in_mergekit.plugin import MergekitRecipeError, RuleMethod
 from hf_contmerge.merging.in_mergekit.recipe import read_mergekit_recipe
 from hf_contmerge.merging.in_mergekit.replay import carry_out, mergekit_yaml
 from hf_contmerge.merging.merge import FoldedExpert
@@ -167,3 +169,33 @@ def test_layers_with_mergekits_own_method_are_refused_there_alone(models: list[P
     with pytest.raises(MergekitRecipeError, match="mergekit's own and has no parameter first_layer"):
         run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(tmp_path / "theirs"), OPTIONS)
     carry_out(read_mergekit_recipe(tmp_path / "recipe.yml"), tmp_path / "ours")
+
+
+def test_mergekits_own_task_arithmetic_takes_the_weights_of_a_run(models: list[Path], tmp_path: Path) -> None:
+    base, *experts = models
+    folded = [FoldedExpert("", e, weight=w) for e, w in zip(experts, (1.0, 0.5, 2.0), strict=True)]
+    text = mergekit_yaml("task_arithmetic", get_rule("task_arithmetic"), base=base, experts=folded, dtype=torch.float32)
+    (tmp_path / "recipe.yml").write_text(text)
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(tmp_path / "theirs"), OPTIONS)
+    carry_out(read_mergekit_recipe(tmp_path / "recipe.yml"), tmp_path / "ours")
+    one, other = changes(tmp_path / "theirs", base), changes(tmp_path / "ours", base)
+    for name, change in one.items():
+        torch.testing.assert_close(change, other[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_an_expert_of_weight_0_changes_nothing(kind: str, models: list[Path], tmp_path: Path) -> None:
+    base, first, *_ = models
+    expert = first if kind == "model" else lora(base, tmp_path / "lora", seed=1, r=1, target_modules=["q_proj"])
+    state = MergeState.create(tmp_path / "s", base=base, rule="task_arithmetic").add(expert, weights=[0.0])
+    assert weights_sha256(state.export(tmp_path / "out")) == weights_sha256(base)
+
+
+def test_tensors_of_an_unknown_layer_have_no_factor_by_layer() -> None:
+    group = TensorGroup.from_tensors([torch.zeros(2), torch.ones(2)], base_index=0, name="model.layers.1.norm.weight")
+    method = registry.get("average")
+    assert isinstance(method, RuleMethod)
+    weight = PerInputValues([(1, 1.0)])
+    assert method.merge_group(group, scale="tensor", weight=weight).tolist() == [1.0, 1.0]
+    with pytest.raises(MergekitRecipeError, match=r"the depth of model\.layers\.1\.norm\.weight is not known"):
+        method.merge_group(group, scale="tensor", weight=weight, first_layer=0.5)
