@@ -33,12 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     init.add_argument("--base", required=True, metavar="MODEL", help="a folder, a Hub id[@revision] or a .gguf file")
     init.add_argument("--rule", required=True, help="magmax, opcm, average ...")
     init.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the rule")
+    init.add_argument(
+        "--layers", type=float, nargs=2, metavar=("FIRST", "LAST"), help="factors on the change of first and last layer"
+    )
 
     add = _command(kinds, "add", _add, "fold experts into the state, in this order", state=True, works=True)
     add.add_argument(
         "experts", nargs="+", metavar="EXPERT", help="a full model or a peft adapter; a folder or a Hub id"
     )
     add.add_argument("--as", dest="stages", action="append", default=[], metavar="STAGE", help="its name in the log")
+    add.add_argument(
+        "--weight", dest="weights", type=float, action="append", default=[], metavar="W",
+        help="a factor on its task vector, one per expert (linear rules only)",
+    )  # fmt: skip
     add.add_argument(
         "--force", action="store_true", help="accept an adapter of another base, or a model of another configuration"
     )
@@ -91,13 +98,14 @@ def _command(
 
 
 def _init(args: argparse.Namespace) -> None:
+    from hf_contmerge.merge_rules import COMMON
     from hf_contmerge.merging.rules import make_rule
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.crew import Crew
     from hf_contmerge.runtime.ranks import find_ranks
 
     def parsed() -> dict[str, Any]:
-        found = _parameters(args.set)
+        found = {**_parameters(args.set), **dict(zip(COMMON, args.layers or (), strict=False))}
         make_rule(args.rule, found)  # before `create`, whose own arguments (`base`) are no rule parameters
         return found
 
@@ -110,10 +118,10 @@ def _init(args: argparse.Namespace) -> None:
 def _add(args: argparse.Namespace) -> None:
     crew = _crew(args)
     state = _state(args, crew)
-    if crew.ranks.first(state.finish_add, args.experts, args.stages):
+    if crew.ranks.first(state.finish_add, args.experts, args.stages, args.weights):
         _say("These experts are the newest ones already; nothing was added.")
     else:
-        state.add(*args.experts, stages=args.stages, force=args.force, crew=crew)
+        state.add(*args.experts, stages=args.stages, weights=args.weights, force=args.force, crew=crew)
     _print_log(state)
 
 
@@ -188,7 +196,8 @@ def _print_log(state: MergeState) -> None:
     words = ", ".join(f"{k}={v}" for k, v in rule.parameters().items())
     _say(f"{log.rule}({words}) on {log.base}")
     for number, e in enumerate(log.experts, 1):
-        _say(f"{number:4d}  {e.stage:20s} {e.kind:8s} |D| {e.norm:10.4f}  {e.sha256[:12]}  {e.model}")
+        weight = "" if e.weight == 1.0 else f"  weight {e.weight:g}"
+        _say(f"{number:4d}  {e.stage:20s} {e.kind:8s} |D| {e.norm:10.4f}  {e.sha256[:12]}  {e.model}{weight}")
     _say(f"scale {rule.scale(log.norms()):.6g}, |running| {log.running_norm:.4f}" if log.experts else "no expert yet")
     if trust := log.trust():
         _say(trust.in_words())

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="COLUMN", help="the column with text, or a format over columns")
     parser.add_argument("--base", metavar="MODEL", help="the pretrained model (default: an adapter's own, or MODEL)")
     parser.add_argument("--out", metavar="DIR", help="output folder (default: MODEL/statistics)")
+    parser.add_argument(
+        "--kind", choices=("inputs", "fisher"), default="inputs", help="what to measure (default: inputs)"
+    )
     for word, what in (
         ("examples", "read at most N examples"),
         ("batch-size", "N examples per batch"),
@@ -58,11 +61,12 @@ def statistics_command(args: argparse.Namespace) -> None:
     found = measure_expert(measured, out)
     leave_ranks()
     if ranks.is_main_process:
-        print(f"{out}: {len(found.moments)} linear maps, {found.tokens:,} tokens")
+        what = "linear maps" if args.kind == "inputs" else "weights"
+        print(f"{out}: {len(found.moments)} {what}, {found.tokens:,} tokens")
 
 
 def _settings(args: argparse.Namespace) -> StatisticsSettings:
-    fields = {word: getattr(args, word) for word in ("examples", "batch_size", "max_length")}
+    fields = {"kinds": (args.kind,), **{w: getattr(args, w) for w in ("examples", "batch_size", "max_length")}}
     try:
         return StatisticsSettings.model_validate(fields)
     except ValidationError as error:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from hf_contmerge.runtime.files import remove
 from hf_contmerge.runtime.records import write_record
 from hf_contmerge.scoring.forgetting.budget import Judgement, judge
 from hf_contmerge.scoring.forgetting.paired import CONFIDENCE
-from hf_contmerge.scoring.forgetting.search import best_coefficient, keeps_general, largest_that_holds, objective
+from hf_contmerge.scoring.forgetting.search import Point, best_point, keeps_general, largest_that_holds, objective
 
 LOG = logging.getLogger(__name__)
 
@@ -154,15 +154,33 @@ class Chooser:
             place = job.run.expert(i, job.kind)
             self._alone[job.run.stage(i).name] = self._measured(place, place.model, self._tasks_of(i))
         rule = start.rule
-        name = next(f for f in rule.tunable if yaml_word(f) == entry.auto)
+        asked = [f for f in rule.searchable() if yaml_word(f) in entry.auto]
+        names = [f for f in asked if rule.of_newest.get(f, 1) <= job.t]
+        tops = [max(1.0, 2 * getattr(rule, f)) if f in rule.tunable else 1.0 for f in names]
 
-        def evaluate(value: float) -> tuple[bool, float]:
-            attempt = self._look_at("auto", start.tuned(name, value))
+        def evaluate(point: Point) -> tuple[bool, float]:
+            attempt = self._look_at("auto", self._at(start, dict(zip(names, point, strict=True))))
             assert attempt.objective is not None
             return attempt.allowed, attempt.objective
 
-        self._merge = start.tuned(name, best_coefficient(evaluate, getattr(rule, name)))
+        best = dict(zip(names, best_point(evaluate, tops), strict=True))
+        self._merge = self._at(start, best)
         return next(t for t in self.tries if t.merge == self._merge)
+
+    def _at(self, start: RunningMerge, values: Mapping[str, float]) -> RunningMerge:
+        """Return the stage's merge with values of `searchable` fields; fold again if `update` reads one."""
+        job, chosen = self._job, {f: v for f, v in values.items() if f in start.rule.of_newest}
+        rule = replace(start.rule, **values)
+        if not chosen:
+            return replace(start, rule=rule)
+        if self._written and self._written.rule == rule:  # the scratch folders hold it
+            return self._written
+        newest = replace(job.newest(), chosen={yaml_word(f): v for f, v in chosen.items()})
+        folded = replace(job.start(), rule=rule).fold(
+            [newest], job.scratch("running"), merged=job.output(), crew=job.crew
+        )
+        self._written, self._survival = folded, folded.survival
+        return folded
 
     def climb(self) -> Attempt | None:
         """Return the first rung within the budget, or None."""
@@ -202,7 +220,8 @@ class Chooser:
         assert rung.rule
         job, rule = self._job, make_rule(rung.rule, rung.parameters, where="guard.ladder")
         empty = RunningMerge(job.prepared.base, rung.rule, rule)
-        self._merge = self._fold(empty, [*job.previous().experts, job.newest()])
+        experts = [replace(e, chosen={}) for e in (*job.previous().experts, job.newest())]
+        self._merge = self._fold(empty, experts)
         return self._look_at(rung.do, self._merge)
 
     def _replay(self, rung: Rung) -> Attempt | None:

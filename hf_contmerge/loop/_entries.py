@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from hf_contmerge.errors import RecipeError
-from hf_contmerge.merge_rules import MergeRule, yaml_word
+from hf_contmerge.merge_rules import COMMON, MergeRule, yaml_word
+from hf_contmerge.merging.merge import require_linear
 from hf_contmerge.merging.rules import dtype_named, make_rule
 from hf_contmerge.run.recipe.parts import Rung
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Train
+from hf_contmerge.scoring.forgetting.search import MOST_SEARCHED
 
 
 def with_replay(train: Train, rung: Rung) -> Train:
@@ -36,12 +38,19 @@ def make_entry_rule(entry: Merge) -> MergeRule:
         RecipeError: as `make_rule`, or `auto` for a parameter that changes the state and cannot be searched.
     """
     where = f"merge entry {entry.name}"
-    rule = make_rule(entry.rule, {w: v for w, v in entry.parameters.items() if v != "auto"}, where=where)
-    words = [yaml_word(f) for f in rule.tunable]
-    for word in (w for w, v in entry.parameters.items() if v == "auto"):
+    rule = make_rule(entry.rule, {w: v for w, v in entry.settings().items() if v != "auto"}, where=where)
+    words = [yaml_word(f) for f in rule.searchable()]
+    for word in entry.auto:
         if word not in words:
-            known = f"`auto` is for {', '.join(words)}" if words else f"{entry.rule} has no parameter for `auto`"
+            own = [w for w in words if w not in COMMON]
+            known = f"`auto` is for {', '.join(own)}" if own else f"{entry.rule} has no parameter for `auto`"
             raise RecipeError(f"{where}: {word} of {entry.rule} cannot be `auto`; {known}. Set a value.")
+    if len(entry.auto) > MOST_SEARCHED:
+        raise RecipeError(
+            f"{where}: {', '.join(entry.auto)} are `auto`, but at most {MOST_SEARCHED} can be searched together. Set a "
+            f"value for {entry.auto[-1]}."
+        )
+    require_linear(entry.rule, rule, entry.weights.values(), where=where)
     return rule
 
 

@@ -93,7 +93,7 @@ class MergeJob:
             return chosen["rule"], recorded_rule(chosen["rule"], chosen["parameters"], where=where)
         rule = self.prepared.rules[entry.name]
         if record:  # a default may have changed since
-            named = {*entry.parameters, *map(yaml_word, rule.tunable)}
+            named = {*entry.settings(), *map(yaml_word, rule.searchable())}
             recorded = recorded_rule(entry.rule, record["parameters"], where=where).parameters()
             kept = {word: value for word, value in recorded.items() if word not in named}
             rule = make_rule(entry.rule, {**rule.parameters(), **kept}, where=where)
@@ -135,19 +135,18 @@ class MergeJob:
         place = self._place_of(part)
         sha256 = place.record("train")["model_sha256"]
         expert = self.expert_at(part["stage"], place.model, sha256)
-        return replace(expert, replayed=part["replayed"], earlier=part.get("earlier", 0))
+        chosen, weight = part.get("chosen", {}), part.get("weight", expert.weight)
+        return replace(expert, replayed=part["replayed"], earlier=part.get("earlier", 0), chosen=chosen, weight=weight)
 
     def expert_at(self, t: int, model: Path, sha256: str) -> FoldedExpert:
         stage = self.run.stage(t).name
-        return FoldedExpert(stage, model, sha256, name=f"Stage {stage}")
+        weight = self.place.entry.weights.get(stage, 1.0) if self.rule()[1].linear else 1.0
+        return FoldedExpert(stage, model, sha256, name=f"Stage {stage}", weight=weight)
 
     def parts(self, merge: RunningMerge) -> list[dict[str, Any]]:
         """Return a merge's experts as in merge.json."""
         number = {stage.name: t for t, stage in enumerate(self.run.recipe.stages, 1)}
-        return [
-            {"stage": number[e.stage], "replayed": e.replayed, **({"earlier": e.earlier} if e.earlier else {})}
-            for e in merge.experts
-        ]
+        return [{"stage": number[e.stage], "replayed": e.replayed, **e.deviations()} for e in merge.experts]
 
     def holds_one_a_stage(self, merge: RunningMerge) -> bool:
         return self.parts(merge) == one_a_stage(self.t)

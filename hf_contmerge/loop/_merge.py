@@ -100,7 +100,7 @@ def _write_mergekit_recipe(job: MergeJob, merge: RunningMerge) -> None:
     remove(file)
     if merge.experts:
         text = mergekit_yaml(
-            merge.rule_name, merge.rule, base=job.run.base_model, experts=[e.folder for e in merge.experts],
+            merge.rule_name, merge.rule, base=job.run.base_model, experts=merge.experts,
             dtype=job.dtype, rounding=job.place.entry.rounding, scale=None if merge.factor == 1.0 else merge.scale,
         )  # fmt: skip
         write_atomically(file, seal_yaml(text))

@@ -3,6 +3,8 @@
     running_t = rule.update(running_{t-1}, expert_t - base)               one tensor, float32, running_0 = 0
     merged_t  = base + rule.scale(norms_t) * rule.read_out(running_t)     the scale is one number for the whole model
 
+Every rule can scale the read-out by layers, from `first_layer` to `last_layer` (LiNeS, arXiv 2410.17146).
+
 A rule is a frozen dataclass; its fields are the method's parameters, by the paper's symbol (a trailing underscore
 keeps Python's keywords free: `lambda_` is `lambda` in YAML). File name = word in the YAML = class name in lower case:
 dropping `merge_rules/opcm.py` with a class `Opcm` in here makes `rule: opcm` and mergekit's `merge_method: opcm`.
@@ -49,10 +51,15 @@ class Weight:
     """In the model. The tensors that a rule gets may be a piece of the weight, or a small core."""
     depth: float | None = None
     """The place of its layer: 0 for the first, 1 for the last one, 0 for an only one. None outside the layers."""
+    threshold: float | None = None
+    """In `update`, with a rule that has a `share_kept`: the size |D| from which on an element of this expert is among
+    the largest of the whole model. None where the whole model is not known."""
     statistics: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     """In `update`: statistics of the expert by kind, if the rule `needs` them and this weight has them.
 
     `inputs`: X'X / n for a sample of n tokens, whose inputs of the map are the rows of X; of shape `inputs_shape(in)`.
+    `fisher`: squares of the gradients of the examples' log likelihood, summed and divided by the tokens. `adam`: the
+    optimizer's second moments at the end of the training. Both have the weight's shape, and every weight has them.
     """
 
 
@@ -84,11 +91,15 @@ class MergeRule(ABC):
     """How many tensors of the weight's shape the state needs; if more than one, `running` has them as a first axis.
     `parts` is the long form."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """The statistics of each expert that `update` reads, by kind: `inputs`. Linear maps then come in one piece."""
+    """The statistics of each expert that `update` reads, by kind: `inputs`, `fisher`, `adam`. Linear maps then come in
+    one piece; with the last two, set `unit` to tensor. May be a property."""
     basis_free: ClassVar[bool] = False
     """True when update(P S Q', P D Q') = P update(S, D) Q' for any P and Q with orthonormal columns, and read_out
     returns the state itself: then low-rank experts are folded as small cores, and no large matrix is ever formed.
     Not for rules with named parts or statistics."""
+    linear: ClassVar[bool] = False
+    """True when state and result are linear in the task vectors, for given statistics. Experts may then have weights:
+    their task vectors are multiplied by them before `update`."""
     selects: ClassVar[bool] = False
     """True when each element of the state (of named parts, the first) is one expert's value, and so has an owner."""
 
@@ -97,6 +108,14 @@ class MergeRule(ABC):
     tunable: ClassVar[tuple[str, ...]] = ()
     """Fields that only multiply the scale: neither `update` nor `read_out` looks at them, so that another value costs
     one pass over a state that is there. Recipes may say `auto` for them."""
+    of_newest: ClassVar[Mapping[str, int]] = {}
+    """Fields that `update` reads and that may differ from expert to expert, with the first stage that depends on them:
+    another value costs one more fold of the newest expert. Recipes may say `auto` for them."""
+
+    first_layer: float = field(default=1.0, kw_only=True, repr=False)
+    """Factor on what is read out for the first layer. Recipes: `layers: {first: ..., last: ...}`."""
+    last_layer: float = field(default=1.0, kw_only=True, repr=False)
+    """The same for the last layer; those between lie on a line."""
 
     @property
     def ill_posed(self) -> bool:
@@ -113,6 +132,14 @@ class MergeRule(ABC):
         that does not end in the weight's own shape comes in one piece.
         """
         return {"": (self.slots, *weight.shape) if self.slots > 1 else weight.shape}
+
+    def share_kept(self, weight: Weight) -> float | None:
+        """Return the share of the model's elements, the largest of each expert, behind `weight.threshold`.
+
+        One number for all weights; None for a weight whose elements do not count. A rule that overrides this reads
+        each expert once more.
+        """
+        return None
 
     @abstractmethod
     def update(self, running: Any, task_vector: Tensor, weight: Weight) -> State:
@@ -136,9 +163,29 @@ class MergeRule(ABC):
     def scale(self, norms: Norms) -> float:
         """Return the factor in merged = base + scale * read_out(running)."""
 
+    def layer_factor(self, depth: float) -> float:
+        """Return the factor on the read-out of a layer at a depth from 0 to 1."""
+        if self.first_layer == self.last_layer:
+            return self.first_layer
+        return self.first_layer + (self.last_layer - self.first_layer) * depth
+
+    def searchable(self) -> tuple[str, ...]:
+        """Return the fields that recipes may set to `auto`."""
+        return (*self.tunable, *self.of_newest, *COMMON[:1])
+
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters by their names in recipes."""
-        return {yaml_word(f.name): getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Return the parameters by their names in recipes; common ones if set."""
+        common = {word: value for word in COMMON if (value := getattr(self, word)) != 1.0}
+        return {yaml_word(f.name): getattr(self, f.name) for f in own_fields(type(self))} | common
+
+
+COMMON = tuple(f.name for f in dataclasses.fields(MergeRule))
+"""The parameters that every rule has."""
+
+
+def own_fields(cls: type[MergeRule]) -> list[dataclasses.Field[Any]]:
+    """Return a rule's dataclass fields without the common ones."""
+    return [f for f in dataclasses.fields(cls) if f.name not in COMMON]
 
 
 def yaml_word(field_name: str) -> str:
@@ -181,20 +228,19 @@ def rule_of(cls: type[MergeRule], name: str, parameters: Mapping[str, Any]) -> M
         TypeError: a parameter that the rule does not have.
         ValueError: a parameter of the wrong type or outside its range.
     """
-    fields = {yaml_word(f.name): f.name for f in dataclasses.fields(cls)}
-    hints = get_type_hints(cls)
-    values = {}
+    own = {yaml_word(f.name): f.name for f in own_fields(cls)}
+    fields, hints, values = {**own, **{word: word for word in COMMON}}, get_type_hints(cls), {}
     for word, value in parameters.items():
         if word not in fields:
-            raise TypeError(f"{name} has no parameter {word!r}; it has: {', '.join(fields) or 'none'}")
+            raise TypeError(f"{name} has no parameter {word!r}; it has: {', '.join(own) or 'none'}")
         values[fields[word]] = _checked(f"{name}'s {word}", value, hints[fields[word]])
     return cls(**values)
 
 
 def parameter_types(cls: type[MergeRule]) -> Mapping[str, tuple[Any, Any]]:
-    """Return recipe word -> (type, default) of a rule's parameters."""
+    """Return recipe word -> (type, default) of a rule's own parameters."""
     hints = get_type_hints(cls)
-    return {yaml_word(f.name): (hints[f.name], f.default) for f in dataclasses.fields(cls)}
+    return {yaml_word(f.name): (hints[f.name], f.default) for f in own_fields(cls)}
 
 
 _LARGEST = 3.4028234663852886e38  # float32, in which rules compute

@@ -21,6 +21,7 @@ class Average(MergeRule):
     start_from = "previous"
     unit = "element"
     basis_free = True
+    linear = True
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running + task_vector

@@ -21,6 +21,7 @@ class Ema(MergeRule):
     start_from = "merged"
     unit = "element"
     basis_free = True
+    linear = True
 
     beta: float = 0.5
 

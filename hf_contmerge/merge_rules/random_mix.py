@@ -3,13 +3,13 @@
 Baseline of selecting rules in Marczak et al., ECCV 2024, arXiv 2407.06322.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
+from hf_contmerge.merge_rules._draws import uniform
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,8 @@ class RandomMix(MergeRule):
     seed: int = 0
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
-        digest = hashlib.sha256(f"{self.seed}/{weight.name}/{weight.stage}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        drawn = torch.rand(task_vector.shape, generator=generator) < 1 / weight.stage
-        return torch.where(drawn.to(task_vector.device), task_vector, running)
+        drawn = uniform(self.seed, weight, task_vector) < 1 / weight.stage
+        return torch.where(drawn, task_vector, running)
 
     def scale(self, norms: Norms) -> float:
         return 1.0

@@ -23,6 +23,7 @@ class Slao(MergeRule):
     start_from = "previous"
     unit = "element"
     basis_free = True
+    linear = True
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running.lerp(task_vector, 1.0 / math.sqrt(weight.stage))

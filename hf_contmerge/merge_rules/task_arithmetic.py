@@ -21,6 +21,7 @@ class TaskArithmetic(MergeRule):
     start_from = "base"
     unit = "element"
     basis_free = True
+    linear = True
     tunable = ("lambda_",)
 
     lambda_: float = 0.3

@@ -102,6 +102,7 @@ def fold_factors(
     experts: Sequence[Factors | None],
     weight: Weight,
     *,
+    rules: Sequence[MergeRule] = (),
     shadow: bool = False,
 ) -> tuple[Factored, list[float]]:
     """Fold low-rank experts into the state of one weight.
@@ -112,6 +113,7 @@ def fold_factors(
         experts: left (m, r) and right (r, n) of each, in stage order, in any floating dtype; None for an expert that
             does not touch this weight, whose task vector is zero.
         weight: as the first of these experts meets it.
+        rules: of each expert, where they differ in fields `of_newest`.
         shadow: start a shadow, if there is no state yet.
 
     Returns:
@@ -128,8 +130,10 @@ def fold_factors(
         if factors is not None:
             _check(factors, state.shape, f"{weight.name}, the adapter of stage {stage}")
     norms: list[float] = []
+    rules = rules or [rule] * len(experts)
     for batch in _batches(experts):
-        state, found = _fold_batch(rule, state, batch, replace(weight, stage=weight.stage + len(norms)), shadow)
+        first = replace(weight, stage=weight.stage + len(norms))
+        state, found = _fold_batch(rules[len(norms) :], state, batch, first, shadow)
         norms += found
     return state, norms
 
@@ -207,7 +211,7 @@ class _Side:
 
 
 def _fold_batch(
-    rule: MergeRule, state: Factored, experts: Sequence[Factors | None], first: Weight, shadow: bool
+    rules: Sequence[MergeRule], state: Factored, experts: Sequence[Factors | None], first: Weight, shadow: bool
 ) -> tuple[Factored, list[float]]:
     m, n = state.shape
     nothing = state.left.new_zeros(m, 0), state.right.new_zeros(0, n)
@@ -222,7 +226,7 @@ def _fold_batch(
     right_basis, right_parts = right.reduced(right_weights, allowed)
     cores = [core.double() for core in (state.core, state.shadow) if core is not None]
     for k, (a, b) in enumerate(zip(left_parts, right_parts, strict=True)):
-        cores = [_grown(rule, core, a @ b.T, replace(first, stage=first.stage + k)) for core in cores]
+        cores = [_grown(rules[k], core, a @ b.T, replace(first, stage=first.stage + k)) for core in cores]
         if shadow and len(cores) == 1 and cores[0].any():
             cores.append(nudged(cores[0], first.name))
     return _square(Factored(left_basis, cores[0], right_basis, *cores[1:])), norms

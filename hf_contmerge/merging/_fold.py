@@ -42,6 +42,10 @@ class Fold:
     crew: Crew
     statistics: Sequence[Statistics] = ()
     """Of the experts, if the rule needs them."""
+    rules: Sequence[MergeRule] = ()
+    """Of the experts, where they differ in fields `of_newest`."""
+    thresholds: Sequence[float] = ()
+    """Of the experts, if the rule has a `share_kept`."""
 
     def run(
         self, earlier: Sequence[float], out: Path | None, merged: Output | None, later: Output | None = None
@@ -165,9 +169,10 @@ class Fold:
             wide = part.to(state_dtype(self.rule))
             state = self._state_before(before, piece, last)
             for i, vector in enumerate(vectors):
+                rule = self.rules[i] if self.rules else self.rule
                 change = vector(piece.start, piece.stop, wide.reshape(-1)).reshape(wide.shape)
                 squares[i] += square(change)
-                after = updated(self.rule, state, change, self._with_statistics(weights[i], i))
+                after = updated(rule, state, change, self._with_statistics(weights[i], i))
                 if shadow:
                     shadow.fold(after, change, weights[i])
                 if owners is not None:
@@ -192,6 +197,8 @@ class Fold:
         return {name: part.to(device, kind) for name, part in piece.of_state(before, weight).items()}
 
     def _with_statistics(self, weight: Weight, number: int) -> Weight:
+        if self.thresholds:
+            weight = replace(weight, threshold=self.thresholds[number])
         if not self.rule.needs:
             return weight
         return replace(weight, statistics=self.statistics[number].of(weight.name, self.rule.needs, self.crew.device))
@@ -201,7 +208,9 @@ class Fold:
         factors = [expert.factors(name) for expert in self.experts]
         if not all(bool(torch.isfinite(f).all()) for pair in factors if pair for f in pair):
             self._refuse_non_finite(name)
-        state, norms = fold_factors(self.rule, before, factors, self._weight(name), shadow=shadow and not before)
+        state, norms = fold_factors(
+            self.rule, before, factors, self._weight(name), rules=self.rules, shadow=shadow and not before
+        )
         self._require_finite(name, state.norm())
         if out:
             write_factored(out, name, state)

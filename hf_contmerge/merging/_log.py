@@ -39,9 +39,14 @@ class Entry:
     added: str = ""
     files: Digests = field(default_factory=dict)
     """Of an expert inside the state's folder."""
+    weight: float = 1.0
+    """Its task vector is multiplied by it; left out of the file if 1."""
 
     def expert(self) -> FoldedExpert:
-        return FoldedExpert(self.stage, Path(self.folder), self.sha256, self.norm, name=self.stage)
+        return FoldedExpert(self.stage, Path(self.folder), self.sha256, self.norm, name=self.stage, weight=self.weight)
+
+    def to_json(self) -> dict[str, Any]:
+        return {word: value for word, value in asdict(self).items() if word != "weight" or value != 1.0}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ class Log:
     def lineage(self) -> dict[str, Any]:
         """Return the fields of a written model."""
         own = ("base_stamp", "base_files", "running", "running_files", "tokenizer_change")
-        return {name: value for name, value in asdict(self).items() if name not in own}
+        values = {**asdict(self), "experts": [e.to_json() for e in self.experts]}
+        return {name: value for name, value in values.items() if name not in own}
 
 
 _SHAPE = {
@@ -88,7 +94,7 @@ _SHAPE = {
     "amplification?": (float, None), "running_files?": {str: str}, "tokenizer_change?": (TOKENIZER_CHANGE, None),
     "dropped?": [str], "experts": [{
         "stage": str, "model": str, "folder": str, "sha256": str, "norm": float, "kind": str, "seconds?": float,
-        "added?": str, "files?": {str: str},
+        "added?": str, "files?": {str: str}, "weight?": float,
     }],
 }  # fmt: skip
 _EXPORT = {"model": str, "experts": int, **SURVIVAL}
@@ -129,7 +135,7 @@ def _require_own_names(log: Log) -> None:
 def write_log(folder: Path, log: Log) -> None:
     """Replace state.json, the commit of a change. Raises ModelError for infinite numbers."""
     home = folder.resolve()
-    experts = [{**asdict(e), "folder": _inside(home, Path(e.folder))} for e in log.experts]
+    experts = [{**e.to_json(), "folder": _inside(home, Path(e.folder))} for e in log.experts]
     values = {word: value for word, value in asdict(log).items() if value or word != "dropped"}
     try:
         write_record(folder / "state.json", {**values, "experts": experts}, finite=True)
@@ -217,6 +223,13 @@ def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Seque
         used.append(unique)
         names.append(unique)
     return names
+
+
+def expert_weights(given: Sequence[float], stages: Sequence[str]) -> list[float]:
+    """Return a weight per expert; 1 if none is given. Raises RecipeError for another number of them."""
+    if given and len(given) != len(stages):
+        raise RecipeError(f"{len(stages)} experts but {len(given)} weights: pass one weight per expert, or none.")
+    return [float(weight) for weight in given] or [1.0] * len(stages)
 
 
 def name_of(model: str | Path) -> str:

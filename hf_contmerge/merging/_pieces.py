@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule, Norms, Shape, Weight
 from hf_contmerge.merging.costs import needs_whole, piece_size, state_dtype
+from hf_contmerge.models.config import outer_depth
 from hf_contmerge.models.rounding import Rounding, compared, rounded, square
 from hf_contmerge.models.survival import Kept
 
@@ -70,8 +71,14 @@ def updated(rule: MergeRule, state: Parts, change: Tensor, weight: Weight) -> Pa
 
 
 def read_out(rule: MergeRule, state: Parts, weight: Weight) -> Tensor:
-    """Return the tensor to scale, in float32."""
-    return rule.read_out(state.get("", state), weight).float()
+    """Return the tensor to scale, in float32, times its layer's factor."""
+    read, factor = rule.read_out(state.get("", state), weight).float(), factor_of(rule, weight)
+    return read if factor == 1.0 else read * factor
+
+
+def factor_of(rule: MergeRule, weight: Weight) -> float:
+    """Return the factor on a weight's read-out by its layer."""
+    return rule.layer_factor(outer_depth(weight.name) if weight.depth is None else weight.depth)
 
 
 def state_square(state: Parts) -> float:
@@ -139,16 +146,22 @@ def _refuse_overflow(stored: Stored, merged: Tensor) -> NoReturn:
 
 
 def fold_tensor(
-    rule: MergeRule, weights: Sequence[Weight], piece: Piece, base: Tensor, experts: Sequence[Tensor]
+    how: Sequence[tuple[MergeRule, float]],
+    weights: Sequence[Weight],
+    piece: Piece,
+    base: Tensor,
+    experts: Sequence[Tensor],
 ) -> tuple[Parts, Norms]:
     """Fold a piece of experts in memory; return state and norms.
 
-    `weights`: the weight as each expert meets it.
+    `how`: rule and weight of each expert. `weights`: the model's weight as each expert meets it.
     """
-    wide, norms = base.to(state_dtype(rule)), []
-    state = piece.zeros(rule, weights[0], wide.device)
-    for weight, expert in zip(weights, experts, strict=True):
+    first = how[0][0]
+    wide, norms = base.to(state_dtype(first)), []
+    state = piece.zeros(first, weights[0], wide.device)
+    for (rule, factor), weight, expert in zip(how, weights, experts, strict=True):
         change = expert.to(wide.dtype) - wide
+        change = change if factor == 1.0 else change * factor
         norms.append(math.sqrt(square(change)))
         state = updated(rule, state, change, weight)
     return state, Norms(tuple(norms), math.sqrt(state_square(state)))

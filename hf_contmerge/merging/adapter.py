@@ -13,7 +13,7 @@ from hf_contmerge.errors import ModelError, RecipeError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._factored import Factored
 from hf_contmerge.merging._log import Log
-from hf_contmerge.merging._pieces import Stored, merged_piece, read_out
+from hf_contmerge.merging._pieces import Stored, factor_of, merged_piece, read_out
 from hf_contmerge.merging.costs import weight_of
 from hf_contmerge.merging.lineage import finished_lineage, write_lineage
 from hf_contmerge.merging.running import Running
@@ -125,11 +125,13 @@ def _is_low_rank(base: Weights, running: Running, name: str) -> bool:
 def _approximation(
     rule: MergeRule, base: Weights, running: Running, name: str, stages: int, rank: int | None
 ) -> tuple[Tensor, Tensor, float]:
+    weight = weight_of(base, name, stages)
     if running.rank(name) is not None:
-        return running.factored(name).truncated(rank)
+        left, right, error = running.factored(name).truncated(rank)
+        return left * factor_of(rule, weight), right, error
     state = running.state(name)
     assert state is not None
-    change = read_out(rule, state, weight_of(base, name, stages)).double()
+    change = read_out(rule, state, weight).double()
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     return Factored(u.float(), s.diag(), vh.T.contiguous().float()).truncated(rank)
 

@@ -75,8 +75,9 @@ def stream_job(rule: MergeRule, base: Weights, name: str, passage: Passage) -> J
     state = state_bytes(rule, weight)
     share = 1 if whole else passage.piece / max(numel, passage.piece)
     seconds, memory = moved / _BYTES_PER_SECOND, round(share * (2 * state + 16 * numel))
-    if rule.needs and weight.is_matrix:
+    if "inputs" in rule.needs and weight.is_matrix:
         memory += 4 * math.prod(inputs_shape(weight.shape[-1]))
+    memory += 4 * numel * len({"fisher", "adam"}.intersection(rule.needs))
     if rule.unit == "matrix" and weight.is_matrix and numel:
         small, large = sorted(weight.shape[-2:])
         seconds += touched * (numel // (small * large)) * (6 * small**2 * large + 30 * small**3) / _FLOPS

@@ -13,7 +13,7 @@ from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import weights_sha256
-from hf_contmerge.run.shapes import PARAMETERS
+from hf_contmerge.run.shapes import COEFFICIENTS, PARAMETERS
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.digests import changed_files, digests_below
 from hf_contmerge.runtime.records import Record, read_record, write_record
@@ -24,7 +24,7 @@ LINEAGE = "merge.json"
 
 _SHAPE = {
     "rule": str, "parameters": PARAMETERS, "base": str, "base_sha256": str,
-    "experts": [{"stage": str, "model": str, "sha256": str}], "scale?": float, "factor?": float, "dtype?": (str, None),
+    "experts": [{"stage": str, "model": str, "sha256": str, **COEFFICIENTS}], "scale?": float, "factor?": float, "dtype?": (str, None),
     "rounding?": (str, None), "versions": {str: str}, "stored?": ({"dtype": str, "rounding": str}, None),
 }  # fmt: skip
 
@@ -67,7 +67,9 @@ def merge_again(lineage: Record, base: Path, experts: Sequence[Path], scratch: P
     """Merge the parents into an empty folder; return the weights' digest."""
     rule = make_rule(lineage["rule"], lineage["parameters"])
     folded = [
-        FoldedExpert(e["stage"], folder, e["sha256"], name=e["model"])
+        FoldedExpert(
+            e["stage"], folder, e["sha256"], name=e["model"], weight=e.get("weight", 1.0), chosen=e.get("chosen", {})
+        )
         for e, folder in zip(lineage["experts"], experts, strict=True)
     ]
     merge = RunningMerge(base, lineage["rule"], rule).fold(folded, scratch / "running", crew=crew)

@@ -6,16 +6,19 @@ returns a new value, so an older value stays valid as long as its folder exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from hf_contmerge.errors import ModelError
-from hf_contmerge.merge_rules import MergeRule, Norms
+import torch
+
+from hf_contmerge.errors import ModelError, RecipeError
+from hf_contmerge.merge_rules import MergeRule, Norms, rule_class, rule_names, yaml_word
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.trust import Trust
 from hf_contmerge.merging.write import Merged, Output, write_merged
-from hf_contmerge.models.experts import Expert, expert_sha256, first_twin, open_expert, twins_refused
+from hf_contmerge.models.experts import Expert, expert_sha256, first_twin, open_expert, twins_refused, weighted
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
@@ -37,6 +40,19 @@ class FoldedExpert:
     """Whether it was retrained with examples of earlier stages."""
     earlier: int = 0
     """The step of the checkpoint in its place; 0 for the last."""
+    weight: float = 1.0
+    """Its task vector is multiplied by it."""
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    """Fields `of_newest` by their names in recipes, where a search chose other values than the rule's."""
+
+    def coefficients(self) -> dict[str, Any]:
+        """Return weight and chosen fields for records, if set."""
+        weight = {} if self.weight == 1.0 else {"weight": self.weight}
+        return {**weight, **({"chosen": dict(self.chosen)} if self.chosen else {})}
+
+    def deviations(self) -> dict[str, Any]:
+        """Return the earlier step and the coefficients for records, if set."""
+        return {**({"earlier": self.earlier} if self.earlier else {}), **self.coefficients()}
 
     def is_unchanged(self) -> bool:
         """Check the folder for the folded weights."""
@@ -79,7 +95,7 @@ class RunningMerge:
         return replace(self, factor=self.factor * factor)
 
     def tuned(self, field: str, value: float) -> RunningMerge:
-        """Return the same state with a tunable field set."""
+        """Return the same state with a field set, for rules' `searchable` fields that `update` does not read."""
         return replace(self, rule=replace(self.rule, **{field: value}))
 
     def restarted(self) -> RunningMerge:
@@ -109,10 +125,12 @@ class RunningMerge:
         """
         crew, base = crew or Crew(), Weights(self.base)
         crew.ranks.first(refuse_twins, (*self.experts, *new), len(self.experts))
+        require_linear(self.rule_name, self.rule, [e.weight for e in new])
         experts = opened or crew.ranks.all(lambda: [open_expert(e.folder, base, force=True) for e in new])
+        experts = [weighted(expert, e.weight) for expert, e in zip(experts, new, strict=True)]
         outcome = merge_experts(
             self.rule, base, experts, running=self.running, earlier=self.norms.experts, running_out=out,
-            merged_out=merged, crew=crew,
+            merged_out=merged, rules=self._rules(new), crew=crew,
         )  # fmt: skip
         norms = zip((*self.experts, *new), outcome.norms.experts, strict=True)
         folded = tuple(replace(expert, norm=norm) for expert, norm in norms)
@@ -122,6 +140,12 @@ class RunningMerge:
             self, experts=folded, running=out, running_norm=outcome.norms.running, survival=outcome.survival,
             trust=outcome.trust,
         )  # fmt: skip
+
+    def _rules(self, new: Sequence[FoldedExpert]) -> list[MergeRule]:
+        """Return each expert's rule; none if no expert has a chosen field."""
+        words = {yaml_word(f): f for f in self.rule.of_newest}
+        chosen = [{words[word]: value for word, value in e.chosen.items() if word in words} for e in new]
+        return [replace(self.rule, **fields) for fields in chosen] if any(chosen) else []
 
     def export(self, out: Output, *, crew: Crew | None = None) -> Survival:
         """Write the merged model; return the survival of the update.
@@ -134,6 +158,19 @@ class RunningMerge:
         assert self.running, "a merge without a running state has nothing to write"
         merged = Merged(self.norms, self.scale)
         return write_merged(self.rule, base, self.running, merged, out, only=only, crew=crew)
+
+
+def require_linear(name: str, rule: MergeRule, weights: Iterable[float], *, where: str = "") -> None:
+    """Raise RecipeError for weights of experts with a rule that is not linear, or that float32 cannot hold."""
+    others, place = [w for w in weights if w != 1.0], f"{where}: " if where else ""
+    if wrong := [w for w in others if not abs(w) <= torch.finfo(torch.float32).max]:
+        raise RecipeError(f"{place}a weight must be a finite number; got {wrong[0]}.")
+    if others and not rule.linear:
+        known = ", ".join(n for n in rule_names() if rule_class(n).linear)
+        raise RecipeError(
+            f"{place}{name} cannot give experts weights ({others[0]:g}): it is not linear in them. Remove the weights, "
+            f"or use one of {known}."
+        )
 
 
 def refuse_twins(experts: Sequence[FoldedExpert], folded: int = 0) -> None:

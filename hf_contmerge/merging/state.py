@@ -32,6 +32,7 @@ from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._log import (
     Entry,
     Log,
+    expert_weights,
     log_export,
     name_of,
     read_exports,
@@ -43,7 +44,7 @@ from hf_contmerge.merging._log import (
     write_log,
 )
 from hf_contmerge.merging.lineage import finished_lineage, write_lineage
-from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
+from hf_contmerge.merging.merge import FoldedExpert, RunningMerge, require_linear
 from hf_contmerge.merging.rules import dtype_named, make_rule, recorded_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import Expert, check_mergeable, expert_sha256, open_expert
@@ -161,6 +162,7 @@ class MergeState:
         self,
         *models: str | Path,
         stages: Sequence[str] = (),
+        weights: Sequence[float] = (),
         force: bool = False,
         crew: Crew | None = None,
     ) -> MergeState:
@@ -169,6 +171,7 @@ class MergeState:
         Args:
             models: folders or Hub ids of full models or peft adapters.
             stages: the experts' names in the log (default: the last parts of their paths or Hub ids).
+            weights: factors on the experts' task vectors, with a linear rule (default: 1).
             force: accept an adapter that was trained on another base.
             crew: threads and ranks that share the work.
 
@@ -176,6 +179,7 @@ class MergeState:
             ModelError: an expert does not fit, is damaged, or has been folded before. The state is unchanged.
         """
         crew = crew or Crew()
+        crew.ranks.all(lambda: require_linear(self.log().rule, self.rule(), weights))
         with self._changing(crew) as log:
             folders = crew.ranks.local_main_first(lambda: [resolve_model(str(m), adapters=True) for m in models])
             merge, opened = crew.ranks.all(self._open, log, folders, force=force)
@@ -185,9 +189,10 @@ class MergeState:
 
             def name_experts() -> list[FoldedExpert]:
                 names = stage_names([e.stage for e in log.experts], models, stages)
+                factors = expert_weights(weights, names)
                 return [
-                    FoldedExpert(stage, folder.resolve(), expert_sha256(folder), name=str(model))
-                    for stage, folder, model in zip(names, folders, models, strict=True)
+                    FoldedExpert(stage, folder.resolve(), expert_sha256(folder), name=str(model), weight=weight)
+                    for stage, folder, model, weight in zip(names, folders, models, factors, strict=True)
                 ]
 
             new = crew.ranks.first(name_experts)
@@ -205,6 +210,7 @@ class MergeState:
                     seconds,
                     _now(),
                     crew.ranks.first(self._own_files, e.folder),
+                    e.weight,
                 )
                 for e, model, expert in zip(after.experts[len(log.experts) :], models, opened, strict=True)
             ]
@@ -212,7 +218,9 @@ class MergeState:
             self._publish(log, after, (*log.experts, *added), crew)
         return self
 
-    def finish_add(self, models: Sequence[str | Path], stages: Sequence[str] = ()) -> bool:
+    def finish_add(
+        self, models: Sequence[str | Path], stages: Sequence[str] = (), weights: Sequence[float] = ()
+    ) -> bool:
         """Complete an addition cut off at its end.
 
         Returns:
@@ -223,6 +231,8 @@ class MergeState:
         if [e.model for e in newest] != [name_of(m) for m in models] or (
             stages and [e.stage for e in newest] != list(stages)
         ):
+            return False
+        if [e.weight for e in newest] != expert_weights(weights, [e.stage for e in newest]):
             return False
         folders = [resolve_model(str(m), adapters=True) for m in models]
         if [e.sha256 for e in newest] != [expert_sha256(folder) for folder in folders]:

@@ -23,6 +23,7 @@ import torch
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging._fold import Fold
+from hf_contmerge.merging._thresholds import find_thresholds
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.trust import Trust
 from hf_contmerge.merging.write import Merged, Output, write_merged
@@ -53,6 +54,7 @@ def merge_experts(
     earlier: Sequence[float] = (),
     running_out: Path | None = None,
     merged_out: Output | None = None,
+    rules: Sequence[MergeRule] = (),
     crew: Crew | None = None,
 ) -> Folded:
     """Fold experts into a rule's state; write state, model or both.
@@ -65,6 +67,7 @@ def merge_experts(
         earlier: the norms of the experts in it, in stage order.
         running_out: an empty folder for the new state.
         merged_out: where the merged model goes.
+        rules: of each expert, where they differ in fields `of_newest`.
         crew: the threads and ranks that do it; this process with all its cores, if not said.
 
     Raises:
@@ -78,7 +81,8 @@ def merge_experts(
     state_out = running_out or scratch
     if state_out:
         crew.ranks.first(state_out.mkdir, exist_ok=True)
-    fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew, statistics)
+    fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew, statistics, rules)
+    fold = replace(fold, thresholds=find_thresholds(rule, base, experts, crew))
     norms, survival, trust = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
     found = Folded(norms, rule.scale(norms), survival, trust)
     if norms.running == 0:

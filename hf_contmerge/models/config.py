@@ -31,6 +31,7 @@ _STACK = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers?|h|blocks?))\.(?P<number>\d
 _NOT_A_LINEAR_MAP = re.compile(
     r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|shared|router|gate|\w*_router|\w*expert_gate|A_log)(\.|$)"
 )
+_EMBEDDING = re.compile(r"(^|\.)(?!embed_out\b)(\w*embed\w*|wte|wpe|shared)(\.|$)")
 _CONVOLUTION = re.compile(r"(^|\.)\w*conv\w*(\.|$)")
 
 
@@ -53,6 +54,14 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     for stack, number in places.values():
         last[stack] = max(number, last.get(stack, 0))
     return {name: number / max(last[stack], 1) for name, (stack, number) in places.items()}
+
+
+def outer_depth(name: str) -> float:
+    """Return the depth of a weight outside the layers: 0 for embeddings, else 1.
+
+    Embeddings are tables of tokens, positions and patches; a head of its own and final norms come after the layers.
+    """
+    return 0.0 if _EMBEDDING.search(name) else 1.0
 
 
 def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:

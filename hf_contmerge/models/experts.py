@@ -131,6 +131,39 @@ class AdapterExpert:
         return None
 
 
+class WeightedExpert:
+    """An expert whose task vector is multiplied by a number."""
+
+    def __init__(self, expert: Expert, weight: float) -> None:
+        self.folder, self._expert, self._weight = expert.folder, expert, weight
+        self.kind: ExpertKind = expert.kind
+
+    def rank(self, name: str) -> int | None:
+        return self._expert.rank(name)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        factors = self._expert.factors(name)
+        return factors and (factors[0] * self._weight, factors[1])
+
+    def reader(self, name: str, base: Tensor) -> Reader:
+        read = self._expert.reader(name, base)
+        return lambda start, stop, wide: read(start, stop, wide) * self._weight
+
+    def is_whole(self, name: str) -> bool:
+        return self._expert.is_whole(name)
+
+    def values(self, name: str) -> Tensor | None:
+        return self._expert.values(name)
+
+    def prefetch(self, name: str) -> None:
+        self._expert.prefetch(name)
+
+
+def weighted(expert: Expert, weight: float) -> Expert:
+    """Return an expert with a weight; with weight 1, itself."""
+    return expert if weight == 1.0 else WeightedExpert(expert, weight)
+
+
 def open_expert(folder: Path, base: Weights, *, base_names: Collection[str] = (), force: bool = False) -> Expert:
     """Open a full model or an adapter; check the fit by headers.
 

@@ -2,7 +2,7 @@
 
 EXPERT/statistics/statistics.json       the expert's digest; by kind: examples, tokens and digest of the data, and which
                                         weights have the same statistic as another one, stored once
-EXPERT/statistics/inputs.safetensors    weight -> X'X / n, as `Weight.statistics` has it
+EXPERT/statistics/<kind>.safetensors    weight -> statistic, as `Weight.statistics` has it
 """
 
 from __future__ import annotations
@@ -64,12 +64,20 @@ class Statistics:
         return key if key in self._stored[kind] else None
 
 
-def check_statistics(rule: MergeRule | type[MergeRule], experts: Iterable[Path]) -> None:
+def _cure(folder: Path, kind: str) -> str:
+    """Return the command that writes a kind of statistics."""
+    if kind == "adam":
+        return "only training writes them: train it with `statistics: [adam]` under `train`."
+    option = "" if kind == "inputs" else f" --kind {kind}"
+    return f"write them with `contmerge statistics {folder} --data FILE{option}`."
+
+
+def check_statistics(rule: MergeRule, experts: Iterable[Path]) -> None:
     """Raise ModelError for experts without current statistics for the rule."""
     for folder in experts if rule.needs else ():
-        statistics, cure = Statistics(folder), f"write them with `contmerge statistics {folder} --data FILE`."
-        name = (rule if isinstance(rule, type) else type(rule)).__name__
+        statistics, name = Statistics(folder), type(rule).__name__
         missing = [kind for kind in rule.needs if kind not in statistics.kinds]
+        cure = _cure(folder, (missing or rule.needs)[0])
         if missing:
             raise ModelError(f"{folder} lacks the statistics {missing[0]!r}, which the rule {name} needs: {cure}")
         if damaged := damaged_statistics(folder):

@@ -73,20 +73,24 @@ def choice_tables(run: Run) -> list[Table]:
 
 
 def curves(run: Run) -> list[Curve]:
-    """Return the curve of each entry whose coefficient was searched."""
-    by_entry: dict[str, Curve] = {}
+    """Return a curve per entry and searched coefficient.
+
+    Of two that were searched together, each curve shows all tries.
+    """
+    by_entry: dict[tuple[str, str], Curve] = {}
     shown = evenly_spread(len(run.recipe.stages), SHOWN)
     for t, place, tries, _ in _chosen(run):
-        if not (word := place.entry.auto) or t not in shown:
+        if t not in shown:
             continue
-        points = [
-            Point(x["parameters"][word], x["objective"], x["keeps_general"], bool(x.get("taken")))
-            for x in tries
-            if x["what"] == "auto" and x["objective"] is not None
-        ]
-        if points:
-            curve = by_entry.setdefault(place.entry.name, Curve(place.entry.name, word, {}))
-            by_entry[place.entry.name] = Curve(curve.entry, word, {**curve.stages, run.stage(t).name: _sorted(points)})
+        searched = [x for x in tries if x["what"] == "auto" and x["objective"] is not None]
+        for word in place.entry.auto if searched else ():
+            points = [
+                Point(x["parameters"].get(word, 1.0), x["objective"], x["keeps_general"], bool(x.get("taken")))
+                for x in searched
+            ]
+            key = (place.entry.name, word)
+            curve = by_entry.setdefault(key, Curve(*key, {}))
+            by_entry[key] = Curve(*key, {**curve.stages, run.stage(t).name: _sorted(points)})
     return list(by_entry.values())
 
 

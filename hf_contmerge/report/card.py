@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from hf_contmerge.report._tables import Cell, Table, metric_table
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import JOINT, ORACLE, ROUTED, ExpertPlace
+from hf_contmerge.run.places import JOINT, ORACLE, ROUTED, ExpertPlace, one_a_stage
 from hf_contmerge.run.recipe.schema import Merge
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore, load_scores
 from hf_contmerge.runtime.hiding import without_secrets
@@ -168,8 +168,21 @@ def _named(name: str) -> str:
 
 
 def _norms(run: Run, merge: dict[str, Any]) -> Table:
-    rows = [[Cell(run.stage(s).name), Cell(f"{norm:.6g}")] for s, norm in enumerate(merge["norms"]["experts"], 1)]
-    return Table("", ("stage", "norm of D over the whole model"), rows)
+    norms = merge["norms"]["experts"]
+    parts = merge.get("folded", one_a_stage(len(norms)))
+    own = [{"weight": part.get("weight"), **part.get("chosen", {})} for part in parts]
+    words = [word for word in dict.fromkeys(w for values in own for w in values) if any(v.get(word) for v in own)]
+    rows = [
+        [Cell(run.stage(part["stage"]).name), Cell(f"{norm:.6g}"), *(_coefficient(word, values) for word in words)]
+        for part, norm, values in zip(parts, norms, own, strict=True)
+    ]
+    return Table("", ("stage", "norm of D over the whole model", *words), rows)
+
+
+def _coefficient(word: str, values: Mapping[str, float | None]) -> Cell:
+    """Return an expert's weight, 1 unless it is set, or a coefficient of its fold."""
+    value = values.get(word)
+    return Cell("1" if word == "weight" else "") if value is None else Cell(f"{value:.4g}")
 
 
 def _scores(run: Run, lines: Sequence[Line], t: int) -> Table | None:

@@ -6,6 +6,8 @@ from typing import Any
 
 NUMBER_OR_NONE = (float, None)
 PARAMETERS = {str: (bool, float, str, None)}
+COEFFICIENTS = {"weight?": float, "chosen?": {str: float}}
+"""Of an expert in a merge."""
 SURVIVAL = {
     "dtype": str, "rounding": str, "survival": float, "error": float, "nbytes": int, "worst": [[str, float]],
 }  # fmt: skip
@@ -26,6 +28,8 @@ _GEOMETRY = {
     "compared?": ([int], None),
 }  # fmt: skip
 
+_FOLDED = {"stage": int, "replayed": bool, "earlier?": int, **COEFFICIENTS}
+
 RECORDS: dict[str, dict[str, Any]] = {
     "train": {
         **_COST, "given?": str, "given_files?": {str: str}, "steps?": int, "model_sha256?": str, "trained_in?": str,
@@ -35,7 +39,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "merge": {
         **_COST, "rule?": str, "parameters?": PARAMETERS, "start_from?": str, "scale?": float, "factor?": float,
         "norms?": {"experts": [float], "running": float}, "amplification?": float, "stored?": (SURVIVAL, None),
-        "folded?": [{"stage": int, "replayed": bool}], "expert_sha256?": [str], "model_sha256?": str, "tries?": TRIES,
+        "folded?": [_FOLDED], "expert_sha256?": [str], "model_sha256?": str, "tries?": TRIES,
         "goes_on?": {"rule": str, "parameters": PARAMETERS}, "geometry?": (_GEOMETRY, None),
         "ownership?": {str: {str: float}},
     },

@@ -20,7 +20,16 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from hf_contmerge.merge_rules import MergeRule, Norms, StartFrom, State, named_rule, parameter_types, rule_of
+from hf_contmerge.merge_rules import (
+    MergeRule,
+    Norms,
+    StartFrom,
+    State,
+    named_rule,
+    own_fields,
+    parameter_types,
+    rule_of,
+)  # fmt: skip
 from hf_contmerge.testing import extremes
 from hf_contmerge.testing._docs import docstring
 from hf_contmerge.testing.folding import (
@@ -52,7 +61,8 @@ def check_rule(rule: str | type[MergeRule], /, oracle: Oracle | None = None, **p
     It must say where it was published, be frozen, and refuse parameters that it does not have. `update` and `read_out`
     must repeat themselves, leave their inputs alone, return float32 of the right shape, take views, empty weights and
     zeros, and add nothing for experts that learnt nothing. What its marks promise must hold: `unit`, `slots`,
-    `basis_free`, `selects`, `tunable`, `whole_model_scale`. With an oracle, it must equal the method as published.
+    `basis_free`, `linear`, `selects`, `tunable`, `of_newest`,
+    `whole_model_scale`. With an oracle, it must equal the method as published.
 
     Results must be finite for weights of zeros, of rank 1, of equal singular values and at the ends of 16-bit floats,
     and for parameters at the ends of their ranges. Unless it is `ill_posed`, float32 must agree with float64, and
@@ -230,7 +240,7 @@ def scales_by_ratios_of_norms(rule: MergeRule) -> None:
 
 def equals_its_oracle(rule: MergeRule, oracle: Oracle) -> None:
     """Check a rule against its method over all task vectors at once."""
-    fields = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
+    fields = {f.name: getattr(rule, f.name) for f in own_fields(type(rule))}
     for shape, experts in itertools.product(((8, 13), (13, 8)), (1, 2, 5)):
         base, *models = draw(shape, experts + 1)
         wanted = base.double() + oracle([(model - base).double() for model in models], **fields)
@@ -276,6 +286,26 @@ def tunes_the_scale_alone(case: Case) -> None:
         scales = other.scale(norms), 3 * rule.scale(norms)
         what = f"{field} is `tunable`, but three times of it make the scale {scales[0]}, not {scales[1]}"
         require(math.isclose(*scales, rel_tol=1e-6), case, what)
+
+
+@on_each_weight
+def sums_the_experts_if_linear(case: Case) -> None:
+    """Check `linear`: a sum of streams is merged to the sum of their merges."""
+    (a, b), second = (draw(case.shape, 2, seed=seed) for seed in (1, 2)), case.weight(2)
+    if case.rule.linear:
+        both, *apart = (case.fold(stream) for stream in ([x + y for x, y in zip(a, b, strict=True)], a, b))
+        read, one, other = (case.rule.read_out(state, second) for state in (both, *apart))
+        require_equal(read, one + other, case, "`linear`, but sums of experts are merged otherwise", atol=1e-5)
+
+
+@on_each_weight
+def reads_of_newest_from_its_stage_on(case: Case) -> None:
+    """Check `of_newest`: earlier stages do not depend on these fields."""
+    for field, stage in case.rule.of_newest.items():
+        other = dataclasses.replace(case.rule, **{field: getattr(case.rule, field) / 3})
+        if vectors := draw(case.shape, stage - 1):
+            states = [fold(rule, vectors, is_matrix=case.is_matrix) for rule in (other, case.rule)]
+            require_equal(states[0], states[1], case, f"{field} is `of_newest` from stage {stage}, but read before")
 
 
 def folds_cores_like_matrices(rule: MergeRule) -> None:
@@ -345,6 +375,8 @@ CHECKS: tuple[Check, ...] = (
     leaves_the_base_if_nothing_was_learnt,
     scales_by_ratios_of_norms,
     tunes_the_scale_alone,
+    sums_the_experts_if_linear,
+    reads_of_newest_from_its_stage_on,
     folds_cores_like_matrices,
     takes_growing_cores,
     selects_one_experts_values,

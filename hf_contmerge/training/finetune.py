@@ -34,7 +34,7 @@ from hf_contmerge.training.data import StageData
 from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.saving import save_expert
 from hf_contmerge.training.settings import bad_parameters, config_of, sft_settings, trl_classes
-from hf_contmerge.training.statistics import Measured, measure_expert
+from hf_contmerge.training.statistics import Measured, measure_expert, write_adam
 from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
 
 LOG = logging.getLogger(__name__)
@@ -79,9 +79,14 @@ def train_expert(
     strategies.finish(trainer.accelerator.unwrap_model(trainer.model))
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
+    if job.train.statistics and "adam" in job.train.statistics.kinds:
+        _load_optimizer(trainer, checkpoints)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
     precision = save_expert(trainer, strategies, job.base, out, change)
+    if job.train.statistics and "adam" in job.train.statistics.kinds:
+        write_adam(trainer, trained, out, Weights(job.base))
     record = {**_record(trainer, job.data, examples), **dropped, **precision}
-    del trainer
+    del trainer, trained
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -261,3 +266,11 @@ def _train_on(trainer: Any, checkpoint: Path | None) -> None:
     else:
         with stop_after_checkpoint():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _load_optimizer(trainer: Any, checkpoints: Path) -> None:
+    """Read the optimizer's state of a training that was complete before this process."""
+    checkpoint = newest_checkpoint(checkpoints)
+    if trainer.optimizer is None and checkpoint:
+        trainer.create_optimizer_and_scheduler(num_training_steps=trainer.state.max_steps)
+        trainer._load_optimizer_and_scheduler(str(checkpoint))

@@ -1,6 +1,8 @@
-"""Statistics of experts: second moments of the linear maps' inputs.
+"""Statistics of experts: second moments of the linear maps' inputs, Fisher information, Adam's second moments.
 
-    X'X / n     X: a linear map's input for each of n tokens, uncentred (RegMean, arXiv 2212.09849)
+    inputs   X'X / n     X: a linear map's input for each of n tokens, uncentred (RegMean, arXiv 2212.09849)
+    fisher   sum g^2 / n     g: the gradient of an example's log likelihood (Fisher merging, arXiv 2111.09832)
+    adam     v           at the end of the training, which alone has it (OTA, arXiv 2509.11167)
 
 The tokens are those of the stage's examples, prompts and answers alike. Examples of one length make a batch, so that
 nothing is padding, in expert mixtures either. The expert is read from its folder, adapters merged into their base.
@@ -33,8 +35,10 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import StatisticsSettings
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.runtime.device import bf16_pays
+from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.training.data import StageData, documents, require_chat_template
 from hf_contmerge.training.job import rows_sha256
+from hf_contmerge.training.settings import make_strategies
 
 LOG = logging.getLogger(__name__)
 
@@ -62,26 +66,82 @@ class Measured:
 def measure_expert(of: Measured, out: Path | None = None) -> Inputs:
     """Write an expert's statistics to `out`; all ranks call this.
 
+    Returns:
+        The statistics of the last kind; those of Adam are not measured here.
+
     Raises:
         ModelError: no weight of the model has such statistics.
     """
     ranks, base, settings = PartialState(), Weights(of.base), of.settings
     rows = of.data.train.select(range(min(settings.examples, len(of.data.train))))
-    batches = _batches(_tokenized(of, rows), settings.batch_size)
-    dtype = torch.bfloat16 if bf16_pays(base.numel()) else torch.float32
-    model = load_model(of.expert, of.base, dtype=dtype, trust_remote_code=of.trust_remote_code)
+    batches, found = _batches(_tokenized(of, rows), settings.batch_size), Inputs({}, 0)
     mine = batches[ranks.process_index :: ranks.num_processes]
-    found = collect_inputs(model.to(ranks.device), mine, base)
-    if ranks.is_main_process:
-        about = {
-            "examples": len(rows), "tokens": found.tokens, "max_length": settings.max_length,
-            "data_sha256": rows_sha256(rows),
-        }  # fmt: skip
-        write_statistics(
-            out or of.expert / FOLDER, "inputs", found.moments, about, expert_sha256=expert_sha256(of.expert)
-        )
-    ranks.wait_for_everyone()
+    for kind in (kind for kind in settings.kinds if kind != "adam"):
+        exact = kind == "fisher" or not bf16_pays(base.numel())  # squares of gradients need float32
+        dtype = torch.float32 if exact else torch.bfloat16
+        model = load_model(of.expert, of.base, dtype=dtype, trust_remote_code=of.trust_remote_code).to(ranks.device)
+        found = (collect_inputs if kind == "inputs" else collect_fisher)(model, mine, base)
+        if ranks.is_main_process:
+            about = {
+                "examples": len(rows), "tokens": found.tokens, "max_length": settings.max_length,
+                "data_sha256": rows_sha256(rows),
+            }  # fmt: skip
+            write_statistics(
+                out or of.expert / FOLDER, kind, found.moments, about, expert_sha256=expert_sha256(of.expert)
+            )
+        ranks.wait_for_everyone()
     return found
+
+
+def collect_fisher(model: Any, batches: Iterable[Tensor], base: Weights) -> Inputs:
+    """Return the empirical Fisher information's diagonal over all ranks.
+
+    Each example's log likelihood has its own backward pass: its gradient is squared, and the sum divided by all tokens.
+    """
+    weights = _stored(model, base)
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    tokens = torch.zeros((), dtype=torch.int64, device=model.device)
+    for example in (row for batch in batches for row in batch if len(row) > 1):
+        ids = example[None].to(model.device)
+        likelihood = -model.eval()(input_ids=ids, labels=ids, use_cache=False).loss * (ids.numel() - 1)
+        gradients = torch.autograd.grad(likelihood, list(weights.values()), materialize_grads=True)
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total.addcmul_(gradient, gradient)
+        tokens += ids.numel() - 1
+    return _averaged(sums, tokens)
+
+
+def write_adam(trainer: Any, model: nn.Module, expert: Path, base: Weights) -> None:
+    """Write Adam's second moments of a finished training next to its expert; all ranks call this.
+
+    Raises:
+        RecipeError: the optimizer has none.
+    """
+    state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
+    found = {name: state[weight]["exp_avg_sq"] for name, weight in _stored(model, base).items()
+             if "exp_avg_sq" in state.get(weight, ())}  # fmt: skip
+    if not found:
+        raise RecipeError(
+            f"train.statistics: the optimizer {trainer.args.optim} has no second moments. Use `optim: adamw_torch`, or "
+            "leave `adam` out."
+        )
+    moments = {name: _whole(moment).float().cpu().contiguous() for name, moment in found.items()}
+    if PartialState().is_main_process:
+        about = {"steps": trainer.state.global_step}
+        write_statistics(expert / FOLDER, "adam", moments, about, expert_sha256=expert_sha256(expert))
+    PartialState().wait_for_everyone()
+
+
+def _whole(tensor: Any) -> Tensor:
+    """Return a tensor in one piece, also where FSDP2 shares it out."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _stored(model: nn.Module, base: Weights) -> dict[str, nn.Parameter]:
+    """Return stored name -> parameter of the floating weights, each stored once and in its stored shape."""
+    names, wanted = StoredNames(base), set(base.floating())
+    pairs = ((names.find(name), weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    return {stored: w for stored, w in pairs if stored in wanted and stored and tuple(w.shape) == base.shape(stored)}
 
 
 def collect_inputs(model: Any, batches: Iterable[Tensor], base: Weights) -> Inputs:
@@ -99,6 +159,11 @@ def collect_inputs(model: Any, batches: Iterable[Tensor], base: Weights) -> Inpu
         for batch in batches:
             model.eval().base_model(input_ids=batch.to(model.device), use_cache=False)
             tokens += batch.numel()
+    return _averaged(sums, tokens)
+
+
+def _averaged(sums: Mapping[str, Tensor], tokens: Tensor) -> Inputs:
+    """Return sums over all ranks, divided by their tokens."""
     if dist.is_available() and dist.is_initialized():
         for tensor in (*sums.values(), tokens):
             dist.all_reduce(tensor)
@@ -182,7 +247,7 @@ def _batches(sequences: Sequence[list[int]], size: int) -> list[Tensor]:
 
 
 def check_asked(rules: Mapping[str, MergeRule], train: Train) -> None:
-    """Raise RecipeError for a merge entry without its statistics in `train`.
+    """Raise RecipeError for a merge entry without its statistics in `train`, or for Adam's of adapters.
 
     `rules`: of the merge entries, by name.
     """
@@ -194,3 +259,9 @@ def check_asked(rules: Mapping[str, MergeRule], train: Train) -> None:
                     f"merge entry {entry} needs the statistics {kind!r} of each expert. Add `statistics: [{kind}]` to "
                     "`train`, so that training writes them."
                 )
+    strategies = make_strategies(train)
+    if "adam" in asked and strategies.carrier.bytes_per_parameter < Full.bytes_per_parameter:
+        raise RecipeError(
+            "train.statistics: `adam` needs an optimizer of whole weights, and the strategy "
+            f"{type(strategies.carrier).__name__.lower()} trains others. Use `strategy: full`, or `fisher`."
+        )

@@ -8,6 +8,7 @@ The oracles are in toys/oracles.py: the methods over all task vectors at once, i
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -166,6 +167,8 @@ class Drawn(Sum):
 class Normed(Sum):
     """A rule."""
 
+    linear = False
+
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running + task_vector / task_vector.norm()
 
@@ -174,6 +177,8 @@ class Normed(Sum):
 @dataclass(frozen=True)
 class Shifted(Sum):
     """A rule."""
+
+    linear = False
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return running + task_vector + 1
@@ -200,6 +205,8 @@ class NotTuned(Sum):
 @dataclass(frozen=True)
 class LargestOnly(Sum):
     """A rule."""
+
+    linear = False
 
     def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
         return torch.where(task_vector.abs() > running.abs(), task_vector, running)
@@ -236,6 +243,28 @@ class Inverse(Sum):
 
     def scale(self, norms: Norms) -> float:
         return 1 / self.beta if self.beta else math.inf
+
+
+@broken("`linear`, but sums of experts are merged otherwise")
+@dataclass(frozen=True)
+class Largest(Sum):
+    """A rule."""
+
+    basis_free = False
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return torch.where(task_vector.abs() > running.abs(), task_vector, running)
+
+
+@broken("beta is `of_newest` from stage 2, but read before")
+@dataclass(frozen=True)
+class Early(Sum):
+    """A rule."""
+
+    of_newest: ClassVar[dict[str, int]] = {"beta": 2}
+
+    def update(self, running: Tensor, task_vector: Tensor, weight: Weight) -> Tensor:
+        return running + self.beta * task_vector
 
 
 @broken("`selects`, but 1 elements after stage 2 are no expert's")

@@ -260,3 +260,53 @@ def test_slices_of_a_stack_are_matrices_of_their_own(rule: MergeRule) -> None:
     read = rule.read_out(fold(rule, task_vectors), weight(True, 3))
     slices = [rule.read_out(fold(rule, [d[k] for d in task_vectors]), weight(True, 3)) for k in range(4)]
     assert torch.equal(read, torch.stack(slices))
+
+
+# dare, stitch, blend
+
+
+def test_the_mean_of_dares_draws_is_task_arithmetic() -> None:
+    base, *experts = draw((20, 30), 4)
+    wanted = merge(get_rule("task_arithmetic", **{"lambda": 0.4}), base, experts)
+    draws = torch.stack([merge(get_rule("dare", seed=seed), base, experts) for seed in range(200)])
+    error = (draws.mean(0) - wanted).mean().abs()
+    assert error < 3 * draws.mean((1, 2)).std() / 200**0.5
+    assert torch.equal(merge(get_rule("dare", p=0.0), base, experts), wanted)
+
+
+def test_dare_keeps_a_tenth_of_the_elements() -> None:
+    state = fold(get_rule("dare"), draw((300, 400), 1))
+    assert (state != 0).float().mean() == pytest.approx(0.1, abs=0.005)
+    assert not torch.equal(state, fold(get_rule("dare", seed=1), draw((300, 400), 1)))
+
+
+def test_stitch_of_everything_is_the_average() -> None:
+    base, *experts = draw((20, 30), 4)
+    experts[0][:5] = base[:5]  # what an expert did not change counts, too
+    wanted = merge(get_rule("average"), base, experts)
+    torch.testing.assert_close(merge(get_rule("stitch", sparsity=1.0), base, experts), wanted)
+
+
+def test_stitch_averages_where_experts_overlap() -> None:
+    one, two = torch.zeros(10), torch.zeros(10)
+    one[0], one[1], two[1], two[2] = 4.0, 2.0, 6.0, -3.0
+    state = fold(get_rule("stitch", sparsity=0.2), [one, two])
+    assert get_rule("stitch").read_out(state, weight(False, 2)).tolist() == [4.0, 4.0, -3.0, *[0.0] * 7]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 5])
+def test_other_rules_are_points_of_blend(stages: int) -> None:
+    base, *experts = draw((6, 4), stages + 1)
+    steps = {
+        "average": lambda t: ((t - 1) / t, 1 / t),
+        "ema": lambda _: (0.25, 0.75),
+        "task_arithmetic": lambda _: (1.0, 0.3),
+        "slao": lambda t: (1 - t**-0.5, t**-0.5),
+    }
+    for name, step in steps.items():
+        running = torch.zeros_like(base)
+        for t, expert in enumerate(experts, 1):
+            keep, take = step(t)
+            running = get_rule("blend", keep=keep, take=take).update(running, expert - base, weight(True, t))
+        rule = get_rule(name, beta=0.25) if name == "ema" else get_rule(name)
+        torch.testing.assert_close(base + running, merge(rule, base, experts), rtol=1e-5, atol=1e-6)

@@ -17,6 +17,48 @@ def average(task_vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(task_vectors)).mean(0)
 
 
+def blend(task_vectors: Sequence[Tensor], *, keep: float, take: float) -> Tensor:
+    t = len(task_vectors)
+    return torch.stack([take * keep ** (t - i) * d for i, d in enumerate(task_vectors, 1)]).sum(0)
+
+
+def covariance(
+    task_vectors: Sequence[Tensor], *, space: str, form: str, a: float, eps: float, max_inputs: int
+) -> Tensor:
+    assert (space, form, a, max_inputs) == ("update", "full", 0.9, 8192)
+    moments = [d.T @ d for d in task_vectors]
+    total = torch.stack(moments).sum(0)
+    ridge = eps * total.square().sum() / total.trace() * torch.eye(len(total), dtype=total.dtype)
+    inverse = (total + ridge).inverse()
+    product = torch.stack([d @ g for d, g in zip(task_vectors, moments, strict=True)]).sum(0)
+    return product @ inverse @ total @ inverse
+
+
+def dare(task_vectors: Sequence[Tensor], *, p: float, lambda_: float, seed: int) -> Tensor:
+    total = torch.zeros_like(task_vectors[0])
+    for stage, d in enumerate(task_vectors, 1):
+        digest = hashlib.sha256(f"{seed}/w/{stage}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        total += d * (torch.rand(d.shape, generator=generator) >= p) / (1 - p)
+    return lambda_ * total
+
+
+def sum_without_statistics(task_vectors: Sequence[Tensor], **_: Any) -> Tensor:
+    return torch.stack(list(task_vectors)).sum(0)  # with statistics: test_data_aware.py
+
+
+def mean_without_statistics(task_vectors: Sequence[Tensor], **_: Any) -> Tensor:
+    return torch.stack(list(task_vectors)).mean(0)  # with statistics: test_data_aware.py
+
+
+def stitch(task_vectors: Sequence[Tensor], *, sparsity: float, lambda_: float, embeddings: bool) -> Tensor:
+    assert not embeddings
+    kept = torch.stack(list(task_vectors))
+    for d in kept:
+        d[d.abs() < d.abs().quantile(1 - int(sparsity * d.numel()) / d.numel(), interpolation="higher")] = 0
+    return lambda_ * kept.sum(0) / (kept != 0).sum(0).clamp_min(1)
+
+
 def ema(task_vectors: Sequence[Tensor], *, beta: float) -> Tensor:
     t = len(task_vectors)
     return torch.stack([(1 - beta) * beta ** (t - i) * d for i, d in enumerate(task_vectors, 1)]).sum(0)
@@ -140,13 +182,19 @@ class Oracle:
 
 ORACLES = {
     "average": Oracle(average, {}),
+    "blend": Oracle(blend, {"take": 1.0}),
+    "covariance": Oracle(covariance, None, lambda vectors, **_: average(vectors)),
+    "curvature": Oracle(mean_without_statistics, {}),
+    "dare": Oracle(dare, {"p": 0.0, "lambda": 1.0}),
     "ema": Oracle(ema, {"beta": 0.0}),
+    "input_space": Oracle(sum_without_statistics, {}),
     "iso_c": Oracle(iso_c, None, lambda vectors, alpha: alpha * average(vectors)),
     "magmax": Oracle(magmax, {"lambda": 1.0}),
     "null_space": Oracle(null_space, {}, lambda vectors, rank: sum(vectors)),
     "opcm": Oracle(opcm, {}, lambda vectors, alpha, variant: as_long_as_the_mean(sum(vectors), vectors)),
     "random_mix": Oracle(random_mix, {}),
     "slao": Oracle(slao, {}),
+    "stitch": Oracle(stitch, {"sparsity": 1.0, "embeddings": True}),
     "task_arithmetic": Oracle(task_arithmetic, {"lambda": 1.0}),
     "ties": Oracle(ties, {"density": 1.0}),
 }

@@ -59,7 +59,8 @@ def _folding(weights: Weights, host: Host, rule: MergeRule, *, later: bool) -> f
     total = 0.0
     for name in weights.names:
         shape = weights.shape(name)
-        total += 16 * math.prod(shape) / host.speeds.moved * host.machine.cores
+        passes = 1 if rule.share_kept(weight_of(weights, name, 1)) is None else 1.5  # one more only reads
+        total += passes * 16 * math.prod(shape) / host.speeds.moved * host.machine.cores
         if later and rule.unit == "matrix" and weight_of(weights, name, 1).is_matrix:
             small, large = sorted(shape[-2:])
             matrices = math.prod(shape) // (small * large)

@@ -19,6 +19,7 @@ from hf_contmerge.loop.plan.disk import Trained, disk_need, disk_use
 from hf_contmerge.loop.plan.rehearsal import rehearse
 from hf_contmerge.loop.trackers import check_trackers
 from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merging.merge import require_linear
 from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.merging.vectors import check_origin, check_vector
 from hf_contmerge.models.experts import check_mergeable
@@ -393,7 +394,9 @@ def check_ladder(recipe: Recipe) -> None:
     """Raise RecipeError for a bad rung in guard.ladder."""
     for number, rung in enumerate(recipe.guard.ladder if recipe.guard else ()):
         if rung.rule:
-            make_rule(rung.rule, rung.parameters, where=f"guard.ladder.{number}")
+            rule = make_rule(rung.rule, rung.parameters, where=f"guard.ladder.{number}")
+            for entry in recipe.merge:
+                require_linear(rung.rule, rule, entry.weights.values(), where=f"guard.ladder.{number}")
         if "general" in rung.parameters:
             raise RecipeError(
                 f"guard.ladder.{number}: a rung cannot name `general` data, which is loaded before the run. Set it in "

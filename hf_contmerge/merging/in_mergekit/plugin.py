@@ -36,9 +36,18 @@ from mergekit.merge_methods.base import (
 from torch import Tensor, bfloat16, promote_types
 
 from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, unknown
-from hf_contmerge.merge_rules import MergeRule, get_rule, parameter_types, rule_class, rule_names
+from hf_contmerge.merge_rules import (
+    COMMON,
+    MergeRule,
+    get_rule,
+    parameter_types,
+    rule_class,
+    rule_names,
+    yaml_word,
+)
 from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number
 from hf_contmerge.merging.in_mergekit.tensors import Storage, from_this_tensor, from_whole_model
+from hf_contmerge.merging.merge import require_linear
 from hf_contmerge.merging.rules import rounding_named
 from hf_contmerge.models.contents import check_contents, weight_files
 from hf_contmerge.models.experts import first_twin, twins_refused
@@ -80,16 +89,29 @@ class RuleSpec(MergeMethodSpec):
 
     @functools.cached_property
     def parameters(self) -> tuple[ParameterSpec, ...]:
+        own = {yaml_word(f) for f in self.rule.of_newest}
         parameters = [
-            ParameterSpec(word, kind, ParameterScope.SHARED, default)
+            ParameterSpec(word, kind, ParameterScope.NON_BASE if word in own else ParameterScope.SHARED, default)
             for word, (kind, default) in parameter_types(self.rule).items()
         ]
+        parameters += [ParameterSpec(word, float, ParameterScope.SHARED, 1.0) for word in COMMON]
+        if self.rule.linear:
+            parameters.append(ParameterSpec("weight", float, ParameterScope.NON_BASE, 1.0))
         if not self.rule.tunable:  # a number in place of the rule's own scale
             own = "model" if self.rule.whole_model_scale else "tensor"
             parameters.append(ParameterSpec("scale", float | str, ParameterScope.SHARED, own))
         for word, default in (("rounding", ROUNDINGS[0]), (_STORED_AS, "")):
             parameters.append(ParameterSpec(word, str, ParameterScope.SHARED, default))
         return tuple(parameters)
+
+    @property
+    def has_share(self) -> bool:
+        """True if the rule takes the largest elements of whole models."""
+        return self.rule.share_kept is not MergeRule.share_kept
+
+    def of_one_model(self) -> list[str]:
+        """Return the parameters with a value per model."""
+        return [p.name for p in self.parameters if p.scope == ParameterScope.NON_BASE]
 
     @property
     def reference_url(self) -> str:
@@ -110,11 +132,14 @@ class RuleMethod(GroupMergeMethod):
             by, dtype = rounding_named(parameters.pop("rounding", None)), parameters.pop(_STORED_AS, "")
             storage = Storage(dtype_from_name(dtype or None), by)
             scale = _checked_scale(parameters.pop("scale", "tensor"))
-            rule = get_rule(self.spec.name, **parameters)
-            if scale == "model":
-                written = from_whole_model(rule, group, storage)
+            own = {word: parameters.pop(word).values_for(group.non_base) for word in self.spec.of_one_model()}
+            weights = own.pop("weight", [1.0] * len(group.non_base))
+            each = [dict(zip(own, values, strict=True)) for values in zip(*own.values(), strict=True)]
+            rules = [get_rule(self.spec.name, **parameters, **one) for one in each or [{}] * len(weights)]
+            if scale == "model" or self.spec.has_share:
+                written = from_whole_model(rules[-1], group, storage)
             else:
-                written = from_this_tensor(rule, group, scale, storage)
+                written = from_this_tensor([*zip(rules, weights, strict=True)], group, scale, storage)
             self._kept[written.name] = written.tensor.to("meta"), written.kept, by
             return written.tensor
         except (ContmergeError, ValueError) as error:
@@ -144,13 +169,13 @@ class RuleMethod(GroupMergeMethod):
                 if word not in known:
                     where = f"the parameters of {place} for {self.spec.name}"
                     raise MergekitRecipeError(unknown("parameter", word, known, where=where))
-                if per_model:
+                if per_model and word not in self.spec.of_one_model():
                     raise MergekitRecipeError(
                         f"{self.spec.name} has no parameter per model; {word} of {place} belongs under `parameters:` "
                         "at the top of the recipe."
                     )
                 self._check_values(word, setting)
-        if self.spec.rule.whole_model_scale:
+        if self.spec.rule.whole_model_scale or self.spec.has_share:
             self._check_whole(config)
 
     def _check_values(self, word: str, setting: Any) -> None:
@@ -160,9 +185,11 @@ class RuleMethod(GroupMergeMethod):
                     _checked_scale(value)
                 elif word == "rounding":
                     rounding_named(value)
+                elif word == "weight":
+                    require_linear(self.spec.name, get_rule(self.spec.name), [_number(value, word)])
                 else:
                     get_rule(self.spec.name, **{word: as_number(value)})
-        except ValueError as error:
+        except (RecipeError, ValueError) as error:
             raise MergekitRecipeError(str(error)) from error
 
     def _check_whole(self, config: Any) -> None:
@@ -259,6 +286,7 @@ def guard_merge() -> None:
     def get_architecture_info(config: Any, options: Any) -> Any:
         if config.merge_method in rule_names():
             _warn_of_namesakes(config.merge_method)
+            _refuse_layers(config)
             _warn_of_rounding(config)
             _refuse_adapters(config, options)
             _refuse_code(config, options)
@@ -274,6 +302,18 @@ def _warn_of_namesakes(name: str) -> None:
     """Warn of a rule with the name of a mergekit method."""
     if name not in MERGEKITS_OWN and not isinstance(registry.get(name), RuleMethod):
         LOG.warning("merge_method %s is mergekit's own. A rule has the same name and is not used; rename it.", name)
+
+
+def _refuse_layers(config: Any) -> None:
+    """Raise MergekitRecipeError for factors by layer with mergekit's own methods, which ignore them."""
+    if isinstance(registry.get(config.merge_method), RuleMethod):
+        return
+    words = [word for _, _, parameters in _settings(config) for word in parameters if word in COMMON]
+    if words:
+        raise MergekitRecipeError(
+            f"merge_method {config.merge_method} is mergekit's own and has no parameter {words[0]}. Use "
+            "`contmerge merge from-recipe`, which has."
+        )
 
 
 def _warn_of_rounding(config: Any) -> None:
@@ -382,8 +422,10 @@ def _require_statistics(config: Any) -> None:
     if not isinstance(registry.get(config.merge_method), RuleMethod):
         return
     try:
-        rule = rule_class(config.merge_method)
-    except ContmergeError as error:
+        cls, given = rule_class(config.merge_method), config.parameters or {}
+        plain = {w: as_number(v) for w, v in given.items() if w in parameter_types(cls) and not isinstance(v, list)}
+        rule = get_rule(config.merge_method, **plain)
+    except (ContmergeError, ValueError) as error:
         raise MergekitRecipeError(str(error)) from error
     for model in config.referenced_models() if rule.needs else ():
         if model == config.base_model:
@@ -430,6 +472,13 @@ def _values(setting: Any) -> list[Any]:
     if isinstance(setting, list):
         return [value for part in setting for value in _values(part)]
     return _values(setting.value) if hasattr(setting, "value") else [setting]
+
+
+def _number(value: Any, word: str) -> float:
+    number = as_number(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError(f"{word} must be a number; got {value!r}")
+    return float(number)
 
 
 def _checked_scale(value: Any) -> float | str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.merge_rules import parameter_types, rule_class
+from hf_contmerge.merge_rules import COMMON, MergeRule, parameter_types, rule_class, rule_of, yaml_word
 from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.models.rounding import Rounding
 from hf_contmerge.runtime.foreign import LARGEST_YAML, parse_documents, read_text
@@ -41,6 +41,10 @@ class MergekitRecipe:
     out_dtype: str | None = None
     tokenizer_from: str | None = None
     rounding: Rounding = "stochastic"
+    weights: tuple[float, ...] = ()
+    """Of the models, with a linear rule."""
+    chosen: tuple[Mapping[str, float], ...] = ()
+    """Of each model, its own values of the rule's parameters `of_newest`."""
 
 
 def read_mergekit_recipe(path: Path) -> MergekitRecipe:
@@ -51,7 +55,8 @@ def read_mergekit_recipe(path: Path) -> MergekitRecipe:
     """
     words = _words(path)
     rule, base = str(words["merge_method"]), _reference(words["base_model"], path)
-    known = parameter_types(type(make_rule(rule, {}, where=str(path))))
+    plain = make_rule(rule, {}, where=str(path))
+    known = parameter_types(type(plain))
     if base.adapter:
         raise RecipeError(f"{path}: base_model {base} has an adapter. Merge it into a model first, and use that model.")
     entries = [entry for entry in _entries(words["models"], path) if entry.model != base]  # mergekit skips the base too
@@ -59,12 +64,16 @@ def read_mergekit_recipe(path: Path) -> MergekitRecipe:
         raise RecipeError(f"{path} lists no model besides base_model. List at least one expert.")
     models = [entry.model.expert_of(base, path) for entry in entries]
     given = words.get("parameters") or {}
+    weights, chosen = _weights(plain, entries, given, path), [_chosen(plain, entry, path) for entry in entries]
+    given = {word: value for word, value in given.items() if word != "weight" or not plain.linear}
+    entries = [_Entry(e.model, {w: v for w, v in e.parameters.items() if w not in _own(plain)}) for e in entries]
     given = {**given, **_shared(entries, given, rule, path)}
     tokenizer_from = _tokenizer_source(words, path)
     return MergekitRecipe(
         rule, _checked_parameters(rule, given, known, path), base.name, tuple(models),
         _dtype_word(words, "dtype", path), _dtype_word(words, "out_dtype", path),
         base.name if tokenizer_from == "base" else tokenizer_from, _rounding(rule, given, path),
+        weights, tuple(chosen),
     )  # fmt: skip
 
 
@@ -174,6 +183,32 @@ def _name(value: Any, path: Path) -> str:
     return f"{name}@{revision}" if revision else name
 
 
+def _own(rule: MergeRule) -> list[str]:
+    """Return the parameters that a rule takes per model."""
+    return [*map(yaml_word, rule.of_newest), *(["weight"] if rule.linear else [])]
+
+
+def _weights(rule: MergeRule, entries: Sequence[_Entry], top: Mapping[str, Any], path: Path) -> tuple[float, ...]:
+    """Return the models' weights with a linear rule. Raises RecipeError for one that is no number."""
+    if not rule.linear:
+        return ()
+    given = [as_number(entry.parameters.get("weight", top.get("weight", 1.0))) for entry in entries]
+    if wrong := [w for w in given if isinstance(w, bool) or not isinstance(w, int | float)]:
+        raise RecipeError(f"{path}: weight must be one number per model; got {wrong[0]!r}. Use `mergekit-yaml`.")
+    return tuple(map(float, given))
+
+
+def _chosen(rule: MergeRule, entry: _Entry, path: Path) -> dict[str, float]:
+    """Return a model's own values of the parameters `of_newest`, checked."""
+    words = [word for word in map(yaml_word, rule.of_newest) if word in entry.parameters]
+    values = {word: as_number(entry.parameters[word]) for word in words}
+    try:
+        checked = rule_of(type(rule), type(rule).__name__, values).parameters()
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{path}, {entry.model}: {error}") from error
+    return {word: checked[word] for word in words}
+
+
 def _shared(entries: Sequence[_Entry], top: Mapping[str, Any], rule: str, path: Path) -> dict[str, Any]:
     """Return the models' common parameters. Raises RecipeError."""
     shared: dict[str, Any] = {}
@@ -214,7 +249,7 @@ def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str,
         elif word == "scale" and not rule_class(rule).tunable:
             if value != "model":
                 raise RecipeError(f"{path}: scale must be `model` here; `mergekit-yaml {path} OUT` takes {value!r}.")
-        elif word not in known:
+        elif word not in (*known, *COMMON):
             raise RecipeError(unknown("parameter", str(word), known, where=f"{path} for {rule}"))
         else:
             parameters[word] = value

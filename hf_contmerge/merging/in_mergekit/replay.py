@@ -49,7 +49,11 @@ def carry_out(
     check_mergeable(folder)
     base = Weights(folder)
     folders = [resolve_model(m, adapters=True) for m in recipe.models]
-    listed = [FoldedExpert("", f, name=name) for f, name in zip(folders, recipe.models, strict=True)]
+    weights, chosen = recipe.weights or [1.0] * len(folders), recipe.chosen or [{}] * len(folders)
+    listed = [
+        FoldedExpert("", f, name=name, weight=weight, chosen=own)
+        for f, name, weight, own in zip(folders, recipe.models, weights, chosen, strict=True)
+    ]
     names = {recipe.base, str(folder.resolve())}
     companions = resolve_model(recipe.tokenizer_from) if recipe.tokenizer_from else None
     if companions:
@@ -72,7 +76,7 @@ def mergekit_yaml(
     rule: MergeRule,
     *,
     base: Path,
-    experts: Sequence[Path],
+    experts: Sequence[Path | FoldedExpert],
     dtype: torch.dtype | None,
     rounding: Rounding = "stochastic",
     scale: float | None = None,
@@ -85,7 +89,7 @@ def mergekit_yaml(
         rule_name: the rule's name.
         rule: the rule.
         base: folder of the base.
-        experts: folders of the experts.
+        experts: the experts, or their folders.
         dtype: dtype of the merged weights (None: most of the base's weights).
         rounding: of merged weights with 16 bits. mergekit's own methods ignore it.
         scale: replaces the rule's scale.
@@ -96,15 +100,23 @@ def mergekit_yaml(
     stored = dtype or Weights(base).main_dtype
     if stored != torch.float32 and (rule_name in MERGEKITS_OWN or rounding != "stochastic"):
         parameters["rounding"] = rounding
+    folded = [e if isinstance(e, FoldedExpert) else FoldedExpert("", e) for e in experts]
     recipe = {
         "merge_method": rule_name,
         "base_model": _spelled(base),
-        "models": [{"model": _spelled(base, e) if is_adapter(e) else _spelled(e)} for e in experts],
+        "models": [_listed(base, expert) for expert in folded],
         **({"parameters": parameters} if parameters else {}),
         "dtype": "float32",
         "out_dtype": str(stored).removeprefix("torch."),
     }
     return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _listed(base: Path, expert: FoldedExpert) -> dict[str, Any]:
+    """Return an expert's entry, with its weight and chosen coefficients."""
+    own = {**expert.chosen, **({} if expert.weight == 1.0 else {"weight": expert.weight})}
+    model = _spelled(base, expert.folder) if is_adapter(expert.folder) else _spelled(expert.folder)
+    return {"model": model, **({"parameters": own} if own else {})}
 
 
 def _written_dtype(recipe: MergekitRecipe, base: Weights, experts: Sequence[Expert]) -> torch.dtype | None:

@@ -12,7 +12,7 @@ import math
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._pieces import Piece, Stored, fold_tensor, merged_piece, pieces, read_out, unchanged
 from hf_contmerge.merging.running import Running
 from hf_contmerge.merging.stream import merge_experts
-from hf_contmerge.models.config import is_matrix
+from hf_contmerge.models.config import depths, is_matrix
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.rounding import Rounding
 from hf_contmerge.models.statistics import Statistics
@@ -67,10 +67,17 @@ class Storage:
         return Stored(name, asked, self.by)
 
 
-def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str, storage: Storage) -> Written:
-    """Fold tensors in memory; scale by their norms or a number."""
+def from_this_tensor(
+    how: Sequence[tuple[MergeRule, float]], group: TensorGroup, scale: float | str, storage: Storage
+) -> Written:
+    """Fold tensors in memory; scale by their norms or a number.
+
+    `how`: rule and weight of each expert.
+    """
     assert group.base is not None
+    rule = how[-1][0]
     base, experts, weights = group.base.tensor, [entry.tensor for entry in group.non_base], _weights_met(rule, group)
+    _require_depth(rule, weights[-1])
     if isinstance(scale, str) and not rule.whole_model_scale:
         scale = rule.scale(Norms((1.0,) * len(experts), 1.0))
     parts = [Piece(0, base.numel(), tuple(base.shape))]  # its own norms take the whole of it
@@ -82,7 +89,7 @@ def from_this_tensor(rule: MergeRule, group: TensorGroup, scale: float | str, st
     with _one_thread(base.device):
         for piece in parts:
             cut_base, *cut = (piece.of(f) for f in flat)
-            running, norms = fold_tensor(rule, weights, piece, cut_base, cut)
+            running, norms = fold_tensor(how, weights, piece, cut_base, cut)
             _require_finite(weights[-1].name, norms, group)
             factor = rule.scale(norms) if isinstance(scale, str) else scale
             read, only = read_out(rule, running, weights[-1]), cut[0] if len(cut) == 1 and factor == 1.0 else None
@@ -139,6 +146,16 @@ def _weight(group: TensorGroup) -> Weight:
         depth = files.depths.get(name)
     matrix = group.metadata.vocabulary_axis is None and is_matrix(name, shape, vocabulary)
     return Weight(name, matrix, len(group.non_base), shape, depth)
+
+
+def _require_depth(rule: MergeRule, weight: Weight) -> None:
+    """Raise ValueError for a weight whose layer is not known, with factors by layer."""
+    lies_in_layers = not weight.name or bool(depths([weight.name]))
+    if rule.first_layer != rule.last_layer and weight.depth is None and lies_in_layers:
+        raise ValueError(
+            f"the depth of {weight.name or 'a tensor without a name'} is not known (slices, or tensors in memory), so "
+            "it has no factor between first_layer and last_layer. List whole models under `models:`, or remove the two."
+        )
 
 
 def _weights_met(rule: MergeRule, group: TensorGroup) -> list[Weight]:

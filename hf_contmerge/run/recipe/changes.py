@@ -45,7 +45,7 @@ def changes(old: Recipe, new: Recipe) -> Iterator[FieldChange]:
     if old.tunes != new.tunes:  # the measured documents differ
         parts = {False: "all", True: "all but the validation documents"}
         yield FieldChange("documents measured (guard, auto)", parts[old.tunes], parts[new.tunes], "score")
-    before, after = dict(flat_fields(old.model_dump(mode="json"))), dict(flat_fields(new.model_dump(mode="json")))
+    before, after = (dict(flat_fields(_without_plain_weights(r, old))) for r in (old, new))
     if not (old.tunes and new.tunes):
         after["evaluate.validation"] = before["evaluate.validation"]  # ignored unless both use it
     added = {_piece(f) for f in after} - {_piece(f) for f in before}
@@ -54,6 +54,15 @@ def changes(old: Recipe, new: Recipe) -> Iterator[FieldChange]:
         phase = use.phase if use.undoes else None
         if phase and before.get(field) != after.get(field) and _piece(field) not in added:
             yield FieldChange(field, before.get(field, _NOT_SET), after.get(field, _NOT_SET), phase)
+
+
+def _without_plain_weights(recipe: Recipe, old: Recipe) -> dict[str, Any]:
+    """Return a dumped recipe without weights that change no merge: 1, or of an added stage."""
+    merged = {stage.name for stage in old.stages}
+    dumped = recipe.model_dump(mode="json")
+    for entry in dumped["merge"]:
+        entry["weights"] = {n: w for n, w in entry["weights"].items() if w != 1.0 and n in merged}
+    return dumped
 
 
 def flat_fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

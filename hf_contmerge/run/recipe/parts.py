@@ -125,8 +125,9 @@ DatasetField = Annotated[Dataset, BeforeValidator(_as_dataset)]
 class StatisticsSettings(Part):
     """Measurements of a trained expert, for merge rules."""
 
-    kinds: Annotated[tuple[Literal["inputs"], ...], Field(min_length=1)] = ("inputs",)
-    """inputs: the second moments of the inputs of linear maps."""
+    kinds: Annotated[tuple[Literal["inputs", "fisher", "adam"], ...], Field(min_length=1)] = ("inputs",)
+    """inputs: the second moments of the inputs of linear maps. fisher: the diagonal of the empirical Fisher
+    information. adam: the optimizer's second moments at the end of the training; needs the strategy full."""
     examples: Annotated[int, Field(ge=1)] = 256
     """How many of the stage's examples are read."""
     max_length: Annotated[int, Field(ge=1)] = 2048

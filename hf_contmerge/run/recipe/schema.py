@@ -132,6 +132,15 @@ class Train(BaseModel):
         return any(self.sft_fields.get(field) for field in TOKENIZER_FIELDS)
 
 
+class Layers(Part):
+    """Factors on what a merge changes, from the first layer to the last, on a line between (LiNeS)."""
+
+    first: float | Literal["auto"] = 1.0
+    """Also of embeddings. `auto`: searched after each stage on validation documents."""
+    last: float = 1.0
+    """Also of the head and of norms behind the layers."""
+
+
 class Merge(Part):
     """A merge rule, applied after each stage.
 
@@ -142,6 +151,10 @@ class Merge(Part):
     rule: str
     parameters: dict[str, bool | int | float | str] = Field(default={})
     """By name. `auto`: searched after each stage on validation documents, for parameters of the scale only."""
+    layers: Layers | None = None
+    """Factors on the merged change by layer."""
+    weights: dict[Name, float] = Field(default={})
+    """Stage -> factor on its expert's change before it is folded, with a linear rule; other stages have 1."""
     start_from: StartFrom | None = None
     """Start of the experts' training; default: as in the rule's paper."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -163,10 +176,15 @@ class Merge(Part):
             value = {**value, "name": value["rule"]}
         return value
 
+    def settings(self) -> dict[str, bool | int | float | str]:
+        """Return the rule's parameters with the factors by layer."""
+        layers = {f"{word}_layer": value for word, value in self.layers or () if value != 1.0}
+        return {**self.parameters, **layers}
+
     @property
-    def auto(self) -> str | None:
-        """Name of the `auto` parameter, if any."""
-        return next((word for word, value in self.parameters.items() if value == "auto"), None)
+    def auto(self) -> tuple[str, ...]:
+        """Names of the `auto` parameters."""
+        return tuple(word for word, value in self.settings().items() if value == "auto")
 
 
 class Publish(Part):
@@ -232,6 +250,17 @@ class Recipe(Part):
                 f"{fields[0]} needs the examples of every stage, and {', '.join(given)} has an `expert` without any; "
                 "leave it out, or give the stage a `dataset`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_have_a_stage(self) -> Recipe:
+        names = [s.name for s in self.stages]
+        for entry in self.merge:
+            if strangers := [name for name in entry.weights if name not in names]:
+                raise ValueError(
+                    f"merge entry {entry.name} has a weight for {strangers[0]}, which is not a stage "
+                    f"({', '.join(names)}); remove it, or name a stage"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,11 +1,13 @@
-"""Searches one merge parameter in few attempts: a scale or a coefficient.
+"""Searches merge parameters in few attempts: a scale, one or two coefficients.
 
-Every attempt costs one pass over the state and one scoring of the validation documents; nothing is trained again.
+Every attempt costs one pass over the state (some coefficients: one fold of the newest expert) and one scoring of the
+validation documents; nothing is trained again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from hf_contmerge.run.scores import BLOCKS, Scores
@@ -16,7 +18,13 @@ T = TypeVar("T")
 
 _HALVINGS = 3  # 1/2, 1/4, 1/8; smaller shares keep hardly anything of the merge
 _BISECTIONS = 2
-_COARSE, _REFINED = 4, 2  # attempts: four over the range, then twice two next to the best
+_COARSE, _REFINED = (4, 3), 2  # attempts on each axis, by the number of axes; refinements next to the best
+
+MOST_SEARCHED = len(_COARSE)
+"""Coefficients searched together."""
+
+Point = tuple[float, ...]
+"""A value for each coefficient."""
 
 
 def largest_that_holds(attempt: Callable[[float], tuple[bool, float]]) -> float | None:
@@ -46,31 +54,38 @@ def largest_that_holds(attempt: Callable[[float], tuple[bool, float]]) -> float 
     return below
 
 
-def best_coefficient(attempt: Callable[[float], tuple[bool, float]], default: float) -> float:
-    """Return the allowed coefficient with the highest objective.
+def best_point(attempt: Callable[[Point], tuple[bool, float]], tops: Sequence[float]) -> Point:
+    """Return the allowed coefficients with the highest objective.
 
-    If none is allowed, all count. Four attempts over (0, max(1, 2 * default)], then two next to the best at half the
-    distance, and two at a quarter.
+    If none is allowed, all count. A coarse grid over (0, top] on each axis, of four attempts for one coefficient and
+    nine for two; then the neighbours of the best on each axis, at half the distance and at a quarter.
 
     Args:
-        attempt: tries a coefficient; returns (allowed, objective).
-        default: the rule's own coefficient.
+        attempt: tries coefficients; returns (allowed, objective).
+        tops: the largest value of each, at most MOST_SEARCHED of them.
     """
-    top = max(1.0, 2 * default)
-    step = top / _COARSE
-    tried: dict[float, tuple[bool, float]] = {}
+    coarse = _COARSE[len(tops) - 1]
+    steps = [top / coarse for top in tops]
+    tried: dict[Point, tuple[bool, float]] = {}
 
-    def look_at(values: Sequence[float]) -> float:
-        for value in (_rounded(v) for v in values):
-            if value > 0 and value not in tried:
-                tried[value] = attempt(value)
-        return max(tried, key=lambda v: (*tried[v], -v))  # ties: the smallest change to the model
+    def look_at(points: Iterable[Sequence[float]]) -> Point:
+        for point in (tuple(map(_rounded, p)) for p in points):
+            if min(point) > 0 and point not in tried:
+                tried[point] = attempt(point)
+        return max(tried, key=lambda p: (*tried[p], *(-value for value in p)))  # ties: the smallest change
 
-    best = look_at([step * i for i in range(1, _COARSE + 1)])
+    best = look_at(itertools.product(*([step * i for i in range(1, coarse + 1)] for step in steps)))
     for _ in range(_REFINED):
-        step /= 2
-        best = look_at([best - step, best + step])
+        steps = [step / 2 for step in steps]
+        best = look_at(_neighbours(best, steps))
     return best
+
+
+def _neighbours(point: Point, steps: Sequence[float]) -> Iterator[list[float]]:
+    """Yield the points one step away on each axis."""
+    for axis, step in enumerate(steps):
+        for move in (-step, step):
+            yield [value + move * (i == axis) for i, value in enumerate(point)]
 
 
 def objective(now: Scores, base: Scores, alone: Mapping[str, Scores], tasks: Mapping[str, Sequence[str]]) -> float:

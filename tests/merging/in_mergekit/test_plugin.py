@@ -198,7 +198,7 @@ def test_an_unknown_parameter_is_refused_in_one_line(base_folder, expert_folders
     done = mergekit(recipe, tmp_path / "out")
     assert done.returncode == 2
     assert "Error: Unknown parameter 'lamda' in the parameters of the recipe for magmax." in done.stderr
-    assert "Did you mean 'lambda'? Known: lambda, rounding." in done.stderr
+    assert "Did you mean 'lambda'? Known: first_layer, lambda, last_layer, rounding." in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
@@ -357,7 +357,7 @@ def test_a_whole_model_scale_takes_one_alpha(base_folder, expert_folders, tmp_pa
 @pytest.mark.parametrize(
     ("parameters", "text"),
     [
-        ({"alhpa": 0.3}, "Did you mean 'alpha'. Known: alpha, rounding, scale, variant"),
+        ({"alhpa": 0.3}, "Did you mean 'alpha'. Known: alpha, first_layer, last_layer, rounding, scale"),
         ({"rounding": "up"}, "Unknown rounding 'up'. Known: nearest, stochastic."),
         ({"variant": "blok"}, "variant must be one of 'block', 'fusionbench', 'paper'; got 'blok'"),
         ({"scale": "both"}, "scale must be model, tensor or a number; got 'both'"),

@@ -527,7 +527,6 @@ def test_what_is_no_recipe_for_this_engine(recipe, text, tmp_path):
     [
         ({"model": "e1", "parameters": {"lambda": 0.2}}, "magmax"),
         ({"model": "e1", "parameters": {"lambda": 1.0}}, "task_arithmetic"),
-        ({"model": "e1", "parameters": {"weight": 0.2}}, "task_arithmetic"),
         ({"model": "e1", "parameters": {"density": 0.2}}, "ties"),
         ({"model": "e1", "parameters": {"weight": [0, 1]}}, "ties"),
     ],

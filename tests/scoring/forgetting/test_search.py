@@ -1,5 +1,6 @@
 """`lambda: auto` finds what was planted; line searches with few tries; where `auto` is refused."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.run.scores import load_scores
-from hf_contmerge.scoring.forgetting.search import best_coefficient, largest_that_holds, objective
+from hf_contmerge.scoring.forgetting.search import best_point, largest_that_holds, objective
 
 Data = dict[str, Any]
 AUTO = [{"rule": "task_arithmetic", "parameters": {"lambda": "auto"}}]
@@ -61,7 +62,7 @@ def searched(best: float, default: float, allowed: float = 9.0) -> tuple[float, 
         tried.append(value)
         return value <= allowed, -((value - best) ** 2)
 
-    return best_coefficient(attempt, default), tried
+    return best_point(lambda point: attempt(*point), [max(1.0, 2 * default)])[0], tried
 
 
 @pytest.mark.parametrize("default", [0.3, 0.5, 1.0, 1.5])
@@ -141,3 +142,17 @@ def test_auto_is_refused_for_what_changes_the_state(
     data = recipe(home, "quiet", merge=[{"rule": rule, "parameters": {word: "auto"}}])
     with pytest.raises(RecipeError, match=f"merge entry {rule}: {word} of {rule} cannot be `auto`; {known}"):
         run_recipe(parse_recipe(data), tmp_path / "run")
+
+
+@pytest.mark.parametrize("best", [(0.4, 0.9), (0.95, 0.15), (0.6, 0.6)])
+def test_two_coefficients_are_searched_together(best: tuple[float, float]) -> None:
+    tried: list[tuple[float, ...]] = []
+
+    def attempt(point: tuple[float, ...]) -> tuple[bool, float]:
+        tried.append(point)
+        return True, -math.dist(point, best)
+
+    found = best_point(attempt, [1.0, 1.0])
+    assert math.dist(found, best) < 0.2
+    assert len(tried) == len(set(tried)) <= 17
+    assert all(value > 0 for point in tried for value in point)
