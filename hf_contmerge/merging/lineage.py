@@ -24,7 +24,8 @@ LINEAGE = "merge.json"
 
 _SHAPE = {
     "rule": str, "parameters": PARAMETERS, "base": str, "base_sha256": str,
-    "experts": [{"stage": str, "model": str, "sha256": str, **COEFFICIENTS}], "scale?": float, "factor?": float, "dtype?": (str, None),
+    "experts": [{"stage": str, "model": str, "sha256": str, **COEFFICIENTS}], "scale?": float, "factor?": float,
+    "dtype?": (str, None),
     "rounding?": (str, None), "versions": {str: str}, "stored?": ({"dtype": str, "rounding": str}, None),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -90,11 +91,16 @@ def _cast(portion: Portion, features: datasets.Features, portions: Sequence[Port
     return replace(portion, train=train, heldout=heldout)
 
 
-def joined(parts: Sequence[datasets.Dataset], *, seed: int) -> tuple[datasets.Dataset, tuple[int, ...]]:
-    """Return all rows shuffled in one dataset, with their parts."""
+def joined(
+    parts: Sequence[datasets.Dataset], *, seed: int, sources: Sequence[Sequence[int]] = ()
+) -> tuple[datasets.Dataset, tuple[int, ...]]:
+    """Return all rows shuffled in one dataset, with their sources.
+
+    `sources`: of each part's rows; default: the part's number.
+    """
+    sources = sources or [(number,) * len(part) for number, part in enumerate(parts)]
     if len(parts) == 1:  # shuffled already
-        return parts[0], (0,) * len(parts[0])
+        return parts[0], tuple(sources[0])
     rows = datasets.concatenate_datasets(list(parts))
-    places = np.repeat(range(len(parts)), [len(part) for part in parts])
     order = np.random.default_rng(seed).permutation(len(rows))
-    return rows.select(order, keep_in_memory=True), tuple(places[order].tolist())
+    return rows.select(order, keep_in_memory=True), tuple(np.array([*chain(*sources)], dtype=int)[order].tolist())

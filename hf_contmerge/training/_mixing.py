@@ -23,7 +23,7 @@ def mixed(job: TrainJob, strategies: Combined) -> Any:
     if not strategies.overriding("mix"):
         strategies.begin(job.stage, job.base)
         return _named(data) if len(data.sources) > 1 else data.train
-    strategies.begin(job.stage, job.base, _tools(job))
+    strategies.begin(job.stage, job.base, _tools(job, strategies))
     return strategies.mix(_named(data), job.memory, seed=job.seed)
 
 
@@ -31,7 +31,7 @@ def _named(data: StageData) -> Any:
     return from_source(data.train, data.named_sources())
 
 
-def _tools(job: TrainJob) -> StageTools:
+def _tools(job: TrainJob, strategies: Combined) -> StageTools:
     """Return what the strategies of a job may use."""
     general = job.data.general
     load = functools.cache(
@@ -39,14 +39,14 @@ def _tools(job: TrainJob) -> StageTools:
     )
     return StageTools(
         general=_named(general) if general else None,
-        batch=_batch(job, load()),
+        batch=_batch(job, strategies, load()),
         count_tokens=lambda rows: [sum(count_tokens(load(), row)) for row in rows_of(without_source(rows))],
     )
 
 
-def _batch(job: TrainJob, tokenizer: Any) -> int:
+def _batch(job: TrainJob, strategies: Combined, tokenizer: Any) -> int:
     """Return the examples of an optimizer step; 0 where packing cuts them."""
-    settings = sft_settings(job.train, job.data, tokenizer, numel=0)
+    settings = sft_settings(job.train, job.data, tokenizer, numel=0, strategies=strategies)
     config = config_of(job.data.form, {**settings, "output_dir": "unused"}, "train")
     if getattr(config, "packing", False):
         return 0

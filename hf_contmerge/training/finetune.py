@@ -33,7 +33,7 @@ from hf_contmerge.training._trainer import (
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.saving import save_expert
-from hf_contmerge.training.settings import bad_parameters, config_of, sft_settings, trl_classes
+from hf_contmerge.training.settings import PREFERENCES, bad_parameters, config_of, sft_settings, trl_classes
 from hf_contmerge.training.statistics import Measured, measure_expert, write_adam
 from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
 
@@ -146,12 +146,12 @@ def _dropped(trainer: Any, given: int) -> dict[str, int]:
 def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoints: Path) -> Any:
     """Load and open the model; return TRL's trainer of it."""
     trainer_type, sources = trl_classes(job.data.form)[0], source_names(examples)
-    if len(sources) > 1 and job.data.form != "preference":
+    if len(sources) > 1 and job.data.form not in PREFERENCES:
         trainer_type = with_sources(trainer_type, sources)
     else:
         examples = without_source(examples)
     tokenizer = stage_tokenizer(job.base, job.train, trust_remote_code=job.trust_remote_code)
-    settings = sft_settings(job.train, job.data, tokenizer, numel=Weights(job.base).numel())
+    settings = sft_settings(job.train, job.data, tokenizer, numel=Weights(job.base).numel(), strategies=strategies)
     init = {"dtype": torch.float32, **(settings.pop("model_init_kwargs", None) or {})}
     init = {**init, "trust_remote_code": job.trust_remote_code}
     model = load_model(job.start, job.base, as_adapter=strategies.carrier.keeps_adapter(), **init)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
+from itertools import accumulate, chain
 
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.schema import Recipe, Train
@@ -11,7 +11,7 @@ from hf_contmerge.train_strategies.replay import in_form_of, widest, with_featur
 from hf_contmerge.training._forms import Form
 from hf_contmerge.training._mix import joined
 from hf_contmerge.training.data import StageData
-from hf_contmerge.training.settings import make_strategies
+from hf_contmerge.training.settings import PREFERENCES, make_strategies
 
 
 def joint_data(data: Mapping[str, StageData], *, seed: int) -> StageData:
@@ -24,10 +24,10 @@ def joint_data(data: Mapping[str, StageData], *, seed: int) -> StageData:
     """
     names = sorted(data)
     forms: dict[Form, str] = {data[name].form: name for name in reversed(names)}
-    if "preference" in forms:
+    if compared := next((form for form in PREFERENCES if form in forms), None):
         raise DataError(
-            f"baselines: joint trains on texts, conversations and prompts, and stage {forms['preference']} has "
-            "preference pairs. Remove `baselines: [joint]`, or leave the stage out."
+            f"baselines: joint trains on texts, conversations and prompts, and stage {forms[compared]} has "
+            f"{PREFERENCES[compared]}. Remove `baselines: [joint]`, or leave the stage out."
         )
     form: Form = "prompt_completion" if "prompt_completion" in forms else data[names[0]].form
     like = data[forms[form]].train
@@ -41,9 +41,11 @@ def joint_data(data: Mapping[str, StageData], *, seed: int) -> StageData:
             f"baselines: joint needs examples of one form, and the stages differ ({kinds}). Give all stages one form, "
             "or remove `baselines: [joint]`."
         ) from error
-    train, _ = joined(parts, seed=seed)
+    before = accumulate((len(data[name].sources) for name in names), initial=0)
+    places = [[n + place for place in data[name].train_sources] for n, name in zip(before, names, strict=False)]
+    train, train_sources = joined(parts, seed=seed, sources=places)
     sources = tuple(chain.from_iterable(data[name].sources for name in names))
-    return StageData(form, train, train.select([]), sources)
+    return StageData(form, train, train.select([]), sources, train_sources)
 
 
 def joint_train(recipe: Recipe, steps: int | None = None) -> Train:

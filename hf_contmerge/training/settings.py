@@ -30,7 +30,7 @@ from hf_contmerge.training.data import StageData, require_chat_template
 LOG = logging.getLogger(__name__)
 
 _OWN = tuple(Train.model_fields)
-_PREFERENCES: dict[Form, str] = {"preference": "pairs", "unpaired": "labelled answers"}
+PREFERENCES: dict[Form, str] = {"preference": "preference pairs", "unpaired": "labelled answers"}
 _OWNERS: dict[Form, str] = {
     "preference": "preference pairs", "unpaired": "labelled answers (`learn: kto`)", "text": "texts and conversations",
 }  # fmt: skip
@@ -101,9 +101,9 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
         if stage.dataset:
             form, train = forms[stage.name], recipe.train_of(stage)
             where = f"train of stage {stage.name}"
-            if form in _PREFERENCES and stage.train.get("loss_type") in _SFT_LOSSES:
+            if form in PREFERENCES and stage.train.get("loss_type") in _SFT_LOSSES:
                 raise RecipeError(
-                    f"{where}: loss_type {stage.train['loss_type']} is for texts, not {_PREFERENCES[form]}."
+                    f"{where}: loss_type {stage.train['loss_type']} is for texts, not {PREFERENCES[form]}."
                 )
             _check_fields(stage.train, config_fields(form), where, others=_OWN)
             _check_values(train, form, where)
@@ -248,7 +248,7 @@ def _refuse_two_orders(strategies: Combined, fields: Mapping[str, Any], where: s
 def _fields_for(form: Form, train: Train) -> dict[str, Any]:
     """Return the fields of a form's trainer: pairs have no `packing`."""
     fields = {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
-    if form in _PREFERENCES and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
+    if form in PREFERENCES and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
         del fields["loss_type"]
     return {field: value for field, value in fields.items() if field not in TOKENIZER_FIELDS}  # the tokenizer has them
 
@@ -261,14 +261,24 @@ def loss_fields(train: Train, form: Form, tokenizer: Callable[[], PreTrainedToke
     return fields
 
 
-def sft_settings(train: Train, data: StageData, tokenizer: PreTrainedTokenizerBase, *, numel: int) -> dict[str, Any]:
-    """Return a stage's SFTConfig or DPOConfig fields: defaults, then the recipe's."""
+def sft_settings(
+    train: Train,
+    data: StageData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    numel: int,
+    strategies: Combined | None = None,
+) -> dict[str, Any]:
+    """Return a stage's SFTConfig or DPOConfig fields: defaults, then the recipe's.
+
+    `strategies`: those of the training, if they are not the recipe's.
+    """
     form: dict[str, Any] = {}
     if data.form == "text" and train.sft_fields.get("max_length", 1):  # pretraining: one stream, cut into blocks
         form = {"packing": True, "packing_strategy": "wrapped"}
     if data.form == "messages":
         form = {"assistant_only_loss": _marks_assistant(tokenizer)}
-    order = {"train_sampling_strategy": "sequential"} if make_strategies(train).keeping_order() else {}
+    order = {"train_sampling_strategy": "sequential"} if (strategies or make_strategies(train)).keeping_order() else {}
     # Trackers are the run's; the trainer would start a run of theirs with every stage.
     return {**_defaults(train, numel=numel), **form, **order, **_fields_for(data.form, train), "report_to": "none"}
 

@@ -204,7 +204,10 @@ def test_card_names_all_datasets_of_a_mix(run: Run) -> None:
     stages = (law, *run.recipe.stages[1:])
     card = model_card(Run(run.folder, run.recipe.model_copy(update={"stages": stages})), magmax(run))
     assert ModelCard(card).data.to_dict()["datasets"] == ["owner/cases"]
-    assert "1. **law**, trained on `law.jsonl` (split train) and `owner/cases` (split test), starting from the" in card
+    assert (
+        "1. **law**, trained on `law.jsonl` (split train, licence not stated) and `owner/cases` (split test, licence not stated)"
+        in card
+    )
 
 
 def test_pushing_again_sends_only_what_changed(run: Run, hub: Hub) -> None:
@@ -247,7 +250,7 @@ def test_card_tells_the_whole_lineage(run: Run, tmp_path: Path) -> None:
     for told in (
         "after stage 2 of 3",
         "0. Base model: `tiny-base`.",
-        "1. **law**, trained on `law.jsonl` (split train), starting from the base model.",
+        "1. **law**, trained on `law.jsonl` (split train, licence not stated), starting from the base model.",
         f"SHA-256 of the expert's weights: `{'1e' * 32}`; of the merged model's: `{'1f' * 32}`.",
         "2. **chat**, given: `owner/tiny-chat@v2`.",
         f"`{'2e' * 32}`",

@@ -106,10 +106,10 @@ def to(*settings: str) -> list[str]:
 WORDS = {
     "evaluate.general_task=[x]": "RECIPE: Unknown field 'general_task' in evaluate. Did you mean 'general_tasks'? "
     "Known: backend, batch_size, cache, chat_template, dtype, general_tasks, include_path, limit, matrix, max_length, "
-    "parallel, same_within, validation.",
+    "parallel, routed, same_within, validation.",
     "stages.0.dataset.helduot=3": "RECIPE: Unknown field 'helduot' in stages.0.dataset. Did you mean 'heldout' or "
-    "'heldout_split'? Known: config, heldout, heldout_chars, heldout_split, labels, max_chars, max_examples, messages, "
-    "min_chars, mix, path, revision, split, streaming, text.",
+    "'heldout_split'? Known: config, heldout, heldout_chars, heldout_split, labels, license, max_chars, max_examples, "
+    "messages, min_chars, mix, path, revision, split, streaming, text.",
     "merge.0.rule=magmx": "Unknown rule 'magmx' in merge entry magmx. Did you mean 'magmax'? "
     f"Known: {', '.join(rule_names())}.",
     "merge.0.parameters.lamda=0.5": "merge entry magmax: magmax has no parameter 'lamda'; it has: lambda",

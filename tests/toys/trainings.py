@@ -35,13 +35,13 @@ class Batches(TrainStrategy):
 
     seen: list[Row] = field(default_factory=list)
 
-    steps: list[list[Row]] = field(default_factory=list)
+    taken: list[list[Row]] = field(default_factory=list)
 
     def loss(self, model: nn.Module, inputs: Any) -> None:
         self.seen.append({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
 
     def adjust_weights(self, model: nn.Module) -> None:
-        self.steps.append(self.seen[-ACCUMULATED:])  # before these are the ones of a look ahead
+        self.taken.append(self.seen[-ACCUMULATED:])  # before these are the ones of a look ahead
         self.seen.clear()
 
 

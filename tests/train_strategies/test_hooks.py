@@ -90,13 +90,13 @@ class Looks(TrainStrategy):
     """Computes each step's gradient and compares it with the one that the step computes itself."""
 
     found: list[dict[str, Tensor]] = field(default_factory=list)
-    steps: int = 0
+    seen: int = 0
 
     def before_step(self, model: nn.Module, gradient: Gradient) -> None:
         self.found.append(dict(gradient()))
 
     def adjust_gradients(self, model: nn.Module) -> None:
-        self.steps += 1
+        self.seen += 1
         (found,) = self.found
         own = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         assert own
@@ -136,7 +136,7 @@ def test_rates_are_those_of_the_optimizers_groups(train: Training, model: Any) -
         if factor(n)
     ]
     optimizer = torch.optim.AdamW(groups, eps=1e-8)
-    for number, step in enumerate(batches.steps):
+    for number, step in enumerate(batches.taken):
         for group in optimizer.param_groups:
             group["lr"] = RATE * group["factor"] * (1 - number / STEPS)
         step_loss(model, step).backward()
@@ -229,9 +229,9 @@ def test_token_weights_are_those_of_the_logits(train: Training, model: Any) -> N
     batches = Batches()
     record = train("focused", {"focus": Focus(), "batches": batches})
     start = load_file(train.base / "model.safetensors")
-    assert len(batches.steps) == STEPS
+    assert len(batches.taken) == STEPS
     losses = []
-    for step in batches.steps:
+    for step in batches.taken:
         loss = step_loss(model, step, weight_of)
         loss.backward()
         losses.append(float(loss.detach()))
@@ -284,7 +284,7 @@ def test_before_step_has_the_gradient_where_the_weights_are(train: Training, mod
     batches = Batches()
     train("climbed", {"ascent": Ascent(), "batches": batches})
     start = load_file(train.base / "model.safetensors")
-    for step in batches.steps:
+    for step in batches.taken:
         for climb in (RATE / 10, RATE / 10, -RATE):
             step_loss(model, step).backward()
             with torch.no_grad():
@@ -301,7 +301,7 @@ def test_looking_changes_nothing(carrier: TrainStrategy, form: str, train: Train
     looks, rows = Looks(), pairs(train.home / "p.jsonl") if form == "pairs" else train.data
     plain = train("plain", {"carrier": carrier}, data=rows)
     looked = train("looked", {"carrier": carrier, "looks": looks}, data=rows)
-    assert looks.steps == STEPS
+    assert looks.seen == STEPS
     assert train.bytes("looked") == train.bytes("plain")
     assert {**looked, "train_seconds": 0} == {**plain, "train_seconds": 0}
 
@@ -311,7 +311,7 @@ def test_refresh_is_a_climb_by_a_share_of_each_norm(train: Training, model: Any)
     batches, delta = Batches(), 0.01
     train("refreshed", {"refresh": get_strategy("refresh", delta=delta), "batches": batches})
     start = load_file(train.base / "model.safetensors")
-    for step in batches.steps:
+    for step in batches.taken:
         for climbs in (True, False):
             step_loss(model, step).backward()
             with torch.no_grad():

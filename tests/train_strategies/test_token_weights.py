@@ -88,7 +88,7 @@ LITERAL: dict[str, tuple[Row, Weigh]] = {
 def trained_by_hand(folder: Path, batches: Batches, weigh: Weigh) -> Any:
     """Return a model after the same steps on the same micro-batches."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    for step in batches.steps:
+    for step in batches.taken:
         step_loss(model, step, weigh).backward()
         with torch.no_grad():
             for weight in model.parameters():
@@ -110,9 +110,9 @@ def test_training_is_that_of_the_logits(name: str, packing: bool, train: Trainin
     parameters, weigh = LITERAL[name]
     batches, parts = Batches(), {name: get_strategy(name, **parameters)}
     train("expert", {**parts, "batches": batches}, packing=packing, max_length=64)
-    assert all(len(step) == ACCUMULATED for step in batches.steps)
-    assert any(("position_ids" in batch) == packing for step in batches.steps for batch in step)
-    counted = torch.cat([batch["labels"].flatten() for step in batches.steps for batch in step]) != -100
+    assert all(len(step) == ACCUMULATED for step in batches.taken)
+    assert any(("position_ids" in batch) == packing for step in batches.taken for batch in step)
+    counted = torch.cat([batch["labels"].flatten() for step in batches.taken for batch in step]) != -100
     assert 0.1 < counted.float().mean() < 0.9
     start = load_file(train.base / "model.safetensors")
     assert_near(train.weights("expert"), trained_by_hand(train.base, batches, weigh), start)
