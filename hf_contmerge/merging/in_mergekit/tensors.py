@@ -153,8 +153,8 @@ def _require_depth(rule: MergeRule, weight: Weight) -> None:
     lies_in_layers = not weight.name or bool(depths([weight.name]))
     if rule.first_layer != rule.last_layer and weight.depth is None and lies_in_layers:
         raise ValueError(
-            f"the depth of {weight.name or 'a tensor without a name'} is not known (slices, or tensors in memory), so it "
-            "has no factor between first_layer and last_layer. List whole models under `models:`, or remove the two."
+            f"the depth of {weight.name or 'a tensor without a name'} is not known (slices, or tensors in memory), so "
+            "it has no factor between first_layer and last_layer. List whole models under `models:`, or remove the two."
         )
 
 
