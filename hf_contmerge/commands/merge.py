@@ -146,12 +146,11 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _log(args: argparse.Namespace) -> None:
-    import dataclasses
     import json
 
     state = _load(args.state)
     if args.json:
-        log = {**dataclasses.asdict(state.log()), "scale": state.scale(), "exports": state.exports()}
+        log = {**state.log().to_json(), "scale": state.scale(), "exports": state.exports()}
         _say(json.dumps(log, indent=1))
     else:
         _print_log(state)

@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,7 +311,7 @@ def _merge(answers: Answers) -> str:
     from hf_contmerge.merge_rules import rule_names
 
     others = ", ".join(r for r in rule_names() if r not in answers.rules)
-    lines.append(f"  # Others: {others}.")
+    lines += textwrap.wrap(f"Others: {others}.", 110, initial_indent="  # ", subsequent_indent="  # ")
     lines.append("  # Parameters of a rule: {rule: magmax, parameters: {lambda: 0.5}}")
     return "\n".join(lines) + "\n"
 

@@ -84,8 +84,10 @@ class Log:
     def lineage(self) -> dict[str, Any]:
         """Return the fields of a written model."""
         own = ("base_stamp", "base_files", "running", "running_files", "tokenizer_change")
-        values = {**asdict(self), "experts": [e.to_json() for e in self.experts]}
-        return {name: value for name, value in values.items() if name not in own}
+        return {name: value for name, value in self.to_json().items() if name not in own}
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "experts": [e.to_json() for e in self.experts]}
 
 
 _SHAPE = {

@@ -24,7 +24,8 @@ def joint_data(data: Mapping[str, StageData], *, seed: int) -> StageData:
     """
     names = sorted(data)
     forms: dict[Form, str] = {data[name].form: name for name in reversed(names)}
-    if compared := next((form for form in PREFERENCES if form in forms), None):
+    compared: Form | None = next((form for form in PREFERENCES if form in forms), None)
+    if compared:
         raise DataError(
             f"baselines: joint trains on texts, conversations and prompts, and stage {forms[compared]} has "
             f"{PREFERENCES[compared]}. Remove `baselines: [joint]`, or leave the stage out."

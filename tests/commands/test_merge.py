@@ -178,7 +178,7 @@ def write_recipe(home: Path, folder: Path, rule: str, experts: tuple[str | Path,
 
 def test_words_that_are_wrong(home: Path, tmp_path: Path, refused: Run) -> None:
     init, out = ("init", tmp_path / "state", "--base", home / "base", "--rule"), tmp_path / "out"
-    assert refused(*init, "magmx").startswith("Unknown rule 'magmx'. Did you mean 'magmax'? Known: average, ema, ")
+    assert refused(*init, "magmx").startswith("Unknown rule 'magmx'. Did you mean 'magmax'? Known: average, blend, ")
     for setting, text in {
         "alpha": "--set alpha: expected NAME=VALUE, as in --set alpha=0.5.",
         "alpha=high": "opcm's alpha must be a finite float; got 'high'",

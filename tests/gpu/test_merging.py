@@ -22,7 +22,7 @@ from hf_contmerge.models.weights import _STAGED, WeightsWriter
 from hf_contmerge.runtime.crew import Crew
 
 CUDA = torch.device("cuda", 0)
-PLAIN = [name for name in rule_names() if not rule_class(name).needs]
+PLAIN = [name for name in rule_names() if not get_rule(name).needs]
 FACTORED = [name for name in PLAIN if rule_class(name).basis_free]
 
 

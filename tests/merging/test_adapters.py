@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys.loras import loaded, lora
 from toys.models import perturbed, toy_llama
+from toys.rules import PLAIN, tolerance
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_contmerge.commands.main import main
@@ -26,6 +27,7 @@ from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.lora.reader import Adapter
 from hf_contmerge.models.weights import Weights
+from hf_contmerge.testing.rules import flat, fold
 
 Tensors = dict[str, torch.Tensor]
 TOKENS = torch.tensor([[5, 6, 7, 8, 40, 41]])
@@ -67,18 +69,11 @@ def folded(rule: MergeRule, base: Path, experts: Sequence[Path]) -> Tensors:
     before, vocabulary = {n: t.double() for n, t in tensors(base).items()}, Weights(base).vocabulary
     whole = [made_by(base, e) for e in experts]
     vectors = [{n: expert[n] - b for n, b in before.items()} for expert in whole]
-    state = {}
-    for name, b in before.items():
-        s = torch.zeros((rule.slots, *b.shape) if rule.slots > 1 else b.shape, dtype=torch.float64)
-        for stage, vector in enumerate(vectors, 1):
-            s = rule.update(s, vector[name], Weight(name, is_matrix(name, b.shape, vocabulary), stage))
-        state[name] = s
-    scale = rule.scale(Norms(tuple(norm(v) for v in vectors), norm(state)))
+    matrix = {name: is_matrix(name, b.shape, vocabulary) for name, b in before.items()}
+    state = {n: fold(rule, [v[n] for v in vectors], is_matrix=matrix[n], name=n) for n in before}
+    scale = rule.scale(Norms(tuple(norm(v) for v in vectors), norm({n: flat(s) for n, s in state.items()})))
     stages = len(experts)
-    return {
-        n: scale * rule.read_out(s, Weight(n, is_matrix(n, before[n].shape, vocabulary), stages))
-        for n, s in state.items()
-    }
+    return {n: scale * rule.read_out(s, Weight(n, matrix[n], stages, tuple(before[n].shape))) for n, s in state.items()}
 
 
 def norm(values: Mapping[str, torch.Tensor]) -> float:
@@ -91,7 +86,7 @@ def assert_merged(state: MergeState, base: Path, experts: Sequence[Path], out: P
     found, before = tensors(state.export(out, dtype="float32")), tensors(base)
     error = {n: found[n].double() - before[n].double() - change for n, change in wanted.items()}
     assert norm(wanted) > 0.1
-    assert norm(error) <= 1e-5 * norm(wanted)
+    assert norm(error) <= tolerance(state.log().rule) * norm(wanted)
 
 
 def factor_files(state: MergeState) -> set[str]:
@@ -106,7 +101,7 @@ def linear(base: Path) -> set[str]:
 # The same as with whole models
 
 
-@pytest.mark.parametrize("name", rule_names())
+@pytest.mark.parametrize("name", [n for n in PLAIN if n != "stitch"])
 def test_adapters_are_folded_as_the_models_that_they_make(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     experts = [models[f"a{i}"] for i in (1, 2, 3)]
     state = MergeState.create(tmp_path / "state", base=models["base"], rule=name)
@@ -116,7 +111,7 @@ def test_adapters_are_folded_as_the_models_that_they_make(name: str, models: dic
     assert [e.kind for e in state.log().experts] == ["adapter"] * 3
 
 
-@pytest.mark.parametrize("name", rule_names())
+@pytest.mark.parametrize("name", [n for n in PLAIN if n != "stitch"])
 def test_a_full_model_between_two_adapters(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     experts = [models["a1"], models["full"], models["a2"]]
     state = MergeState.create(tmp_path / "state", base=models["base"], rule=name)

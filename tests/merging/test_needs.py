@@ -192,7 +192,7 @@ def test_without_statistics_nothing_is_merged(models: list[Path], tmp_path: Path
     assert not (tmp_path / "out").exists(), "before any work"
     check_statistics(get_rule("magmax"), [bare])
     with pytest.raises(ModelError, match=said):
-        check_statistics(type(get_rule("gramweighted")), [first, bare])
+        check_statistics(get_rule("gramweighted"), [first, bare])
 
 
 def test_statistics_of_other_weights_are_refused(models: list[Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toys.models import perturbed, toy_llama
+from toys.rules import PLAIN
 
 from hf_contmerge.commands.main import main
 from hf_contmerge.errors import RunError
@@ -172,7 +173,7 @@ def test_numbers_and_picture_are_written(
     state.export(tmp_path / "still whole")
 
 
-@pytest.mark.parametrize("rule", [n for n in rule_names() if n not in SELECTING])
+@pytest.mark.parametrize("rule", [n for n in PLAIN if n not in SELECTING])
 def test_rules_that_select_nothing_are_refused(
     rule: str, base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path
 ) -> None:

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from toys.forks import Forks, forks
 from toys.loras import lora
 from toys.models import perturbed
+from toys.rules import PLAIN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_contmerge
 from hf_contmerge.errors import ModelError, RecipeError, ResourceError, RunError
-from hf_contmerge.merge_rules import get_rule, rule_names
+from hf_contmerge.merge_rules import get_rule
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.merging.write import Output
@@ -100,7 +101,7 @@ def test_a_merge_in_python(base_folder: Path, expert_folders: tuple[Path, ...], 
     assert [e["stage"] for e in lineage["experts"]] == [expert_folders[0].name, "law"]
 
 
-@pytest.mark.parametrize("rule", rule_names())
+@pytest.mark.parametrize("rule", PLAIN)
 def test_appending_is_merging_in_one_go(
     rule: str, base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path
 ) -> None:
@@ -407,7 +408,7 @@ def test_not_enough_disk(
 # Dropping
 
 
-@pytest.mark.parametrize("rule", rule_names())
+@pytest.mark.parametrize("rule", PLAIN)
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_dropped_stage_was_never_there(
     rule: str, which: int, base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path

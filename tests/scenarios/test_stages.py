@@ -219,7 +219,7 @@ def test_a_loss_of_texts_for_pairs(tmp_path: Path) -> None:
     parsed = parse_recipe(asked)
     data = {s.name: load(Path(s.dataset.path)) for s in parsed.stages if s.dataset}
     said = refused(RecipeError, lambda: [check() for check in data_checks(parsed, data)], tmp_path)
-    assert "train of stage pairs: loss_type dft is for texts, not pairs." in said
+    assert "train of stage pairs: loss_type dft is for texts, not preference pairs." in said
 
 
 def test_setting_that_no_stage_uses(tmp_path: Path) -> None:
