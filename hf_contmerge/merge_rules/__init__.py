@@ -97,6 +97,9 @@ class MergeRule(ABC):
     """True when update(P S Q', P D Q') = P update(S, D) Q' for any P and Q with orthonormal columns, and read_out
     returns the state itself: then low-rank experts are folded as small cores, and no large matrix is ever formed.
     Not for rules with named parts or statistics."""
+    degree: ClassVar[int] = 1
+    """The highest power of task vectors in the state. Above 1, float32 holds it for moderate values only; a state
+    beyond float32 is refused."""
     linear: ClassVar[bool] = False
     """True when state and result are linear in the task vectors, for given statistics. Experts may then have weights:
     their task vectors are multiplied by them before `update`."""

@@ -27,6 +27,7 @@ class Covariance(MergeRule):
     reference = "https://arxiv.org/abs/2604.01329"
     start_from = "base"
     unit = "matrix"
+    degree = 3
 
     space: Literal["update", "inputs"] = "update"
     form: Literal["full", "diagonal"] = "full"

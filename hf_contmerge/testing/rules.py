@@ -66,7 +66,7 @@ def check_rule(rule: str | type[MergeRule], /, oracle: Oracle | None = None, **p
 
     Results must be finite for weights of zeros, of rank 1, of equal singular values and at the ends of 16-bit floats,
     and for parameters at the ends of their ranges. Unless it is `ill_posed`, float32 must agree with float64, and
-    several threads with one, to 1e-5 of the largest value.
+    several threads with one, to 1e-5 of the largest value (1e-4 for a `degree` above 1).
 
     Args:
         rule: its word in recipes, or its class.

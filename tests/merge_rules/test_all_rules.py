@@ -291,6 +291,7 @@ class Centred(Sum):
 class RowMeans(Sum):
     """A sum, and the mean square of each row, which the sum is divided by."""
 
+    linear = False
     unit = "tensor"
     basis_free = False
 

@@ -150,6 +150,12 @@ def slao(task_vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack([a * b * d for a, b, d in zip(shares, left, task_vectors, strict=True)]).sum(0)
 
 
+def stitch_elsewhere(task_vectors: Sequence[Tensor], **parameters: Any) -> Tensor:
+    """Leave tables (embeddings, heads) as they are."""
+    table = task_vectors[0].ndim == 2
+    return torch.zeros_like(task_vectors[0]) if table else stitch(task_vectors, **parameters)
+
+
 def task_arithmetic(task_vectors: Sequence[Tensor], *, lambda_: float) -> Tensor:
     return lambda_ * torch.stack(list(task_vectors)).sum(0)
 
@@ -183,7 +189,9 @@ class Oracle:
 ORACLES = {
     "average": Oracle(average, {}),
     "blend": Oracle(blend, {"take": 1.0}),
-    "covariance": Oracle(covariance, None, lambda vectors, **_: average(vectors)),
+    "covariance": Oracle(
+        lambda vectors, **p: on_slices(covariance, vectors, **p), None, lambda vectors, **_: average(vectors)
+    ),
     "curvature": Oracle(mean_without_statistics, {}),
     "dare": Oracle(dare, {"p": 0.0, "lambda": 1.0}),
     "ema": Oracle(ema, {"beta": 0.0}),
@@ -194,7 +202,7 @@ ORACLES = {
     "opcm": Oracle(opcm, {}, lambda vectors, alpha, variant: as_long_as_the_mean(sum(vectors), vectors)),
     "random_mix": Oracle(random_mix, {}),
     "slao": Oracle(slao, {}),
-    "stitch": Oracle(stitch, {"sparsity": 1.0, "embeddings": True}),
+    "stitch": Oracle(stitch, {"sparsity": 1.0, "embeddings": True}, stitch_elsewhere),
     "task_arithmetic": Oracle(task_arithmetic, {"lambda": 1.0}),
     "ties": Oracle(ties, {"density": 1.0}),
 }
