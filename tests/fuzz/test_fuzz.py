@@ -19,7 +19,11 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=8,
 )
-NAMES = [target.name for target in TARGETS]
+
+
+def slow_if(target: Target) -> tuple[pytest.MarkDecorator, ...]:
+    """Return the mark of a target that takes seconds: lm-eval builds whole tasks."""
+    return (pytest.mark.slow,) if target.name == "task" else ()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def apart(home: Path) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=NAMES)
+@pytest.mark.parametrize("target", [pytest.param(t, marks=slow_if(t), id=t.name) for t in TARGETS])
 def test_hostile_inputs_are_accepted_or_refused(target: Target, place: Place, home: Path) -> None:
     """Mutations of what lies in the corpus, values of any kind, and any bytes."""
     inputs = inputs_of(target, home)
@@ -65,7 +69,9 @@ def test_hostile_inputs_are_accepted_or_refused(target: Target, place: Place, ho
 REGRESSIONS = [(t, file) for t in TARGETS for file in sorted((fuzz.REGRESSIONS / t.name).glob("*"))]
 
 
-@pytest.mark.parametrize(("target", "file"), REGRESSIONS, ids=[f"{t.name} {f.name}" for t, f in REGRESSIONS])
+@pytest.mark.parametrize(
+    ("target", "file"), [pytest.param(t, f, marks=slow_if(t), id=f"{t.name} {f.name}") for t, f in REGRESSIONS]
+)
 def test_findings_are_fixed(target: Target, file: Path, place: Place) -> None:
     end = run(target, place, file.read_bytes())
     assert not end.finding, f"{end.finding}\n{end.detail}"

@@ -106,6 +106,7 @@ def test_the_report_gives_shares_of_its_gain(run: Run):
     assert "Dashed line: an expert trained on all stages at once." in page
 
 
+@pytest.mark.slow
 def test_it_resumes_is_undone_and_follows_its_recipe(run: Run, home: Path, tmp_path: Path):
     copy = tmp_path / "copied"
     shutil.copytree(run.folder, copy, symlinks=True)

@@ -42,6 +42,7 @@ def from_mergekit(place: MergePlace, out: Path) -> str:
     return weights_sha256(out)
 
 
+@pytest.mark.slow
 def test_blend_searches_both_coefficients_and_its_record_repeats_the_merge(home: Path, tmp_path: Path) -> None:
     data = recipe(home, "quiet", "side", merge=[{"rule": "blend", "parameters": {"keep": "auto", "take": "auto"}}])
     run = run_recipe(parse_recipe(data), tmp_path / "run", until="merge")

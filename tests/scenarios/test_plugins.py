@@ -199,6 +199,7 @@ def test_the_stock_mergekit_command_knows_a_packages_rule(home: Path, site: Path
     assert weights_sha256(home / "by-mergekit") == weights_sha256(merged.model)
 
 
+@pytest.mark.slow
 def test_the_conformance_suites_take_a_packages_rule_and_strategy(home: Path, site: Path) -> None:
     code = (
         "from hf_contmerge.testing import check_rule\n"

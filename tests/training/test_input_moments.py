@@ -255,6 +255,6 @@ def test_how_recipes_ask_for_them() -> None:
     assert asked.sft_fields == {"max_steps": 3}
     few = Train.model_validate({"statistics": {"examples": 5}}).statistics
     assert few == StatisticsSettings(examples=5)
-    for wrong in (["fisher"], [], {"examples": 0}):
+    for wrong in (["fishers"], [], {"examples": 0}):
         with pytest.raises(ValueError, match="statistics"):
             Train.model_validate({"statistics": wrong})

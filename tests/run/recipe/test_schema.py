@@ -192,8 +192,8 @@ def test_recipe_errors_are_value_errors_that_end_the_program_with_2() -> None:
         ),
         (
             {"merge": [{"rule": "opcm", "alpha": 0.5}]},
-            "Unknown field 'alpha' in merge.0. Known: dtype, name, parameters, rounding, rule, shard_size, start_from, "
-            "tokenizer_from.",
+            "Unknown field 'alpha' in merge.0. Known: dtype, layers, name, parameters, rounding, rule, shard_size, "
+            "start_from, tokenizer_from, weights.",
         ),
         ({"evaluate": {"general_task": []}}, "Unknown field 'general_task' in evaluate. Did you mean 'general_tasks'?"),
         (
