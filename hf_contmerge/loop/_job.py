@@ -140,7 +140,9 @@ class MergeJob:
 
     def expert_at(self, t: int, model: Path, sha256: str) -> FoldedExpert:
         stage = self.run.stage(t).name
-        weight = self.place.entry.weights.get(stage, 1.0) if self.rule()[1].linear else 1.0
+        weight = self.place.entry.weights.get(stage, 1.0)
+        if weight != 1.0 and not self.rule()[1].linear:  # a guard chose another rule
+            weight = 1.0
         return FoldedExpert(stage, model, sha256, name=f"Stage {stage}", weight=weight)
 
     def parts(self, merge: RunningMerge) -> list[dict[str, Any]]:

@@ -45,14 +45,11 @@ class FoldedExpert:
     chosen: Mapping[str, float] = field(default_factory=dict)
     """Fields `of_newest` by their names in recipes, where a search chose other values than the rule's."""
 
-    def coefficients(self) -> dict[str, Any]:
-        """Return weight and chosen fields for records, if set."""
-        weight = {} if self.weight == 1.0 else {"weight": self.weight}
-        return {**weight, **({"chosen": dict(self.chosen)} if self.chosen else {})}
-
     def deviations(self) -> dict[str, Any]:
-        """Return the earlier step and the coefficients for records, if set."""
-        return {**({"earlier": self.earlier} if self.earlier else {}), **self.coefficients()}
+        """Return earlier step, weight and chosen fields for records, if set."""
+        values = {"earlier": self.earlier, "weight": self.weight, "chosen": dict(self.chosen)}
+        plain = {"earlier": 0, "weight": 1.0, "chosen": {}}
+        return {word: value for word, value in values.items() if value != plain[word]}
 
     def is_unchanged(self) -> bool:
         """Check the folder for the folded weights."""

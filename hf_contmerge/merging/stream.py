@@ -81,8 +81,8 @@ def merge_experts(
     state_out = running_out or scratch
     if state_out:
         crew.ranks.first(state_out.mkdir, exist_ok=True)
-    fold = Fold(rule, base, experts, Running(running) if running else None, len(earlier), crew, statistics, rules)
-    fold = replace(fold, thresholds=find_thresholds(rule, base, experts, crew))
+    before, thresholds = Running(running) if running else None, find_thresholds(rule, base, experts, crew)
+    fold = Fold(rule, base, experts, before, len(earlier), crew, statistics, rules, thresholds)
     norms, survival, trust = fold.run(earlier, state_out, at_once, None if at_once else merged_out)
     found = Folded(norms, rule.scale(norms), survival, trust)
     if norms.running == 0:

@@ -52,7 +52,7 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
     shown_id = repo_id or (recipe.publish.repo_id if recipe.publish else recipe.name)
     merge = run.merged(t, entry).record("merge")
     lines = _lines(run, entry, t)
-    metrics = _metrics(run, lines, t)
+    metrics, results = _metrics(run, lines, t), load_results(run)
     return fill(
         "card.md",
         front_matter=_front_matter(run, entry, t, shown_id),
@@ -68,7 +68,7 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
         norms=_norms(run, merge),
         stored=stored(run).get(entry.name),
         scores=_scores(run, lines, t),
-        routes=[table for block in metrics if (table := route_table(load_results(run), block, entry.name)).rows],
+        routes=[table for block in metrics if (table := route_table(results, block, entry.name)).rows],
         unmeasured="" if recipe.evaluate.general_tasks else UNMEASURED,
         metrics=[metric_table(of, block) for block, of in metrics.items()],
         shown=[METRICS[m] for m in known_metrics(x for of in metrics.values() for x in of.values())],

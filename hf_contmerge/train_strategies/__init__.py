@@ -63,7 +63,8 @@ class StageTools:
     general: Any = None
     """Examples of the dataset in `general_data`, with their sources; a datasets.Dataset."""
     batch: int = 0
-    """Examples of an optimizer step, of all ranks; 0 where packing cuts them into blocks."""
+    """Examples of an optimizer step, of all ranks, for a strategy that keeps the order; 0 where packing cuts them into
+    blocks."""
     count_tokens: Callable[[Any], list[int]] = lambda rows: [1] * len(rows)
     """Returns each example's tokens."""
 

@@ -46,6 +46,8 @@ COLUMNS: dict[Form, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
+PREFERENCES: dict[Form, str] = {"preference": "preference pairs", "unpaired": "labelled answers"}
+"""Forms for the trainers with a reference model, in words."""
 LABEL = "label"
 _LABELS: dict[Any, bool] = {"true": True, "True": True, "1": True, "false": False, "False": False, "0": False}
 """Of text files; others have true and false, or 1 and 0."""

@@ -39,7 +39,7 @@ def _tools(job: TrainJob, strategies: Combined) -> StageTools:
     )
     return StageTools(
         general=_named(general) if general else None,
-        batch=_batch(job, strategies, load()),
+        batch=_batch(job, strategies, load()) if strategies.keeping_order() else 0,
         count_tokens=lambda rows: [sum(count_tokens(load(), row)) for row in rows_of(without_source(rows))],
     )
 

@@ -122,7 +122,7 @@ def stream_rows(spec: DataSource, *, seed: int) -> Iterator[Rows]:
 
 def dataset_license(spec: DataSource) -> str | None:
     """Return the licence in a dataset's README: in its folder, or fetched from the Hub."""
-    folder = Path(spec.path).expanduser()
+    folder = expanded(spec.path)
     card = folder / "README.md" if folder.is_dir() else dataset_readme(spec.path, spec.revision)
     try:
         front = read_text(card).partition("---")[2].partition("\n---")[0] if card else ""

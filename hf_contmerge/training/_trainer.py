@@ -20,7 +20,7 @@ from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.runtime.files import sync_files
 from hf_contmerge.train_strategies import SOURCE, Combined, Likelihoods
-from hf_contmerge.training._forms import Form
+from hf_contmerge.training._forms import PREFERENCES, Form
 
 
 class StrategySteps(TrainerCallback):
@@ -249,7 +249,7 @@ def reference_model(form: Form, opened: Any, start: Path, base: Path, **init: An
     """
     from peft import LoraConfig, PeftModel
 
-    if form not in ("preference", "unpaired"):
+    if form not in PREFERENCES:
         return {}
     if isinstance(opened, PeftModel) and isinstance(opened.peft_config["default"], LoraConfig):
         return {}

@@ -20,6 +20,7 @@ from hf_contmerge.training._extras import template_arguments
 from hf_contmerge.training._forms import (
     COLUMNS,
     LABEL,
+    PREFERENCES,
     Fit,
     Form,
     Limits,
@@ -321,7 +322,7 @@ def without_heldout(train: datasets.Dataset, heldout: datasets.Dataset, form: Fo
 def _as_text(row: Row, form: Form, render: Callable[..., str]) -> str:
     if form == "messages":
         return render(row["messages"], **template_arguments(row))
-    if form in ("prompt_completion", "preference", "unpaired"):
+    if form == "prompt_completion" or form in PREFERENCES:
         prompt, completion = (row[column] for column in _MEASURED[form])
         return (
             prompt + completion

@@ -20,6 +20,7 @@ from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.replay import without_source
 from hf_contmerge.training._checkpoints import kept_checkpoints, kept_step, newest_checkpoint
+from hf_contmerge.training._forms import PREFERENCES
 from hf_contmerge.training._log import KeepEarlier, OnLog, TrainingLog, curve
 from hf_contmerge.training._mixing import mixed, mixed_record, source_names
 from hf_contmerge.training._sources import with_sources
@@ -33,7 +34,7 @@ from hf_contmerge.training._trainer import (
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.saving import save_expert
-from hf_contmerge.training.settings import PREFERENCES, bad_parameters, config_of, sft_settings, trl_classes
+from hf_contmerge.training.settings import bad_parameters, config_of, sft_settings, trl_classes
 from hf_contmerge.training.statistics import Measured, measure_expert, write_adam
 from hf_contmerge.training.tokenizer import stage_change, stage_tokenizer
 
@@ -79,11 +80,12 @@ def train_expert(
     strategies.finish(trainer.accelerator.unwrap_model(trainer.model))
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
-    if job.train.statistics and "adam" in job.train.statistics.kinds:
+    of_adam = job.train.statistics is not None and "adam" in job.train.statistics.kinds
+    if of_adam:
         _load_optimizer(trainer, checkpoints)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     precision = save_expert(trainer, strategies, job.base, out, change)
-    if job.train.statistics and "adam" in job.train.statistics.kinds:
+    if of_adam:
         write_adam(trainer, trained, out, Weights(job.base))
     record = {**_record(trainer, job.data, examples), **dropped, **precision}
     del trainer, trained

@@ -8,10 +8,10 @@ from itertools import accumulate, chain
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.train_strategies.replay import in_form_of, widest, with_features
-from hf_contmerge.training._forms import Form
+from hf_contmerge.training._forms import PREFERENCES, Form
 from hf_contmerge.training._mix import joined
 from hf_contmerge.training.data import StageData
-from hf_contmerge.training.settings import PREFERENCES, make_strategies
+from hf_contmerge.training.settings import make_strategies
 
 
 def joint_data(data: Mapping[str, StageData], *, seed: int) -> StageData:

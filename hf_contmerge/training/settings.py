@@ -23,14 +23,13 @@ from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined, combine, named_strategy
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.train_strategies.osf import Osf
-from hf_contmerge.training._forms import Form
+from hf_contmerge.training._forms import PREFERENCES, Form
 from hf_contmerge.training._trainer import trainer_class
 from hf_contmerge.training.data import StageData, require_chat_template
 
 LOG = logging.getLogger(__name__)
 
 _OWN = tuple(Train.model_fields)
-PREFERENCES: dict[Form, str] = {"preference": "preference pairs", "unpaired": "labelled answers"}
 _OWNERS: dict[Form, str] = {
     "preference": "preference pairs", "unpaired": "labelled answers (`learn: kto`)", "text": "texts and conversations",
 }  # fmt: skip

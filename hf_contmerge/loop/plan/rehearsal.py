@@ -26,7 +26,7 @@ from hf_contmerge.errors import ContmergeError, RecipeError
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData
-from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.settings import PREFERENCES, make_strategies, sft_settings, trl_classes
 from hf_contmerge.training.tokenizer import stage_tokenizer
 
 _ROWS = 4
@@ -77,7 +77,7 @@ def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_rem
 def _step(train: Train, data: StageData, tokenizer: Any, settings: dict[str, Any]) -> None:
     trainer_type, config_type = trl_classes(data.form)
     lora = isinstance(make_strategies(train).carrier, Lora)
-    pairs = data.form in ("preference", "unpaired")
+    pairs = data.form in PREFERENCES
     trainer = trainer_type(
         model=_tiny(tokenizer, lora=lora),
         args=config_type(**settings),

@@ -45,7 +45,7 @@ from hf_contmerge.merge_rules import (
     rule_names,
     yaml_word,
 )
-from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number
+from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number, is_number
 from hf_contmerge.merging.in_mergekit.tensors import Storage, from_this_tensor, from_whole_model
 from hf_contmerge.merging.merge import require_linear
 from hf_contmerge.merging.rules import rounding_named
@@ -476,7 +476,7 @@ def _values(setting: Any) -> list[Any]:
 
 def _number(value: Any, word: str) -> float:
     number = as_number(value)
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if not is_number(number):
         raise ValueError(f"{word} must be a number; got {value!r}")
     return float(number)
 

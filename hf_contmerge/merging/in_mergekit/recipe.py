@@ -193,7 +193,7 @@ def _weights(rule: MergeRule, entries: Sequence[_Entry], top: Mapping[str, Any],
     if not rule.linear:
         return ()
     given = [as_number(entry.parameters.get("weight", top.get("weight", 1.0))) for entry in entries]
-    if wrong := [w for w in given if isinstance(w, bool) or not isinstance(w, int | float)]:
+    if wrong := [w for w in given if not is_number(w)]:
         raise RecipeError(f"{path}: weight must be one number per model; got {wrong[0]!r}. Use `mergekit-yaml`.")
     return tuple(map(float, given))
 
@@ -255,6 +255,11 @@ def _checked_parameters(rule: str, given: Mapping[str, Any], known: Mapping[str,
             parameters[word] = value
     make_rule(rule, parameters, where=str(path))  # checks the values
     return parameters
+
+
+def is_number(value: Any) -> bool:
+    """Return True for an int or float, not for a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def as_number(value: Any) -> Any:

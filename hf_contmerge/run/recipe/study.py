@@ -75,12 +75,21 @@ class Study(Part):
             first = field.partition(".")[0]
             if first in _FIXED and (first != "stages" or field == "stages"):
                 raise ValueError(f"{field} cannot vary here: {_FIXED[first]} sets it")
-        count = math.prod(map(len, self.vary.values())) + len(self.settings)
-        if count > _MOST_CELLS:
+        if (count := self._count()) > _MOST_CELLS:
             raise ValueError(f"`vary` and `settings` give {count} settings, at most {_MOST_CELLS} are run")
         if twice := sorted(repeated(name for name, _ in self.changes())):
             raise ValueError(f"two settings are named {', '.join(twice)}; give each a different `name`")
         return self
+
+    def _count(self) -> int:
+        """Return an upper bound of the settings, without making them."""
+        return math.prod(map(len, self.vary.values())) + len(self.settings)
+
+    def runs(self, stages: int) -> int:
+        """Return an upper bound of the runs over a recipe's stages."""
+        asked = self.orders
+        orders = math.factorial(min(stages, 20)) if asked == "all" else asked if isinstance(asked, int) else len(asked)
+        return orders * len(self.seeds) * max(1, self._count())
 
     def changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield each setting's name and its fields of the recipe."""
@@ -161,10 +170,7 @@ def study_cells(study: Study) -> list[StudyCell]:
 
 def _require_few(study: Study, stages: int) -> None:
     """Raise RecipeError for more runs than anyone could wait for."""
-    asked = study.orders
-    orders = math.factorial(min(stages, 20)) if asked == "all" else asked if isinstance(asked, int) else len(asked)
-    count = orders * len(study.seeds) * max(1, math.prod(map(len, study.vary.values())) + len(study.settings))
-    if count > _MOST_CELLS:
+    if (count := study.runs(stages)) > _MOST_CELLS:
         raise RecipeError(f"Study {study.name} has {count} runs, at most {_MOST_CELLS} are made. Vary less.")
 
 
