@@ -15,7 +15,7 @@ PACKAGE = ROOT / "hf_contmerge"
 
 # A wing imports from the rows below its own only, so that the wings of a row never import each other.
 LAYERS = (
-    ("__init__", "train", "_autoload"),
+    ("__init__", "train"),
     ("commands", "testing"),
     ("loop",),
     ("report",),
@@ -50,7 +50,7 @@ HOMES = {
 # What answers "is all of this done?" and "has it been measured?" at once: no torch, and little else from outside.
 NEEDS_ONLY: dict[str, set[str]] = {
     "errors": set(),
-    "_autoload": set(),  # runs at every `import torch`
+    "merging/in_mergekit/autoload": set(),  # runs at every `import torch`
     "__init__": set(),
     "merge_rules": {"torch"},
     "testing/rules": {"torch"},

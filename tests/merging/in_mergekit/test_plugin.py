@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from toys.models import perturbed, toy_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_contmerge import _autoload
+from hf_contmerge.merging.in_mergekit import autoload
 from hf_contmerge.merge_rules import Norms, Weight, get_rule, rule_names
 from hf_contmerge.merging.in_mergekit.plugin import MergekitRecipeError, RuleMethod
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
@@ -451,7 +451,7 @@ def test_autoload_costs_next_to_nothing():
     for _ in range(200):
         sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "_MergekitFinder"]
         start = time.perf_counter()
-        _autoload.register()
+        autoload.register()
         seconds.append(time.perf_counter() - start)
     sys.meta_path[:] = before
     assert statistics.median(seconds) < 1e-3
