@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from toys.models import perturbed, toy_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_contmerge.merging.in_mergekit import autoload
 from hf_contmerge.merge_rules import Norms, Weight, get_rule, rule_names
+from hf_contmerge.merging.in_mergekit import autoload
 from hf_contmerge.merging.in_mergekit.plugin import MergekitRecipeError, RuleMethod
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
 from hf_contmerge.merging.stream import merge_experts
