@@ -15,11 +15,11 @@ from hf_contmerge.merging.trust import Trust
 from hf_contmerge.models.identity import Identity
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.models.tokenizer import SHAPE as TOKENIZER_CHANGE
-from hf_contmerge.run.shapes import PARAMETERS, SURVIVAL
 from hf_contmerge.runtime.digests import Digests, changed_files
 from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.runtime.foreign import expanded, is_file_name, require_own_files
 from hf_contmerge.runtime.records import read_lines, read_record, sealed_line, write_record
+from hf_contmerge.runtime.shapes import PARAMETERS, SURVIVAL
 
 _EXPORTS = "exports.jsonl"
 _CURE = "Restore it from a copy, or start a new state from the experts with `contmerge merge init` and `merge add`."

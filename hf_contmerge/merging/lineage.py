@@ -13,10 +13,10 @@ from hf_contmerge.merging.rules import dtype_named, make_rule, rounding_named
 from hf_contmerge.merging.write import Output
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import weights_sha256
-from hf_contmerge.run.shapes import COEFFICIENTS, PARAMETERS
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.digests import changed_files, digests_below
 from hf_contmerge.runtime.records import Record, read_record, write_record
+from hf_contmerge.runtime.shapes import COEFFICIENTS, PARAMETERS
 
 LINEAGE = "merge.json"
 """Record next to a model: base, experts, rule, scale, dtype, rounding, and the digests of the model's files."""

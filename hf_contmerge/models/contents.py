@@ -141,6 +141,16 @@ def auto_classes(folder: Path) -> dict[str, str]:
     return {name: str(place) for auto_map in maps for name, place in auto_map.items()}
 
 
+def code_refused(folder: Path) -> ModelError:
+    """Return the error for a model whose own code is not allowed."""
+    files = ", ".join(sorted(set(auto_classes(folder).values()))) or "auto_map in its config"
+    return ModelError(
+        f"{folder} needs code of its own ({files}). Read that code, then allow it: `--trust-remote-code`, and in a "
+        "recipe `trust_remote_code: true` (in Python: trust_remote_code=True). Merging alone (`contmerge merge`) needs "
+        "no code."
+    )
+
+
 def _source(file: Path) -> str:
     try:
         return read_text(file)

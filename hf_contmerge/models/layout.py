@@ -12,7 +12,7 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.models._converted import Converted
 from hf_contmerge.models.architecture import Architecture, find_architecture, load_config
 from hf_contmerge.models.config import config
-from hf_contmerge.models.contents import auto_classes
+from hf_contmerge.models.contents import auto_classes, code_refused
 from hf_contmerge.models.lora.matching import StoredNames
 from hf_contmerge.models.reading import known_architecture, read, tied_flag
 from hf_contmerge.models.weights import Weights
@@ -179,11 +179,7 @@ def check_loads(folder: Path, *, trusted: bool) -> None:
         except ValueError:
             known = False
     if not known:
-        raise ModelError(
-            f"{folder} needs code of its own ({', '.join(sorted(set(classes.values())))}). Read that code, then allow "
-            "it: `--trust-remote-code`, and in a recipe `trust_remote_code: true` (in Python: trust_remote_code=True). "
-            "Merging alone (`contmerge merge`) needs no code."
-        )
+        raise code_refused(folder)
 
 
 def check_tokenizer(folder: Path) -> None:

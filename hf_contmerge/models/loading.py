@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_contmerge.errors import ModelError
 from hf_contmerge.models.architecture import Architecture
 from hf_contmerge.models.config import foreign_errors
+from hf_contmerge.models.contents import code_refused
 from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.lora.settings import check_loadable
 from hf_contmerge.models.memory import Held, held_by
@@ -153,10 +153,7 @@ def code_by_consent(folder: Path | str) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ModelError(
-            f"{folder} needs Python code of its own (auto_map in its config), which runs only if you say so: read that "
-            "code, then set `trust_remote_code: true` in the recipe and add `--trust-remote-code`."
-        ) from error
+        raise code_refused(Path(folder)) from error
 
 
 def runs_own_code(model: Any) -> bool:

@@ -41,12 +41,12 @@ from hf_contmerge.run.recipe.changes import FieldChange, changes
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
-from hf_contmerge.run.shapes import INPUTS
 from hf_contmerge.runtime.digests import changed_files, digests_below
 from hf_contmerge.runtime.files import FolderLock, make_folder, sync_folder, write_atomically
 from hf_contmerge.runtime.foreign import require_own_files
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
 from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml, write_record
+from hf_contmerge.runtime.shapes import INPUTS
 
 _BASE_MODEL = "stages/00-base/model"
 

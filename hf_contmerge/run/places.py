@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_contmerge.errors import RunError
-from hf_contmerge.run.shapes import GUARD, RECORDS
 from hf_contmerge.runtime.digests import changed_files, digests_of, files_below
 from hf_contmerge.runtime.files import make_folder, put_in_place, remove, replaced, withdraw
 from hf_contmerge.runtime.records import Record, read_record, require_seal, write_record
+from hf_contmerge.runtime.shapes import GUARD, RECORDS
 from hf_contmerge.runtime.versions import versions
 
 if TYPE_CHECKING:
