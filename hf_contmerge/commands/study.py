@@ -127,7 +127,7 @@ def _plan(folder: StudyFolder, *, trust_remote_code: bool) -> None:
         listed = "".join(f"\n  {error}" for error in plan.findings.errors)
         raise RecipeError(f"study {folder.study.name} cannot run:{listed}")
     print("\n".join(f"{cell.name}  {' '.join(s.name for s in cell.recipe.stages)}" for cell in folder.cells))
-    for note in plan.findings.notes:
+    for note in dict.fromkeys(plan.findings.notes):  # once, not once a setting
         print(f"Note: {note}")
     times = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
     print(

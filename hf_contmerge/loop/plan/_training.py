@@ -36,6 +36,8 @@ class _Shape(NamedTuple):
     """Rows of a micro-batch."""
     length: int
     """Tokens of the longest example."""
+    usual: float
+    """Mean tokens of a row, filled up to its batch's longest."""
     examples: int
     """Examples per epoch, after packing."""
 
@@ -56,7 +58,7 @@ def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train) -> 
     steps = settings.max_steps
     if steps <= 0:
         steps = math.ceil(math.ceil(shape.examples / at_once) * settings.num_train_epochs)
-    each = settings.gradient_accumulation_steps * host.computing(dry.work)
+    each = settings.gradient_accumulation_steps * host.computing(dry.work) * shape.usual / shape.length
     each *= _WITH_REFERENCE.get(planned.data[stage].form, 1.0)
     each += _ADAM_MOVES * dry.trained / host.speeds.moved
     seconds = steps * each + host.loading(weights) + host.saving(weights)
@@ -133,9 +135,11 @@ def _shape(planned: PlannedRun, data: StageData, settings: Any) -> _Shape:
     lengths = [max(count_tokens(planned.tokenizer, row)) for row in _sample(data.train)]
     batch = settings.per_device_train_batch_size * (2 if data.form == "preference" else 1)
     if getattr(settings, "packing", False):
-        tokens = sum(lengths) / len(lengths) * len(data.train)
-        return _Shape(batch, settings.max_length, max(1, math.ceil(tokens / settings.max_length)))
-    return _Shape(batch, max(2, *(min(n, longest) for n in lengths)), len(data.train))
+        full, tokens = settings.max_length, sum(lengths) / len(lengths) * len(data.train)
+        return _Shape(batch, full, full, max(1, math.ceil(tokens / full)))
+    cut = [min(n, longest) for n in lengths]
+    filled = [max(cut[i : i + batch]) for i in range(0, len(cut), batch)]
+    return _Shape(batch, max(2, *cut), sum(filled) / len(filled), len(data.train))
 
 
 def _sample(examples: Any) -> list[dict[str, Any]]:

@@ -8,19 +8,22 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from toys.hub_server import READ_TOKEN, Hub, Repo, hub_server
 from toys.loras import lora
 from toys.models import toy_llama, toy_mixture, toy_tokenizer, write_jsonl
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from hf_contmerge.commands.main import main
 from hf_contmerge.loop.plan._dry_step import scoring_batch
+from hf_contmerge.loop.plan._training import _shape
 from hf_contmerge.models.weights import WeightsWriter
 
 Data = dict[str, Any]
@@ -116,6 +119,19 @@ def test_the_products_of_experts_are_those_of_their_tokens(tmp_path: Path) -> No
         }
         flops.append(sum(of_experts.values()))
     assert flops[0] == flops[1] == 2 * 2 * 256 * (32 * 96 + 48 * 32)
+
+
+def test_the_time_of_a_step_is_that_of_its_usual_batch(base_folder: Path) -> None:
+    """One long example among many sets a step's memory, not the time of all steps."""
+    texts = [{"text": SENTENCE * (20 if i == 5 else 1)} for i in range(40)]
+    planned: Any = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(base_folder))
+    data: Any = SimpleNamespace(train=Dataset.from_list(texts), form="text")
+    one, longest = (len(planned.tokenizer(SENTENCE * n)["input_ids"]) for n in (1, 20))
+    settings = SimpleNamespace(max_length=4096, per_device_train_batch_size=4, packing=False)
+    shape = _shape(planned, data, settings)
+    assert shape.length == pytest.approx(longest, abs=1)
+    assert shape.usual == pytest.approx((9 * one + longest) / 10, abs=1)
+    assert _shape(planned, data, SimpleNamespace(**{**vars(settings), "packing": True})).usual == 4096
 
 
 @pytest.mark.slow
