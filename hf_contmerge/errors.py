@@ -28,7 +28,7 @@ class ContmergeError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        """Leave out the middle of a message of many pages, as values of foreign files can make."""
+        """Leave out the middle of a message of many pages."""
         text = super().__str__()
         cut = len(text) - _LONGEST_MESSAGE
         return f"{text[: -_END - cut]} ... ({cut} characters) ... {text[-_END:]}" if cut > 0 else text
@@ -64,7 +64,7 @@ class ResourceError(ContmergeError):
 
 
 class DamageError(ContmergeError):
-    """Files are not as their records say, or a model not as its lineage."""
+    """Files differ from their records, or a model from its lineage."""
 
     exit_code = 1
 

@@ -1,8 +1,10 @@
 """The package's face: public names, their types, and that importing them costs nothing until they are used."""
 
+import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +79,18 @@ def test_types_are_real_for_a_users_checker(tmp_path: Path) -> None:
         text = words_.removeprefix("error: ") if words_.startswith("error") else f'is "{words_}"'
         assert text in said[number].replace("\u00a0", " ")
     assert (ROOT / "hf_contmerge" / "py.typed").is_file()
+
+
+# Prose
+
+
+FORMULA = re.compile(r" = | <- |loss \+| / ")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hf_contmerge").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_first_lines_of_docstrings_have_at_most_twelve_words(path):
+    """Formulas are as long as they are."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+    first = [text.split("\n")[0] for node in nodes if (text := ast.get_docstring(node))]
+    assert [line for line in first if len(line.split()) > 12 and not FORMULA.search(line)] == []

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def study_command(args: argparse.Namespace) -> None:
-    """Run a study or a part of it; report it after all runs."""
+    """Run a study or a part; report after all runs."""
     part = _part(args.part) if args.part else None
     folder = StudyFolder.open(load_study(args.study), args.out)
     require_given(folder.cells[0].recipe.plugins, args.study)
@@ -105,7 +105,7 @@ def _words(args: argparse.Namespace) -> list[str]:
 
 
 def slurm_script(args: argparse.Namespace, folder: StudyFolder) -> str:
-    """Return a batch script: an array, a part of the study per job."""
+    """Return a batch script: an array of a study's parts."""
     parts = min(args.slurm, len(folder.cells))
     command = shlex.join(["contmerge", "study", *_words(args)])
     return f"""#!/bin/bash

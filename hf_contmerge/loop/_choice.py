@@ -168,7 +168,10 @@ class Chooser:
         return next(t for t in self.tries if t.merge == self._merge)
 
     def _at(self, start: RunningMerge, values: Mapping[str, float]) -> RunningMerge:
-        """Return the stage's merge with values of `searchable` fields; fold again if `update` reads one."""
+        """Return the stage's merge with other values of `searchable` fields.
+
+        It is folded again if `update` reads one of them.
+        """
         job, chosen = self._job, {f: v for f, v in values.items() if f in start.rule.of_newest}
         rule = replace(start.rule, **values)
         if not chosen:

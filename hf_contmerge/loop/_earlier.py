@@ -1,4 +1,4 @@
-"""Experts of a stage as they were at earlier steps, for the guard."""
+"""A stage's experts at earlier steps, for the guard."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def expert_at(job: MergeJob, step: int) -> FoldedExpert:
 
 
 def drop_earlier(job: MergeJob, *, but: int = 0) -> None:
-    """Remove the experts of earlier steps, except the one at a step (0: none)."""
+    """Remove the experts of earlier steps, but one (0: none)."""
     kept = job.place.earlier_at(but).folder
     for folder in [*kept.parent.glob("*")] if but else [kept.parent]:
         if folder != kept:
@@ -43,7 +43,7 @@ def drop_earlier(job: MergeJob, *, but: int = 0) -> None:
 
 
 def drop_checkpoints(run: Run, t: int, kinds: dict[str, str]) -> None:
-    """Remove a stage's kept checkpoints once every merge of its expert is done."""
+    """Remove a stage's kept checkpoints after all its merges."""
     for kind in set(kinds.values()):
         merges = [run.merged(t, entry) for entry in run.recipe.merge if kinds[entry.name] == kind]
         if all(place.is_done("merge") for place in merges):

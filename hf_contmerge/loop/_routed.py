@@ -1,4 +1,4 @@
-"""Scores of separate experts with a router, made of their scores by document."""
+"""Scores of experts with a router, from scores by document."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class SharedExperts:
 
 
 def train_once(shared: SharedExperts, place: ExpertPlace, job: TrainJob, recorder: Recorder, *, on_log: OnLog) -> None:
-    """Train an expert at a place, or link an equal job's, on all ranks."""
+    """Train an expert, or link an equal job's, on all ranks."""
     ranks = recorder.crew.ranks
     with shared.claimed(job, ranks) as store:
         if ranks.first(_is_whole, store):
@@ -62,7 +62,7 @@ def train_once(shared: SharedExperts, place: ExpertPlace, job: TrainJob, recorde
 
 
 def _is_whole(store: ExpertPlace) -> bool:
-    """Return True for a stored expert, byte by byte; drop a damaged one."""
+    """Return True for an undamaged stored expert; drop a damaged one."""
     try:
         whole = store.is_done("train") and not store.damaged("train")
     except RunError:

@@ -1,4 +1,4 @@
-"""The base and the task files of a run; they must not change."""
+"""The base and the task files of a run, unchanged."""
 
 from __future__ import annotations
 

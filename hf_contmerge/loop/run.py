@@ -250,7 +250,10 @@ class Loop:
         return load_scores(place).get(name) if place else None
 
     def _keep_keys(self, place: Place) -> None:
-        """Remember the place of scores: searching grows with the cube of the stages."""
+        """Remember the place of scores, for runs of many stages.
+
+        Searching would grow with the cube of the stages.
+        """
         for name, task in (place.record("score")["tasks"] if place.is_done("score") else {}).items():
             if key := task["details"].get("key"):
                 self.scored.setdefault(key, (place, name))

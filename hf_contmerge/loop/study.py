@@ -1,4 +1,4 @@
-"""Runs a study: each cell of its grid, in turn or side by side."""
+"""Runs a study: the cells of a grid, in parallel perhaps."""
 
 from __future__ import annotations
 

@@ -129,7 +129,9 @@ class MergeRule(ABC):
         return False
 
     def parts(self, weight: Weight) -> Mapping[str, Shape]:
-        """Return name -> shape of the state's parts, each float32, or float64 if `ill_posed`.
+        """Return name -> shape of the state's parts.
+
+        Parts are float32, or float64 if `ill_posed`.
 
         A rule that overrides this gets and returns a mapping of these names as its running state. A weight with a part
         that does not end in the weight's own shape comes in one piece.
@@ -137,7 +139,7 @@ class MergeRule(ABC):
         return {"": (self.slots, *weight.shape) if self.slots > 1 else weight.shape}
 
     def share_kept(self, weight: Weight) -> float | None:
-        """Return the share of the model's elements, the largest of each expert, behind `weight.threshold`.
+        """Return the share of largest elements behind `weight.threshold`.
 
         One number for all weights; None for a weight whose elements do not count. A rule that overrides this reads
         each expert once more.
@@ -167,13 +169,13 @@ class MergeRule(ABC):
         """Return the factor in merged = base + scale * read_out(running)."""
 
     def layer_factor(self, depth: float) -> float:
-        """Return the factor on the read-out of a layer at a depth from 0 to 1."""
+        """Return the factor on a layer's read-out, by depth."""
         if self.first_layer == self.last_layer:
             return self.first_layer
         return self.first_layer + (self.last_layer - self.first_layer) * depth
 
     def searchable(self) -> tuple[str, ...]:
-        """Return the fields that recipes may set to `auto`."""
+        """Return the fields with `auto` in recipes."""
         return (*self.tunable, *self.of_newest, *COMMON[:1])
 
     def parameters(self) -> dict[str, Any]:

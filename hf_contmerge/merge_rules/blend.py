@@ -1,4 +1,4 @@
-"""Blend: keep a share of the merge, take a share of each expert.
+"""Blend: shares of the merge and of each expert.
 
 The schedules that TIME compares are points of it: Dziadzio et al., CVPR 2025, arXiv 2412.06712.
 """

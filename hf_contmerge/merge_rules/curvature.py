@@ -1,4 +1,4 @@
-"""Curvature: a mean weighted element by element, by Fisher or by Adam's second moments.
+"""Curvature: a mean weighted by Fisher or Adam's second moments.
 
 Fisher merging, Matena & Raffel, NeurIPS 2022, arXiv 2111.09832; OTA, arXiv 2509.11167.
 """

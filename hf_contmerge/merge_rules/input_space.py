@@ -1,4 +1,4 @@
-"""Input space: what earlier stages compute on their own inputs stays fixed.
+"""Input space: earlier stages' outputs on their inputs stay fixed.
 
 Federated Orthogonal Training, Bakman et al., ICLR 2024, arXiv 2309.01289; GPM, Saha et al., ICLR 2021,
 arXiv 2103.09762.
@@ -61,7 +61,7 @@ class InputSpace(MergeRule):
         return 1.0
 
     def _extended(self, basis: Tensor, moment: Tensor, weight: Weight) -> Tensor:
-        """Return M with the directions that a stage's inputs add."""
+        """Return M with the new directions of a stage's inputs."""
         wanted = self.energy * float(moment.diagonal().sum() if moment.ndim == 2 else moment.sum())
         if basis.ndim == 1:
             return self._more_channels(basis, moment, wanted)
@@ -83,7 +83,10 @@ class InputSpace(MergeRule):
 
 
 def _count(energies: Tensor, wanted: float) -> int:
-    """Return how many of the descending energies it takes; directions without energy do not count."""
+    """Return the number of leading energies for the share.
+
+    Directions without energy do not count.
+    """
     if wanted <= 0 or not len(energies):
         return 0
     enough = int((energies.cumsum(0) < wanted).sum()) + 1

@@ -233,7 +233,7 @@ def _fold_batch(
 
 
 def _grown(rule: MergeRule, core: Tensor, change: Tensor, weight: Weight) -> Tensor:
-    """Fold a change (R, Q) into a core of at most its size."""
+    """Fold a change (R, Q) into a core of its size."""
     wide = core.new_zeros(change.shape)
     wide[: core.shape[0], : core.shape[1]] = core
     folded = rule.update(wide, change, weight) if wide.numel() else wide

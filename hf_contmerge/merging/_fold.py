@@ -110,7 +110,7 @@ class Fold:
         return dense, low_rank
 
     def _shadowed(self, names: Sequence[str]) -> set[str]:
-        """Return the matrices with a shadow, by the state or its first fold."""
+        """Return the matrices with a shadow, by state or first fold."""
         if not self.rule.ill_posed:
             return set()
         if self.before:

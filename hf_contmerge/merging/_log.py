@@ -228,7 +228,7 @@ def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Seque
 
 
 def expert_weights(given: Sequence[float], stages: Sequence[str]) -> list[float]:
-    """Return a weight per expert; 1 if none is given. Raises RecipeError for another number of them."""
+    """Return a weight per expert. Raises RecipeError for another number."""
     if given and len(given) != len(stages):
         raise RecipeError(f"{len(stages)} experts but {len(given)} weights: pass one weight per expert, or none.")
     return [float(weight) for weight in given] or [1.0] * len(stages)

@@ -1,4 +1,4 @@
-"""The pass before pass 1: each expert's largest elements over the whole model."""
+"""Pass 0: each expert's largest elements over the whole model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Histogram = Mapping[int, int]
 
 
 def find_thresholds(rule: MergeRule, base: Weights, experts: Sequence[Expert], crew: Crew) -> list[float]:
-    """Return the size of each expert's smallest element among the `share_kept` largest; nothing without a share.
+    """Return each expert's smallest size among the `share_kept` largest.
 
     Histograms of all weights are summed: integers, so no order of threads or ranks matters.
     """
@@ -63,7 +63,7 @@ def histogram(x: Tensor) -> Histogram:
 
 
 def threshold(parts: Iterable[Histogram], share: float, total: int) -> float:
-    """Return the lower edge of the bin with the last of the `share` largest elements.
+    """Return the lower edge of the `share` largest elements' last bin.
 
     `total`: the number of all elements; those that no histogram counts are zeros.
     """

@@ -92,7 +92,10 @@ class RunningMerge:
         return replace(self, factor=self.factor * factor)
 
     def tuned(self, field: str, value: float) -> RunningMerge:
-        """Return the same state with a field set, for rules' `searchable` fields that `update` does not read."""
+        """Return the same state with another value of a `searchable` field.
+
+        `update` does not read these fields.
+        """
         return replace(self, rule=replace(self.rule, **{field: value}))
 
     def restarted(self) -> RunningMerge:
@@ -158,7 +161,10 @@ class RunningMerge:
 
 
 def require_linear(name: str, rule: MergeRule, weights: Iterable[float], *, where: str = "") -> None:
-    """Raise RecipeError for weights of experts with a rule that is not linear, or that float32 cannot hold."""
+    """Raise RecipeError for experts' weights with a nonlinear rule.
+
+    Also for weights beyond float32.
+    """
     others, place = [w for w in weights if w != 1.0], f"{where}: " if where else ""
     if wrong := [w for w in others if not abs(w) <= torch.finfo(torch.float32).max]:
         raise RecipeError(f"{place}a weight must be a finite number; got {wrong[0]}.")

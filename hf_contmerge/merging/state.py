@@ -364,7 +364,7 @@ class MergeState:
             )
 
     def _check(self, log: Log) -> None:
-        """Read the base and the running state; raise an error if they changed."""
+        """Read base and running state; raise an error for changes."""
         self._check_base(log)
         require_whole(self.folder, log)
 
@@ -409,7 +409,7 @@ class MergeState:
         return next((c.to_json() for c in reversed([*changes]) if c), log.tokenizer_change)
 
     def _own_files(self, expert: Path) -> Digests:
-        """Return the digests of an expert, if it is in the state's folder."""
+        """Return the digests of an expert in the state's folder."""
         return digests_of(expert, model_files(expert)) if self._contains(expert) else {}
 
     def _contains(self, expert: Path) -> bool:

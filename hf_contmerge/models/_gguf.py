@@ -1,4 +1,4 @@
-"""Reads GGUF files of strangers: the counts in the header first, then the package gguf by way of transformers.
+"""Reads GGUF files of strangers: first the counts, then transformers.
 
 gguf's own reader believes the counts: it reads on behind the end of a file, for as many values as the file claims.
 """
@@ -39,7 +39,10 @@ def opened_gguf(path: Path) -> Iterator[None]:
 
 
 class _Header:
-    """A walk over a header. Raises struct.error at the end of the file, ValueError for other damage."""
+    """A walk over a header. Raises struct.error and ValueError.
+
+    struct.error: the end of the file; ValueError: other damage.
+    """
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -75,7 +78,10 @@ class _Header:
             )
 
     def _require_few(self, name: bytes, value: bytes) -> None:
-        """Raise ValueError for more layers or experts than a model has: transformers would make them one by one."""
+        """Raise ValueError for more layers or experts than models have.
+
+        transformers would make them one by one.
+        """
         count = int.from_bytes(value, "little" if self._order == "<" else "big")
         if count > MOST_LAYERS:
             raise ValueError(f"{name.decode(errors='replace')} is {count}, more than {MOST_LAYERS}")

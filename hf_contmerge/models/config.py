@@ -57,7 +57,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 
 
 def outer_depth(name: str) -> float:
-    """Return the depth of a weight outside the layers: 0 for embeddings, else 1.
+    """Return the depth outside layers: 0 for embeddings, else 1.
 
     Embeddings are tables of tokens, positions and patches; a head of its own and final norms come after the layers.
     """
@@ -129,7 +129,10 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def _require_few_layers(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for more layers than a model has: transformers would make them one by one."""
+    """Raise ValueError for more layers than a model has.
+
+    transformers would make them one by one.
+    """
     for word, value in values.items():
         if isinstance(value, dict):
             _require_few_layers(value)
@@ -184,7 +187,7 @@ def foreign_errors(file: Path, library: str) -> Iterator[None]:
 
 
 def read_template(file: Path) -> str:
-    """Read a chat template. Raises ModelError if it is damaged or too large."""
+    """Read a chat template. Raises ModelError for damage or size."""
     try:
         return read_text(file, most=_LARGEST_TEMPLATE)
     except (OSError, ValueError) as error:

@@ -88,7 +88,10 @@ def _no_weights(folder: Path) -> str:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Return tensor -> file of an index. Raises ModelError for damaged or foreign ones."""
+    """Return tensor -> file of an index. Raises ModelError.
+
+    An index may be damaged, or point outside the folder.
+    """
     try:
         values = read_json(index)
         require_shape(values, {"weight_map": {str: str}})

@@ -65,7 +65,7 @@ class Statistics:
 
 
 def _cure(folder: Path, kind: str) -> str:
-    """Return the command that writes a kind of statistics."""
+    """Return the command for a kind of statistics."""
     if kind == "adam":
         return "only training writes them: train it with `statistics: [adam]` under `train`."
     option = "" if kind == "inputs" else f" --kind {kind}"

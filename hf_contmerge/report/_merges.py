@@ -116,7 +116,7 @@ def _folded(run: Run, t: int, record: Mapping[str, Any]) -> list[str]:
 
 
 def _instead(part: Mapping[str, Any]) -> str:
-    """Return what a guard took in place of a stage's expert."""
+    """Return a guard's replacement of a stage's expert."""
     if part.get("earlier"):
         return f" (at step {part['earlier']})"
     return " (again, with replay)" if part["replayed"] else ""

@@ -159,7 +159,7 @@ def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
 
 
 def _joint_line(axes: Axes, results: Results, tasks: Sequence[str], block: Block) -> list[Label]:
-    """Draw what joint training reaches, if it was measured; return the label."""
+    """Draw joint training's level, if measured; return the label."""
     row = results.joint.rows[-1] if results.joint else {}
     change = results.change(row, results.base, tasks, block)
     if not change:

@@ -128,7 +128,7 @@ class Results:
         return self._changes[key][1]
 
     def flips(self, line: Line, t: int, task: str, to: Literal["wrong", "right"]) -> Change | None:
-        """Return the share of a task's documents lost or regained by stage t."""
+        """Return the share of a task's documents lost or regained."""
         then = line.since(t, task, self.stages)
         change = flips([(line.rows[t], then, [task])], to) if then and task in line.rows[t] else None
         return replace(change, matters=self.matters.get("accuracy", 0.0)) if change else None

@@ -226,7 +226,7 @@ def _task_table(results: Results, task: str, block: Block, stage: str | None) ->
 
 
 def sides_tables(results: Results) -> list[Table]:
-    """Return a table per line: documents lost and regained, by task and stage."""
+    """Return a table per line: lost and regained documents."""
     tasks = [task for task, facts in task_facts(results).items() if facts["block"] == "accuracy"]
     tables = [_sides_table(results, name, line, tasks) for name, line in results.named_lines()]
     return [table for table in tables if table.rows]

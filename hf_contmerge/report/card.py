@@ -180,7 +180,7 @@ def _norms(run: Run, merge: dict[str, Any]) -> Table:
 
 
 def _coefficient(word: str, values: Mapping[str, float | None]) -> Cell:
-    """Return an expert's weight, 1 unless it is set, or a coefficient of its fold."""
+    """Return an expert's weight, or a coefficient of its fold."""
     value = values.get(word)
     return Cell("1" if word == "weight" else "") if value is None else Cell(f"{value:.4g}")
 

@@ -134,7 +134,7 @@ class StudyResults:
         return all(task in first and same_documents(row[task], first[task]) for row in rows for task in row)
 
     def better_in(self, line: StudyLine, block: Block) -> tuple[int, int]:
-        """Return the number of cells with an ACC above the reference, and all."""
+        """Return the counts of cells above the reference, and all."""
         mine, theirs = line.metrics(block), self.reference.metrics(block)
         common = [at for at in mine if at in theirs]
         return sum((mine[at]["acc"] or 0.0) > (theirs[at]["acc"] or 0.0) for at in common), len(common)

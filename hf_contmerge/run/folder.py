@@ -236,7 +236,10 @@ class Run:
         return ExpertPlace(self.baseline(JOINT).folder, JOINT)
 
     def baseline(self, name: str) -> Place:
-        """Return the place of a yardstick for these stages; more stages have another."""
+        """Return the place of a yardstick for these stages.
+
+        More stages have another place.
+        """
         return Place(self._stage_folder(len(self.recipe.stages)) / "baselines" / name)
 
     def merged(self, t: int, entry: Merge) -> MergePlace:
@@ -251,7 +254,7 @@ class Run:
         return self.merged_of(t - 1, kind).model
 
     def merged_of(self, t: int, kind: str) -> MergePlace:
-        """Return the place of stage t's merge, the start of a kind's experts."""
+        """Return stage t's merge by a kind, `merged-NAME`."""
         return self.merged(t, next(e for e in self.recipe.merge if f"merged-{e.name}" == kind))
 
     def memory_before(self, t: int, kind: str) -> Path | None:

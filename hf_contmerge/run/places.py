@@ -211,7 +211,7 @@ class MergePlace(Place):
         return self.folder / "merge.yml"
 
     def folded(self, t: int) -> list[Record]:
-        """Return the experts of stage t's merge: one a stage, or the guard's."""
+        """Return the experts of stage t's merge, or the guard's."""
         return self.record("merge").get("folded", one_a_stage(t))
 
     def check_recipe(self) -> None:

@@ -1,4 +1,4 @@
-"""Digests of files, to notice bytes that changed after they were written.
+"""Digests of files, to notice changed bytes.
 
 XXH3 with 128 bits: against bad disks and mistakes, at the speed of memory. Identities of models are SHA-256.
 """
@@ -28,7 +28,10 @@ _SHARED: dict[str, int] = (
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file's bytes, mapped a window at a time: copies would take longer than the digest."""
+    """Return the digest of a file's bytes, mapped in windows.
+
+    Copies would take longer than the digest.
+    """
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -56,7 +59,7 @@ def digests_below(folder: Path) -> Digests:
 
 
 def files_below(folder: Path, *outputs: str, apart: str | None = None) -> list[str]:
-    """Return the files of a folder's outputs, which may be folders or missing.
+    """Return the files of a folder's outputs: files, folders, or missing.
 
     `apart`: name of a subfolder with records of its own.
     """
@@ -66,7 +69,7 @@ def files_below(folder: Path, *outputs: str, apart: str | None = None) -> list[s
 
 
 def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
-    """Return the recorded files that are missing or hold other bytes."""
+    """Return the recorded files that are missing or changed."""
     present = [name for name in recorded if (folder / name).is_file()]
     now = digests_of(folder, present)
     return [name for name, digest in recorded.items() if now.get(name) != digest]

@@ -53,7 +53,7 @@ class FolderLock:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that replaces `path` at the end, on the disk.
+    """Yield a file to replace `path` at the end, on the disk.
 
     A crash leaves the old file or the new one.
     """
@@ -108,7 +108,7 @@ def link_files(source: Path, target: Path) -> None:
 
 
 def withdraw(record: Path) -> None:
-    """Remove a record, on the disk: what it vouches for may change next."""
+    """Remove a record, on the disk, before changes to its files."""
     if record.exists():
         record.unlink()
         sync_folder(record.parent)
@@ -157,7 +157,7 @@ def put_in_place(scratch: Path, final: Path) -> None:
 
 
 def replaced(final: Path) -> Path:
-    """Return the hidden name of a folder that is being replaced."""
+    """Return the hidden name of a replaced folder."""
     return final.with_name(f".{final.name}.old")
 
 
@@ -178,7 +178,7 @@ def alone(out: Path, *, wait: float = 0) -> Iterator[None]:
 
 
 def target_of(out: Path) -> Path:
-    """Return the place that a path or link means. Raises RunError for links in a circle."""
+    """Return the target of a path. Raises RunError for circular links."""
     try:
         return out.resolve()
     except (OSError, RuntimeError) as error:  # by version of Python

@@ -1,4 +1,4 @@
-"""Reads files of strangers: bounds on bytes, depth and size; names that stay in a folder.
+"""Reads files of strangers: bounded bytes and depth; names inside a folder.
 
 A model, adapter, recipe, run or state from the internet is read through these functions. They raise ValueError (of YAML
 yaml.YAMLError), as the parsers do for damaged text.
@@ -69,7 +69,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError for deep nesting and numbers of a hundred digits."""
+    """Parse JSON. Raises ValueError for deep nesting and huge numbers."""
     number = _short_int if _LONG_NUMBER.search(text) else None  # a vocabulary may hold such digits as text
     try:
         value = json.loads(text, parse_int=number)
@@ -112,7 +112,7 @@ def require_shape(value: Any, shape: Any, place: str = "it") -> None:
 
 
 def _misfit(value: Any, shape: Any) -> str:
-    """Return where and how a value does not fit; "" if it does."""
+    """Return where and how a value does not fit, or ""."""
     if isinstance(shape, tuple):
         misfits = [_misfit(value, each) for each in shape]
         return "" if "" in misfits else max(misfits, key=lambda text: text.partition(" is ")[0].count("."))
@@ -174,7 +174,7 @@ def parse_documents(text: str, loader: Any = SafeLoader) -> list[Any]:
 
 
 def _require_bounded(text: str) -> None:
-    """Raise YAMLError for deep nesting, long numbers, or aliases that multiply the text.
+    """Raise YAMLError for deep nesting, long numbers, or multiplying aliases.
 
     Only events are read here: the loader's own recursion ends the process at some thousand levels.
     """
@@ -214,7 +214,7 @@ def _scalar(event: yaml.ScalarEvent) -> int:
 
 
 def is_file_name(name: str) -> bool:
-    """Say if a name is one plain part of a path, on every system."""
+    """Say if a name is one plain part of any path."""
     return (
         name.isprintable()
         and not set(name) & set("/\\")
@@ -224,7 +224,10 @@ def is_file_name(name: str) -> bool:
 
 
 def expanded(name: str | Path) -> Path:
-    """Return a path with the user's home for `~`. Names of unknown users, and of no path at all, stay as they are."""
+    """Return a path with the user's home for `~`, if known.
+
+    Names of unknown users, and of no path at all, stay as they are.
+    """
     try:
         return Path(os.path.expanduser(name))
     except ValueError:  # a null byte
@@ -232,7 +235,7 @@ def expanded(name: str | Path) -> Path:
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Return the names that come more than once."""
+    """Return the names with several occurrences."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
@@ -256,7 +259,7 @@ def path_in(folder: Path, name: str, ending: str = "", *, error: type[ContmergeE
 
 
 def require_own_files(folder: Path, *, error: type[ContmergeError], besides: Path | None = None) -> None:
-    """Check a folder of ours that others may have made.
+    """Check a folder of ours, perhaps made by others.
 
     Raises `error` for a link to a place outside, except `besides`, for pipes and devices, and for names with control
     characters.
@@ -276,7 +279,10 @@ def require_own_files(folder: Path, *, error: type[ContmergeError], besides: Pat
 
 
 def _is_special(path: Path) -> bool:
-    """Say if a path is a pipe, a device or a socket. Other processes may remove it at any time."""
+    """Say if a path is a pipe, a device or a socket.
+
+    Other processes may remove it at any time.
+    """
     try:
         mode = path.stat().st_mode
     except OSError:

@@ -53,7 +53,10 @@ def names_secret(field: str) -> bool:
 
 
 def holds_secret(text: str, known: Collection[str] | None = None) -> bool:
-    """Say if a text holds a token or an address with a password. `known`: as in `without_secrets`."""
+    """Say if a text holds a token, or an address's password.
+
+    `known`: as in `without_secrets`.
+    """
     values = _of_environment() if known is None else known
     return bool(_TOKEN.search(text)) or any(value in text for value in values)
 
@@ -81,7 +84,7 @@ def _secrets_in(value: Any, path: str, known: Collection[str]) -> Iterator[str]:
 
 
 def blanked(value: Any) -> Any:
-    """Return JSON-like data without its secrets, found by value or by their field's name."""
+    """Return JSON-like data without secrets, found by value or field name."""
     return _blanked(value, "", _of_environment())
 
 
@@ -122,7 +125,10 @@ def printable(text: str) -> str:
 
 
 def is_control(character: str) -> bool:
-    """Say if a character moves the cursor, turns the text around, or is half of one."""
+    """Say if a character moves the cursor or turns the text around.
+
+    Also for half a character (a surrogate).
+    """
     return character in _TURNS or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t")
 
 

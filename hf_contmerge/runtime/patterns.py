@@ -26,7 +26,7 @@ _INNER = ("layers_pattern", "rank_pattern", "alpha_pattern")  # peft puts them i
 
 
 def require_quick(pattern: str) -> None:
-    """Raise ValueError for a pattern that is invalid or could take exponential time."""
+    """Raise ValueError for invalid patterns and those of exponential time."""
     if len(pattern) > _LONGEST:
         raise ValueError(f"the pattern has {len(pattern)} characters, at most {_LONGEST} are read")
     try:
@@ -53,7 +53,7 @@ def require_quick_lora(settings: Mapping[str, Any]) -> None:
 
 
 def _bits(items: Any) -> float:
-    """Return the logarithm of the ways in which a pattern may match a text."""
+    """Return the logarithm of a pattern's ways to match a text."""
     return sum(_bits_of(op, argument) for op, argument in items)
 
 

@@ -1,4 +1,4 @@
-"""Records: JSON with a format number and a seal, so that no later change of the file goes unnoticed.
+"""Records: JSON with a format number and a seal against changes.
 
 The last field, `sha256`, is the digest of all bytes before it. Lines of a log and YAML files end in the same digest.
 """
@@ -23,7 +23,7 @@ FORMAT = 2
 
 
 class _Seal(NamedTuple):
-    """What stands before and after the digest of a text."""
+    """The marks around the digest of a text."""
 
     before: str
     after: str
@@ -32,7 +32,7 @@ class _Seal(NamedTuple):
         return f"{text}{self.before}{_sha256(text)}{self.after}"
 
     def take(self, sealed: str) -> str | None:
-        """Return the text below a seal; None if there is no seal. Raises ValueError if it is broken."""
+        """Return the text below a seal, or None. Raises ValueError if broken."""
         text, found, end = sealed.rpartition(self.before)
         if not found:
             return None
@@ -110,7 +110,10 @@ def sealed_line(values: Mapping[str, Any]) -> str:
 
 
 def read_lines(path: Path, cure: str, shape: Mapping[str, Any] = MappingProxyType({})) -> list[Record]:
-    """Return the lines of a log, possibly none. Raises RunError for a damaged one. Arguments as `read_record`."""
+    """Return the lines of a log. Raises RunError for damage.
+
+    Arguments as `read_record`. There may be no lines.
+    """
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else (), 1):
         try:

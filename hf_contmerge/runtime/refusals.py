@@ -55,7 +55,7 @@ def refusals(place: Path) -> Iterator[None]:
 
 
 def explain(error: OSError) -> str:
-    """Return one sentence on a disk error, and what to do."""
+    """Return one sentence on a disk error, with its cure."""
     reason, cure = _REASONS.get(error.errno or 0, (error.strerror or str(error), "Fix this"))
     reason = " ".join(str(reason).split()).rstrip(".")
     if not error.filename:
@@ -77,7 +77,7 @@ def _number(error: Exception, place: Path) -> int | None:
 
 
 def _tried(place: Path) -> int:
-    """Return the error of a small file at a place; EIO if it can be written."""
+    """Return the error of a small file's write; EIO if none."""
     file = _existing(place) / ".write-test"
     try:
         with file.open("wb") as opened:
@@ -93,7 +93,7 @@ def _tried(place: Path) -> int:
 
 
 def free_bytes(place: Path) -> int:
-    """Return the free bytes of the disk of a place, which need not exist."""
+    """Return the free bytes of the disk of a place."""
     return shutil.disk_usage(_existing(place)).free
 
 

@@ -1,4 +1,7 @@
-"""The fields of a run's records, as their readers need them. A forged record has a seal that fits, too."""
+"""The fields of a run's records, as their readers need them.
+
+A forged record can have a fitting seal, too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole numbers by shares, and orders in which every part holds its share."""
+"""Whole numbers by shares, and orders with even shares."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def split_by_shares(count: int, shares: Sequence[float]) -> list[int]:
 
 
 def in_blocks(counts: Sequence[int], block: int) -> Iterator[int]:
-    """Yield parts so that every block of places holds their shares to one place.
+    """Yield parts; every block holds their shares, to one place.
 
     Within a block, remainders go to the parts that lie furthest behind.
     """
@@ -38,7 +38,7 @@ def in_blocks(counts: Sequence[int], block: int) -> Iterator[int]:
 
 
 def evenly(sizes: Sequence[Sequence[float]]) -> list[int]:
-    """Return parts in the order of their items, all used up at the same pace.
+    """Return parts in the order of their items, at even pace.
 
     `sizes`: of each part's items, in their order.
     """

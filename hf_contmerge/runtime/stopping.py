@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Process:
-    """What this process was asked; signals belong to processes."""
+    """The signals of this process."""
 
     asked = 0
     """Number of the first signal."""

@@ -1,4 +1,4 @@
-"""Merge or route: what separate experts with a router would score, without training.
+"""Scores of separate experts with a router, without training.
 
 A router picks the expert that answers a document by the document's prompt. Its features are the base model's last
 hidden states, averaged over the tokens. It picks the nearest mean of the stages' training prompts, on standardised
@@ -121,7 +121,10 @@ def routed_score(choices: Mapping[int, TaskScore], picks: Sequence[int]) -> Task
 
 
 def confusion(stages: Sequence[str], asked: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int]]:
-    """Return how many documents of each source went to which model. `asked`: source -> picks."""
+    """Return counts of documents by source and chosen model.
+
+    `asked`: source -> picks.
+    """
     names = {BASE: "base", **dict(enumerate(stages))}
     return {
         source: {name: sum(pick == k for pick in picks) for k, name in names.items()} for source, picks in asked.items()

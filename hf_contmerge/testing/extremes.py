@@ -1,4 +1,4 @@
-"""Checks of merge rules at the ends of what weights, parameters and threads can be. Needs torch only."""
+"""Checks of merge rules at extremes of weights, parameters, threads."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ ENDS_OF_FLOATS = ("bfloat16's large values", "bfloat16's smallest values", "all 
 
 
 def hard_for(rule: MergeRule) -> Mapping[str, Callable[[Vectors], Vectors]]:
-    """Return what of HARD a rule must take, by its degree."""
+    """Return the part of HARD for a rule, by its degree."""
     return {what: hard for what, hard in HARD.items() if rule.degree == 1 or what not in ENDS_OF_FLOATS}
 
 
 @on_each_weight
 def stays_finite_on_hard_weights(case: Case) -> None:
-    """Check zeros, low rank, equal singular values and the ends of 16-bit floats."""
+    """Check zeros, low rank, equal singular values, ends of 16-bit floats."""
     for what, hard in hard_for(case.rule).items():
         vectors = hard(draw(case.shape, 3))
         found, again = (change(case.rule, vectors, is_matrix=case.is_matrix) for _ in range(2))
@@ -92,7 +92,7 @@ def agrees_with_float64(case: Case) -> None:
 
 
 def tolerance(wanted: Tensor, vectors: Sequence[Tensor], rule: MergeRule) -> float:
-    """Return the allowed distance from a result, ten times as large for powers."""
+    """Return the allowed distance, ten times as large for powers."""
     return (CLOSE if rule.degree == 1 else 10 * CLOSE) * max(
         float(t.abs().max()) for t in (wanted, *vectors)
     ) + _SUBNORMAL
@@ -105,7 +105,7 @@ _ENDS: Mapping[type, tuple[float, ...]] = {
 
 
 def takes_the_ends_of_its_parameters(rule: MergeRule) -> None:
-    """Check each parameter's ends: refused with a ValueError, or merged to finite values."""
+    """Check each parameter's ends: a ValueError, or finite values."""
     for ended, value in _at_ends(rule):
         for shape, is_matrix in itertools.product(((), (7,), (5, 7)), (False, True)):
             if is_matrix and len(shape) < 2:
@@ -128,7 +128,7 @@ def _at_ends(rule: MergeRule) -> Iterator[tuple[MergeRule, float]]:
 
 
 def computes_alike_with_any_threads(rule: MergeRule) -> None:
-    """Check bits for the same number of threads, and the distance for another one."""
+    """Check bits at equal threads, and the distance otherwise."""
     vectors, results = draw(_LARGE_MATRIX, 3), []
     for threads in (1, 2):
         with _threads(threads):

@@ -1,4 +1,4 @@
-"""Folds tensors by a rule as merges do, for its checks. Needs torch only."""
+"""Folds tensors by a rule as merges do, for its checks."""
 
 from __future__ import annotations
 
@@ -103,5 +103,5 @@ def require(holds: bool, who: object, what: str) -> None:
 
 
 def require_equal(found: State, wanted: State, who: object, what: str, *, atol: float = 0.0) -> None:
-    """Raise AssertionError for states that differ."""
+    """Raise AssertionError for different states."""
     torch.testing.assert_close(flat(found), flat(wanted), rtol=0, atol=atol, msg=lambda text: f"{who}: {what}. {text}")

@@ -290,7 +290,7 @@ def tunes_the_scale_alone(case: Case) -> None:
 
 @on_each_weight
 def sums_the_experts_if_linear(case: Case) -> None:
-    """Check `linear`: a sum of streams is merged to the sum of their merges."""
+    """Check `linear`: the merge of a sum is the sum of merges."""
     (a, b), second = (draw(case.shape, 2, seed=seed) for seed in (1, 2)), case.weight(2)
     if case.rule.linear:
         both, *apart = (case.fold(stream) for stream in ([x + y for x, y in zip(a, b, strict=True)], a, b))

@@ -168,7 +168,7 @@ def _task_vectors(expert: Path, base: Weights) -> Iterator[tuple[str, Tensor]]:
 
 @_promise
 def learns(course: Course) -> Iterator[str]:
-    """Check for a falling loss in both stages; of weighted tokens, without the weights."""
+    """Check for a falling loss in both stages, tokens unweighted."""
     weighted = course.strategies().overriding("token_weights")  # p * -log p rises up to p = 1 / e
     for stage, (start, name) in enumerate((("base", "first"), ("first", "second")), 1):
         record = course.second if stage == 2 else course.first

@@ -58,7 +58,7 @@ SOURCE = "mixed_from"
 
 @dataclass(frozen=True)
 class StageTools:
-    """What a stage's training lends to its strategies."""
+    """The parts of a training that strategies use."""
 
     general: Any = None
     """Examples of the dataset in `general_data`, with their sources; a datasets.Dataset."""
@@ -191,14 +191,14 @@ class TrainStrategy:
         """Change the weights just after the optimizer's step."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """Return what a checkpoint must keep, beyond the weights and `step`."""
+        """Return a checkpoint's state, beyond the weights and `step`."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a checkpoint's `state`, on the rank that gave it."""
+        """Restore a checkpoint's `state`, on the same rank."""
 
     def finish(self, model: nn.Module) -> None:
-        """Change the weights after the last step, before they are reviewed and saved."""
+        """Change the weights after the last step, before saving."""
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
         """Review the trained model on the stage's examples; on all ranks."""
@@ -214,7 +214,10 @@ class TrainStrategy:
         """
 
     def added_bytes(self, model: nn.Module) -> int:
-        """Return the bytes held in training besides the carrier's. `model`: may lack values."""
+        """Return the bytes held in training besides the carrier's.
+
+        `model` may lack values.
+        """
         return self.bytes_per_parameter * sum(weight.numel() for weight in model.parameters())
 
     def memory_bytes(self, stage: StageSize) -> int:
@@ -262,11 +265,11 @@ class Combined:
             part.stage, part.base, part.tools = stage, base, tools
 
     def general_data(self) -> Dataset | None:
-        """Return the dataset to load for `mix`. Only one strategy may name one."""
+        """Return the dataset for `mix`, named by one strategy."""
         return next((spec for part in self.parts.values() if (spec := part.general_data())), None)
 
     def keeping_order(self) -> list[str]:
-        """Return the strategies that decide the order of the examples."""
+        """Return the strategies with an order of examples."""
         return [name for name, part in self.parts.items() if part.keeps_order()]
 
     def mix(self, fresh: Any, memory: Path | None, *, seed: int) -> Any:

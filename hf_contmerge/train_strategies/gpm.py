@@ -156,7 +156,7 @@ def _probe(width: int, columns: int) -> Tensor:
 
 
 class _Inputs(dict[str, Seen]):
-    """Inputs by layer, made on first use: layers with a shared input have none."""
+    """Inputs by layer, made on first use; none for shared ones."""
 
     def __init__(self, rank: int, bases: dict[str, Tensor]) -> None:
         super().__init__()
@@ -193,7 +193,10 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
 
 @contextmanager
 def _watching(layers: dict[str, nn.Linear], seen: _Inputs) -> Iterator[dict[str, str]]:
-    """Add up the inputs of layers. Yields layer -> first layer with the same input."""
+    """Add up the inputs of layers, each input once.
+
+    Yields layer -> first layer with the same input.
+    """
     same: dict[str, str] = {}
     latest: tuple[str, Tensor] | None = None
 
@@ -216,7 +219,10 @@ def _watching(layers: dict[str, nn.Linear], seen: _Inputs) -> Iterator[dict[str,
 
 
 def _remembered(memory: Path, layers: dict[str, nn.Linear]) -> dict[str, Tensor]:
-    """Return layer -> M of earlier stages. Raises ValueError for other maps, and for full ones."""
+    """Return layer -> M of earlier stages. Raises ValueError.
+
+    Another model's maps do not fit, and full ones leave nothing to train.
+    """
     stored, same = load_file(memory / _FILE), read_object(memory / _ABOUT)["same"]
     bases = {name: stored[same[name]] for name in layers if same.get(name) in stored}
     for name, basis in bases.items():

@@ -58,7 +58,7 @@ class Rates(TrainStrategy):
 
 
 def _own_head(model: nn.Module) -> frozenset[str]:
-    """Return the name of the head's weight. Raises ValueError for a tied or frozen one."""
+    """Return the head's name. Raises ValueError for tied or frozen ones."""
     plain = plain_model(model)
     head = plain.get_output_embeddings().weight
     if head is plain.get_input_embeddings().weight:

@@ -1,4 +1,4 @@
-"""Replay: train on some examples of earlier stages, and general ones, among the new ones.
+"""Replay: train on earlier and general examples among new ones.
 
 Experience replay, Rolnick et al., NeurIPS 2019, arXiv 1811.11682. A fixed random number of each example says which are
 remembered, so that the sample never depends on how it was drawn. General data among the new: Roth et al., "A
@@ -41,7 +41,7 @@ _BYTES_PER_TOKEN = 4
 
 
 def _as_general(value: Any) -> Any:
-    """Return general data as a dataset that holds nothing out. Raises ValueError."""
+    """Return general data as a dataset without held-out rows. Raises ValueError."""
     if value is None or isinstance(value, Dataset):
         return value
     fields = {"path": value} if isinstance(value, str) else value
@@ -112,7 +112,7 @@ class Replay(TrainStrategy):
         return mixed.select(self._order([parts[0], *drawn]), keep_in_memory=True)
 
     def _added(self, fresh: Any, memory: Path | None, seed: int) -> list[tuple[float, datasets.Dataset]]:
-        """Return shares and the examples to draw from, in the new ones' form."""
+        """Return shares and examples, in the new ones' form."""
         plain = without_source(fresh)
         pools = []
         if memory and self.share:
@@ -134,7 +134,7 @@ class Replay(TrainStrategy):
         return self.tools.count_tokens(rows) if self.share_of == "tokens" else [1] * len(rows)
 
     def _order(self, parts: Sequence[datasets.Dataset]) -> list[int]:
-        """Return the places of joined parts, in an order that keeps the shares throughout."""
+        """Return the places of joined parts, at even shares throughout."""
         if self.tools.batch and self.share_of == "examples":
             order = list(in_blocks([len(part) for part in parts], self.tools.batch))
         else:
@@ -166,7 +166,7 @@ class Replay(TrainStrategy):
 
 
 def _drawn(pool: datasets.Dataset, count: int, sizes: Sequence[int]) -> datasets.Dataset:
-    """Return the first examples of so many tokens (or examples), again from the start if too few."""
+    """Return the first examples up to a count, repeated if too few."""
     chosen: list[int] = []
     total = 0
     while total < count:

@@ -1,4 +1,4 @@
-"""Soup: the expert is an average of the stage's weights along the way.
+"""Soup: the expert is an average of the stage's steps.
 
 Weights from a wished decay: WSM, Tian et al., ICLR 2026, arXiv 2507.17634. Averages of the last weights: Izmailov et
 al., UAI 2018, arXiv 1803.05407. Exponential averages: Morales-Brotons et al., TMLR 2024, arXiv 2411.18704. Pull to the
@@ -88,7 +88,7 @@ class Soup(TrainStrategy):
                 self._mean[name] = now if before is None else before.lerp_(now, share / self._sum)
 
     def _coefficient(self, later: int) -> float:
-        """Return the c of weights that so many of the averaged ones follow."""
+        """Return the c of weights, by the number of later ones."""
         if self.beta is not None:
             return 1.0
         if self.last is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: whole, and with the bytes that were written."""
+"""Checkpoints to resume from: whole, with the written bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def seal_checkpoint(folder: Path) -> None:
 
 
 def keep_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Link what a model needs of a checkpoint into a folder, with digests."""
+    """Link a checkpoint's model files into a folder, with digests."""
     scratch, kept = folder / f".{checkpoint.name}", folder / checkpoint.name
     remove(scratch)
     link_files(checkpoint, scratch)

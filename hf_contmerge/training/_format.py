@@ -47,7 +47,7 @@ def read_format(text: str, columns: Collection[str], where: str) -> Format:
 
 
 def _fields(text: str, *, inner: bool = False) -> Iterator[str]:
-    """Yield the names of fields, of widths such as {text:{width}} too. Raises ValueError for deeper ones."""
+    """Yield the names of fields. Raises ValueError for deep nesting."""
     for _, name, width, _ in string.Formatter().parse(text):
         if name is not None:
             yield name

@@ -65,7 +65,7 @@ class Limits(Protocol):
 
     @property
     def form(self) -> Form | None:
-        """The form that the stage must have, whatever other columns there are."""
+        """The form required of the stage, whatever other columns exist."""
         ...
 
     def check(self, example: Row, form: Form) -> str | None:

@@ -1,4 +1,4 @@
-"""The examples of a training: the stage's own, and what strategies mix in."""
+"""The examples of a training: the stage's own, and mixed-in ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_contmerge.training.tokenizer import count_tokens, stage_tokenizer
 
 
 def mixed(job: TrainJob, strategies: Combined) -> Any:
-    """Begin a stage; return its examples, with their sources if there may be several."""
+    """Begin a stage; return its examples, with any sources."""
     data = job.data
     if not strategies.overriding("mix"):
         strategies.begin(job.stage, job.base)
@@ -59,7 +59,7 @@ def source_names(examples: Any) -> list[str]:
 
 
 def mixed_record(data: StageData, examples: Any, log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return the counts of general data; of several sources, each one's examples and losses."""
+    """Return counts of general data, and sources' examples and losses."""
     record: dict[str, Any] = {}
     if general := data.general:
         record["general_sources"] = general.source_records()

@@ -1,4 +1,4 @@
-"""Compressed files of datasets: how much they hold, before they are unpacked to the disk."""
+"""Compressed files of datasets, counted before they are unpacked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OPENERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": 
 
 
 def require_bounded(file: Path, name: str) -> None:
-    """Check that a compressed file holds no more than RATIO times its bytes.
+    """Refuse compressed files with over RATIO times their bytes.
 
     Raises DataError for one that does, and for a damaged one.
     """
@@ -42,7 +42,7 @@ def require_bounded(file: Path, name: str) -> None:
 
 
 def _held(file: Path, most: int) -> int:
-    """Return the bytes that a file holds, counted to just beyond `most`."""
+    """Return the unpacked bytes, counted to just beyond `most`."""
     with file.open("rb") as raw:
         head = raw.read(6)
     if head.startswith(b"PK\x03\x04"):

@@ -187,7 +187,10 @@ def _not_text(file: str, name: str, encoding: str) -> DataError:
 
 
 def _lines(stream: TextIO, name: str, start: int = 1) -> Iterator[str]:
-    """Yield a file's lines, counted from `start`. Raises DataError for one that is too long to be an example."""
+    """Yield a file's lines, counted from `start`. Raises DataError.
+
+    A line may be too long to be an example.
+    """
     for number in itertools.count(start):
         line = stream.readline(_LONGEST + 1)
         if not line:

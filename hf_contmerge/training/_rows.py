@@ -121,7 +121,7 @@ def stream_rows(spec: DataSource, *, seed: int) -> Iterator[Rows]:
 
 
 def dataset_license(spec: DataSource) -> str | None:
-    """Return the licence in a dataset's README: in its folder, or fetched from the Hub."""
+    """Return the licence in a dataset's README, local or on the Hub."""
     folder = expanded(spec.path)
     card = folder / "README.md" if folder.is_dir() else dataset_readme(spec.path, spec.revision)
     try:
@@ -204,7 +204,10 @@ def _file_builder(kind: _FileKind, files: DataFilesDict) -> datasets.DatasetBuil
 
 
 def _in_parts(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
-    """Set how many rows of a Parquet file are decoded at once: a few bytes may stand for a row of any length."""
+    """Set how many rows of a Parquet file are decoded at once.
+
+    A few bytes may stand for a row of any length.
+    """
     config: Any = builder.config
     if isinstance(builder, Parquet) and config.batch_size is None:
         config.batch_size = _CHUNK

@@ -1,4 +1,4 @@
-"""The loss of each source of a mix, counted token by token while training."""
+"""The loss of each source of a mix, token by token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IGNORED = -100
 
 
 class SourceLosses(Trainer):
-    """Logs the mean loss of each source's tokens, next to that of all; for SFTTrainer.
+    """Logs the mean loss of each source's tokens; for SFTTrainer.
 
     Every token that counts carries its source through truncation and packing. The numbers cover the steps since the
     last log, on all ranks, without the weights that strategies give to tokens.
@@ -36,7 +36,7 @@ class SourceLosses(Trainer):
         self.data_collator = _Collator(self.data_collator)
 
     def _prepare_dataset(self: Any, dataset: Any, tokenizer: Any, args: Any, *others: Any) -> Any:
-        """Prepare the examples as TRL does, and next to them the sources of their tokens."""
+        """Prepare examples as TRL does, with the sources of their tokens."""
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         prepare = super()._prepare_dataset  # pyright: ignore[reportAttributeAccessIssue]

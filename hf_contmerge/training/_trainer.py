@@ -77,14 +77,14 @@ class StageTrainer(Trainer):
             sync_files(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the weights, and what the strategies keep beyond them."""
+        """Load the weights, and the strategies' own state."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = self._state_file(resume_from_checkpoint, reading=True)
         if file and file.exists():
             self.strategies.restore(load_file(file))
 
     def _state_file(self, checkpoint: str, *, reading: bool = False) -> Path | None:
-        """Return this rank's file; whole weights are the same on all ranks, and one writes for all."""
+        """Return this rank's file; of whole weights, one for all ranks."""
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
         if self.is_fsdp_enabled:
             return Path(checkpoint) / f"strategies-{rank + 1}-of-{count}.safetensors"

@@ -207,7 +207,7 @@ def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callabl
 
 
 def prompts(data: datasets.Dataset, form: Form, *, count: int | None = None) -> list[str]:
-    """Return what comes before the answers of examples; of plain texts, the texts."""
+    """Return the prompts of examples; of plain texts, the texts."""
     rows = data.select(range(min(count or len(data), len(data))))
     return [_prompt(row, form) for row in rows_of(rows)]
 

@@ -123,7 +123,7 @@ def expert_at_checkpoint(job: TrainJob, checkpoint: Path, out: Path) -> dict[str
 
 
 def earlier_experts(folder: Path) -> list[int]:
-    """Return the steps of a training's kept and undamaged checkpoints, the latest first."""
+    """Return the steps of undamaged checkpoints, the latest first."""
     return [kept_step(path) for path in kept_checkpoints(folder)]
 
 
@@ -271,7 +271,7 @@ def _train_on(trainer: Any, checkpoint: Path | None) -> None:
 
 
 def _load_optimizer(trainer: Any, checkpoints: Path) -> None:
-    """Read the optimizer's state of a training that was complete before this process."""
+    """Read the optimizer's state of an earlier process's complete training."""
     checkpoint = newest_checkpoint(checkpoints)
     if trainer.optimizer is None and checkpoint:
         trainer.create_optimizer_and_scheduler(num_training_steps=trainer.state.max_steps)

@@ -1,4 +1,4 @@
-"""General data for a stage: loaded, in the stage's form, without held-out documents."""
+"""General data, in the stage's form, without held-out documents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TWIN = "are copies of held-out ones"
 def with_general(
     data: StageData, train: Train, others: Iterable[StageData], *, seed: int, limits: Limits | None = None
 ) -> StageData:
-    """Return a stage's data with the general data that its strategies ask for.
+    """Return a stage's data with its strategies' general data.
 
     Args:
         data: of the stage.
@@ -52,7 +52,7 @@ def _in_form(general: StageData, data: StageData, spec: Dataset) -> StageData:
 
 
 def _without(general: StageData, stage: StageData) -> StageData:
-    """Drop the general examples that a stage holds out; count them by source."""
+    """Drop general examples held out by a stage; count by source."""
     try:
         heldout = in_form_of(general.train.select([0]), stage.heldout, "")
     except DataError:  # of another form, so that none can be the same

@@ -1,4 +1,4 @@
-"""Joint training: one expert on the examples of all stages, a yardstick for merges."""
+"""Joint training: one expert on all stages, a yardstick for merges."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class TrainerLimits:
 
     @property
     def form(self) -> Form | None:
-        """The form that `learn` needs."""
+        """The form required by `learn`."""
         return "unpaired" if self.train.learn == "kto" else None
 
     # Conversations

@@ -62,7 +62,7 @@ def trained_dtype(model: Any) -> torch.dtype:
 
 
 def _stored(model: Any, kept: Mapping[str, Kept] | None) -> dict[str, Any]:
-    """Return what an expert's file keeps of its update, where weights were rounded."""
+    """Return the survival of an expert's update in rounded files."""
     if not kept:
         return {}
     weights = [(name, p.shape, p.dtype) for name, p in model.named_parameters()]

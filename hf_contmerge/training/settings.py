@@ -115,7 +115,7 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
 
 
 def _warn_of_halves(train: Train, start: Path) -> None:
-    """Warn of training weights of 16 bits. The factors of lora and osf are float32."""
+    """Warn of training 16-bit weights; factors of adapters are float32."""
     dtype = (train.sft_fields.get("model_init_kwargs") or {}).get("dtype", "float32")
     dtype = str(Weights(start).main_dtype).removeprefix("torch.") if dtype == "auto" else dtype
     if dtype in ("bfloat16", "float16") and not isinstance(make_strategies(train).carrier, Lora | Osf):

@@ -1,4 +1,4 @@
-"""Statistics of experts: second moments of the linear maps' inputs, Fisher information, Adam's second moments.
+"""Statistics of experts: moments of inputs, Fisher information, Adam's moments.
 
     inputs   X'X / n     X: a linear map's input for each of n tokens, uncentred (RegMean, arXiv 2212.09849)
     fisher   sum g^2 / n     g: the gradient of an example's log likelihood (Fisher merging, arXiv 2111.09832)
@@ -112,7 +112,7 @@ def collect_fisher(model: Any, batches: Iterable[Tensor], base: Weights) -> Inpu
 
 
 def write_adam(trainer: Any, model: nn.Module, expert: Path, base: Weights) -> None:
-    """Write Adam's second moments of a finished training next to its expert; all ranks call this.
+    """Write Adam's second moments next to the expert; all ranks call.
 
     Raises:
         RecipeError: the optimizer has none.
@@ -138,7 +138,7 @@ def _whole(tensor: Any) -> Tensor:
 
 
 def _stored(model: nn.Module, base: Weights) -> dict[str, nn.Parameter]:
-    """Return stored name -> parameter of the floating weights, each stored once and in its stored shape."""
+    """Return stored name -> parameter of the floating weights, each once."""
     names, wanted = StoredNames(base), set(base.floating())
     pairs = ((names.find(name), weight) for name, weight in model.named_parameters() if weight.requires_grad)
     return {stored: w for stored, w in pairs if stored in wanted and stored and tuple(w.shape) == base.shape(stored)}
@@ -247,7 +247,9 @@ def _batches(sequences: Sequence[list[int]], size: int) -> list[Tensor]:
 
 
 def check_asked(rules: Mapping[str, MergeRule], train: Train) -> None:
-    """Raise RecipeError for a merge entry without its statistics in `train`, or for Adam's of adapters.
+    """Raise RecipeError for entries without their statistics in `train`.
+
+    Also for Adam's statistics of adapters.
 
     `rules`: of the merge entries, by name.
     """

@@ -113,7 +113,7 @@ def _require_token(tokenizer: Any, token: str, where: str, base: Path) -> None:
 
 
 def count_tokens(tokenizer: Any, example: Mapping[str, Any]) -> list[int]:
-    """Return the tokens of an example, or of both answers of a pair, each with the prompt."""
+    """Return the tokens of an example, or of a pair's two."""
     extras = template_arguments(example)
     values = {name: value for name, value in example.items() if name not in EXTRAS}
     if "rejected" not in values:

@@ -70,14 +70,14 @@ def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train) -> 
 
 
 def joint_cost(planned: PlannedRun, host: Host) -> Cost:
-    """Return the cost of one expert on all stages: their steps, one after the other."""
+    """Return the cost of one expert on all stages."""
     stages, train = planned.recipe.stages, joint_train(planned.recipe)
     each = [training_cost(planned, host, s.name, train.model_copy(update=_length(planned, s))) for s in stages]
     return Cost(max(c.memory for c in each), max(c.vram for c in each), sum(c.seconds for c in each))
 
 
 def _length(planned: PlannedRun, stage: Stage) -> dict[str, Any]:
-    """Return the fields of a stage's settings that decide its number of steps."""
+    """Return the settings behind a stage's number of steps."""
     fields = planned.recipe.train_of(stage).sft_fields
     return {name: fields[name] for name in ("max_steps", "num_train_epochs") if name in fields}
 

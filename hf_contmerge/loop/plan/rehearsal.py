@@ -1,4 +1,4 @@
-"""A step of TRL's trainer on a tiny model, with a stage's settings.
+"""One step of TRL's trainer on a tiny model.
 
 TRL and transformers check most combinations of settings when a trainer is made, and some in its first step: a run would
 be hours in. The tiny model is a Llama over the base's tokens, so a step takes a fraction of a second.

@@ -305,7 +305,10 @@ def _warn_of_namesakes(name: str) -> None:
 
 
 def _refuse_layers(config: Any) -> None:
-    """Raise MergekitRecipeError for factors by layer with mergekit's own methods, which ignore them."""
+    """Raise MergekitRecipeError for factors by layer with mergekit's methods.
+
+    mergekit ignores them.
+    """
     if isinstance(registry.get(config.merge_method), RuleMethod):
         return
     words = [word for _, _, parameters in _settings(config) for word in parameters if word in COMMON]

@@ -184,12 +184,12 @@ def _name(value: Any, path: Path) -> str:
 
 
 def _own(rule: MergeRule) -> list[str]:
-    """Return the parameters that a rule takes per model."""
+    """Return a rule's parameters per model."""
     return [*map(yaml_word, rule.of_newest), *(["weight"] if rule.linear else [])]
 
 
 def _weights(rule: MergeRule, entries: Sequence[_Entry], top: Mapping[str, Any], path: Path) -> tuple[float, ...]:
-    """Return the models' weights with a linear rule. Raises RecipeError for one that is no number."""
+    """Return the models' weights with a linear rule. Raises RecipeError."""
     if not rule.linear:
         return ()
     given = [as_number(entry.parameters.get("weight", top.get("weight", 1.0))) for entry in entries]

@@ -149,7 +149,7 @@ def _weight(group: TensorGroup) -> Weight:
 
 
 def _require_depth(rule: MergeRule, weight: Weight) -> None:
-    """Raise ValueError for a weight whose layer is not known, with factors by layer."""
+    """Raise ValueError for a weight of unknown layer, given factors."""
     lies_in_layers = not weight.name or bool(depths([weight.name]))
     if rule.first_layer != rule.last_layer and weight.depth is None and lies_in_layers:
         raise ValueError(

@@ -57,7 +57,10 @@ def changes(old: Recipe, new: Recipe) -> Iterator[FieldChange]:
 
 
 def _without_plain_weights(recipe: Recipe, old: Recipe) -> dict[str, Any]:
-    """Return a dumped recipe without weights that change no merge: 1, or of an added stage."""
+    """Return a dumped recipe without weights of no effect.
+
+    These are weights of 1, and of added stages.
+    """
     merged = {stage.name for stage in old.stages}
     dumped = recipe.model_dump(mode="json")
     for entry in dumped["merge"]:

@@ -280,7 +280,7 @@ class Rung(Part):
 
     @property
     def checkpoints(self) -> Any:
-        """Checkpoints that `earlier` keeps of a stage."""
+        """Checkpoints kept by `earlier`."""
         return self.parameters.get("checkpoints", 3)
 
 

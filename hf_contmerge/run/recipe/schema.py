@@ -133,7 +133,7 @@ class Train(BaseModel):
 
 
 class Layers(Part):
-    """Factors on what a merge changes, from the first layer to the last, on a line between (LiNeS)."""
+    """Factors on a merge's change, linear from first layer to last."""
 
     first: float | Literal["auto"] = 1.0
     """Also of embeddings. `auto`: searched after each stage on validation documents."""

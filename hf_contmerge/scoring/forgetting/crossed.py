@@ -65,7 +65,7 @@ def _of_runs(grid: Grid) -> tuple[float, float]:
 
 
 def _two_way(values: np.ndarray) -> tuple[float, float]:
-    """Return the variance of a complete grid's mean, and its degrees of freedom."""
+    """Return a complete grid's variance of the mean, with its freedom."""
     rows, columns = values.shape
     mean, of_rows, of_columns = values.mean(), values.mean(axis=1), values.mean(axis=0)
     rest = values - of_rows[:, None] - of_columns[None, :] + mean

@@ -127,7 +127,7 @@ def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[
 
 
 def _own(run: Run, t: int, scores: Scores) -> Scores:
-    """Leave out what an independent expert of a later stage was measured on for a router."""
+    """Leave out independent experts' scores measured for a router."""
     return scores if t == 1 else {k: score for k, score in scores.items() if k in run.stage(t).task_names()}
 
 

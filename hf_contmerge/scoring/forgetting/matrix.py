@@ -93,7 +93,7 @@ class ScoreMatrix:
         return mean([_minus(joint[j - 1], self._at(j, j)) for j in self._columns(self.last, self.last)])
 
     def against_alone(self, alone: Row) -> float | None:
-        """1/T sum_j (e_j - R[j][j]): the additional gain of training a stage alone.
+        """1/T sum_j (e_j - R[j][j]): the gain of training alone.
 
         `alone` is e_j, the utility of the expert trained on stage j alone.
         """

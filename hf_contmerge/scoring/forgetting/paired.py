@@ -79,7 +79,7 @@ class Change:
 
     @property
     def same(self) -> bool:
-        """True if the difference, or its whole interval, is too small to matter."""
+        """True if the difference or its interval is too small."""
         if self.low is None or self.high is None or not self.matters:
             return False
         certain = not self.low <= 0 <= self.high
