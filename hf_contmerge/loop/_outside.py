@@ -16,7 +16,7 @@ from typing import Any
 from hf_contmerge.errors import RunError
 from hf_contmerge.run.places import ExpertPlace, Record
 from hf_contmerge.runtime.digests import changed_files
-from hf_contmerge.runtime.files import put_in_place, remove
+from hf_contmerge.runtime.files import clear_lock, put_in_place, remove
 from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.runtime.records import read_record, write_record
 from hf_contmerge.training.job import OWN
@@ -42,6 +42,7 @@ def finished(out: Path, inputs: Mapping[str, Any]) -> Record | None:
                 "folder, or remove this one to train again."
             )
         require_same(record.get("versions", {}), out, cure=", or choose another folder")
+        clear_lock(out)
         return record
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and holds no expert of finetune_stage. Choose a new folder, or remove it.")

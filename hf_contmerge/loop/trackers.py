@@ -49,7 +49,7 @@ class Trackers:
 
     def stage_is_over(self, place: Place, steps: int) -> None:
         """Advance the step by an expert's steps, once."""
-        self._before += steps if place.folder not in self._over else -1
+        self._before += steps if place.folder not in self._over else 0
         self._over.add(place.folder)
 
     def of(self, place: Place, phase: Phase) -> Callable[[int, Mapping[str, float]], None]:
@@ -111,7 +111,7 @@ def check_trackers(train: Train) -> list[str]:
 def _logged(mark: Path) -> int:
     """Return the last logged step; -1 for none, or a damaged file."""
     text = mark.read_text(encoding="utf-8", errors="replace") if mark.exists() else ""
-    return int(text) if re.fullmatch(r"\d{1,18}", text) else 0
+    return int(text) if re.fullmatch(r"\d{1,18}", text) else -1
 
 
 def _settings(name: str, folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.digests import changed_files, digests_below
+from hf_contmerge.runtime.files import clear_lock
 from hf_contmerge.runtime.records import Record, read_record, write_record
 from hf_contmerge.runtime.shapes import COEFFICIENTS, PARAMETERS
 
@@ -41,14 +42,16 @@ def write_lineage(out: Path, lineage: Mapping[str, Any]) -> None:
 
 
 def finished_lineage(out: Path, wanted: Mapping[str, Any]) -> Record | None:
-    """Return the lineage of a whole model with these values."""
+    """Return the lineage of a whole model with these values; clear its lock."""
     try:
         lineage = read_lineage(out)
     except RunError:
         return None
     same = json.loads(json.dumps(wanted))
-    whole = not changed_files(out, lineage["files"])
-    return lineage if whole and {word: lineage.get(word) for word in same} == same else None
+    if changed_files(out, lineage["files"]) or {word: lineage.get(word) for word in same} != same:
+        return None
+    clear_lock(out)
+    return lineage
 
 
 def check_parents(lineage: Record, base: Path, experts: Sequence[Path]) -> None:

@@ -120,16 +120,18 @@ class Crew:
         load_linear_algebra(self.device)
         try:
             with exact_products(), self.bar(jobs, what) as advance:
-                threads = [threading.Thread(target=worker, daemon=True) for _ in range(count)]
-                for thread in threads:
-                    thread.start()
+                # No daemons: C++ aborts a process that ends while one of its products runs.
+                threads = [threading.Thread(target=worker) for _ in range(count)]
                 try:
+                    for thread in threads:
+                        thread.start()
                     for thread in threads:
                         thread.join()
                 except BaseException as error:  # a stop: no thread may write once its folder is removed
                     errors.append(error)
                     for thread in threads:
-                        thread.join()
+                        if thread.ident is not None:  # else the stop came before its start
+                            thread.join()
         finally:
             torch.set_num_threads(threads_before)  # a thread's setting partly changes the process's
         if errors:

@@ -6,6 +6,7 @@ What a command reports as done is on the disk: data first, then its name, last t
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from hf_contmerge.errors import RunError
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.runtime.refusals import refusals
 
+LOG = logging.getLogger(__name__)
 FOREVER = -1.0
 
 _WINDOWS = os.name == "nt"  # flushes only files that are open for writing, and no folders
@@ -167,14 +169,28 @@ def alone(out: Path, *, wait: float = 0) -> Iterator[None]:
 
     Raises RunError if another process makes it.
     """
-    lock = out.with_name(f".{out.name}.lock")
+    lock = _lock_of(out)
     make_folder(out.parent)
     with FolderLock(out.parent, lock.name, wait=wait, what=out):
         try:
             yield
         finally:
-            with suppress(OSError):  # filelock takes care of those who wait for it
-                lock.unlink()
+            try:
+                lock.unlink()  # filelock takes care of those who wait for it
+            except OSError as error:  # Windows removes no open file
+                if not _WINDOWS:
+                    LOG.warning("Warning: %s stays behind (%s). It is empty: remove it.", lock, error.strerror)
+
+
+def clear_lock(out: Path) -> None:
+    """Remove a crashed process's lock next to a finished folder."""
+    if _lock_of(out).exists():
+        with suppress(RunError), alone(out):
+            pass
+
+
+def _lock_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.lock")
 
 
 def target_of(out: Path) -> Path:

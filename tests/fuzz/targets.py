@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -482,12 +483,14 @@ def _task_file(place: Place) -> Any:
 
 def _task(place: Place) -> Any:
     """Load a task as scoring does, and render its requests."""
+    from lm_eval.tasks import TaskManager
+
     from hf_contmerge.run.recipe.parts import Task
-    from hf_contmerge.scoring._formats import list_tasks
     from hf_contmerge.scoring.tasks import check_tasks, sample_requests
 
-    if "t" not in list_tasks(place.file.parent).files:  # else lm-eval looks through its own thousands
-        return None
+    with suppress(Exception):  # the parsers below have the same file
+        if "t" not in TaskManager(include_path=[place.file.parent], include_defaults=False).all_tasks:
+            return None  # else lm-eval looks through its own thousands
     check_tasks([Task(name="t")], [place.file.parent])
     return sample_requests("t", [place.file.parent], few_shot=None, limit=3)
 

@@ -98,6 +98,7 @@ LARGE = {
 """Inputs whose time could grow with the square of their size, or faster."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", LARGE)
 def test_large_inputs_end_in_time(what: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "SECONDS", 5.0)

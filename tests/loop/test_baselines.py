@@ -59,6 +59,7 @@ def run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_recipe(parse_recipe(recipe(home, "a b")), tmp_path_factory.mktemp("yard") / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [{}, {"max_steps": -1, "num_train_epochs": 2}])
 def test_of_one_stage_the_joint_expert_is_its_own(home: Path, tmp_path: Path, length: dict[str, Any]):
     fields = recipe(home, "a", train={**TRAIN, **length, "strategy": ["full", "replay"]})

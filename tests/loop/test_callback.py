@@ -256,10 +256,10 @@ def test_weights_that_nobody_can_put_together(
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 SCRIPT = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
+import sys
 from pathlib import Path
-import test_merge_callback as t
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1], "loop"))]
+import test_callback as t
 from hf_contmerge import ContinualMergeCallback
 from hf_contmerge.training.finetune import share_out_on_processors
 

@@ -402,6 +402,7 @@ def test_run_again_in_process_does_nothing(run: Run, recipe: Data) -> None:
     assert times(run.folder, "*") == before
 
 
+@pytest.mark.slow
 def test_order_of_the_words_is_no_change(small: Data, small_run: Run) -> None:
     turned = dict(reversed(small.items())) | {"train": dict(reversed(small["train"].items()))}
     assert Run(small_run.folder, parse_recipe(turned)).is_complete()
@@ -447,6 +448,7 @@ def test_appended_merge_entry_shares_the_experts(go_on: Callable[..., Run], smal
     assert run.merged(2, run.recipe.merge[1]).record("merge")["start_from"] == "previous"
 
 
+@pytest.mark.slow
 def test_appended_general_task_is_measured_everywhere(go_on: Callable[..., Run], home: Path) -> None:
     folder = go_on().folder
     before, old = times(folder), load_scores(Run.load(folder).base)

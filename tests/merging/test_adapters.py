@@ -111,6 +111,7 @@ def test_adapters_are_folded_as_the_models_that_they_make(name: str, models: dic
     assert [e.kind for e in state.log().experts] == ["adapter"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PLAIN if n != "stitch"])
 def test_a_full_model_between_two_adapters(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     experts = [models["a1"], models["full"], models["a2"]]

@@ -142,6 +142,7 @@ def test_all_parts_and_owners_of_a_weight_lie_in_files_of_one_number(
     assert contents(merged[0]) == contents(merged[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "per_host"), [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize("rule", ["rowscaled", "rownormed", "loudest"])
 def test_ranks_and_hosts_write_the_bytes_of_one_process(

@@ -186,6 +186,7 @@ def test_a_state_has_finite_numbers(half: Path, tmp_path: Path) -> None:
     assert (tmp_path / "state" / "state.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_stale_record_of_rounding_goes(half: Path, tmp_path: Path) -> None:
     """mergekit writes into folders that hold an earlier merge."""
     recipe = {"base_model": str(half / "base"), "models": [{"model": str(half / "e1")}], "dtype": "float32"}

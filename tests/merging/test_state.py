@@ -592,6 +592,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
         yield server
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes(
     base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path, server: Forks
 ) -> None:

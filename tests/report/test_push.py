@@ -209,6 +209,7 @@ def test_card_names_all_datasets_of_a_mix(run: Run) -> None:
     )
 
 
+@pytest.mark.slow
 def test_pushing_again_sends_only_what_changed(run: Run, hub: Hub) -> None:
     assert push(run, hub).returncode == 0
     again = push(run, hub)
@@ -384,6 +385,7 @@ def test_a_connection_that_breaks_before_the_commit_leaves_nothing_half_pushed(r
     assert not [r for r in hub.requests if r.startswith("PUT")]
 
 
+@pytest.mark.slow
 def test_a_refused_upload_and_a_hub_that_is_not_there(run: Run, hub: Hub) -> None:
     hub.fail["/lfs/"] = 403
     assert "denies this token write access" in refusal(run, hub)

@@ -67,6 +67,29 @@ def test_threads_work_at_the_same_time() -> None:
     Crew(workers=2).run(jobs([1.0, 1.0]), lambda job: both.wait(20), what="")
 
 
+def test_a_stop_between_two_starts_waits_for_the_first_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ aborts a process that ends while one of its products runs."""
+    begun, done = list[threading.Thread](), list[str]()
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if begun:
+            raise KeyboardInterrupt
+        begun.append(thread)
+        start(thread)
+
+    def work(job: Job) -> None:
+        time.sleep(0.3)
+        done.append(job.name)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Crew(workers=2).run(jobs([1.0] * 4), work, what="")
+    assert len(done) == 1, "no job begins after a stop"
+    assert not begun[0].is_alive()
+    assert not begun[0].daemon
+
+
 def test_linear_algebra_has_one_thread_in_a_job_and_the_former_number_after() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -158,6 +158,7 @@ def test_unknown_parameter_of_a_strategy(refused: Refused) -> None:
     assert "'rnk'" in message
 
 
+@pytest.mark.slow
 def test_unknown_task(refused: Refused) -> None:
     message = refused(*to("evaluate.general_tasks=[hella_swag]"))
     assert message.startswith("Unknown task 'hella_swag'. Did you mean 'hellaswag'")
@@ -489,6 +490,7 @@ def command(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, *map(str, words)], capture_output=True, text=True, env={**os.environ, **env})
 
 
+@pytest.mark.slow
 def test_disk_that_fills_up(recipe: Data, home: Path, disk: Path, tmp_path: Path) -> None:
     """Somebody else fills it while a stage is trained; with room, the same command ends what it began."""
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)

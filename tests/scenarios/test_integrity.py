@@ -441,6 +441,7 @@ def test_a_model_on_the_hub_is_proved_by_merging_its_parents_again(home: Path, t
     assert "Merged again by opcm: the same weights" in said
 
 
+@pytest.mark.slow
 def test_a_pushed_run_is_proved_by_its_own_record(run: Path, home: Path, tmp_path: Path) -> None:
     """merge.json as `push` writes it: the parents by public names, found with --parent."""
     parents = {"base": home / "base", "a": run / "stages/01-a/experts/base/expert", "b": home / "given"}

@@ -232,7 +232,8 @@ def ranks_of(launcher: int) -> list[int]:
     return [found[i] for i in sorted(found)] if len(found) == 2 else []
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
 def test_a_rank_that_is_killed_takes_the_job_down(rank: int, recipe: Path, tmp_path: Path) -> None:
     """In the middle of a long training: the others wait for it in a collective operation."""
     run = tmp_path / "run"

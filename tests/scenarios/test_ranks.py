@@ -166,6 +166,7 @@ def on_two_ranks(order: Row, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return measured(tmp_path_factory.mktemp("two"), order, tensor, ranks=2)
 
 
+@pytest.mark.slow
 def test_scores_on_two_ranks(on_two_ranks: Any, alone: tuple[str, dict[str, TaskScore]]) -> None:
     assert_shared(on_two_ranks[0], alone[1], digest=alone[0])
 
@@ -305,6 +306,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_ranks_of_unequal_versions_end_before_the_start(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text(OTHER)
     installed = tmp_path / "other" / "lm_eval-0.0.7.dist-info"

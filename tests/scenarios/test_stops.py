@@ -90,7 +90,8 @@ def test_a_merge_stops_and_leaves_the_state_unchanged(number: signal.Signals, ho
     other = perturbed(base, tmp_path / "other", seed=2, size=0.01)
     before = outcome(state.folder)
     command = [sys.executable, "-m", "hf_contmerge.commands.main", "merge", "add", str(state.folder), str(other)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    background = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # ignores it, and so would this
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, **background) as process:
         until(lambda: (state.folder / "running-2").exists() or process.poll() is not None)
         process.send_signal(number)
         _, said = process.communicate(timeout=120)

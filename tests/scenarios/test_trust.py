@@ -88,6 +88,7 @@ def test_no_setting_opens_a_pickle(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", ["own code", "unknown"])
 def test_a_base_that_cannot_load_is_one_sentence_everywhere(
     known: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,8 @@ from toys.faulty_disk import Fault
 
 # Reads orders from stdin, one JSON a line.
 SERVER = r"""
-import json, os, sys
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 import lm_eval.models.huggingface, trl.trainer.sft_trainer, transformers.models.llama.modeling_llama, peft
 import hf_contmerge.loop.plan.checks, hf_contmerge.report.write, hf_contmerge.merging.state, numpy
 import hf_contmerge.merging.in_mergekit.replay, hf_contmerge.scoring.score, hf_contmerge.report.push

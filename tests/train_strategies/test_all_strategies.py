@@ -99,15 +99,12 @@ def works_here(case: str) -> str:
     return case
 
 
-ALONE = ("asft", "eaft", "gpm", "low_perplexity", "rates", "refresh", "talr")
-"""Their pairs are slow tests: each has only hooks that others have too."""
-
-
 def contract() -> Iterator[Any]:
-    """Yield each case with each check; of pairs, training that is killed is slow."""
+    """Yield each case with each check; pairs are slow."""
     for case, check in itertools.product(CASES, CHECKS):
-        slow = case in PAIRS and (check is resumes_to_the_same_bytes or not {*case.split()}.isdisjoint(ALONE))
-        yield pytest.param(case, check, marks=[pytest.mark.slow] if slow else [], id=f"{case}-{check.__name__}")
+        yield pytest.param(
+            case, check, marks=[pytest.mark.slow] if case in PAIRS else [], id=f"{case}-{check.__name__}"
+        )
 
 
 @pytest.mark.parametrize(("case", "check"), list(contract()))
@@ -215,6 +212,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MANY)
 def test_two_ranks_with_half_the_batch_are_one(case: str, shared: Callable[[str], Path]) -> None:
     """Their gradients differ from those of one rank in the order of the sums only."""

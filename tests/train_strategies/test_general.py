@@ -304,6 +304,7 @@ def home(base_folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_with_general_data_from_the_first_stage(home: Path) -> None:
     general = {"path": str(home / "run-general.jsonl"), "license": "cc0-1.0"}
     data = recipe(home, {"general": general, "general_share": 0.2, "share": 0.1})

@@ -294,6 +294,7 @@ def test_before_step_has_the_gradient_where_the_weights_are(train: Training, mod
     assert_near(train.weights("climbed"), model, start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "pairs"])
 @pytest.mark.parametrize("carrier", [Full(), Lora(r=4, lora_dropout=0.2)], ids=["full", "lora"])
 def test_looking_changes_nothing(carrier: TrainStrategy, form: str, train: Training) -> None:
@@ -406,6 +407,7 @@ def ranks(request: pytest.FixtureRequest, base_folder: Path, tmp_path_factory: p
     return home
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_two_ranks_with_half_the_batch_are_one(name: str, ranks: Path, train: Training) -> None:
     train(name, SHARED[name]())
@@ -415,6 +417,7 @@ def test_two_ranks_with_half_the_batch_are_one(name: str, ranks: Path, train: Tr
         assert torch.dist(together[weight], tensor) <= 1e-4 * torch.dist(tensor, start[weight]), weight
 
 
+@pytest.mark.slow
 def test_two_ranks_with_rates_go_on(ranks: Path) -> None:
     """The optimizer's groups come back from a checkpoint."""
     one, other = (load_file(ranks / name / "model.safetensors") for name in ("whole", "broken"))

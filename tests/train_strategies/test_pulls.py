@@ -103,6 +103,7 @@ def batch(*, rows: int = 3, length: int = 20) -> dict[str, Tensor]:
 # What must change nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "parameters"),
     [("anchor", {"strength": 0.0}), ("ewc", {"strength": 0.0}), ("distill", {"strength": 0.0}),

@@ -98,6 +98,7 @@ def test_pull_goes_back_to_the_start_every_so_many_steps() -> None:
     assert seen == [2.0, 2.5, 3.5, 3.625]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", [{"beta": 0.0}, {"last": 1}, {"decay": "linear", "window": 0.01}])
 def test_the_last_weights_alone_are_plain_training(parameters: Row, base_folder: Path, tmp_path: Path) -> None:
     data = texts_of(write_texts(tmp_path / "soup-plain.jsonl", 1))

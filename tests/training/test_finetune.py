@@ -186,6 +186,7 @@ def test_training_starts_from_the_start(train: Callable[..., Row], tmp_path: Pat
     assert not same(tmp_path / "expert", base_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [{}, LORA], ids=["full", "lora"])
 def test_seed(strategy: Row, train: Callable[..., Row], tmp_path: Path) -> None:
     train("one", **strategy)

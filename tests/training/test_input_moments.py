@@ -229,6 +229,7 @@ def test_what_the_command_refuses(
     assert not (base_folder / "statistics").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(base_folder: Path, data: Path, tmp_path: Path) -> None:
     """The sums of all examples; rounding differs, for they are added in another order."""
     alone, both = (perturbed(base_folder, tmp_path / name, seed=3, size=0.05) for name in ("alone", "both"))

@@ -349,6 +349,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.mark.slow
 def test_weights_stay_on_the_hub(recipe: Data, hub: Hub, tmp_path: Path) -> None:
     base = toy_llama(tmp_path / "here", seed=0, hidden=256)
     hub.repos["me/base"] = Repo(private=False)

@@ -193,6 +193,7 @@ def test_tokenizer_of_the_base_is_allowed(models, tmp_path):
     assert all(torch.equal(result[k], plain[k]) for k in plain)
 
 
+@pytest.mark.slow
 def test_an_unknown_parameter_is_refused_in_one_line(base_folder, expert_folders, tmp_path):
     recipe = recipe_of([base_folder, *expert_folders], "magmax", parameters={"lamda": 0.7})
     done = mergekit(recipe, tmp_path / "out")
@@ -210,6 +211,7 @@ def test_parameters_of_one_model_are_refused(base_folder, expert_folders, tmp_pa
         merge_here(recipe, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_slices_are_refused_for_a_whole_model_scale(base_folder, expert_folders, tmp_path):
     sources = [{"model": str(m), "layer_range": [0, 1]} for m in (base_folder, *expert_folders)]
     recipe = {"merge_method": "opcm", "base_model": str(base_folder), "slices": [{"sources": sources}]}
@@ -265,6 +267,7 @@ def test_errors_are_value_errors_for_python_callers():
     assert MergekitRecipeError("so").exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["mergekit.merge_methods", "mergekit.merge_methods.registry"])
 def test_mergekit_may_be_imported_before_torch(first):
     code = f"import {first}, mergekit.merge_methods as m; print(m.get('magmax').spec.name)"
