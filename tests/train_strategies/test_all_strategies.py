@@ -34,7 +34,7 @@ from hf_contmerge.errors import ContmergeError, RecipeError
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.testing import check_strategy
 from hf_contmerge.testing.course import Course, write_texts
-from hf_contmerge.testing.strategies import CHECKS, Check, resumes_to_the_same_bytes
+from hf_contmerge.testing.strategies import CHECKS, Check
 from hf_contmerge.testing.toys import toy_llama
 from hf_contmerge.train_strategies import Combined, TrainStrategy, combine, strategy_class, strategy_names
 from hf_contmerge.training.settings import training_checks
