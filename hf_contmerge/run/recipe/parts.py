@@ -212,6 +212,8 @@ class Evaluate(Part):
     """lower: the stages seen so far. full: also the ones to come, which forward transfer needs."""
     routed: bool = False
     """Also score separate experts behind a router: each expert is measured on all stages then."""
+    shots: Annotated[int, Field(ge=1)] = 4
+    """Of the baseline in_context: training examples in front of each question."""
     include_path: str | None = None
     """A folder of lm-eval task YAML files."""
     limit: Annotated[int, Field(ge=1)] | None = None

@@ -38,7 +38,7 @@ from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, read_fields
 from hf_contmerge.runtime.foreign import repeated
 
 StartFrom = Literal["base", "previous", "merged"]
-Baseline = Literal["joint"]
+Baseline = Literal["joint", "in_context"]
 
 
 def _stage_fields(train: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +213,8 @@ class Recipe(Part):
     merge: Annotated[tuple[Merge, ...], Field(min_length=1)]
     evaluate: Evaluate = Evaluate()
     baselines: Annotated[tuple[Baseline, ...], BeforeValidator(_as_names)] = ()
-    """joint: one expert trained from the base on all stages' examples at once, for as many steps as all stages."""
+    """joint: one expert trained from the base on all stages' examples at once, for as many steps as all stages.
+    in_context: the base, with `evaluate.shots` retrieved training examples of the task's stage in its prompt."""
     guard: Guard | None = None
     publish: Publish | None = None
 
@@ -249,6 +250,15 @@ class Recipe(Part):
             raise ValueError(
                 f"{fields[0]} needs the examples of every stage, and {', '.join(given)} has an `expert` without any; "
                 "leave it out, or give the stage a `dataset`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _in_context_has_tasks(self) -> Recipe:
+        if "in_context" in self.baselines and not any(s.task_names() for s in self.stages):
+            raise ValueError(
+                "baselines (in_context) has nothing to measure: no stage has `heldout` text or `tasks`, and general "
+                "tasks have no training examples. Give stages one of these, or leave it out"
             )
         return self
 
