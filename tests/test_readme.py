@@ -20,8 +20,9 @@ import hf_contmerge
 from hf_contmerge.commands.main import _COMMANDS, _parse
 from hf_contmerge.merge_rules import get_rule, parameter_types, rule_class, rule_names
 from hf_contmerge.merging.in_mergekit.recipe import read_mergekit_recipe
+from hf_contmerge.run.recipe.streams import stream_names
 from hf_contmerge.run.recipe.study import Study
-from hf_contmerge.run.recipe.suites import stream_names, suite_names, suite_tasks
+from hf_contmerge.run.recipe.suites import suite_names, suite_tasks
 from hf_contmerge.run.recipe.text import load_recipe, parse_recipe, read_yaml
 from hf_contmerge.scoring.forgetting.lines import SIDES
 from hf_contmerge.scoring.forgetting.matrix import ScoreMatrix

@@ -6,6 +6,7 @@
       - {name: law,  dataset: law.jsonl}                          # trained on data, or
       - {name: code, expert: owner/code-model}                    # given, or
       - {name: chat, expert: owner/instruct, minus: owner/base}   # the difference of two other models
+    # or a published stream: `stages: {suite: cl-standard, order: 2}` (streams.py)
     train:    {max_steps: 500, learning_rate: 1.0e-5}             # fields of TRL's SFTConfig, plus `strategy`
     merge:    [{rule: magmax, parameters: {lambda: 0.5}}, {rule: opcm}]
     evaluate: {general_tasks: [hellaswag]}
@@ -34,6 +35,7 @@ from hf_contmerge.run.recipe.parts import (
     Task,
     TasksField,
 )
+from hf_contmerge.run.recipe.streams import with_stream
 from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, read_fields
 from hf_contmerge.runtime.foreign import repeated
 
@@ -217,6 +219,11 @@ class Recipe(Part):
     in_context: the base, with `evaluate.shots` retrieved training examples of the task's stage in its prompt."""
     guard: Guard | None = None
     publish: Publish | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_of_a_stream(cls, value: Any) -> Any:
+        return with_stream(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
