@@ -257,7 +257,7 @@ def _stages(answers: Answers) -> str:
 
 
 def _stream(stream: Stream) -> str:
-    """Return a published stream as the recipe's stages, which the run's recipe.yml has one by one."""
+    """Return a published stream as the recipe's stages."""
     data = f", data: {_scalar(stream.data)}" if stream.data else ""
     order = stream.order or next(iter(stream_orders(stream.suite)))
     names = ", ".join(stage.name for stage in stream_stages(stream.suite, order))

@@ -218,7 +218,7 @@ def verdict(results: Results, line: Line) -> str:
 
 
 def _against_examples(results: Results, line: Line) -> list[str]:
-    """Compare a merge with the base that sees training examples."""
+    """Compare a merge with the base behind training examples."""
     shown = results.expert(IN_CONTEXT)
     if not shown or len(shown.rows) != len(line.rows):
         return []

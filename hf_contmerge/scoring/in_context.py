@@ -84,7 +84,7 @@ class InContext:
         self._cut: dict[str, set[tuple[str, int]]] = {}
 
     def digest(self, task: str) -> str:
-        """Return a digest of what a task's questions may get."""
+        """Return a digest of a task's possible examples."""
         return digest([_VERSION, self.shots, self._of[task].texts])
 
     def begin(self, leaves: Mapping[str, str]) -> None:
@@ -110,7 +110,7 @@ class InContext:
         self._cut.setdefault(task, set()).add((request.task_name, request.doc_id))
 
     def facts(self, task: str) -> dict[str, Any]:
-        """Return how many examples a task's questions got, from how many, and how many were cut."""
+        """Return a task's counts: shots, examples to choose from, documents with a cut."""
         return {"shots": self.shots, "examples": len(self._of[task].texts), "cut": len(self._cut.get(task, ()))}
 
 

@@ -45,7 +45,7 @@ class Shown(Protocol):
     """Examples in front of the questions (in_context.py)."""
 
     def digest(self, task: str) -> str:
-        """Return a digest of what a task's questions may get."""
+        """Return a digest of a task's possible examples."""
         ...
 
     def begin(self, leaves: Mapping[str, str]) -> None:
@@ -53,7 +53,7 @@ class Shown(Protocol):
         ...
 
     def facts(self, task: str) -> dict[str, Any]:
-        """Return what a scored task's questions got."""
+        """Return a scored task's counts, for its details."""
         ...
 
 

@@ -208,7 +208,7 @@ def _measure_together(lm: Any, request: ScoreRequest) -> dict[str, TaskScore]:
 
 
 def _with_shown(score: TaskScore, request: ScoreRequest, task: Task) -> TaskScore:
-    """Add what the questions got to a score's details."""
+    """Add the counts of examples to a score's details."""
     if not request.shown:
         return score
     return replace(score, details={**score.details, "shown": request.shown.facts(task.name)})

@@ -195,7 +195,7 @@ def _counts(portion: Portion) -> SourceCounts:
 
 
 def require_no_preferences(data: Mapping[str, StageData], baseline: str) -> None:
-    """Raise DataError for stages that a baseline has no use for."""
+    """Raise DataError for stages of preferences, useless to a baseline."""
     for name in sorted(data):
         if what := PREFERENCES.get(data[name].form):
             raise DataError(

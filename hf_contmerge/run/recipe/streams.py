@@ -148,7 +148,7 @@ def _read(value: dict[str, Any]) -> Stream:
 
 
 def _local_files(stream: Stream, stages: tuple[StreamStage, ...]) -> dict[str, _Files]:
-    """Return the local files of each stage. Raises RecipeError with all that are missing."""
+    """Return each stage's local files. Raises RecipeError with all missing ones."""
     assert stream.data is not None
     if is_too_long(stream.data):
         raise RecipeError(f"stages.data is too long for a path ({len(stream.data)} characters). Shorten it.")
