@@ -8,6 +8,7 @@ config.json or an adapter_config.json is recognised as a model without the prefi
 its published orders:
 
     contmerge new bench.yml --base Qwen/Qwen3-0.6B --suite cl-standard --order 2
+    contmerge new local.yml --base Qwen/Qwen3-0.6B --suite trace --data files/trace    the same from local files
     contmerge new experts.yml --base meta-llama/Llama-3.2-3B --suite mergebench        trained experts from the Hub
 """
 
@@ -27,7 +28,7 @@ from typing import TypeVar
 
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import RecipeError, ResourceError
-from hf_contmerge.run.recipe.suites import StreamStage, stream_names, stream_rules, stream_stages
+from hf_contmerge.run.recipe.streams import Stream, stream_names, stream_orders, stream_rules, stream_stages
 from hf_contmerge.run.recipe.text import parse_recipe, read_yaml
 from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.runtime.foreign import expanded
@@ -55,8 +56,8 @@ class Answers:
     sources: tuple[Source, ...]
     gpus: int
     rules: tuple[str, ...] = (_DEFAULT_RULE,)
-    stream: tuple[StreamStage, ...] = ()
-    """The stages of a benchmark, instead of sources."""
+    stream: Stream | None = None
+    """A benchmark's stages, instead of sources."""
     plugins: tuple[str, ...] = ()
 
 
@@ -71,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", metavar="NAME", help=f"the stages of a benchmark instead: {', '.join(stream_names())}"
     )
-    parser.add_argument("--order", type=int, default=1, metavar="N", help="published order of the suite (default: 1)")
+    parser.add_argument("--order", type=int, metavar="N", help="published order of the suite (default: the first)")
+    parser.add_argument("--data", metavar="DIR", help="folder of the suite's local files (default: the Hub)")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs; 0: CPU only")
     parser.add_argument("--rule", action="append", default=[], metavar="RULE", help="merge rule (repeatable)")
     add_plugin_argument(parser)
@@ -119,7 +121,9 @@ def _answers(args: argparse.Namespace, path: Path) -> Answers:
     base, stages = args.base, list(args.stage)
     if args.suite and stages:
         raise RecipeError("`--suite` and `--stage` both define the stages; give only one of them.")
-    stream = stream_stages(args.suite, args.order) if args.suite else ()
+    if args.suite:
+        stream_stages(args.suite, args.order)  # known
+    stream = Stream(suite=args.suite, order=args.order, data=args.data) if args.suite else None
     if not (base and (stages or stream)):
         _require_terminal(args)
         base = base or _ask("Which base model? (a Hub id, a folder, a .gguf file)", str)
@@ -234,9 +238,9 @@ def _head(answers: Answers, path: str) -> str:
 
 
 def _stages(answers: Answers) -> str:
-    lines = ["stages:    # learnt in this order; each is merged with all earlier ones"]
     if answers.stream:
-        return "\n".join([*lines, *(x for stage in answers.stream for x in _stream_lines(stage, answers.base))]) + "\n"
+        return _stream(answers.stream)
+    lines = ["stages:    # learnt in this order; each is merged with all earlier ones"]
     for source in answers.sources:
         if source.is_model:
             lines.append(f"  - {{name: {_scalar(source.stage)}, expert: {_scalar(source.path)}}}    # already trained")
@@ -252,33 +256,18 @@ def _stages(answers: Answers) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _stream_lines(stage: StreamStage, base: str) -> list[str]:
-    """Return the lines of a benchmark stage.
-
-    They hold its dataset and a multiple-choice task over its class names, or an expert of this base with tasks.
-    """
-    if stage.expert:
-        expert = stage.expert.format(base=base.partition("@")[0].rstrip("/").rpartition("/")[2])
-        lines = [f"  - name: {stage.name}", f"    expert: {_scalar(expert)}    # already trained"]
-        return [*lines, f"    tasks: [{', '.join(stage.tasks)}]"] if stage.tasks else lines
-    question, words = json.dumps(stage.question), ", ".join(map(_scalar, stage.words))
-    text = json.dumps(f"{stage.question} {{{stage.label}}}")
-    return [
-        f"  - name: {stage.name}",
-        "    dataset:",
-        f"      path: {stage.path}",
-        f"      text: {text}",
-        f"      labels: {{{stage.label}: &{stage.name} [{words}]}}",
-        "      max_examples: 1000    # drawn at random, like the test examples",
-        "      heldout: 0",
-        "    tasks:",
-        f"      - name: {stage.name}_class",
-        "        kind: multiple_choice",
-        f"        dataset: {{path: {stage.path}, split: test, max_examples: 500}}",
-        f"        question: {question}",
-        f"        choices: *{stage.name}",
-        f"        answer: {stage.label}",
+def _stream(stream: Stream) -> str:
+    """Return a published stream as the recipe's stages."""
+    data = f", data: {_scalar(stream.data)}" if stream.data else ""
+    order = stream.order or next(iter(stream_orders(stream.suite)))
+    names = ", ".join(stage.name for stage in stream_stages(stream.suite, order))
+    lines = textwrap.wrap(f"Learnt in this order, each merged with all earlier ones: {names}.", 110,
+                          initial_indent="  # ", subsequent_indent="  # ", break_on_hyphens=False)  # fmt: skip
+    lines += [
+        "  # With `data: DIR` from local files. Of each stage, `max_examples` (1000) are drawn to train on, and",
+        "  # `test_examples` (500) to score.",
     ]
+    return f"stages: {{suite: {_scalar(stream.suite)}, order: {order}{data}}}\n" + "\n".join(lines) + "\n"
 
 
 def _train(answers: Answers) -> str:
@@ -287,7 +276,8 @@ def _train(answers: Answers) -> str:
         if answers.gpus
         else (50, 2, 256, "small, for a CPU")
     )
-    trained = any(not s.expert for s in answers.stream) or any(not s.is_model for s in answers.sources)
+    stream = stream_stages(answers.stream.suite, answers.stream.order) if answers.stream else ()
+    trained = any(not s.expert for s in stream) or any(not s.is_model for s in answers.sources)
     lines = [
         "train:    # any field of TRL's SFTConfig, by its own name"
         + ("" if trained else "; unused: all stages are trained"),

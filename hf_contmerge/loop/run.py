@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import JOINT, ORACLE, ROUTED, ExpertPlace, MergePlace, Place, Record, require_whole
+from hf_contmerge.run.places import (
+    IN_CONTEXT,
+    JOINT,
+    ORACLE,
+    ROUTED,
+    ExpertPlace,
+    MergePlace,
+    Place,
+    Record,
+    require_whole,
+)
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.recipe.schema import Recipe, Stage
@@ -211,10 +221,19 @@ class Loop:
         from hf_contmerge.loop.stages import measure_at
 
         how = self._measuring("test" if self.run.recipe.tunes else "all")
+        if place.folder.name == IN_CONTEXT:
+            how = self._in_context(how)
         check = partial(check_model_of, self.run, place, model)
         measure_at(place, model, tasks, how, check=check, on_log=self.trackers.of(place, "score"))
         if self.recorder.is_main:
             self._keep_keys(place)
+
+    def _in_context(self, how: Measuring) -> Measuring:
+        from dataclasses import replace
+
+        from hf_contmerge.scoring.in_context import InContext
+
+        return replace(how, shown=InContext(self.run.recipe, self.prepared.data, self.prepared.base))
 
     def _route(self, place: Place, tasks: Sequence[Task]) -> None:
         if self._wanted("score"):

@@ -18,6 +18,7 @@ from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import Scores, load_scores, scored_tasks, write_scores
 from hf_contmerge.runtime.files import remove
 from hf_contmerge.scoring.cache import ScoreCache
+from hf_contmerge.scoring.in_context import InContext
 from hf_contmerge.scoring.keys import SCORES_VERSION, DocumentPart, ModelKey
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.training.finetune import train_expert
@@ -90,12 +91,15 @@ class Measuring:
     """Whether a place stores the documents' texts with the scores."""
     cache: ScoreCache | None = None
     """None: the machine's cache, unless `evaluate` disables it."""
+    shown: InContext | None = None
+    """Training examples in front of the questions."""
 
     def measure(self, model: Path, tasks: Sequence[Task]) -> tuple[ModelKey, Scores]:
         """Return a model's digest and dtype, and rank 0's scores."""
         return score_model(
             model, tasks, task_folder=self.task_folder, evaluate=self.evaluate, ranks=self.recorder.crew.ranks,
             base=self.base, cache=self.cache, trust_remote_code=self.trust_remote_code, part=self.part,
+            shown=self.shown,
         )  # fmt: skip
 
 
@@ -142,4 +146,5 @@ def _names_at(place: Place, how: Measuring) -> set[str]:
 
 def _measured_by(how: Measuring) -> dict[str, Any]:
     """Return the settings behind a score, and the version of our numbers."""
-    return {**how.evaluate.measured_by(), "version": SCORES_VERSION}
+    shown = {"shots": how.shown.shots} if how.shown else {}
+    return {**how.evaluate.measured_by(), "version": SCORES_VERSION, **shown}

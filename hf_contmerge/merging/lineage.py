@@ -42,7 +42,7 @@ def write_lineage(out: Path, lineage: Mapping[str, Any]) -> None:
 
 
 def finished_lineage(out: Path, wanted: Mapping[str, Any]) -> Record | None:
-    """Return the lineage of a whole model with these values; clear its lock."""
+    """Return a whole model's lineage with these values; clear its lock."""
     try:
         lineage = read_lineage(out)
     except RunError:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from hf_contmerge.report._results import Results, line_label, scopes
+from hf_contmerge.run.places import IN_CONTEXT
 from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change
@@ -210,9 +211,27 @@ def verdict(results: Results, line: Line) -> str:
         for block in results.stage_blocks()
         if (kept := line.metrics(results.stages, (), block)["joint_kept"]) is not None
     ]
+    parts += _against_examples(results, line)
     if lossy := results.lossy(line):
         parts.append(f"{lossy.taken}, so this does not judge the rule: {lossy.advice()}")
     return "; ".join(parts) + "."
+
+
+def _against_examples(results: Results, line: Line) -> list[str]:
+    """Compare a merge with the base behind training examples."""
+    shown = results.expert(IN_CONTEXT)
+    if not shown or len(shown.rows) != len(line.rows):
+        return []
+    scores = list(shown.rows[-1].values())
+    facts = [score.details["shown"] for score in scores if "shown" in score.details]
+    cut, documents = sum(fact["cut"] for fact in facts), sum(len(score.gains) for score in scores)
+    name = f"the base with {max((fact['shots'] for fact in facts), default=0)} examples in its prompt"
+    name += f" (cut for {cut} of {documents} documents)" if cut else ""
+    return [
+        f"against {name}: {_scope_text(change, block, 'over all stages')}"
+        for block in results.stage_blocks()
+        if (change := results.overall(line, shown, len(line.rows) - 1, block))
+    ]
 
 
 def _against(results: Results, line: Line, plain: Line, t: int) -> str:

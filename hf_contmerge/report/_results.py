@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from hf_contmerge.models.survival import Survival
 from hf_contmerge.run.folder import evenly_spread
-from hf_contmerge.run.places import JOINT, ORACLE, ROUTED
+from hf_contmerge.run.places import IN_CONTEXT, JOINT, ORACLE, ROUTED
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
@@ -170,7 +170,7 @@ def line_label(kind: str) -> str:
     """Return the name of an expert kind."""
     names = {
         "previous": "fine-tuning alone", "base": "independent experts", JOINT: "joint training",
-        ROUTED: "routed experts", ORACLE: "experts with an oracle",
+        ROUTED: "routed experts", ORACLE: "experts with an oracle", IN_CONTEXT: "base with examples in its prompt",
     }  # fmt: skip
     return names.get(kind, f"experts from {kind.removeprefix('merged-')}")
 

@@ -28,7 +28,7 @@ from hf_contmerge.report._tables import Cell, Table, metric_table
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import JOINT, ORACLE, ROUTED, ExpertPlace, one_a_stage
+from hf_contmerge.run.places import IN_CONTEXT, JOINT, ORACLE, ROUTED, ExpertPlace, one_a_stage
 from hf_contmerge.run.recipe.schema import Merge
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore, load_scores
 from hf_contmerge.runtime.hiding import without_secrets
@@ -39,6 +39,7 @@ _AT_THE_END = {
     JOINT: "joint training, all stages at once",
     ROUTED: "separate experts, routed by the prompt",
     ORACLE: "separate experts, with an oracle",
+    IN_CONTEXT: "the base model, with training examples in its prompt",
 }
 _ON_THE_CARD = (
     "acc", "la", "bwt", "normalised", "joint_kept", "general_delta", "lost", "regained", "general_lost", "fuar",

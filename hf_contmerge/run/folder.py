@@ -11,6 +11,7 @@
         experts/<kind>/  expert/ train.json score.json         kind: base, previous, or merged-<merge entry>
         baselines/joint/ expert/ train.json score.json         after the last stage, if the recipe asks
         baselines/{oracle,routed}/ score.json                  separate experts behind a router
+        baselines/in_context/ score.json                       the base with training examples in its prompt
         merges/<entry>/  running/ merged/ merge.yml merge.json score.json
                          validation/  with a guard or `auto`: the scores behind the choice
                          replay/      the stage's expert, retrained by a guard

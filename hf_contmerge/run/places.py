@@ -28,7 +28,9 @@ JOINT = "joint"
 """Kind of the expert trained on all stages at once."""
 ROUTED, ORACLE = "routed", "oracle"
 """Separate experts behind a router: one that reads the prompt, one that is always right."""
-BASELINES = (JOINT, ROUTED, ORACLE)
+IN_CONTEXT = "in_context"
+"""The base with training examples in its prompt."""
+BASELINES = (JOINT, ROUTED, ORACLE, IN_CONTEXT)
 """Yardsticks, measured after the last stage."""
 FROM_BASE = ("base", JOINT)
 """Kinds of experts that start from the base."""

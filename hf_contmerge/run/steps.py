@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import ORACLE, ROUTED, Place
+from hf_contmerge.run.places import IN_CONTEXT, ORACLE, ROUTED, Place
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.phases import Phase
 
@@ -54,3 +54,5 @@ def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:
     if "joint" in recipe.baselines:
         yield Step("train", every[-1], run.joint)
         yield Step("score", every[-1], run.joint, tuple(recipe.measured(every)))
+    if IN_CONTEXT in recipe.baselines:  # no stage teaches general tasks
+        yield Step("score", every[-1], run.baseline(IN_CONTEXT), tuple(recipe.measured(every, general=False)))

@@ -23,8 +23,8 @@ TRIES = [{
     (bool, None), "keeps_general?": (bool, None), "losses?": [_SHIFT], "gains?": [_SHIFT],
 }]  # fmt: skip
 _SCORE = {
-    "block": str, "metric": str, "value": float, "utility": float, "stderr": NUMBER_OR_NONE, "details": {},
-    "documents_digest": str,
+    "block": str, "metric": str, "value": float, "utility": float, "stderr": NUMBER_OR_NONE,
+    "details": {"shown?": {"shots": int, "examples": int, "cut": int}}, "documents_digest": str,
 }  # fmt: skip
 _GEOMETRY = {
     "sampled": float, "lengths": [float], "cosines": [[NUMBER_OR_NONE]], "conflicts": [[NUMBER_OR_NONE]],

@@ -79,6 +79,7 @@ class SharedLM(TextTokens, _Parent):
                 "A model with weights sharded over the ranks cannot generate text here, because texts end at different "
                 "times. Score it without generation tasks, or score its saved folder."
             )
+        requests = self.with_examples(requests)
         lengths = [len(self.tok_encode(r.args[0])) for r in requests]
         settings = [json.dumps(r.args[1], sort_keys=True, default=str) for r in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -lengths[i], requests[i].args[0]))

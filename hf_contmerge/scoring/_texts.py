@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_contmerge.errors import ModelError
+
+if TYPE_CHECKING:
+    from hf_contmerge.scoring.in_context import InContext
 
 _SAMPLE = "a"
 _Parent: Any = object  # lm-eval's model class comes next to this one
@@ -26,6 +30,8 @@ class TextTokens(_Parent):
 
     unused: int = 0
     """Positions that rolling windows leave free."""
+    shown: InContext | None = None
+    """Examples in front of the questions, not scored."""
 
     @functools.cached_property
     def beginning(self) -> list[int]:
@@ -64,7 +70,7 @@ class TextTokens(_Parent):
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002
         """Return (log-likelihood in nats, is greedy) of each continuation."""
-        pairs = [(r.args, *self._pair(*r.args)) for r in requests]
+        pairs = [(r.args, *self._pair(*r.args)) for r in self.with_examples(requests)]
         return self._loglikelihood_tokens(pairs, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
@@ -74,13 +80,46 @@ class TextTokens(_Parent):
         """
         windows, owners = [], []
         for i, request in enumerate(requests):
-            for context, continuation in self._windows(request.args[0]):
+            for context, continuation in self._windows_after(request) if self.shown else self._windows(request.args[0]):
                 windows.append((None, context, continuation))
                 owners.append(i)
         sums = [0.0] * len(requests)
         for i, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=True), strict=True):
             sums[i] += likelihood
         return sums
+
+    def with_examples(self, requests: Sequence[Any]) -> Sequence[Any]:
+        """Return requests with the examples in front of their prompts."""
+        return [self._with_examples(request, self.shown) for request in requests] if self.shown else requests
+
+    def _with_examples(self, request: Any, shown: InContext) -> Any:
+        prompt, answer = request.args[:2]
+        prompt = shown.before(request) + prompt.removeprefix(self.tokenizer.bos_token or "")
+        generates = isinstance(answer, dict)
+        after = answer.get("max_gen_toks", self.max_gen_toks) if generates else len(self.tok_encode(answer, False)) - 1
+        if len(self.tok_encode(prompt)) + after > self.max_length:
+            shown.count_cut(request)
+        return replace(request, arguments=(prompt, *request.args[1:]))
+
+    def _windows_after(self, request: Any) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield windows as `_windows` does, each behind the text's examples.
+
+        Examples of more than half a window lose their beginning where a text needs the room.
+        """
+        assert self.shown
+        begin, tokens = self._begun(request.args[0])
+        examples = self.tok_encode(self.shown.before(request), False)
+        room = self.max_length + 1 - self.unused - len(begin)
+        kept = max((room - 1) // 2, room - len(tokens), 0)
+        if kept < len(examples):
+            self.shown.count_cut(request)
+            examples = examples[len(examples) - kept :]
+        start = 0
+        while start < len(tokens):
+            context = [*begin, *examples, *tokens[max(0, start - 1) : start]]
+            end = start + max(1, room + len(begin) - len(context))
+            yield context, tokens[start:end]
+            start = end
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context.strip():

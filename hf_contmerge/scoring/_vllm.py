@@ -21,6 +21,10 @@ class TextVLLM(TextTokens, _Parent):
 
     unused = 2  # it generates a token after each window
 
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Generate a continuation of each prompt."""
+        return super().generate_until(self.with_examples(requests), disable_tqdm)
+
 
 def load_vllm(folder: Path, dtype: str, evaluate: Evaluate) -> Any:
     """Load a model in vLLM, wrapped for lm-eval."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow
 import yaml
+from datasets import Dataset
 from pyarrow import parquet
 
 from hf_contmerge.run.recipe.parts import Task
@@ -87,7 +88,12 @@ def write_task(folder: Path, task: Task) -> None:
 
 
 def heldout_documents(data: StageData, *, chars: int, load_tokenizer: Callable[[], Any]) -> list[str]:
-    """Return a stage's held-out examples as documents.
+    """Return a stage's held-out examples as documents."""
+    return stage_documents(data, data.heldout, chars=chars, load_tokenizer=load_tokenizer)
+
+
+def stage_documents(data: StageData, examples: Dataset, *, chars: int, load_tokenizer: Callable[[], Any]) -> list[str]:
+    """Return a stage's examples as documents.
 
     Conversations use the tokenizer's chat template.
     """
@@ -98,7 +104,7 @@ def heldout_documents(data: StageData, *, chars: int, load_tokenizer: Callable[[
         require_chat_template(tokenizer)
         return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
-    return documents(data.heldout, data.form, chars=chars, render=render)
+    return documents(examples, data.form, chars=chars, render=render)
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -16,7 +16,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import COMPANIONS, optional_json
@@ -41,6 +41,22 @@ DocumentPart = Literal["all", "test", "validation"]
 """Document subset to measure: choices made on the validation part are judged on the test part."""
 
 
+class Shown(Protocol):
+    """Examples in front of the questions (in_context.py)."""
+
+    def digest(self, task: str) -> str:
+        """Return a digest of a task's possible examples."""
+        ...
+
+    def begin(self, leaves: Mapping[str, str]) -> None:
+        """Start a round of scoring. `leaves`: lm-eval's task -> the recipe's."""
+        ...
+
+    def facts(self, task: str) -> dict[str, Any]:
+        """Return a scored task's counts, for its details."""
+        ...
+
+
 @dataclass(frozen=True)
 class ScoreRequest:
     """A request to score a model on tasks."""
@@ -50,6 +66,7 @@ class ScoreRequest:
     evaluate: Evaluate
     part: DocumentPart = "all"
     trust_remote_code: bool = False
+    shown: Shown | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +125,14 @@ def _settings(request: ScoreRequest, task: Task) -> Mapping[str, Any]:
     versions = [version("lm_eval"), version("torch", 2), version("transformers", 2), version("datasets", 1)]
     if request.evaluate.backend != "hf":
         versions.append(version(request.evaluate.backend, 2))
+    shown = {"shown": request.shown.digest(task.name)} if request.shown else {}
     return {
         "format": SCORES_VERSION,
         "task": task.model_dump(mode="json", exclude=_NOT_OF_A_TASK),
         "evaluate": {field: value for field, value in values.items() if field not in _IN_KEY_OTHERWISE},
         "part": [request.part, values["validation"] if request.part != "all" else None],
         "versions": versions,
+        **shown,
     }
 
 

@@ -29,7 +29,7 @@ from hf_contmerge.scoring._results import task_score
 from hf_contmerge.scoring._strangers import foreign_tasks
 from hf_contmerge.scoring._task_digest import keep_own_listing
 from hf_contmerge.scoring.cache import ScoreCache
-from hf_contmerge.scoring.keys import DocumentPart, ModelKey, ScoreRequest
+from hf_contmerge.scoring.keys import DocumentPart, ModelKey, ScoreRequest, Shown
 from hf_contmerge.scoring.known import KnownScores, keep_scores, known_scores
 from hf_contmerge.scoring.locate import ModelFolders, fetched_folders
 from hf_contmerge.scoring.setup import check_evaluate, require_template
@@ -50,6 +50,7 @@ def score_model(
     cache: ScoreCache | None = None,
     trust_remote_code: bool = False,
     part: DocumentPart = "all",
+    shown: Shown | None = None,
 ) -> tuple[ModelKey, dict[str, TaskScore]]:
     """Score a model on tasks; the main process gets the result.
 
@@ -65,6 +66,7 @@ def score_model(
         cache: earlier scores; default: this machine's cache, unless `evaluate` disables it.
         trust_remote_code: allow the model's own code to run.
         part: document subset to measure.
+        shown: examples in front of the questions.
 
     Returns:
         The scored model's digest (weights, dtype, tokenizer) and dtype, and the score of each task by name.
@@ -74,7 +76,7 @@ def score_model(
         ModelError: the folder holds no model, or the tokenizer lacks the chat template requested by `evaluate`.
         ResourceError: this machine does not support the settings in `evaluate`.
     """
-    request = ScoreRequest(tuple(tasks), task_folder, evaluate, part, trust_remote_code)
+    request = ScoreRequest(tuple(tasks), task_folder, evaluate, part, trust_remote_code, shown)
     cache = cache or ScoreCache.open(use=evaluate.cache)
     known, fresh = measure_missing(ModelFolders(folder, base), request, ranks=ranks, cache=cache)
     scores = {**known.scores, **fresh} if ranks.is_main else {}
@@ -175,6 +177,7 @@ def score_loaded(model: Any, tokenizer: Any, request: ScoreRequest, *, ranks: Ra
 
 def _measure(lm: Any, request: ScoreRequest) -> dict[str, TaskScore]:
     """Score a request's tasks."""
+    lm.shown = request.shown
     with foreign_tasks(trust_remote_code=request.trust_remote_code):
         return _measure_together(lm, request)
 
@@ -190,20 +193,35 @@ def _measure_together(lm: Any, request: ScoreRequest) -> dict[str, TaskScore]:
     rounds: list[list[LoadedTask]] = []
     for task in request.tasks:
         loaded = load_task(manager, task)
-        place = next((together for together in rounds if all(_agree(loaded, other) for other in together)), None)
+        apart = request.shown is not None
+        place = next((x for x in rounds if all(_agree(loaded, other, apart=apart) for other in x)), None)
         if place is None:
             rounds.append(place := [])
         place.append(loaded)
     scores = {}
     for together in rounds:
+        if request.shown:
+            request.shown.begin({leaf: loaded.name for loaded in together for leaf in loaded.leaves})
         results = _evaluate(lm, together, request.evaluate, request.part)
         scores |= {loaded.name: task_score(results, loaded.name, loaded.leaves) for loaded in together}
-    return {task.name: scores[task.name] for task in request.tasks}
+    return {task.name: _with_shown(scores[task.name], request, task) for task in request.tasks}
 
 
-def _agree(one: LoadedTask, other: LoadedTask) -> bool:
-    """Check for equal few-shot settings in the tasks common to both."""
+def _with_shown(score: TaskScore, request: ScoreRequest, task: Task) -> TaskScore:
+    """Add the counts of examples to a score's details."""
+    if not request.shown:
+        return score
+    return replace(score, details={**score.details, "shown": request.shown.facts(task.name)})
+
+
+def _agree(one: LoadedTask, other: LoadedTask, *, apart: bool) -> bool:
+    """Check for equal few-shot settings in the tasks common to both.
+
+    `apart`: no task may be common.
+    """
     common = one.leaves.keys() & other.leaves.keys()
+    if apart and common:
+        return False
     return all(one.leaves[n].get_config("num_fewshot") == other.leaves[n].get_config("num_fewshot") for n in common)
 
 

@@ -56,8 +56,12 @@ class Asked:
         if not isinstance(choices, list | tuple):
             raise DataError(f"{words} must be a list of continuations; got {choices!r:.60}.")
         index = place_in(gold, choices)
+        if index is None and isinstance(gold, str) and gold in choices:
+            index = choices.index(gold)
         if index is None:
-            raise DataError(f"{column} must be the index of the right choice; got {gold!r} for {len(choices)} choices.")
+            raise DataError(
+                f"{column} must be the right choice or its index; got {gold!r:.60} for {len(choices)} choices."
+            )
         return {"query": self._query(row), "choices": [self._shown(c, str(words)) for c in choices], "gold": index}
 
     def _lacks(self, row: Row) -> bool:

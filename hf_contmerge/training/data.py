@@ -194,6 +194,16 @@ def _counts(portion: Portion) -> SourceCounts:
     return SourceCounts(source.path, source.config, source.split, portion.share, *used, left_out, license)
 
 
+def require_no_preferences(data: Mapping[str, StageData], baseline: str) -> None:
+    """Raise DataError for stages of preferences, useless to a baseline."""
+    for name in sorted(data):
+        if what := PREFERENCES.get(data[name].form):
+            raise DataError(
+                f"baselines: {baseline} needs texts, conversations or prompts, and stage {name} has {what}. Remove "
+                f"{baseline} from `baselines`, or leave the stage out."
+            )
+
+
 def documents(data: datasets.Dataset, form: Form, *, chars: int, render: Callable[..., str]) -> list[str]:
     """Return held-out examples as plain documents of at most `chars` characters.
 

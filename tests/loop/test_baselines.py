@@ -1,4 +1,4 @@
-"""Baselines of a run: joint training on all stages at once."""
+"""Baselines of a run: joint training on all stages at once, a router, examples in the prompt."""
 
 import json
 import random
@@ -56,7 +56,8 @@ def recipe(home: Path, files: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_recipe(parse_recipe(recipe(home, "a b")), tmp_path_factory.mktemp("yard") / "two")
+    fields = recipe(home, "a b", baselines=["joint", "in_context"])
+    return run_recipe(parse_recipe(fields), tmp_path_factory.mktemp("yard") / "two")
 
 
 @pytest.mark.slow
@@ -160,10 +161,11 @@ def test_texts_and_prompts_have_a_union(home: Path, tmp_path: Path):
     assert run.joint.record("train")["examples"] == 17 + 9
 
 
-def test_given_experts_are_refused(home: Path, tmp_path: Path):
-    fields = recipe(home, "a")
+@pytest.mark.parametrize("name", ["joint", "in_context"])
+def test_given_experts_are_refused(name: str, home: Path, tmp_path: Path):
+    fields = recipe(home, "a", baselines=[name])
     fields["stages"].append({"name": "given", "expert": str(home / "base")})
-    with pytest.raises(RecipeError, match=r"baselines \(joint\) needs the examples of every stage, and given has"):
+    with pytest.raises(RecipeError, match=rf"baselines \({name}\) needs the examples of every stage, and given has"):
         parse_recipe(fields)
     (tmp_path / "given.yml").write_text(json.dumps(fields))
     assert main(["run", str(tmp_path / "given.yml"), "--run", str(tmp_path / "run")]) == 2
@@ -208,3 +210,78 @@ def test_routing_needs_separate_experts(home: Path, tmp_path: Path):
     fields = recipe(home, "a b", merge=[{"rule": "average", "start_from": "previous"}])
     with pytest.raises(RecipeError, match="no merge entry trains them"):
         run_recipe(parse_recipe(fields), tmp_path / "none")
+
+
+# Examples in the prompt
+
+
+def test_the_base_with_examples_is_measured_on_the_stages(run: Run):
+    place = run.baseline("in_context")
+    scores, base = load_scores(place), load_scores(run.base)
+    assert set(scores) == {"s1_heldout", "s2_heldout"}, "general tasks have no training examples"
+    assert place.record("score")["measured_by"]["shots"] == 4
+    for task, score in scores.items():
+        assert score.gains != base[task].gains
+        assert score.weights == base[task].weights
+        assert score.details["shown"] == {"shots": 4, "examples": 17, "cut": 0}
+        assert score.details["key"] != base[task].details["key"], "the score cache keeps them apart"
+
+
+def test_report_and_card_have_the_base_with_examples(run: Run):
+    page = (run.folder / "report" / "report.md").read_text()
+    assert "against the base with 4 examples in its prompt: " in page
+    assert "### base with examples in its prompt, perplexity" in page
+    assert "the base model, with training examples in its prompt" in model_card(run, run.recipe.merge[0])
+    line = load_results(run).expert("in_context")
+    assert line
+    assert line.metrics(run.recipe.stages, ("quiz",), "perplexity")["acc"] is not None
+
+
+@pytest.mark.slow
+def test_examples_are_resumed_undone_and_measured_again(run: Run, home: Path, tmp_path: Path):
+    copy = tmp_path / "copied"
+    shutil.copytree(run.folder, copy, symlinks=True)
+    before = load_scores(run.baseline("in_context"))
+    for place in (Run.load(copy).report, Run.load(copy).baseline("in_context")):  # a kill before the last phase
+        place.undo("report" if place.folder == copy else "score")
+    fields = recipe(home, "a b", baselines=["joint", "in_context"])
+    again = run_recipe(parse_recipe(fields), copy)
+    assert {k: s.gains for k, s in load_scores(again.baseline("in_context")).items()} == {
+        k: s.gains for k, s in before.items()
+    }
+    others = [p.stat().st_mtime_ns for p in sorted(copy.glob("stages/*/*/*/score.json")) if "in_context" not in str(p)]
+    fields["evaluate"]["shots"] = 2
+    fewer = run_recipe(parse_recipe(fields), copy, until="score")
+    assert load_scores(fewer.baseline("in_context"))["s1_heldout"].details["shown"]["shots"] == 2
+    assert others == [
+        p.stat().st_mtime_ns for p in sorted(copy.glob("stages/*/*/*/score.json")) if "in_context" not in str(p)
+    ]
+    assert "score of stages/02-s2/baselines/in_context" in fewer.redo("score")
+    assert not fewer.baseline("in_context").is_done("score")
+
+
+def test_plan_prices_the_longer_prompts(home: Path, tmp_path: Path):
+    fields = recipe(home, "a b", baselines=["in_context"])
+    fields["evaluate"] |= {"shots": 8, "general_tasks": []}
+    phases = make_plan(Run(tmp_path / "planned", parse_recipe(fields)), Findings())["phases"]
+    memory = {p["place"]: p["memory_bytes"] for p in phases if p["phase"] == "score"}
+    assert memory["02-s2/baselines/in_context"] > memory["00-base"] + 2**20
+
+
+def test_examples_of_preferences_are_refused(home: Path, tmp_path: Path):
+    fields = recipe(home, "a pairs", baselines=["in_context"])
+    (tmp_path / "pairs.yml").write_text(json.dumps(fields))
+    with pytest.raises(DataError, match="in_context needs texts, conversations or prompts, and stage s2 has pref"):
+        run_recipe(parse_recipe(fields), tmp_path / "refused")
+    assert main(["run", str(tmp_path / "pairs.yml"), "--run", str(tmp_path / "run")]) == 2
+    assert not list(tmp_path.glob("*/stages/*/experts"))
+    assert not list(tmp_path.glob("*/stages/00-base/score.json"))
+
+
+def test_examples_need_a_task_of_a_stage(home: Path):
+    fields = recipe(home, "a", baselines=["in_context"])
+    fields["stages"][0]["dataset"]["heldout"] = 0
+    with pytest.raises(RecipeError, match=r"baselines \(in_context\) has nothing to measure: no stage has"):
+        parse_recipe(fields)
+    with pytest.raises(RecipeError, match=r"evaluate\.shots: Input should be greater than or equal to 1"):
+        parse_recipe(recipe(home, "a", evaluate={"shots": 0}))

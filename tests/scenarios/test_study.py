@@ -11,8 +11,12 @@ import yaml
 from toys.models import TEXT, toy_llama, write_jsonl
 
 from hf_contmerge.commands.main import main
+from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.recipe.streams import stream_orders, stream_stages
+from hf_contmerge.run.recipe.study import Study, study_cells
+from hf_contmerge.run.scores import load_scores
 
 STAGES = ("study_law", "study_code")
 STUDY = {"name": "toys", "recipe": "recipe.yml", "orders": [STAGES, STAGES[::-1]], "seeds": [0, 1]}
@@ -69,6 +73,28 @@ def test_a_cell_is_the_run_that_it_stands_for(done: Path, tmp_path: Path) -> Non
         assert run.merged(2, run.recipe.merge[0]).model.is_dir()
     entry = cell.recipe.merge[0]
     assert weights_sha256(cell.merged(2, entry).model) == weights_sha256(alone.merged(2, entry).model)
+
+
+@pytest.mark.slow
+def test_a_cell_of_a_published_stream_runs_from_local_files(tmp_path: Path) -> None:
+    """The last order of cl-standard, with both baselines, from files of a few rows."""
+    toy_llama(tmp_path / "base", seed=0)
+    for stage in stream_stages("cl-standard"):
+        (tmp_path / "cl_files" / stage.name).mkdir(parents=True)
+        rows = [{"text": f"Text: a goal {i}", "label": stage.words[i % 2]} for i in range(6)]
+        for split in ("train", "test"):
+            write_jsonl(tmp_path / "cl_files" / stage.name / f"{split}.jsonl", rows[split == "test" :: 2])
+    recipe = {
+        "name": "r", "base_model": str(tmp_path / "base"), "merge": [{"rule": "average", "start_from": "base"}],
+        "stages": {"suite": "cl-standard", "data": str(tmp_path / "cl_files"), "test_examples": 2},
+        "train": {"max_steps": 1, "per_device_train_batch_size": 1, "max_length": 64, "report_to": "none"},
+        "evaluate": {"batch_size": 8, "shots": 1}, "baselines": ["joint", "in_context"],
+    }  # fmt: skip
+    cell = study_cells(Study.model_validate({"name": "s", "recipe": recipe, "orders": "cl-standard"}))[-1]
+    run = run_recipe(cell.recipe, tmp_path / "run", until="score")
+    assert tuple(stage.name for stage in run.recipe.stages) == stream_orders("cl-standard")[3]
+    tasks = {f"{stage.name}_class" for stage in run.recipe.stages}
+    assert tasks == set(load_scores(run.joint)) == set(load_scores(run.baseline("in_context")))
 
 
 def test_report(done: Path) -> None:

@@ -11,12 +11,15 @@ import torch
 from hf_contmerge.loop._entries import merged_dtype
 from hf_contmerge.loop.plan._dry_step import StepCost, scoring_batch
 from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun, resident
+from hf_contmerge.loop.plan._training import sample_rows
 from hf_contmerge.loop.plan.disk import model_bytes
-from hf_contmerge.run.places import ORACLE, ROUTED, ExpertPlace, MergePlace
+from hf_contmerge.models.config import config, setting
+from hf_contmerge.run.places import IN_CONTEXT, ORACLE, ROUTED, ExpertPlace, MergePlace
 from hf_contmerge.run.steps import Step
 from hf_contmerge.runtime.device import bf16_pays
 from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
 from hf_contmerge.scoring.tasks import sample_requests
+from hf_contmerge.training.tokenizer import count_tokens
 
 
 class _Requests(NamedTuple):
@@ -36,6 +39,8 @@ def scoring_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
     peak, seconds = 0, 0.0
     for task in () if step.place.folder.name in (ROUTED, ORACLE) else step.tasks:  # made of others' scores
         count, mean, longest = _requests(planned, task.name, task.num_fewshot)
+        if step.place.folder.name == IN_CONTEXT:
+            mean, longest = (_with_examples(planned, task.name, tokens) for tokens in (mean, longest))
         rows = min(batch, count)
         peak = max(peak, _dry_batch(planned, rows, longest).peak)
         work = _dry_batch(planned, rows, mean).work
@@ -47,6 +52,21 @@ def scoring_cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
     # The pages of the converted weight files stay mapped.
     memory = weights + resident(max(peak, weights) - weights) + _stored_bytes(planned, step)
     return Cost(host.memory(memory), 0, seconds)
+
+
+def _with_examples(planned: PlannedRun, task: str, tokens: int) -> int:
+    """Return the tokens of a question behind its examples."""
+    most = planned.recipe.evaluate.max_length or setting(config(planned.base), "max_position_embeddings")
+    tokens += planned.recipe.evaluate.shots * _example_tokens(planned, task)
+    return min(tokens, most) if isinstance(most, int) else tokens
+
+
+@functools.cache
+def _example_tokens(planned: PlannedRun, task: str) -> int:
+    """Return the mean tokens of the training examples of a task's stage."""
+    stage = next(stage for stage in planned.recipe.stages if task in stage.task_names())
+    lengths = [max(count_tokens(planned.tokenizer, row)) for row in sample_rows(planned.data[stage.name].train)]
+    return round(sum(lengths) / len(lengths))
 
 
 def _stored_bytes(planned: PlannedRun, step: Step) -> int:

@@ -109,7 +109,7 @@ def remembered_bytes(planned: PlannedRun, step: Step) -> int:
         return 0
     train, data = planned.recipe.train_of(stage), planned.data[stage.name].train
     dry = _dry_training(planned, stage.name, train.model_dump_json()).step
-    rows = _sample(data)
+    rows = sample_rows(data)
     mean = sum(len(json.dumps(row).encode()) for row in rows) / len(rows)
     return make_strategies(train).memory_bytes(StageSize(step.t, dry.trained, dry.lora_a, dry.inputs, len(data), mean))
 
@@ -132,7 +132,7 @@ def _dry_training(planned: PlannedRun, stage: str, train_json: str) -> _DryTrain
 
 def _shape(planned: PlannedRun, data: StageData, settings: Any) -> _Shape:
     longest = settings.max_length or 2**62
-    lengths = [max(count_tokens(planned.tokenizer, row)) for row in _sample(data.train)]
+    lengths = [max(count_tokens(planned.tokenizer, row)) for row in sample_rows(data.train)]
     batch = settings.per_device_train_batch_size * (2 if data.form == "preference" else 1)
     if getattr(settings, "packing", False):
         full, tokens = settings.max_length, sum(lengths) / len(lengths) * len(data.train)
@@ -142,5 +142,6 @@ def _shape(planned: PlannedRun, data: StageData, settings: Any) -> _Shape:
     return _Shape(batch, max(2, *cut), sum(filled) / len(filled), len(data.train))
 
 
-def _sample(examples: Any) -> list[dict[str, Any]]:
+def sample_rows(examples: Any) -> list[dict[str, Any]]:
+    """Return the first examples, whose tokens are counted."""
     return [dict(row) for row in examples.select(range(min(len(examples), _SAMPLED)))]

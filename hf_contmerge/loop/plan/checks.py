@@ -43,7 +43,7 @@ from hf_contmerge.scoring.setup import check_evaluate, check_template
 from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.replay import in_form_of
-from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.data import StageData, load_stage_data, require_no_preferences
 from hf_contmerge.training.general import with_general
 from hf_contmerge.training.joint import joint_data
 from hf_contmerge.training.limits import trainer_limits
@@ -179,6 +179,8 @@ def checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> It
         yield partial(check_replay, recipe, prepared.data)
         if "joint" in recipe.baselines:
             yield partial(joint_data, prepared.data, seed=recipe.seed)
+        if "in_context" in recipe.baselines:
+            yield partial(require_no_preferences, prepared.data, "in_context")
         yield from (partial(_load_general, prepared, recipe, stage) for stage in recipe.stages if stage.dataset)
         if how.processes == 1 or how.plans:
             yield from rehearsals(recipe, prepared)

@@ -161,7 +161,7 @@ class Task(Part):
     choices: Annotated[str | tuple[str, ...], BeforeValidator(_as_words)] = "choices"
     """The column with the lists of continuations of a multiple_choice dataset, or the list that all rows share."""
     answer: str = "gold"
-    """The column with the index of the right choice, or with the text that exact_match expects."""
+    """The column with the right choice or its index, or with the text that exact_match expects."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     """The most that a model may write for exact_match."""
     stop: tuple[str, ...] = ("\n",)
@@ -212,6 +212,8 @@ class Evaluate(Part):
     """lower: the stages seen so far. full: also the ones to come, which forward transfer needs."""
     routed: bool = False
     """Also score separate experts behind a router: each expert is measured on all stages then."""
+    shots: Annotated[int, Field(ge=1)] = 4
+    """Of the baseline in_context: training examples in front of each question."""
     include_path: str | None = None
     """A folder of lm-eval task YAML files."""
     limit: Annotated[int, Field(ge=1)] | None = None

@@ -6,6 +6,7 @@
       - {name: law,  dataset: law.jsonl}                          # trained on data, or
       - {name: code, expert: owner/code-model}                    # given, or
       - {name: chat, expert: owner/instruct, minus: owner/base}   # the difference of two other models
+    # or a published stream: `stages: {suite: cl-standard, order: 2}` (streams.py)
     train:    {max_steps: 500, learning_rate: 1.0e-5}             # fields of TRL's SFTConfig, plus `strategy`
     merge:    [{rule: magmax, parameters: {lambda: 0.5}}, {rule: opcm}]
     evaluate: {general_tasks: [hellaswag]}
@@ -34,11 +35,12 @@ from hf_contmerge.run.recipe.parts import (
     Task,
     TasksField,
 )
+from hf_contmerge.run.recipe.streams import with_stream
 from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, read_fields
 from hf_contmerge.runtime.foreign import repeated
 
 StartFrom = Literal["base", "previous", "merged"]
-Baseline = Literal["joint"]
+Baseline = Literal["joint", "in_context"]
 
 
 def _stage_fields(train: dict[str, Any]) -> dict[str, Any]:
@@ -213,9 +215,15 @@ class Recipe(Part):
     merge: Annotated[tuple[Merge, ...], Field(min_length=1)]
     evaluate: Evaluate = Evaluate()
     baselines: Annotated[tuple[Baseline, ...], BeforeValidator(_as_names)] = ()
-    """joint: one expert trained from the base on all stages' examples at once, for as many steps as all stages."""
+    """joint: one expert trained from the base on all stages' examples at once, for as many steps as all stages.
+    in_context: the base, with `evaluate.shots` retrieved training examples of the task's stage in its prompt."""
     guard: Guard | None = None
     publish: Publish | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_of_a_stream(cls, value: Any) -> Any:
+        return with_stream(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
@@ -249,6 +257,15 @@ class Recipe(Part):
             raise ValueError(
                 f"{fields[0]} needs the examples of every stage, and {', '.join(given)} has an `expert` without any; "
                 "leave it out, or give the stage a `dataset`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _in_context_has_tasks(self) -> Recipe:
+        if "in_context" in self.baselines and not any(s.task_names() for s in self.stages):
+            raise ValueError(
+                "baselines (in_context) has nothing to measure: no stage has `heldout` text or `tasks`, and general "
+                "tasks have no training examples. Give stages one of these, or leave it out"
             )
         return self
 

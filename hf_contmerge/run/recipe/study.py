@@ -2,7 +2,8 @@
 
     name: texts
     recipe: recipe.yml                       # a recipe's file, or its fields
-    orders: 3                                # random ones, the recipe's first; or `all`; or lists of the stages' names
+    orders: 3                                # random ones, the recipe's first; or `all`; or lists of the stages' names;
+                                             # or a stream, such as cl-standard: its published ones
     seeds: [0, 1, 2]
     vary: {train.learning_rate: [2.0e-5, 1.0e-4], train.strategy: [full, lora]}         # every combination
     settings: [{name: slow-lora, set: {train.strategy: lora, train.learning_rate: 1.0e-5}}]     # and these
@@ -31,9 +32,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.run.recipe.parts import Name, Part
 from hf_contmerge.run.recipe.schema import Recipe
+from hf_contmerge.run.recipe.streams import stream_names, stream_orders, with_stream
 from hf_contmerge.run.recipe.text import explain, parse_recipe, read_mapping, set_field
 from hf_contmerge.runtime.foreign import repeated
 
@@ -59,7 +61,8 @@ class Study(Part):
     """A recipe's file, relative to this one's folder, or a recipe's fields."""
     output: str | None = None
     """The study folder; default: studies/<name>."""
-    orders: Literal["all"] | Annotated[int, Field(ge=1)] | tuple[Order, ...] = 1
+    orders: Annotated[int, Field(ge=1)] | str | tuple[Order, ...] = 1
+    """`all`, or a stream for its published orders."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
     settings: tuple[Setting, ...] = ()
@@ -73,7 +76,7 @@ class Study(Part):
             raise ValueError(f"seeds: {', '.join(map(str, self.seeds))} has one twice")
         for field in (*self.vary, *(field for setting in self.settings for field in setting.set)):
             first = field.partition(".")[0]
-            if first in _FIXED and (first != "stages" or field == "stages"):
+            if first in _FIXED and (first != "stages" or field in ("stages", "stages.order")):
                 raise ValueError(f"{field} cannot vary here: {_FIXED[first]} sets it")
         if (count := self._count()) > _MOST_CELLS:
             raise ValueError(f"`vary` and `settings` give {count} settings, at most {_MOST_CELLS} are run")
@@ -87,7 +90,7 @@ class Study(Part):
 
     def runs(self, stages: int) -> int:
         """Return an upper bound of the runs over a recipe's stages."""
-        asked = self.orders
+        asked = _published(self.orders)
         orders = math.factorial(min(stages, 20)) if asked == "all" else asked if isinstance(asked, int) else len(asked)
         return orders * len(self.seeds) * max(1, self._count())
 
@@ -155,7 +158,7 @@ def study_cells(study: Study) -> list[StudyCell]:
         data: Any = copy.deepcopy(study.recipe)
         for field, value in fields.items():
             set_field(data, field, copy.deepcopy(value), f"setting {setting} of study {study.name}")
-        stages = {stage["name"]: stage for stage in data["stages"]}
+        stages = {stage["name"]: stage for stage in with_stream(data)["stages"]}
         for seed, (number, order) in itertools.product(study.seeds, enumerate(orders, 1)):
             run = {**data, "seed": seed, "name": "cell", "output": None, "stages": [stages[name] for name in order]}
             cell = StudyCell(setting, number, seed, parse_recipe(run, where=f"{where}, setting {setting}"))
@@ -174,10 +177,21 @@ def _require_few(study: Study, stages: int) -> None:
         raise RecipeError(f"Study {study.name} has {count} runs, at most {_MOST_CELLS} are made. Vary less.")
 
 
+def _published(orders: int | str | tuple[Order, ...]) -> int | Literal["all"] | tuple[Order, ...]:
+    """Replace a stream by its published orders. Raises RecipeError."""
+    if not isinstance(orders, str):
+        return orders
+    if orders == "all":
+        return "all"
+    if orders not in stream_names():
+        raise RecipeError(unknown("value of `orders`", orders, ["all", *stream_names()]))
+    return tuple(stream_orders(orders).values())
+
+
 def study_orders(study: Study, stages: list[str]) -> list[Order]:
     """Return the orders of a study's stages. Raises RecipeError."""
-    asked = study.orders
-    if asked == "all":
+    asked = _published(study.orders)
+    if isinstance(asked, str):
         return list(itertools.permutations(stages))
     if isinstance(asked, int):
         return _random_orders(stages, asked)

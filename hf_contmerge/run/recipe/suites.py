@@ -1,35 +1,15 @@
-"""Task suites and benchmark streams, with sources, from `suites.yml`."""
+"""Task suites, with sources, from `suites.yml`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hf_contmerge.errors import RecipeError, unknown
-
-
-@dataclass(frozen=True)
-class StreamStage:
-    """A stage of a stream: a classification dataset, or an expert."""
-
-    name: str
-    path: str = ""
-    """Dataset on the Hub."""
-    question: str = ""
-    """Format string over its columns."""
-    label: str = ""
-    """Column with the number of the class."""
-    words: tuple[str, ...] = ()
-    """Name of each class, by its number."""
-    expert: str = ""
-    """Model on the Hub, a format over the last part of the base's name."""
-    tasks: tuple[str, ...] = ()
-    """lm-eval's tasks for the expert."""
 
 
 def suite_tasks(name: str) -> tuple[str, ...]:
@@ -43,37 +23,6 @@ def suite_tasks(name: str) -> tuple[str, ...]:
 def suite_names() -> tuple[str, ...]:
     """Return the suites' names, allowed in lists of tasks."""
     return tuple(_contents()["suites"])
-
-
-def stream_names() -> tuple[str, ...]:
-    """Return the names of the benchmark streams."""
-    return tuple(_contents()["streams"])
-
-
-def stream_stages(name: str, order: int) -> tuple[StreamStage, ...]:
-    """Return a stream's stages in a published order.
-
-    Raises RecipeError for an unknown stream or order.
-    """
-    streams = _contents()["streams"]
-    if name not in streams:
-        hint = f" {name} is a suite of tasks: name it in `general_tasks`." if name in suite_names() else ""
-        raise RecipeError(unknown("stream", name, streams) + hint)
-    stream = streams[name]
-    if order not in stream["orders"]:
-        raise RecipeError(unknown("order", str(order), map(str, stream["orders"]), where=name))
-    stages: Mapping[str, Mapping[str, Any]] = stream["stages"]
-    return tuple(_stage(name, stages[name]) for name in stream["orders"][order])
-
-
-def _stage(name: str, fields: Mapping[str, Any]) -> StreamStage:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return StreamStage(name, **values)
-
-
-def stream_rules(name: str) -> tuple[str, ...]:
-    """Return the merge rules compared by a stream's authors."""
-    return tuple(_contents()["streams"][name].get("rules", ()))
 
 
 def expand_suites(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Guard, MixedSource, Rung, Task
 from hf_contmerge.run.recipe.schema import Merge, Publish, Recipe, Stage, Train
+from hf_contmerge.run.recipe.streams import with_stream
 from hf_contmerge.runtime.foreign import LARGEST_YAML, SafeLoader, is_too_long, parse_yaml
 from hf_contmerge.runtime.hiding import blanked, is_control, secrets_in, shown
 
@@ -52,6 +53,8 @@ def set_field(data: Any, dotted: str, value: Any, where: str) -> None:
     `where`: for errors. Raises RecipeError for a missing path.
     """
     keys = dotted.split(".")
+    if isinstance(data, dict) and re.match(r"stages\.\d", dotted):
+        data |= with_stream(data)
     at: Any = data
     try:
         for i, key in enumerate(keys[:-1]):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import JOINT, ORACLE, ROUTED
+from hf_contmerge.run.places import IN_CONTEXT, JOINT, ORACLE, ROUTED
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import Block, Scores, load_scores
 from hf_contmerge.scoring.forgetting.matrix import Row, ScoreMatrix, facts_ratio, general_delta, mean
@@ -120,7 +120,7 @@ def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[
 
     later = run.stage_numbers()[1:]
     experts = [line(kind, experts_of(kind)) for kind in expert_kinds]
-    at_the_end = {JOINT: joint, **{name: load_scores(run.baseline(name)) for name in (ROUTED, ORACLE)}}
+    at_the_end = {JOINT: joint, **{name: load_scores(run.baseline(name)) for name in (ROUTED, ORACLE, IN_CONTEXT)}}
     experts += [line(name, [*({} for _ in alone[1:]), scores]) for name, scores in at_the_end.items() if scores]
     merges = [line(e.name, (load_scores(run.merged(t, e)) for t in run.stage_numbers())) for e in run.recipe.merge]
     return experts, merges

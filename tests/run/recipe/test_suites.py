@@ -11,7 +11,8 @@ from toys.models import write_jsonl
 from hf_contmerge.commands.main import main
 from hf_contmerge.errors import DataError, RecipeError
 from hf_contmerge.run.recipe.parts import Dataset
-from hf_contmerge.run.recipe.suites import stream_names, stream_stages, suite_names, suite_tasks
+from hf_contmerge.run.recipe.streams import stream_names, stream_stages
+from hf_contmerge.run.recipe.suites import suite_names, suite_tasks
 from hf_contmerge.run.recipe.text import load_recipe, parse_recipe, recipe_yaml
 from hf_contmerge.training._forms import rows_of
 from hf_contmerge.training.data import load_stage_data
@@ -82,13 +83,13 @@ def test_a_stream_becomes_a_recipe(order: int, tmp_path: Path) -> None:
             stage.path,
             {stage.label: stage.words},
         )
-        assert made.dataset.text == f"{stage.question} {{{stage.label}}}"
+        assert made.dataset.text == f"{stage.question(stage.document)} {{{stage.label}}}"
         assert task.dataset
         assert (task.kind, task.choices, task.dataset.split) == ("multiple_choice", stage.words, "test")
 
 
 def test_orders_are_those_published() -> None:
-    """Table 1 of O-LoRA (2310.14152)."""
+    """Those of O-LoRA (2310.14152)."""
     names = [[s.name for s in stream_stages("cl-standard", order)] for order in (1, 2, 3)]
     assert names == [
         ["dbpedia", "amazon", "yahoo", "ag_news"],
@@ -112,7 +113,7 @@ def test_orders_are_those_published() -> None:
 def test_wrong_words(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(tmp_path / "x.yml"), "--base", "b/c", "--gpus", "0", *words]) == 2
     assert message in capsys.readouterr().err
-    assert stream_names() == ("cl-standard", "mergebench")
+    assert stream_names() == ("cl-standard", "long-sequence", "superni", "trace", "mergebench")
 
 
 def test_labels_become_words(tmp_path: Path) -> None:
