@@ -158,9 +158,7 @@ def test_a_stopped_search_resumes_from_the_score_cache(
      (["--want", "s1", "--rule", "avrage"], "Unknown rule 'avrage'"),
      (["--want", "s1", "--tries", "0"], "--tries 0: expected 1 or more")],
 )  # fmt: skip
-def test_bad_questions_are_refused(
-    words: list[str], said: str, run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_questions_are_refused(words: list[str], said: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = remixed(run, *words)
     assert code == 2
     error = " ".join(capsys.readouterr().err.split())
