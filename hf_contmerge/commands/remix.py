@@ -94,7 +94,7 @@ def _show(record: dict[str, Any], out: Path) -> None:
     for name, shifts in record["test"].items():
         table = Table("tasks", "against the base", title=f"{name}, on documents that decided nothing")
         for shift in shifts:
-            table.add_row(shift["group"], _change(shift))
+            table.add_row(shift["group"], _change(shift, named=False))
         console.print(table)
     many, trained = len(record["tries"]), record["trained_seconds"]
     took = f"{many} candidates in {record['search_seconds']:.0f} s, without training"
@@ -103,13 +103,12 @@ def _show(record: dict[str, Any], out: Path) -> None:
     print(f"{took}.\nModel:   {out / 'merged'}\nState:   {out / 'state'}\nPicture: {out / 'front.png'}")
 
 
-def _change(shift: dict[str, Any] | None) -> str:
+def _change(shift: dict[str, Any] | None, *, named: bool = True) -> str:
     """Return a change of a group of tasks in words."""
     if shift is None:
         return ""
-    if shift["block"] == "accuracy":
-        return f"{_interval(shift, 100, 'points')} {shift['group']}"
-    return f"{_interval(shift, 1, 'nats')} {shift['group']}"
+    words = _interval(shift, 100, "points") if shift["block"] == "accuracy" else _interval(shift, 1, "nats")
+    return f"{shift['group']} {words}" if named else words
 
 
 def _interval(change: dict[str, Any], factor: float, unit: str) -> str:

@@ -12,6 +12,7 @@ cache, so that a stopped search resumes.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -36,6 +37,7 @@ from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.schema import Merge
 from hf_contmerge.run.scores import Scores
+from hf_contmerge.run.shapes import REMIX
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.digests import digests_below
 from hf_contmerge.runtime.files import make_folder, remove
@@ -236,7 +238,8 @@ class Search:
         tops = [max(1.0, 1 / share) if share else 1.0 for share in self._parts.shares]
         many = len(tops)
         alone = [tuple(top * (i == j) for j in range(many)) for i, top in enumerate(tops)]
-        best = best_weights(self._attempt, tops, [(1.0,) * many, *alone], self._of.wish.tries)
+        own = tuple(self._of.entry.weights.get(e.stage, 1.0) for e in self._of.experts)
+        best = best_weights(self._attempt, tops, [own, *alone], self._of.wish.tries)
         return next(t for t in self.tries if t.weights == best)
 
     def to_json(self, chosen: Candidate) -> dict[str, Any]:
@@ -274,8 +277,8 @@ def _begin(of: Remix, out: Path) -> Record | None:
     if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is not empty and holds no remix. Name another folder with --out.")
     if file.exists():
-        record = read_record(file, _CURE)
-        if record["inputs"] != _plain(of.inputs()):
+        record = read_record(file, _CURE, REMIX)
+        if record["inputs"] != json.loads(json.dumps(of.inputs())):
             raise RunError(f"{out} holds another remix (see {RECORD}). Name another folder with --out, or remove it.")
         if "weights" in record:
             return record
@@ -284,12 +287,6 @@ def _begin(of: Remix, out: Path) -> Record | None:
     make_folder(out)
     write_record(file, {"inputs": of.inputs()})
     return None
-
-
-def _plain(value: Mapping[str, Any]) -> Any:
-    import json
-
-    return json.loads(json.dumps(value))
 
 
 def _write_merge(of: Remix, chosen: Candidate, out: Path) -> None:
@@ -333,7 +330,7 @@ def _finish(record: Record, out: Path) -> Record:
     write_front(record, out / "front.png")
     files = {name: digest for name, digest in digests_below(out).items() if name != RECORD}
     write_record(out / RECORD, {**record, "versions": versions([record["inputs"]["rule"]]), "files": files})
-    return read_record(out / RECORD, _CURE)
+    return read_record(out / RECORD, _CURE, REMIX)
 
 
 # Checks

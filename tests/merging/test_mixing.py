@@ -33,8 +33,15 @@ def folded(experts: list[Path], weights: tuple[float, ...] = (1.0, 1.0, 1.0)) ->
     return [FoldedExpert(f"s{i}", e, weight=w) for i, (e, w) in enumerate(zip(experts, weights, strict=True))]
 
 
-@pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("adapters", [False, True])
+SOME = ("average", "dare")
+CASES = [
+    pytest.param(name, adapters, marks=() if name in SOME and not adapters else pytest.mark.slow)
+    for name in LINEAR
+    for adapters in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "adapters"), CASES)
 def test_other_weights_are_what_the_rule_folds_with_them(
     name: str, adapters: bool, models: list[Path], tmp_path: Path
 ) -> None:
