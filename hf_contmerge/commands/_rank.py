@@ -128,7 +128,7 @@ def _print_json(args: argparse.Namespace, texts: list[Text], found: Found) -> No
 
 
 def _print_table(args: argparse.Namespace, texts: list[Text], found: Found) -> None:
-    """Print a table per text, and what the experts do to it in words."""
+    """Print a table per text."""
     from rich.console import Console
     from rich.table import Table
 

@@ -61,7 +61,7 @@ _PARTS = ("state", "merged", ".parts")
 
 @dataclass(frozen=True)
 class Wish:
-    """What a remix is asked for."""
+    """The question of a remix."""
 
     want: Mapping[str, float]
     """Stage -> how much its learning counts. 0: its expert may help, but its tasks do not count."""
@@ -82,7 +82,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights of stages, and what they do on validation documents."""
+    """Weights of stages and their effect on validation documents."""
 
     weights: Point
     learning: Change
@@ -128,7 +128,7 @@ class Remix:
 
     @classmethod
     def find(cls, run: Run, wish: Wish, crew: Crew, *, trust_remote_code: bool = False) -> Remix:
-        """Find what a wish needs.
+        """Find a wish's experts, rule and tasks.
 
         Raises:
             RecipeError: an unknown stage, group or entry; a rule that is not linear.
@@ -170,7 +170,7 @@ class Remix:
         return [task for task in self.run.recipe.measured(self.run.stage_numbers()) if task.name in names]
 
     def inputs(self) -> dict[str, Any]:
-        """Return what the result depends on."""
+        """Return the inputs of the result."""
         return {
             "want": dict(self.wish.want), "keep": list(self.groups), "tries": self.wish.tries, "rule": self.rule_name,
             "parameters": self.rule.parameters(), "experts": [e.sha256 for e in self.experts],
@@ -187,7 +187,7 @@ class Remix:
         return ranks.first(lambda: scores)
 
     def trained_seconds(self) -> list[float]:
-        """Return how long the run trained each stage, as far as recorded."""
+        """Return the seconds of training per stage, as far as recorded."""
         places = (_place(self.run, e.stage, _kind(self.run, self.wish, self.entry)) for e in self.experts)
         return [seconds for place in places if (seconds := place.record("train").get("seconds")) is not None]
 
@@ -307,7 +307,7 @@ def _write_merge(of: Remix, chosen: Candidate, out: Path) -> None:
 
 
 def _judged(of: Remix, merged: Path) -> dict[str, Any]:
-    """Measure the result on documents that decided nothing, next to the run's merges."""
+    """Measure the result on test documents, next to the run's merge."""
     run, recipe = of.run, of.run.recipe
     tasks = list(recipe.measured(run.stage_numbers()))
     groups = {s.name: s.task_names() for s in recipe.stages if s.task_names()}

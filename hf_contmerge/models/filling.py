@@ -29,14 +29,14 @@ class HeldTensor:
 
     @torch.no_grad()
     def fill(self, read: Read, names: Collection[str]) -> None:
-        """Replace the parts with these stored names; round them as a merge in this dtype."""
+        """Replace parts by stored name, rounded as in a merge."""
         for part in (part for part in self.held.parts if part.stored in names):
             values = rounded(read(part.stored), self.tensor.dtype, name=part.stored)[part.source]
             self.tensor.data[part.place] = (values.mT if part.swapped else values).to(self.tensor.device)
 
 
 def held_tensors(model: Any, base: Weights) -> list[HeldTensor]:
-    """Return the tensors of a model with stored weights; of tied ones, the stored one."""
+    """Return a model's tensors with the stored weights in them."""
     architecture = Architecture(model)
     held = held_by(architecture, architecture.conversion(), base)
     found = model.state_dict(keep_vars=True).items()

@@ -68,7 +68,10 @@ class Direction:
         return change.reshape(stored.shape)
 
     def products(self, part: Part, gradient: Tensor) -> tuple[float, float]:
-        """Return <gradient, change> and |change|^2 of a part of a weight; small factors stay factors."""
+        """Return <gradient, change> and |change|^2 of a part of a weight.
+
+        Low-rank factors are not multiplied out.
+        """
         factors = None if self.start else self.expert.factors(part.stored)
         if factors and gradient.ndim == 2 and part.covers(self.base.shape(part.stored)):
             left, right = (factor.to(gradient.device).double() for factor in factors)
@@ -113,7 +116,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a step along an expert does to a text."""
+    """The effect of a step along an expert on a text."""
 
     relevance: float | None
     """None for an expert that changes nothing."""
@@ -200,7 +203,10 @@ class Ranking:
 def reduced(
     model: Any, tensors: Sequence[HeldTensor], directions: Sequence[Direction], loss: Callable[[], Tensor]
 ) -> dict[str, Products]:
-    """Return the products of a loss's gradient with directions, by group of weights, by one backward pass."""
+    """Multiply a loss's gradient with directions, by group of weights.
+
+    One backward pass; no gradient is kept.
+    """
     zeros = [0.0] * len(directions)
     sums = {group: Products(zeros, zeros) for group in GROUPS}
     known = {id(each.tensor): each for each in tensors}
@@ -221,7 +227,7 @@ def reduced(
 
 
 def effect(parts: Mapping[str, Products], place: int, step: float, real: Change) -> Effect:
-    """Return a direction's effect from its products and the measured gain of the step."""
+    """Return a direction's effect from its products and measured gain."""
     zeros = [0.0] * len(next(iter(parts.values())).dots)
     whole = Products(zeros, zeros)
     for each in parts.values():
@@ -232,7 +238,7 @@ def effect(parts: Mapping[str, Products], place: int, step: float, real: Change)
 
 @contextmanager
 def _watched(model: Any, known: Mapping[int, HeldTensor], reduce: Callable[[nn.Parameter], None]) -> Iterator[None]:
-    """Give each known parameter's gradient away as it is finished; recompute layers in the backward pass."""
+    """Pass on each parameter's gradient once finished; recompute layers."""
     hooks, before = [], [(p, p.requires_grad) for p in model.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(id(parameter) in known)
@@ -285,7 +291,10 @@ def _document_losses(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ranked(effects: Sequence[Mapping[str, Effect]], text: str) -> list[int]:
-    """Return the places of experts, the most relevant for a text first. Lengths of task vectors do not matter."""
+    """Return the places of experts, the most relevant for a text first.
+
+    Lengths of task vectors do not matter.
+    """
     return sorted(range(len(effects)), key=lambda i: -(effects[i][text].relevance or 0.0))
 
 

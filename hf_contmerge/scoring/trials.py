@@ -25,7 +25,7 @@ from hf_contmerge.scoring.score import load_to_score, own_listing, score_loaded
 
 
 def check_in_memory(evaluate: Evaluate) -> None:
-    """Raise ResourceError for settings under which weights cannot be replaced in memory."""
+    """Raise ResourceError unless a loaded model's weights can be replaced."""
     asked = [f"backend: {evaluate.backend}"] * (evaluate.backend != "hf")
     asked += [f"parallel: {evaluate.parallel}"] * (evaluate.parallel == "tensor")
     if asked:

@@ -123,7 +123,10 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
 
 
 def combined(changes: Iterable[tuple[float, Change]], confidence: float = CONFIDENCE) -> Change:
-    """Return a weighted sum of changes on different documents, with its interval. Weights are 0 or more."""
+    """Return a weighted sum of changes on different documents.
+
+    Weights are 0 or more.
+    """
     return _change([replace(p, share=factor * p.share) for factor, c in changes for p in c.parts], confidence)
 
 

@@ -92,10 +92,11 @@ def _neighbours(point: Point, steps: Sequence[float]) -> Iterator[list[float]]:
 def best_weights(
     attempt: Callable[[Point], tuple[bool, float]], tops: Sequence[float], starts: Iterable[Point], tries: int
 ) -> Point:
-    """Return the allowed weights with the highest objective, as `best_point` does, for any number of weights.
+    """Return the allowed weights with the highest objective.
 
-    A third of the attempts spreads over the box from 0 to the tops (after `starts`), the rest are neighbours of the
-    best so far, at a quarter of each top, then at half of that where no neighbour is better.
+    `best_point` for any number of coefficients, 0 included. If none is allowed, all count. A third of the attempts
+    spreads over the box from 0 to the tops (after `starts`). The rest are neighbours of the best so far, at a quarter
+    of each top, then at half of that where no neighbour is better.
 
     Args:
         attempt: tries weights; returns (allowed, objective).
@@ -125,7 +126,7 @@ def best_weights(
 
 
 def spread(axes: int, count: int) -> list[Point]:
-    """Return points that fill the unit cube evenly: an additive recurrence by the golden ratio's generalisation."""
+    """Return evenly spread points of the unit cube (additive recurrence, generalised golden ratio)."""
     root = 1.5
     for _ in range(40):  # x = (1 + x)^(1 / (axes + 1))
         root = (1 + root) ** (1 / (axes + 1))
@@ -133,7 +134,7 @@ def spread(axes: int, count: int) -> list[Point]:
 
 
 def front(values: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the places of pairs that no other exceeds in both numbers, from the largest first number on."""
+    """Return the places of the Pareto front's pairs, the largest first number first."""
     places, highest = [], float("-inf")
     for place in sorted(range(len(values)), key=lambda i: values[i], reverse=True):
         if values[place][1] > highest:
@@ -149,11 +150,11 @@ def gain_kept(
     tasks: Mapping[str, Sequence[str]],
     wanted: Mapping[str, float] = MappingProxyType({}),
 ) -> Change | None:
-    """Return the mean share of each stage's gain kept by a merge; None if nothing was measured.
+    """Return the mean share of the stages' gains kept by a merge.
 
-    (R - base) / (expert - base) per block: 0 is the base, 1 the expert. Accuracies and perplexities can thus be
-    averaged. The denominator is at least the noise of the gain, to keep a stage from dominating. The interval is that
-    of the numerators.
+    None if nothing was measured. A share is (R - base) / (expert - base) per block: 0 is the base, 1 the expert.
+    Accuracies and perplexities can thus be averaged. The denominator is at least the noise of the gain, to keep a stage
+    from dominating. The interval is that of the numerators.
 
     Args:
         now: scores of the merged model, all on validation documents.
