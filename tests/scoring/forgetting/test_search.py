@@ -211,7 +211,7 @@ def test_the_front_is_what_no_other_exceeds() -> None:
 
 def test_the_gain_is_weighted_by_what_is_wanted_and_has_an_interval() -> None:
     def scores(**utilities: float) -> Data:
-        return {n: make_score(u, "perplexity", seed=len(n)) for n, u in utilities.items()}
+        return {n: make_score(u, "perplexity", seed=n) for n, u in utilities.items()}
 
     base, now = scores(a=-4.0, bb=-2.0), scores(a=-3.5, bb=-2.0)
     alone, tasks = {"one": scores(a=-3.0), "two": scores(bb=-1.0)}, {"one": ["a"], "two": ["bb"]}
