@@ -9,6 +9,7 @@ contmerge statistics MODEL --data FILE [--base MODEL] ...         measure an exp
 contmerge report RUN                                              write the report again, print the table
 contmerge compare RUN RUN... [--out DIR]                          compare runs on the same documents
 contmerge study STUDY [--plan] [--jobs N] [--part I/N]            run a recipe over orders, seeds and settings
+contmerge remix RUN --want LAW=1,CODE=0.5 [--keep A,B]             weights of stages, searched after a run
 contmerge redo RUN PHASE [--stage NAME]                           drop a phase and all later ones
 contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         push a merged model to the Hub, with its lineage
 contmerge verify RUN|STATE|MODEL                                  compare all files with their records
@@ -168,6 +169,7 @@ _COMMANDS: dict[str, tuple[str, Add]] = {
     "report": ("write the report again, print the table", _of("run_folder", "add_report")),
     "compare": ("compare runs on the same documents", _of("run_folder", "add_compare")),
     "study": ("run a recipe over orders, seeds and settings", _of("study")),
+    "remix": ("search weights of stages after a run, without training", _of("remix")),
     "redo": ("drop a phase and all later ones", _of("run_folder", "add_redo")),
     "push": ("push a merged model to the Hub, with its lineage", _of("run_folder", "add_push")),
     "verify": ("compare all files with their records; merge a model again", _of("verify")),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_contmerge.commands._plugins import add_plugin_argument
+from hf_contmerge.commands._rank import add_rank, rank_command
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.plugins import require_same
@@ -67,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     owners = _command(kinds, "owners", _owners, "show each stage's share of the weights, by layer", state=True)
     owners.add_argument("--out", metavar="DIR", help="folder for the table and picture (default: the state folder)")
+
+    add_rank(_command(kinds, "rank", rank_command, "rank experts by whom they would help or hurt", state=True))
 
     recipe = _command(kinds, "from-recipe", _from_recipe, "merge once, from a mergekit recipe", works=True)
     recipe.add_argument("recipe", metavar="RECIPE")

@@ -30,9 +30,9 @@ from hf_contmerge.run.recipe.parts import Guard, Rung, Task
 from hf_contmerge.run.scores import Scores, load_scores
 from hf_contmerge.runtime.files import remove
 from hf_contmerge.runtime.records import write_record
-from hf_contmerge.scoring.forgetting.budget import Judgement, judge
+from hf_contmerge.scoring.forgetting.budget import GENERAL, Judgement, judge
 from hf_contmerge.scoring.forgetting.paired import CONFIDENCE
-from hf_contmerge.scoring.forgetting.search import Point, best_point, keeps_general, largest_that_holds, objective
+from hf_contmerge.scoring.forgetting.search import Point, best_point, keeps, largest_that_holds, objective
 
 LOG = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ class Chooser:
                 names = {s.name: s.task_names() for s in recipe.stages if s.name in self._alone}
                 share = objective(scores, base, self._alone, names)
             utilities = {t.name: scores[t.name].utility for t in self._tasks}
-            return judgement, share, keeps_general(scores, base, general, confidence), utilities
+            return judgement, share, keeps(scores, base, {GENERAL: general}, confidence), utilities
 
         judgement, share, allowed, utilities = self._job.crew.ranks.first(find)
         seconds = round(time.monotonic() - start, 2)

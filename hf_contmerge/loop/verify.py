@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from hf_contmerge.errors import ContmergeError, RunError
 from hf_contmerge.loop._history import StageScores
+from hf_contmerge.loop.remix import RECORD as REMIX
 from hf_contmerge.merging.lineage import LINEAGE
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.folder import resolve_model
@@ -96,6 +97,9 @@ def verify_run(run: Run) -> Reading:
                 _verify_phase(reading, run, t, part, phase)
         if isinstance(place, MergePlace):
             _verify_merge_files(reading, place, again)
+    for out in sorted(run.folder.glob("remix/*/")):
+        record = reading.record(out / REMIX, f"Remove {out}, and give its command again.")
+        reading.files(out, record.get("files", {}), f"Remove {out}, and give `contmerge remix` again.")
     if run.report.is_done("report"):
         reading.record(run.folder / "report.json", again)
     if (run.folder / "report").is_dir():

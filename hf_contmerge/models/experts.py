@@ -146,6 +146,8 @@ class WeightedExpert:
         return factors and (factors[0] * self._weight, factors[1])
 
     def reader(self, name: str, base: Tensor) -> Reader:
+        if self._weight == 0.0:
+            return lambda _start, _stop, wide: torch.zeros_like(wide)
         read = self._expert.reader(name, base)
         return lambda start, stop, wide: read(start, stop, wide) * self._weight
 

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_contmerge.models.architecture import Architecture
 from hf_contmerge.models.config import foreign_errors
 from hf_contmerge.models.contents import code_refused
+from hf_contmerge.models.filling import held_tensors
 from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.lora.settings import check_loadable
-from hf_contmerge.models.memory import Held, held_by
 from hf_contmerge.models.rounding import compared, rounded
 from hf_contmerge.models.survival import Kept
 from hf_contmerge.models.weights import Weights
@@ -76,14 +75,12 @@ def _round_again(model: Any, weights: Weights) -> None:
     Tensors on the meta device (offloaded) and sharded ones are left alone.
     """
     wide = {name for name in weights.floating() if weights.dtype(name).itemsize > 2}
-    halves = {name: t for name, t in model.state_dict(keep_vars=True).items() if _is_half(t)} if wide else {}
-    if not halves:
+    if not wide or not any(_is_half(t) for t in model.state_dict(keep_vars=True).values()):
         return
-    architecture = Architecture(model)
-    held = held_by(architecture, architecture.conversion(), weights)
-    for name, tensor in halves.items():
-        _fill(tensor, held[name], weights, wide)
-    unknown = [f"{name} ({held[name].form})" for name in halves if held[name].form]
+    halves = [each for each in held_tensors(model, weights) if _is_half(each.tensor)]
+    for each in halves:
+        each.fill(lambda name: weights.tensor(name).float(), wide)
+    unknown = [f"{each.name} ({each.held.form})" for each in halves if each.held.form]
     if unknown:
         LOG.warning("%s: %d weights are rounded to nearest: %s ...", weights.folder, len(unknown), unknown[0])
 
@@ -92,14 +89,6 @@ def _is_half(tensor: Tensor) -> bool:
     return (
         tensor.is_floating_point() and tensor.itemsize == 2 and not tensor.is_meta and not hasattr(tensor, "placements")
     )
-
-
-def _fill(here: Tensor, held: Held, weights: Weights, wide: set[str]) -> None:
-    """Fill a tensor in memory from its stored parts."""
-    for part in (part for part in held.parts if part.stored in wide):
-        exact = weights.tensor(part.stored).float()
-        values = rounded(exact, here.dtype, name=part.stored)[part.source]
-        here.data[part.place] = (values.mT if part.swapped else values).to(here.device)
 
 
 @torch.no_grad()

@@ -121,6 +121,45 @@ def draw_dots(dots: Sequence[Dot], block: Block, *, title: str) -> bytes:
         return _saved(figure)
 
 
+Estimate = tuple[float, float | None, float | None]
+"""A mean and its interval, if known."""
+
+
+@dataclass(frozen=True)
+class FrontDot:
+    """A candidate of a remix: change kept, share of gain learnt."""
+
+    keeping: Estimate
+    learning: Estimate
+    front: bool
+    taken: bool
+    allowed: bool
+
+
+def draw_front(dots: Sequence[FrontDot], *, keeping: str) -> bytes:
+    """Return candidates as a PNG: the front with intervals, the others pale."""
+    with _figure(5.2, 4.0) as figure:
+        axes = figure.add_subplot()
+        axes.set_title("Learning against keeping", loc="left", fontsize=11.5, fontweight="bold", color=INK)
+        axes.set_xlabel(f"{keeping}   → better", wrap=True)
+        axes.set_ylabel("learning, % of the experts' gain   ↑ better")
+        axes.axvline(0, color=FAINT, lw=1.4, zorder=0)
+        axes.plot([0], [0], "+", color=INK, ms=8)
+        axes.annotate("base", (0, 0), (4, 4), textcoords="offset points", fontsize=8.5, color=GREY)
+        for dot in dots:
+            (x, left, right), (y, low, high) = dot.keeping, dot.learning
+            colour = COLOURS[0] if dot.front else "#c4c4c4"
+            if dot.front and left is not None and right is not None:
+                axes.plot([left, right], [100 * y, 100 * y], color=colour, lw=0.9, alpha=0.6)
+            if dot.front and low is not None and high is not None:
+                axes.plot([x, x], [100 * low, 100 * high], color=colour, lw=0.9, alpha=0.6)
+            fill = colour if dot.allowed else "white"
+            axes.plot([x], [100 * y], "o", ms=5, mfc=fill, mec=colour, mew=1.2, zorder=3 + dot.front)
+            if dot.taken:
+                axes.plot([x], [100 * y], "o", ms=12, mfc="none", mec=INK, mew=1.4, zorder=6)
+        return _saved(figure)
+
+
 @contextmanager
 def _figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Any:
     """Return a figure in the report's style. Sizes are inches."""

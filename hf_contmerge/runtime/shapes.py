@@ -53,3 +53,11 @@ RECORDS: dict[str, dict[str, Any]] = {
 
 INPUTS = {"folder?": str, "tasks?": {str: str}, "base?": {"sha256": str, "stamp": str, "files": {str: str}}}
 GUARD = {"tries": TRIES}
+REMIX = {
+    "inputs": {}, "weights?": [float], "stages?": [str], "search_seconds?": float, "trained_seconds?": [float],
+    "test?": {str: [_SHIFT]},
+    "tries?": [{
+        "weights": [float], "learning": {"mean": float, "low": NUMBER_OR_NONE, "high": NUMBER_OR_NONE},
+        "kept": [_SHIFT], "keeps": bool, "front": bool, "taken": bool,
+    }],
+}  # fmt: skip

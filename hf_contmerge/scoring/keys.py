@@ -165,7 +165,7 @@ def _companions(folder: Path, store: JsonStore) -> dict[str, str]:
         if (
             path.suffix not in (*COMPANIONS, ".py")
             or name.endswith(".index.json")
-            or name in ("converted.json", "README.txt")
+            or name in ("converted.json", "merge.json", "README.txt")
         ):
             continue
         if name in ("config.json", "generation_config.json"):

@@ -39,8 +39,11 @@ def known_scores(
         read: allow hashing weights. If False and a hash is missing, return None.
     """
     key = model_key(model, request, cache.store, read=read)
-    if key is None:
-        return None
+    return key and scores_of(key, request, cache)
+
+
+def scores_of(key: ModelKey, request: ScoreRequest, cache: ScoreCache) -> KnownScores:
+    """Look the scores of an identified model up in the cache."""
     keys = score_keys(key, request, cache.store)
     cached = {name: cache.find(key) for name, key in keys.items() if key}
     return KnownScores(key, keys, {name: score for name, score in cached.items() if score})

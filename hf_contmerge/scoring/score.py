@@ -125,10 +125,10 @@ def measure_missing(
         torch.cuda.empty_cache()
     if not ranks.is_main:
         return known, {}
-    return known, keep_scores(request, known, scores, cache, _own_tasks(known, cache))
+    return known, keep_scores(request, known, scores, cache, own_listing(known, cache))
 
 
-def _own_tasks(known: KnownScores, cache: ScoreCache) -> Listing | None:
+def own_listing(known: KnownScores, cache: ScoreCache) -> Listing | None:
     """Remember lm-eval's own tasks, if a task lacks a key."""
     return None if all(known.keys.values()) else keep_own_listing(cache.store, own_tasks())
 
@@ -140,9 +140,14 @@ def _measure_folder(model: ModelFolders, request: ScoreRequest, dtype: str, rank
         from hf_contmerge.scoring._vllm import load_vllm
 
         return _measure(load_vllm(model.folder, dtype, evaluate), request)
-    loaded = _load(model, evaluate, dtype=getattr(torch, dtype), trust_remote_code=remote)
-    tokenizer = load_tokenizer(tokenizer_folder(model.whole, model.folder), trust_remote_code=remote)
-    return score_loaded(loaded, tokenizer, request, ranks=ranks)
+    return score_loaded(*load_to_score(model, evaluate, dtype, trust_remote_code=remote), request, ranks=ranks)
+
+
+def load_to_score(model: ModelFolders, evaluate: Evaluate, dtype: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load a model onto its devices; return it with its tokenizer."""
+    loaded = _load(model, evaluate, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    folder = tokenizer_folder(model.whole, model.folder)
+    return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def score_loaded(model: Any, tokenizer: Any, request: ScoreRequest, *, ranks: Ranks) -> dict[str, TaskScore]:

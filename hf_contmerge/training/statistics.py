@@ -74,7 +74,7 @@ def measure_expert(of: Measured, out: Path | None = None) -> Inputs:
     """
     ranks, base, settings = PartialState(), Weights(of.base), of.settings
     rows = of.data.train.select(range(min(settings.examples, len(of.data.train))))
-    batches, found = _batches(_tokenized(of, rows), settings.batch_size), Inputs({}, 0)
+    batches, found = _batches(tokenized(of, rows), settings.batch_size), Inputs({}, 0)
     mine = batches[ranks.process_index :: ranks.num_processes]
     for kind in (kind for kind in settings.kinds if kind != "adam"):
         exact = kind == "fisher" or not bf16_pays(base.numel())  # squares of gradients need float32
@@ -219,7 +219,8 @@ def _linear_maps(model: nn.Module, base: Weights) -> dict[str, nn.Linear]:
     return maps
 
 
-def _tokenized(of: Measured, rows: Any) -> list[list[int]]:
+def tokenized(of: Measured, rows: Any) -> list[list[int]]:
+    """Return the tokens of examples, cut at `max_length`."""
     tokenizer = load_tokenizer(tokenizer_folder(of.base, of.expert), trust_remote_code=of.trust_remote_code)
     longest = min(of.settings.max_length, tokenizer.model_max_length)
 

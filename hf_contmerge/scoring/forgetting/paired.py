@@ -122,6 +122,14 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
     return _change(_joined(parts), confidence) if parts else None
 
 
+def combined(changes: Iterable[tuple[float, Change]], confidence: float = CONFIDENCE) -> Change:
+    """Return a weighted sum of changes on different documents.
+
+    Weights are 0 or more.
+    """
+    return _change([replace(p, share=factor * p.share) for factor, c in changes for p in c.parts], confidence)
+
+
 def flips(groups: Iterable[Group], to: Literal["wrong", "right"], confidence: float = CONFIDENCE) -> Change | None:
     """Return the shares of documents gone right or wrong, beyond guessing.
 

@@ -1,4 +1,4 @@
-"""Searches merge parameters in few attempts: a scale, one or two coefficients.
+"""Searches merge parameters in few attempts: scales, coefficients, stages' weights.
 
 Every attempt costs one pass over the state (some coefficients: one fold of the newest expert) and one scoring of the
 validation documents; nothing is trained again.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from hf_contmerge.run.scores import BLOCKS, Scores
-from hf_contmerge.scoring.forgetting.budget import GENERAL, shifts
-from hf_contmerge.scoring.forgetting.paired import exceeds, mean_change
+from hf_contmerge.scoring.forgetting.budget import Shift, shifts
+from hf_contmerge.scoring.forgetting.paired import Change, combined, exceeds, mean_change
 
 T = TypeVar("T")
 
@@ -88,19 +89,84 @@ def _neighbours(point: Point, steps: Sequence[float]) -> Iterator[list[float]]:
             yield [value + move * (i == axis) for i, value in enumerate(point)]
 
 
-def objective(now: Scores, base: Scores, alone: Mapping[str, Scores], tasks: Mapping[str, Sequence[str]]) -> float:
-    """Return the mean share of each stage's gain kept by a merge.
+def best_weights(
+    attempt: Callable[[Point], tuple[bool, float]], tops: Sequence[float], starts: Iterable[Point], tries: int
+) -> Point:
+    """Return the allowed weights with the highest objective.
 
-    (R - base) / (expert - base) per block: 0 is the base, 1 the expert. Accuracies and perplexities can thus be
-    averaged. The denominator is at least the noise of the gain, to keep a stage from dominating.
+    `best_point` for any number of coefficients, 0 included. If none is allowed, all count. A third of the attempts
+    spreads over the box from 0 to the tops (after `starts`). The rest are neighbours of the best so far, at a quarter
+    of each top, then at half of that where no neighbour is better.
+
+    Args:
+        attempt: tries weights; returns (allowed, objective).
+        tops: the largest value of each.
+        starts: weights to try first.
+        tries: the most attempts.
+    """
+    tried: dict[Point, tuple[bool, float]] = {}
+
+    def best() -> Point:
+        return max(tried, key=lambda p: (*tried[p], *(-value for value in p)))
+
+    def look_at(points: Iterable[Sequence[float]]) -> None:
+        for point in (tuple(map(_rounded, p)) for p in points):
+            inside = all(0 <= value <= top for value, top in zip(point, tops, strict=True)) and any(point)
+            if inside and point not in tried and len(tried) < tries:
+                tried[point] = attempt(point)
+
+    look_at(starts)
+    look_at([x * top for x, top in zip(p, tops, strict=True)] for p in spread(len(tops), max(1, tries // 3)))
+    step, smallest = 0.25, 2.0**-9
+    while len(tried) < tries and step > smallest:
+        before = best()
+        look_at(_neighbours(before, [step * top for top in tops]))
+        step = step if best() != before else step / 2
+    return best()
+
+
+def spread(axes: int, count: int) -> list[Point]:
+    """Return evenly spread points of the unit cube.
+
+    An additive recurrence with the generalised golden ratio.
+    """
+    root = 1.5
+    for _ in range(40):  # x = (1 + x)^(1 / (axes + 1))
+        root = (1 + root) ** (1 / (axes + 1))
+    return [tuple((0.5 + number / root ** (axis + 1)) % 1 for axis in range(axes)) for number in range(count)]
+
+
+def front(values: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the Pareto front's places, largest first number first."""
+    places, highest = [], float("-inf")
+    for place in sorted(range(len(values)), key=lambda i: values[i], reverse=True):
+        if values[place][1] > highest:
+            places.append(place)
+            highest = values[place][1]
+    return places
+
+
+def gain_kept(
+    now: Scores,
+    base: Scores,
+    alone: Mapping[str, Scores],
+    tasks: Mapping[str, Sequence[str]],
+    wanted: Mapping[str, float] = MappingProxyType({}),
+) -> Change | None:
+    """Return the mean share of the stages' gains kept by a merge.
+
+    None if nothing was measured. A share is (R - base) / (expert - base) per block: 0 is the base, 1 the expert.
+    Accuracies and perplexities can thus be averaged. The denominator is at least the noise of the gain, to keep a stage
+    from dominating. The interval is that of the numerators.
 
     Args:
         now: scores of the merged model, all on validation documents.
         base: scores of the base model.
         alone: stage -> scores of its expert.
         tasks: stage -> its tasks.
+        wanted: stage -> its weight in the mean; 1 by default.
     """
-    shares = []
+    shares: list[tuple[float, float, Change]] = []
     for stage, names in tasks.items():
         for block in BLOCKS:
             whole = mean_change([(alone[stage], base, names)], block)
@@ -108,13 +174,27 @@ def objective(now: Scores, base: Scores, alone: Mapping[str, Scores], tasks: Map
             if whole is None or here is None:
                 continue
             unit = max(whole.mean, whole.stderr or 0.0)
-            shares.append(here.mean / unit if unit > 0 else 0.0)
-    return sum(shares) / len(shares) if shares else 0.0
+            shares.append((wanted.get(stage, 1.0), unit, here))
+    total = sum(weight for weight, _, _ in shares)
+    if not total:
+        return None
+    return combined([(weight / total / unit if unit > 0 else 0.0, here) for weight, unit, here in shares])
 
 
-def keeps_general(now: Scores, base: Scores, general: Sequence[str], confidence: float) -> bool:
-    """Check the general tasks for a significant drop below the base."""
-    return not exceeds([s.change for s in shifts(GENERAL, now, base, general)], 0.0, confidence)
+def objective(now: Scores, base: Scores, alone: Mapping[str, Scores], tasks: Mapping[str, Sequence[str]]) -> float:
+    """Return the mean of `gain_kept`; 0 if nothing was measured."""
+    gain = gain_kept(now, base, alone, tasks)
+    return gain.mean if gain else 0.0
+
+
+def losses(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]]) -> list[Shift]:
+    """Return the changes of groups of tasks against the base, by block."""
+    return [shift for group, names in groups.items() for shift in shifts(group, now, base, names)]
+
+
+def keeps(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]], confidence: float) -> bool:
+    """Check groups of tasks for a significant drop below the base."""
+    return not exceeds([s.change for s in losses(now, base, groups)], 0.0, confidence)
 
 
 def _rounded(value: float) -> float:

@@ -14,7 +14,15 @@ from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.run.scores import load_scores
-from hf_contmerge.scoring.forgetting.search import best_point, largest_that_holds, objective
+from hf_contmerge.scoring.forgetting.search import (
+    best_point,
+    best_weights,
+    front,
+    gain_kept,
+    largest_that_holds,
+    objective,
+    spread,
+)
 
 Data = dict[str, Any]
 AUTO = [{"rule": "task_arithmetic", "parameters": {"lambda": "auto"}}]
@@ -156,3 +164,63 @@ def test_two_coefficients_are_searched_together(best: tuple[float, float]) -> No
     assert math.dist(found, best) < 0.2
     assert len(tried) == len(set(tried)) <= 17
     assert all(value > 0 for point in tried for value in point)
+
+
+# Weights of stages
+
+
+@pytest.mark.parametrize(("best", "tries"), [((0.4, 0.0, 0.9), 64), ((1.0, 1.0, 1.0, 1.0), 64), ((0.3,), 12)])
+def test_weights_of_any_number_of_stages_are_found(best: tuple[float, ...], tries: int) -> None:
+    tried: list[tuple[float, ...]] = []
+
+    def attempt(point: tuple[float, ...]) -> tuple[bool, float]:
+        tried.append(point)
+        return True, -math.dist(point, best)
+
+    tops = [2.0] * len(best)
+    found = best_weights(attempt, tops, [(1.5,) * len(best), (3.0,) * len(best)], tries)
+    assert math.dist(found, best) < 0.35
+    assert tried[0] == (1.5,) * len(best)
+    assert len(tried) == len(set(tried)) <= tries
+    assert all(0 <= value <= 2 for point in tried for value in point)
+    assert (0.0,) * len(best) not in tried  # the base needs no attempt
+
+
+def test_only_allowed_weights_are_chosen_if_any_is() -> None:
+    def attempt(point: tuple[float, ...]) -> tuple[bool, float]:
+        return point[0] <= 0.5, point[0]
+
+    assert best_weights(attempt, [1.0], [(1.0,)], 16)[0] == pytest.approx(0.5, abs=0.05)
+    assert best_weights(lambda p: (False, p[0]), [1.0], [(1.0,)], 8) == (1.0,)
+
+
+def test_points_spread_evenly() -> None:
+    points = spread(2, 64)
+    cells = {(int(4 * x), int(4 * y)) for x, y in points}
+    assert len(cells) == 16
+    assert all(0 <= value < 1 for point in points for value in point)
+
+
+def test_the_front_is_what_no_other_exceeds() -> None:
+    values = [(0.5, 0.0), (0.9, -0.2), (0.4, -0.1), (0.9, -0.3), (0.1, 0.1), (0.5, 0.0)]
+    chosen = front(values)
+    assert chosen[0] == 1
+    assert {values[i] for i in chosen} == {(0.9, -0.2), (0.5, 0.0), (0.1, 0.1)}
+    assert front([]) == []
+
+
+def test_the_gain_is_weighted_by_what_is_wanted_and_has_an_interval() -> None:
+    def scores(**utilities: float) -> Data:
+        return {n: make_score(u, "perplexity", seed=n) for n, u in utilities.items()}
+
+    base, now = scores(a=-4.0, bb=-2.0), scores(a=-3.5, bb=-2.0)
+    alone, tasks = {"one": scores(a=-3.0), "two": scores(bb=-1.0)}, {"one": ["a"], "two": ["bb"]}
+    even, first = (gain_kept(now, base, alone, tasks, wanted) for wanted in ({}, {"one": 3.0, "two": 1.0}))
+    assert even
+    assert first
+    assert even.mean == pytest.approx(0.25)
+    assert first.mean == pytest.approx(0.375)
+    assert first.low is not None
+    assert first.high is not None
+    assert first.low <= 0.375 <= first.high
+    assert gain_kept(now, base, alone, {"one": []}) is None
