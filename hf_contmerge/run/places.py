@@ -169,12 +169,17 @@ class ExpertPlace(Place):
         return self.folder / "checkpoints"
 
     @property
+    def synthesised(self) -> Path:
+        """Documents that the start model wrote for replay, if any."""
+        return self.folder / "synthesised"
+
+    @property
     def earlier(self) -> Path:
         """Checkpoints for a guard's rung `earlier`; removed once the stage is merged."""
         return self.folder / "earlier"
 
     def vouched(self, phase: Phase) -> tuple[str, ...]:
-        return ("expert", "memory") if phase == "train" else super().vouched(phase)
+        return ("expert", "memory", "synthesised") if phase == "train" else super().vouched(phase)
 
     def damaged(self, phase: Phase, *outputs: str) -> list[Path]:
         record = self.record(phase)
@@ -183,7 +188,7 @@ class ExpertPlace(Place):
         return changed + super().damaged(phase, *outputs)
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
-        trained = ("expert", ".expert", "memory", ".memory", "checkpoints", "earlier")
+        trained = ("expert", ".expert", "memory", ".memory", "checkpoints", "earlier", "synthesised")
         return {"train": trained, "score": (*_SCORE_FILES, "validation")}.get(phase, ())
 
 

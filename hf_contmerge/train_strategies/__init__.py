@@ -52,6 +52,16 @@ class StageSize:
     """Of one, on average."""
 
 
+@dataclass(frozen=True)
+class Synthesis:
+    """Documents that a stage's start model writes."""
+
+    count: int
+    tokens: int
+    """The most of a document, or of a turn."""
+    temperature: float
+
+
 SOURCE = "mixed_from"
 """The column with each example's source, for `mix`. Training does not see it."""
 
@@ -62,6 +72,8 @@ class StageTools:
 
     general: Any = None
     """Examples of the dataset in `general_data`, with their sources; a datasets.Dataset."""
+    written: Any = None
+    """The documents of `synthesis`, with their source; a datasets.Dataset."""
     batch: int = 0
     """Examples of an optimizer step, of all ranks, for a strategy that keeps the order; 0 where packing cuts them into
     blocks."""
@@ -118,6 +130,10 @@ class TrainStrategy:
 
     def general_data(self) -> Dataset | None:
         """Return a dataset to load for `mix`, or None."""
+        return None
+
+    def synthesis(self) -> Synthesis | None:
+        """Return the documents that the stage's start model writes for `mix`."""
         return None
 
     def keeps_order(self) -> bool:
@@ -264,6 +280,10 @@ class Combined:
     def general_data(self) -> Dataset | None:
         """Return the dataset to load for `mix`. Only one strategy may name one."""
         return next((spec for part in self.parts.values() if (spec := part.general_data())), None)
+
+    def synthesis(self) -> Synthesis | None:
+        """Return the documents to write for `mix`. Only one strategy may ask for some."""
+        return next((wanted for part in self.parts.values() if (wanted := part.synthesis())), None)
 
     def keeping_order(self) -> list[str]:
         """Return the strategies that decide the order of the examples."""

@@ -10,19 +10,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_contmerge.loop.plan._dry_step import StepCost, training_step
+from hf_contmerge.loop.plan._dry_step import StepCost, scoring_batch, training_step
 from hf_contmerge.loop.plan._planned import Cost, Host, PlannedRun, resident
 from hf_contmerge.loop.plan.disk import Trained, model_bytes
-from hf_contmerge.run.places import ExpertPlace
+from hf_contmerge.run.places import JOINT, ExpertPlace
 from hf_contmerge.run.recipe.schema import Stage, Train
 from hf_contmerge.run.steps import Step
+from hf_contmerge.runtime.device import bf16_pays
 from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.joint import joint_train
 from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.synthesis import PART, talks
 from hf_contmerge.training.tokenizer import count_tokens
 
+_BYTES_PER_TOKEN = 5  # of written documents, with JSON's quotes and escapes
 _SAMPLED = 256  # examples with counted tokens
 _ADAM_MOVES = 40  # bytes per trained parameter and step: p, g, m, v read, p, m, v written; the norm and clipping of g
 _WITH_REFERENCE = {"preference": 4 / 3, "unpaired": 2.0}
@@ -60,11 +63,35 @@ def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train) -> 
     each *= _WITH_REFERENCE.get(planned.data[stage].form, 1.0)
     each += _ADAM_MOVES * dry.trained / host.speeds.moved
     seconds = steps * each + host.loading(weights) + host.saving(weights)
+    seconds += _synthesis_seconds(planned, host, train, stage)
     buckets = 4 * dry.trained if host.processes > 1 else 0  # DDP's copy of the gradients
     peak = dry.peak + buckets
     if host.machine.gpus:
         return Cost(host.memory(weights), peak, seconds)
     return Cost(host.memory(resident(peak)), 0, seconds)
+
+
+def _synthesis_seconds(planned: PlannedRun, host: Host, train: Train, stage: str) -> float:
+    """Return the seconds in which a stage's start model writes its replay."""
+    wanted = make_strategies(train).synthesis()
+    if not wanted:
+        return 0.0
+    parts = math.ceil(math.ceil(wanted.count / PART) / host.processes)
+    turns = 2 if talks(planned.data[stage]) else 1
+    loading = host.loading(4 * planned.weights.numel())
+    return loading + parts * turns * writing_seconds(planned, host, rows=PART, tokens=wanted.tokens)
+
+
+def writing_seconds(planned: PlannedRun, host: Host, *, rows: int, tokens: int) -> float:
+    """Return the seconds of sampling texts of `tokens` tokens, all at once, token by token."""
+    return tokens * host.computing(_dry_token(planned, rows).work)
+
+
+@functools.cache
+def _dry_token(planned: PlannedRun, rows: int) -> StepCost:
+    dtype = torch.bfloat16 if bf16_pays(planned.weights.numel()) else torch.float32
+    init = {"dtype": dtype, "trust_remote_code": planned.recipe.trust_remote_code}
+    return scoring_batch(planned.base, batch=rows, length=1, init=init)
 
 
 def joint_cost(planned: PlannedRun, host: Host) -> Cost:
@@ -97,6 +124,17 @@ def trained_part(planned: PlannedRun) -> Trained:
         return Trained(0)
     step = _dry_training(planned, next(iter(planned.data)), train.model_dump_json()).step
     return Trained(step.trained, make_strategies(train).carrier.keeps_adapter())
+
+
+def synthesised_bytes(planned: PlannedRun, step: Step) -> int:
+    """Return about how many bytes of documents a stage's start model writes."""
+    place, stage = step.place, planned.run.stage(step.t) if step.t else None
+    if step.phase != "train" or not stage or not stage.dataset:
+        return 0
+    if isinstance(place, ExpertPlace) and place.kind == JOINT:
+        return 0
+    wanted = make_strategies(planned.recipe.train_of(stage)).synthesis()
+    return wanted.count * wanted.tokens * _BYTES_PER_TOKEN if wanted else 0
 
 
 def remembered_bytes(planned: PlannedRun, step: Step) -> int:
