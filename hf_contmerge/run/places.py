@@ -61,8 +61,9 @@ def one_a_stage(t: int) -> list[Record]:
 
 
 def _words(record: Record) -> list[str]:
-    """Return the rule or the strategies behind a record."""
-    return [*record.get("settings", {}).get("strategy", ()), *filter(None, [record.get("rule")])]
+    """Return the rule, or the strategies and rewards, behind a record."""
+    settings = record.get("settings", {})
+    return [*settings.get("strategy", ()), *settings.get("rewards", ()), *filter(None, [record.get("rule")])]
 
 
 @dataclass(frozen=True)

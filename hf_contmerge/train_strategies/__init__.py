@@ -8,21 +8,20 @@ old knowledge (replay, anchor, ...).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.survival import Kept
 from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.runtime.fields import with_fields
 from hf_contmerge.runtime.plugins import Registry
 from hf_contmerge.train_strategies._weights import take_gradients, trained
 
@@ -439,26 +438,7 @@ def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:
         TypeError: a parameter that it does not have.
         ValueError: a value that it cannot have.
     """
-    return strategy_of(strategy_class(name), name, parameters)
-
-
-def strategy_of(cls: type[TrainStrategy], name: str, parameters: Mapping[str, Any]) -> TrainStrategy:
-    """Make a strategy from its class. Raises as `get_strategy`; `name`: for messages."""
-    hints = get_type_hints(cls, include_extras=True)
-    kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
-    return cls(**{word: _checked(f"{name}'s {word}", v, kinds.get(word, Any)) for word, v in parameters.items()})
-
-
-def _checked(what: str, value: Any, kind: Any) -> Any:
-    """Return a parameter's value, checked against the field's annotation."""
-    try:
-        strict = ConfigDict(strict=True, allow_inf_nan=False)
-        return TypeAdapter(kind, config=strict).validate_python(value)
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        if own := problem.partition("Value error, ")[2]:
-            raise ValueError(f"{what}: {own}") from error
-        raise ValueError(f"{what} {problem.replace('Input should be', 'must be')}; got {value!r}") from error
+    return with_fields(strategy_class(name), name, parameters)
 
 
 def combine(names: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> Combined:

@@ -8,10 +8,12 @@ from itertools import accumulate, chain
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.train_strategies.replay import in_form_of, widest, with_features
-from hf_contmerge.training._forms import PREFERENCES, Form
+from hf_contmerge.training._forms import PREFERENCES, SAMPLED, Form
 from hf_contmerge.training._mix import joined
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.settings import make_strategies
+
+_NOT_JOINED = PREFERENCES | SAMPLED
 
 
 def joint_data(data: Mapping[str, StageData], *, seed: int) -> StageData:
@@ -24,11 +26,11 @@ def joint_data(data: Mapping[str, StageData], *, seed: int) -> StageData:
     """
     names = sorted(data)
     forms: dict[Form, str] = {data[name].form: name for name in reversed(names)}
-    compared: Form | None = next((form for form in PREFERENCES if form in forms), None)
+    compared: Form | None = next((form for form in _NOT_JOINED if form in forms), None)
     if compared:
         raise DataError(
             f"baselines: joint trains on texts, conversations and prompts, and stage {forms[compared]} has "
-            f"{PREFERENCES[compared]}. Remove `baselines: [joint]`, or leave the stage out."
+            f"{_NOT_JOINED[compared]}. Remove `baselines: [joint]`, or leave the stage out."
         )
     form: Form = "prompt_completion" if "prompt_completion" in forms else data[names[0]].form
     like = data[forms[form]].train
