@@ -34,7 +34,7 @@ LEARN = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/by-itself"))
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.0e-5)
     parser.add_argument("--base", default="quickstart:smollm2")
     args = parser.parse_args()
