@@ -25,9 +25,12 @@ class StageSource:
     split: str
     license: str | None
     general: bool = False
+    written: bool = False
 
     def in_words(self) -> str:
         """Return split, licence and role."""
+        if self.written:
+            return "documents that the stage's start model wrote"
         words = [f"split {self.split}", f"licence {self.license or 'not stated'}", *["general data"] * self.general]
         return ", ".join(words)
 
@@ -38,11 +41,13 @@ def stage_sources(run: Run, place: ExpertPlace, t: int) -> list[StageSource]:
     record = place.record("train") if place.is_done("train") else {}
     if not record.get("sources"):
         return [StageSource(s.path, s.split, s.license) for s in stage.dataset.sources()] if stage.dataset else []
-    return [
+    sources = [
         StageSource(source["path"], source["split"], source.get("license"), general)
         for general, sources in ((False, record["sources"]), (True, record.get("general_sources", ())))
         for source in sources
     ]
+    written = [StageSource("synthesised", "train", None, written=True)] if record.get("synthesised") else []
+    return sources + written
 
 
 def sources_section(run: Run) -> Section:

@@ -110,6 +110,8 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
             _check_fields(stage.train, config_fields(form), where, others=_OWN)
             _check_values(train, form, where)
             _check_form(train, form, where)
+            if form != "prompts" and train.rewards and (stage.train.get("rewards") or "prompts" not in forms.values()):
+                raise RecipeError(f"{where}: rewards are for `learn: grpo`, and it is not set. Set it, or remove them.")
             strategies = make_strategies(train)
             trainer_class(trl_classes(form)[0], strategies)
             _refuse_two_weightings(strategies, _fields_for(form, train), where)

@@ -200,6 +200,13 @@ def test_strategies_that_cannot_be(strategy: str, parameters: Row, word: str, ba
     assert f"{word} cannot be combined with prompts (`learn: grpo`)" in refusal(GRPO, data, **run)
 
 
+def test_rewards_without_their_objective(base_folder: Path, home: Path) -> None:
+    data = load(home / "sdft-rewards.jsonl", base_folder, rows_of(), SDFT)
+    words = "train of stage s: rewards are for `learn: grpo`, and it is not set"
+    assert words in refusal({**SDFT, "rewards": ["exact_match"]}, data)
+    assert words in refusal(SDFT, data, rewards=["exact_match"])
+
+
 def test_rewards_by_name_alone() -> None:
     assert Train(learn="grpo", rewards=["exact_match", "overlong"]).rewards == {"exact_match": {}, "overlong": {}}  # pyright: ignore
     assert Train(learn="grpo", rewards="exact_match").rewards == {"exact_match": {}}  # pyright: ignore

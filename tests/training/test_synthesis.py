@@ -15,6 +15,7 @@ from toys.models import write_jsonl
 from hf_contmerge.commands.main import main
 from hf_contmerge.errors import DataError, ModelError
 from hf_contmerge.loop.run import run_recipe
+from hf_contmerge.report.card import model_card
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.recipe.text import parse_recipe
@@ -203,6 +204,7 @@ def test_a_run_whose_models_write_their_replay(
     report = (run.folder / "report" / "report.md").read_text()
     assert "Written by a stage's start model" in report
     assert " ".join(first.record("train")["synthesised"]["examples"][0].split())[:20] in report
+    assert "`synthesised` (documents that the stage's start model wrote)" in model_card(run, run.recipe.merge[0])
     (first.synthesised / "documents.jsonl").write_text("{}")
     assert first.damaged("train") == [first.synthesised / "documents.jsonl"]
 
