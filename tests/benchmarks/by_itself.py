@@ -1,6 +1,7 @@
 """What a stage learns and loses by its objective: demonstrations (SFT), self-distillation (SDFT), rewards (GRPO).
 
     python tests/benchmarks/by_itself.py               SmolLM2-135M-Instruct, one seed, ten minutes on two cores
+    python tests/benchmarks/by_itself.py --steps 2 --only GRPO
 
 One stage of small sums, after two solved ones. GRPO gets 1 for the right number and no demonstration; SFT and SDFT see
 it. Learning is the share of right answers to held-out sums. General change is measured on texts and questions that the
@@ -34,15 +35,16 @@ LEARN = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/by-itself"))
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--only", nargs="+", choices=LEARN, default=list(LEARN))
     parser.add_argument("--rate", type=float, default=1.0e-5)
     parser.add_argument("--base", default="quickstart:smollm2")
     args = parser.parse_args()
     write_data(args.runs)
     print("| objective | right sums, base → stage | texts, nats per word | questions, points | reward | seconds |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name, train in LEARN.items():
-        run = run_recipe(parse_recipe(recipe(name, train, args)), args.runs / name.lower())
+    for name in args.only:
+        run = run_recipe(parse_recipe(recipe(name, LEARN[name], args)), args.runs / name.lower())
         print(f"| {name} | {' | '.join(cells(run))} |", flush=True)
     print(f"\n{measure.machine(args.runs, 'trl', 'transformers')}")
 
