@@ -38,7 +38,7 @@ def train_job(run: Run, prepared: Prepared, t: int, kind: str) -> TrainJob:
         start=run.start_of(t, kind) or prepared.base, base=prepared.base, data=prepared.data[stage.name],
         train=recipe.train_of(stage), seed=recipe.seed, memory=run.memory_before(t, kind), remembers=not alone,
         trust_remote_code=recipe.trust_remote_code, stage=1 if alone else t,
-        keep=recipe.guard.checkpoints if recipe.guard else 0,
+        keep=recipe.guard.checkpoints if recipe.guard else 0, others=tuple(prepared.data.values()),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Experts trained outside a run: lookup, working folder, publication.
 
-An expert's folder appears when complete. Its subfolder `contmerge` has the record (train.json) and the strategies'
-memory.
+An expert's folder appears when complete. Its subfolder `contmerge` has the record (train.json), the strategies' memory,
+and documents that the start model wrote.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def publish(work: ExpertPlace, out: Path) -> Record:
     record, own = work.record("train"), work.model / OWN
     files = {_published(name): digest for name, digest in record["files"].items()}
     write_record(own / "train.json", {**record, "files": files})
-    if work.memory.is_dir():
-        work.memory.rename(own / "memory")
+    for folder in (work.memory, work.synthesised):
+        if folder.is_dir():
+            folder.rename(own / folder.name)
     put_in_place(work.model, out)
     remove(work.folder)
     return record
@@ -81,4 +82,4 @@ def publish(work: ExpertPlace, out: Path) -> Record:
 
 def _published(name: str) -> str:
     """Return the place of a trained file in the expert's folder."""
-    return f"{OWN}/{name}" if name.startswith("memory/") else name.removeprefix("expert/")
+    return f"{OWN}/{name}" if name.startswith(("memory/", "synthesised/")) else name.removeprefix("expert/")

@@ -17,6 +17,7 @@ from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.run.recipe.parts import Rung
 from hf_contmerge.runtime.files import remove
 from hf_contmerge.train_strategies.replay import Replay
+from hf_contmerge.training.settings import make_strategies
 
 
 def can_replay(job: MergeJob) -> bool:
@@ -47,6 +48,8 @@ def _remember(job: MergeJob, memory: Path, rung: Rung) -> None:
     if earlier:
         shutil.copytree(earlier, memory, dirs_exist_ok=True)
     remove(memory / "replay")
+    if make_strategies(with_replay(job.run.recipe.train, rung)).synthesis():
+        return
     sizes: dict[str, Any] = {k: v for k, v in rung.parameters.items() if k == "examples"}
     chain: list[Path] = []
     for i in range(1, job.t):

@@ -74,7 +74,7 @@ def _is_whole(store: ExpertPlace) -> bool:
 
 def _link(source: ExpertPlace, target: ExpertPlace, more: Record) -> None:
     """Link an expert's files and copy its record."""
-    for name in ("expert", "memory", "earlier"):
+    for name in ("expert", "memory", "earlier", "synthesised"):
         if (source.folder / name).is_dir():
             link_files(source.folder / name, target.scratch(name))
             target.publish(name)

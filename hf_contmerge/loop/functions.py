@@ -20,6 +20,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ from hf_contmerge.scoring.keys import ScoreRequest
 from hf_contmerge.scoring.score import score_loaded, score_model
 from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.training.job import OWN, Data, ModelName, TrainedExpert, base_of, look_up, recipe_of
+from hf_contmerge.training.synthesis import check_synthesis
+from hf_contmerge.training.tokenizer import stage_tokenizer
 
 # Fine-tuning
 
@@ -88,6 +91,8 @@ def finetune_stage(
     ranks, crew = _join(recipe.train)
     out = Path(out)
     job = crew.ranks.main_first(look_up, recipe, model, data, base)
+    load = partial(stage_tokenizer, job.base, job.train, trust_remote_code=job.trust_remote_code)
+    crew.ranks.all(check_synthesis, job.train, job.data, load, "finetune_stage")
     inputs = crew.ranks.first(job.inputs)
     with ExitStack() as held:
         crew.ranks.first(held.enter_context, alone(out.absolute()))  # another call would remove what this one trains

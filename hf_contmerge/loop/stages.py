@@ -23,6 +23,7 @@ from hf_contmerge.scoring.keys import SCORES_VERSION, DocumentPart, ModelKey
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
+from hf_contmerge.training.synthesis import synthesis_record, with_synthesis
 
 OnLog = Callable[[int, Mapping[str, float]], None]
 
@@ -44,7 +45,7 @@ def train_at(
     """Train an expert at a place; resume checkpoints.
 
     Args:
-        place: output folder for `expert`, `memory` (if the strategies keep any) and train.json.
+        place: output folder for `expert`, `memory` and `synthesised` (if the strategies ask for them), train.json.
         job: model, data and settings.
         recorder: writer of the record.
         on_log: callback for each point of the loss curve.
@@ -56,12 +57,14 @@ def train_at(
     scratch = {name: place.folder / f".{name}" for name in ("expert", "memory")}
     with recorder.phase(place, "train") as record:
         recorder.crew.ranks.first(_clear, place, scratch["memory"])
+        job = with_synthesis(job, place.synthesised, recorder.crew.ranks)
         outcome = train_expert(
             job, scratch["expert"], checkpoints=place.checkpoints,
             memory_out=scratch["memory"] if job.remembers else None, earlier=place.earlier, on_log=on_log,
         )  # fmt: skip
         settings = job.train.model_dump(mode="json")
-        record.update({"start": str(job.start), "settings": settings, "seed": job.seed, **outcome, **more})
+        record.update({"start": str(job.start), "settings": settings, "seed": job.seed, **outcome})
+        record.update({**synthesis_record(job), **more})
         if recorder.is_main:
             if scratch["memory"].exists():
                 place.publish("memory")

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_contmerge.report._tables import Cell, Section, Table
+from hf_contmerge.report._tables import Cell, Quote, Section, Table
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace
 
 _INTRO = (
     "Examples trained on, by source, and the mean loss of each source's tokens at the first and the last logged step. "
-    "Replay: examples of earlier stages. Preference pairs have no loss by source."
+    "Replay: examples of earlier stages. Synthesised: written by the stage's start model. Preference pairs have no "
+    "loss by source."
 )
 
 
@@ -24,9 +25,12 @@ class StageSource:
     split: str
     license: str | None
     general: bool = False
+    written: bool = False
 
     def in_words(self) -> str:
         """Return split, licence and role."""
+        if self.written:
+            return "documents that the stage's start model wrote"
         words = [f"split {self.split}", f"licence {self.license or 'not stated'}", *["general data"] * self.general]
         return ", ".join(words)
 
@@ -37,11 +41,13 @@ def stage_sources(run: Run, place: ExpertPlace, t: int) -> list[StageSource]:
     record = place.record("train") if place.is_done("train") else {}
     if not record.get("sources"):
         return [StageSource(s.path, s.split, s.license) for s in stage.dataset.sources()] if stage.dataset else []
-    return [
+    sources = [
         StageSource(source["path"], source["split"], source.get("license"), general)
         for general, sources in ((False, record["sources"]), (True, record.get("general_sources", ())))
         for source in sources
     ]
+    written = [StageSource("synthesised", "train", None, written=True)] if record.get("synthesised") else []
+    return sources + written
 
 
 def sources_section(run: Run) -> Section:
@@ -49,7 +55,19 @@ def sources_section(run: Run) -> Section:
     places = [(t, place) for t, place in run.places() if isinstance(place, ExpertPlace) and place.is_done("train")]
     rows = [row for t, place in places for row in _rows(run, t, place)]
     header = ("expert", "source", "examples", "share", "licence", "first loss", "last loss")
-    return Section("Sources of the examples", _INTRO, tables=[Table("", header, rows)] if rows else [])
+    quotes = [quote for t, place in places for quote in _written(run, t, place)]
+    return Section("Sources of the examples", _INTRO, tables=[Table("", header, rows)] if rows else [], quotes=quotes)
+
+
+def _written(run: Run, t: int, place: ExpertPlace) -> list[Quote]:
+    """Return examples of the documents that an expert's start model wrote."""
+    found = place.record("train").get("synthesised")
+    if not found:
+        return []
+    name = f"Written by a stage's start model: {run.stage(t).name} ({place.folder.name})"
+    reasons = "".join(f"; {count} {why}" for why, count in found["left_out"].items())
+    outcome = f"{found['used']} of {found['written']} documents are used{reasons}"
+    return [Quote(name, text, outcome) for text in found["examples"]]
 
 
 def _rows(run: Run, t: int, place: ExpertPlace) -> list[list[Cell]]:

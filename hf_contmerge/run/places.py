@@ -63,8 +63,9 @@ def one_a_stage(t: int) -> list[Record]:
 
 
 def _words(record: Record) -> list[str]:
-    """Return the rule or the strategies behind a record."""
-    return [*record.get("settings", {}).get("strategy", ()), *filter(None, [record.get("rule")])]
+    """Return the rule, or the strategies and rewards, behind a record."""
+    settings = record.get("settings", {})
+    return [*settings.get("strategy", ()), *settings.get("rewards", ()), *filter(None, [record.get("rule")])]
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,17 @@ class ExpertPlace(Place):
         return self.folder / "checkpoints"
 
     @property
+    def synthesised(self) -> Path:
+        """Documents that the start model wrote for replay, if any."""
+        return self.folder / "synthesised"
+
+    @property
     def earlier(self) -> Path:
         """Checkpoints for a guard's rung `earlier`; removed once the stage is merged."""
         return self.folder / "earlier"
 
     def vouched(self, phase: Phase) -> tuple[str, ...]:
-        return ("expert", "memory") if phase == "train" else super().vouched(phase)
+        return ("expert", "memory", "synthesised") if phase == "train" else super().vouched(phase)
 
     def damaged(self, phase: Phase, *outputs: str) -> list[Path]:
         record = self.record(phase)
@@ -185,7 +191,7 @@ class ExpertPlace(Place):
         return changed + super().damaged(phase, *outputs)
 
     def outputs(self, phase: Phase) -> tuple[str, ...]:
-        trained = ("expert", ".expert", "memory", ".memory", "checkpoints", "earlier")
+        trained = ("expert", ".expert", "memory", ".memory", "checkpoints", "earlier", "synthesised")
         return {"train": trained, "score": (*_SCORE_FILES, "validation")}.get(phase, ())
 
 

@@ -1,12 +1,12 @@
-"""Finds merge rules and training strategies: ours, of packages, of plugin files.
+"""Finds rules, strategies and rewards: ours, of packages, of files.
 
-A package declares its classes as entry points of the group `hf_contmerge.merge_rules` or
-`hf_contmerge.train_strategies`: the name is the word in recipes, the value is `module:Class`. Nothing of a package is
-imported before one of its words is used.
+A package declares its classes as entry points of the group `hf_contmerge.merge_rules`, `hf_contmerge.train_strategies`
+or `hf_contmerge.training.rewards`: the name is the word in recipes, the value is `module:Class`. Nothing of a package
+is imported before one of its words is used.
 
 A plugin file is Python code that the user names, with `--plugin FILE.py` or `use_plugin`. Its words are the names, in
-lower case, of the rules and strategies that it defines, except names that begin with `_`. A recipe's `plugins` only
-says which files it needs: code runs by the user's word alone.
+lower case, of the rules, strategies and rewards that it defines, except names that begin with `_`. A recipe's `plugins`
+only says which files it needs: code runs by the user's word alone.
 """
 
 from __future__ import annotations

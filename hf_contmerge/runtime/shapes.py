@@ -33,10 +33,12 @@ _GEOMETRY = {
 
 _FOLDED = {"stage": int, "replayed": bool, "earlier?": int, **COEFFICIENTS}
 
+_SYNTHESISED = {"written": int, "used": int, "left_out": {str: int}, "sha256": str, "examples": [str]}
+
 RECORDS: dict[str, dict[str, Any]] = {
     "train": {
         **_COST, "given?": str, "given_files?": {str: str}, "steps?": int, "model_sha256?": str, "trained_in?": str,
-        "stored?": SURVIVAL, "settings?": {"strategy?": [str]},
+        "stored?": SURVIVAL, "settings?": {"strategy?": [str], "rewards?": {str: {}}}, "synthesised?": _SYNTHESISED,
         "vector?": {"layers?": {str: {"cosine": float, "norm_ratio": float}}, "special_tokens?": ({str: float}, None)},
     },
     "merge": {

@@ -13,9 +13,10 @@ from typing import Any
 
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.fields import with_fields
 from hf_contmerge.testing._watch import Watched
 from hf_contmerge.testing.toys import toy_llama
-from hf_contmerge.train_strategies import TrainStrategy, combined, strategy_of
+from hf_contmerge.train_strategies import TrainStrategy, combined
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
@@ -69,7 +70,7 @@ class Course:
 
     def strategies(self) -> Watched:
         """Return the strategies of one stage."""
-        made = {word: strategy_of(cls, word, self.parameters_of(word)) for word, cls in self.classes.items()}
+        made = {word: with_fields(cls, word, self.parameters_of(word)) for word, cls in self.classes.items()}
         return Watched(combined(made).parts, who=str(self))
 
     def learn(self, stage: int, name: str) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from hf_contmerge.errors import ModelError
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.weights import Weights
+from hf_contmerge.runtime.fields import with_fields
 from hf_contmerge.testing._docs import docstring
 from hf_contmerge.testing._watch import BrokenPromise
 from hf_contmerge.testing.course import STEPS, Course, texts_for
-from hf_contmerge.train_strategies import TrainStrategy, named_strategy, strategy_of
+from hf_contmerge.train_strategies import TrainStrategy, named_strategy
 
 Strategy = str | type[TrainStrategy]
 Check = Callable[[Course], None]
@@ -114,7 +115,7 @@ def _parameters(cls: type[TrainStrategy]) -> list[str]:
 
 def _refuses(course: Course, word: str, parameter: str, value: Any) -> bool:
     try:
-        strategy_of(course.classes[word], word, {**course.parameters_of(word), parameter: value})
+        with_fields(course.classes[word], word, {**course.parameters_of(word), parameter: value})
     except (TypeError, ValueError) as error:
         return parameter in str(error)
     return False

@@ -8,21 +8,20 @@ old knowledge (replay, anchor, ...).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.survival import Kept
 from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.runtime.fields import with_fields
 from hf_contmerge.runtime.plugins import Registry
 from hf_contmerge.train_strategies._weights import take_gradients, trained
 
@@ -52,6 +51,16 @@ class StageSize:
     """Of one, on average."""
 
 
+@dataclass(frozen=True)
+class Synthesis:
+    """Documents that a stage's start model writes."""
+
+    count: int
+    tokens: int
+    """The most of a document, or of a turn."""
+    temperature: float
+
+
 SOURCE = "mixed_from"
 """The column with each example's source, for `mix`. Training does not see it."""
 
@@ -62,6 +71,8 @@ class StageTools:
 
     general: Any = None
     """Examples of the dataset in `general_data`, with their sources; a datasets.Dataset."""
+    written: Any = None
+    """The documents of `synthesis`, with their source; a datasets.Dataset."""
     batch: int = 0
     """Examples of an optimizer step, of all ranks, for a strategy that keeps the order; 0 where packing cuts them into
     blocks."""
@@ -118,6 +129,10 @@ class TrainStrategy:
 
     def general_data(self) -> Dataset | None:
         """Return a dataset to load for `mix`, or None."""
+        return None
+
+    def synthesis(self) -> Synthesis | None:
+        """Return the documents that the stage's start model writes for `mix`."""
         return None
 
     def keeps_order(self) -> bool:
@@ -267,6 +282,10 @@ class Combined:
     def general_data(self) -> Dataset | None:
         """Return the dataset for `mix`, named by one strategy."""
         return next((spec for part in self.parts.values() if (spec := part.general_data())), None)
+
+    def synthesis(self) -> Synthesis | None:
+        """Return the documents to write for `mix`, of one strategy."""
+        return next((wanted for part in self.parts.values() if (wanted := part.synthesis())), None)
 
     def keeping_order(self) -> list[str]:
         """Return the strategies with an order of examples."""
@@ -422,26 +441,7 @@ def get_strategy(name: str, /, **parameters: Any) -> TrainStrategy:
         TypeError: a parameter that it does not have.
         ValueError: a value that it cannot have.
     """
-    return strategy_of(strategy_class(name), name, parameters)
-
-
-def strategy_of(cls: type[TrainStrategy], name: str, parameters: Mapping[str, Any]) -> TrainStrategy:
-    """Make a strategy from its class. Raises as `get_strategy`; `name`: for messages."""
-    hints = get_type_hints(cls, include_extras=True)
-    kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
-    return cls(**{word: _checked(f"{name}'s {word}", v, kinds.get(word, Any)) for word, v in parameters.items()})
-
-
-def _checked(what: str, value: Any, kind: Any) -> Any:
-    """Return a parameter's value, checked against the field's annotation."""
-    try:
-        strict = ConfigDict(strict=True, allow_inf_nan=False)
-        return TypeAdapter(kind, config=strict).validate_python(value)
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        if own := problem.partition("Value error, ")[2]:
-            raise ValueError(f"{what}: {own}") from error
-        raise ValueError(f"{what} {problem.replace('Input should be', 'must be')}; got {value!r}") from error
+    return with_fields(strategy_class(name), name, parameters)
 
 
 def combine(names: Sequence[str], parameters: Mapping[str, Mapping[str, Any]]) -> Combined:

@@ -3,7 +3,8 @@
 Experience replay, Rolnick et al., NeurIPS 2019, arXiv 1811.11682. A fixed random number of each example says which are
 remembered, so that the sample never depends on how it was drawn. General data among the new: Roth et al., "A
 Practitioner's Guide to Continual Multimodal Pretraining", NeurIPS 2024, arXiv 2408.14471. Shares within each batch:
-ConPET's static form, Song et al., arXiv 2309.14763.
+ConPET's static form, Song et al., arXiv 2309.14763. Documents that the model writes itself: LAMOL, Sun et al., ICLR
+2020, arXiv 1909.03329, and SSR, Huang et al., ACL 2024, arXiv 2403.01244.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hf_contmerge.models.loading import load_tokenizer, runs_own_code
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.text import explain
 from hf_contmerge.runtime.shares import evenly, in_blocks, split_by_shares
-from hf_contmerge.train_strategies import SOURCE, StageSize, TrainStrategy
+from hf_contmerge.train_strategies import SOURCE, StageSize, Synthesis, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main
 
 LOG = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Replay(TrainStrategy):
     The memory holds `examples` in all (1000, if nothing is said), or as many as have `tokens` in all. The stages so far
     share it equally: each keeps the examples with its lowest keys, and fewer with every stage. Held-out examples are
     none of a stage's own. Earlier datasets are not read again and may be gone. General examples need no memory, and are
-    mixed in from the first stage on.
+    mixed in from the first stage on; so are documents that the stage's start model writes, in the place of a memory.
     """
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -75,12 +76,21 @@ class Replay(TrainStrategy):
     """Of the examples trained on; 0.1 if there is general data."""
     share_of: Literal["examples", "tokens"] = "examples"
     """What the shares count."""
+    synthesise: Annotated[int, Field(ge=1)] | None = None
+    """Documents that the stage's start model writes, of which `share` is drawn; no memory is kept then."""
+    synthesise_tokens: Annotated[int, Field(ge=8)] = 256
+    """The most tokens of a written document, or of a turn of a conversation."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the sampling of `synthesise`."""
     within_batch: bool = False
     """Give every batch the shares, to one example. Each epoch then has the same order."""
 
     def __post_init__(self) -> None:
         if self.examples and self.tokens:
             raise ValueError("replay has both `examples` and `tokens`; give the memory one size, and remove the other")
+        if self.synthesise and (self.examples or self.tokens or not self.share):
+            word = "examples" if self.examples else "tokens" if self.tokens else "share: 0"
+            raise ValueError(f"replay with `synthesise` keeps no memory and draws `share`; remove `{word}`")
         if self.general_share is not None and not self.general:
             raise ValueError("replay has `general_share` without `general`; name the dataset, or remove the share")
         if self.share + self._general_share() >= 1:
@@ -95,6 +105,9 @@ class Replay(TrainStrategy):
 
     def general_data(self) -> Dataset | None:
         return self.general if self._general_share() else None
+
+    def synthesis(self) -> Synthesis | None:
+        return Synthesis(self.synthesise, self.synthesise_tokens, self.temperature) if self.synthesise else None
 
     def keeps_order(self) -> bool:
         return self.within_batch
@@ -115,7 +128,9 @@ class Replay(TrainStrategy):
         """Return shares and examples, in the new ones' form."""
         plain = without_source(fresh)
         pools = []
-        if memory and self.share:
+        if self.synthesise:
+            pools.append((self.share, self.tools.written.shuffle(seed=seed + self.stage, keep_in_memory=True)))
+        elif memory and self.share:
             olds = [in_form_of(plain, old.remove_columns([_KEY, _SIZE]), path) for path, old in _remembered(memory)]
             old = datasets.concatenate_datasets(_alike([plain, *olds])[1:]).shuffle(seed=seed, keep_in_memory=True)
             pools.append((self.share, from_source(old, ["replay"] * len(old))))
@@ -144,7 +159,7 @@ class Replay(TrainStrategy):
         return [next(places[part]) for part in order]
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
-        if not is_main():
+        if self.synthesise or not is_main():
             return
         olds = list(_remembered(memory)) if memory else []
         budget = (self.tokens or self.examples or _EXAMPLES) // (len(olds) + 1)
@@ -160,6 +175,8 @@ class Replay(TrainStrategy):
                 rows.select(range(kept)).to_parquet(out / f"{number:03d}.parquet")
 
     def memory_bytes(self, stage: StageSize) -> int:
+        if self.synthesise:
+            return 0
         if self.tokens:
             return _BYTES_PER_TOKEN * self.tokens
         return round(stage.example_bytes * min(self.examples or _EXAMPLES, stage.examples * stage.number))

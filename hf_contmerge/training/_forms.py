@@ -1,7 +1,9 @@
 """The forms of examples, recognised by columns; usable rows.
 
     preference            prompt, chosen, rejected        answers compared (DPO); the prompt may also stand in both
-    unpaired              prompt, completion, label       good and bad answers (KTO), where `learn: kto` asks for it
+    unpaired              prompt, completion, label       good and bad answers, where `learn: kto` asks for it
+    prompts               prompt, and rewards' columns    prompts of sampled answers, where `learn: grpo` asks for it
+    demonstrations        prompt, completion              answers that a teacher sees, where `learn: sdft` asks for it
     messages              messages                        conversations
     prompt_completion     prompt, completion              text, or turns of a conversation
     text                  text                            pretraining
@@ -37,17 +39,27 @@ from hf_contmerge.training._rows import Row, Rows
 
 LOG = logging.getLogger(__name__)
 
-Form = Literal["text", "messages", "prompt_completion", "preference", "unpaired"]
+Form = Literal["text", "messages", "prompt_completion", "preference", "unpaired", "prompts", "demonstrations"]
 
 COLUMNS: dict[Form, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
+    "prompts": ("prompt",),
+    "demonstrations": ("prompt", "completion"),
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
 PREFERENCES: dict[Form, str] = {"preference": "preference pairs", "unpaired": "labelled answers"}
 """Forms for the trainers with a reference model, in words."""
+SAMPLED: dict[Form, str] = {"prompts": "prompts (`learn: grpo`)", "demonstrations": "demonstrations (`learn: sdft`)"}
+"""Forms for the trainers that sample answers, in words."""
+_ASKED: dict[Form, str] = {
+    "unpaired": "`learn: kto` needs `prompt`, `completion` and `label` (true for a good answer, false for a bad one)",
+    "prompts": "`learn: grpo` needs `prompt`, and the columns that its rewards read",
+    "demonstrations": "`learn: sdft` needs `prompt` and `completion`, the demonstration",
+}
+"""Forms that `learn` asks for, and their columns in words."""
 LABEL = "label"
 _LABELS: dict[Any, bool] = {"true": True, "True": True, "1": True, "false": False, "False": False, "0": False}
 """Of text files; others have true and false, or 1 and 0."""
@@ -66,6 +78,11 @@ class Limits(Protocol):
     @property
     def form(self) -> Form | None:
         """The form required of the stage, whatever other columns exist."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Further columns that it needs, which hold text or numbers."""
         ...
 
     def check(self, example: Row, form: Form) -> str | None:
@@ -161,6 +178,9 @@ class Examples:
             return _pair({name: _answer(value, column) for name, (column, value) in named.items()})
         if self.layout.form == "messages":
             return {"messages": _talk(*named["messages"])}
+        if self.layout.form == "prompts":
+            texts = {name: _written(value, column) for name, (column, value) in named.items() if name != "prompt"}
+            return {"prompt": _answer(values["prompt"], "prompt"), **texts}
         label = {name: _label(value) for name, (_, value) in named.items() if name == LABEL}
         example = {name: _answer(value, column) for name, (column, value) in named.items() if name != LABEL}
         if len({type(value) for value in example.values()}) > 1:
@@ -233,23 +253,27 @@ def require_columns(known: list[str], columns: list[str] | tuple[str, ...], path
 
 def layout_of(rows: Rows, spec: DataSource, limits: Limits | None = None) -> Layout:
     """Return the form of a dataset. Raises DataError for unknown columns."""
-    layout = _wanted_form(rows, spec, limits.form) if limits and limits.form else _form_of(rows, spec)
+    layout = _wanted_form(rows, spec, limits) if limits and limits.form else _form_of(rows, spec)
     answer = layout.columns[-2 if layout.form == "unpaired" else -1]
     first = next((row for row in rows if row.get(answer) is not None), {})
-    extras = extras_of(rows.columns, talk=layout.form != "text" and isinstance(first.get(answer), list))
+    talk = layout.form not in ("text", *SAMPLED) and isinstance(first.get(answer), list)
+    extras = extras_of(rows.columns, talk=talk)
     unused = tuple(name for name in rows.columns if name not in (*layout.columns, *extras))
     return layout._replace(extras=extras, argument_keys=argument_keys(first), unused=unused)
 
 
-def _wanted_form(rows: Rows, spec: DataSource, form: Form) -> Layout:
+def _wanted_form(rows: Rows, spec: DataSource, limits: Limits) -> Layout:
+    form = limits.form
+    assert form
     columns = COLUMNS[form]
     require_columns(rows.columns, tuple(spec.labels), spec.path)
     if spec.text is not None or spec.messages is not None or not {*columns} <= {*rows.columns}:
         raise DataError(
-            f"{spec.path} has the columns {', '.join(rows.columns)}; `learn: kto` needs `prompt`, `completion` and "
-            "`label` (true for a good answer, false for a bad one), and neither `text` nor `messages`. Rename the "
-            "columns, or remove `learn`."
+            f"{spec.path} has the columns {', '.join(rows.columns)}; {_ASKED[form]}, and neither `text` nor "
+            "`messages`. Rename the columns, or remove `learn`."
         )
+    require_columns(rows.columns, limits.columns, f"{spec.path}, for `rewards`")
+    columns = tuple(dict.fromkeys([*columns, *limits.columns]))
     return Layout(form, columns, columns)
 
 
@@ -264,7 +288,7 @@ def _form_of(rows: Rows, spec: DataSource) -> Layout:
         require_columns(known, (spec.messages,), spec.path)
         return Layout("messages", (spec.messages,), ("messages",))
     for form, columns in COLUMNS.items():
-        if form == "unpaired":
+        if form in _ASKED:
             continue
         if form == "preference" and {"chosen", "rejected"} <= {*known}:
             columns = tuple(c for c in columns if c in known)
@@ -286,6 +310,7 @@ def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets
     made = layout.format and not layout.format.is_column
     split = layout.form == "preference" and _is_split(rows.data.features)
     split = split or (layout.form == "unpaired" and rows.data.features.get(LABEL) != datasets.Value("bool"))
+    split = split or any(rows.data.features.get(c) != _TEXT for c in layout.columns[1:] if layout.form == "prompts")
     if not (rows.are_records or examples.spec.labels or made or split or layout.extras):
         data = rows.data.select_columns(list(layout.columns))
         data = data if len(keep) == len(data) else data.select(keep)
@@ -379,6 +404,15 @@ def _answer(value: Any, column: str) -> str | list[Row]:
         f"the column {column} holds {value!r:.60}; text, or turns with `role` and `content`, were expected. Write it "
         "as a string."
     )
+
+
+def _written(value: Any, column: str) -> str:
+    """Return text, or a number as text. Raises DataError for others."""
+    if isinstance(value, str):
+        return checked_text(value, column)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"the column {column} holds {value!r:.60}; text or a number was expected, which a reward compares.")
 
 
 def _label(value: Any) -> bool:

@@ -20,7 +20,7 @@ OnLog = Callable[[int, Point], None]
 """Called on the main process with the number of steps taken in this stage, and what was logged at that step."""
 
 _OF_THE_PROCESS = ("num_tokens", "train_loss")  # counted since it started, which a resumed run did later
-_OF_THE_MACHINE = ("runtime", "per_second")
+_OF_THE_MACHINE = ("runtime", "per_second", "step_time")
 
 
 def curve(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -33,12 +33,13 @@ def _named(data: StageData) -> Any:
 
 def _tools(job: TrainJob, strategies: Combined) -> StageTools:
     """Return what the strategies of a job may use."""
-    general = job.data.general
+    general, written = job.data.general, job.written
     load = functools.cache(
         functools.partial(stage_tokenizer, job.base, job.train, trust_remote_code=job.trust_remote_code)
     )
     return StageTools(
         general=_named(general) if general else None,
+        written=_named(written) if written else None,
         batch=_batch(job, strategies, load()) if strategies.keeping_order() else 0,
         count_tokens=lambda rows: [sum(count_tokens(load(), row)) for row in rows_of(without_source(rows))],
     )

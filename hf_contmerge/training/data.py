@@ -21,6 +21,7 @@ from hf_contmerge.training._forms import (
     COLUMNS,
     LABEL,
     PREFERENCES,
+    SAMPLED,
     Fit,
     Form,
     Limits,
@@ -194,10 +195,10 @@ def _counts(portion: Portion) -> SourceCounts:
     return SourceCounts(source.path, source.config, source.split, portion.share, *used, left_out, license)
 
 
-def require_no_preferences(data: Mapping[str, StageData], baseline: str) -> None:
-    """Raise DataError for stages of preferences, useless to a baseline."""
+def require_answers(data: Mapping[str, StageData], baseline: str) -> None:
+    """Raise DataError for stages without texts for a baseline."""
     for name in sorted(data):
-        if what := PREFERENCES.get(data[name].form):
+        if what := (PREFERENCES | SAMPLED).get(data[name].form):
             raise DataError(
                 f"baselines: {baseline} needs texts, conversations or prompts, and stage {name} has {what}. Remove "
                 f"{baseline} from `baselines`, or leave the stage out."
@@ -332,7 +333,9 @@ def without_heldout(train: datasets.Dataset, heldout: datasets.Dataset, form: Fo
 def _as_text(row: Row, form: Form, render: Callable[..., str]) -> str:
     if form == "messages":
         return render(row["messages"], **template_arguments(row))
-    if form == "prompt_completion" or form in PREFERENCES:
+    if form == "prompts":
+        return _with_answer(row, render)
+    if form == "prompt_completion" or form in (*PREFERENCES, *SAMPLED):
         prompt, completion = (row[column] for column in _MEASURED[form])
         return (
             prompt + completion
@@ -340,3 +343,11 @@ def _as_text(row: Row, form: Form, render: Callable[..., str]) -> str:
             else render([*prompt, *completion], **template_arguments(row))
         )
     return row["text"]
+
+
+def _with_answer(row: Row, render: Callable[..., str]) -> str:
+    """Return a prompt with the first column that rewards read, the answer."""
+    prompt, *answers = row.values()
+    if isinstance(prompt, str):
+        return prompt + "".join(answers[:1])
+    return render([*prompt, *({"role": "assistant", "content": answer} for answer in answers[:1])])

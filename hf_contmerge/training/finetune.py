@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.replay import without_source
 from hf_contmerge.training._checkpoints import kept_checkpoints, kept_step, newest_checkpoint
-from hf_contmerge.training._forms import PREFERENCES
+from hf_contmerge.training._forms import PREFERENCES, SAMPLED
 from hf_contmerge.training._log import KeepEarlier, OnLog, TrainingLog, curve
 from hf_contmerge.training._mixing import mixed, mixed_record, source_names
 from hf_contmerge.training._sources import with_sources
@@ -33,6 +34,7 @@ from hf_contmerge.training._trainer import (
 )
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.job import TrainJob
+from hf_contmerge.training.sampling import loading_by, reward_functions, sampled_rows, with_sampling
 from hf_contmerge.training.saving import save_expert
 from hf_contmerge.training.settings import bad_parameters, config_of, sft_settings, trl_classes
 from hf_contmerge.training.statistics import Measured, measure_expert, write_adam
@@ -148,7 +150,7 @@ def _dropped(trainer: Any, given: int) -> dict[str, int]:
 def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoints: Path) -> Any:
     """Load and open the model; return TRL's trainer of it."""
     trainer_type, sources = trl_classes(job.data.form)[0], source_names(examples)
-    if len(sources) > 1 and job.data.form not in PREFERENCES:
+    if len(sources) > 1 and job.data.form not in PREFERENCES | SAMPLED:
         trainer_type = with_sources(trainer_type, sources)
     else:
         examples = without_source(examples)
@@ -160,16 +162,20 @@ def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoint
     set_seed(job.seed)  # before the strategy draws what it adds; the trainer sets it only later
     opened = _open(strategies, model, job.memory, job.train)
     config = config_of(job.data.form, {**settings, "output_dir": str(checkpoints), "seed": job.seed}, "train")
-    reference = reference_model(job.data.form, opened, job.start, job.base, **init)
+    given = reference_model(job.data.form, opened, job.start, job.base, **init)
+    if job.data.form in SAMPLED:
+        trainer_type, examples = with_sampling(trainer_type), sampled_rows(examples, job.data.form)
+        given = {"reward_funcs": reward_functions(job.train)} if job.data.form == "prompts" else {}
     try:
-        return trainer_class(trainer_type, strategies)(
-            model=opened,
-            args=config,
-            train_dataset=examples,
-            processing_class=tokenizer,
-            callbacks=[StrategySteps(strategies)],
-            **reference,
-        )
+        with loading_by(trainer_type, partial(load_model, job.start, job.base, **init)):
+            return trainer_class(trainer_type, strategies)(
+                model=opened,
+                args=config,
+                train_dataset=examples,
+                processing_class=tokenizer,
+                callbacks=[StrategySteps(strategies)],
+                **given,
+            )
     except ContmergeError:
         raise
     except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:  # TRL's checks of settings

@@ -38,17 +38,24 @@ def with_general(
     spec = make_strategies(train).general_data()
     if spec is None or not len(data.train):
         return data
-    general = _in_form(load_stage_data(spec, seed=seed, limits=limits), data, spec)
-    for stage in (data, *others):
-        if len(stage.heldout):
-            general = _without(general, stage)
+    general = in_form(load_stage_data(spec, seed=seed, limits=limits), data, _paths(spec))
+    general = without_heldouts(general, (data, *others))
     if not len(general.train):
         raise DataError(f"{_paths(spec)}: all general examples are held-out ones of the stages. Name other data.")
     return replace(data, general=general)
 
 
-def _in_form(general: StageData, data: StageData, spec: Dataset) -> StageData:
-    return replace(general, form=data.form, train=in_form_of(data.train.select([0]), general.train, _paths(spec)))
+def in_form(added: StageData, data: StageData, where: str) -> StageData:
+    """Return added examples in a stage's form. Raises DataError if impossible."""
+    return replace(added, form=data.form, train=in_form_of(data.train.select([0]), added.train, where))
+
+
+def without_heldouts(added: StageData, stages: Iterable[StageData]) -> StageData:
+    """Drop the added examples that stages hold out; count them by source."""
+    for stage in stages:
+        if len(stage.heldout) and len(added.train):
+            added = _without(added, stage)
+    return added
 
 
 def _without(general: StageData, stage: StageData) -> StageData:
@@ -68,7 +75,7 @@ def _without(general: StageData, stage: StageData) -> StageData:
         for i, s in enumerate(general.sources)
     ]
     for i in dropped:
-        LOG.info("%s: %d general examples are left out, for they %s", sources[i].path, dropped[i], _TWIN)
+        LOG.info("%s: %d examples to mix in are left out, for they %s", sources[i].path, dropped[i], _TWIN)
     return replace(general, train=general.train.select(keep), train_sources=kept, sources=tuple(sources))
 
 

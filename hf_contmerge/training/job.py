@@ -82,6 +82,10 @@ class TrainJob:
     """The stage's number."""
     keep: int = 0
     """Checkpoints to keep for a guard, evenly over the stage."""
+    others: tuple[StageData, ...] = ()
+    """All stages; none of their held-out documents is in a replay that the start model writes."""
+    written: StageData | None = None
+    """Documents that the start model wrote (synthesis.py)."""
     make: Callable[[Train], Combined] = make_strategies
     """Makes the strategies; by default those of the registry."""
 
@@ -93,10 +97,16 @@ class TrainJob:
             "base_sha256": start if self.start == self.base else expert_sha256(self.base),
             "examples_sha256": rows_sha256(self.data.train),
             **({"general_sha256": rows_sha256(general.train)} if general else {}),
+            **({"heldout_sha256": held} if (held := self._excluded()) else {}),
             "remembers": self.memory is not None,
             "seed": self.seed,
             "train": self.train.model_dump(mode="json"),
         }
+
+    def _excluded(self) -> list[str]:
+        """Return the digests of held-out documents, barred from replay."""
+        stages = (self.data, *self.others) if self.make(self.train).synthesis() else ()
+        return sorted({rows_sha256(stage.heldout) for stage in stages})
 
 
 def recipe_of(

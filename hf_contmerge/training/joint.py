@@ -10,7 +10,7 @@ from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.train_strategies.replay import in_form_of, widest, with_features
 from hf_contmerge.training._forms import Form
 from hf_contmerge.training._mix import joined
-from hf_contmerge.training.data import StageData, require_no_preferences
+from hf_contmerge.training.data import StageData, require_answers
 from hf_contmerge.training.settings import make_strategies
 
 
@@ -22,7 +22,7 @@ def joint_data(data: Mapping[str, StageData], *, seed: int) -> StageData:
 
     Raises DataError for preference pairs, and for forms that cannot become one.
     """
-    require_no_preferences(data, "joint")
+    require_answers(data, "joint")
     names = sorted(data)
     forms: dict[Form, str] = {data[name].form: name for name in reversed(names)}
     form: Form = "prompt_completion" if "prompt_completion" in forms else data[names[0]].form

@@ -17,11 +17,13 @@ import datasets
 from hf_contmerge.errors import DataError
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.training._extras import template_arguments
-from hf_contmerge.training._forms import COLUMNS, LABEL, Form, Row, rows_of
+from hf_contmerge.training._forms import COLUMNS, LABEL, SAMPLED, Form, Row, rows_of
+from hf_contmerge.training._learn import make_rewards
 from hf_contmerge.training.data import require_chat_template
 from hf_contmerge.training.settings import loss_fields
 from hf_contmerge.training.tokenizer import stage_tokenizer
 
+_LEARNT: dict[str, Form] = {"kto": "unpaired", "grpo": "prompts", "sdft": "demonstrations"}
 _BATCH = 1000
 _SPECIAL = 8
 """Tokens that a tokenizer may add to a text."""
@@ -49,7 +51,13 @@ class TrainerLimits:
     @property
     def form(self) -> Form | None:
         """The form required by `learn`."""
-        return "unpaired" if self.train.learn == "kto" else None
+        return _LEARNT[self.train.learn] if self.train.learn else None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns for rewards."""
+        rewards = make_rewards(self.train) if self.train.learn == "grpo" else {}
+        return tuple(name for reward in rewards.values() for name in reward.columns())
 
     # Conversations
 
@@ -58,6 +66,10 @@ class TrainerLimits:
 
         Raises DataError for a conversation that the chat template refuses.
         """
+        if form in SAMPLED and not example["prompt"]:
+            return "have an empty prompt"
+        if form == "demonstrations" and isinstance(example["prompt"], list) and example["prompt"][-1]["role"] != "user":
+            return "have a prompt that does not end with the user's turn"
         for turns, prompt in _conversations(example, form):
             text = self._render(turns, example, prompt=prompt)
             hidden = next((t for t in turns if t["role"] not in _ROLES and not _shows(t, text)), None)
@@ -87,7 +99,7 @@ class TrainerLimits:
 
     def too_long(self, form: Form) -> str:
         """Return why examples are left out by `learnable`."""
-        return f"have no token to learn from within `max_length` ({self._fields(form)['max_length']})"
+        return f"have no token to learn from within `max_length` ({self._fields(form).get('max_length')})"
 
     def learnable(self, data: datasets.Dataset, form: Form, *, at_most: int | None) -> list[int]:
         """Return the places of the first `at_most` examples with a target token."""
@@ -173,7 +185,7 @@ def _may_exceed(text: str, longest: int) -> bool:
 
 def _cuts(fields: dict[str, Any], form: Form) -> bool:
     """Say if TRL's cut of a form can leave no answer."""
-    if fields["max_length"] is None or fields.get("packing"):
+    if fields.get("max_length") is None or fields.get("packing"):
         return False
     if form == "messages":
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +24,8 @@ from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined, combine, named_strategy
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.train_strategies.osf import Osf
-from hf_contmerge.training._forms import PREFERENCES, Form
+from hf_contmerge.training._forms import PREFERENCES, SAMPLED, Form
+from hf_contmerge.training._learn import TEACHER_TEMPLATE, check_learning
 from hf_contmerge.training._trainer import trainer_class
 from hf_contmerge.training.data import StageData, require_chat_template
 
@@ -31,11 +33,12 @@ LOG = logging.getLogger(__name__)
 
 _OWN = tuple(Train.model_fields)
 _OWNERS: dict[Form, str] = {
-    "preference": "preference pairs", "unpaired": "labelled answers (`learn: kto`)", "text": "texts and conversations",
+    "preference": "preference pairs", "unpaired": "labelled answers (`learn: kto`)", **SAMPLED,
+    "text": "texts and conversations",
 }  # fmt: skip
 """A form of each trainer, in words."""
 _SFT_LOSSES = ("nll", "dft", "chunked_nll")  # values of `loss_type` that SFTTrainer has, and the others have not
-_KTO_LOSSES = ("kto", "apo_zero_unpaired")
+_OTHER_FORMS = PREFERENCES | SAMPLED
 
 
 def make_strategies(train: Train) -> Combined:
@@ -100,13 +103,15 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
         if stage.dataset:
             form, train = forms[stage.name], recipe.train_of(stage)
             where = f"train of stage {stage.name}"
-            if form in PREFERENCES and stage.train.get("loss_type") in _SFT_LOSSES:
+            if form in _OTHER_FORMS and stage.train.get("loss_type") in _SFT_LOSSES:
                 raise RecipeError(
-                    f"{where}: loss_type {stage.train['loss_type']} is for texts, not {PREFERENCES[form]}."
+                    f"{where}: loss_type {stage.train['loss_type']} is for texts, not {_OTHER_FORMS[form]}."
                 )
             _check_fields(stage.train, config_fields(form), where, others=_OWN)
             _check_values(train, form, where)
             _check_form(train, form, where)
+            if form != "prompts" and train.rewards and (stage.train.get("rewards") or "prompts" not in forms.values()):
+                raise RecipeError(f"{where}: rewards are for `learn: grpo`, and it is not set. Set it, or remove them.")
             strategies = make_strategies(train)
             trainer_class(trl_classes(form)[0], strategies)
             _refuse_two_weightings(strategies, _fields_for(form, train), where)
@@ -186,7 +191,8 @@ def config_of(form: Form, fields: Mapping[str, Any], where: str) -> Any:
 
 
 def _check_values(train: Train, form: Form, where: str) -> None:
-    config_of(form, {**_defaults(train, numel=0), **_fields_for(form, train), "output_dir": "unused"}, where)
+    fields = {**_defaults(train, numel=0), **_whole_groups(train, form), **_fields_for(form, train)}
+    config_of(form, {**fields, "output_dir": "unused"}, where)
 
 
 def _check_form(train: Train, form: Form, where: str) -> None:
@@ -199,23 +205,7 @@ def _check_form(train: Train, form: Form, where: str) -> None:
         )
     if fields.get("padding_free") and form == "preference":
         raise RecipeError(f"{where}: padding_free has no effect on preference pairs in this TRL. Remove it.")
-    if form == "unpaired":
-        _check_kto(_fields_for(form, train), where)
-
-
-def _check_kto(fields: Mapping[str, Any], where: str) -> None:
-    loss = fields.get("loss_type", "kto")
-    if loss not in _KTO_LOSSES:
-        raise RecipeError(f"{where}: " + unknown("loss_type", str(loss), _KTO_LOSSES, where="`learn: kto`"))
-    if loss == "kto" and fields.get("per_device_train_batch_size") == 1:
-        raise RecipeError(
-            f"{where}: KTO compares the answers of a batch, which needs per_device_train_batch_size 2 or more."
-        )
-    if loss == "kto" and fields.get("train_sampling_strategy", "sequential") != "sequential":
-        raise RecipeError(
-            f"{where}: KTO pairs each answer with its neighbour's prompt, in the order of the data. Remove "
-            "train_sampling_strategy."
-        )
+    check_learning(train, form, make_strategies(train), _fields_for(form, train), where)
 
 
 def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:
@@ -247,7 +237,7 @@ def _refuse_two_orders(strategies: Combined, fields: Mapping[str, Any], where: s
 def _fields_for(form: Form, train: Train) -> dict[str, Any]:
     """Return the fields of a form's trainer: pairs have no `packing`."""
     fields = {field: value for field, value in train.sft_fields.items() if field in config_fields(form)}
-    if form in PREFERENCES and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
+    if form in _OTHER_FORMS and fields.get("loss_type") in _SFT_LOSSES:  # said to the run, and meant for its texts
         del fields["loss_type"]
     return {field: value for field, value in fields.items() if field not in TOKENIZER_FIELDS}  # the tokenizer has them
 
@@ -277,9 +267,26 @@ def sft_settings(
         form = {"packing": True, "packing_strategy": "wrapped"}
     if data.form == "messages":
         form = {"assistant_only_loss": _marks_assistant(tokenizer)}
+    if data.form in SAMPLED:  # a batch is a list of prompts, and TRL counts what it samples itself
+        form = {"include_num_input_tokens_seen": "no"}
+    if data.form == "demonstrations":
+        form |= {"teacher_prompt_template": TEACHER_TEMPLATE}
+    form |= _whole_groups(train, data.form)
     order = {"train_sampling_strategy": "sequential"} if (strategies or make_strategies(train)).keeping_order() else {}
     # Trackers are the run's; the trainer would start a run of theirs with every stage.
     return {**_defaults(train, numel=numel), **form, **order, **_fields_for(data.form, train), "report_to": "none"}
+
+
+def _whole_groups(train: Train, form: Form) -> dict[str, Any]:
+    """Return the default answers per prompt, to fill batches."""
+    fields = train.sft_fields
+    named = any(fields.get(word) for word in ("num_generations", "generation_batch_size", "steps_per_generation"))
+    if form not in SAMPLED or named:
+        return {}
+    own = config_fields(form)
+    words = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    sampled = math.prod(fields.get(word, own[word]) for word in words)
+    return {"num_generations": max(n for n in range(1, own["num_generations"] + 1) if sampled % n == 0)}
 
 
 def _defaults(train: Train, *, numel: int) -> dict[str, Any]:
@@ -323,6 +330,17 @@ def trl_classes(form: Form) -> tuple[type, type]:
         from trl.trainer.kto_trainer import KTOTrainer
 
         return KTOTrainer, KTOConfig
+    if form == "prompts":
+        from trl.trainer.grpo_config import GRPOConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
+
+        return GRPOTrainer, GRPOConfig
+    if form == "demonstrations":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is experimental, which our pages say
+            from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+        return SDFTTrainer, SDFTConfig
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 

@@ -2,12 +2,15 @@
 
     python tests/benchmarks/general_share.py                       SmolLM2-135M, two seeds
     python tests/benchmarks/general_share.py --steps 8 --seeds 0   one seed, fewer steps
+    python tests/benchmarks/general_share.py --rows 0 written      plain, and with replay that the model writes
+
 
 One stage is trained on recipes, plainly and with a share of two other texts mixed in (`replay: {general_share}`, in
-every batch). Learning is measured on held-out recipes. General change is measured on documents of the general texts
-without those trained on, on a text that is in neither, and on general questions. All changes are against the base, in
-nats per word (of questions: points), with one standard error over documents, averaged over the seeds. All is kept under
---runs, and the same command goes on where it was stopped.
+every batch), or with a fifth that the start model writes itself (`replay: {synthesise}`). Learning is measured on
+held-out recipes. General change is measured on documents of the general texts without those trained on, on a text that
+is in neither, and on general questions. All changes are against the base, in nats per word (of questions: points), with
+one standard error over documents, averaged over the seeds. All is kept under --runs, and the same command goes on where
+it was stopped.
 """
 
 import argparse
@@ -26,7 +29,9 @@ from hf_contmerge.run.scores import load_scores
 from hf_contmerge.runtime.quickstart import load_quickstart
 from hf_contmerge.scoring.forgetting.paired import mean_change
 
-SHARES = (0.0, 0.05, 0.1, 0.2)
+ROWS = {"0": 0.0, "5": 0.05, "10": 0.1, "20": 0.2, "written": 0.2}
+"""General share in percent -> the share; `written`: of documents that the start model writes."""
+MIXED = ("general-train.jsonl", "synthesised")
 STAGE, GENERAL, OTHER = "recipes", ("bible", "pydocs"), "bank_policies"
 COLUMNS = {"learnt": "recipes_heldout", "general texts": "general", "another text": "other", "questions": "questions"}
 
@@ -38,19 +43,21 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5.0e-4)
     parser.add_argument("--heldout", type=int, default=24)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--base", default="quickstart:smollm2")
     args = parser.parse_args()
     write_texts(args.runs, args.heldout)
     print("| general share | " + " | ".join(COLUMNS) + " | loss of general data, first → last | seconds |")
     print("|---:|" + "---:|" * (len(COLUMNS) + 2))
-    for share in SHARES:
-        runs = [run_recipe(parse_recipe(recipe(share, seed, args)), folder(share, seed, args)) for seed in args.seeds]
-        print(f"| {100 * share:.0f} % | {' | '.join(cell(runs, task) for task in COLUMNS.values())} | {costs(runs)} |")
+    for row in args.rows:
+        runs = [run_recipe(parse_recipe(recipe(row, seed, args)), folder(row, seed, args)) for seed in args.seeds]
+        name = f"{100 * ROWS[row]:.0f} %{', written by the model' if row == 'written' else ''}"
+        print(f"| {name} | {' | '.join(cell(runs, task) for task in COLUMNS.values())} | {costs(runs)} |", flush=True)
     print(f"\n{measure.machine(args.runs, 'trl', 'transformers')}")
 
 
-def folder(share: float, seed: int, args: argparse.Namespace) -> Path:
-    return args.runs / f"share-{100 * share:.0f}-seed-{seed}"
+def folder(row: str, seed: int, args: argparse.Namespace) -> Path:
+    return args.runs / f"share-{row}-seed-{seed}"
 
 
 def write_texts(home: Path, heldout: int) -> None:
@@ -68,9 +75,12 @@ def write_texts(home: Path, heldout: int) -> None:
         (home / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def recipe(share: float, seed: int, args: argparse.Namespace) -> dict:
+def recipe(row: str, seed: int, args: argparse.Namespace) -> dict:
     """Return the recipe of one stage with a general share."""
+    share = ROWS[row]
     replay = {"general": str(args.runs / "general-train.jsonl"), "general_share": share, "within_batch": True}
+    if row == "written":
+        replay = {"synthesise": 48, "synthesise_tokens": 96, "share": share, "within_batch": True}
     stage = {"path": f"quickstart:{STAGE}", "max_examples": 200, "heldout": args.heldout, "heldout_chars": 900}
     general = [
         {"name": "questions", "kind": "multiple_choice", "dataset": "quickstart:general_knowledge"},
@@ -80,7 +90,7 @@ def recipe(share: float, seed: int, args: argparse.Namespace) -> dict:
         ),
     ]
     return {
-        "name": f"share-{100 * share:.0f}", "base_model": args.base, "seed": seed, "merge": ["average"],
+        "name": f"share-{row}", "base_model": args.base, "seed": seed, "merge": ["average"],
         "stages": [{"name": STAGE, "dataset": stage}], "evaluate": {"general_tasks": general},
         "train": {
             "strategy": ["full", "replay"] if share else "full", "parameters": {"replay": replay} if share else {},
@@ -105,7 +115,7 @@ def costs(runs: Sequence[Run]) -> str:
     """Return the general data's loss while training, and the seconds of training."""
     records = [run.expert(1, "base").record("train") for run in runs]
     seconds = f"{statistics.mean(record['train_seconds'] for record in records):.0f}"
-    parts = [part for record in records for part in record.get("mixed", ()) if part["source"] == "general-train.jsonl"]
+    parts = [part for record in records for part in record.get("mixed", ()) if part["source"] in MIXED]
     if not parts:
         return f" | {seconds}"
     first, last = (statistics.mean(part[word] for part in parts) for word in ("first_loss", "loss"))

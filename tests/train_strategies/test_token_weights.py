@@ -41,11 +41,13 @@ def train(base_folder: Path, data: StageData, tmp_path: Path) -> Training:
         ("low_perplexity", {}, 0.39, NONE, 0.0),
         ("low_perplexity", {}, 0.41, NONE, 1.0),
         ("low_perplexity", {"threshold": 0.0}, 1e-30, NONE, 1.0),
-        ("talr", {}, 0.5, NONE, 0.5),
+        ("talr", {}, 0.5, NONE, 1 / math.e),
+        ("talr", {}, 0.01, NONE, 1 / math.e),
+        ("talr", {"tau": 1.0}, 0.5, NONE, 0.5),
         ("talr", {"tau": 2.0}, 0.25, NONE, 0.5),
         ("talr", {"tau": 0.5}, 0.5, NONE, 0.25),
-        ("talr", {}, 1e-6, NONE, 0.01),
-        ("talr", {"floor": 0.0}, 1e-6, NONE, 1e-6),
+        ("talr", {"tau": 1.0}, 1e-6, NONE, 0.01),
+        ("talr", {"tau": 1.0, "floor": 0.0}, 1e-6, NONE, 1e-6),
         ("asft", {}, 0.3, NONE, 0.3),
     ],
 )
@@ -54,8 +56,18 @@ def test_weight_of_a_token(name: str, parameters: Row, p: float, entropy: float,
     assert get_strategy(name, **parameters).token_weights(*tokens).item() == pytest.approx(weight, rel=1e-6)
 
 
+def test_tau_is_the_median_of_the_texts_mean_losses() -> None:
+    """Of the tokens that count; a text without any is none. One large loss does not move it."""
+    losses = torch.tensor([[1.0, 3.0, 9.0], [4.0, 0.0, 0.0], [900.0, 900.0, 900.0], [7.0, 7.0, 7.0]])
+    counts = torch.tensor([[True, True, False], [True, False, False], [True] * 3, [False] * 3])
+    found = get_strategy("talr", floor=0.0).token_weights(-losses, losses, counts, counts)
+    expected = torch.exp(-losses / 4.0)  # of 2, 4 and 900
+    assert torch.allclose(found[counts], expected[counts])
+
+
 def test_weights_of_several_multiply() -> None:
-    parts = {name: get_strategy(name) for name in ("eaft", "talr", "low_perplexity")}
+    parts = {name: get_strategy(name, **({"tau": 1.0} if name == "talr" else {})) for name in
+             ("eaft", "talr", "low_perplexity")}  # fmt: skip
     tokens = torch.tensor([[0.5, 0.2]]).log(), torch.full((1, 2), 1.0), torch.zeros(1, 2), torch.ones(1, 2)
     assert Combined(parts).token_weights(*tokens).tolist() == [[pytest.approx(0.5 / math.log(20)), 0.0]]
 

@@ -43,12 +43,13 @@ from hf_contmerge.scoring.setup import check_evaluate, check_template
 from hf_contmerge.scoring.tasks import check_tasks
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.replay import in_form_of
-from hf_contmerge.training.data import StageData, load_stage_data, require_no_preferences
+from hf_contmerge.training.data import StageData, load_stage_data, require_answers
 from hf_contmerge.training.general import with_general
 from hf_contmerge.training.joint import joint_data
 from hf_contmerge.training.limits import trainer_limits
 from hf_contmerge.training.settings import Check, data_checks, make_strategies, training_checks
 from hf_contmerge.training.statistics import check_asked
+from hf_contmerge.training.synthesis import check_synthesis
 from hf_contmerge.training.tokenizer import stage_change
 
 LOG = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> It
         if "joint" in recipe.baselines:
             yield partial(joint_data, prepared.data, seed=recipe.seed)
         if "in_context" in recipe.baselines:
-            yield partial(require_no_preferences, prepared.data, "in_context")
+            yield partial(require_answers, prepared.data, "in_context")
         yield from (partial(_load_general, prepared, recipe, stage) for stage in recipe.stages if stage.dataset)
         if how.processes == 1 or how.plans:
             yield from rehearsals(recipe, prepared)
@@ -299,8 +300,9 @@ def _load_stage(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
 
 def _load_general(prepared: Prepared, recipe: Recipe, stage: Stage) -> None:
     """Load the general data of a stage, without any stage's held-out documents."""
-    train = recipe.train_of(stage)
+    train, where = recipe.train_of(stage), f"train of stage {stage.name}"
     limits = trainer_limits(train, prepared.base, trust_remote_code=recipe.trust_remote_code)
+    check_synthesis(train, prepared.data[stage.name], limits.load_tokenizer, where)
     data = with_general(prepared.data[stage.name], train, prepared.data.values(), seed=recipe.seed, limits=limits)
     prepared.data[stage.name] = data
 
@@ -417,6 +419,7 @@ def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
     ]
     ladder = recipe.guard.ladder if recipe.guard else ()
     replays = "replay" in recipe.train.strategy or any(rung.do == "replay" for rung in ladder)
+    replays = replays and not make_strategies(recipe.train).synthesis()
     for (path, old), (_, fresh) in itertools.combinations(stages, 2) if replays else ():
         in_form_of(fresh, old, path)
 

@@ -19,6 +19,7 @@ from hf_contmerge.loop.plan._training import (
     given_expert_cost,
     joint_cost,
     remembered_bytes,
+    synthesised_bytes,
     trained_part,
     training_cost,
 )
@@ -60,4 +61,4 @@ def _cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
 
 def _disk(planned: PlannedRun, step: Step) -> DiskUse:
     use = disk_use(step, planned.run, planned.weights, planned.rules, trained_part(planned))
-    return replace(use, kept=use.kept + remembered_bytes(planned, step))
+    return replace(use, kept=use.kept + remembered_bytes(planned, step) + synthesised_bytes(planned, step))

@@ -26,7 +26,15 @@ from hf_contmerge.errors import ContmergeError, RecipeError
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData
-from hf_contmerge.training.settings import PREFERENCES, make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.sampling import loading_by, reward_functions, sampled_rows
+from hf_contmerge.training.settings import (
+    PREFERENCES,
+    SAMPLED,
+    config_fields,
+    make_strategies,
+    sft_settings,
+    trl_classes,
+)
 from hf_contmerge.training.tokenizer import stage_tokenizer
 
 _ROWS = 4
@@ -39,6 +47,11 @@ _ONE_STEP = {
     "router_aux_loss_coef": None, "enable_jit_checkpoint": False,
 }  # fmt: skip
 """What would take long, or change this process, and has no check of TRL's to fail."""
+
+_TWO_ANSWERS = {
+    "num_generations": 2, "generation_batch_size": None, "steps_per_generation": None, "max_completion_length": 4,
+}  # fmt: skip
+"""Of a trainer that samples."""
 
 
 def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_remote_code: bool = False) -> None:
@@ -63,9 +76,10 @@ def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_rem
                 tokenizer,
                 {
                     **settings,
-                    **_ONE_STEP,
+                    **{word: value for word, value in _ONE_STEP.items() if word in config_fields(data.form)},
                     "output_dir": scratch,
-                    "per_device_train_batch_size": 2 if data.form == "unpaired" else 1,
+                    "per_device_train_batch_size": 2 if data.form in ("unpaired", *SAMPLED) else 1,
+                    **(_TWO_ANSWERS if data.form in SAMPLED else {}),
                 },
             )
         except ContmergeError:
@@ -77,14 +91,20 @@ def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_rem
 def _step(train: Train, data: StageData, tokenizer: Any, settings: dict[str, Any]) -> None:
     trainer_type, config_type = trl_classes(data.form)
     lora = isinstance(make_strategies(train).carrier, Lora)
-    pairs = data.form in PREFERENCES
-    trainer = trainer_type(
-        model=_tiny(tokenizer, lora=lora),
-        args=config_type(**settings),
-        train_dataset=_shortest(data.train),
-        processing_class=tokenizer,
-        **({"ref_model": _tiny(tokenizer, lora=False)} if pairs and not lora else {}),
-    )
+    rows, given = _shortest(data.train), {}
+    if data.form in PREFERENCES and not lora:
+        given = {"ref_model": _tiny(tokenizer, lora=False)}
+    if data.form in SAMPLED:
+        rows = sampled_rows(rows, data.form)
+        given = {"reward_funcs": reward_functions(train)} if data.form == "prompts" else {}
+    with loading_by(trainer_type, lambda: _tiny(tokenizer, lora=False)):
+        trainer = trainer_type(
+            model=_tiny(tokenizer, lora=lora),
+            args=config_type(**settings),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            **given,
+        )
     trainer.remove_callback(PrinterCallback)
     if len(trainer.train_dataset):  # TRL may have dropped these few for their length
         trainer.train()

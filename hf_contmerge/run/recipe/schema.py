@@ -87,6 +87,11 @@ def _as_names(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _as_mapping(value: Any) -> Any:
+    names = _as_names(value)
+    return {name: {} for name in names} if isinstance(names, list | tuple) else value
+
+
 class Train(BaseModel):
     """Training settings: `strategy`, its `parameters`, fields of TRL's SFTConfig."""
 
@@ -96,8 +101,11 @@ class Train(BaseModel):
     """One name, or several to combine: [lora, replay]."""
     parameters: dict[str, Any] = {}
     """Parameters of the strategy; of several, by name: {lora: {r: 8}, replay: {examples: 100}}."""
-    learn: Literal["kto"] | None = None
-    """Another objective than the columns' own; kto: from single answers, each labelled good or bad."""
+    learn: Literal["kto", "grpo", "sdft"] | None = None
+    """Another objective than the columns' own. kto: from single answers, each labelled good or bad. grpo: from rewards
+    of answers that the model samples. sdft: from a teacher, the model itself, that sees a demonstration."""
+    rewards: Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_mapping)] = {}
+    """Of `learn: grpo`: names, or names with their parameters; their sum counts, or as `reward_weights` says."""
     statistics: StatisticsSettings | None = None
     """Of each expert, for merge rules that need them: [inputs], or {examples: 64, ...}."""
 

@@ -1,4 +1,4 @@
-"""Fields of TRL's SFTConfig, DPOConfig and KTOConfig: obeyed, set elsewhere, or refused.
+"""Fields of TRL's configurations: obeyed, set elsewhere, or refused.
 
 One table for recipes, functions, checks and the page docs/recipe.md. It imports neither torch nor TRL: a refused field
 never reaches a run folder, and with it no token. `training.settings` compares the table with the installed TRL.
@@ -151,6 +151,12 @@ _PUSHING = (
 )
 _TRACKERS = "one tracker run covers the whole recipe and is called by its `name`. Set `name`, and `report_to`."
 _COLUMNS = "the stage's `dataset` names its columns and prepares its rows. Use `text` or `messages` there."
+_SAMPLING = "answers are sampled by the fields with names of their own. Use `temperature`, `top_p`, `top_k`, ..."
+_VLLM = (
+    "a stage's answers are sampled by the model that is trained, in its process: a stopped training resumes with the "
+    "same bytes. Remove it."
+)
+_COMPLETIONS = "a training's log has numbers only. Measure an `exact_match` task to see answers."
 _RANKS = "the launcher starts and connects the ranks. Use `accelerate launch --config_file` or `torchrun`."
 _RESUME = "a stopped training must resume as if it had not stopped. Remove it."
 
@@ -183,7 +189,8 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_obeyed("truncation_mode", Cut),
     *_obeyed("packing_strategy", str),
     *_obeyed("pad_to_multiple_of", Count, Auto, None),
-    *_obeyed("packing padding_free assistant_only_loss shuffle_dataset", bool),
+    *_obeyed("packing padding_free assistant_only_loss", bool),
+    *_obeyed("shuffle_dataset", bool, None),
     *_obeyed("completion_only_loss", bool, None),
     *_obeyed("loss_type", str, list[str]),
     # Preference pairs
@@ -195,6 +202,56 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_obeyed("disable_dropout precompute_ref_log_probs use_weighting sync_ref_model", bool),
     *_obeyed("precompute_ref_batch_size", Count, None),
     *_obeyed("ref_model_sync_steps", Count),
+    # Answers that the model samples
+    *_obeyed("num_generations num_iterations max_completion_length", Count),
+    *_obeyed("max_prompt_length generation_batch_size steps_per_generation", Count, None),
+    *_obeyed("temperature repetition_penalty", Annotated[Positive, Field(gt=0)]),
+    *_obeyed("top_p", Share),
+    *_obeyed("top_k", Annotated[Whole, _from(0)]),
+    *_obeyed("min_p", Share, None),
+    *_obeyed("chat_template_kwargs", Options, None),
+    *_obeyed("cache_implementation", str, None),
+    *_obeyed("ds3_gather_for_generation", bool),
+    *_refused("generation_kwargs", _SAMPLING, None),
+    *_refused("use_vllm vllm_enable_sleep_mode use_teacher_server use_transformers_continuous_batching", _VLLM, False),
+    *_refused("use_transformers_paged", _VLLM, False),
+    *_refused("vllm_mode", _VLLM, "colocate"),
+    *_refused("vllm_model_impl", _VLLM, "vllm"),
+    *_refused("vllm_server_host", _VLLM, "0.0.0.0"),
+    *_refused("vllm_server_port", _VLLM, 8000),
+    *_refused("vllm_server_timeout", _VLLM, 240.0),
+    *_refused("vllm_group_port", _VLLM, 51216),
+    *_refused("vllm_gpu_memory_utilization", _VLLM, 0.3),
+    *_refused("vllm_tensor_parallel_size", _VLLM, 1),
+    *_refused("vllm_importance_sampling_correction", _VLLM, True),
+    *_refused("vllm_importance_sampling_mode", _VLLM, "sequence_mask"),
+    *_refused("vllm_importance_sampling_clip_max", _VLLM, 3.0),
+    *_refused("vllm_structured_outputs_regex vllm_server_base_url vllm_max_model_length", _VLLM, None),
+    *_refused("vllm_importance_sampling_clip_min vllm_importance_sampling_cap", _VLLM, None),
+    *_refused("transformers_continuous_batching_config", _VLLM, None),
+    *_refused("log_completions log_unique_prompts", _COMPLETIONS, False),
+    *_refused("log_multimodal", _COMPLETIONS, True),
+    *_refused("num_completions_to_print log_completions_hub_repo", _COMPLETIONS, None),
+    *_refused("num_generations_eval", _EVALUATION, None),
+    # Rewards
+    *_obeyed("epsilon sapo_temperature_neg sapo_temperature_pos", Positive),
+    *_obeyed("delta epsilon_high off_policy_mask_threshold", Positive, None),
+    *_obeyed("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", Positive),
+    *_obeyed("importance_sampling_level multi_objective_aggregation", str),
+    *_obeyed("scale_rewards", str, bool),
+    *_obeyed("reward_weights", list[Number], None),
+    *_obeyed("mask_truncated_completions use_adaptive_entropy use_bias_correction_kl cast_lm_head_to_fp32", bool),
+    *_obeyed("top_entropy_quantile", Share),
+    *_obeyed("entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target", Number),
+    *_refused("max_tool_calling_iterations", "the answers of a stage call no tools. Remove it.", None),
+    # Self-distillation
+    *_obeyed("distillation_alpha teacher_update_rate", Share),
+    *_obeyed("distillation_mode teacher_model_kind teacher_prompt_template", str),
+    *_obeyed("distillation_topk", Count, None),
+    *_obeyed("distillation_is_clip", Positive, None),
+    *_obeyed("distillation_add_tail generate_from_teacher", bool),
+    *_obeyed("num_loss_tokens_to_skip", Annotated[Whole, _from(0)]),
+    *_obeyed("teacher_sync_steps", Count),
     # Checkpoints
     *_obeyed("save_strategy", Interval),
     *_obeyed("save_steps", Positive),
@@ -225,7 +282,7 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_obeyed("accelerator_config", Options, str, None),
     *_refused("dataset_text_field", _COLUMNS, "text"),
     *_refused("dataset_kwargs label_names", _COLUMNS, None),
-    *_refused("remove_unused_columns", _COLUMNS, True),
+    *_refused("remove_unused_columns", _COLUMNS, True, False),  # TRL's own default differs by trainer
     *_refused("length_column_name", _COLUMNS, "length"),
     *_elsewhere("seed", "`seed` of the recipe"),
     *_elsewhere("trust_remote_code", "`trust_remote_code` of the recipe"),

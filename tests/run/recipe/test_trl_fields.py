@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from toys import ROOT
+from trl.experimental.sdft import SDFTConfig
 from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.sft_config import SFTConfig
 
@@ -16,7 +18,8 @@ from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
 from hf_contmerge.run.recipe.trl_fields import TRL_FIELDS, TrlField
 from hf_contmerge.training.settings import training_checks
 
-INSTALLED = {field.name: field for config in (SFTConfig, DPOConfig, KTOConfig) for field in dataclasses.fields(config)}
+CONFIGS = (SFTConfig, DPOConfig, KTOConfig, GRPOConfig, SDFTConfig)
+INSTALLED = [(config.__name__, field) for config in CONFIGS for field in dataclasses.fields(config)]
 TOKEN = "hf_" + "abcDEF123" * 4
 
 
@@ -34,19 +37,19 @@ def refused(stage: dict[str, Any] | None = None, **train: Any) -> str:
 
 
 def test_every_field_of_the_installed_trl_has_a_row() -> None:
-    assert set(INSTALLED) == set(TRL_FIELDS)
+    assert {field.name for _, field in INSTALLED} == set(TRL_FIELDS)
 
 
-@pytest.mark.parametrize("name", INSTALLED)
-def test_defaults_pass(name: str) -> None:
+@pytest.mark.parametrize(("config", "field"), INSTALLED, ids=[f"{name}.{field.name}" for name, field in INSTALLED])
+def test_defaults_pass(config: str, field: dataclasses.Field[Any]) -> None:
     """Who writes down TRL's default asks for nothing new; only what a run sets itself may not be named at all."""
-    field, row = INSTALLED[name], TRL_FIELDS[name]
+    name, row = field.name, TRL_FIELDS[field.name]
     if row.use == "elsewhere" or name == "do_train":
         return
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # pyright: ignore
     if default is None and None not in (*row.types, *row.harmless):  # only log_level-like words lack null
         return
-    assert row.read(name, getattr(default, "value", default)) == default
+    assert row.read(name, getattr(default, "value", default)) == default, config
 
 
 def test_a_field_that_only_a_newer_trl_has_is_refused_by_name(
