@@ -16,18 +16,30 @@ from hf_contmerge.runtime.plugins import require_same
 if TYPE_CHECKING:
     import torch
 
+    from hf_contmerge.commands.parser import CommandParser
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.crew import Crew
 
-    Kinds = argparse._SubParsersAction[argparse.ArgumentParser]
+    Kinds = argparse._SubParsersAction[CommandParser]
 
 Do = Callable[[argparse.Namespace], None]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+_EXAMPLES = {
+    "init": "contmerge merge init state --base Qwen/Qwen3-0.6B --rule opcm --set alpha=0.5",
+    "add": "contmerge merge add state owner/law-expert path/to/medicine",
+    "export": "contmerge merge export state merged --dtype bfloat16",
+    "log": "contmerge merge log state",
+    "drop": "contmerge merge drop state medicine",
+    "owners": "contmerge merge owners state --out shares",
+    "from-recipe": "contmerge merge from-recipe recipes/magmax.yml merged",
+}
+
+
+def add_arguments(parser: CommandParser) -> None:
     """Add the commands of `contmerge merge`."""
-    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    kinds = parser.add_commands("WHAT")
 
     init = _command(kinds, "init", _init, "start an empty state", state=True)
     init.add_argument("--base", required=True, metavar="MODEL", help="a folder, a Hub id[@revision] or a .gguf file")
@@ -86,7 +98,7 @@ def _command(
     state: bool = False,
     works: bool = False,
 ) -> argparse.ArgumentParser:
-    parser = kinds.add_parser(name, help=text, description=text)
+    parser = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", example=_EXAMPLES[name])
     add_plugin_argument(parser)
     if state:
         parser.add_argument("state", metavar="STATE")

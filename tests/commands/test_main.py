@@ -111,30 +111,6 @@ def test_redo_of_a_stage_whose_state_is_pruned(run: Run, capsys: pytest.CaptureF
     assert run.is_complete()
 
 
-def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["rum"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        assert stopped.value.code == 2
-        assert "usage: contmerge" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["run", "status", "report", "redo", "push"])
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: contmerge {command}")
-
-
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    out = capsys.readouterr().out
-    for command in ("run", "status", "report", "redo", "push", "yaml"):
-        assert f"contmerge {command} " in out
-
-
 def test_yaml_is_mergekit_with_our_methods(recipe: Data, tmp_path: Path) -> None:
     pytest.importorskip("hf_contmerge.merging.in_mergekit.plugin")
     models = {"base_model": recipe["base_model"], "models": [{"model": recipe["stages"][1]["expert"]}]}
