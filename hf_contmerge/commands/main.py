@@ -169,9 +169,9 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         _of("plan"),
     ),
     "status": (
-        "show finished and remaining phases",
-        "contmerge status runs/mine",
-        _of("run_folder", "add_status"),
+        "show finished phases, the next one, and the time left",
+        "contmerge status runs/mine --watch",
+        _of("status"),
     ),
     "score": (
         "measure a model; cached scores are instant",

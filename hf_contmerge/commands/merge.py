@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.runtime.hiding import printable
@@ -72,7 +73,7 @@ def add_arguments(parser: CommandParser) -> None:
     export.add_argument("--rank", type=int, help="rank of the adapter (default: exact)")
 
     log = _command(kinds, "log", _log, "list the folded experts, in order", state=True)
-    log.add_argument("--json", action="store_true", help="print the full log as JSON")
+    add_json_argument(log)
 
     drop = _command(kinds, "drop", _drop, "remove a stage: rebuild from the other experts", state=True, works=True)
     drop.add_argument("stage", metavar="STAGE")
@@ -158,12 +159,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _log(args: argparse.Namespace) -> None:
-    import json
-
     state = _load(args.state)
     if args.json:
-        log = {**state.log().to_json(), "scale": state.scale(), "exports": state.exports()}
-        _say(json.dumps(log, indent=1))
+        print_json({**state.log().to_json(), "scale": state.scale(), "exports": state.exports()})
     else:
         _print_log(state)
 

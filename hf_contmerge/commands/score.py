@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from hf_contmerge.commands._arguments import print_json
 from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_batch, metavar="N", help="a number or auto (default: 8)")
     parser.add_argument("--max-length", type=_from(2), metavar="N", help="tokens per forward pass")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the weights")
-    parser.add_argument("--json", metavar="OUT", help="also write the scores to a file")
+    parser.add_argument("--json", metavar="OUT", nargs="?", const="", help="print JSON; or also write it to a file")
     parser.add_argument("--no-cache", action="store_true", help="ignore and do not write cached scores")
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
     parser.add_argument(
@@ -83,9 +84,13 @@ def score_command(args: argparse.Namespace) -> None:
     known = known_at_once(args.model, args.base, request, cache) if alone else None
     answer = _answer(known, {}) if known else _measured(args, request, cache)
     if answer:  # only rank 0 prints
-        _show(args.model, request, answer)
+        facts = _summary(args.model, request, answer)
+        if args.json == "":
+            print_json(facts)
+        else:
+            _show(args.model, request, answer)
         if out:
-            write_atomically(out, json.dumps(_summary(args.model, request, answer), indent=1) + "\n")
+            write_atomically(out, json.dumps(facts, indent=1) + "\n")
 
 
 def _request(args: argparse.Namespace) -> ScoreRequest:

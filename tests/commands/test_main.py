@@ -1,7 +1,9 @@
 """The commands, as a user types them."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +55,7 @@ def shell(*words: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[
 
 
 def test_status_of_a_complete_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(run.folder)]) == 0
+    assert main(["status", str(run.folder), "--watch"]) == 0  # complete: once
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "complete"
     assert [len(re.findall("✓", line)) for line in lines if "02-code" in line] == [2, 2]
@@ -64,10 +66,67 @@ def test_status_of_half_a_run_tells_how_to_go_on(
 ) -> None:
     run = run_recipe(parse_recipe(recipe), tmp_path / "run", until="train")
     assert main(["status", str(run.folder)]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1] == f"unfinished: `contmerge run {run.folder}/recipe.yml --run {run.folder}` resumes it"
-    assert main(["run", f"{run.folder}/recipe.yml", "--run", str(run.folder), "--until", "merge"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == (
+        "2 of 10 phases are done; next: score 00-base; at least < 1 s left; score and merge not timed yet"
+    )
+    resume = f"contmerge run {run.folder}/recipe.yml --run {run.folder}"
+    assert lines[-1] == f"unfinished: `{resume}` resumes it"
+    assert main([*resume.split()[1:], "--until", "merge"]) == 0
     assert run.merged(2, run.recipe.merge[0]).is_done("merge")
+
+
+def test_time_left_is_that_of_finished_phases(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Run.load(shutil.copytree(run.folder, tmp_path / "runs" / "halved", symlinks=True))
+    place = copy.merged(2, copy.recipe.merge[0])
+    place.undo("score")
+    place.undo("merge")
+    copy.report.undo("report")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["status", "--json"]) == 0  # the only run under runs/
+    told = json.loads(capsys.readouterr().out)
+    assert (told["done"], told["phases"], told["complete"]) == (7, 10, False)
+    assert told["next"] == {"phase": "merge", "stage": 2, "place": "02-code/merges/magmax"}
+    scores = [s["seconds"] for s in told["steps"] if s["phase"] == "score" and s["done"]]  # of one task each
+    merge = copy.merged(1, copy.recipe.merge[0]).record("merge")["seconds"]
+    assert told["seconds_left"] == pytest.approx(merge + sum(scores) / len(scores), abs=0.1)
+    assert told["not_timed_yet"] == []
+    assert told["resume"] == "contmerge run runs/halved/recipe.yml --run runs/halved"
+    assert main(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((copy.folder / "report" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("command", ["status", "report", "push"])
+def test_the_only_run_need_not_be_named(
+    command: str, recipe: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command]) == 2
+    assert capsys.readouterr().err == (
+        "Error: No run is named, and runs/ holds none here. Name the folder that `contmerge run` wrote.\n"
+    )
+    for name in ("b", "a"):
+        Run.open(parse_recipe(recipe), Path("runs", name))
+    assert main([command]) == 2
+    assert "and runs/ holds several: runs/a, runs/b. Name" in capsys.readouterr().err
+
+
+def test_facts_as_json(run: Run, recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: object) -> Any:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert told("verify", run.folder, "--json")["damaged"] == []
+    other = shutil.copytree(run.folder, tmp_path / "other", symlinks=True)
+    compared = told("compare", run.folder, other, "--json")
+    assert compared["runs"] == {"run": str(run.folder), "other": str(other)}
+    assert {row["difference"] for row in compared["differences"]} == {0.0}
+    score = told("score", recipe["base_model"], "--run", run.folder, "--json")
+    assert score["tasks"]["law_heldout"]["documents"] == 3
 
 
 def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,17 @@ def test_help_fits_80_columns_and_has_an_example(
     assert _parse(shlex.split(example)[1:]).do
 
 
+def test_json_is_asked_for_in_one_way() -> None:
+    """A flag; only `score` also takes a file."""
+    facts = {
+        parser.prog: action.nargs for parser in EVERY for action in parser._actions if "--json" in action.option_strings
+    }
+    plain = dict.fromkeys(
+        ("plan", "status", "report", "compare", "study", "verify", "merge log", "doctor", "example list"), 0
+    )
+    assert facts == {f"contmerge {name}": nargs for name, nargs in {**plain, "score": "?"}.items()}
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
