@@ -1,9 +1,10 @@
-"""Arguments of several commands: the run, `--json`."""
+"""Arguments of several commands: the run, `--json`, numbers."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,14 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON value, without secrets."""
     print(printable(json.dumps(value, indent=1)))
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the type of a number from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {text!r}")
+        return int(text)
+
+    return number

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from toys.models import toy_llama, write_jsonl
 
-from hf_contmerge.commands.main import main
+from hf_contmerge.commands._launch import run_words
+from hf_contmerge.commands.main import _parse, main
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.run.folder import Run
@@ -205,6 +206,71 @@ def test_command_is_installed(tmp_path: Path) -> None:
     done = shell(BIN / "contmerge", "status", tmp_path, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"Error: {tmp_path} holds no run")
+
+
+OURS = re.compile(
+    r"(train|merge|score) \S+( \.\.\.|: \d+ s)|  step \d+/\d+: loss \S+(, .*)?|Note: .*|Warning: .*|"
+    r"[\w./-]+ is complete\."
+)
+
+
+@pytest.mark.slow
+def test_a_run_prints_our_lines_only(recipe: Data, tmp_path: Path) -> None:
+    """Texts, conversations and pairs, with checkpoints of the same second: no library speaks up."""
+    write_jsonl(tmp_path / "chat.jsonl", [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"law {i} and code"}]}
+        for i in range(20)
+    ])  # fmt: skip
+    write_jsonl(tmp_path / "pairs.jsonl", [
+        {"prompt": f"say {i} law", "chosen": f" law {i} and code", "rejected": " no"} for i in range(20)
+    ])  # fmt: skip
+    stages = [
+        *recipe["stages"],
+        {"name": "chat", "dataset": {"path": "chat.jsonl", "heldout": 3}},
+        {"name": "pairs", "dataset": {"path": "pairs.jsonl", "heldout": 3}},
+    ]
+    settings = {**recipe["train"], "save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": True}
+    for strategy in ("full", "lora"):
+        train = {**settings, "strategy": strategy}
+        file = tmp_path / f"{strategy}.yml"
+        file.write_text(yaml.safe_dump({**recipe, "name": strategy, "stages": stages, "train": train}))
+        done = shell(BIN / "contmerge", "run", file, cwd=tmp_path, PYTHONPATH=str(PACKAGE.parent))
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = done.stderr.splitlines()
+        assert len(lines) > 20
+        assert [line for line in lines if not OURS.fullmatch(line)] == []
+
+
+# Ranks that the command starts itself
+
+
+@pytest.mark.slow
+def test_ranks_are_started_by_the_command(recipe: Data, tmp_path: Path) -> None:
+    (tmp_path / "cli.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for number, words in enumerate((["--num-processes", "2"], ["--config-file", "cpu2"])):
+        started = ("run", "cli.yml", "--run", f"run{number}", "--set", f"seed={number}", *words)
+        done = shell(BIN / "contmerge", *started, cwd=tmp_path, PYTHONPATH=str(PACKAGE.parent))
+        assert done.returncode == 0, done.stderr[-2000:]
+        run = Run.load(tmp_path / f"run{number}")
+        assert run.is_complete()
+        assert run.recipe.seed == number
+        assert run.expert(1, "base").record("train")["processes"] == 2
+        assert [line for line in done.stderr.splitlines() if not OURS.fullmatch(line)] == []
+    done = shell(BIN / "contmerge", "run", "no.yml", "--num-processes", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "Error: Cannot read the recipe no.yml: No such file or directory. Give the path of a YAML file.\n"
+    )
+
+
+def test_ranks_get_the_words_of_the_command() -> None:
+    words = ["x.yml", "--run", "r", "--set", "a=1", "--set", "b=2", "--until", "merge", "--plugin", "p.py", "--open"]
+    asked = _parse(["run", *words, "--trust-remote-code", "--num-processes", "2"])
+    again = _parse(["run", *run_words(asked)])
+    assert {**vars(asked), "num_processes": None} == vars(again)
+    with pytest.raises(SystemExit):
+        _parse(["run", "x.yml", "--num-processes", "0"])
 
 
 def test_accelerate_launch(recipe: Data, tmp_path: Path) -> None:
