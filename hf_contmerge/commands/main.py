@@ -53,6 +53,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
     Only the module of the named command is imported, to keep start-up short.
     """
+    if words[:1] == ["merge"]:
+        from hf_contmerge.commands.merge import spelt_out
+
+        words = ["merge", *spelt_out(list(words[1:]))]
     return make_parser(words[:1]).parse_args(words)
 
 
@@ -163,6 +167,11 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         "contmerge new mine.yml --base Qwen/Qwen3-0.6B --stage law=data/law.jsonl",
         _of("new"),
     ),
+    "example": (
+        "list and copy recipes to start from",
+        "contmerge example copy finance",
+        _of("example"),
+    ),
     "plan": (
         "check a recipe; estimate memory, disk and time",
         "contmerge plan mine.yml --processes 8",
@@ -214,9 +223,19 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         _of("verify"),
     ),
     "merge": (
-        "merge without a run",
-        "contmerge merge init state --base Qwen/Qwen3-0.6B --rule opcm",
+        "merge models without a run, at once or one after another",
+        "contmerge merge Qwen/Qwen3-0.6B owner/law owner/code --rule magmax -o merged",
         _of("merge"),
+    ),
+    "schema": (
+        "print the JSON schema of recipes, for editors",
+        "contmerge schema",
+        _of("schema"),
+    ),
+    "doctor": (
+        "check this machine and the installed packages",
+        "contmerge doctor",
+        _of("doctor"),
     ),
     "yaml": (
         "mergekit-yaml, with our merge methods",
