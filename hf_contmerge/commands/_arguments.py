@@ -16,7 +16,7 @@ _RUNS = Path("runs")
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
-    """Add RUN, which may be left out; its caller passes it to `named_run`."""
+    """Add an optional RUN; its caller passes it to `named_run`."""
     parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder (default: the only one under runs/)")
 
 

@@ -229,7 +229,7 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
     ),
     "schema": (
         "print the JSON schema of recipes, for editors",
-        "contmerge schema",
+        "contmerge schema --out contmerge.schema.json",
         _of("schema"),
     ),
     "doctor": (

@@ -47,7 +47,10 @@ class CommandParser(argparse.ArgumentParser):
         return commands
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse all words; refuse the unknown ones here, where the known ones are."""
+        """Parse all words.
+
+        Unknown ones are refused by the parser with the known ones.
+        """
         words = list(sys.argv[1:] if args is None else args)
         if self._commands and not words:
             self.print_help()

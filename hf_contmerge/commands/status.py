@@ -1,4 +1,4 @@
-"""`contmerge status`: how far a run is, what comes next, how long it takes."""
+"""`contmerge status`: finished phases, the next one, the time left."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def status_command(args: argparse.Namespace) -> None:
 
 
 def _show(status: RunStatus) -> None:
-    """Print the table and a sentence; on a terminal, in place of the last one."""
+    """Print the table and a sentence; a terminal is cleared before."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""How far a run is: finished phases, the next one, the time left."""
+"""Finished phases of a run, the next one, the time left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_contmerge.run.steps import Step, TimeLeft, run_steps, time_left
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run and its phases, in the loop's order; the report comes after them."""
+    """A run and its phases in order; the report comes last."""
 
     run: Run
     steps: tuple[Step, ...]
@@ -68,7 +68,9 @@ class RunStatus:
 
 
 def run_status(run: Run) -> RunStatus:
-    """Read a run's finished phases; only of an unfinished one, load the rules.
+    """Read a run's finished phases.
+
+    The rules are loaded for an unfinished run only.
 
     Raises:
         RecipeError: an unknown rule, of a plugin that is not given.

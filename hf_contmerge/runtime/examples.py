@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
 
 def own_file(folder: str, name: str = "") -> Path:
-    """Return a file of the checkout that the wheel carries inside the package."""
+    """Return a file of the checkout, or its copy in the wheel."""
     inside = _PACKAGE / folder / name
     return inside if inside.exists() else _PACKAGE.parent / folder / name
 

@@ -1,4 +1,4 @@
-"""Warnings of libraries about each other, of which a user can do nothing."""
+"""Warnings of libraries about each other, without use for a user."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_a_copy_is_the_file_and_says_what_is_next(tmp_path: Path, capsys: Captur
 def test_misspelt_names_are_suggested(capsys: Captured) -> None:
     assert main(["example", "copy", "finanse"]) == 2
     assert capsys.readouterr().err.startswith("Error: Unknown example 'finanse'. Did you mean 'finance'?")
-    assert main(["run", "x.yml", "--config-file", "fsdp3"]) == 2
+    assert main(["run", str(ROOT / "recipes/finance.yml"), "--config-file", "fsdp3"]) == 2
     assert "Unknown accelerate configuration 'fsdp3'. Did you mean 'fsdp2'" in capsys.readouterr().err
     assert launcher_file("fsdp2") == ROOT / "recipes/accelerate/fsdp2.yaml"
 
@@ -100,9 +100,12 @@ def test_the_schema_accepts_short_forms_and_finds_mistakes(more: dict[str, Any],
         assert Recipe.model_validate({**SMALLEST, **more})
 
 
-def test_each_field_has_the_meaning_of_the_page(capsys: Captured) -> None:
+def test_each_field_has_the_meaning_of_the_page(tmp_path: Path, capsys: Captured) -> None:
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out) == SCHEMA
+    assert main(["schema", "--out", str(tmp_path / "schema.json")]) == 0
+    assert json.loads((tmp_path / "schema.json").read_text()) == SCHEMA
+    assert main(["schema", "--out", str(tmp_path)]) == 2
     for model in (SCHEMA, *SCHEMA["$defs"].values()):
         assert all(len(field["description"]) > 5 for field in model["properties"].values())
     assert SCHEMA["properties"]["base_model"]["description"].startswith("The pretrained model: a Hub id")

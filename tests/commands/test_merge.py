@@ -111,7 +111,7 @@ def test_mistakes_of_a_merge_in_one_command(
     home: Path, tmp_path: Path, refused: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models, out = [home / "base", home / "law"], tmp_path / "out"
-    assert refused(*models, "--rule", "magmacks", "-o", out).startswith("Unknown merge rule 'magmacks'")
+    assert refused(*models, "--rule", "magmacks", "-o", out).startswith("Unknown rule 'magmacks'")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     assert "exists and is not empty" in refused(*models, "--rule", "magmax", "-o", tmp_path / "full")

@@ -41,7 +41,7 @@ class Finding(NamedTuple):
 
 
 def findings() -> Iterator[Finding]:
-    """Yield what is installed and present, and what to do about the rest."""
+    """Yield a finding for each package and each part of the machine."""
     yield from package_findings()
     yield from _device_findings()
     yield _cache_finding()
@@ -50,7 +50,7 @@ def findings() -> Iterator[Finding]:
 
 
 def package_findings(package: str = _US) -> Iterator[Finding]:
-    """Compare Python and each requirement of a package with what is installed."""
+    """Compare a package's requirements, and Python, with the installed versions."""
     try:
         installed = distribution(package)
     except PackageNotFoundError:
@@ -127,7 +127,7 @@ def _token_finding() -> Finding:
 
 
 def _mergekit_finding() -> Finding:
-    """Ask a process that knows nothing of us, as the stock `mergekit-yaml` does."""
+    """Ask a fresh process, as the stock `mergekit-yaml` is one."""
     try:
         asked = subprocess.run(
             [sys.executable, "-c", _ASK_MERGEKIT], capture_output=True, text=True, timeout=_MERGEKIT_SECONDS, cwd="/"
