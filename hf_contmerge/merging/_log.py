@@ -200,11 +200,7 @@ def require_kept(kept: Sequence[Entry], stage: str) -> None:
         )
 
 
-_LAYOUT = re.compile(
-    r"expert|experts|merged|merges|previous|merged-.+|model|adapter|final|output|checkpoint-\d+"
-    r"|snapshots|[0-9a-f]{40}",
-    re.IGNORECASE,
-)
+_LAYOUT = re.compile(r"experts?|checkpoint-\d+|snapshots|[0-9a-f]{40}")
 """Folders that say what lies in them, not what was learnt."""
 
 
