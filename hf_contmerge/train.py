@@ -11,7 +11,6 @@ loop: the main process decides and writes records; all ranks train and score tog
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -21,12 +20,17 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
 from hf_contmerge.commands.main import do
+from hf_contmerge.commands.parser import CommandParser
 from hf_contmerge.commands.run import add_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe; return the exit code."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train, merge and score, stage after stage.")
+    parser = CommandParser(
+        prog="train.py",
+        description="Train, merge and score, stage after stage.",
+        example="accelerate launch --num_processes 8 hf_contmerge/train.py mine.yml",
+    )
     add_arguments(parser)
     return do(parser.parse_args(argv))
 

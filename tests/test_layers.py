@@ -70,6 +70,7 @@ NEEDS_ONLY: dict[str, set[str]] = {
     "runtime/plugins": set(),
     "runtime/lazy": set(),
     "runtime/quickstart": set(),
+    "runtime/examples": set(),
     "runtime/ranks": {"torch"},  # torch.distributed, where there are ranks
     "scoring/cache": set(),
     "scoring/keys": set(),

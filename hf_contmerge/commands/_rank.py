@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def add_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=float, default=0.25, metavar="A", help="step to measure (default: 0.25)")
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow the model's own code to run")
-    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    add_json_argument(parser)
 
 
 def rank_command(args: argparse.Namespace) -> None:
@@ -120,11 +121,9 @@ Found = list[tuple[str, "dict[str, Effect]"]]
 
 
 def _print_json(args: argparse.Namespace, texts: list[Text], found: Found) -> None:
-    import json
-
     experts = [{"expert": name, "texts": {text: e.to_json() for text, e in effects.items()}} for name, effects in found]
     read = {text.name: {"documents": len(text.rows), "tokens": sum(map(len, text.rows))} for text in texts}
-    print(json.dumps({"state": args.state, "step": args.step, "texts": read, "experts": experts}, indent=1))
+    print_json({"state": args.state, "step": args.step, "texts": read, "experts": experts})
 
 
 def _print_table(args: argparse.Namespace, texts: list[Text], found: Found) -> None:

@@ -1,20 +1,4 @@
-"""The `contmerge` command.
-
-contmerge run RECIPE [--run DIR] [--set A.B=C] [--until PHASE]    start or resume a run
-contmerge new [RECIPE] [--base MODEL --stage NAME=SOURCE ...]     write a commented recipe
-contmerge plan RECIPE [--run DIR] [--set A.B=C] [--json]          check a recipe; memory, disk and time of each phase
-contmerge status RUN                                              show finished and remaining phases
-contmerge score MODEL [--tasks A,B] [--run RUN] ...               measure a model; cached scores are instant
-contmerge statistics MODEL --data FILE [--base MODEL] ...         measure an expert for merge rules with statistics
-contmerge report RUN                                              write the report again, print the table
-contmerge compare RUN RUN... [--out DIR]                          compare runs on the same documents
-contmerge study STUDY [--plan] [--jobs N] [--part I/N]            run a recipe over orders, seeds and settings
-contmerge remix RUN --want LAW=1,CODE=0.5 [--keep A,B]             weights of stages, searched after a run
-contmerge redo RUN PHASE [--stage NAME]                           drop a phase and all later ones
-contmerge push RUN [--merge ENTRY] [--repo-id OWNER/NAME]         push a merged model to the Hub, with its lineage
-contmerge verify RUN|STATE|MODEL                                  compare all files with their records
-contmerge merge init|add|export|log|drop|owners|from-recipe ...   merge without a run; see `contmerge merge --help`
-contmerge yaml RECIPE OUT ...                                     mergekit-yaml, with our merge methods
+"""The `contmerge` command: `contmerge --help` lists its commands.
 
 With --plugin FILE.py, commands that train or merge use your own rules and strategies.
 """
@@ -32,15 +16,20 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from hf_contmerge import __version__
 from hf_contmerge.commands._plugins import add_plugin_argument
+from hf_contmerge.commands.parser import CommandParser
 from hf_contmerge.errors import SHARED, ContmergeError
 from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.plugins import use_plugins
 from hf_contmerge.runtime.refusals import explain, refusals
 from hf_contmerge.runtime.stopping import Stopped, stoppable
 
-Add = Callable[[argparse.ArgumentParser], None]
+Add = Callable[[Any], None]
+_WHAT = """Continual merging of language models: train, merge, measure, again and again.
+`contmerge COMMAND --help` shows the options of a command, and an example."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,16 +53,24 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
     Only the module of the named command is imported, to keep start-up short.
     """
-    parser = argparse.ArgumentParser(
-        prog="contmerge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    if words[:1] == ["merge"]:
+        from hf_contmerge.commands.merge import spelt_out
+
+        words = ["merge", *spelt_out(list(words[1:]))]
+    return make_parser(words[:1]).parse_args(words)
+
+
+def make_parser(names: Sequence[str]) -> CommandParser:
+    """Return the parser; of its commands, the named ones are complete."""
+    parser = CommandParser(prog="contmerge", description=_WHAT, example="contmerge run mine.yml")
+    parser.add_argument("--version", action="version", version=f"contmerge {__version__}")
     parser.set_defaults(plugin=[])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (text, add) in _COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if name in words[:1]:
+    commands = parser.add_commands("COMMAND")
+    for name, (text, example, add) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", example=example)
+        if name in names:
             add(command)
-    return parser.parse_args(words)
+    return parser
 
 
 def _of(module: str, function: str = "add_arguments") -> Add:
@@ -159,24 +156,99 @@ def _tell(error: Exception, message: str) -> None:
         print(printable(f"Error on rank {rank}: {message}" if rank else f"Error: {message}"), file=sys.stderr)
 
 
-_COMMANDS: dict[str, tuple[str, Add]] = {
-    "run": ("start or resume a run", _of("run")),
-    "new": ("write a commented recipe", _of("new")),
-    "plan": ("check a recipe; estimate memory, disk and time", _of("plan")),
-    "status": ("show finished and remaining phases", _of("run_folder", "add_status")),
-    "score": ("measure a model; cached scores are instant", _of("score")),
-    "statistics": ("measure an expert for merge rules with statistics", _of("statistics")),
-    "report": ("write the report again, print the table", _of("run_folder", "add_report")),
-    "compare": ("compare runs on the same documents", _of("run_folder", "add_compare")),
-    "study": ("run a recipe over orders, seeds and settings", _of("study")),
-    "remix": ("search weights of stages after a run, without training", _of("remix")),
-    "redo": ("drop a phase and all later ones", _of("run_folder", "add_redo")),
-    "push": ("push a merged model to the Hub, with its lineage", _of("run_folder", "add_push")),
-    "verify": ("compare all files with their records; merge a model again", _of("verify")),
-    "merge": ("merge without a run: init, add, export, log, drop, owners, from-recipe", _of("merge")),
-    "yaml": ("mergekit-yaml, with our merge methods", lambda _: None),
+_COMMANDS: dict[str, tuple[str, str, Add]] = {
+    "run": (
+        "start or resume a run",
+        "contmerge run mine.yml --run runs/second --set train.max_steps=100",
+        _of("run"),
+    ),
+    "new": (
+        "write a commented recipe",
+        "contmerge new mine.yml --base Qwen/Qwen3-0.6B --stage law=data/law.jsonl",
+        _of("new"),
+    ),
+    "example": (
+        "list and copy recipes to start from",
+        "contmerge example copy finance",
+        _of("example"),
+    ),
+    "plan": (
+        "check a recipe; estimate memory, disk and time",
+        "contmerge plan mine.yml --processes 8",
+        _of("plan"),
+    ),
+    "status": (
+        "show finished phases, the next one, and the time left",
+        "contmerge status runs/mine --watch",
+        _of("status"),
+    ),
+    "score": (
+        "measure a model; cached scores are instant",
+        "contmerge score owner/model --tasks arc_easy,piqa --limit 200",
+        _of("score"),
+    ),
+    "statistics": (
+        "measure an expert for merge rules with statistics",
+        "contmerge statistics experts/law --data law.jsonl",
+        _of("statistics"),
+    ),
+    "report": (
+        "write the report again, print the table",
+        "contmerge report runs/mine --open",
+        _of("run_folder", "add_report"),
+    ),
+    "compare": (
+        "compare runs on the same documents",
+        "contmerge compare runs/a runs/b --out comparison",
+        _of("run_folder", "add_compare"),
+    ),
+    "study": (
+        "run a recipe over orders, seeds and settings",
+        "contmerge study study.yml --jobs 2",
+        _of("study"),
+    ),
+    "remix": (
+        "search weights of stages after a run, without training",
+        "contmerge remix runs/law-then-code --want law=1,code=0.5 --keep hellaswag",
+        _of("remix"),
+    ),
+    "redo": (
+        "drop a phase and all later ones",
+        "contmerge redo runs/mine merge --stage medicine",
+        _of("run_folder", "add_redo"),
+    ),
+    "push": (
+        "push a merged model to the Hub, with its lineage",
+        "contmerge push runs/mine --merge magmax --repo-id me/mine",
+        _of("run_folder", "add_push"),
+    ),
+    "verify": (
+        "compare all files with their records; merge a model again",
+        "contmerge verify me/mine --parent law=experts/law",
+        _of("verify"),
+    ),
+    "merge": (
+        "merge models without a run, at once or one after another",
+        "contmerge merge Qwen/Qwen3-0.6B owner/law owner/code --rule magmax -o merged",
+        _of("merge"),
+    ),
+    "schema": (
+        "print the JSON schema of recipes, for editors",
+        "contmerge schema --out contmerge.schema.json",
+        _of("schema"),
+    ),
+    "doctor": (
+        "check this machine and the installed packages",
+        "contmerge doctor",
+        _of("doctor"),
+    ),
+    "yaml": (
+        "mergekit-yaml, with our merge methods",
+        "contmerge yaml recipes/magmax.yml out",
+        lambda _: None,
+    ),
 }
-"""Name -> (help text, function to add its arguments)."""
+"""Name -> (help text, example, function to add its arguments)."""
 
 
 if __name__ == "__main__":

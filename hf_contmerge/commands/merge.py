@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.commands._rank import add_rank, rank_command
 from hf_contmerge.errors import RecipeError
@@ -17,51 +19,55 @@ from hf_contmerge.runtime.plugins import require_same
 if TYPE_CHECKING:
     import torch
 
+    from hf_contmerge.commands.parser import CommandParser
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.crew import Crew
 
-    Kinds = argparse._SubParsersAction[argparse.ArgumentParser]
+    Kinds = argparse._SubParsersAction[CommandParser]
 
 Do = Callable[[argparse.Namespace], None]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+_EXAMPLES = {
+    "once": "contmerge merge Qwen/Qwen3-0.6B owner/law owner/code --rule magmax -o merged",
+    "init": "contmerge merge init state --base Qwen/Qwen3-0.6B --rule opcm --set alpha=0.5",
+    "add": "contmerge merge add state owner/law-expert path/to/medicine",
+    "export": "contmerge merge export state merged --dtype bfloat16",
+    "log": "contmerge merge log state",
+    "drop": "contmerge merge drop state medicine",
+    "owners": "contmerge merge owners state --out shares",
+    "rank": "contmerge merge rank state --on law.jsonl,general.jsonl owner/law owner/code",
+    "from-recipe": "contmerge merge from-recipe recipes/magmax.yml merged",
+}
+
+
+def add_arguments(parser: CommandParser) -> None:
     """Add the commands of `contmerge merge`."""
-    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    kinds = parser.add_commands("WHAT")
+
+    once = _command(kinds, "once", _once, "merge models: BASE EXPERT... ; the word may be left out", works=True)
+    once.add_argument("base", metavar="BASE", help="a folder, a Hub id[@revision] or a .gguf file")
+    _add_rule(once)
+    _add_experts(once)
+    once.add_argument("-o", "--out", required=True, metavar="OUT", help="a new folder for the merged model")
+    _add_format(once)
 
     init = _command(kinds, "init", _init, "start an empty state", state=True)
     init.add_argument("--base", required=True, metavar="MODEL", help="a folder, a Hub id[@revision] or a .gguf file")
-    init.add_argument("--rule", required=True, help="magmax, opcm, average ...")
-    init.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the rule")
-    init.add_argument(
-        "--layers", type=float, nargs=2, metavar=("FIRST", "LAST"), help="factors on the change of first and last layer"
-    )
+    _add_rule(init)
 
     add = _command(kinds, "add", _add, "fold experts into the state, in this order", state=True, works=True)
-    add.add_argument(
-        "experts", nargs="+", metavar="EXPERT", help="a full model or a peft adapter; a folder or a Hub id"
-    )
-    add.add_argument("--as", dest="stages", action="append", default=[], metavar="STAGE", help="its name in the log")
-    add.add_argument(
-        "--weight", dest="weights", type=float, action="append", default=[], metavar="W",
-        help="a factor on its task vector, one per expert (linear rules only)",
-    )  # fmt: skip
-    add.add_argument(
-        "--force", action="store_true", help="accept an adapter of another base, or a model of another configuration"
-    )
+    _add_experts(add)
 
     export = _command(kinds, "export", _export, "write the merged model", state=True, works=True)
     export.add_argument("out", metavar="OUT")
-    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the base's)")
-    export.add_argument("--rounding", help="of 16-bit weights: stochastic (default) or nearest")
-    export.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
-    export.add_argument("--tokenizer-from", metavar="MODEL", help="source of the tokenizer and chat template")
+    _add_format(export)
     export.add_argument("--as-adapter", action="store_true", help="write one peft LoRA adapter instead of a model")
     export.add_argument("--rank", type=int, help="rank of the adapter (default: exact)")
 
     log = _command(kinds, "log", _log, "list the folded experts, in order", state=True)
-    log.add_argument("--json", action="store_true", help="print the full log as JSON")
+    add_json_argument(log)
 
     drop = _command(kinds, "drop", _drop, "remove a stage: rebuild from the other experts", state=True, works=True)
     drop.add_argument("stage", metavar="STAGE")
@@ -80,6 +86,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def spelt_out(words: list[str]) -> list[str]:
+    """Return the words after `merge` with `once`, where it was left out.
+
+    A first word that is no command, nor nearly one, is a base. Folders and Hub ids with a slash always are.
+    """
+    first = words[0] if words else "-h"
+    if first in _EXAMPLES or first in ("-h", "--help"):
+        return words
+    is_place = "/" in first or Path(first).exists()
+    return words if not is_place and difflib.get_close_matches(first, _EXAMPLES) else ["once", *words]
+
+
+def _add_rule(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rule", required=True, help="magmax, opcm, average ...")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the rule")
+    parser.add_argument(
+        "--layers", type=float, nargs=2, metavar=("FIRST", "LAST"), help="factors on the change of first and last layer"
+    )
+
+
+def _add_experts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "experts", nargs="+", metavar="EXPERT", help="a full model or a peft adapter; a folder or a Hub id"
+    )
+    parser.add_argument(
+        "--as", dest="stages", action="append", default=[], metavar="STAGE",
+        help="its name in the log (default: its stage, repository or folder)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weight", dest="weights", type=float, action="append", default=[], metavar="W",
+        help="a factor on its task vector, one per expert (linear rules only)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true", help="accept an adapter of another base, or a model of another configuration"
+    )
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the base's)")
+    parser.add_argument("--rounding", help="of 16-bit weights: stochastic (default) or nearest")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
+    parser.add_argument("--tokenizer-from", metavar="MODEL", help="source of the tokenizer and chat template")
+
+
 def _command(
     kinds: Kinds,
     name: str,
@@ -89,7 +139,7 @@ def _command(
     state: bool = False,
     works: bool = False,
 ) -> argparse.ArgumentParser:
-    parser = kinds.add_parser(name, help=text, description=text)
+    parser = kinds.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", example=_EXAMPLES[name])
     add_plugin_argument(parser)
     if state:
         parser.add_argument("state", metavar="STATE")
@@ -100,20 +150,50 @@ def _command(
     return parser
 
 
-def _init(args: argparse.Namespace) -> None:
+def _once(args: argparse.Namespace) -> None:
+    """Merge models through a state next to the output, which is removed."""
+    from hf_contmerge.merging.state import MergeState
+    from hf_contmerge.runtime.files import new_folder, remove, target_of
+
+    crew = _crew(args)
+    size, parameters = crew.ranks.all(lambda: (_size(args.shard_size), _rule_parameters(args)))
+    out = target_of(Path(args.out))
+    with new_folder(out, crew.ranks):  # refused before any work; the export makes it again
+        pass
+    scratch = out.with_name(f".{out.name}.state")
+    crew.ranks.first(remove, scratch)
+    try:
+        state = MergeState.create(scratch, base=args.base, rule=args.rule, crew=crew, **parameters)
+        state.add(*args.experts, stages=args.stages, weights=args.weights, force=args.force, crew=crew)
+        state.export(
+            out, dtype=args.dtype, rounding=args.rounding, shard_size=size, tokenizer_from=args.tokenizer_from,
+            crew=crew,
+        )  # fmt: skip
+        if crew.ranks.is_main:
+            _print_log(state)
+    finally:
+        if crew.ranks.is_main:
+            remove(scratch)
+            if not any(out.iterdir()):
+                out.rmdir()
+
+
+def _rule_parameters(args: argparse.Namespace) -> dict[str, Any]:
     from hf_contmerge.merge_rules import COMMON
     from hf_contmerge.merging.rules import make_rule
+
+    found = {**_parameters(args.set), **dict(zip(COMMON, args.layers or (), strict=False))}
+    make_rule(args.rule, found)  # before `create`, whose own arguments (`base`) are no rule parameters
+    return found
+
+
+def _init(args: argparse.Namespace) -> None:
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.crew import Crew
     from hf_contmerge.runtime.ranks import find_ranks
 
-    def parsed() -> dict[str, Any]:
-        found = {**_parameters(args.set), **dict(zip(COMMON, args.layers or (), strict=False))}
-        make_rule(args.rule, found)  # before `create`, whose own arguments (`base`) are no rule parameters
-        return found
-
     crew = Crew(ranks=find_ranks())
-    parameters = crew.ranks.all(parsed)
+    parameters = crew.ranks.all(_rule_parameters, args)
     state = MergeState.create(args.state, base=args.base, rule=args.rule, crew=crew, **parameters)
     _say(f"{state.folder} is ready. Next: contmerge merge add {state.folder} EXPERT")
 
@@ -149,12 +229,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _log(args: argparse.Namespace) -> None:
-    import json
-
     state = _load(args.state)
     if args.json:
-        log = {**state.log().to_json(), "scale": state.scale(), "exports": state.exports()}
-        _say(json.dumps(log, indent=1))
+        print_json({**state.log().to_json(), "scale": state.scale(), "exports": state.exports()})
     else:
         _print_log(state)
 

@@ -220,8 +220,8 @@ def _scalar(word: str) -> str:
 def _next(answers: Answers, path: str) -> tuple[str, str]:
     """Return the commands to check and to run the recipe."""
     words = shlex.join([path, *(word for file in answers.plugins for word in ("--plugin", file))])
-    many = f"accelerate launch --num_processes {answers.gpus} -m hf_contmerge.train"
-    return f"contmerge plan {words}", f"{many if answers.gpus > 1 else 'contmerge run'} {words}"
+    ranks = f" --num-processes {answers.gpus}" if answers.gpus > 1 else ""
+    return f"contmerge plan {words}", f"contmerge run {words}{ranks}"
 
 
 def _head(answers: Answers, path: str) -> str:

@@ -7,11 +7,11 @@ each phase on this machine, and rejects phases too large for it, with alternativ
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.errors import ContmergeError, size
 from hf_contmerge.loop.plan.plan import Findings, make_plan
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
     add_plugin_argument(parser)
     add_trust_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    add_json_argument(parser)
     parser.set_defaults(do=plan_command)
 
 
@@ -51,7 +51,7 @@ def plan_command(args: argparse.Namespace) -> None:
     keep_freed_memory()  # the run does so too, and its steps are timed here
     plan = make_plan(run, findings, processes=args.processes, trust_remote_code=args.trust_remote_code)
     if args.json:
-        print(json.dumps({**plan, "notes": findings.notes, "errors": findings.errors}, indent=1))
+        print_json({**plan, "notes": findings.notes, "errors": findings.errors})
     elif plan:
         _print_table(plan)
     if not args.json:

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from hf_contmerge.commands._arguments import whole_number
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.run.folder import Run
@@ -24,7 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plugin_argument(parser)
     add_trust_argument(parser)
     parser.add_argument("--open", action="store_true", help="show the report in a browser, if available")
+    parser.add_argument("--num-processes", type=whole_number(1), metavar="N", help="start N ranks on this machine")
+    parser.add_argument(
+        "--config-file",
+        metavar="F",
+        help="start the ranks of an accelerate configuration: a file, or fsdp2, zero3 ...",
+    )
     parser.set_defaults(do=run_command)
+
+
+def _starts_ranks(args: argparse.Namespace) -> bool:
+    return bool(args.config_file or (args.num_processes or 1) > 1) and "RANK" not in os.environ
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -33,6 +44,11 @@ def run_command(args: argparse.Namespace) -> None:
     recipe = load_recipe(file, args.set)
     require_given(recipe.plugins, file)
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
+    if _starts_ranks(args) and not run.is_complete():
+        from hf_contmerge.commands._launch import launch
+
+        launch(args)
+        return  # rank 0 has shown the report
     if not run.is_complete():  # a finished run needs no torch
         from hf_contmerge.runtime.launching import keep_freed_memory, leave_ranks
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from hf_contmerge.commands._arguments import print_json, whole_number
 from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -52,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="RUN", help="use this run's tasks, limits and dtype")
     parser.add_argument("--base", metavar="MODEL", help="base of an adapter (default: from its config)")
     parser.add_argument("--include-path", metavar="DIR", help="a folder of lm-eval task YAML files")
-    parser.add_argument("--limit", type=_from(1), metavar="N", help="the first N documents of each task")
-    parser.add_argument("--num-fewshot", type=_from(0), metavar="N", help="examples before each question")
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N documents of each task")
+    parser.add_argument("--num-fewshot", type=whole_number(0), metavar="N", help="examples before each question")
     parser.add_argument("--batch-size", type=_batch, metavar="N", help="a number or auto (default: 8)")
-    parser.add_argument("--max-length", type=_from(2), metavar="N", help="tokens per forward pass")
+    parser.add_argument("--max-length", type=whole_number(2), metavar="N", help="tokens per forward pass")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the weights")
-    parser.add_argument("--json", metavar="OUT", help="also write the scores to a file")
+    parser.add_argument("--json", metavar="OUT", nargs="?", const="", help="print JSON; or also write it to a file")
     parser.add_argument("--no-cache", action="store_true", help="ignore and do not write cached scores")
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
     parser.add_argument(
@@ -83,9 +84,13 @@ def score_command(args: argparse.Namespace) -> None:
     known = known_at_once(args.model, args.base, request, cache) if alone else None
     answer = _answer(known, {}) if known else _measured(args, request, cache)
     if answer:  # only rank 0 prints
-        _show(args.model, request, answer)
+        facts = _summary(args.model, request, answer)
+        if args.json == "":
+            print_json(facts)
+        else:
+            _show(args.model, request, answer)
         if out:
-            write_atomically(out, json.dumps(_summary(args.model, request, answer), indent=1) + "\n")
+            write_atomically(out, json.dumps(facts, indent=1) + "\n")
 
 
 def _request(args: argparse.Namespace) -> ScoreRequest:
@@ -181,14 +186,5 @@ def _summary(name: str, request: ScoreRequest, answer: Answer) -> dict[str, Any]
     return {**model, "evaluate": request.evaluate.model_dump(mode="json"), "tasks": tasks, "versions": versions()}
 
 
-def _from(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {text!r}")
-        return int(text)
-
-    return number
-
-
 def _batch(text: str) -> int | str:
-    return text if text == "auto" else _from(1)(text)
+    return text if text == "auto" else whole_number(1)(text)

@@ -6,6 +6,7 @@ import argparse
 import re
 import shlex
 
+from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.commands.plan import duration
 from hf_contmerge.errors import RecipeError, RunError, size
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="list the runs and estimate their time; run nothing")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side on this machine")
     parser.add_argument("--part", metavar="I/N", help="run the I-th of N parts, as a job of a cluster's array does")
+    add_json_argument(parser)
     parser.add_argument("--slurm", type=int, metavar="N", help="print a SLURM script with an array of N parts")
     add_plugin_argument(parser)
     add_trust_argument(parser)
@@ -37,10 +39,11 @@ def study_command(args: argparse.Namespace) -> None:
     if args.slurm:
         print(slurm_script(args, folder), end="")
     elif args.plan:
-        _plan(folder, trust_remote_code=args.trust_remote_code)
+        _plan(folder, args)
     elif folder.is_complete():
-        print(f"{folder.folder} is complete.")
-        _show_stored(folder)
+        if not args.json:
+            print(f"{folder.folder} is complete.")
+        _show_stored(folder, args)
     else:
         _run(args, folder, part)
 
@@ -60,23 +63,26 @@ def _run(args: argparse.Namespace, folder: StudyFolder, part: tuple[int, int] | 
         return
     with FolderLock(folder.folder, wait=FOREVER):  # the last jobs may end at the same moment
         if not folder.is_complete():
-            _report(folder)
+            _report(folder, args)
             return
-    _show_stored(folder)
+    _show_stored(folder, args)
 
 
-def _report(folder: StudyFolder) -> None:
+def _report(folder: StudyFolder, args: argparse.Namespace) -> None:
     from hf_contmerge.report.study import load_study_results, print_study, write_study_report
 
     runs = [(cell, folder.run(cell)) for cell in folder.cells]
     results = load_study_results(folder.study.name, runs, folder.study.seeds, folder.study.reference)
     page = write_study_report(results, folder.report)
     folder.finish()
+    if args.json:
+        _show_stored(folder, args)
+        return
     print_study(results)
     print(f"Report:  {page}")
 
 
-def _show_stored(folder: StudyFolder) -> None:
+def _show_stored(folder: StudyFolder, args: argparse.Namespace) -> None:
     """Print a finished study's findings."""
     file = folder.report / "study.json"
     try:
@@ -84,6 +90,9 @@ def _show_stored(folder: StudyFolder) -> None:
         require_shape(stored, {"findings": [str]})
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}. Remove {folder.report}, and give the command again.") from error
+    if args.json:
+        print_json(stored)
+        return
     print("\n".join([*stored["findings"], f"Report:  {folder.report / 'index.html'}"]))
 
 
@@ -118,14 +127,19 @@ def slurm_script(args: argparse.Namespace, folder: StudyFolder) -> str:
 """
 
 
-def _plan(folder: StudyFolder, *, trust_remote_code: bool) -> None:
+def _plan(folder: StudyFolder, args: argparse.Namespace) -> None:
     """Print the runs and their estimated time, shared training once."""
     from hf_contmerge.loop.plan.study import plan_study
 
-    plan = plan_study(folder, trust_remote_code=trust_remote_code)
+    plan = plan_study(folder, trust_remote_code=args.trust_remote_code)
     if plan.findings.errors:
         listed = "".join(f"\n  {error}" for error in plan.findings.errors)
         raise RecipeError(f"study {folder.study.name} cannot run:{listed}")
+    if args.json:
+        cells = {cell.name: [stage.name for stage in cell.recipe.stages] for cell in folder.cells}
+        sums = {"trained": plan.trained, "trainings": plan.trainings, "disk_bytes": plan.disk_bytes}
+        print_json({"cells": cells, **sums, "seconds": dict(plan.seconds), "notes": plan.findings.notes})
+        return
     print("\n".join(f"{cell.name}  {' '.join(s.name for s in cell.recipe.stages)}" for cell in folder.cells))
     for note in dict.fromkeys(plan.findings.notes):  # once, not once a setting
         print(f"Note: {note}")

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.errors import DamageError, RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parent", action="append", default=[], metavar="NAME=MODEL", help="where the base, or a stage's expert, lies"
     )
     parser.add_argument("--files-only", action="store_true", help="do not merge a model again")
+    add_json_argument(parser)
     parser.set_defaults(do=verify_command)
 
 
@@ -48,12 +50,12 @@ def verify_command(args: argparse.Namespace) -> None:
             run = Run.load(folder)
         except RunError as error:  # nothing else can be read without the recipe
             raise DamageError(str(error)) from error
-        _show(verify_run(run))
+        _show(verify_run(run), args)
     elif (folder / "state.json").is_file():
         from hf_contmerge.loop.verify import verify_state
         from hf_contmerge.merging.state import MergeState
 
-        _show(verify_state(MergeState(folder)))
+        _show(verify_state(MergeState(folder)), args)
     else:
         _verify_model(args, _parents(args.parent))
 
@@ -63,10 +65,11 @@ def _verify_model(args: argparse.Namespace, parents: dict[str, str]) -> None:
     from hf_contmerge.loop.verify import verify_model
 
     model = find_model(args.what)
-    _show(verify_model(model.folder))
+    _show(verify_model(model.folder), args)
     if not args.files_only and model.lineage:
         for line in prove(model, parents):
-            print(line)
+            if not args.json:
+                print(line)
 
 
 def _parents(words: list[str]) -> dict[str, str]:
@@ -78,13 +81,23 @@ def _parents(words: list[str]) -> dict[str, str]:
     return parents
 
 
-def _show(reading: Reading) -> None:
+def _show(reading: Reading, args: argparse.Namespace) -> None:
+    rest = [str(path.relative_to(reading.folder)) for path in reading.uncovered()]
+    if args.json:
+        damaged = [{"file": str(damage.file), "what": damage.what, "redo": damage.redo} for damage in reading.damages]
+        folder = str(reading.folder)
+        print_json({"folder": folder, "files": len(reading.read), "damaged": damaged, "without_record": rest})
+    else:
+        _tell(reading, rest)
+    if reading.damages:
+        raise DamageError(f"{len(reading.damages)} of {len(reading.read)} files of {reading.folder} are damaged.")
+
+
+def _tell(reading: Reading, rest: list[str]) -> None:
     for damage in reading.damages:
         print(f"{damage.what} {damage.redo}")
-    rest = [str(path.relative_to(reading.folder)) for path in reading.uncovered()]
     if rest:
         more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
         print(f"Covered by no record: {', '.join(rest[:_SHOWN])}{more}.")
-    if reading.damages:
-        raise DamageError(f"{len(reading.damages)} of {len(reading.read)} files of {reading.folder} are damaged.")
-    print(f"{reading.folder}: {len(reading.read)} files are as recorded.")
+    if not reading.damages:
+        print(f"{reading.folder}: {len(reading.read)} files are as recorded.")

@@ -200,6 +200,29 @@ def require_kept(kept: Sequence[Entry], stage: str) -> None:
         )
 
 
+_LAYOUT = re.compile(r"experts?|checkpoint-\d+|snapshots|[0-9a-f]{40}")
+"""Folders that say what lies in them, not what was learnt."""
+
+
+def own_name(model: str | Path) -> str:
+    """Return an expert's stage, repository or folder: what was learnt.
+
+    runs/x/stages/01-law/experts/base/expert is law, experts/law/expert and owner/law are law.
+    """
+    words = str(model).rstrip("/")
+    parts = [part for part in name_of(words).split("/") if part]
+    if not parts:
+        return words
+    if "stages" in parts[:-1] and (stage := re.fullmatch(r"\d\d+-(.+)", parts[_last(parts, "stages") + 1])):
+        return stage[1]
+    name = next((part for part in reversed(parts) if not _LAYOUT.fullmatch(part)), parts[-1])
+    return name.removeprefix("models--").rpartition("--")[2].partition("@")[0]  # in the Hub's cache
+
+
+def _last(parts: Sequence[str], word: str) -> int:
+    return len(parts) - 1 - parts[::-1].index(word)
+
+
 def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Sequence[str]) -> list[str]:
     """Return unique stage names, given or from model names.
 
@@ -212,7 +235,7 @@ def stage_names(taken: Sequence[str], models: Sequence[str | Path], given: Seque
         raise RecipeError(f"{len(models)} experts but {len(given)} stage names: pass one name per expert, or none.")
     used, names = list(taken), []
     for i, model in enumerate(models):
-        name = given[i] if given else str(model).rstrip("/").split("/")[-1].partition("@")[0]
+        name = given[i] if given else own_name(model)
         if not is_file_name(name):
             raise RecipeError(
                 f"A stage cannot be named {name!r}. Give one without slashes with `--as` (in Python: `stages`)."

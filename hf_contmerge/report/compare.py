@@ -246,6 +246,13 @@ def write_comparison(comparison: Comparison, folder: Path) -> Path:
     return page
 
 
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison for machines: sentences, and compare.csv as mappings."""
+    rows = [dict(zip(_COLUMNS, row, strict=True)) for row in _rows(comparison)]
+    folders = {compared.label: str(compared.run.folder) for compared in comparison.runs}
+    return {"runs": folders, "findings": findings(comparison), "differences": rows}
+
+
 def _rows(comparison: Comparison) -> Iterator[tuple[Any, ...]]:
     """Yield a row per task and pair; differences need equal documents."""
     for pair in comparison.pairs:

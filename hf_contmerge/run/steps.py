@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import IN_CONTEXT, ORACLE, ROUTED, Place
@@ -27,6 +28,46 @@ class Step:
     @property
     def done(self) -> bool:
         return self.place.is_done(self.phase)
+
+    def seconds(self) -> float | None:
+        """Return a finished phase's time, if it was recorded."""
+        return self.place.record(self.phase).get("seconds") if self.done else None
+
+    def effort(self) -> int:
+        """Return the phase's size in units of its kind: a score's tasks."""
+        return max(len(self.tasks), 1)
+
+
+class TimeLeft(NamedTuple):
+    """The time of unfinished phases."""
+
+    seconds: float
+    unmeasured: tuple[Phase, ...]
+    """Phases to come of which none has been timed; their time is left out."""
+
+
+def time_left(run: Run, steps: Sequence[Step]) -> TimeLeft:
+    """Estimate unfinished phases by the mean time of finished ones.
+
+    Experts that are given take no training; scores count by their tasks.
+    """
+    times: dict[tuple[Phase, bool], list[tuple[float, int]]] = {}
+    for step in steps:
+        if (seconds := step.seconds()) is not None:
+            times.setdefault(_alike(run, step), []).append((seconds, step.effort()))
+    left, unmeasured = 0.0, {}
+    for step in (step for step in steps if not step.done):
+        if measured := times.get(_alike(run, step)):
+            seconds, efforts = map(sum, zip(*measured, strict=True))
+            left += seconds / efforts * step.effort()
+        else:
+            unmeasured[step.phase] = True
+    return TimeLeft(left, tuple(unmeasured))
+
+
+def _alike(run: Run, step: Step) -> tuple[Phase, bool]:
+    """Return what phases of about the same time have in common."""
+    return step.phase, step.phase == "train" and run.stage(step.t).dataset is not None
 
 
 def run_steps(run: Run, kinds: Mapping[str, str]) -> Iterator[Step]:

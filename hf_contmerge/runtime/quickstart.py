@@ -27,6 +27,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from hf_contmerge.errors import DataError, unknown
+from hf_contmerge.runtime.examples import own_file
 
 Row = dict[str, Any]
 
@@ -161,6 +162,4 @@ _READERS: dict[str, Callable[[], list[Row]]] = {
 
 def quickstart_recipe() -> Path:
     """Return the quickstart's recipe, from the checkout or the installed package."""
-    here = Path(__file__).resolve().parents[1]
-    installed = here / "recipes" / "quickstart.yml"
-    return installed if installed.is_file() else here.parent / "recipes" / "quickstart.yml"
+    return own_file("recipes", "quickstart.yml")

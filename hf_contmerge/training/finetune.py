@@ -24,6 +24,7 @@ from hf_contmerge.training._checkpoints import kept_checkpoints, kept_step, newe
 from hf_contmerge.training._forms import PREFERENCES, SAMPLED
 from hf_contmerge.training._log import KeepEarlier, OnLog, TrainingLog, curve
 from hf_contmerge.training._mixing import mixed, mixed_record, source_names
+from hf_contmerge.training._noise import without_foreign_noise
 from hf_contmerge.training._sources import with_sources
 from hf_contmerge.training._trainer import (
     StrategySteps,
@@ -46,6 +47,7 @@ _ROWS = 64
 """Of a trainer that loads a checkpoint and trains nothing."""
 
 
+@without_foreign_noise()
 def train_expert(
     job: TrainJob,
     out: Path,
@@ -99,6 +101,7 @@ def train_expert(
     return record
 
 
+@without_foreign_noise()
 def expert_at_checkpoint(job: TrainJob, checkpoint: Path, out: Path) -> dict[str, Any]:
     """Write the expert of an earlier step; all ranks call this together.
 

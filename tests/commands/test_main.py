@@ -1,7 +1,9 @@
 """The commands, as a user types them."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 import yaml
 from toys.models import toy_llama, write_jsonl
 
-from hf_contmerge.commands.main import main
+from hf_contmerge.commands._launch import run_words
+from hf_contmerge.commands.main import _parse, main
 from hf_contmerge.loop.run import run_recipe
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.run.folder import Run
@@ -53,7 +56,7 @@ def shell(*words: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[
 
 
 def test_status_of_a_complete_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(run.folder)]) == 0
+    assert main(["status", str(run.folder), "--watch"]) == 0  # complete: once
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "complete"
     assert [len(re.findall("✓", line)) for line in lines if "02-code" in line] == [2, 2]
@@ -64,10 +67,67 @@ def test_status_of_half_a_run_tells_how_to_go_on(
 ) -> None:
     run = run_recipe(parse_recipe(recipe), tmp_path / "run", until="train")
     assert main(["status", str(run.folder)]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1] == f"unfinished: `contmerge run {run.folder}/recipe.yml --run {run.folder}` resumes it"
-    assert main(["run", f"{run.folder}/recipe.yml", "--run", str(run.folder), "--until", "merge"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == (
+        "2 of 10 phases are done; next: score 00-base; at least < 1 s left; score and merge not timed yet"
+    )
+    resume = f"contmerge run {run.folder}/recipe.yml --run {run.folder}"
+    assert lines[-1] == f"unfinished: `{resume}` resumes it"
+    assert main([*resume.split()[1:], "--until", "merge"]) == 0
     assert run.merged(2, run.recipe.merge[0]).is_done("merge")
+
+
+def test_time_left_is_that_of_finished_phases(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Run.load(shutil.copytree(run.folder, tmp_path / "runs" / "halved", symlinks=True))
+    place = copy.merged(2, copy.recipe.merge[0])
+    place.undo("score")
+    place.undo("merge")
+    copy.report.undo("report")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["status", "--json"]) == 0  # the only run under runs/
+    told = json.loads(capsys.readouterr().out)
+    assert (told["done"], told["phases"], told["complete"]) == (7, 10, False)
+    assert told["next"] == {"phase": "merge", "stage": 2, "place": "02-code/merges/magmax"}
+    scores = [s["seconds"] for s in told["steps"] if s["phase"] == "score" and s["done"]]  # of one task each
+    merge = copy.merged(1, copy.recipe.merge[0]).record("merge")["seconds"]
+    assert told["seconds_left"] == pytest.approx(merge + sum(scores) / len(scores), abs=0.1)
+    assert told["not_timed_yet"] == []
+    assert told["resume"] == "contmerge run runs/halved/recipe.yml --run runs/halved"
+    assert main(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((copy.folder / "report" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("command", ["status", "report", "push"])
+def test_the_only_run_need_not_be_named(
+    command: str, recipe: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command]) == 2
+    assert capsys.readouterr().err == (
+        "Error: No run is named, and runs/ holds none here. Name the folder that `contmerge run` wrote.\n"
+    )
+    for name in ("b", "a"):
+        Run.open(parse_recipe(recipe), Path("runs", name))
+    assert main([command]) == 2
+    assert "and runs/ holds several: runs/a, runs/b. Name" in capsys.readouterr().err
+
+
+def test_facts_as_json(run: Run, recipe: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: object) -> Any:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert told("verify", run.folder, "--json")["damaged"] == []
+    other = shutil.copytree(run.folder, tmp_path / "other", symlinks=True)
+    compared = told("compare", run.folder, other, "--json")
+    assert compared["runs"] == {"run": str(run.folder), "other": str(other)}
+    assert {row["difference"] for row in compared["differences"]} == {0.0}
+    score = told("score", recipe["base_model"], "--run", run.folder, "--json")
+    assert score["tasks"]["law_heldout"]["documents"] == 3
 
 
 def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,30 +171,6 @@ def test_redo_of_a_stage_whose_state_is_pruned(run: Run, capsys: pytest.CaptureF
     assert run.is_complete()
 
 
-def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["rum"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        assert stopped.value.code == 2
-        assert "usage: contmerge" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["run", "status", "report", "redo", "push"])
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: contmerge {command}")
-
-
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    out = capsys.readouterr().out
-    for command in ("run", "status", "report", "redo", "push", "yaml"):
-        assert f"contmerge {command} " in out
-
-
 def test_yaml_is_mergekit_with_our_methods(recipe: Data, tmp_path: Path) -> None:
     pytest.importorskip("hf_contmerge.merging.in_mergekit.plugin")
     models = {"base_model": recipe["base_model"], "models": [{"model": recipe["stages"][1]["expert"]}]}
@@ -170,6 +206,71 @@ def test_command_is_installed(tmp_path: Path) -> None:
     done = shell(BIN / "contmerge", "status", tmp_path, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"Error: {tmp_path} holds no run")
+
+
+OURS = re.compile(
+    r"(train|merge|score) \S+( \.\.\.|: \d+ s)|  step \d+/\d+: loss \S+(, .*)?|Note: .*|Warning: .*|"
+    r"[\w./-]+ is complete\."
+)
+
+
+@pytest.mark.slow
+def test_a_run_prints_our_lines_only(recipe: Data, tmp_path: Path) -> None:
+    """Texts, conversations and pairs, with checkpoints of the same second: no library speaks up."""
+    write_jsonl(tmp_path / "chat.jsonl", [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"law {i} and code"}]}
+        for i in range(20)
+    ])  # fmt: skip
+    write_jsonl(tmp_path / "pairs.jsonl", [
+        {"prompt": f"say {i} law", "chosen": f" law {i} and code", "rejected": " no"} for i in range(20)
+    ])  # fmt: skip
+    stages = [
+        *recipe["stages"],
+        {"name": "chat", "dataset": {"path": "chat.jsonl", "heldout": 3}},
+        {"name": "pairs", "dataset": {"path": "pairs.jsonl", "heldout": 3}},
+    ]
+    settings = {**recipe["train"], "save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": True}
+    for strategy in ("full", "lora"):
+        train = {**settings, "strategy": strategy}
+        file = tmp_path / f"{strategy}.yml"
+        file.write_text(yaml.safe_dump({**recipe, "name": strategy, "stages": stages, "train": train}))
+        done = shell(BIN / "contmerge", "run", file, cwd=tmp_path, PYTHONPATH=str(PACKAGE.parent))
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = done.stderr.splitlines()
+        assert len(lines) > 20
+        assert [line for line in lines if not OURS.fullmatch(line)] == []
+
+
+# Ranks that the command starts itself
+
+
+@pytest.mark.slow
+def test_ranks_are_started_by_the_command(recipe: Data, tmp_path: Path) -> None:
+    (tmp_path / "cli.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for number, words in enumerate((["--num-processes", "2"], ["--config-file", "cpu2"])):
+        started = ("run", "cli.yml", "--run", f"run{number}", "--set", f"seed={number}", *words)
+        done = shell(BIN / "contmerge", *started, cwd=tmp_path, PYTHONPATH=str(PACKAGE.parent))
+        assert done.returncode == 0, done.stderr[-2000:]
+        run = Run.load(tmp_path / f"run{number}")
+        assert run.is_complete()
+        assert run.recipe.seed == number
+        assert run.expert(1, "base").record("train")["processes"] == 2
+        assert [line for line in done.stderr.splitlines() if not OURS.fullmatch(line)] == []
+    done = shell(BIN / "contmerge", "run", "no.yml", "--num-processes", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "Error: Cannot read the recipe no.yml: No such file or directory. Give the path of a YAML file.\n"
+    )
+
+
+def test_ranks_get_the_words_of_the_command() -> None:
+    words = ["x.yml", "--run", "r", "--set", "a=1", "--set", "b=2", "--until", "merge", "--plugin", "p.py", "--open"]
+    asked = _parse(["run", *words, "--trust-remote-code", "--num-processes", "2"])
+    again = _parse(["run", *run_words(asked)])
+    assert {**vars(asked), "num_processes": None} == vars(again)
+    with pytest.raises(SystemExit):
+        _parse(["run", "x.yml", "--num-processes", "0"])
 
 
 def test_accelerate_launch(recipe: Data, tmp_path: Path) -> None:

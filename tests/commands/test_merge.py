@@ -19,6 +19,7 @@ from toys.models import perturbed, toy_llama
 from transformers import AutoModelForCausalLM
 
 from hf_contmerge.commands.main import main
+from hf_contmerge.merging._log import own_name
 from hf_contmerge.models.experts import first_twin
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.files import FolderLock
@@ -90,6 +91,59 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 # What the commands do
+
+
+@pytest.mark.parametrize("word", [(), ("once",)])
+def test_a_merge_in_one_command(word: tuple[str, ...], home: Path, tmp_path: Path, done: Run) -> None:
+    """The same bytes as by a state, with a lineage that can be verified."""
+    out, models = tmp_path / "out", [home / "base", home / "law", home / "medicine"]
+    said = done(*word, *models, "--rule", "magmax", "--set", "lambda=0.5", "--out", out)
+    assert [line.split()[1] for line in said.splitlines()[1:3]] == ["law", "medicine"]
+    done("init", tmp_path / "state", "--base", models[0], "--rule", "magmax", "--set", "lambda=0.5")
+    done("add", tmp_path / "state", *models[1:])
+    done("export", tmp_path / "state", tmp_path / "again")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+    assert main(["verify", str(out)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out", "state"]  # nothing is left over
+
+
+def test_mistakes_of_a_merge_in_one_command(
+    home: Path, tmp_path: Path, refused: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, out = [home / "base", home / "law"], tmp_path / "out"
+    assert refused(*models, "--rule", "magmacks", "-o", out).startswith("Unknown rule 'magmacks'")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert "exists and is not empty" in refused(*models, "--rule", "magmax", "-o", tmp_path / "full")
+    refused(home / "base", home / "nothing", "--rule", "magmax", "-o", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    for words, said in (
+        (["exprot", "state", "out"], "Unknown command 'exprot'. Did you mean 'export'?"),
+        (["gpt2", "owner/law", "-o", "x"], "The following arguments are required: --rule"),
+        (["owner/log", "--rule", "magmax"], "The following arguments are required: EXPERT, -o/--out"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["merge", *words])
+        assert capsys.readouterr().err.startswith(f"Error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("owner/law@main", "law"),
+        ("owner/expert", "owner"),
+        ("runs/x/stages/01-law/experts/base/expert", "law"),
+        ("runs/x/stages/02-code.v2/merges/magmax/merged/", "code.v2"),
+        ("experts/law/expert", "law"),
+        ("out/law/checkpoint-500", "law"),
+        ("law-adapter", "law-adapter"),
+        ("cache/hub/models--owner--law/snapshots/0123456789abcdef0123456789abcdef01234567", "law"),
+    ],
+)
+def test_experts_are_named_after_what_they_learnt(model: str, name: str, tmp_path: Path) -> None:
+    assert own_name(model) == name
+    (tmp_path / model).mkdir(parents=True)
+    assert own_name(tmp_path / model) == name
 
 
 def test_from_nothing_to_a_model(home: Path, tmp_path: Path, done: Run) -> None:

@@ -42,7 +42,7 @@ def test_every_combination_can_be_read(
     assert [m.rule for m in recipe.merge] == (rules or ["magmax"])
     out = capsys.readouterr().out
     assert f"contmerge plan {path}" in out
-    assert (f"accelerate launch --num_processes 8 -m hf_contmerge.train {path}" in out) == (gpus == 8)
+    assert (f"contmerge run {path} --num-processes 8\n" in out) == (gpus == 8)
 
 
 def test_the_comments_say_what_to_change(tmp_path: Path) -> None:

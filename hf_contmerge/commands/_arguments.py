@@ -1,0 +1,56 @@
+"""Arguments of several commands: the run, `--json`, numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_contmerge.errors import RunError
+from hf_contmerge.run.folder import Run
+from hf_contmerge.runtime.hiding import printable
+
+_RUNS = Path("runs")
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add an optional RUN; its caller passes it to `named_run`."""
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder (default: the only one under runs/)")
+
+
+def named_run(name: str | None) -> Run:
+    """Open the run of a folder, or the only one here.
+
+    Raises:
+        RunError: no run is named, and runs/ holds none or several.
+    """
+    if name:
+        return Run.load(name)
+    here = sorted(file.parent for file in _RUNS.glob("*/recipe.yml"))
+    if len(here) == 1:
+        return Run.load(here[0])
+    found = f"{_RUNS}/ holds several: {', '.join(map(str, here))}" if here else f"{_RUNS}/ holds none here"
+    raise RunError(f"No run is named, and {found}. Name the folder that `contmerge run` wrote.")
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`, for facts on standard output; see `print_json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value, without secrets."""
+    print(printable(json.dumps(value, indent=1)))
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the type of a number from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {text!r}")
+        return int(text)
+
+    return number
