@@ -87,11 +87,6 @@ def _check_grpo(train: Train, fields: Mapping[str, Any], where: str) -> None:
     rewards, weights = make_rewards(train), fields.get("reward_weights")
     if weights and len(weights) != len(rewards):
         raise RecipeError(f"{where}: reward_weights has {len(weights)} numbers for {len(rewards)} rewards; one each.")
-    if fields.get("sync_ref_model"):
-        raise RecipeError(
-            f"{where}: sync_ref_model moves the reference, which no checkpoint keeps, so that a stopped training could "
-            "not resume as if it had not stopped. Remove it."
-        )
 
 
 def _check_sdft(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:

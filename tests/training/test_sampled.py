@@ -159,7 +159,6 @@ def refusal(train: Row, data: StageData, **run: Any) -> str:
         ({"reward_weights": [1, 2]}, "reward_weights has 2 numbers for 1 rewards"),
         ({"loss_type": "dft"}, "loss_type dft is for texts, not prompts (`learn: grpo`)"),
         ({"loss_type": "kto"}, "Unknown loss_type 'kto' in `learn: grpo`."),
-        ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model moves the reference, which no checkpoint keeps"),
         ({"num_generations": 3}, "must be divisible by num_generations (3)"),
         ({"packing": True}, "Unknown field 'packing' in train of stage s."),
         ({"distillation_topk": 5}, "It is for demonstrations (`learn: sdft`), and no stage here has them"),

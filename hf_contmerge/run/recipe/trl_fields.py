@@ -159,6 +159,7 @@ _VLLM = (
 _COMPLETIONS = "a training's log has numbers only. Measure an `exact_match` task to see answers."
 _RANKS = "the launcher starts and connects the ranks. Use `accelerate launch --config_file` or `torchrun`."
 _RESUME = "a stopped training must resume as if it had not stopped. Remove it."
+_MOVING = f"no checkpoint keeps a reference that moves, and {_RESUME}"
 
 TRL_FIELDS: Mapping[str, TrlField] = dict((
     # The length of a training, its batches and its optimizer
@@ -199,7 +200,7 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_obeyed("desirable_weight undesirable_weight", Positive),
     *_obeyed("loss_weights", list[Number], None),
     *_obeyed("f_divergence_type", str),
-    *_obeyed("disable_dropout precompute_ref_log_probs use_weighting sync_ref_model", bool),
+    *_obeyed("disable_dropout precompute_ref_log_probs use_weighting", bool),
     *_obeyed("precompute_ref_batch_size", Count, None),
     *_obeyed("ref_model_sync_steps", Count),
     # Answers that the model samples
@@ -258,6 +259,7 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_obeyed("save_total_limit", Count, None),
     *_obeyed("enable_jit_checkpoint ignore_data_skip", bool),
     *_refused("save_only_model restore_callback_states_from_checkpoint", _RESUME, False),
+    *_refused("sync_ref_model", _MOVING, False),
     *_refused("save_on_each_node", "machines share the run folder and would write the same files. Remove it.", False),
     *_elsewhere("resume_from_checkpoint", "the run folder"),
     *_elsewhere("output_dir", "the run folder"),

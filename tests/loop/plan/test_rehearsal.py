@@ -57,7 +57,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"assistant_only_loss": True}, "You set `assistant_only_loss=True`, but the dataset is not"),
     ("text", {"loss_type": "sigmoid"}, "Invalid `loss_type` sigmoid passed."),
     ("pairs", {"loss_type": "exo_pair"}, "Label smoothing must be greater than 0.0 when using 'exo_pair' loss."),
-    ("pairs", {"sync_ref_model": True, "strategy": "lora"}, "You passed `sync_ref_model=True` while using a "),
     ("pairs", {"train_sampling_strategy": "group_by_length"}, "Can only automatically infer lengths for datasets"),
     ("text", {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycle": 1}}, "get_cosine_schedule_with_warmup()"),
     ("text", {"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type reduce_lr_on_plateau requires an eval"),
