@@ -106,7 +106,7 @@ def to(*settings: str) -> list[str]:
 WORDS = {
     "evaluate.general_task=[x]": "RECIPE: Unknown field 'general_task' in evaluate. Did you mean 'general_tasks'? "
     "Known: backend, batch_size, cache, chat_template, dtype, general_tasks, include_path, limit, matrix, max_length, "
-    "parallel, routed, same_within, validation.",
+    "parallel, routed, same_within, shots, validation.",
     "stages.0.dataset.helduot=3": "RECIPE: Unknown field 'helduot' in stages.0.dataset. Did you mean 'heldout' or "
     "'heldout_split'? Known: config, heldout, heldout_chars, heldout_split, labels, license, max_chars, max_examples, "
     "messages, min_chars, mix, path, revision, split, streaming, text.",
@@ -272,7 +272,7 @@ def test_conversations_without_a_chat_template(refused: Refused, home: Path, tmp
 def test_answer_outside_the_choices(refused: Refused, recipe: Data, home: Path) -> None:
     path = str(home / "gold.jsonl")
     recipe["evaluate"] = {"general_tasks": [{"name": "mc", "kind": "multiple_choice", "dataset": path}]}
-    assert refused() == f"{path}, line 1: gold must be the index of the right choice; got 2 for 2 choices."
+    assert refused() == f"{path}, line 1: gold must be the right choice or its index; got 2 for 2 choices."
 
 
 # Models

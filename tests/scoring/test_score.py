@@ -500,7 +500,7 @@ def greedy(folder: Path, prompt: str, count: int) -> str:
         ({"question": "{ask}?", "choices": ["a", "b"]}, "Unknown column 'gold' in "),
         ({"question": "{aks}?", "choices": ["a", "b"], "answer": "right"}, "Unknown column 'aks' in "),
         ({"question": "ask", "answer": "right"}, "Unknown column 'choices' in "),
-        ({"question": "ask", "choices": ["a", "b"], "answer": "ask"}, " ask must be the index of the right choice; "),
+        ({"question": "ask", "choices": ["a", "b"], "answer": "ask"}, "ask must be the right choice or its index; "),
         ({"question": "{ask", "choices": ["a"], "answer": "right"}, "`question` of "),
         ({"kind": "exact_match", "question": "ask", "answer": "said"}, "Unknown column 'said' in "),
     ],
