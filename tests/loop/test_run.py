@@ -297,7 +297,7 @@ def test_a_run_keeps_the_default_that_it_was_started_with(run: Run, tmp_path: Pa
     assert MergeJob(old, prepared, cast(Any, None), 3, place).rule() == ("opcm", Opcm())
 
 
-@pytest.mark.parametrize("name", ["opcm", "magmax"])
+@pytest.mark.parametrize("name", ["opcm", pytest.param("magmax", marks=pytest.mark.slow)])
 def test_stock_mergekit_makes_the_same_model(name: str, run: Run, tmp_path: Path) -> None:
     pytest.importorskip("hf_contmerge.merging.in_mergekit.plugin")
     entry = next(e for e in run.recipe.merge if e.name == name)

@@ -409,7 +409,7 @@ def test_not_enough_disk(
 
 
 @pytest.mark.parametrize("rule", PLAIN)
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_a_dropped_stage_was_never_there(
     rule: str, which: int, base_folder: Path, expert_folders: tuple[Path, ...], tmp_path: Path
 ) -> None:

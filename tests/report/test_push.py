@@ -359,6 +359,7 @@ def test_an_unfinished_run_names_the_missing_phase(run: Run) -> None:
     assert "after stage 1 of 3" in model_card(run, magmax(run))
 
 
+@pytest.mark.slow
 def test_tokens_that_do_not_suffice(run: Run, hub: Hub) -> None:
     for token in ("", "hf_" + "expired123" * 4):
         assert refusal(run, hub, HF_TOKEN=token) == (

@@ -174,6 +174,7 @@ def run(home: Path, site: Path) -> Run:
     return Run.load(home / "runs" / "gains")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_packages_rule_and_strategy(home: Path, run: Run) -> None:
     law, merged = run.expert(1, "base"), run.merged(2, run.recipe.merge[0])
     assert weights_sha256(law.model) == weights_sha256(home / "base")  # Calm took the gradients away

@@ -176,6 +176,7 @@ def test_scores_in_memory_on_three_ranks(order: Row, alone: tuple[str, dict[str,
     assert_shared(measured(tmp_path, {**order, "in_memory": True}, ranks=3)[0], alone[1], digest="")
 
 
+@pytest.mark.slow
 def test_scores_of_matrices_on_two_ranks(on_two_ranks: Any, alone: tuple[str, dict[str, TaskScore]]) -> None:
     """Each rank has half of each matrix and reads all that one process reads; only the order of sums differs."""
     (digest, found, read), (other_digest, nothing, other_read) = on_two_ranks[1]

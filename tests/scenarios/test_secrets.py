@@ -48,6 +48,7 @@ def leaks(*folders: Path) -> list[str]:
     return [f"{name} in {p}" for p in files for name, token in PLANTED.items() if token.encode() in p.read_bytes()]
 
 
+@pytest.mark.slow
 def test_nothing_planted_is_left_behind(tmp_path: Path, look: Callable[..., str], figure: Callable[..., None]) -> None:
     base = toy_llama(tmp_path / "base", seed=0)
     expert = perturbed(base, tmp_path / "expert", seed=1, size=0.01)

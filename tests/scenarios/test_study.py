@@ -52,6 +52,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/stages/*/experts/*/train.json"))]
 
 
+@pytest.mark.slow
 def test_equal_experts_are_trained_once(done: Path) -> None:
     found = records(done / "out")
     assert len(found) == 8

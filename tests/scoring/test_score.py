@@ -360,6 +360,7 @@ def test_ways_that_this_job_does_not_have(way: dict[str, str], base_folder: Path
     assert ("this job has one rank" if name == "parallel" else "is not installed") in message
 
 
+@pytest.mark.slow
 def test_batch_size_auto_is_what_memory_holds(base_folder: Path) -> None:
     """As on a GPU, played here: above a number of rows, this model's memory is full."""
     from hf_contmerge.scoring._lm import SharedLM

@@ -223,6 +223,7 @@ def test_two_ranks_with_half_the_batch_are_one(case: str, shared: Callable[[str]
     assert apart <= 1e-3 * learnt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MANY)
 def test_two_ranks_remember_what_one_does(case: str, shared: Callable[[str], Path]) -> None:
     one, two = (shared(case) / f"{f}-memory" for f in ("second", "shared"))

@@ -203,6 +203,7 @@ def lines(name: str, count: int, seed: int = 0) -> list[Row]:
     return [{"text": " ".join(draw.choices(words, k=12))} for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -75,6 +75,7 @@ def test_weights_of_several_multiply() -> None:
 # In training
 
 
+@pytest.mark.slow
 def test_weights_of_one_are_plain_training(train: Training) -> None:
     """The same bytes: a random model is unsure of everything, and the others are told to weight nothing."""
     train("plain", {})

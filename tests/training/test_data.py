@@ -520,11 +520,11 @@ def test_perplexity_rows(tmp_path: Path) -> None:
     assert {row["text"] for row in task_rows(whole)} < TEXTS
 
 
-@pytest.mark.parametrize(("gold", "shown"), [(2, "2"), (-1, "-1"), (None, "None"), (0.5, "0.5"), ("b", "'b'")])
+@pytest.mark.parametrize(("gold", "shown"), [(2, "2"), (-1, "-1"), (None, "None"), (0.5, "0.5"), ("c", "'c'")])
 def test_answer_that_is_no_index(gold: Any, shown: str, tmp_path: Path) -> None:
     rows = [{"query": "q", "choices": ["a", "b"], "gold": gold}]
     assert refused(DataError, lambda: choices(tmp_path / "x.jsonl", rows), tmp_path) == (
-        f"FOLDER/x.jsonl, line 1: gold must be the index of the right choice; got {shown} for 2 choices."
+        f"FOLDER/x.jsonl, line 1: gold must be the right choice or its index; got {shown} for 2 choices."
     )
 
 

@@ -339,13 +339,12 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "moment", "left", "lost"),
     [
-        pytest.param({}, "the third checkpoint is begun", {"checkpoint-4"}, 4, marks=pytest.mark.slow),
-        pytest.param(
-            LORA, "the third checkpoint is half written", {"checkpoint-4", "checkpoint-6"}, 4, marks=pytest.mark.slow
-        ),
+        ({}, "the third checkpoint is begun", {"checkpoint-4"}, 4),
+        (LORA, "the third checkpoint is half written", {"checkpoint-4", "checkpoint-6"}, 4),
         (LORA, "nothing is left but to save the expert", {"checkpoint-8"}, 0),
     ],
 )

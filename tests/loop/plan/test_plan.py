@@ -329,6 +329,7 @@ def large_base(folder: Path, parameters: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_what_would(
     recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -422,6 +422,7 @@ def test_a_damaged_expert_is_named_and_leaves_no_running_tensors(base_folder, ex
     assert not list((tmp_path / "tmp").glob("contmerge-*"))
 
 
+@pytest.mark.slow
 def test_an_expert_listed_twice_is_refused(base_folder, expert_folders, tmp_path):
     copy = shutil.copytree(expert_folders[0], tmp_path / "copy")
     for twin, said in ((copy, "has the same weights as"), (expert_folders[0], "is listed twice")):
