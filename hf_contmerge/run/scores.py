@@ -152,7 +152,8 @@ def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:
     from pyarrow import ArrowException, parquet
 
     try:
-        table = parquet.read_table(path, page_checksum_verification=True).to_pydict()
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:  # `read_table` imports pandas
+            table = file.read().to_pydict()
         columns = {field: table[column] for field, column in _COLUMNS.items()}
         tasks: list[str] = table["task"]
     except (OSError, ArrowException, KeyError, ValueError, MemoryError) as error:
