@@ -6,11 +6,13 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_contmerge.errors import RunError
-from hf_contmerge.run.folder import Run
 from hf_contmerge.runtime.hiding import printable
+
+if TYPE_CHECKING:
+    from hf_contmerge.run.folder import Run
 
 _RUNS = Path("runs")
 
@@ -26,6 +28,8 @@ def named_run(name: str | None) -> Run:
     Raises:
         RunError: no run is named, and runs/ holds none or several.
     """
+    from hf_contmerge.run.folder import Run  # and with it the recipe, which merges and scores do not need
+
     if name:
         return Run.load(name)
     here = sorted(file.parent for file in _RUNS.glob("*/recipe.yml"))
