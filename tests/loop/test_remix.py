@@ -97,6 +97,7 @@ def test_a_remix_writes_a_merge_that_repeats_itself(run: Run, capsys: pytest.Cap
     assert main(["verify", str(run.folder)]) == 1
 
 
+@pytest.mark.slow
 def test_what_is_measured_in_memory_is_what_is_written(run: Run) -> None:
     _, out = remixed(run, "--want", "s1,s2", "--tries", "3")
     record = read_record(out / "remix.json", "")

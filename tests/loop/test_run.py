@@ -408,6 +408,7 @@ def test_order_of_the_words_is_no_change(small: Data, small_run: Run) -> None:
     assert Run(small_run.folder, parse_recipe(turned)).is_complete()
 
 
+@pytest.mark.slow
 def test_appended_stage_is_learnt_and_nothing_else(go_on: Callable[..., Run], small_run: Run, home: Path) -> None:
     before = times(go_on_folder := go_on().folder, "*")
     run = go_on(stages=stages(home, "abc"))

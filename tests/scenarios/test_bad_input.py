@@ -528,6 +528,7 @@ def test_tasks_of_a_hub_that_does_not_answer(recipe: Data, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_hub_without_network(recipe: Data, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yml"
     path.write_text(yaml.safe_dump({**recipe, "base_model": "owner/model"}))

@@ -326,6 +326,7 @@ def test_merges_survive_some_faults(name: str, server: Forks, home: Path, figure
     walk(Bench(server, case(name, home, server.root)), name, 2, figure)
 
 
+@pytest.mark.slow
 def test_a_run_survives_some_faults(server: Forks, home: Path, figure: Figure) -> None:
     walk(Bench(server, case("run", home, server.root)), "run", 1, figure)
 

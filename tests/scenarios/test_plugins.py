@@ -338,6 +338,7 @@ def test_a_recipe_alone_runs_no_code(home: Path, plugin: Path, contmerge: Contme
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_plugin_and_its_changes(home: Path, plugin: Path, contmerge: Contmerge) -> None:
     data = recipe(home, plugins=["rules/my_gain.py"], train={"max_steps": 1, "max_length": 32, "save_strategy": "no"})
     Path("recipe.yml").write_text(yaml.safe_dump(data))

@@ -48,6 +48,7 @@ def check_ending(folder: Path) -> None:
         assert len(ends) == 2  # the base's end stops a generation too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True], ids=["whole", "adapter"])
 def test_experts_and_merges_of_a_run_have_it(keep: bool, home: Path, tmp_path: Path) -> None:
     data = {"path": str(home / "talk_endings.jsonl"), "heldout": 2}

@@ -39,6 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_auto_finds_a_planted_optimum(home: Path, tmp_path: Path) -> None:
     run = run_recipe(parse_recipe(recipe(home, "overshoots", merge=AUTO)), tmp_path / "run", until="score")
     place = run.merged(1, run.recipe.merge[0])
