@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,22 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON value, without secrets."""
     print(printable(json.dumps(value, indent=1)))
+
+
+def add_cpu_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--cpu`; its caller passes it to `compute_on`."""
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+
+
+def compute_on(*, cpu: bool) -> None:
+    """Leave this process the CPU only, if asked; before accelerate starts."""
+    if cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.commands._arguments import add_json_argument, print_json
+from hf_contmerge.commands._arguments import add_cpu_argument, add_json_argument, compute_on, print_json, words_of
 from hf_contmerge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def add_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, default=16, metavar="N", help="documents of each text (default: 16)")
     parser.add_argument("--max-length", type=int, default=256, metavar="N", help="cut after N tokens (default: 256)")
     parser.add_argument("--step", type=float, default=0.25, metavar="A", help="step to measure (default: 0.25)")
-    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    add_cpu_argument(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="allow the model's own code to run")
     add_json_argument(parser)
 
@@ -38,8 +37,7 @@ def rank_command(args: argparse.Namespace) -> None:
     Raises:
         ContmergeError: a user error.
     """
-    if args.cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    compute_on(cpu=args.cpu)
     _check(args)
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.ranks import find_ranks
@@ -88,7 +86,7 @@ def _texts(args: argparse.Namespace, base: Path) -> list[Text]:
 
     settings = StatisticsSettings(examples=args.examples, max_length=args.max_length)
     texts = []
-    for path in dict.fromkeys(word.strip() for word in args.on.split(",") if word.strip()):
+    for path in dict.fromkeys(words_of(args.on)):
         fields: dict[str, Any] = {"path": path, "text": args.text, "heldout": 0, "max_examples": args.examples}
         data = load_stage_data(Dataset.model_validate(fields), seed=0)
         measured = Measured(base, base, data, settings, args.trust_remote_code)

@@ -8,10 +8,10 @@ torchrun --nproc-per-node 2 --no-python contmerge remix runs/x --want law=1,code
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
+from hf_contmerge.commands._arguments import add_cpu_argument, compute_on, words_of
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.folder import Run
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", metavar="RULE", help="another linear rule, with its defaults")
     parser.add_argument("--tries", type=int, default=64, metavar="N", help="candidates to measure (default: 64)")
     parser.add_argument("-o", "--out", metavar="OUT", help="a new folder (default: RUN/remix/<what is wanted>)")
-    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    add_cpu_argument(parser)
     add_plugin_argument(parser)
     add_trust_argument(parser)
     parser.set_defaults(do=remix_command)
@@ -41,15 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def remix_command(args: argparse.Namespace) -> None:
     """Search weights, write the merge, print the front."""
-    if args.cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    compute_on(cpu=args.cpu)
     run, want = Run.load(args.run), _wanted(args.want)
     from contextlib import nullcontext
 
     from hf_contmerge.loop.remix import Remix, Wish, remix
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
 
-    keep = None if args.keep is None else tuple(n.strip() for n in args.keep.split(",") if n.strip())
+    keep = None if args.keep is None else tuple(words_of(args.keep))
     wish = Wish(want, keep, args.merge, args.rule, args.tries)
     keep_freed_memory()
     _, crew = join_ranks()
@@ -65,7 +64,7 @@ def remix_command(args: argparse.Namespace) -> None:
 def _wanted(text: str) -> dict[str, float]:
     """Return stage -> weight of `law=1,medicine=0.5`."""
     want: dict[str, float] = {}
-    for word in (w.strip() for w in text.split(",") if w.strip()):
+    for word in words_of(text):
         stage, equals, number = word.partition("=")
         try:
             weight = float(number) if equals else 1.0

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hf_contmerge.commands._arguments import print_json, whole_number
+from hf_contmerge.commands._arguments import add_cpu_argument, compute_on, print_json, whole_number, words_of
 from hf_contmerge.errors import RecipeError, ResourceError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Evaluate, Task
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the weights")
     parser.add_argument("--json", metavar="OUT", nargs="?", const="", help="print JSON; or also write it to a file")
     parser.add_argument("--no-cache", action="store_true", help="ignore and do not write cached scores")
-    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    add_cpu_argument(parser)
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="allow code of the model and of task files to run"
     )
@@ -73,8 +73,7 @@ def score_command(args: argparse.Namespace) -> None:
     Raises:
         ContmergeError: a user error.
     """
-    if args.cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    compute_on(cpu=args.cpu)
     out = Path(args.json) if args.json else None
     if out and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise ResourceError(f"--json {out}: give a file in an existing folder; nothing was measured.")
@@ -121,7 +120,7 @@ def _tasks(args: argparse.Namespace, run: Run | None) -> list[Task]:
     The run's own tasks keep the run's number of few-shot examples.
     """
     known = {task.name: task for task in run.recipe.measured(run.stage_numbers())} if run else {}
-    names = list(dict.fromkeys(n.strip() for n in args.tasks.split(",") if n.strip())) if args.tasks else list(known)
+    names = list(dict.fromkeys(words_of(args.tasks))) if args.tasks else list(known)
     if not names:
         raise RecipeError(f"--tasks {args.tasks!r} names no task. Give one name, or several with commas.")
     try:

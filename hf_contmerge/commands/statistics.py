@@ -10,12 +10,12 @@ torchrun --nproc-per-node 2 --no-python contmerge statistics experts/law --data 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from hf_contmerge.commands._arguments import add_cpu_argument, compute_on
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.recipe.parts import Dataset, StatisticsSettings
 from hf_contmerge.runtime.foreign import expanded
@@ -42,15 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         default = getattr(known, word.replace("-", "_"))
         parser.add_argument(f"--{word}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
-    parser.add_argument("--cpu", action="store_true", help="compute on the CPU")
+    add_cpu_argument(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="allow the model's own code to run")
     parser.set_defaults(do=statistics_command)
 
 
 def statistics_command(args: argparse.Namespace) -> None:
     """Measure an expert and write its statistics."""
-    if args.cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    compute_on(cpu=args.cpu)
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
     from hf_contmerge.training.statistics import measure_expert
 

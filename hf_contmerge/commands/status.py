@@ -62,6 +62,6 @@ def _sentence(status: RunStatus) -> str:
     more = f"; {' and '.join(left.unmeasured)} not timed yet" if left.unmeasured else ""
     least = "at least " if left.unmeasured else "about "
     after = f"next: {following.phase} {status.folder_of(following)}" if following else "next: report"
-    resume = f"unfinished: `{status.resume}` resumes it"
+    resume = f"unfinished: `{status.run.command}` resumes it"
     done, all_ = status.done, status.total
     return f"{done} of {all_} phases are done; {after}; {least}{duration(left.seconds)} left{more}\n{resume}"

@@ -272,7 +272,7 @@ class Chooser:
 
     def _judged(self, what: str, merge: RunningMerge, scores: Scores, start: float) -> Attempt:
         recipe = self._job.run.recipe
-        general = [t.name for t in recipe.evaluate.general_tasks]
+        general = recipe.evaluate.general_names
         base, confidence = self._base, self._guard.confidence if self._guard else CONFIDENCE
 
         def find() -> tuple[Judgement | None, float | None, bool, dict[str, float]]:

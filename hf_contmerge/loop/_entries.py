@@ -29,6 +29,11 @@ def merge_kinds(recipe: Recipe, rules: Mapping[str, MergeRule]) -> dict[str, str
     return {name: f"merged-{name}" if start == "merged" else start for name, start in starts.items()}
 
 
+def kinds_of(recipe: Recipe) -> dict[str, str]:
+    """Return the kinds of a recipe's experts. Raises as `make_entry_rule`."""
+    return merge_kinds(recipe, {entry.name: make_entry_rule(entry) for entry in recipe.merge})
+
+
 def make_entry_rule(entry: Merge) -> MergeRule:
     """Make the rule of a merge entry.
 

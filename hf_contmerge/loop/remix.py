@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import RecipeError, RunError, unknown
-from hf_contmerge.loop._entries import make_entry_rule, merge_kinds
+from hf_contmerge.loop._entries import kinds_of, make_entry_rule
 from hf_contmerge.loop.functions import open_state
 from hf_contmerge.loop.inputs import check_same_base
 from hf_contmerge.merge_rules import MergeRule, rule_class, rule_names
@@ -121,6 +121,8 @@ class Remix:
     rule_name: str
     rule: MergeRule
     entry: Merge
+    kind: str
+    """Of the experts."""
     experts: tuple[FoldedExpert, ...]
     groups: Mapping[str, tuple[str, ...]]
     """Kept group -> its tasks."""
@@ -145,13 +147,14 @@ class Remix:
         _check_wanted(run, wish)
         groups = _kept_groups(run, wish)
         entry, rule = _linear_entry(run, wish)
-        experts = tuple(_expert(run, stage, _kind(run, wish, entry)) for stage in wish.want)
+        kind = _kind(run, wish, entry)
+        experts = tuple(_expert(run, stage, kind) for stage in wish.want)
         base = resolve_model(recipe.base_model)
         check_same_base(run, base, whole=False)
         check_loads(base, trusted=recipe.trust_remote_code)
         run.settle()
         run.check_tasks()
-        found = cls(run, wish, base, entry.rule, rule, entry, experts, groups, crew)
+        found = cls(run, wish, base, entry.rule, rule, entry, kind, experts, groups, crew)
         check_tasks(
             found.tasks, recipe.evaluate.task_folders(run.tasks), split=True, limit=recipe.evaluate.limit,
             trust_remote_code=recipe.trust_remote_code,
@@ -188,7 +191,7 @@ class Remix:
 
     def trained_seconds(self) -> list[float]:
         """Return the seconds of training per stage, as far as recorded."""
-        places = (_place(self.run, e.stage, _kind(self.run, self.wish, self.entry)) for e in self.experts)
+        places = (_place(self.run, e.stage, self.kind) for e in self.experts)
         return [seconds for place in places if (seconds := place.record("train").get("seconds")) is not None]
 
 
@@ -312,12 +315,11 @@ def _judged(of: Remix, merged: Path) -> dict[str, Any]:
     tasks = list(recipe.measured(run.stage_numbers()))
     groups = {s.name: s.task_names() for s in recipe.stages if s.task_names()}
     if recipe.evaluate.general_tasks:
-        groups[GENERAL] = tuple(t.name for t in recipe.evaluate.general_tasks)
+        groups[GENERAL] = recipe.evaluate.general_names
     base = of.measure(of.base, tasks, "test")
     models = {"remix": merged}
-    place = next(
-        (p for e in recipe.merge if (p := run.merged(len(recipe.stages), e)).entry.name == of.entry.name), None
-    )
+    own = next((entry for entry in recipe.merge if entry.name == of.entry.name), None)
+    place = run.merged(len(recipe.stages), own) if own else None
     if place and place.is_done("merge") and place.model.is_dir():
         models[f"{of.entry.name} of the run"] = place.model
     found = {name: losses(of.measure(model, tasks, "test"), base, groups) for name, model in models.items()}
@@ -357,7 +359,7 @@ def _check_wanted(run: Run, wish: Wish) -> None:
 def _kept_groups(run: Run, wish: Wish) -> dict[str, tuple[str, ...]]:
     """Return kept group -> its tasks."""
     recipe = run.recipe
-    general = tuple(task.name for task in recipe.evaluate.general_tasks)
+    general = recipe.evaluate.general_names
     if wish.keep is None:
         return {GENERAL: general} if general else {}
     every = [task.name for task in recipe.measured(run.stage_numbers())]
@@ -398,7 +400,7 @@ def _linear_entry(run: Run, wish: Wish) -> tuple[Merge, MergeRule]:
 def _kind(run: Run, wish: Wish, entry: Merge) -> str:
     """Return the kind of the experts to mix."""
     if not wish.rule:
-        return merge_kinds(run.recipe, {e.name: make_entry_rule(e) for e in run.recipe.merge})[entry.name]
+        return kinds_of(run.recipe)[entry.name]
     kinds = run.expert_kinds()
     return next((k for k in (rule_class(wish.rule).start_from, *kinds) if k in kinds), "base")
 
@@ -414,10 +416,7 @@ def _expert(run: Run, stage: str, kind: str) -> FoldedExpert:
     """
     place = _place(run, stage, kind)
     if not place.is_done("train"):
-        raise RunError(
-            f"The run {run.folder} stores no expert of stage {stage} yet. Train it first: contmerge run "
-            f"{run.folder / 'recipe.yml'} --run {run.folder}"
-        )
+        raise RunError(f"The run {run.folder} stores no expert of stage {stage} yet. Train it first: {run.command}")
     missing = [file for file in place.damaged("train", "expert") if not file.exists()]
     if missing or not place.model.is_dir():
         raise RunError(

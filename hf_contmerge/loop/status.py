@@ -33,11 +33,6 @@ class RunStatus:
         """The first unfinished phase; None if only the report is left."""
         return next((step for step in self.steps if not step.done), None)
 
-    @property
-    def resume(self) -> str:
-        """The command to go on."""
-        return f"contmerge run {self.run.folder / 'recipe.yml'} --run {self.run.folder}"
-
     def folder_of(self, step: Step) -> str:
         return str(step.place.folder.relative_to(self.run.folder / "stages"))
 
@@ -59,7 +54,7 @@ class RunStatus:
             "folder": str(self.run.folder), "complete": self.complete, "done": self.done, "phases": self.total,
             "next": following and {"phase": following.phase, "stage": following.t, "place": self.folder_of(following)},
             "seconds_left": round(left.seconds, 1), "not_timed_yet": list(left.unmeasured),
-            "resume": None if self.complete else self.resume,
+            "resume": None if self.complete else self.run.command,
             "steps": [
                 {"phase": s.phase, "stage": s.t, "place": self.folder_of(s), "done": s.done, "seconds": s.seconds()}
                 for s in self.steps
@@ -78,7 +73,6 @@ def run_status(run: Run) -> RunStatus:
     if run.is_complete():
         done = [Step(phase, t, place) for t, place in run.places() for phase in PHASES if place.is_done(phase)]
         return RunStatus(run, tuple(done), complete=True)
-    from hf_contmerge.loop._entries import make_entry_rule, merge_kinds
+    from hf_contmerge.loop._entries import kinds_of
 
-    kinds = merge_kinds(run.recipe, {entry.name: make_entry_rule(entry) for entry in run.recipe.merge})
-    return RunStatus(run, tuple(run_steps(run, kinds)), complete=False)
+    return RunStatus(run, tuple(run_steps(run, kinds_of(run.recipe))), complete=False)

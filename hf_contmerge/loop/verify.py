@@ -82,7 +82,7 @@ class Reading:
 def verify_run(run: Run) -> Reading:
     """Read all files of a run."""
     reading = Reading(run.folder, {run.folder / "recipe.yml"})
-    again = f"Start the run again: contmerge run {run.folder / 'recipe.yml'} --run {run.folder}"
+    again = f"Start the run again: {run.command}"
     if run.inputs.exists() or run.has_results():
         inputs = reading.record(run.inputs, run.inputs_cure)
         reading.files(run.tasks, inputs.get("tasks", {}), f"{again}, which writes the tasks.")

@@ -189,7 +189,7 @@ def _coefficient(word: str, values: Mapping[str, float | None]) -> Cell:
 def _scores(run: Run, lines: Sequence[Line], t: int) -> Table | None:
     """Return the table of scores, if the recipe names a task."""
     tasks = [name for s in range(1, t + 1) for name in run.stage(s).task_names()]
-    tasks += [task.name for task in run.recipe.evaluate.general_tasks]
+    tasks += run.recipe.evaluate.general_names
     models = [("base model", lines[-1].rows[0])]
     models += [(f"{x.name}, after {run.stage(s).name}", x.rows[s]) for s in range(1, t + 1) for x in lines
 if x.name not in _AT_THE_END.values() or s == len(run.recipe.stages)]  # fmt: skip
@@ -202,7 +202,7 @@ if x.name not in _AT_THE_END.values() or s == len(run.recipe.stages)]  # fmt: sk
 def _metrics(run: Run, lines: Sequence[Line], t: int) -> dict[Block, dict[str, dict[str, float | None]]]:
     """Return block -> line -> measured metrics."""
     stages = [run.stage(s) for s in range(1, t + 1)]
-    general = [task.name for task in run.recipe.evaluate.general_tasks]
+    general = run.recipe.evaluate.general_names
     measured = {score.block for line in lines for row in line.rows for score in row.values()}
     return {
         block: {

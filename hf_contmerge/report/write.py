@@ -159,7 +159,7 @@ def load_results(run: Run) -> Results:
     measured = max(len(line.rows) for line in (*experts, *merges)) - 1
     if measured > 1 and "previous" not in run.expert_kinds():  # not trained in this run
         experts = [line for line in experts if line.name != "previous"]
-    general = tuple(task.name for task in run.recipe.evaluate.general_tasks)
+    general = run.recipe.evaluate.general_names
     mean = next((entry.name for entry in run.recipe.merge if entry.rule == "average"), None)
     matters = run.recipe.evaluate.same_within.model_dump()
     return Results(run.recipe.stages, general, tuple(experts), tuple(merges), mean, stored(run), matters)

@@ -196,12 +196,17 @@ class Run:
                 write_atomically(place.mergekit_recipe, seal_yaml(text))
         write_record(self.inputs, {**record, "folder": here, "tasks": digests_below(self.tasks)})
 
+    @property
+    def command(self) -> str:
+        """The command that starts or resumes the run."""
+        return f"contmerge run {self._recipe_file} --run {self.folder}"
+
     def check_tasks(self) -> None:
         """Raise RunError if a task file has changed."""
         if changed := self.changed_tasks():
             raise RunError(
                 f"{changed[0]} is damaged or was edited after the run wrote it. Write the task files again with "
-                f"`contmerge run {self._recipe_file} --run {self.folder}`."
+                f"`{self.command}`."
             )
 
     def has_results(self) -> bool:

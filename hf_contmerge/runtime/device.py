@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,13 @@ import torch
 def cpu_only() -> bool:
     """Return True without a GPU, or with ACCELERATE_USE_CPU set."""
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
+def free_memory() -> None:
+    """Return the memory of dropped models to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def bf16_pays(numel: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
-from hf_contmerge.runtime.device import cpu_only
+from hf_contmerge.runtime.device import cpu_only, free_memory
 from hf_contmerge.runtime.ranks import OneRank, Ranks
 from hf_contmerge.scoring._formats import Listing
 from hf_contmerge.scoring._results import task_score
@@ -120,9 +119,7 @@ def measure_missing(
     if not missing:
         return known, {}
     scores = _measure_folder(model, replace(request, tasks=missing), known.model.dtype, ranks)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     if not ranks.is_main:
         return known, {}
     return known, keep_scores(request, known, scores, cache, own_listing(known, cache))

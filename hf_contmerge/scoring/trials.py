@@ -6,8 +6,8 @@ that its scores are found again without making it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Trials:
     request: ScoreRequest
     ranks: Ranks
     cache: ScoreCache
-    _loaded: tuple[Any, Any, Sequence[HeldTensor]] | None = field(default=None, init=False)
+    _loaded: tuple[Any, Any, Sequence[HeldTensor], Collection[str]] | None = field(default=None, init=False)
     _key: ModelKey | None = field(default=None, init=False)
 
     def score(self, made_of: Sequence[Any], read: Read) -> Scores:
@@ -58,10 +58,7 @@ class Trials:
         fresh: Scores = {}
         if missing:
             model, tokenizer = self._filled(read)
-            request = ScoreRequest(
-                missing, self.request.task_folder, self.request.evaluate, self.request.part,
-                self.request.trust_remote_code,
-            )  # fmt: skip
+            request = replace(self.request, tasks=missing)
             scores = score_loaded(model, tokenizer, request, ranks=self.ranks)
             fresh = self.ranks.first(
                 lambda: keep_scores(request, known, scores, self.cache, own_listing(known, self.cache))
@@ -86,9 +83,9 @@ class Trials:
             model, tokenizer = load_to_score(
                 ModelFolders(self.base), how.evaluate, dtype, trust_remote_code=how.trust_remote_code
             )
-            self._loaded = (model, tokenizer, whole_tensors(model, Weights(self.base)))
-        model, tokenizer, tensors = self._loaded
-        names = set(Weights(self.base).floating())
+            base = Weights(self.base)
+            self._loaded = (model, tokenizer, whole_tensors(model, base), set(base.floating()))
+        model, tokenizer, tensors, names = self._loaded
         for each in tensors:
             each.fill(read, names)
         return model, tokenizer

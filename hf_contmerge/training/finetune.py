@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import tempfile
 from functools import partial
@@ -17,6 +16,7 @@ from hf_contmerge.errors import ContmergeError, DataError, RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.device import free_memory
 from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.replay import without_source
@@ -93,9 +93,7 @@ def train_expert(
         write_adam(trainer, trained, out, Weights(job.base))
     record = {**_record(trainer, job.data, examples), **dropped, **precision}
     del trainer, trained
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     if job.train.statistics:
         measure_expert(Measured(out, job.base, job.data, job.train.statistics, job.trust_remote_code))
     return record

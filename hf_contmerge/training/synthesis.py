@@ -12,7 +12,6 @@ Each part has a fixed size and its own seed, so the documents depend neither on 
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
@@ -33,7 +32,7 @@ from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import DataSource
 from hf_contmerge.run.recipe.schema import Train
-from hf_contmerge.runtime.device import bf16_pays
+from hf_contmerge.runtime.device import bf16_pays, free_memory
 from hf_contmerge.runtime.files import make_folder, remove, write_atomically
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.train_strategies import Synthesis
@@ -160,9 +159,7 @@ def write_parts(job: TrainJob, folder: Path, parts: list[tuple[int, int]]) -> No
         rows = writer.write(size, _seed(job, number))
         write_atomically(_part_file(folder, number), "".join(json.dumps(row) + "\n" for row in rows))
     del writer
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 def _seed(job: TrainJob, part: int) -> int:

@@ -240,6 +240,10 @@ class Evaluate(Part):
         """Return where task files lie, `own` among them; the last counts first."""
         return [own, *([Path(self.include_path)] if self.include_path else [])]
 
+    @property
+    def general_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.general_tasks)
+
     def measured_by(self) -> dict[str, Any]:
         """Return the fields behind a score; others may differ in comparisons."""
         return {

@@ -122,7 +122,7 @@ def judge(
     tasks = {stage.name: stage.task_names() for stage in recipe.stages}
     watched: list[tuple[str, Scores, Sequence[str]]] = []
     if "general" in guard.on:
-        watched.append((GENERAL, base, [t.name for t in recipe.evaluate.general_tasks]))
+        watched.append((GENERAL, base, recipe.evaluate.general_names))
     if "stages" in guard.on:
         watched += [(name, references[name], tasks[name]) for name in stages[:-1]]
     changes = [shift for group, then, names in watched for shift in _losses(group, now, then, names, guard.measure)]
