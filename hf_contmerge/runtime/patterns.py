@@ -35,7 +35,7 @@ def require_quick(pattern: str) -> None:
             if bits <= _MOST:
                 re.compile(pattern)  # finds more mistakes than the parser
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern!r:.80} is an invalid pattern: {error}") from error
+        raise ValueError(f"{pattern!r:.80} is an invalid pattern: {error!s:.200}") from error
     if bits > _MOST:
         raise ValueError(
             f"{pattern!r:.80} could take exponential time to match. Write it without a repeat of a repeat or of "

@@ -25,6 +25,11 @@ CASES: list[tuple[str, dict[str, Any], str, str, float | None]] = [
     ("repetition", {"n": 1}, "abcd", "", 0.0),
     ("repetition", {"n": 1}, "aaaa", "", -0.75),
     ("repetition", {"n": 2, "penalty": -2.0}, "abab", "", -2 / 3),
+    ("accuracy", {}, r"so \boxed{\frac{1}{2}}", r"$\frac12$", 1.0),
+    ("accuracy", {}, r"\boxed{0.5}", "0.5", 1.0),
+    ("accuracy", {"column": "answer"}, r"\boxed{3}", "$4$", 0.0),
+    ("accuracy", {}, "I do not know", "$4$", 0.0),
+    ("accuracy", {}, r"\boxed{3}", "none", None),
 ]
 
 
@@ -41,14 +46,13 @@ def test_score(name: str, parameters: dict[str, Any], text: str, right: str, sco
 
 
 def test_every_reward_of_ours_has_a_case() -> None:
-    assert {name for name, *_ in CASES} | {"accuracy"} == {*reward_names()}  # accuracy needs a package of others
+    assert {name for name, *_ in CASES} == {*reward_names()}
 
 
 def test_no_answers_at_all() -> None:
     empty = Answers([], [], [], {"answer": [], "solution": []})
     for name in reward_names():
-        if name != "accuracy":
-            assert checked_scores(name, get_reward(name), empty) == []
+        assert checked_scores(name, get_reward(name), empty) == []
 
 
 @pytest.mark.parametrize("found", [[], [1.0, 2.0], [float("nan")], ["1"], [[1.0]]])

@@ -20,7 +20,9 @@ class Accuracy(Reward):
 
     def require(self) -> None:
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError("accuracy needs the package math-verify; install it, or use last_number or exact_match")
+            raise ValueError(
+                "accuracy needs math-verify: `pip install 'hf_contmerge[math]'`, or use last_number or exact_match"
+            )
 
     def score(self, answers: Answers) -> Sequence[float | None]:
         from trl.rewards.accuracy_rewards import accuracy_reward
