@@ -12,7 +12,7 @@ from hf_contmerge.errors import RecipeError
 if TYPE_CHECKING:
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.models.weights import Weights
-    from hf_contmerge.scoring.relevance import Direction, Effect, Ranking, Text
+    from hf_contmerge.scoring.relevance import Direction, Effect, Text
 
 
 def add_rank(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,7 @@ def rank_command(args: argparse.Namespace) -> None:
     """
     compute_on(cpu=args.cpu)
     _check(args)
+    from hf_contmerge.loop.relevance import open_ranking
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.ranks import find_ranks
     from hf_contmerge.scoring.relevance import ranked
@@ -47,7 +48,7 @@ def rank_command(args: argparse.Namespace) -> None:
         state = MergeState.load(args.state)
         base = state.base()
         directions, texts = _directions(args, state, base), _texts(args, base.folder)
-        effects = _opened(state, trusted=args.trust_remote_code).effects(directions, texts, args.step)
+        effects = open_ranking(state.merge(), trusted=args.trust_remote_code).effects(directions, texts, args.step)
         order = ranked(effects, texts[0].name)
         found = [(directions[place].name, effects[place]) for place in order]
         _print_json(args, texts, found) if args.json else _print_table(args, texts, found)
@@ -79,40 +80,21 @@ def _directions(args: argparse.Namespace, state: MergeState, base: Weights) -> l
 
 def _texts(args: argparse.Namespace, base: Path) -> list[Text]:
     """Load and tokenize the texts of `--on`."""
-    from hf_contmerge.run.recipe.parts import Dataset, StatisticsSettings
-    from hf_contmerge.scoring.relevance import readable
+    from hf_contmerge.loop.relevance import Reader
+    from hf_contmerge.run.recipe.parts import Dataset
     from hf_contmerge.training.data import load_stage_data
-    from hf_contmerge.training.statistics import Measured, tokenized
 
-    settings = StatisticsSettings(examples=args.examples, max_length=args.max_length)
+    reader = Reader(base, args.examples, args.max_length, args.trust_remote_code)
     texts = []
     for path in dict.fromkeys(words_of(args.on)):
         fields: dict[str, Any] = {"path": path, "text": args.text, "heldout": 0, "max_examples": args.examples}
         data = load_stage_data(Dataset.model_validate(fields), seed=0)
-        measured = Measured(base, base, data, settings, args.trust_remote_code)
-        texts.append(readable(path, tokenized(measured, data.train)))
+        texts.append(reader.text(path, data))
     if not texts:
         raise RecipeError(
             "--on names no text. Give files or Hub ids with commas, such as --on law.jsonl,general.jsonl."
         )
     return texts
-
-
-def _opened(state: MergeState, *, trusted: bool) -> Ranking:
-    """Load the state's merged model."""
-    import torch
-    from accelerate import PartialState
-
-    from hf_contmerge.merging.mixing import MergedWeights
-    from hf_contmerge.models.layout import check_loads
-    from hf_contmerge.models.loading import load_model
-    from hf_contmerge.runtime.device import cpu_only
-    from hf_contmerge.scoring.relevance import Ranking
-
-    merge = state.merge()
-    check_loads(merge.base, trusted=trusted)
-    model = load_model(merge.base, merge.base, dtype=torch.float32, trust_remote_code=trusted)
-    return Ranking(model.to(PartialState(cpu=cpu_only()).device), MergedWeights.of(merge))
 
 
 Found = list[tuple[str, "dict[str, Effect]"]]

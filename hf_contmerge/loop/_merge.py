@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_contmerge.loop._choice import Choice, choose
 from hf_contmerge.loop._job import MergeJob
+from hf_contmerge.loop.relevance import effects_at
 from hf_contmerge.loop.stages import keep_scores
 from hf_contmerge.merging.analysis import merge_geometry, ownership
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
@@ -29,6 +30,7 @@ def merge_at(job: MergeJob) -> Record:
     """
     place, guard, choice = job.place, job.run.recipe.guard, None
     with job.recorder.phase(place, "merge") as record:
+        effects = job.crew.ranks.first(effects_at, job)
         if guard or place.entry.auto:
             choice = choose(job, guard)
             merge = choice.taken.merge
@@ -37,6 +39,8 @@ def merge_at(job: MergeJob) -> Record:
         survival = choice.survival if choice else merge.survival
         if job.recorder.is_main:
             record.update(_published(job, merge, choice))
+            if effects:
+                record["relevance"] = effects
             if survival:
                 record["stored"] = survival.to_json()
                 survival.warn(f"merge {place.folder.relative_to(job.run.folder / 'stages')}")

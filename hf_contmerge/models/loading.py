@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,3 +149,18 @@ def runs_own_code(model: Any) -> bool:
     """Say if a model in memory has custom code: it is trusted."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__module__.startswith("transformers_modules.")
+
+
+def recompute_activations(model: Any, options: Mapping[str, Any] | None = None) -> None:
+    """Let layers compute their activations again in the backward pass.
+
+    Not reentrant: a reentrant layer would have a backward pass of its own, and so several gradients per parameter.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **(options or {})})
+
+
+def keep_activations(model: Any) -> None:
+    """Undo `recompute_activations`."""
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()

@@ -33,6 +33,7 @@ from hf_contmerge.report._findings import UNITS, smallest, verdict
 from hf_contmerge.report._merges import geometry_section, storage_section, stored
 from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
+from hf_contmerge.report._relevance import relevance_section
 from hf_contmerge.report._results import Results, task_facts
 from hf_contmerge.report._routes import route_section
 from hf_contmerge.report._sources import sources_section
@@ -111,6 +112,7 @@ def sections(run: Run, results: Results) -> list[Section]:
         Section("Task by task", intervals, tables=task_tables(results)),
         Section("Right and wrong", _SIDES, tables=sides_tables(results)),
         route_section(run, results),
+        relevance_section(run, results),
         examples(results),
         sources_section(run),
         _choices(run),

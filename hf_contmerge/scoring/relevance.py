@@ -29,6 +29,7 @@ from hf_contmerge.errors import DataError
 from hf_contmerge.merging.mixing import MergedWeights
 from hf_contmerge.models.experts import Expert
 from hf_contmerge.models.filling import HeldTensor, whole_tensors
+from hf_contmerge.models.loading import keep_activations, recompute_activations
 from hf_contmerge.models.memory import Part
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.scores import Sample
@@ -252,7 +253,7 @@ def _watched(model: Any, known: Mapping[int, HeldTensor], reduce: Callable[[nn.P
         for layer in layers:
             layer.training = False
         if layers:
-            model.gradient_checkpointing_disable()
+            keep_activations(model)
         for hook in hooks:
             hook.remove()
         for parameter, wanted in before:
@@ -266,8 +267,7 @@ def _recomputed(model: Any) -> list[nn.Module]:
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         return []
-    # One gradient per parameter: reentrant checkpoints would have a backward pass each.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model)
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m is not model]
     for layer in layers:
         layer.training = True

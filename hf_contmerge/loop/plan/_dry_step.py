@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models.loading import recompute_activations
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.gpm import linear_maps
@@ -86,7 +87,7 @@ def training_step(
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.bf16 or settings.fp16)
     model = _model(folder, init).train()
     if settings.gradient_checkpointing:
-        _checkpoint(model, settings.gradient_checkpointing_kwargs)
+        recompute_activations(model, settings.gradient_checkpointing_kwargs)
     add_fused_lm_head(model, outputs=_FUSED_OUTPUTS)
     added = _added_bytes(strategies, model)
     opened = _opened(strategies, model)
@@ -149,11 +150,6 @@ def _materialise(model: torch.nn.Module) -> None:
                     is_parameter = isinstance(tensor, torch.nn.Parameter)
                     made[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 own[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
-
-
-def _checkpoint(model: Any, options: Any) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, **(options or {})})
 
 
 def _opened(strategies: Combined, model: Any) -> Any:

@@ -214,6 +214,9 @@ class Evaluate(Part):
     """Also score separate experts behind a router: each expert is measured on all stages then."""
     shots: Annotated[int, Field(ge=1)] = 4
     """Of the baseline in_context: training examples in front of each question."""
+    relevance: Annotated[int, Field(ge=2)] | None = None
+    """Training examples of each stage so far, on which the effect of a new expert is predicted and measured before its
+    merge; the report explains merges with it."""
     include_path: str | None = None
     """A folder of lm-eval task YAML files."""
     limit: Annotated[int, Field(ge=1)] | None = None

@@ -36,6 +36,7 @@ _USES = (
     Use("evaluate.validation",                                                "merge", True,   True),
     Use("evaluate.same_within evaluate.same_within.*",                       "report", False),
     Use("evaluate.matrix evaluate.routed evaluate.cache evaluate.batch_size evaluate.parallel", "score", False),
+    Use("evaluate.relevance",                                                 "merge", False),  # from the next merge on
     Use("evaluate.shots",                                                     "score", False),  # its place follows
     Use("evaluate.general_tasks evaluate.general_tasks.* *.tasks *.tasks.* evaluate.include_path", "score"),
     Use("evaluate.*",                                                         "score", True,   True),

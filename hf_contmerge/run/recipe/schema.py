@@ -278,6 +278,15 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _relevance_has_texts(self) -> Recipe:
+        if self.evaluate.relevance and (len(self.stages) < 2 or not any(s.dataset for s in self.stages)):
+            raise ValueError(
+                "evaluate.relevance looks at a second stage's expert on training examples; give the recipe two stages "
+                "and one of them a `dataset`, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_have_a_stage(self) -> Recipe:
         names = [s.name for s in self.stages]
         for entry in self.merge:
