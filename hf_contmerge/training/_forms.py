@@ -68,7 +68,7 @@ _TURNS = datasets.List({"role": _TEXT, "content": _TEXT})
 _ANY_TURNS = datasets.List(datasets.Json())
 _MANY = 20_000
 """Rows whose check takes some seconds."""
-_VERSION = 2
+_VERSION = 3
 """Of the examples in the cache; raise it when the same rows give others."""
 
 
@@ -307,11 +307,11 @@ def _form_of(rows: Rows, spec: DataSource) -> Layout:
 def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets.Dataset:
     """Return some rows' examples: the columns, or a copy in the cache."""
     rows, layout = examples.rows, examples.layout
-    made = layout.format and not layout.format.is_column
+    formatted = layout.format and not layout.format.is_column
     split = layout.form == "preference" and _is_split(rows.data.features)
     split = split or (layout.form == "unpaired" and rows.data.features.get(LABEL) != datasets.Value("bool"))
     split = split or any(rows.data.features.get(c) != _TEXT for c in layout.columns[1:] if layout.form == "prompts")
-    if not (rows.are_records or examples.spec.labels or made or split or layout.extras):
+    if not (rows.are_records or examples.spec.labels or formatted or split or layout.extras):
         data = rows.data.select_columns(list(layout.columns))
         data = data if len(keep) == len(data) else data.select(keep)
         return data.rename_columns({a: b for a, b in zip(layout.columns, layout.names, strict=True) if a != b})
@@ -322,16 +322,12 @@ def _as_dataset(examples: Examples, keep: list[int], *, plain: bool) -> datasets
     def kept() -> Iterator[Row | str]:
         return (example for i, example in enumerate(again.made()) if i in chosen)
 
-    first = cast(Row, next(kept()))
-    facts = [_VERSION, rows.data._fingerprint, examples.spec.model_dump(mode="json"), keep, plain]
-    return cast(
-        datasets.Dataset,
-        datasets.Dataset.from_generator(
-            kept,
-            features=_features(first, plain=plain),
-            fingerprint=Hasher.hash(facts),
-        ),
-    )
+    features = _features(cast(Row, next(kept())), plain=plain)
+    # One file has other examples where another stage learns from it: what made them is in the cache's key.
+    shape = [layout.form, layout.columns, layout.names, layout.extras, sorted(layout.argument_keys)]
+    facts = [_VERSION, rows.data._fingerprint, examples.spec.model_dump(mode="json"), keep, features.to_dict(), shape]
+    made = datasets.Dataset.from_generator(kept, features=features, fingerprint=Hasher.hash(facts))
+    return cast(datasets.Dataset, made)
 
 
 def _is_split(features: datasets.Features) -> bool:

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerState
 
 from hf_contmerge.errors import ContmergeError, RecipeError
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.files import make_folder
 from hf_contmerge.training._forms import Form
 from hf_contmerge.training._learn import make_rewards
 from hf_contmerge.training.rewards import Answers, Reward, checked_scores
@@ -44,6 +45,7 @@ class SampledAnswers(Trainer):
         return _Epochs(plain, self.state)
 
     def _save_rng_state(self, output_dir: str) -> None:
+        make_folder(Path(output_dir))  # rank 0 may not have come so far
         save_file(self._sampled(), self._sampled_file(output_dir))
         super()._save_rng_state(output_dir)
 
@@ -51,7 +53,7 @@ class SampledAnswers(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = self._sampled_file(resume_from_checkpoint)
         if file.exists():
-            self._restore(load_file(file, device=str(self.accelerator.device)))
+            self._restore(load_file(file))
 
     def _sampled_file(self, checkpoint: str) -> Path:
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
@@ -75,7 +77,7 @@ class SampledAnswers(Trainer):
         batches: dict[int, dict[str, Any]] = {}
         for key, tensor in kept.items():
             number, _, name = key.partition("/")
-            batches.setdefault(int(number), {})[name] = tensor
+            batches.setdefault(int(number), {})[name] = tensor.to(self.accelerator.device)
         self._buffered_inputs = [batches[number] for number in sorted(batches)] or None
 
     def _moving_teacher(self: Any) -> Any:

@@ -146,6 +146,35 @@ def test_fsdp2_trains_the_expert_of_one_process(strategy: str, recipe: Path, bas
     assert [point["step"] for point in log] == [1, 2, 3, 4]
 
 
+SAMPLED = {
+    "max_completion_length": 24, "per_device_train_batch_size": 4, "optim": "adamw_torch", "save_steps": 2,
+    "gradient_accumulation_steps": 1, "max_steps": 4, "learning_rate": 1.0e-2, "save_strategy": "steps",
+}  # fmt: skip
+LEARNT: dict[str, dict[str, Any]] = {
+    "grpo": {"learn": "grpo", "rewards": {"repetition": {"n": 1}}, "num_generations": 4}, "sdft": {"learn": "sdft"},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learn", LEARNT)
+def test_sampled_answers_under_fsdp2_are_those_of_ddp(
+    learn: str, recipe: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """Also where a kill after a checkpoint ended the first of two runs."""
+    rows = [{"prompt": f"say {i}: ", "completion": "the quick brown fox"} for i in range(40)]
+    data = write_jsonl(tmp_path / "sampled-on-two-ranks.jsonl", rows)
+    stages = [{"name": "a", "dataset": {"path": str(data), "heldout": 4}}]
+    fields = {**yaml.safe_load(recipe.read_text()), "stages": stages, "train": {**SAMPLED, **LEARNT[learn]}}
+    file = tmp_path / "sampled.yml"
+    file.write_text(yaml.safe_dump(fields))
+    broken = launched("cpu2", file, tmp_path / "cpu2")
+    checkpoint = tmp_path / "cpu2/stages/01-a/experts/base/checkpoints/checkpoint-2"
+    kill_a_rank(broken, (checkpoint / "trainer_state.json").exists)
+    done(broken)
+    done(launched("fsdp2", file, tmp_path / "fsdp2"))
+    assert_near(expert(tmp_path / "fsdp2"), expert(tmp_path / "cpu2"), base_folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu2", "fsdp2"])
 @pytest.mark.parametrize("strategy", ["full", "lora"])

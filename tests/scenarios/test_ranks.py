@@ -295,6 +295,20 @@ def test_an_expert_that_is_damaged_ends_all_ranks(
     assert [run.merged(t, run.recipe.merge[0]).is_done("merge") for t in (1, 2)] == [True, False]
 
 
+@pytest.mark.slow
+def test_written_replay_is_that_of_one_process(recipe: Path, tmp_path: Path) -> None:
+    """The ranks share the documents that the start model writes."""
+    settings = ["train.strategy=[full, replay]", "train.parameters.replay.synthesise=20", "train.max_steps=1"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    texts = []
+    for ranks in (1, 2):
+        torchrun(SCRIPT, recipe, "--run", tmp_path / f"{ranks}", "--until", "train", *words, ranks=ranks)
+        (file,) = (tmp_path / f"{ranks}" / "stages" / "01-a").rglob("documents.jsonl")
+        texts.append(file.read_bytes())
+    assert texts[0].count(b"\n") == 20
+    assert texts[0] == texts[1]
+
+
 OTHER = """
 import os, sys
 from pathlib import Path

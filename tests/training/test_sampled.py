@@ -95,6 +95,19 @@ def test_prompts_and_the_columns_of_rewards(base_folder: Path, tmp_path: Path) -
     assert found == ["2.5"] * 4
 
 
+def test_a_file_has_other_examples_for_each_way_to_learn(base_folder: Path, tmp_path: Path) -> None:
+    """Whichever was read first, and is in the cache."""
+    rows = [row | {"label": i % 2 == 0} for i, row in enumerate(rows_of())]
+    ways: list[tuple[Row, list[str]]] = [
+        (GRPO, ["prompt", "answer"]), ({"learn": "grpo", "rewards": {"repetition": {}}}, ["prompt"]),
+        (SDFT, ["prompt", "completion"]), ({"learn": "kto"}, ["prompt", "completion", "label"]),
+        ({}, ["prompt", "completion"]), (GRPO, ["prompt", "answer"]),
+    ]  # fmt: skip
+    for train, columns in ways:
+        data = load(tmp_path / "one-file-for-all.jsonl", base_folder, rows, train)
+        assert (data.train.column_names, len(data.train)) == (columns, 20)
+
+
 def test_a_reward_may_read_any_column(base_folder: Path, tmp_path: Path) -> None:
     train = {"learn": "grpo", "rewards": {"exact_match": {"column": "completion"}, "overlong": {}}}
     data = load(tmp_path / "other-column.jsonl", base_folder, rows_of(), train)
