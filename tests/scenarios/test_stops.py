@@ -85,7 +85,7 @@ def test_training_stops_with_a_checkpoint_and_continues(number: signal.Signals, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_merge_stops_and_leaves_the_state_unchanged(number: signal.Signals, home: Path, tmp_path: Path) -> None:
     base = toy_llama(tmp_path / "large", seed=0, hidden=768, layers=8)
-    expert = perturbed(base, tmp_path / "expert", seed=1, size=0.01)
+    expert = perturbed(base, tmp_path / "first", seed=1, size=0.01)
     state = MergeState.create(tmp_path / "state", base=base, rule="opcm").add(expert)
     other = perturbed(base, tmp_path / "other", seed=2, size=0.01)
     before = outcome(state.folder)
@@ -100,7 +100,7 @@ def test_a_merge_stops_and_leaves_the_state_unchanged(number: signal.Signals, ho
     assert "the same command continues" in last_line(said)
     assert outcome(state.folder) == before
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
-    assert [e.stage for e in state.log().experts] == ["expert", "other"]
+    assert [e.stage for e in state.log().experts] == ["first", "other"]
 
 
 @pytest.mark.slow
