@@ -18,7 +18,8 @@ import yaml
 from hf_contmerge.errors import BudgetError, ContmergeError, ResourceError, RunError
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.study import Study, StudyCell, study_cells
-from hf_contmerge.runtime.files import FOREVER, FolderLock, make_folder, write_atomically
+from hf_contmerge.run.released import release
+from hf_contmerge.runtime.files import FOREVER, FolderLock, make_folder, remove, write_atomically
 from hf_contmerge.runtime.records import read_record, write_record
 
 LOG = logging.getLogger(__name__)
@@ -72,8 +73,20 @@ class StudyFolder:
                 f"Cannot write the study folder {self.folder}: {error.strerror}. Name another with --out."
             ) from error
 
+    def spare(self, run: Run) -> None:
+        """Delete a finished run's merged weights, if only scores are kept.
+
+        Its experts may serve other runs until the study is complete.
+        """
+        if self.study.keep == "scores" and run.is_complete():
+            release(run, ["merge"])
+
     def finish(self) -> None:
-        """Record the study as complete."""
+        """Record the study as complete; delete experts if only scores are kept."""
+        if self.study.keep == "scores":
+            for cell in self.cells:
+                release(self.run(cell), ["train", "merge"])
+            remove(self.experts)
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         write_record(self._record, {"study_sha256": self._sha256(), "cells": len(self.cells), "finished": finished})
 
@@ -102,10 +115,13 @@ def run_cells(folder: StudyFolder, cells: Sequence[StudyCell], *, trust_remote_c
     for number, cell in enumerate(cells, 1):
         run = folder.run(cell)
         if run.is_complete():
+            folder.spare(run)
             continue
         LOG.info("cell %d of %d: %s", number, len(cells), cell.name)
         try:
-            run_recipe(cell.recipe, run.folder, trust_remote_code=trust_remote_code, experts=folder.experts)
+            folder.spare(
+                run_recipe(cell.recipe, run.folder, trust_remote_code=trust_remote_code, experts=folder.experts)
+            )
         except ContmergeError as error:
             if not stopped and not isinstance(error, BudgetError) and number == 1:
                 raise  # most likely each cell would stop for the same reason

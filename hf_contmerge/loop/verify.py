@@ -6,7 +6,7 @@ locks) is listed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from hf_contmerge.models.statistics import RECORD as STATISTICS_RECORD
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
 from hf_contmerge.run.recipe.phases import PHASES, Phase
+from hf_contmerge.run.released import RECORD as RELEASED
 from hf_contmerge.runtime.digests import DIGESTS, changed_files
 from hf_contmerge.runtime.records import Record, read_lines, read_record
 from hf_contmerge.training.job import OWN
@@ -45,6 +46,8 @@ class Reading:
     folder: Path
     read: set[Path] = field(default_factory=set)
     damages: list[Damage] = field(default_factory=list)
+    given_up: Set[Path] = frozenset()
+    """Files that may be missing."""
 
     def record(self, file: Path, redo: str) -> Record:
         """Read a record; a damaged one is empty."""
@@ -82,6 +85,9 @@ class Reading:
 def verify_run(run: Run) -> Reading:
     """Read all files of a run."""
     reading = Reading(run.folder, {run.folder / "recipe.yml"})
+    if (run.folder / RELEASED).exists():
+        known = reading.record(run.folder / RELEASED, "Remove it: it lists the weights that the run gave up.")
+        reading.given_up = {run.folder / name for name in known.get("released", ())}
     again = f"Start the run again: {run.command}"
     if run.inputs.exists() or run.has_results():
         inputs = reading.record(run.inputs, run.inputs_cure)
@@ -138,11 +144,16 @@ def _verify_phase(reading: Reading, run: Run, t: int, place: Place, phase: Phase
     files: Mapping[str, str] = record.get("files", {})
     if isinstance(place, MergePlace) and phase == "merge" and _is_pruned(run, t, place):
         files = {name: digest for name, digest in files.items() if not name.startswith("running/")}
-    reading.files(place.folder, files, redo)
+    reading.files(place.folder, _without(reading.given_up, place.folder, files), redo)
     if isinstance(place, ExpertPlace) and phase == "train":
         given = Path(record.get("given") or place.folder / "expert")
         reading.files(given, record.get("given_files", {}), "Restore it.")
         _verify_statistics(reading, given)
+
+
+def _without(given_up: Set[Path], folder: Path, files: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of files, without missing released ones."""
+    return {n: d for n, d in files.items() if folder / n not in given_up or (folder / n).exists()}
 
 
 def _is_pruned(run: Run, t: int, place: MergePlace) -> bool:

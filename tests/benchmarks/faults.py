@@ -2,6 +2,7 @@
 
     python tests/benchmarks/faults.py             the default tests' sample (ten minutes)
     python tests/benchmarks/faults.py --long      the slow tests too, and a soak of 200 stages (hours)
+    python tests/benchmarks/faults.py --long --seconds 100      as many faults of each command as fit 100 s (an hour)
 
 The tests do the work and count: this runs them, adds up what they record (the fixture `figure`), and the cases of tests
 that are one try each. The row of the fuzzer is read from out/fuzz.txt: make fuzz | tee out/fuzz.txt. A test that fails
@@ -61,9 +62,10 @@ def fuzzed(file: Path) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true", help="all faults, and the whole soak")
+    parser.add_argument("--seconds", default="inf", help="of each slow test of the disk, with --long")
     args = parser.parse_args()
     files = [str(TESTS / "scenarios" / f"{name}.py") for name in FILES]
-    all_day = {"FAULTS_SECONDS": "inf"} if args.long else {}
+    all_day = {"FAULTS_SECONDS": args.seconds} if args.long else {}
     env = {
         **os.environ,
         **all_day,

@@ -64,6 +64,32 @@ def test_equal_experts_are_trained_once(done: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scores_alone_are_kept(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The findings are those of a study that keeps all, and every run passes the check of its files."""
+    fields = yaml.safe_load((done / "study.yml").read_text())
+    (tmp_path / "lean.yml").write_text(yaml.safe_dump({**fields, "recipe": str(done / "recipe.yml"), "keep": "scores"}))
+    command = ["study", str(tmp_path / "lean.yml"), "--out", str(tmp_path / "lean")]
+    assert main([*command, "--part", "1/4"]) == 0
+    first = Run.load(tmp_path / "lean/runs/plain_order-1_seed-0")
+    assert not list(first.folder.glob("stages/*/merges/**/*.safetensors"))
+    assert list(first.folder.rglob("expert/model.safetensors"))  # for the other runs
+    assert main(["redo", str(first.folder), "merge"]) == main(["run", str(first.folder / "recipe.yml"), "--run",
+        str(first.folder)]) == 0  # fmt: skip
+    assert main(command) == 0
+    assert not list((tmp_path / "lean").rglob("*.safetensors"))
+    wanted, found = (json.loads((f / "report/study.json").read_text()) for f in (done / "out", tmp_path / "lean"))
+    assert found["findings"] == wanted["findings"]
+    assert main(command) == 0
+    for run in (tmp_path / "lean/runs").iterdir():
+        assert main(["verify", str(run)]) == 0
+    assert main(["push", str(first.folder), "--repo-id", "me/x"]) == 2
+    assert "went missing" in capsys.readouterr().err
+    (first.folder / "released.json").unlink()
+    assert main(["verify", str(first.folder)]) != 0
+    assert "is missing" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_cell_is_the_run_that_it_stands_for(done: Path, tmp_path: Path) -> None:
     cell = Run.load(done / "out/runs/plain_order-2_seed-1")
     assert cell.is_complete()

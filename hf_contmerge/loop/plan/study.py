@@ -27,7 +27,7 @@ class StudyPlan:
     seconds: Mapping[str, float]
     """By phase, of the whole study."""
     disk_bytes: int
-    """At the end, without sharing."""
+    """At the end, without sharing; with `keep: scores`, the most on the way."""
     findings: Findings
 
 
@@ -35,7 +35,8 @@ def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> Study
     """Check the first cell of each setting; estimate the study from these."""
     findings, seconds, disk = Findings(), {"train": 0.0, "merge": 0.0, "score": 0.0}, 0
     trained: dict[str, float] = {}
-    count = 0
+    experts: dict[str, int] = {}
+    merged, count = 0, 0
     for cells in _by_setting(folder):
         plan = make_plan(folder.run(cells[0]), findings, trust_remote_code=trust_remote_code)
         if not plan:
@@ -43,6 +44,8 @@ def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> Study
         disk += plan["total"]["disk_kept_bytes"] * len(cells)
         for phase in ("merge", "score"):
             seconds[phase] += len(cells) * sum(p["seconds"] for p in plan["phases"] if p["phase"] == phase)
+        merged = max(merged, sum(p["disk_kept_bytes"] for p in plan["phases"] if p["phase"] == "merge"))
+        kept = max((p["disk_kept_bytes"] for p in plan["phases"] if p["phase"] == "train"), default=0)
         training = [(p["stage"], _kind(p), p["seconds"]) for p in plan["phases"] if p["phase"] == "train"]
         names = [stage.name for stage in cells[0].recipe.stages]
         takes = {None if kind == JOINT else names[t - 1]: took for t, kind, took in training}
@@ -50,8 +53,11 @@ def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> Study
             for t, kind, _ in training:
                 count += 1
                 stage = None if kind == JOINT else cell.recipe.stages[t - 1].name
-                trained[_key(cell.recipe, t, kind)] = takes[stage]
+                key = _key(cell.recipe, t, kind)
+                trained[key], experts[key] = takes[stage], kept
     seconds["train"] = sum(trained.values())
+    if folder.study.keep == "scores":
+        disk = merged + sum(experts.values())
     return StudyPlan(len(folder.cells), count, len(trained), seconds, disk, findings)
 
 

@@ -66,6 +66,9 @@ class Study(Part):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
     settings: tuple[Setting, ...] = ()
+    keep: Literal["all", "scores"] = "all"
+    """scores: a finished run's merged weights are deleted, and all experts with the last run. Records, scores and
+    reports stay; `contmerge redo RUN merge` brings merged models back while the experts are there."""
     reference: str | None = None
     """The line that others are compared with: a merge entry, `fine-tuning alone`, or `SETTING: LINE`. Default:
     fine-tuning alone in its best setting, without it the best line."""
