@@ -486,9 +486,10 @@ def _task(place: Place) -> Any:
     from lm_eval.tasks import TaskManager
 
     from hf_contmerge.run.recipe.parts import Task
+    from hf_contmerge.scoring._strangers import foreign_tasks
     from hf_contmerge.scoring.tasks import check_tasks, sample_requests
 
-    with suppress(Exception):  # the parsers below have the same file
+    with suppress(Exception), foreign_tasks(trust_remote_code=False):  # the parsers below have the same file
         if "t" not in TaskManager(include_path=[place.file.parent], include_defaults=False).all_tasks:
             return None  # else lm-eval looks through its own thousands
     check_tasks([Task(name="t")], [place.file.parent])

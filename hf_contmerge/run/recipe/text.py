@@ -96,10 +96,13 @@ def read_mapping(path: str | Path) -> Any:
     try:
         with Path(path).open("rb") as file:  # a pipe will do: `contmerge run <(...)`
             return read_yaml(file.read(LARGEST_YAML + 1).decode())
-    except OSError as error:
-        raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
+    except (OSError, ValueError) as error:  # a study may name a file that no system has
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(
+            f"Cannot read the recipe {shown(str(path), 80)}: {cause}. Give a YAML file's path."
+        ) from error
 
 
 def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
