@@ -187,6 +187,11 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         "contmerge score owner/model --tasks arc_easy,piqa --limit 200",
         _of("score"),
     ),
+    "gate": (
+        "compare a candidate with a model; exit 3 on a proven loss",
+        "contmerge gate owner/model runs/mine --tasks arc_easy --max-loss 0.01",
+        _of("gate"),
+    ),
     "statistics": (
         "measure an expert for merge rules with statistics",
         "contmerge statistics experts/law --data law.jsonl",

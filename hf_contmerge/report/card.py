@@ -14,7 +14,7 @@ from typing import Any
 from hf_contmerge.errors import RunError
 from hf_contmerge.merge_rules import named_rule
 from hf_contmerge.report._findings import METRICS, UNITS, UNMEASURED, known_metrics
-from hf_contmerge.report._merges import last_merged_stage, stored
+from hf_contmerge.report._merges import stored
 from hf_contmerge.report._public import (
     expert_of,
     hub_id,
@@ -81,7 +81,7 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
 
 def last_merged(run: Run, entry: Merge) -> int:
     """Return the last merged stage. Raises RunError without one."""
-    if t := last_merged_stage(run, entry):
+    if t := run.last_merged(entry):
         return t
     missing = "merge" if expert_of(run, entry, 1).is_done("train") else "train"
     raise RunError(

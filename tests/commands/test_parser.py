@@ -41,7 +41,7 @@ def test_help_fits_80_columns_and_has_an_example(
 
 
 def test_json_is_asked_for_in_one_way() -> None:
-    """A flag; only `score` also takes a file."""
+    """A flag; only `score` and `gate` also take a file."""
     facts = {
         parser.prog: action.nargs for parser in EVERY for action in parser._actions if "--json" in action.option_strings
     }
@@ -49,7 +49,7 @@ def test_json_is_asked_for_in_one_way() -> None:
         ("plan", "status", "report", "compare", "study", "verify", "merge log", "merge rank", "doctor", "example list"),
         0,
     )
-    assert facts == {f"contmerge {name}": nargs for name, nargs in {**plain, "score": "?"}.items()}
+    assert facts == {f"contmerge {name}": nargs for name, nargs in {**plain, "score": "?", "gate": "?"}.items()}
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
