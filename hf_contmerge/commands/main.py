@@ -192,6 +192,11 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         "contmerge gate owner/model runs/mine --tasks arc_easy --max-loss 0.01",
         _of("gate"),
     ),
+    "chat": (
+        "talk to a model, or to two side by side",
+        "contmerge chat runs/mine --against Qwen/Qwen3-0.6B",
+        _of("chat"),
+    ),
     "statistics": (
         "measure an expert for merge rules with statistics",
         "contmerge statistics experts/law --data law.jsonl",
