@@ -46,7 +46,19 @@ def test_json_is_asked_for_in_one_way() -> None:
         parser.prog: action.nargs for parser in EVERY for action in parser._actions if "--json" in action.option_strings
     }
     plain = dict.fromkeys(
-        ("plan", "status", "report", "compare", "study", "verify", "merge log", "merge rank", "doctor", "example list", "chat"),
+        (
+            "plan",
+            "status",
+            "report",
+            "compare",
+            "study",
+            "verify",
+            "merge log",
+            "merge rank",
+            "doctor",
+            "example list",
+            "chat",
+        ),
         0,
     )
     assert facts == {f"contmerge {name}": nargs for name, nargs in {**plain, "score": "?", "gate": "?"}.items()}

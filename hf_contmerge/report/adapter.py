@@ -1,0 +1,23 @@
+"""The model card of an extracted adapter."""
+
+from __future__ import annotations
+
+from hf_contmerge.merging.extraction import RECORD, Extraction, Kept
+from hf_contmerge.report._public import public_name
+from hf_contmerge.report._templates import fill
+
+
+def adapter_card(base: str, fine: str, kept: Kept, wanted: Extraction) -> str:
+    """Return the README.md of an extracted adapter."""
+    from huggingface_hub import ModelCardData
+
+    base, fine = public_name(base), public_name(fine)
+    data = ModelCardData(
+        base_model=base, base_model_relation="adapter", library_name="peft", tags=["lora", "contmerge"],
+        pipeline_tag="text-generation",
+    )  # fmt: skip
+    asked = f"rank {wanted.rank}" if wanted.rank else f"{100 * (wanted.energy or 0):g} % of each map's squared change"
+    return fill(
+        "adapter.md", front_matter=data.to_yaml(), base=base, fine=fine, kept=kept, asked=asked, record=RECORD,
+        percent=f"{100 * kept.energy:.4g}",
+    )  # fmt: skip
