@@ -42,7 +42,7 @@ def extract_command(args: argparse.Namespace) -> None:
     """
     from hf_contmerge.merging.extraction import Extraction, extract_adapter
     from hf_contmerge.models.folder import resolve_model
-    from hf_contmerge.report.adapter import adapter_card
+    from hf_contmerge.report.exports import adapter_card
 
     wanted = Extraction(args.rank, args.energy, save_rest=not args.no_rest)
     crew = crew_of(args)

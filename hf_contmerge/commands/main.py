@@ -242,6 +242,11 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         "contmerge merge Qwen/Qwen3-0.6B owner/law owner/code --rule magmax -o merged",
         _of("merge"),
     ),
+    "export": (
+        "write a model as a GGUF file, with an Ollama Modelfile",
+        "contmerge export runs/mine out --gguf --quantise q4_k_m",
+        _of("export"),
+    ),
     "extract-lora": (
         "write the difference of two models as a LoRA adapter",
         "contmerge extract-lora owner/law --base Qwen/Qwen3-0.6B --rank 32 -o law-lora",

@@ -58,6 +58,8 @@ def test_json_is_asked_for_in_one_way() -> None:
             "doctor",
             "example list",
             "chat",
+            "extract-lora",
+            "chat",
         ),
         0,
     )
@@ -68,7 +70,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
-    listed = re.findall(r"^    (\w+)", capsys.readouterr().out, flags=re.M)
+    listed = re.findall(r"^    ([\w-]+)", capsys.readouterr().out, flags=re.M)
     assert listed == list(_COMMANDS)
 
 

@@ -175,7 +175,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("words", [{}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"rank": 1, "energy": 0.5}])
 def test_bad_sizes(words: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="--rank|--energy"):
+    with pytest.raises(RecipeError, match=r"--rank|--energy"):
         Extraction(**words)
 
 
