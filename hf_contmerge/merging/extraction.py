@@ -62,8 +62,8 @@ class Extraction:
 
     def count(self, squares: Tensor) -> int:
         """Return how many singular values to keep; `squares`: theirs, falling, zeros left out."""
-        if self.rank is not None:
-            return min(self.rank, len(squares))
+        if self.energy is None:
+            return min(self.rank or 1, len(squares))
         shares = squares.cumsum(0) / squares.sum()
         return min(int((shares < self.energy - 1e-12).sum()) + 1, len(squares))
 

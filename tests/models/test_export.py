@@ -90,7 +90,7 @@ def test_missing_programs_are_named(nothing: None, base_folder: Path, tmp_path: 
     if not importlib.util.find_spec("llama_cpp"):
         with pytest.raises(ResourceError, match=r"pip install 'hf_contmerge\[llamacpp\]'"):
             export_gguf(base_folder, tmp_path / "out", name="toy", kind="q4_k_m", tools=LlamaCpp(tmp_path))
-    with pytest.raises(ResourceError, match="Give a checkout of llama.cpp"):
+    with pytest.raises(ResourceError, match=r"Give a checkout of llama\.cpp"):
         export_gguf(base_folder, tmp_path / "out", name="toy", tools=LlamaCpp(tmp_path / "nowhere"))
     with pytest.raises(RecipeError, match="Did you mean 'q4_k_m'"):
         export_gguf(base_folder, tmp_path / "out", name="toy", kind="q4km", tools=LlamaCpp(tmp_path))
