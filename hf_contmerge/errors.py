@@ -6,6 +6,7 @@
     ├── ModelError        weights: names, shapes, vocabulary, truncated or non-finite tensors   (also a ValueError)
     ├── RunError          the run folder: another recipe's, in use, or incomplete
     ├── BudgetError       the guard: every attempt exceeds the forgetting budget   (exit code 3, most others 2)
+    ├── LossError         `contmerge gate`: a loss is proven (exit code 3), or cannot be ruled out (4, with --strict)
     ├── ResourceError     the machine: disk, memory, network, permissions
     └── DamageError       `contmerge verify` found files that are not as recorded   (exit code 1)
 
@@ -57,6 +58,14 @@ class BudgetError(ContmergeError):
     """
 
     exit_code = 3
+
+
+class LossError(ContmergeError):
+    """A candidate has lost more than allowed, or may have."""
+
+    def __init__(self, message: str, *, proven: bool) -> None:
+        super().__init__(message)
+        self.exit_code = 3 if proven else 4
 
 
 class ResourceError(ContmergeError):

@@ -187,6 +187,16 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         "contmerge score owner/model --tasks arc_easy,piqa --limit 200",
         _of("score"),
     ),
+    "gate": (
+        "compare a candidate with a model; exit 3 on a proven loss",
+        "contmerge gate owner/model runs/mine --tasks arc_easy --max-loss 0.01",
+        _of("gate"),
+    ),
+    "chat": (
+        "talk to a model, or to two side by side",
+        "contmerge chat runs/mine --against Qwen/Qwen3-0.6B",
+        _of("chat"),
+    ),
     "statistics": (
         "measure an expert for merge rules with statistics",
         "contmerge statistics experts/law --data law.jsonl",
@@ -231,6 +241,16 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         "merge models without a run, at once or one after another",
         "contmerge merge Qwen/Qwen3-0.6B owner/law owner/code --rule magmax -o merged",
         _of("merge"),
+    ),
+    "export": (
+        "write a model as a GGUF file, with an Ollama Modelfile",
+        "contmerge export runs/mine out --gguf --quantise q4_k_m",
+        _of("export"),
+    ),
+    "extract-lora": (
+        "write the difference of two models as a LoRA adapter",
+        "contmerge extract-lora owner/law --base Qwen/Qwen3-0.6B --rank 32 -o law-lora",
+        _of("extract"),
     ),
     "schema": (
         "print the JSON schema of recipes, for editors",

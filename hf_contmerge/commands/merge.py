@@ -155,7 +155,7 @@ def _once(args: argparse.Namespace) -> None:
     from hf_contmerge.merging.state import MergeState
     from hf_contmerge.runtime.files import new_folder, remove, target_of
 
-    crew = _crew(args)
+    crew = crew_of(args)
     size, parameters = crew.ranks.all(lambda: (_size(args.shard_size), _rule_parameters(args)))
     out = target_of(Path(args.out))
     with new_folder(out, crew.ranks):  # refused before any work; the export makes it again
@@ -199,7 +199,7 @@ def _init(args: argparse.Namespace) -> None:
 
 
 def _add(args: argparse.Namespace) -> None:
-    crew = _crew(args)
+    crew = crew_of(args)
     state = _state(args, crew)
     if crew.ranks.first(state.finish_add, args.experts, args.stages, args.weights):
         _say("These experts are the newest ones already; nothing was added.")
@@ -210,7 +210,7 @@ def _add(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
 
-    crew = _crew(args)
+    crew = crew_of(args)
     state = _state(args, crew)
     if args.as_adapter:
         from hf_contmerge.merging.adapter import export_adapter
@@ -237,7 +237,7 @@ def _log(args: argparse.Namespace) -> None:
 
 
 def _drop(args: argparse.Namespace) -> None:
-    crew = _crew(args)
+    crew = crew_of(args)
     state = _state(args, crew)
     if crew.ranks.first(state.finish_drop, args.stage):
         _say(f"{args.stage} was dropped already.")
@@ -262,7 +262,7 @@ def _from_recipe(args: argparse.Namespace) -> None:
     from hf_contmerge.merging.in_mergekit.recipe import read_mergekit_recipe
     from hf_contmerge.merging.in_mergekit.replay import carry_out
 
-    crew = _crew(args)
+    crew = crew_of(args)
     recipe, size = crew.ranks.first(lambda: (read_mergekit_recipe(Path(args.recipe)), _size(args.shard_size)))
     found = carry_out(recipe, Path(args.out), shard_size=size, crew=crew, force=args.force)
     if crew.ranks.is_main:
@@ -312,7 +312,8 @@ def _load(folder: str) -> MergeState:
     return state
 
 
-def _crew(args: argparse.Namespace) -> Crew:
+def crew_of(args: argparse.Namespace) -> Crew:
+    """Return the crew of `--device` and `--workers`."""
     import torch
 
     from hf_contmerge.runtime.crew import Crew

@@ -49,22 +49,27 @@ class Answer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `contmerge score`."""
     parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id[@revision], a peft adapter or a .gguf file")
+    parser.add_argument("--base", metavar="MODEL", help="base of an adapter (default: from its config)")
+    parser.add_argument("--json", metavar="OUT", nargs="?", const="", help="print JSON; or also write it to a file")
+    add_measuring(parser)
+    parser.set_defaults(do=score_command)
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Add the tasks and settings of a measurement; see `score_request`."""
     parser.add_argument("--tasks", metavar="A,B", help="of lm-eval, --include-path or --run (default: all of --run)")
     parser.add_argument("--run", metavar="RUN", help="use this run's tasks, limits and dtype")
-    parser.add_argument("--base", metavar="MODEL", help="base of an adapter (default: from its config)")
     parser.add_argument("--include-path", metavar="DIR", help="a folder of lm-eval task YAML files")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N documents of each task")
     parser.add_argument("--num-fewshot", type=whole_number(0), metavar="N", help="examples before each question")
     parser.add_argument("--batch-size", type=_batch, metavar="N", help="a number or auto (default: 8)")
     parser.add_argument("--max-length", type=whole_number(2), metavar="N", help="tokens per forward pass")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="dtype of the weights")
-    parser.add_argument("--json", metavar="OUT", nargs="?", const="", help="print JSON; or also write it to a file")
     parser.add_argument("--no-cache", action="store_true", help="ignore and do not write cached scores")
     add_cpu_argument(parser)
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="allow code of the model and of task files to run"
     )
-    parser.set_defaults(do=score_command)
 
 
 def score_command(args: argparse.Namespace) -> None:
@@ -74,15 +79,9 @@ def score_command(args: argparse.Namespace) -> None:
         ContmergeError: a user error.
     """
     compute_on(cpu=args.cpu)
-    out = Path(args.json) if args.json else None
-    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise ResourceError(f"--json {out}: give a file in an existing folder; nothing was measured.")
-    request = _request(args)
-    cache = ScoreCache.open(use=request.evaluate.cache)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    known = known_at_once(args.model, args.base, request, cache) if alone else None
-    answer = _answer(known, {}) if known else _measured(args, request, cache)
-    if answer:  # only rank 0 prints
+    out = output_file("--json", args.json)
+    request = score_request(args)
+    for answer in measured({args.model: args.base}, request):
         facts = _summary(args.model, request, answer)
         if args.json == "":
             print_json(facts)
@@ -92,7 +91,15 @@ def score_command(args: argparse.Namespace) -> None:
             write_atomically(out, json.dumps(facts, indent=1) + "\n")
 
 
-def _request(args: argparse.Namespace) -> ScoreRequest:
+def output_file(option: str, name: str | None) -> Path | None:
+    """Return the file to write, if one is named. Raises ResourceError unless its folder exists."""
+    out = Path(name) if name else None
+    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise ResourceError(f"{option} {out}: give a file in an existing folder; nothing was measured.")
+    return out
+
+
+def score_request(args: argparse.Namespace) -> ScoreRequest:
     """Build the score request; model names are resolved later."""
     run = Run.load(args.run) if args.run else None
     if run:
@@ -132,20 +139,25 @@ def _tasks(args: argparse.Namespace, run: Run | None) -> list[Task]:
     return [t if args.num_fewshot is None else t.model_copy(update={"num_fewshot": args.num_fewshot}) for t in tasks]
 
 
-def _measured(args: argparse.Namespace, request: ScoreRequest, cache: ScoreCache) -> Answer | None:
-    """Measure missing scores on all ranks.
+def measured(models: Mapping[str, str | None], request: ScoreRequest) -> list[Answer]:
+    """Return the scores of models, given with their bases; those not cached are measured on all ranks.
 
     Returns:
-        The answer on rank 0, None elsewhere.
+        An answer for each model on rank 0, nothing elsewhere.
     """
+    cache = ScoreCache.open(use=request.evaluate.cache)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    known = {name: known_at_once(name, base, request, cache) for name, base in models.items() if alone}
+    if alone and all(known.values()):
+        return [_answer(scores, {}) for scores in known.values() if scores]
     from hf_contmerge.runtime.launching import join_ranks, keep_freed_memory, leave_ranks
     from hf_contmerge.scoring.score import measure_named
 
     keep_freed_memory()
     _, crew = join_ranks()
-    known, scores = measure_named(args.model, args.base, request, ranks=crew.ranks, cache=cache)
+    found = [measure_named(name, base, request, ranks=crew.ranks, cache=cache) for name, base in models.items()]
     leave_ranks()
-    return _answer(known, scores) if crew.ranks.is_main else None
+    return [_answer(*each) for each in found] if crew.ranks.is_main else []
 
 
 def _answer(known: KnownScores, scores: Mapping[str, TaskScore]) -> Answer:

@@ -29,6 +29,9 @@ from hf_contmerge.models.weights import Weights
 
 LOG = logging.getLogger(__name__)
 
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Kinds of models whose `out_proj` peft refuses: their kernels read the weight past the module."""
+
 
 def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: Any) -> Any:
     """Load a model for training or scoring.
@@ -126,6 +129,20 @@ def _fold_layer(inner: nn.Module, around: list[tuple[str, Any]]) -> dict[str, Ke
         p.data = rounded(exact, starts[name].dtype, name=full)
         kept[full] = compared(p.data, start, exact - start)
     return kept
+
+
+def refused_targets(model_type: str) -> frozenset[str]:
+    """Return the last names of linear maps that peft does not adapt in a kind of model.
+
+    In mixtures, peft takes `gate_proj` outside the experts too for a part of the experts' stacks.
+    """
+    from peft.utils import transformers_weight_conversion as peft_rules
+
+    if model_type in _MAMBA:
+        return frozenset({"out_proj"})
+    kind = getattr(peft_rules, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
+    fused = getattr(peft_rules, "_MOE_FUSED_TARGETS", {}).get(kind)
+    return frozenset(getattr(peft_rules, "_MOE_TARGET_MODULE_MAPPING", {}).get(kind, ())) if fused else frozenset()
 
 
 def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:

@@ -68,6 +68,9 @@ class InMemory:
         held: name -> tensor, in the order of the modules' parameters.
         tables: weights of embedding tables.
         conv1d: weights of linear maps held as (in, out).
+        linear: weights of linear maps held as (out, in).
+        stacks: parameters of several matrices, (experts, ...).
+        leaves: modules without modules in them.
         in_out: modules whose stacks are held as (experts, in, out).
         ties: name -> all names of a tensor with several.
         rename: an older version's name of a tensor -> today's.
@@ -76,6 +79,9 @@ class InMemory:
     held: Mapping[str, Held]
     tables: frozenset[str] = frozenset()
     conv1d: frozenset[str] = frozenset()
+    linear: frozenset[str] = frozenset()
+    stacks: frozenset[str] = frozenset()
+    leaves: frozenset[str] = frozenset()
     in_out: frozenset[str] = frozenset()
     ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rename: Callable[[str], str] = str
@@ -135,10 +141,17 @@ def in_memory(base: Weights) -> InMemory:
         held=held_by(architecture, rules, base),
         tables=frozenset(f"{n}.weight" for n, m in modules.items() if isinstance(m, torch.nn.Embedding)),
         conv1d=frozenset(f"{n}.weight" for n, m in modules.items() if isinstance(m, Conv1D)),
+        linear=frozenset(f"{n}.weight" for n, m in modules.items() if isinstance(m, torch.nn.Linear)),
+        stacks=frozenset(n for n, p in model.named_parameters() if p.ndim == 3 and not _is_convolution(modules, n)),
+        leaves=frozenset(n for n, m in modules.items() if not any(m.children())),
         in_out=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False)),
         ties=_ties(model),
         rename=functools.partial(_renamed, rules),
     )
+
+
+def _is_convolution(modules: Mapping[str, Any], parameter: str) -> bool:
+    return type(modules[parameter.rpartition(".")[0]]).__name__.startswith("Conv")
 
 
 def _renamed(rules: Conversion, name: str) -> str:

@@ -20,7 +20,7 @@ def geometry_section(run: Run) -> Section:
     tables: list[Table] = []
     groups: dict[str, list[tuple[Merge, int, dict[str, Any]]]] = {}
     for entry in run.recipe.merge:
-        if (t := last_merged_stage(run, entry)) and (record := run.merged(t, entry).record("merge")).get("geometry"):
+        if (t := run.last_merged(entry)) and (record := run.merged(t, entry).record("merge")).get("geometry"):
             groups.setdefault(record["start_from"], []).append((entry, t, record))
     sampled = {f"{100 * r['geometry']['sampled']:.2g} %" for group in groups.values() for _, _, r in group}
     for kind, group in groups.items():
@@ -79,14 +79,9 @@ def stored(run: Run) -> dict[str, Survival]:
     records = {
         entry.name: run.merged(t, entry).record("merge").get("stored")
         for entry in run.recipe.merge
-        if (t := last_merged_stage(run, entry))
+        if (t := run.last_merged(entry))
     }
     return {name: Survival.read(record) for name, record in records.items() if record}
-
-
-def last_merged_stage(run: Run, entry: Merge) -> int:
-    """Return the last merged stage of an entry; 0 for none."""
-    return max((t for t in run.stage_numbers() if run.merged(t, entry).is_done("merge")), default=0)
 
 
 def _angles(run: Run, kind: str, group: Sequence[tuple[Merge, int, Mapping[str, Any]]]) -> list[Table]:
@@ -152,7 +147,7 @@ def ownership_tables(run: Run) -> list[Table]:
     """Return each stage's share of each layer, for selecting rules."""
     tables = []
     for entry in run.recipe.merge:
-        t = last_merged_stage(run, entry)
+        t = run.last_merged(entry)
         layers: dict[str, dict[str, float]] = run.merged(t, entry).record("merge").get("ownership", {}) if t else {}
         if layers:
             owners = list(next(iter(layers.values())))

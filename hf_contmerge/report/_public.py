@@ -45,6 +45,14 @@ def public_name(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2] or "."
 
 
+def accepted_name(name: str) -> str:
+    """Return a public name as `base_model` of a card.
+
+    The Hub refuses a card whose base_model could not be a model's id, as with quickstart:smollm2.
+    """
+    return re.sub(r"[^\w./-]+", "-", name)
+
+
 def _public_word(key: str, value: str) -> str:
     """Return a recipe's string as the world may see it."""
     if names_secret(key):

@@ -6,7 +6,6 @@ Missing scores are named as such.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 from hf_contmerge.errors import RunError
 from hf_contmerge.merge_rules import named_rule
 from hf_contmerge.report._findings import METRICS, UNITS, UNMEASURED, known_metrics
-from hf_contmerge.report._merges import last_merged_stage, stored
+from hf_contmerge.report._merges import stored
 from hf_contmerge.report._public import (
+    accepted_name,
     expert_of,
     hub_id,
     public_mergekit_recipe,
@@ -81,7 +81,7 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
 
 def last_merged(run: Run, entry: Merge) -> int:
     """Return the last merged stage. Raises RunError without one."""
-    if t := last_merged_stage(run, entry):
+    if t := run.last_merged(entry):
         return t
     missing = "merge" if expert_of(run, entry, 1).is_done("train") else "train"
     raise RunError(
@@ -99,8 +99,7 @@ def _front_matter(run: Run, entry: Merge, t: int, shown_id: str) -> str:
     datasets = [d for source in sources if (d := hub_id(source.path))]
     results = _eval_results(load_scores(run.merged(t, entry)))
     data = ModelCardData(
-        # The Hub refuses a card whose base_model could not be a model's id, as with quickstart:smollm2.
-        base_model=[re.sub(r"[^\w./-]+", "-", hub_id(m) or public_name(m)) for m in dict.fromkeys(parents)],
+        base_model=[accepted_name(hub_id(m) or public_name(m)) for m in dict.fromkeys(parents)],
         base_model_relation="merge",
         tags=["merge", "mergekit", "contmerge", entry.rule],
         library_name="transformers",

@@ -259,6 +259,10 @@ class Run:
             return self.expert(t - 1, kind).model
         return self.merged_of(t - 1, kind).model
 
+    def last_merged(self, entry: Merge) -> int:
+        """Return the last merged stage of an entry; 0 for none."""
+        return max((t for t in self.stage_numbers() if self.merged(t, entry).is_done("merge")), default=0)
+
     def merged_of(self, t: int, kind: str) -> MergePlace:
         """Return stage t's merge by a kind, `merged-NAME`."""
         return self.merged(t, next(e for e in self.recipe.merge if f"merged-{e.name}" == kind))

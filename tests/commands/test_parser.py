@@ -41,22 +41,36 @@ def test_help_fits_80_columns_and_has_an_example(
 
 
 def test_json_is_asked_for_in_one_way() -> None:
-    """A flag; only `score` also takes a file."""
+    """A flag; only `score` and `gate` also take a file."""
     facts = {
         parser.prog: action.nargs for parser in EVERY for action in parser._actions if "--json" in action.option_strings
     }
     plain = dict.fromkeys(
-        ("plan", "status", "report", "compare", "study", "verify", "merge log", "merge rank", "doctor", "example list"),
+        (
+            "plan",
+            "status",
+            "report",
+            "compare",
+            "study",
+            "verify",
+            "merge log",
+            "merge rank",
+            "doctor",
+            "example list",
+            "chat",
+            "extract-lora",
+            "chat",
+        ),
         0,
     )
-    assert facts == {f"contmerge {name}": nargs for name, nargs in {**plain, "score": "?"}.items()}
+    assert facts == {f"contmerge {name}": nargs for name, nargs in {**plain, "score": "?", "gate": "?"}.items()}
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
-    listed = re.findall(r"^    (\w+)", capsys.readouterr().out, flags=re.M)
+    listed = re.findall(r"^    ([\w-]+)", capsys.readouterr().out, flags=re.M)
     assert listed == list(_COMMANDS)
 
 

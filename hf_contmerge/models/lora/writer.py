@@ -37,6 +37,7 @@ def write_adapter(
     embeddings: Collection[str] = (),
     conv1d: Collection[str] = (),
     tied: str | None = None,
+    levels: Mapping[str, int] | None = None,
 ) -> None:
     """Write an adapter for base + left @ right.
 
@@ -53,6 +54,8 @@ def write_adapter(
         conv1d: names of linear maps stored (in, out).
         tied: the table shared by input embedding and output head, if any. Its change must be in `whole`: peft applies a
             LoRA on it to one of the two, or twice when merged.
+        levels: name of a stack of matrices in memory -> the number of the module's later stacks. Its left is
+            (experts, out, r), its right (experts, r, in), with one rank; it becomes one of the `target_parameters`.
 
     Raises:
         ModelError: no change to write, which peft could not load; or a name is not a module's weight.
@@ -60,22 +63,29 @@ def write_adapter(
     pairs = cast(Iterable[tuple[str, Factors]], factors.items() if isinstance(factors, Mapping) else factors)
     out.mkdir(parents=True, exist_ok=True)
     ranks: dict[str, int] = {}
+    stacks, levels = dict[str, int](), levels or {}
     with tempfile.TemporaryFile(dir=out) as data:
         file = _Tensors(data)
         for name, (left, right) in pairs:
-            if left.shape[1]:
+            if left.ndim == 3:
+                stacks[name] = left.shape[2]
+                key = f"{PREFIX}{name.rpartition('.')[0]}{'.base_layer' * levels[name]}"
+                for part, tensor in _stacked(left, right):
+                    file.add(f"{key}.{part}", tensor)
+            elif left.shape[1]:
                 module = _module(name)
                 ranks[module] = left.shape[1]
                 for part, tensor in _parts(left, right, table=name in embeddings, swapped=name in conv1d):
                     file.add(f"{PREFIX}{module}.{part}", tensor)
-        if not ranks:
+        if not ranks and not stacks:
             raise ModelError(
                 f"No low-rank change to write to {out}: all matrices of the merged model equal the base. "
                 "Export the whole model."
             )
         saved = _add_whole(file, whole or {}, ranks, tied)
         file.finish(out / FILE)
-    settings = _settings(ranks, saved, base_model, lora_bias=any(f"{m}.bias" in (whole or {}) for m in ranks))
+    settings = _settings(ranks | stacks, saved, base_model, lora_bias=any(f"{m}.bias" in (whole or {}) for m in ranks))
+    settings |= {"target_modules": sorted(ranks), "target_parameters": sorted(stacks) or None}
     settings["fan_in_fan_out"] = bool(conv1d)
     settings["ensure_weight_tying"] = tied in (whole or {})
     (out / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -91,6 +101,12 @@ def _parts(left: Tensor, right: Tensor, *, table: bool, swapped: bool) -> Iterat
     else:
         a, b = (left.T, right.T) if swapped else (right, left)
         yield from (("lora_A.weight", a), ("lora_B.weight", b))
+
+
+def _stacked(left: Tensor, right: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield peft's A (r * experts, in) and B (out, r * experts) of a stack: B has the expert last."""
+    yield "lora_A.weight", right.flatten(0, 1)
+    yield "lora_B.weight", left.permute(1, 2, 0).flatten(1)
 
 
 def _add_whole(file: _Tensors, whole: Mapping[str, Tensor], ranks: Mapping[str, int], tied: str | None) -> list[str]:
@@ -131,7 +147,6 @@ def _settings(ranks: Mapping[str, int], saved: list[str], base_model: str, *, lo
         "lora_alpha": usual,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
         "modules_to_save": saved or None,
         "bias": "lora_only" if lora_bias else "none",
         "lora_dropout": 0.0,

@@ -14,7 +14,7 @@ from typing import Any
 from hf_contmerge.run.recipe.parts import Guard
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.scores import BLOCKS, Block, Scores
-from hf_contmerge.scoring.forgetting.paired import Change, exceeds, flips, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change, exceeds, flips, mean_change, one_sided
 
 GENERAL = "general"
 _UNITS: dict[Block, str] = {"accuracy": "of accuracy", "perplexity": "nats"}
@@ -126,9 +126,8 @@ def judge(
     if "stages" in guard.on:
         watched += [(name, references[name], tasks[name]) for name in stages[:-1]]
     changes = [shift for group, then, names in watched for shift in _losses(group, now, then, names, guard.measure)]
-    measured = sum(s.change.stderr is not None for s in changes)
-    shared = 1 - 2 * (1 - guard.confidence) / max(measured, 1)  # one side per interval, divided as in `exceeds`
-    losses = tuple(Shift(s.group, s.block, s.change.at(shared)) for s in changes)
+    shown = one_sided([s.change for s in changes], guard.confidence)
+    losses = tuple(replace(s, change=change) for s, change in zip(changes, shown, strict=True))
     held = not exceeds([s.change for s in changes], guard.max_forgetting, guard.confidence)
     return Judgement(held, losses, tuple(shifts(stages[-1], now, base, tasks[stages[-1]])))
 

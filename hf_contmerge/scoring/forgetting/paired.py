@@ -177,6 +177,12 @@ def paired_change(new: Sample, old: Sample, confidence: float = CONFIDENCE) -> C
     return _change((Part(1.0, gains, new.weights),), confidence)
 
 
+def score_change(task: str, new: TaskScore, old: TaskScore) -> Change:
+    """Return the change of one task. Raises RunError for different documents."""
+    _require_same_documents(task, new, old)
+    return paired_change(new.sample, old.sample)
+
+
 def same_documents(new: TaskScore, old: TaskScore) -> bool:
     """Check two scores for equal documents, as far as recorded."""
     digests = new.details.get("documents_sha256"), old.details.get("documents_sha256")
@@ -197,9 +203,17 @@ def exceeds(changes: Iterable[Change | None], allowed: float, confidence: float 
         allowed: tolerated drop in the same units; 0 or more.
         confidence: 0 to 1.
     """
-    measured = [c for c in changes if c is not None and c.stderr is not None]
-    uppers = [c.at(1 - 2 * (1 - confidence) / len(measured)).high for c in measured]
+    uppers = [c.high for c in one_sided([c for c in changes if c is not None], confidence)]
     return any(-upper > allowed for upper in uppers if upper is not None)
+
+
+def one_sided(changes: Sequence[Change], confidence: float) -> list[Change]:
+    """Return changes with intervals of which all upper ends, or all lower ones, hold jointly.
+
+    Bonferroni-corrected. Changes measured on a single document have no interval and do not count.
+    """
+    measured = sum(c.stderr is not None for c in changes)
+    return [c.at(1 - 2 * (1 - confidence) / max(measured, 1)) for c in changes]
 
 
 def _require_same_documents(task: str, new: TaskScore, old: TaskScore) -> None:
