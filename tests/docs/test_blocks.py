@@ -1,0 +1,109 @@
+"""Every block of README and docs/ is run, page by page, in a folder of toys; those that say `not run` are parsed.
+
+`tests/test_readme.py` parses all commands, recipes and programs, also of the blocks that are run here.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toys.pages import PAGES, README, Block, blocks_of, make_world, not_run, smaller
+
+from hf_contmerge.commands.main import main
+
+INSTALLERS = {"make", "pip"}
+"""They change the environment of the tests; `.ci/run` gives `make`, tests/supply/test_wheel.py installs."""
+ELSEWHERE = {"CONTRIBUTING.md"}
+LANGUAGES = {"", "bash", "json", "python", "text", "toml", "yaml"}
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda p: p.stem)
+def test_reasons_are_reasons(page: Path) -> None:
+    """Languages are known, a recipe to save is a whole one, and `not run` has a reason of several words."""
+    for block in blocks_of(page):
+        assert block.language in LANGUAGES
+        for line in block.text.splitlines():
+            reason = not_run(line)
+            assert "not run" not in line or (reason and len(reason.split()) >= 2), line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of toys with two finished runs, made as the README says."""
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    (recipe,) = (block.text for block in blocks_of(README) if block.file == "mine.yml")
+    (folder / "mine.yml").write_text(smaller(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["run", "mine.yml"]) == 0
+        assert main(["run", "mine.yml", "--run", "runs/other", "--set", "merge.0=ema"]) == 0
+        _quickstart(folder)
+    return folder
+
+
+def _quickstart(folder: Path) -> None:
+    """Put toys where the quickstart's run has its base and experts; its tasks are made from our texts."""
+    stages = folder / "runs/quickstart/stages"
+    shutil.copytree(folder / "Qwen/Qwen3-0.6B", stages / "00-base/model")
+    for stage in ("01-bible", "02-pydocs", "03-recipes"):
+        for kind in ("base", "previous"):
+            expert = {"01-bible": "law", "02-pydocs": "medicine", "03-recipes": "law-expert"}[stage]
+            shutil.copytree(folder / "owner" / expert, stages / stage / "experts" / kind / "expert")
+    tasks = folder / "runs/quickstart/tasks"
+    shutil.copytree(folder / "runs/mine/tasks", tasks)
+    for file in tasks.glob("law_heldout*"):
+        file.rename(renamed := file.with_name(file.name.replace("law_", "bible_")))
+        if renamed.suffix == ".yaml":
+            text = renamed.read_text().replace("law_heldout", "bible_heldout").replace("runs/mine", "runs/quickstart")
+            renamed.write_text(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda p: p.stem)
+def test_blocks_run(page: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = blocks_of(page)
+    if not any(block.language in {"bash", "python"} or block.file for block in blocks):
+        return
+    home = tmp_path / f"docs-{page.stem}"
+    shutil.copytree(world, home, symlinks=True)
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("BROWSER", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        if block.file:
+            path = home / block.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(smaller(block.text) if block.language == "yaml" and "stages:" in block.text else block.text)
+        elif block.reason is None:
+            _run(block, names)
+
+
+def _run(block: Block, names: dict[str, object]) -> None:
+    where = f"{block.page.name}, block {block.number}"
+    if block.language == "python":
+        exec(compile(block.text, where, "exec"), names)
+    elif block.language == "bash":
+        for line in block.commands():
+            _run_command(line, where)
+
+
+def _run_command(line: str, where: str) -> None:
+    words = shlex.split(line, comments=True)
+    if not words or words[0] in INSTALLERS or not_run(line):
+        return
+    if words[0] == "contmerge" and words[1] != "yaml" and ">" not in words:
+        try:
+            code = main(words[1:])
+        except SystemExit as stop:  # --help, --version
+            code = stop.code
+        assert code in (0, None), f"{where}: {line} ended with exit code {code}"
+        return
+    tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=tools)
+    assert done.returncode == 0, f"{where}: {line} ended with exit code {done.returncode}\n{done.stderr[-3000:]}"
