@@ -21,6 +21,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.S | re.M)
 _NOT_RUN = re.compile(r"#.*?\bnot run: ([^)\n]+)")
 _SAVED = re.compile(r"\b[Ss]ave (?:this|it) as `([\w./-]+)`")
+_NAMED = re.compile(r"# ([\w./-]+\.(?:yml|py))\n")
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,31 @@ def blocks_of(page: Path) -> list[Block]:
     blocks = []
     for number, match in enumerate(_FENCE.finditer(text)):
         saved = _SAVED.search(text[: match.start()].rstrip().removesuffix(":").rsplit("\n\n", 1)[-1])
+        saved = saved or _NAMED.match(match[2])
         blocks.append(Block(page, number, match[1], match[2], saved[1] if saved else None))
     return blocks
 
 
 # The folder
 
+QUIZ: dict[str, Any] = {"name": "quiz", "kind": "multiple_choice", "dataset": "quiz.jsonl"}
+"""A task in the place of those on the Hub."""
+
 
 def make_world(folder: Path) -> None:
     """Fill a folder with toys: the models, adapters, texts and recipes that the pages name."""
     base = toy_llama(folder / "Qwen/Qwen3-0.6B", seed=0)
-    for name in ("owner/base", "owner/its-base", "owner/model", "HuggingFaceTB/SmolLM2-135M"):
+    for name in ("owner/base", "owner/its-base", "owner/model"):
         shutil.copytree(base, folder / name)
-    experts = ("owner/law", "owner/medicine", "owner/law-expert", "owner/instruct", "owner/coder", "path/to/medicine",
-               "path/to/expert", "path/to/model", "me/coder", "HuggingFaceTB/SmolLM2-135M-Instruct")  # fmt: skip
+    owned = [f"owner/{name}" for name in ("law", "medicine", "law-expert", "instruct", "coder")]
+    paths = [f"path/to/{name}" for name in ("medicine", "expert", "model")]
+    experts = [*owned, *paths, "me/coder", "experts/law", "experts/law-2"]
     for seed, name in enumerate(experts, 1):
         perturbed(base, folder / name, seed=seed, size=0.01)
     for seed, name in enumerate(("owner/law-lora", "owner/code-lora", "path/to/adapter"), 1):
         lora(base, folder / name, seed=seed)
+        config = folder / name / "adapter_config.json"
+        config.write_text(config.read_text().replace(str(base), "Qwen/Qwen3-0.6B"))
     _write_texts(folder)
     for name in ("recipes", "hf_contmerge"):
         (folder / name).symlink_to(ROOT / name)
@@ -89,12 +97,16 @@ def _write_texts(folder: Path) -> None:
         rows = [{"text": f"{name} {i}: {lines[i % len(lines)]}"} for i in range(48)]
         for place in (folder, folder / "data"):
             write_jsonl(place / f"{name}.jsonl", rows)
-    turns = [{"role": "user", "content": "what lays eggs"}, {"role": "assistant", "content": "the hen"}]
-    write_jsonl(folder / "data/chat.jsonl", [{"messages": turns}] * 48)
+    words = TEXT.split()
+    asked = [f"what comes after {word}, number {i}" for i, word in enumerate(words[:48])]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": w}] for q, w in zip(asked, words[1:])]  # noqa: B905
+    write_jsonl(folder / "data/chat.jsonl", [{"messages": two} for two in turns])
+    rows = [{"query": "the quick", "choices": ["brown", "fox", "red"], "gold": i % 3} for i in range(12)]
+    write_jsonl(folder / "quiz.jsonl", rows)
 
 
 def smaller(text: str) -> str:
-    """Return a page's recipe with two steps a stage, and without tasks that only the Hub has."""
+    """Return a page's recipe with two steps a stage, and a local task in the place of those on the Hub."""
     fields = read_yaml(text)
     fields["train"] = {**fields.get("train", {}), "max_steps": 2, "per_device_train_batch_size": 2, "warmup_steps": 0}
     for stage in fields["stages"]:
@@ -102,7 +114,5 @@ def smaller(text: str) -> str:
             given = stage["dataset"] if isinstance(stage["dataset"], dict) else {"path": stage["dataset"]}
             stage["dataset"] = {**given, "heldout": 3}
         stage.pop("tasks", None)
-    evaluate: dict[str, Any] = fields.get("evaluate", {})
-    local = [task for task in evaluate.get("general_tasks", ()) if isinstance(task, dict)]
-    fields["evaluate"] = {**evaluate, "general_tasks": local}
+    fields["evaluate"] = {**fields.get("evaluate", {}), "general_tasks": [QUIZ]}
     return yaml.safe_dump(fields, sort_keys=False)
