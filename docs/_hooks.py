@@ -80,8 +80,7 @@ def _generated() -> dict[str, str | bytes]:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to other files of the repository into links of the site, or to the repository."""
     here = page.file.src_uri
-    home = {place: name for name, place in PROJECT.items()}.get(here)
-    folder = "" if home else posixpath.dirname(f"docs/{here}") if (DOCS / here).exists() else "docs"
+    folder = _folder_of(here)
 
     def moved(match: re.Match[str]) -> str:
         target, hash_, anchor = match[1].partition("#")
@@ -100,6 +99,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         for part in re.split(r"(^```.*?^```$)", markdown, flags=re.S | re.M)
     )
     return _with_pages_of_methods(text, here.removesuffix(".md")) if here.removesuffix(".md") in KINDS else text
+
+
+def _folder_of(place: str) -> str:
+    """Return the folder of the repository to which a page's links are relative."""
+    if place in PROJECT.values():
+        return ""
+    if place.startswith("notebooks/"):
+        return "notebooks"
+    return posixpath.dirname(f"docs/{place}") if (DOCS / place).exists() else "docs"
 
 
 def _on_site(path: str, files: Files) -> str | None:

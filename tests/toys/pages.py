@@ -20,7 +20,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.S | re.M)
 _NOT_RUN = re.compile(r"#.*?\bnot run: ([^)\n]+)")
-_SAVED = re.compile(r"\b[Ss]ave (?:this|it) as `([\w./-]+)`")
+_SAVED = re.compile(r"\b[Ss]ave (?:this|it)\s+as\s+`([\w./-]+)`")
 _NAMED = re.compile(r"# ([\w./-]+\.(?:yml|py))\n")
 
 
