@@ -53,20 +53,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _quickstart(folder: Path) -> None:
-    """Put toys where the quickstart's run has its base and experts; its tasks are made from our texts."""
-    stages = folder / "runs/quickstart/stages"
-    shutil.copytree(folder / "Qwen/Qwen3-0.6B", stages / "00-base/model")
-    for stage in ("01-bible", "02-pydocs", "03-recipes"):
+    """Make a run with the quickstart's name: a copy, with toys as its experts and a copy of a task of ours."""
+    run = folder / "runs/quickstart"
+    shutil.copytree(folder / "runs/mine", run, symlinks=True)
+    for stage, expert in (("01-bible", "law"), ("02-pydocs", "medicine"), ("03-recipes", "law-expert")):
         for kind in ("base", "previous"):
-            expert = {"01-bible": "law", "02-pydocs": "medicine", "03-recipes": "law-expert"}[stage]
-            shutil.copytree(folder / "owner" / expert, stages / stage / "experts" / kind / "expert")
-    tasks = folder / "runs/quickstart/tasks"
-    shutil.copytree(folder / "runs/mine/tasks", tasks)
-    for file in tasks.glob("law_heldout*"):
-        file.rename(renamed := file.with_name(file.name.replace("law_", "bible_")))
-        if renamed.suffix == ".yaml":
-            text = renamed.read_text().replace("law_heldout", "bible_heldout").replace("runs/mine", "runs/quickstart")
-            renamed.write_text(text)
+            shutil.copytree(folder / "owner" / expert, run / "stages" / stage / "experts" / kind / "expert")
+    for file in sorted((run / "tasks").glob("law_heldout*")):
+        copy = file.with_name(file.name.replace("law_", "bible_"))
+        shutil.copy(file, copy)
+        if copy.suffix == ".yaml":
+            copy.write_text(
+                copy.read_text().replace("law_heldout", "bible_heldout").replace("runs/mine", "runs/quickstart")
+            )
 
 
 @pytest.mark.slow
