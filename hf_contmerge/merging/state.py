@@ -56,7 +56,6 @@ from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.digests import Digests, digests_of, files_below
 from hf_contmerge.runtime.files import FolderLock, alone, new_folder, remove, sync_files, sync_folder
-from hf_contmerge.runtime.html import html_table
 from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.runtime.refusals import refusals
 from hf_contmerge.runtime.versions import versions
@@ -111,12 +110,6 @@ class MergeState:
         state = cls(Path(folder))
         state.log()
         return state
-
-    def _repr_html_(self) -> str:
-        """Return the experts as a table, for notebooks."""
-        log = self.log()
-        rows = ([number, e.stage, e.model, e.kind, e.weight, e.norm] for number, e in enumerate(log.experts, 1))
-        return html_table(f"{log.rule} on {log.base}", ["", "stage", "expert", "kind", "weight", "norm"], rows)
 
     def log(self) -> Log:
         """Return the contents of state.json."""

@@ -45,7 +45,6 @@ from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
 from hf_contmerge.runtime.digests import changed_files, digests_below
 from hf_contmerge.runtime.files import FolderLock, make_folder, sync_folder, write_atomically
 from hf_contmerge.runtime.foreign import require_own_files
-from hf_contmerge.runtime.html import html_table
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
 from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml, write_record
 from hf_contmerge.runtime.shapes import INPUTS
@@ -134,15 +133,6 @@ class Run:
     def recipe_sha256(self) -> str:
         fields = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()
-
-    def _repr_html_(self) -> str:
-        """Return the phases of each model as a table, for notebooks."""
-        phases = PHASES[:-1]  # the report is of the whole run
-        rows = [
-            [place.folder.relative_to(self.folder / "stages"), *("done" if place.is_done(p) else None for p in phases)]
-            for _, place in self.places()
-        ]
-        return html_table(str(self.folder), ["", *phases], rows)
 
     @property
     def report(self) -> Place:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_contmerge.run.scores import Sample
-from hf_contmerge.runtime.html import html_table
 
 Row = tuple[float | None, ...]
 
@@ -30,11 +29,6 @@ class ScoreMatrix:
         widths = {len(row) for row in self.rows}
         if not self.rows or widths != {len(self.stages)}:
             raise ValueError(f"each row needs one value per stage ({len(self.stages)}); got widths {sorted(widths)}")
-
-    def _repr_html_(self) -> str:
-        """Return the matrix as a table, for notebooks."""
-        names = ["base", *(f"after {stage}" for stage in self.stages)]
-        return html_table("utility", ["", *self.stages], ([name, *row] for name, row in zip(names, self.rows)))  # noqa: B905
 
     @property
     def last(self) -> int:
