@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test slow fuzz lint lock sbom audit bench faults gpu gpu-wheels clean
+.PHONY: help install quickstart test slow fuzz lint docs lock sbom audit bench faults gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (12 minutes on 2 cores)"
@@ -11,6 +11,7 @@ help:
 	@echo "make slow         run the slow tests: the real model, crashes, launchers"
 	@echo "make fuzz         give hostile files to all parsers for BUDGET seconds (60), from SEED (0)"
 	@echo "make lint         run ruff and pyright"
+	@echo "make docs         build the documentation site into out/site; a warning is an error"
 	@echo "make bench        measure the figures of docs/figures.md again (about an hour)"
 	@echo "make gpu          test and measure on a machine with one GPU (25 minutes; no network, no .venv)"
 	@echo "make gpu-wheels   fetch what such a machine lacks, with its version of Python: GPU_PYTHON=python3.12"
@@ -72,6 +73,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# docs/ itself is readable on GitHub; the site adds a page for each rule, strategy, command, public name and notebook.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # About an hour on two idle cores. Each script explains itself with --help; most have --quick.
 BENCHMARKS := parity svd_routes against_mergekit append digests ranks lora_stream cost_model against_fusionbench training \

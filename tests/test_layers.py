@@ -44,6 +44,7 @@ HOMES = {
     "matplotlib": {"report", "merging/analysis"},
     "jinja2": {"report/_templates", "training/tokenizer", "training/limits", "scoring/_strangers"},
     "markupsafe": {"report/_templates"},
+    "shtab": {"commands/completion"},
     "rich": {"commands", "report", "runtime/progress"},
 }  # fmt: skip
 

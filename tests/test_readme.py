@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from toys import ROOT
 from toys.models import perturbed, toy_llama
+from toys.pages import PAGES, README, blocks_of
 
 import hf_contmerge
 from hf_contmerge.commands.main import _COMMANDS, _parse
@@ -28,8 +30,7 @@ from hf_contmerge.scoring.forgetting.lines import SIDES
 from hf_contmerge.scoring.forgetting.matrix import ScoreMatrix
 from hf_contmerge.train_strategies import strategy_class, strategy_names
 
-README, CONTRIBUTING, CHANGELOG = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+CONTRIBUTING, CHANGELOG = (ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))
 ALL = [README, CONTRIBUTING, CHANGELOG, *PAGES]
 PROSE = [README, CONTRIBUTING, *PAGES]
 
@@ -46,7 +47,7 @@ def doc(name: str) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", read(page), flags=re.S | re.M)
+    return [block.text for block in blocks_of(page) if block.language == language]
 
 
 def without_blocks(page: Path) -> str:
@@ -80,8 +81,9 @@ def test_own_data_takes_twelve_lines() -> None:
 
 def test_every_page_is_listed() -> None:
     for page in PAGES:
-        assert f"(docs/{page.name})" in read(README)
-        assert f"({page.name})" in doc("index.md") or page.name == "index.md"
+        listed = read(README) if page.parent.name == "docs" else doc("tutorials/index.md")
+        assert f"({'docs/' if page.parent.name == 'docs' else ''}{page.name})" in listed or page.name == "index.md"
+        assert page.parent.name != "docs" or f"({page.name})" in doc("index.md") or page.name == "index.md"
 
 
 # Recipes
@@ -96,6 +98,9 @@ def test_recipe_parses(text: str, tmp_path: Path) -> None:
         file.write_text(text)
         assert read_mergekit_recipe(file).models
         return
+    if "resources" in fields:
+        read_sky(fields)
+        return
     if "recipe" in fields:
         study = Study.model_validate(fields)
         assert isinstance(study.recipe, str) or len(study_cells(study)) > 1
@@ -104,6 +109,17 @@ def test_recipe_parses(text: str, tmp_path: Path) -> None:
     recipe = parse_recipe(fields if "name" in fields else {**smallest, **fields})
     for entry in recipe.merge:
         get_rule(entry.rule, **{word: value for word, value in entry.parameters.items() if value != "auto"})
+
+
+def read_sky(fields: dict[str, Any]) -> None:
+    """Check a job for SkyPilot: its fields (of version 0.10's schema that we use), and the commands in it."""
+    known = {"name": str, "resources": dict, "workdir": str, "file_mounts": dict, "setup": str, "run": str}
+    assert all(isinstance(value, known[word]) for word, value in fields.items())
+    assert set(fields["resources"]) <= {"accelerators", "use_spot", "cpus", "memory"}
+    assert all(set(mount) == {"name", "mode"} for mount in fields["file_mounts"].values())
+    for text in (fields["setup"], fields["run"]):
+        for line in text.splitlines():
+            parse_command(shlex.split(line.replace("$SKYPILOT_NUM_GPUS_PER_NODE", "8")))
 
 
 def test_another_rule_by_a_word_on_the_command_line() -> None:
@@ -179,7 +195,28 @@ def parse_lm_eval(words: Words) -> None:
 def parse_pip(words: Words) -> None:
     extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
     assert words[0] == "install"
-    assert set(re.findall(r"\w+", words[1])) <= set(extras)
+    if words[1] == "--no-deps":
+        assert words[2] in read(ROOT / "constraints.txt").replace("_", "-")
+        return
+    package, _, given = words[1].partition("[")
+    assert package in (".", "hf_contmerge")
+    assert set(re.findall(r"\w+", given)) <= set(extras)
+
+
+def parse_srun(words: Words) -> None:
+    if words[0] == "bash":
+        assert words[1] == "-c"
+        words = shlex.split(words[2].replace("$SLURM_NODEID", "0"))
+    parse_command([word.replace("two-nodes.yaml", "recipes/accelerate/two-nodes.yaml") for word in words])
+
+
+def parse_docker(words: Words) -> None:
+    assert words[0] in ("build", "run")
+    image = words.index("contmerge")
+    if words[0] == "run":
+        parse_contmerge(words[image + 1 :])
+    else:
+        assert (ROOT / "Dockerfile").is_file()
 
 
 PARSERS: dict[str, Callable[[Words], None]] = {
@@ -190,6 +227,8 @@ PARSERS: dict[str, Callable[[Words], None]] = {
     "torchrun": parse_torchrun,
     "lm_eval": parse_lm_eval,
     "pip": parse_pip,
+    "srun": parse_srun,
+    "docker": parse_docker,
 }
 
 
@@ -198,12 +237,18 @@ def parse_command(words: Words) -> None:
     PARSERS[words[0]](words[1:])
 
 
+@pytest.mark.parametrize("page", PROSE, ids=lambda path: path.stem)
+def test_commands_parse(page: Path) -> None:
+    for block in blocks_of(page):
+        for line in block.commands() if block.language == "bash" else ():
+            words = shlex.split(re.sub(r" > \S+", "", line), comments=True)
+            if words and words[0] not in ("export", "if"):  # read by the shell, below
+                parse_command(words)
+
+
 @pytest.mark.parametrize("text", every("bash"))
-def test_commands_parse(text: str) -> None:
-    for line in text.splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-            parse_command(words)
+def test_the_shell_reads_the_blocks(text: str) -> None:
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
 def test_every_command_is_shown() -> None:

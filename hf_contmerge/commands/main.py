@@ -73,6 +73,11 @@ def make_parser(names: Sequence[str]) -> CommandParser:
     return parser
 
 
+def every_command() -> CommandParser:
+    """Return the parser with all commands complete."""
+    return make_parser(list(_COMMANDS))
+
+
 def _of(module: str, function: str = "add_arguments") -> Add:
     return lambda parser: getattr(import_module(f"hf_contmerge.commands.{module}"), function)(parser)
 
@@ -256,6 +261,11 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         "print the JSON schema of recipes, for editors",
         "contmerge schema --out contmerge.schema.json",
         _of("schema"),
+    ),
+    "completion": (
+        "print a script for completing commands with Tab",
+        "contmerge completion bash",
+        _of("completion"),
     ),
     "doctor": (
         "check this machine and the installed packages",

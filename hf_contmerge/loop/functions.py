@@ -178,8 +178,7 @@ def open_state(
     if not base or not rule:
         lacking = " and ".join(word for word, value in (("base", base), ("rule", rule)) if not value)
         raise RecipeError(f"{folder} holds no state yet. To start one, pass {lacking}, such as rule='magmax'.")
-    words = {word.rstrip("_"): value for word, value in parameters.items()}
-    return MergeState.create(folder, base=os.fspath(base), rule=rule, crew=crew, **words)
+    return MergeState.create(folder, base=os.fspath(base), rule=rule, crew=crew, **parameters)
 
 
 def _check_same_start(

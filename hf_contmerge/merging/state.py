@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from hf_contmerge.errors import ModelError, RecipeError, RunError, unknown
-from hf_contmerge.merge_rules import MergeRule
+from hf_contmerge.merge_rules import MergeRule, yaml_word
 from hf_contmerge.merging._log import (
     Entry,
     Log,
@@ -73,6 +73,8 @@ class MergeState:
     ) -> MergeState:
         """Start a merge without experts.
 
+        Parameters are those of recipes; `lambda` may be written `lambda_`.
+
         Raises:
             RecipeError: an unknown rule or parameter.
             RunError: the folder is not empty.
@@ -81,7 +83,8 @@ class MergeState:
         state = cls(Path(folder))
 
         def make() -> None:
-            checked, base_folder = make_rule(rule, parameters), resolve_model(str(base))
+            words = {yaml_word(word): value for word, value in parameters.items()}
+            checked, base_folder = make_rule(rule, words), resolve_model(str(base))
             check_mergeable(base_folder)
             known = Identity.of(base_folder)
             log = Log(

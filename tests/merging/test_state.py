@@ -614,3 +614,10 @@ def test_killed_while_it_writes(
     if merged(state) == old:
         assert server.run("merge", "add", state.folder, expert_folders[2]) == 0, server.log.read_text()
     assert merged(state) == new
+
+
+def test_parameters_may_have_the_names_of_fields(base_folder: Path, tmp_path: Path) -> None:
+    """As docs/merging.md says: `lambda` is no name in Python."""
+    for number, words in enumerate(({"lambda_": 0.25}, {"lambda": 0.25})):
+        state = MergeState.create(tmp_path / str(number), base=base_folder, rule="magmax", **words)
+        assert (state.log().parameters, state.scale()) == ({"lambda": 0.25}, 0.25)

@@ -22,7 +22,7 @@ from hf_contmerge.train_strategies import StageSize
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import SAMPLED, Form, StageData
 from hf_contmerge.training.joint import joint_train
-from hf_contmerge.training.settings import make_strategies, sft_settings, trl_classes
+from hf_contmerge.training.settings import config_of, make_strategies, sft_settings
 from hf_contmerge.training.synthesis import PART, talks
 from hf_contmerge.training.tokenizer import count_tokens
 
@@ -186,7 +186,7 @@ def _dry_training(planned: PlannedRun, stage: str, train_json: str) -> _DryTrain
     fields = sft_settings(train, data, planned.tokenizer, numel=planned.weights.numel())
     init = {"dtype": torch.float32, **(fields.pop("model_init_kwargs", None) or {})}
     init["trust_remote_code"] = planned.recipe.trust_remote_code
-    settings: Any = trl_classes(data.form)[1](**fields, output_dir="unused", seed=planned.recipe.seed)
+    settings = config_of(data.form, {**fields, "output_dir": "unused", "seed": planned.recipe.seed}, "train")
     shape = _shape(planned, data, settings)
     strategies = make_strategies(train)
     step = training_step(planned.base, strategies, settings, batch=shape.rows, length=shape.length, init=init)

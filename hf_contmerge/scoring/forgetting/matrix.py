@@ -1,6 +1,6 @@
 """Forgetting metrics of a utility matrix.
 
-R[i][j] is the utility on stage j's tasks after stage i; row 0 is the base. Utilities are higher-is-better: accuracies
+R[i,j] is the utility on stage j's tasks after stage i; row 0 is the base. Utilities are higher-is-better: accuracies
 unchanged, perplexities as -ln(perplexity) (nats). Pure functions of numbers; a metric is None if a value it needs was
 not measured. Accuracies and perplexities are never averaged: each block has a separate matrix and metrics.
 """
@@ -36,7 +36,7 @@ class ScoreMatrix:
         return len(self.rows) - 1
 
     def average(self, t: int | None = None) -> float | None:
-        """ACC_t = 1/t sum_{j<=t} R[t][j] (Lopez-Paz & Ranzato 2017).
+        """ACC_t = 1/t sum_{j<=t} R[t,j] (Lopez-Paz & Ranzato 2017).
 
         `t` defaults to T.
         """
@@ -48,18 +48,18 @@ class ScoreMatrix:
         return mean([self.average(t) for t in range(1, self.last + 1) if self._columns(1, t)])
 
     def learning_score(self) -> float | None:
-        """LA = 1/T sum_i R[i][i]: each stage's score right after learning it."""
+        """LA = 1/T sum_i R[i,i]: each stage's score right after learning it."""
         return mean([self._at(i, i) for i in self._columns(1, self.last)])
 
     def backward_transfer(self) -> float | None:
-        """BWT = 1/(T-1) sum_{j<T} (R[T][j] - R[j][j]); negative is forgetting.
+        """BWT = 1/(T-1) sum_{j<T} (R[T,j] - R[j,j]); negative is forgetting.
 
         Lopez-Paz & Ranzato 2017.
         """
         return mean([_minus(self._at(self.last, j), self._at(j, j)) for j in self._columns(1, self.last - 1)])
 
     def backward_transfer_per_stage(self) -> float | None:
-        """BWT = 1/T sum_{j<=T} (R[T][j] - R[j][j]) (TRACE, arXiv 2310.06762).
+        """BWT = 1/T sum_{j<=T} (R[T,j] - R[j,j]) (TRACE, arXiv 2310.06762).
 
         It counts the last stage's 0 as well.
         """
@@ -68,7 +68,7 @@ class ScoreMatrix:
         return mean([_minus(self._at(self.last, j), self._at(j, j)) for j in self._columns(1, self.last)])
 
     def forgetting(self) -> float | None:
-        """F = 1/(T-1) sum_{j<T} (max_{l<T} R[l][j] - R[T][j]).
+        """F = 1/(T-1) sum_{j<T} (max_{l<T} R[l,j] - R[T,j]).
 
         Chaudhry et al. 2018; l counts from 1.
         """
@@ -79,28 +79,28 @@ class ScoreMatrix:
         return mean(drops)
 
     def forward_transfer(self) -> float | None:
-        """FWT = 1/(T-1) sum_{j>=2} (R[j-1][j] - R[0][j]).
+        """FWT = 1/(T-1) sum_{j>=2} (R[j-1,j] - R[0,j]).
 
         The reference is the base model. Needs `matrix: full`.
         """
         return mean([_minus(self._at(j - 1, j), self._at(0, j)) for j in self._columns(2, self.last)])
 
     def intransigence(self, joint: Row) -> float | None:
-        """I_T = J[T] - R[T][T] (Chaudhry et al. 2018): the last stage.
+        """I_T = J[T] - R[T,T] (Chaudhry et al. 2018): the last stage.
 
         `joint` is J, the model trained on all data up to stage T at once.
         """
         return mean([_minus(joint[j - 1], self._at(j, j)) for j in self._columns(self.last, self.last)])
 
     def against_alone(self, alone: Row) -> float | None:
-        """1/T sum_j (e_j - R[j][j]): the gain of training alone.
+        """1/T sum_j (e_j - R[j,j]): the gain of training alone.
 
         `alone` is e_j, the utility of the expert trained on stage j alone.
         """
         return mean([_minus(alone[j - 1], self._at(j, j)) for j in self._columns(1, self.last)])
 
     def normalised(self, alone: Row, floor: Row | None = None) -> float | None:
-        """sum_j (R[T][j] - c_j) / sum_j (e_j - c_j).
+        """sum_j (R[T,j] - c_j) / sum_j (e_j - c_j).
 
         0 is the floor, 1 equals each stage's expert.
 
@@ -147,7 +147,7 @@ class ScoreMatrix:
 
 
 def general_delta(first: Sequence[float | None], last: Sequence[float | None]) -> float | None:
-    """Return mean_g R[T][g] - R[0][g] over general tasks (TRACE, arXiv 2310.06762)."""
+    """Return mean_g R[T,g] - R[0,g] over general tasks (TRACE, arXiv 2310.06762)."""
     return mean([_minus(b, a) for a, b in zip(first, last, strict=True)])
 
 
