@@ -23,7 +23,7 @@ def run_lineage(run: Run, entry: Merge, t: int) -> dict[str, Any] | None:
         "rule": record["rule"], "parameters": record["parameters"],
         "base": without_secrets(public_name(run.recipe.base_model)), "base_sha256": base["sha256"],
         "experts": [
-            {"stage": run.stage(p["stage"]).name, "model": _expert(run, place, p), "sha256": sha256,
+            {"stage": run.stage(p["stage"]).name, "model": expert_name(run, place, p), "sha256": sha256,
              **{word: p[word] for word in ("weight", "chosen") if word in p}}
             for p, sha256 in zip(parts, record["expert_sha256"], strict=True)
         ],
@@ -34,7 +34,7 @@ def run_lineage(run: Run, entry: Merge, t: int) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _expert(run: Run, place: MergePlace, part: dict[str, Any]) -> str:
+def expert_name(run: Run, place: MergePlace, part: dict[str, Any]) -> str:
     """Return an expert's public name: given, or its place in the run."""
     stage = run.stage(part["stage"])
     if stage.expert and not stage.minus:

@@ -6,18 +6,24 @@ Missing scores are named as such.
 from __future__ import annotations
 
 import inspect
-import re
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.merge_rules import named_rule
-from hf_contmerge.report._findings import METRICS, UNITS, UNMEASURED, known_metrics
+from hf_contmerge.models.config import chat_template
+from hf_contmerge.report._changes import change_tables
+from hf_contmerge.report._findings import METRICS, UNITS, UNMEASURED, headline, known_metrics
+from hf_contmerge.report._front_matter import front_matter
 from hf_contmerge.report._merges import last_merged_stage, stored
+from hf_contmerge.report._parents import Licence
+from hf_contmerge.report._pictures import draw_forgetting
 from hf_contmerge.report._public import (
     expert_of,
     hub_id,
+    hub_model,
     public_mergekit_recipe,
     public_name,
     public_recipe,
@@ -46,21 +52,51 @@ _ON_THE_CARD = (
 )  # fmt: skip
 
 
-def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
-    """Return the README.md of an entry's last merge. Raises RunError without one."""
-    t = last_merged(run, entry)
+@dataclass(frozen=True)
+class CardFacts:
+    """What a push adds to the card of a merge."""
+
+    repo_id: str | None = None
+    licence: Licence = field(default_factory=Licence)
+    picture: bytes | None = None
+    branches: tuple[str, ...] = ()
+    """Of the earlier stages."""
+    with_state: bool = False
+    documents: str | None = None
+    """Repository of the results of each document."""
+
+
+def draw_picture(run: Run) -> bytes | None:
+    """Return the picture of a run as a PNG; None without scores."""
+    results, file = load_results(run), io.BytesIO()
+    if not results.blocks():
+        return None
+    draw_forgetting(results, file)
+    return file.getvalue()
+
+
+def model_card(run: Run, entry: Merge, *, t: int | None = None, facts: CardFacts | None = None) -> str:
+    """Return the README.md of an entry's merge after stage t.
+
+    `t`: by default the last merged stage. Raises RunError without one.
+    """
+    t, facts = t or last_merged(run, entry), facts or CardFacts()
     recipe, rule = run.recipe, named_rule(entry.rule)
-    shown_id = repo_id or (recipe.publish.repo_id if recipe.publish else recipe.name)
+    shown_id = facts.repo_id or (recipe.publish.repo_id if recipe.publish else recipe.name)
     merge = run.merged(t, entry).record("merge")
     lines = _lines(run, entry, t)
     metrics, results = _metrics(run, lines, t), load_results(run)
     return fill(
         "card.md",
-        front_matter=_front_matter(run, entry, t, shown_id),
+        front_matter=_front_matter(run, entry, t, shown_id, facts.licence),
+        facts=facts,
+        licence=facts.licence.in_words(),
+        alt=headline(results),
+        chat=bool(chat_template(run.merged(t, entry).model)),
         repo_id=shown_id,
         t=t,
         stages=len(recipe.stages),
-        base=_named(recipe.base_model),
+        base=without_secrets(hub_model(recipe.base_model)),
         lineage=[_ancestor(run, entry, s) for s in range(1, t + 1)],
         rule=entry.rule,
         reference=rule.reference,
@@ -69,6 +105,7 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
         norms=_norms(run, merge),
         stored=stored(run).get(entry.name),
         scores=_scores(run, lines, t),
+        changes=change_tables(run, results, entry, t),
         routes=[table for block in metrics if (table := route_table(results, block, entry.name)).rows],
         unmeasured="" if recipe.evaluate.general_tasks else UNMEASURED,
         metrics=[metric_table(of, block) for block, of in metrics.items()],
@@ -90,27 +127,17 @@ def last_merged(run: Run, entry: Merge) -> int:
     )
 
 
-def _front_matter(run: Run, entry: Merge, t: int, shown_id: str) -> str:
-    from huggingface_hub import ModelCardData
-
+def _front_matter(run: Run, entry: Merge, t: int, shown_id: str, licence: Licence) -> str:
     recipe, merged = run.recipe, [run.stage(s) for s in range(1, t + 1)]
     parents = [recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
     sources = [source for n in range(1, t + 1) for source in stage_sources(run, expert_of(run, entry, n), n)]
-    datasets = [d for source in sources if (d := hub_id(source.path))]
     results = _eval_results(load_scores(run.merged(t, entry)))
-    data = ModelCardData(
-        # The Hub refuses a card whose base_model could not be a model's id, as with quickstart:smollm2.
-        base_model=[re.sub(r"[^\w./-]+", "-", hub_id(m) or public_name(m)) for m in dict.fromkeys(parents)],
-        base_model_relation="merge",
-        tags=["merge", "mergekit", "contmerge", entry.rule],
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        datasets=list(dict.fromkeys(datasets)) or None,
-        license=recipe.publish.license if recipe.publish else None,
-        model_name=shown_id.split("/")[-1] if results else None,
-        eval_results=results or None,
-    )
-    return data.to_yaml()
+    return front_matter(
+        parents, "merge", ["merge", "mergekit", "contmerge", entry.rule],
+        datasets=[d for source in sources if (d := hub_id(source.path))],
+        licence=licence.name or (recipe.publish.license if recipe.publish else None),
+        model_name=shown_id.split("/")[-1] if results else None, eval_results=results or None,
+    )  # fmt: skip
 
 
 def _eval_results(scores: Scores) -> list[Any]:
