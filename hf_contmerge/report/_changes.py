@@ -38,6 +38,14 @@ def change_tables(run: Run, results: Results, entry: Merge, t: int) -> dict[str,
     return {title: table for title, table in tables.items() if table.rows}
 
 
+def seen_losses(tables: dict[str, Table]) -> str:
+    """Return the losses of a card's table in a sentence."""
+    if not (table := tables.get("Known losses")):
+        return "Not measured."
+    lost = [f"{row[0].text} ({row[1].text} {row[3].text})" for row in table.rows if row[5].text == "worse"]
+    return f"Lost: {', '.join(lost)}." if lost else "No loss was seen in what was measured."
+
+
 def _table(results: Results, pairs: list[_Pair]) -> Table:
     return Table("", _HEADER, [row for pair in pairs for row in _rows(results, pair)])
 

@@ -11,11 +11,10 @@ from hf_contmerge.merge_rules import named_rule
 from hf_contmerge.models.contents import ADAPTER
 from hf_contmerge.report._front_matter import front_matter
 from hf_contmerge.report._parents import Licence
-from hf_contmerge.report._public import hub_id, hub_model, public_name
+from hf_contmerge.report._public import hub_id, hub_model, public
 from hf_contmerge.report._sources import StageSource
 from hf_contmerge.report._templates import fill
 from hf_contmerge.runtime.foreign import read_object
-from hf_contmerge.runtime.hiding import without_secrets
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def expert_card(
     start = plain.base or _start(record, folder)
     plain = replace(plain, licence=licence_of([start]))
     sources = [StageSource(s["path"], s["split"], s.get("license")) for s in record.get("sources", ())]
-    data = [(without_secrets(public_name(s.path)), s.in_words()) for s in sources]
+    data = [(public(s.path), s.in_words()) for s in sources]
     datasets = [name for s in sources if (name := hub_id(s.path))]
     relation = "adapter" if plain.adapter else "finetune"
     header = front_matter(

@@ -23,7 +23,7 @@ LOCAL_PATH = re.compile(r"/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\|file:")
 _FILE = re.compile(r"\.(jsonl?|parquet|csv|txt|arrow|gguf|ya?ml)$")
 _SNAPSHOT = re.compile(r"(?:.*/)?models--([\w.-]+)/snapshots/([\w.-]+)/?")
 """Of the Hub's cache: repository, commit."""
-_NAMED = ("base_model", "expert", "minus", "path", "include_path", "output")
+_NAMED = ("base_model", "continue_from", "expert", "minus", "path", "include_path", "output")
 _OF_LINEAGE = (
     "rule", "parameters", "base_sha256", "scale", "factor", "dtype", "rounding", "stored", "model_sha256", "versions",
     "running_norm", "amplification",
@@ -111,10 +111,10 @@ def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
         if (stage := run.stage(s)).expert and not stage.minus  # a difference is written into the run
     }
 
-    def public(key: str, value: str) -> str:
+    def changed(key: str, value: str) -> str:
         if key == "model" and "+" in value:  # mergekit's notation for a model with an adapter
             model, _, adapter = value.partition("+")
-            return f"{public('base_model', model)}+{public(key, adapter)}"
+            return f"{changed('base_model', model)}+{changed(key, adapter)}"
         path = Path(value).resolve()
         if key == "base_model":
             return _public_word(key, run.recipe.base_model)
@@ -124,7 +124,7 @@ def public_mergekit_recipe(run: Run, entry: Merge, t: int) -> str | None:
             return path.relative_to(root).as_posix()
         return _public_word("path" if key == "model" else key, value)
 
-    data = mapped(parse_yaml(read_text(file)), public)
+    data = mapped(parse_yaml(read_text(file)), changed)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
@@ -137,12 +137,13 @@ def expert_of(run: Run, entry: Merge, t: int) -> ExpertPlace:
 def public_lineage(lineage: Mapping[str, Any]) -> dict[str, Any]:
     """Return a written model's lineage with public names."""
     experts = [
-        {word: value for word, value in expert.items() if word in _OF_EXPERT} | {"model": _shown(expert["model"])}
+        {word: value for word, value in expert.items() if word in _OF_EXPERT} | {"model": public(expert["model"])}
         for expert in lineage["experts"]
     ]
     rest = {word: value for word, value in lineage.items() if word in _OF_LINEAGE}
-    return {**rest, "base": _shown(lineage["base"]), "experts": experts}
+    return {**rest, "base": public(lineage["base"]), "experts": experts}
 
 
-def _shown(name: str) -> str:
+def public(name: str) -> str:
+    """Return a model's or a dataset's public name, without secrets."""
     return without_secrets(public_name(name))

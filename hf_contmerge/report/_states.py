@@ -13,11 +13,10 @@ from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.identity import weight_digests
 from hf_contmerge.report._contents import STATE, Contents
 from hf_contmerge.report._lineage import expert_name
-from hf_contmerge.report._public import public_name
+from hf_contmerge.report._public import public
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge
 from hf_contmerge.runtime.digests import Digests, digests_of, files_below
-from hf_contmerge.runtime.hiding import without_secrets
 from hf_contmerge.runtime.records import record_text
 
 _RUNNING = "running-1"
@@ -39,7 +38,8 @@ def run_state(run: Run, entry: Merge, t: int) -> dict[str, Contents]:
         )
     place.check("merge", "running")
     base = run.input_record()["base"]
-    experts = [
+    experts = [*record.get("published", ())]
+    experts += [
         {"stage": run.stage(part["stage"]).name, "model": expert_name(run, place, part), "sha256": sha256,
          "norm": norm, "kind": "model", "weight": part.get("weight", 1.0)}
         for part, sha256, norm in zip(
@@ -58,15 +58,16 @@ def state_contents(state: MergeState) -> dict[str, Contents]:
     """Return a state's files. Raises RunError if it is damaged."""
     log, running = state.log(), state.require_running()
     files = digests_of(running, files_below(running, "."))
-    values = {**log.to_json(), "base_files": weight_digests(log.base_files)}
+    experts = [{**e.to_json(), "model": public(e.model)} for e in log.experts]
+    values = {**log.to_json(), "base_files": weight_digests(log.base_files), "experts": experts}
     return _files(running, files, values)
 
 
 def _files(running: Path, digests: Digests, values: dict[str, Any]) -> dict[str, Contents]:
     """Return path in the repository -> contents of a state."""
-    base = without_secrets(public_name(values["base"]))
-    experts = [{**e, "model": (name := without_secrets(public_name(e["model"]))), "folder": name, "files": {}, "added":
-                "", "seconds": 0.0} for e in values["experts"]]  # fmt: skip
+    base = public(values["base"])
+    unknown = {"files": {}, "added": "", "seconds": 0.0}
+    experts = [{**e, "folder": e["model"], **unknown} for e in values["experts"]]
     record = {
         **values, "base": base, "base_folder": base, "base_stamp": "", "experts": experts, "running": _RUNNING,
         "running_files": {f"{_RUNNING}/{name}": digest for name, digest in digests.items()},

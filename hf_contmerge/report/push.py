@@ -18,13 +18,22 @@ from hf_contmerge.errors import RecipeError, RunError, unknown
 from hf_contmerge.merging.lineage import LINEAGE, read_lineage
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.report._contents import PICTURE, Contents, model_contents
 from hf_contmerge.report._documents import documents_of
 from hf_contmerge.report._evaluations import evaluations
 from hf_contmerge.report._lineage import run_lineage
 from hf_contmerge.report._parents import Licence, licence_of
 from hf_contmerge.report._plain_cards import Plain, expert_card, written_card
-from hf_contmerge.report._public import HUB_ID, public_lineage, public_mergekit_recipe, public_recipe
+from hf_contmerge.report._public import (
+    HUB_ID,
+    hub_id,
+    hub_model,
+    public,
+    public_lineage,
+    public_mergekit_recipe,
+    public_recipe,
+)
 from hf_contmerge.report._repository import MAIN, Publication, Revision, send
 from hf_contmerge.report._states import run_state, state_contents
 from hf_contmerge.report.card import CardFacts, draw_picture, last_merged, model_card
@@ -128,6 +137,8 @@ def _of_run(run: Run, wish: Wish) -> Iterator[Publication]:
         facts = replace(facts, documents=f"{repo_id}-results")
         yield Publication(f"{repo_id}-results", private, [documents_of(run, entry, last, repo_id)], "dataset")
     notes = [f"Licence: {licence.in_words()}."]
+    if not hub_id(hub_model(run.recipe.base_model)):
+        notes.append(f"The base is called {public(run.recipe.base_model)}: name it on the Hub with --base owner/name.")
     yield Publication(repo_id, private, _revisions(run, entry, last, facts, all_stages=not wish.last_only), notes=notes)
 
 
@@ -232,9 +243,9 @@ def _of_written(model: Path, lineage: Record, wish: Wish, repo_id: str, *, state
     licence = licence_of(names, wish.license, online=wish.online)
     if wish.base:
         lineage = Record({**lineage, "base": _checked_base(wish.base)})
-    public = public_lineage(lineage)
-    card = written_card(public, Plain(repo_id, licence, is_adapter(model), with_state=state))
-    files |= {"README.md": card.encode(), LINEAGE: record_text(public).encode()}
+    shown = public_lineage({**lineage, "model_sha256": weights_sha256(model)})
+    card = written_card(shown, Plain(repo_id, licence, is_adapter(model), with_state=state))
+    files |= {"README.md": card.encode(), LINEAGE: record_text(shown).encode()}
     return files, f"{lineage['rule']}: {len(lineage['experts'])} experts", licence
 
 

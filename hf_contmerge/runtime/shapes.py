@@ -47,6 +47,7 @@ RECORDS: dict[str, dict[str, Any]] = {
         "folded?": [_FOLDED], "expert_sha256?": [str], "model_sha256?": str, "tries?": TRIES,
         "goes_on?": {"rule": str, "parameters": PARAMETERS}, "geometry?": (_GEOMETRY, None),
         "ownership?": {str: {str: float}},
+        "published?": [{"stage": str, "model": str, "sha256": str, "norm": float, "kind": str, **COEFFICIENTS}],
     },
     "score": {**_COST, "tasks?": {str: _SCORE}, "measured_by?": ({}, None)},
     "report": {"recipe_sha256?": str},

@@ -212,6 +212,8 @@ class Recipe(Part):
 
     name: Name
     base_model: str
+    continue_from: str | None = None
+    """A published merge of this base, owner/name[@revision] or a folder: its experts come before the stages."""
     output: str | None = None
     """The run folder; default: runs/<name>."""
     seed: int = 0
