@@ -24,7 +24,11 @@ TRIES = [{
 }]  # fmt: skip
 _SCORE = {
     "block": str, "metric": str, "value": float, "utility": float, "stderr": NUMBER_OR_NONE,
-    "details": {"shown?": {"shots": int, "examples": int, "cut": int}}, "documents_digest": str,
+    "details": {
+        "shown?": {"shots": int, "examples": int, "cut": int}, "chance?": NUMBER_OR_NONE, "key?": (str, None),
+        "chance_variance?": NUMBER_OR_NONE, "documents_sha256?": (str, None),
+    },
+    "documents_digest": str,
 }  # fmt: skip
 _GEOMETRY = {
     "sampled": float, "lengths": [float], "cosines": [[NUMBER_OR_NONE]], "conflicts": [[NUMBER_OR_NONE]],

@@ -49,6 +49,9 @@ got = model.state_dict()
 assert got.keys() == want.keys()
 assert all(torch.equal(got[n].view(torch.int32), want[n].view(torch.int32)) for n in want)
 print(len(want), AutoTokenizer.from_pretrained(sys.argv[1])("b a").input_ids)
+from huggingface_hub import hf_hub_download
+card = open(hf_hub_download(sys.argv[1], "README.md")).read()
+exec(card.split("```python\\n")[1].split("```")[0])
 """
 
 
@@ -166,16 +169,17 @@ def test_a_pushed_model_comes_back_bit_by_bit(run: Run, hub: Hub, tmp_path: Path
     assert ours.message == "law-chat: magmax after stage 2 of 3"
     assert done.stdout.strip() == f"{hub.url}/{REPO}/commit/{ours.oid}"
     assert hub.repos[REPO].private
-    assert sorted(hub.files(REPO)) == [
-        ".gitattributes", "README.md", "config.json", "generation_config.json", "merge.yml", "model.safetensors",
-        "recipe.yml", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+    model = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    both = [".gitattributes", "README.md", "merge.yml", "recipe.yml", *model]
+    assert sorted(hub.files(REPO)) == sorted([*both, "forgetting.png"])
+    assert sorted(hub.files(REPO, "01-law")) == sorted(both)
+    assert hub.files(REPO, "01-law")["model.safetensors"] != hub.files(REPO)["model.safetensors"]
     assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
 
     weights = run.merged(2, magmax(run)).model / "model.safetensors"
     loaded = python(LOAD, REPO, weights, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "other"), HF_TOKEN=READ_TOKEN)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout.split(maxsplit=1) == [str(len(load_file(weights))), "[2]\n"]
+    assert loaded.stdout.splitlines()[0] == f"{len(load_file(weights))} [2]"
 
 
 def test_nothing_of_this_machine_is_uploaded(run: Run, hub: Hub, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -288,3 +289,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.hub.sent[self.path] = self.hub.sent.get(self.path, 0) + len(data)
             self.wfile.write(data)
+
+
+def reach(hub: Hub, monkeypatch: Any) -> None:
+    """Let this process talk to a Hub, with a cache of its own and without waits between its tries."""
+    from huggingface_hub import constants
+
+    values = {
+        "ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(hub.folder.parent / "cache"),
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    }  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
