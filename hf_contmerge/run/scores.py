@@ -154,7 +154,7 @@ def _require_sense(place: Place, name: str, task: Mapping[str, Any], documents: 
     gains, weights = documents["gains"], documents["weights"]
     plain = all(isinstance(x, float) and not math.isnan(x) for x in (*gains, *weights))
     if task["block"] not in BLOCKS or not plain or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        raise RunError(f"The score of the task {name} at {place.folder} is damaged: it is no {' or '.join(BLOCKS)}. {_FIX}")
+        raise RunError(f"The score of {name} at {place.folder} is damaged: it is no {' or '.join(BLOCKS)}. {_FIX}")
 
 
 def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:

@@ -11,10 +11,12 @@ import yaml
 from toys.hub_server import Hub, hub_server, reach
 from toys.models import perturbed, toy_llama, write_jsonl
 
+from hf_contmerge import score_stage
 from hf_contmerge.commands.main import main
 from hf_contmerge.models.folder import resolve_model
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.scores import load_scores
 from hf_contmerge.runtime.records import read_record, write_record
 
 REPO = "me/two"
@@ -206,15 +208,14 @@ def test_a_forged_state_is_one_sentence(published: Hub, home: Path, tmp_path: Pa
 
 def test_row_0_is_the_published_model(published: Hub, home: Path, tmp_path: Path, contmerge: Contmerge) -> None:
     """What was lost is counted from the published merge on."""
-    rows = [{"query": "the quick", "choices": ["brown", "fox"], "gold": i % 2} for i in range(4)]
-    choice = {"name": "choice", "kind": "multiple_choice", "dataset": str(write_jsonl(home / "pub-choice.jsonl", rows))}
-    file = recipe(home, "c", evaluate={"general_tasks": [choice], "batch_size": 4})
+    texts = write_jsonl(home / "pub-texts.jsonl", [{"text": f"the quick brown fox {i} jumps"} for i in range(4)])
+    task = {"name": "prose", "kind": "perplexity", "dataset": str(texts)}
+    file = recipe(home, "c", evaluate={"general_tasks": [task], "batch_size": 4})
     code, said = contmerge("run", file, "--from", REPO, "--run", tmp_path / "c")
     assert code == 0, said
     run = Run.load(tmp_path / "c")
-    assert run.base.record("score")["measured_by"] == run.expert(1, "base").record("score")["measured_by"]
-    here = score_stage(tmp_path / "c" / "from", [Task.model_validate(choice)])["choice"]
-    assert load_scores(run.base)["choice"].gains == here.gains
+    here = score_stage(tmp_path / "c" / "from", [task], batch_size=4)["prose"]
+    assert load_scores(run.base)["prose"].gains == here.gains
     card = contmerge("push", tmp_path / "c", "--repo-id", "me/c")
     assert card[0] == 0
     assert f"| published merge {REPO} |" in published.files("me/c")["README.md"].decode()
