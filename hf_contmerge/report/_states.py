@@ -73,4 +73,7 @@ def _files(running: Path, digests: Digests, values: dict[str, Any]) -> dict[str,
         "running_files": {f"{_RUNNING}/{name}": digest for name, digest in digests.items()},
     }  # fmt: skip
     contents: dict[str, Contents] = {f"{STATE}{_RUNNING}/{name}": running / name for name in digests}
-    return {**contents, f"{STATE}state.json": record_text(record, finite=True).encode()}
+    try:
+        return {**contents, f"{STATE}state.json": record_text(record, finite=True).encode()}
+    except ValueError as error:
+        raise RunError(f"{running} is not published: a norm or parameter of its merge is infinite or NaN.") from error

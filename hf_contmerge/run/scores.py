@@ -28,6 +28,7 @@ _COLUMNS = {"documents": "document", "gains": "gain", "weights": "weight", "answ
 """Per-document field of TaskScore -> column."""
 _NUMBERS = ("block", "metric", "value", "utility", "stderr", "details")
 """Fields of TaskScore in the record."""
+_LARGEST = 1e100
 _DIGEST = "documents_digest"
 _FIX = "Restore the file, or score again with `contmerge redo RUN score`, then `contmerge run`."
 
@@ -152,8 +153,8 @@ def load_scores(place: Place) -> Scores:
 def _require_sense(place: Place, name: str, task: Mapping[str, Any], documents: Mapping[str, list[Any]]) -> None:
     """Raise RunError for a score that no measurement gives: whoever forges a record forges its seal, too."""
     gains, weights = documents["gains"], documents["weights"]
-    plain = all(isinstance(x, float) and not math.isnan(x) for x in (*gains, *weights))
-    if task["block"] not in BLOCKS or not plain or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+    plain = all(isinstance(x, float) and abs(x) < _LARGEST for x in (*gains, *weights, float(task["utility"])))
+    if task["block"] not in BLOCKS or not plain or min(weights) < 0 or sum(weights) == 0:
         raise RunError(f"The score of {name} at {place.folder} is damaged: it is no {' or '.join(BLOCKS)}. {_FIX}")
 
 

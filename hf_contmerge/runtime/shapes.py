@@ -39,8 +39,13 @@ _FOLDED = {"stage": int, "replayed": bool, "earlier?": int, **COEFFICIENTS}
 
 _SYNTHESISED = {"written": int, "used": int, "left_out": {str: int}, "sha256": str, "examples": [str]}
 
+_SOURCE = {"path": str, "split": str, "license?": (str, None), "name?": str}
+_MIXED = {"source": str, "examples": int, "first_loss": NUMBER_OR_NONE, "loss": NUMBER_OR_NONE}
+
 RECORDS: dict[str, dict[str, Any]] = {
     "train": {
+        "sources?": [_SOURCE], "general_sources?": [_SOURCE], "mixed?": [_MIXED], "loss?": NUMBER_OR_NONE,
+        "tokens?": (int, None), "start?": str,
         **_COST, "given?": str, "given_files?": {str: str}, "steps?": int, "model_sha256?": str, "trained_in?": str,
         "stored?": SURVIVAL, "settings?": {"strategy?": [str], "rewards?": {str: {}}}, "synthesised?": _SYNTHESISED,
         "vector?": {"layers?": {str: {"cosine": float, "norm_ratio": float}}, "special_tokens?": ({str: float}, None)},
