@@ -19,7 +19,7 @@ from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.errors import size
 
 if TYPE_CHECKING:
-    from hf_contmerge.report._repository import Publication
+    from hf_contmerge.report.push import Publication
     from hf_contmerge.run.folder import Run
 
 
