@@ -156,7 +156,14 @@ def test_a_merge_without_a_state_is_refused(
     assert continued(contmerge, recipe(home, "c"), tmp_path / "x", "me/nothing")[0] == 2
 
 
-@pytest.mark.parametrize("file", ["state/state.json", "state/running-1/model.safetensors", "model.safetensors"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "state/running-1/model.safetensors",
+        pytest.param("state/state.json", marks=pytest.mark.slow),
+        pytest.param("model.safetensors", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_merge_is_not_continued(
     published: Hub, home: Path, tmp_path: Path, contmerge: Contmerge, file: str
 ) -> None:
@@ -206,6 +213,7 @@ def test_a_forged_state_is_one_sentence(published: Hub, home: Path, tmp_path: Pa
     assert (code, "outside" in error) == (2, True)
 
 
+@pytest.mark.slow
 def test_row_0_is_the_published_model(published: Hub, home: Path, tmp_path: Path, contmerge: Contmerge) -> None:
     """What was lost is counted from the published merge on."""
     texts = write_jsonl(home / "pub-texts.jsonl", [{"text": f"the quick brown fox {i} jumps"} for i in range(4)])

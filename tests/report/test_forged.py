@@ -127,7 +127,7 @@ FORGED: dict[str, Do] = {
     "pickle": lambda run: (run / MERGE / "merged" / "pytorch_model.bin").write_bytes(b"x"),
     "name": lambda run: (run / MERGE / "merged" / "a\x1b[2Jb.json").write_text("{}"),
 }  # fmt: skip
-CASES = [pytest.param(name, marks=pytest.mark.slow if i % 5 else ()) for i, name in enumerate(FORGED)]
+CASES = [pytest.param(name, marks=pytest.mark.slow if i % 9 else ()) for i, name in enumerate(FORGED)]
 COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report", "--json"),
     "push": ("push", "--dry-run", "--json", "--with-state", "--with-documents"),
@@ -136,7 +136,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    "forged", [pytest.param(n, marks=pytest.mark.slow if i % 5 else ()) for i, n in enumerate(FORGED)]
+    "forged", [pytest.param(n, marks=pytest.mark.slow if i % 9 else ()) for i, n in enumerate(FORGED)]
 )
 def test_a_forged_run_is_presented_or_refused(
     run: Path, forged: str, command: str, capsys: pytest.CaptureFixture[str]
