@@ -57,6 +57,7 @@ def run_words(args: argparse.Namespace) -> list[str]:
     """Return the words of a `contmerge run` on each rank."""
     words = [args.recipe] if args.recipe else []
     words += ["--run", args.run] if args.run else []
+    words += ["--from", args.before] if args.before else []
     words += [word for value in args.set for word in ("--set", value)]
     words += ["--until", args.until]
     words += [word for file in args.plugin for word in ("--plugin", file)]

@@ -233,9 +233,9 @@ _COMMANDS: dict[str, tuple[str, str, Add]] = {
         _of("run_folder", "add_redo"),
     ),
     "push": (
-        "push a merged model to the Hub, with its lineage",
-        "contmerge push runs/mine --merge magmax --repo-id me/mine",
-        _of("run_folder", "add_push"),
+        "push a run, state, model or expert to the Hub, with its lineage",
+        "contmerge push runs/mine --merge magmax --repo-id me/mine --dry-run",
+        _of("push"),
     ),
     "verify": (
         "compare all files with their records; merge a model again",

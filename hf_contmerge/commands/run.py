@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a YAML file; without it, the quickstart")
     parser.add_argument("--run", metavar="DIR", help="the run folder (default: the recipe's `output`, or runs/<name>)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field of the recipe")
+    parser.add_argument(
+        "--from", dest="before", metavar="MERGE", help="continue a published merge: owner/name[@revision], or a folder"
+    )
     parser.add_argument("--until", choices=PHASES, default="report", help="stop after this phase")
     add_plugin_argument(parser)
     add_trust_argument(parser)
@@ -41,7 +44,8 @@ def _starts_ranks(args: argparse.Namespace) -> bool:
 def run_command(args: argparse.Namespace) -> None:
     """Start or resume a run; report a finished one."""
     file = args.recipe or quickstart_recipe()
-    recipe = load_recipe(file, args.set)
+    before = [f"continue_from={args.before}"] if args.before else []
+    recipe = load_recipe(file, [*args.set, *before])
     require_given(recipe.plugins, file)
     run = Run(Path(args.run) if args.run else recipe.run_folder(), recipe)
     if _starts_ranks(args) and not run.is_complete():

@@ -1,4 +1,4 @@
-"""`contmerge report`, `compare`, `redo` and `push`: commands on run folders."""
+"""`contmerge report`, `compare` and `redo`: commands on run folders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from hf_contmerge.commands._arguments import add_json_argument, add_run_argument, named_run, print_json
-from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.runtime.files import FolderLock
@@ -34,16 +33,6 @@ def add_redo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--stage", help="from this stage on (default: all)")
     parser.set_defaults(do=_redo)
-
-
-def add_push(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `contmerge push`."""
-    add_run_argument(parser)
-    parser.add_argument("--merge", metavar="ENTRY", help="merge entry of the run")
-    parser.add_argument("--repo-id", metavar="OWNER/NAME")
-    parser.add_argument("--public", action="store_true", help="make the repository public")
-    add_plugin_argument(parser)
-    parser.set_defaults(do=_push)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -74,11 +63,3 @@ def _redo(args: argparse.Namespace) -> None:
     with FolderLock(run.folder):
         undone = run.redo(args.phase, stage=args.stage)
     print("\n".join(f"dropped {what}" for what in undone) or "nothing to drop")
-
-
-def _push(args: argparse.Namespace) -> None:
-    from hf_contmerge.report.push import push_merged
-
-    run = named_run(args.run)
-    run.require_same_plugins()
-    print(push_merged(run, repo_id=args.repo_id, entry=args.merge, private=False if args.public else None))

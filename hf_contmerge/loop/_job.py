@@ -35,7 +35,7 @@ def train_job(run: Run, prepared: Prepared, t: int, kind: str) -> TrainJob:
     stage, recipe = run.stage(t), run.recipe
     alone = run.expert(t, kind).alone(t)
     return TrainJob(
-        start=run.start_of(t, kind) or prepared.base, base=prepared.base, data=prepared.data[stage.name],
+        start=run.start_of(t, kind) or prepared.start(t), base=prepared.base, data=prepared.data[stage.name],
         train=recipe.train_of(stage), seed=recipe.seed, memory=run.memory_before(t, kind), remembers=not alone,
         trust_remote_code=recipe.trust_remote_code, stage=1 if alone else t,
         keep=recipe.guard.checkpoints if recipe.guard else 0, others=tuple(prepared.data.values()),
@@ -89,6 +89,8 @@ class MergeJob:
         """Return the entry's rule, or a guard's earlier choice."""
         entry, where = self.place.entry, str(self.place.folder)
         record = self.place_before.record("merge") if self.place_before else {}
+        if not record and self.prepared.published:
+            record = {"parameters": self.prepared.published.state.log().parameters}
         if chosen := record.get("goes_on"):
             return chosen["rule"], recorded_rule(chosen["rule"], chosen["parameters"], where=where)
         rule = self.prepared.rules[entry.name]
@@ -103,14 +105,20 @@ class MergeJob:
         """Return the previous stage's merge, empty at stage 1."""
         name, rule = self.rule()
         if not self.place_before:
-            return RunningMerge(self.prepared.base, name, rule)
+            return self._before(name, rule)
         record, norms = self.place_before.record("merge"), self.place_before.record("merge")["norms"]
         experts = [self._expert(part) for part in self._parts_before()]
-        folded = tuple(replace(e, norm=norm) for e, norm in zip(experts, norms["experts"], strict=True))
+        folded = [replace(e, norm=norm) for e, norm in zip(experts, norms["experts"], strict=True)]
+        rule = recorded_rule(name, record["parameters"], where=str(self.place_before.folder))
         return RunningMerge(
-            self.prepared.base, name, recorded_rule(name, record["parameters"], where=str(self.place_before.folder)),
-            folded, self.place_before.running, norms["running"], record.get("factor", 1.0), trust=_trust(record),
+            self.prepared.base, name, rule, (*self._before(name, rule).experts, *folded), self.place_before.running,
+            norms["running"], record.get("factor", 1.0), trust=_trust(record),
         )  # fmt: skip
+
+    def _before(self, name: str, rule: MergeRule) -> RunningMerge:
+        """Return the merge before stage 1: a published one, or an empty one."""
+        published, base = self.prepared.published, self.prepared.base
+        return published.merge(base, name, rule) if published else RunningMerge(base, name, rule)
 
     def start(self) -> RunningMerge:
         """Return the merge to fold into, with factor 1."""
@@ -146,9 +154,13 @@ class MergeJob:
         return FoldedExpert(stage, model, sha256, name=f"Stage {stage}", weight=weight)
 
     def parts(self, merge: RunningMerge) -> list[dict[str, Any]]:
-        """Return a merge's experts as in merge.json."""
+        """Return a merge's experts of the run, as in merge.json."""
         number = {stage.name: t for t, stage in enumerate(self.run.recipe.stages, 1)}
-        return [{"stage": number[e.stage], "replayed": e.replayed, **e.deviations()} for e in merge.experts]
+        return [{"stage": number[e.stage], "replayed": e.replayed, **e.deviations()} for e in self.own(merge)]
+
+    def own(self, merge: RunningMerge) -> tuple[FoldedExpert, ...]:
+        """Return a merge's experts without those of a published merge."""
+        return merge.experts[len(self.prepared.published.experts()) if self.prepared.published else 0 :]
 
     def holds_one_a_stage(self, merge: RunningMerge) -> bool:
         return self.parts(merge) == one_a_stage(self.t)
@@ -160,6 +172,8 @@ class MergeJob:
             self._place_of(part).check("train", "expert")
         if self.place_before:
             self.place_before.check("merge", "running", "merged")
+        elif self.prepared.published:
+            self.prepared.published.check()
 
     # Folders
 
@@ -171,6 +185,8 @@ class MergeJob:
         """Return the merged model's folder and settings."""
         entry = self.place.entry
         companions = self.prepared.given.get(self.run.recipe.tokenizer_model(self.t, entry) or "")
+        if not companions and not entry.tokenizer_from and self.prepared.published:
+            companions = self.prepared.published.model
         change = UNCHANGED if entry.tokenizer_from else self.prepared.change
         return Output(self.scratch("merged"), self.dtype, entry.shard_size, companions, change, entry.rounding)
 

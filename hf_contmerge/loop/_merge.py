@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hf_contmerge.loop.relevance import effects_at
 from hf_contmerge.loop.stages import keep_scores
 from hf_contmerge.merging.analysis import merge_geometry, ownership
 from hf_contmerge.merging.in_mergekit.replay import mergekit_yaml
-from hf_contmerge.merging.merge import RunningMerge
+from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.run.folder import evenly_spread
 from hf_contmerge.run.places import Place, Record
@@ -59,33 +60,35 @@ def _published(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> Rec
         place.publish("validation")
     remove(place.guard_file)
     _write_mergekit_recipe(job, merge)
-    stages = [expert.stage for expert in merge.experts]
+    stages, own = [expert.stage for expert in merge.experts], job.own(merge)
     owners = {"ownership": ownership(Weights(merge.base), running, stages)} if merge.rule.selects else {}
     return {
         "rule": merge.rule_name, "parameters": merge.rule.parameters(), "reference": merge.rule.reference,
         "start_from": job.kind, "scale": merge.scale,
-        "norms": {"experts": list(merge.norms.experts), "running": merge.running_norm},
-        "expert_sha256": [e.sha256 for e in merge.experts], "model_sha256": weights_sha256(merged),
-        "geometry": _geometry(merge, merged),
+        "norms": {"experts": [e.norm for e in own], "running": merge.running_norm},
+        "expert_sha256": [e.sha256 for e in own], "model_sha256": weights_sha256(merged),
+        "geometry": _geometry(merge, own, merged),
         **owners, **({"amplification": merge.trust.amplification} if merge.trust else {}),
         **_deviations(job, merge, choice),
     }  # fmt: skip
 
 
-def _geometry(merge: RunningMerge, merged: Path) -> dict[str, Any]:
+def _geometry(merge: RunningMerge, experts: Sequence[FoldedExpert], merged: Path) -> dict[str, Any]:
     """Compare the task vectors of experts and merge.
 
     Of many experts, some are compared, so that the cost of a stage does not grow: `compared` lists their numbers, from
     1.
     """
-    chosen = evenly_spread(len(merge.experts), _COMPARED)
-    found = merge_geometry(merge.base, [merge.experts[number - 1].folder for number in chosen], merged)
-    return found if len(chosen) == len(merge.experts) else {**found, "compared": list(chosen)}
+    chosen = evenly_spread(len(experts), _COMPARED)
+    found = merge_geometry(merge.base, [experts[number - 1].folder for number in chosen], merged)
+    return found if len(chosen) == len(experts) else {**found, "compared": list(chosen)}
 
 
 def _deviations(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> dict[str, Any]:
     """Return the deviations from the recipe, for later stages."""
     record: dict[str, Any] = choice.to_json(job.run.recipe.guard) if choice else {}
+    if job.prepared.published:
+        record["published"] = job.prepared.published.records()
     if not job.holds_one_a_stage(merge):
         record["folded"] = job.parts(merge)
     if merge.factor != 1.0:
@@ -99,10 +102,10 @@ def _deviations(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> di
 
 
 def _write_mergekit_recipe(job: MergeJob, merge: RunningMerge) -> None:
-    """Write merge.yml, unless the merge has no experts."""
+    """Write merge.yml, unless the merge has no experts, or some that are elsewhere."""
     file = job.place.mergekit_recipe
     remove(file)
-    if merge.experts:
+    if merge.experts and not job.prepared.published:
         text = mergekit_yaml(
             merge.rule_name, merge.rule, base=job.run.base_model, experts=merge.experts,
             dtype=job.dtype, rounding=job.place.entry.rounding, scale=None if merge.factor == 1.0 else merge.scale,

@@ -138,6 +138,11 @@ class Remix:
             ModelError: the base has changed.
         """
         recipe = run.recipe
+        if recipe.continue_from:
+            raise RecipeError(
+                f"{run.folder} continues {recipe.continue_from}, whose experts are not in the run: their weights "
+                "cannot be searched."
+            )
         run.require_same_plugins()
         if recipe.trust_remote_code and not trust_remote_code:
             raise RecipeError(

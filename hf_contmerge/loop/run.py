@@ -113,7 +113,7 @@ class Loop:
                 if step.phase == "score" and place.folder.name in (ORACLE, ROUTED):
                     self._route(place, step.tasks)
                 elif step.phase == "score":
-                    model = place.model if isinstance(place, ExpertPlace | MergePlace) else self.prepared.base
+                    model = place.model if isinstance(place, ExpertPlace | MergePlace) else self._row_0()
                     self._score(place, model, step.tasks)
                 elif isinstance(place, ExpertPlace):
                     self._train(t, place)
@@ -153,6 +153,8 @@ class Loop:
         from hf_contmerge.loop.stages import train_at
 
         self._from_main(lambda: check_start(self.run, self.prepared.base, t, place.kind))
+        if t == 1 and self.prepared.published:
+            self._from_main(self.prepared.published.check)
         joint = place.kind == JOINT
         job = joint_job(self.run, self.prepared) if joint else train_job(self.run, self.prepared, t, place.kind)
         on_log = self.trackers.of(place, "train")
@@ -217,16 +219,29 @@ class Loop:
     def _score(self, place: Place, model: Path, tasks: Sequence[Task]) -> None:
         if not self._wanted("score"):
             return
-        from hf_contmerge.loop.inputs import check_model_of
         from hf_contmerge.loop.stages import measure_at
 
         how = self._measuring("test" if self.run.recipe.tunes else "all")
         if place.folder.name == IN_CONTEXT:
             how = self._in_context(how)
-        check = partial(check_model_of, self.run, place, model)
-        measure_at(place, model, tasks, how, check=check, on_log=self.trackers.of(place, "score"))
+        measure_at(
+            place, model, tasks, how, check=partial(self._check, place, model), on_log=self.trackers.of(place, "score")
+        )
         if self.recorder.is_main:
             self._keep_keys(place)
+
+    def _row_0(self) -> Path:
+        """Return the model before the first stage."""
+        return self.prepared.published.model if self.prepared.published else self.prepared.base
+
+    def _check(self, place: Place, model: Path) -> None:
+        """Raise an error for a changed model of a place."""
+        from hf_contmerge.loop.inputs import check_model_of
+
+        if self.prepared.published and model == self.prepared.published.model:
+            self.prepared.published.check()
+        else:
+            check_model_of(self.run, place, model)
 
     def _in_context(self, how: Measuring) -> Measuring:
         from dataclasses import replace

@@ -103,6 +103,9 @@ def verify_run(run: Run) -> Reading:
                 _verify_phase(reading, run, t, part, phase)
         if isinstance(place, MergePlace):
             _verify_merge_files(reading, place, again)
+    if (before := run.folder / "from" / LINEAGE).is_file():
+        redo = f"Remove {before.parent}, and start the run again: it is fetched anew."
+        reading.files(before.parent, reading.record(before, redo).get("files", {}), redo)
     for out in sorted(run.folder.glob("remix/*/")):
         record = reading.record(out / REMIX, f"Remove {out}, and give its command again.")
         reading.files(out, record.get("files", {}), f"Remove {out}, and give `contmerge remix` again.")

@@ -27,7 +27,8 @@ _SHAPE = {
     "rule": str, "parameters": PARAMETERS, "base": str, "base_sha256": str,
     "experts": [{"stage": str, "model": str, "sha256": str, **COEFFICIENTS}], "scale?": float, "factor?": float,
     "dtype?": (str, None),
-    "rounding?": (str, None), "versions": {str: str}, "stored?": ({"dtype": str, "rounding": str}, None),
+    "rounding?": (str, None), "versions": {str: str}, "model_sha256?": str,
+    "stored?": ({"dtype": str, "rounding": str}, None),
 }  # fmt: skip
 
 

@@ -56,6 +56,7 @@ from hf_contmerge.models.weights import SHARD_SIZE, Weights
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.digests import Digests, digests_of, files_below
 from hf_contmerge.runtime.files import FolderLock, alone, new_folder, remove, sync_files, sync_folder
+from hf_contmerge.runtime.notebook import html_table
 from hf_contmerge.runtime.plugins import require_same
 from hf_contmerge.runtime.refusals import refusals
 from hf_contmerge.runtime.versions import versions
@@ -114,6 +115,13 @@ class MergeState:
     def log(self) -> Log:
         """Return the contents of state.json."""
         return read_log(self.folder)
+
+    def _repr_html_(self) -> str:
+        """Return the experts as a table, for notebooks."""
+        log = self.log()
+        rows = [(e.stage, e.model, e.kind, e.norm, e.weight, e.sha256[:12]) for e in log.experts]
+        caption = f"{self.folder}: {log.rule} on {log.base}, |S| = {log.running_norm:.4g}"
+        return html_table(caption, ("stage", "expert", "kind", "norm", "weight", "SHA-256"), rows)
 
     def merge(self, log: Log | None = None) -> RunningMerge:
         """Return the merge as a value.

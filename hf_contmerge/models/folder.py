@@ -28,14 +28,15 @@ from hf_contmerge.models.contents import check_contents, companions
 from hf_contmerge.models.lora.settings import CONFIG
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.runtime.files import FOREVER, alone, put_in_place, remove, write_atomically
-from hf_contmerge.runtime.foreign import expanded, is_too_long
+from hf_contmerge.runtime.foreign import expanded, is_too_long, require_own_files
 
 LOG = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 TEXTS = (*(f"*{end}" for end in COMPANIONS), "*.py", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*")
 """Patterns of a model's files on the Hub, without weights."""
-_OTHER = ["original/*", "consolidated*", "onnx/*", "openvino/*", "*.fp16.safetensors", "checkpoint-*/*"]
+_STATE = "state/*"  # of a published merge; only those who continue it read it
+_OTHER = [_STATE, "original/*", "consolidated*", "onnx/*", "openvino/*", "*.fp16.safetensors", "checkpoint-*/*"]
 """Other copies of a model's weights in its repository, gigabytes that nothing reads."""
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -155,6 +156,27 @@ def copy_files(source: Path, target: Path) -> None:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
+
+
+def fetch_merge(name: str) -> Path:
+    """Return the folder of a published merge with its state; fetch it from the Hub.
+
+    Raises:
+        ModelError: there is none.
+        ResourceError: the Hub is unreachable.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not is_too_long(name) and expanded(name).is_dir():
+        require_own_files(expanded(name), error=ModelError)
+        return expanded(name)
+    check_hub_id(name)
+    repo, _, revision = name.partition("@")
+    wanted = ["*.safetensors", *TEXTS, _STATE]
+    with hub_errors(name):
+        return Path(
+            snapshot_download(repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=_OTHER[1:])
+        )
 
 
 def _from_hub(name: str) -> Path:

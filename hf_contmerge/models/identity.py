@@ -56,5 +56,10 @@ def model_files(folder: Path) -> list[str]:
     return [*weight_files(folder)[0], *index, *texts]
 
 
+def weight_digests(files: Digests) -> Digests:
+    """Return the digests of weights alone."""
+    return {name: digest for name, digest in files.items() if _is_weights(name)}
+
+
 def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".safetensors.index.json"))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from hf_contmerge.report._axes import COLOURS, FAINT, GREY, INK, MARKERS
 from hf_contmerge.report._choices import Curve
@@ -36,7 +36,7 @@ _STYLE: Any = {
 _BOLD = 0.64
 
 
-def draw_forgetting(results: Results, path: Path) -> None:
+def draw_forgetting(results: Results, path: Path | BinaryIO) -> None:
     """Write the whole picture as a PNG file."""
     shown = panels(results)
     columns, rows, spots = _layout(sum(p.kind == "stage" for p in shown), len(shown))
@@ -52,7 +52,7 @@ def draw_forgetting(results: Results, path: Path) -> None:
         figure.supxlabel(foot, x=0.012, ha="left", fontsize=8.5, color=GREY)
         figure.suptitle(wrapped, x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK)
         _finish(figure, drawn)
-        figure.savefig(path, facecolor="white")
+        figure.savefig(path, facecolor="white", format="png")
 
 
 def draw_alone(results: Results, panel: Panel) -> bytes:

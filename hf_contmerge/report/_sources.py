@@ -79,7 +79,7 @@ def _rows(run: Run, t: int, place: ExpertPlace) -> list[list[Cell]]:
             Cell(f"{run.stage(t).name} ({place.folder.name})"),
             Cell(part["source"]),
             Cell(str(part["examples"])),
-            Cell(f"{100 * part['examples'] / total:.1f} %"),
+            Cell(f"{100 * part['examples'] / (total or 1):.1f} %"),
             Cell(licences.get(part["source"]) or ""),
             *(Cell("" if loss is None else f"{loss:.3f}") for loss in (part["first_loss"], part["loss"])),
         ]

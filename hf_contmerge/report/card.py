@@ -6,20 +6,26 @@ Missing scores are named as such.
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_contmerge.errors import RunError
 from hf_contmerge.merge_rules import named_rule
-from hf_contmerge.report._findings import METRICS, UNITS, UNMEASURED, known_metrics
+from hf_contmerge.models.config import chat_template
+from hf_contmerge.report._changes import change_tables, seen_losses
+from hf_contmerge.report._findings import METRICS, UNITS, UNMEASURED, headline, known_metrics
+from hf_contmerge.report._front_matter import front_matter
 from hf_contmerge.report._merges import stored
+from hf_contmerge.report._parents import Licence
+from hf_contmerge.report._pictures import draw_forgetting
 from hf_contmerge.report._public import (
-    accepted_name,
     expert_of,
     hub_id,
+    hub_model,
+    public,
     public_mergekit_recipe,
-    public_name,
     public_recipe,
 )
 from hf_contmerge.report._routes import route_table
@@ -28,7 +34,7 @@ from hf_contmerge.report._tables import Cell, Table, metric_table
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import IN_CONTEXT, JOINT, ORACLE, ROUTED, ExpertPlace, one_a_stage
+from hf_contmerge.run.places import FROM_BASE, IN_CONTEXT, JOINT, ORACLE, ROUTED, ExpertPlace, one_a_stage
 from hf_contmerge.run.recipe.schema import Merge
 from hf_contmerge.run.scores import BLOCKS, Block, Scores, TaskScore, load_scores
 from hf_contmerge.runtime.hiding import without_secrets
@@ -46,21 +52,53 @@ _ON_THE_CARD = (
 )  # fmt: skip
 
 
-def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
-    """Return the README.md of an entry's last merge. Raises RunError without one."""
-    t = last_merged(run, entry)
+@dataclass(frozen=True)
+class CardFacts:
+    """What a push adds to the card of a merge."""
+
+    repo_id: str | None = None
+    licence: Licence = field(default_factory=Licence)
+    picture: bytes | None = None
+    branches: tuple[str, ...] = ()
+    """Of the earlier stages."""
+    with_state: bool = False
+    documents: str | None = None
+    """Repository of the results of each document."""
+
+
+def draw_picture(run: Run) -> bytes | None:
+    """Return the picture of a run as a PNG; None without scores."""
+    results, file = load_results(run), io.BytesIO()
+    if not results.blocks():
+        return None
+    draw_forgetting(results, file)
+    return file.getvalue()
+
+
+def model_card(run: Run, entry: Merge, *, t: int | None = None, facts: CardFacts | None = None) -> str:
+    """Return the README.md of an entry's merge after stage t.
+
+    `t`: by default the last merged stage. Raises RunError without one.
+    """
+    t, facts = t or last_merged(run, entry), facts or CardFacts()
     recipe, rule = run.recipe, named_rule(entry.rule)
-    shown_id = repo_id or (recipe.publish.repo_id if recipe.publish else recipe.name)
+    shown_id = facts.repo_id or (recipe.publish.repo_id if recipe.publish else recipe.name)
     merge = run.merged(t, entry).record("merge")
     lines = _lines(run, entry, t)
     metrics, results = _metrics(run, lines, t), load_results(run)
+    changes = change_tables(run, results, entry, t)
     return fill(
         "card.md",
-        front_matter=_front_matter(run, entry, t, shown_id),
+        front_matter=_front_matter(run, entry, t, shown_id, facts.licence),
+        facts=facts,
+        licence=facts.licence.in_words(),
+        alt=headline(results),
+        chat=bool(chat_template(run.merged(t, entry).model)),
         repo_id=shown_id,
         t=t,
         stages=len(recipe.stages),
-        base=_named(recipe.base_model),
+        base=without_secrets(hub_model(recipe.base_model)),
+        before=public(recipe.continue_from or ""),
         lineage=[_ancestor(run, entry, s) for s in range(1, t + 1)],
         rule=entry.rule,
         reference=rule.reference,
@@ -69,6 +107,8 @@ def model_card(run: Run, entry: Merge, *, repo_id: str | None = None) -> str:
         norms=_norms(run, merge),
         stored=stored(run).get(entry.name),
         scores=_scores(run, lines, t),
+        changes=changes,
+        losses=seen_losses(changes),
         routes=[table for block in metrics if (table := route_table(results, block, entry.name)).rows],
         unmeasured="" if recipe.evaluate.general_tasks else UNMEASURED,
         metrics=[metric_table(of, block) for block, of in metrics.items()],
@@ -90,26 +130,17 @@ def last_merged(run: Run, entry: Merge) -> int:
     )
 
 
-def _front_matter(run: Run, entry: Merge, t: int, shown_id: str) -> str:
-    from huggingface_hub import ModelCardData
-
+def _front_matter(run: Run, entry: Merge, t: int, shown_id: str, licence: Licence) -> str:
     recipe, merged = run.recipe, [run.stage(s) for s in range(1, t + 1)]
     parents = [recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
     sources = [source for n in range(1, t + 1) for source in stage_sources(run, expert_of(run, entry, n), n)]
-    datasets = [d for source in sources if (d := hub_id(source.path))]
     results = _eval_results(load_scores(run.merged(t, entry)))
-    data = ModelCardData(
-        base_model=[accepted_name(hub_id(m) or public_name(m)) for m in dict.fromkeys(parents)],
-        base_model_relation="merge",
-        tags=["merge", "mergekit", "contmerge", entry.rule],
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        datasets=list(dict.fromkeys(datasets)) or None,
-        license=recipe.publish.license if recipe.publish else None,
-        model_name=shown_id.split("/")[-1] if results else None,
-        eval_results=results or None,
-    )
-    return data.to_yaml()
+    return front_matter(
+        parents, "merge", ["merge", "mergekit", "contmerge", entry.rule],
+        datasets=[d for source in sources if (d := hub_id(source.path))],
+        licence=licence.name or (recipe.publish.license if recipe.publish else None),
+        model_name=shown_id.split("/")[-1] if results else None, eval_results=results or None,
+    )  # fmt: skip
 
 
 def _eval_results(scores: Scores) -> list[Any]:
@@ -146,25 +177,23 @@ def _ancestor(run: Run, entry: Merge, t: int) -> _Ancestor:
     digests = merged.get("expert_sha256") or [trained.get("model_sha256")]  # of all experts folded so far
     return _Ancestor(
         name=stage.name,
-        source=_named(str(stage.expert or "")),
-        datasets=tuple((_named(s.path), s.in_words()) for s in stage_sources(run, place, t)),
-        minus=_named(stage.minus) if stage.minus else None,
-        start=_start(run, place, t),
+        source=public(str(stage.expert or "")),
+        datasets=tuple((public(s.path), s.in_words()) for s in stage_sources(run, place, t)),
+        minus=public(stage.minus) if stage.minus else None,
+        start=_start(run, entry, place, t),
         expert_sha256=digests[-1],
         merged_sha256=merged.get("model_sha256"),
     )
 
 
-def _start(run: Run, place: ExpertPlace, t: int) -> str:
+def _start(run: Run, entry: Merge, place: ExpertPlace, t: int) -> str:
+    from_base = (entry.start_from or named_rule(entry.rule).start_from) in FROM_BASE
+    if t == 1 and run.recipe.continue_from and not from_base:
+        return "the published merge"
     if place.kind == "base":
         return "the base model"
     before = run.stage(t - 1).name
     return f"{'the expert of' if place.kind == 'previous' else 'the merged model after'} {before}"
-
-
-def _named(name: str) -> str:
-    """Return a model's or a dataset's public name for the text."""
-    return without_secrets(public_name(name))
 
 
 def _norms(run: Run, merge: dict[str, Any]) -> Table:
@@ -189,13 +218,19 @@ def _scores(run: Run, lines: Sequence[Line], t: int) -> Table | None:
     """Return the table of scores, if the recipe names a task."""
     tasks = [name for s in range(1, t + 1) for name in run.stage(s).task_names()]
     tasks += run.recipe.evaluate.general_names
-    models = [("base model", lines[-1].rows[0])]
+    models = [(_start_name(run), lines[-1].rows[0])]
     models += [(f"{x.name}, after {run.stage(s).name}", x.rows[s]) for s in range(1, t + 1) for x in lines
 if x.name not in _AT_THE_END.values() or s == len(run.recipe.stages)]  # fmt: skip
     measured = {name: score for line in lines for row in line.rows for name, score in row.items()}
     rows = [[Cell(name), *(_cell(row.get(task)) for task in tasks)] for name, row in models]
     head = ("model", *(f"{task} ({_metric(measured.get(task))})" for task in tasks))
     return Table("", head, rows) if tasks else None
+
+
+def _start_name(run: Run) -> str:
+    """Return the name of row 0: the base, or the published merge continued."""
+    before = run.recipe.continue_from
+    return f"published merge {public(before)}" if before else "base model"
 
 
 def _metrics(run: Run, lines: Sequence[Line], t: int) -> dict[Block, dict[str, dict[str, float | None]]]:

@@ -1,43 +1,76 @@
-"""Pushes a run's models to the Hub, in one commit.
+"""Pushes what contmerge made to the Hub: runs, merge states, written models, trained experts.
 
-Uploaded: the merged weights, config and tokenizer, and four files written here: README.md (the card), recipe.yml,
-merge.yml, and merge.json, from which `contmerge verify` merges the parents again. Local paths are reduced to names and
-secrets of the recipe are blanked in all of them; any other file in the merged folder stops the push, as does one that
-is not as the run recorded it. huggingface_hub reads the token from HF_TOKEN or `hf auth login`; this module never does.
+A run's repository has a branch per stage with the merged model of that stage, and the last one on main: weights, config
+and tokenizer, the card (README.md) with the picture, recipe.yml, merge.yml, and merge.json, from which `contmerge
+verify` merges the parents again. Local paths are reduced to names and secrets of the recipe are blanked in all of them;
+any other file in the merged folder stops the push, as does one that is not as recorded.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.errors import ContmergeError, ModelError, RecipeError, ResourceError, RunError, unknown
-from hf_contmerge.merging.lineage import LINEAGE
-from hf_contmerge.models.contents import companions, is_weights
+from hf_contmerge.errors import RecipeError, RunError, unknown
+from hf_contmerge.merging.lineage import LINEAGE, read_lineage
+from hf_contmerge.merging.state import MergeState
+from hf_contmerge.models.folder import is_adapter
+from hf_contmerge.models.weights import weights_sha256
+from hf_contmerge.report._contents import PICTURE, Contents, model_contents
+from hf_contmerge.report._documents import documents_of
+from hf_contmerge.report._evaluations import evaluations
 from hf_contmerge.report._lineage import run_lineage
+from hf_contmerge.report._parents import Licence, licence_of
+from hf_contmerge.report._plain_cards import Plain, expert_card, written_card
 from hf_contmerge.report._public import (
     HUB_ID,
-    LOCAL_PATH,
-    mapped,
+    hub_id,
+    hub_model,
+    public,
+    public_lineage,
     public_mergekit_recipe,
-    public_name,
     public_recipe,
 )
-from hf_contmerge.report.card import last_merged, model_card
+from hf_contmerge.report._repository import MAIN, Publication, Revision, send
+from hf_contmerge.report._states import run_state, state_contents
+from hf_contmerge.report.card import CardFacts, draw_picture, last_merged, model_card
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.schema import Merge, Recipe
-from hf_contmerge.runtime.foreign import read_json, require_own_files
-from hf_contmerge.runtime.records import record_text
+from hf_contmerge.runtime.digests import changed_files
+from hf_contmerge.runtime.records import Record, read_record, record_text
+from hf_contmerge.runtime.shapes import RECORDS
+from hf_contmerge.training.job import OWN
 
-Contents = Path | bytes
-_OURS = {"README.md", "recipe.yml", "merge.yml", LINEAGE}
+
+@dataclass(frozen=True)
+class Wish:
+    """What to push, and where to."""
+
+    repo_id: str | None = None
+    """owner/name; the recipe's `publish.repo_id` by default."""
+    merge: str | None = None
+    """Name of the merge entry; the recipe's `publish.merge`, or its only one, by default."""
+    private: bool | None = None
+    """Visibility of a new repository; the recipe's `publish.private` by default, else True."""
+    license: str | None = None
+    base: str | None = None
+    """The base's name on the Hub, if the recipe names a folder."""
+    last_only: bool = False
+    """Leave out the branches of the stages."""
+    with_state: bool = False
+    """Add the merge state, so that others can append to the merge."""
+    with_documents: bool = False
+    """Push the results of each document as a dataset."""
+    online: bool = True
+    """Ask the Hub for the parents' licences."""
 
 
 def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = None, private: bool | None = None) -> str:
-    """Push the last merged model in one commit; return its URL.
+    """Push a run's merged models; return the URL of the last commit.
 
     Args:
         run: a run with at least one merged stage.
@@ -51,24 +84,103 @@ def push_merged(run: Run, *, repo_id: str | None = None, entry: str | None = Non
         ModelError: the merged folder holds files that are no part of a model.
         ResourceError: no network, no token, or no permission to write there.
     """
-    from huggingface_hub import HfApi
+    return push(publications_of(run, Wish(repo_id, entry, private)))
 
-    wish = run.recipe.publish
-    chosen = _chosen_entry(run.recipe, entry)
-    repo_id = _checked_repo_id(repo_id or (wish.repo_id if wish else None))
-    private = (wish.private if wish else True) if private is None else private
-    t = last_merged(run, chosen)
-    files = _files(run, chosen, t, repo_id)
-    api = HfApi()
-    message = f"{run.recipe.name}: {chosen.name} after stage {t} of {len(run.recipe.stages)}"
-    with _hub_errors(repo_id, api.endpoint):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and api.model_info(repo_id).private is False:
-            raise RecipeError(
-                f"{repo_id} at {api.endpoint} is public, but this push is private. Make it private in its "
-                "settings, push to another repository, or allow it with `--public`. Nothing was uploaded."
-            )
-        return _commit(api, repo_id, files, message)
+
+def push(publications: Sequence[Publication]) -> str:
+    """Send publications, the model last; return the URL of its commit."""
+    return [send(publication) for publication in publications][-1]
+
+
+def publications_of(what: Run | Path, wish: Wish) -> list[Publication]:
+    """Return what a push would send, the model last. Sends nothing.
+
+    Args:
+        what: a run, or the folder of a state, a written model or a trained expert.
+        wish: the choices.
+
+    Raises:
+        RecipeError, RunError, ModelError: as `push_merged`.
+    """
+    if isinstance(what, Run):
+        return list(_of_run(what, wish))
+    if wish.merge or wish.last_only or wish.with_documents:
+        raise RecipeError(f"{what} is no run: --merge, --last-only and --with-documents are for runs.")
+    repo_id = _checked_repo_id(wish.repo_id)
+    if (what / "state.json").is_file():
+        made = _of_state(MergeState.load(what), wish, repo_id)
+    elif (what / LINEAGE).is_file():
+        made = _of_written(what, read_lineage(what), wish, repo_id)
+    else:
+        made = _of_expert(what, wish, repo_id)
+    files, message, licence = made
+    revision = Revision(MAIN, message, files)
+    return [Publication(repo_id, wish.private is not False, [revision], notes=[f"Licence: {licence.in_words()}."])]
+
+
+# Runs
+
+
+def _of_run(run: Run, wish: Wish) -> Iterator[Publication]:
+    publish = run.recipe.publish
+    entry = _chosen_entry(run.recipe, wish.merge)
+    repo_id = _checked_repo_id(wish.repo_id or (publish.repo_id if publish else None))
+    private = (publish.private if publish else True) if wish.private is None else wish.private
+    last = last_merged(run, entry)
+    run.settle()
+    if wish.base:
+        run = Run(run.folder, run.recipe.model_copy(update={"base_model": _checked_base(wish.base)}))
+    licence = licence_of(_parents(run, last), wish.license or (publish.license if publish else None),
+                         online=wish.online)  # fmt: skip
+    facts = CardFacts(repo_id, licence, with_state=wish.with_state)
+    if wish.with_documents:
+        facts = replace(facts, documents=f"{repo_id}-results")
+        yield Publication(f"{repo_id}-results", private, [documents_of(run, entry, last, repo_id)], "dataset")
+    notes = [f"Licence: {licence.in_words()}."]
+    if not hub_id(hub_model(run.recipe.base_model)):
+        notes.append(f"The base is called {public(run.recipe.base_model)}: name it on the Hub with --base owner/name.")
+    yield Publication(repo_id, private, _revisions(run, entry, last, facts, all_stages=not wish.last_only), notes=notes)
+
+
+def _revisions(run: Run, entry: Merge, last: int, facts: CardFacts, *, all_stages: bool) -> list[Revision]:
+    """Return a branch per earlier stage, and the last one on main."""
+    branches = tuple(_branch(run, t) for t in range(1, last)) if all_stages else ()
+    early = replace(facts, with_state=False)
+    final = replace(facts, picture=draw_picture(run), branches=branches)
+    before = [_revision(run, entry, t, early, branch) for t, branch in enumerate(branches, 1)]
+    return [*before, _revision(run, entry, last, final, MAIN)]
+
+
+def _parents(run: Run, t: int) -> list[str]:
+    merged = [run.stage(s) for s in range(1, t + 1)]
+    return [run.recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
+
+
+def _branch(run: Run, t: int) -> str:
+    """Return a stage's branch: a name of git."""
+    return f"{t:02d}-{re.sub(r'[.]+', '-', run.stage(t).name)}"
+
+
+def _revision(run: Run, entry: Merge, t: int, facts: CardFacts, branch: str) -> Revision:
+    message = f"{run.recipe.name}: {entry.name} after stage {t} of {len(run.recipe.stages)}"
+    return Revision(branch, message, _run_files(run, entry, t, facts))
+
+
+def _run_files(run: Run, entry: Merge, t: int, facts: CardFacts) -> dict[str, Contents]:
+    """Return path in the repository -> contents."""
+    place = run.merged(t, entry)
+    place.check("merge", "merged")
+    place.check_recipe()
+    own = [n.removeprefix("merged/") for n in place.record("merge")["files"] if n.startswith("merged/")]
+    files = model_contents(place.model, own)
+    files["README.md"] = model_card(run, entry, t=t, facts=facts).encode()
+    files["recipe.yml"] = public_recipe(run.recipe).encode()
+    files |= {PICTURE: facts.picture} if facts.picture else {}
+    mergekit, lineage = public_mergekit_recipe(run, entry, t), run_lineage(run, entry, t)
+    files |= {"merge.yml": mergekit.encode()} if mergekit else {}
+    files |= {LINEAGE: record_text(lineage).encode()} if lineage else {}
+    files |= evaluations(run, entry, t)
+    return files | (run_state(run, entry, t) if facts.with_state else {})
 
 
 def _chosen_entry(recipe: Recipe, name: str | None) -> Merge:
@@ -96,113 +208,74 @@ def _checked_repo_id(repo_id: str | None) -> str:
     return repo_id
 
 
-def _files(run: Run, entry: Merge, t: int, repo_id: str) -> dict[str, Contents]:
-    """Return path in the repository -> contents."""
-    run.settle()
-    place = run.merged(t, entry)
-    place.check("merge", "merged")
-    place.check_recipe()
-    folder = place.model
-    require_own_files(folder, error=ModelError)
-    merged = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    model = {path.relative_to(folder).as_posix() for path in companions(folder)} | _OURS
-    refused = [n for n, path in merged.items() if path.is_symlink() or not (n in model or is_weights(n))]
-    if refused:
-        raise ModelError(
-            f"{folder} holds {', '.join(refused)}. Only weights, config, tokenizer, templates, licence and the model's "
-            "code are ever uploaded: move the others elsewhere and push again. Nothing was uploaded."
+def _checked_base(base: str) -> str:
+    if not HUB_ID.fullmatch(base):
+        raise RecipeError(f"--base takes the base's name on the Hub, such as owner/name; got {base!r}.")
+    return base
+
+
+# States, written models, trained experts
+
+_Made = tuple[dict[str, Contents], str, Licence]
+
+
+def _of_state(state: MergeState, wish: Wish, repo_id: str) -> _Made:
+    """Return a state's newest written model, with the state itself."""
+    log = state.log()
+    model = next((Path(e["model"]) for e in reversed(state.exports()) if e["experts"] == len(log.experts)), None)
+    lineage = read_lineage(model) if model and (model / LINEAGE).is_file() else None
+    if not model or not lineage or [e["sha256"] for e in lineage["experts"]] != [e.sha256 for e in log.experts]:
+        raise RunError(
+            f"{state.folder} has no written model of its {len(log.experts)} experts. Write it, then push: "
+            f"contmerge merge export {state.folder} merged"
         )
-    if not any(path.suffix == ".safetensors" for path in merged.values()):
-        raise RunError(f"{folder} holds no weights. Merge again: `contmerge redo {run.folder} merge`, then run.")
-    files: dict[str, Contents] = {name: _cleaned(path) for name, path in merged.items()}
-    files["README.md"] = model_card(run, entry, repo_id=repo_id).encode()
-    files["recipe.yml"] = public_recipe(run.recipe).encode()
-    mergekit = public_mergekit_recipe(run, entry, t)
-    lineage = run_lineage(run, entry, t)
-    files |= {"merge.yml": mergekit.encode()} if mergekit else {}
-    return files | ({LINEAGE: record_text(lineage).encode()} if lineage else {})
+    files, message, licence = _of_written(model, lineage, replace(wish, with_state=False), repo_id, state=True)
+    return {**files, **state_contents(state)}, message, licence
 
 
-def _commit(api: Any, repo_id: str, files: dict[str, Contents], message: str) -> str:
-    """Commit all files, verify them, and return the commit's URL."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+def _of_written(model: Path, lineage: Record, wish: Wish, repo_id: str, *, state: bool = False) -> _Made:
+    """Return a model that `merge export` or `remix` wrote."""
+    if wish.with_state:
+        raise RecipeError(f"{model} is a written model. Push the folder of its state: the model goes with it.")
+    _require_whole(model, lineage["files"], "Export it again")
+    files = model_contents(model, lineage["files"], apart=[LINEAGE])
+    names = [wish.base or lineage["base"], *(e["model"] for e in lineage["experts"])]
+    licence = licence_of(names, wish.license, online=wish.online)
+    if wish.base:
+        lineage = Record({**lineage, "base": _checked_base(wish.base)})
+    shown = public_lineage({**lineage, "model_sha256": weights_sha256(model)})
+    card = written_card(shown, Plain(repo_id, licence, is_adapter(model), with_state=state))
+    files |= {"README.md": card.encode(), LINEAGE: record_text(shown).encode()}
+    return files, f"{lineage['rule']}: {len(lineage['experts'])} experts", licence
 
-    # An earlier push may have other shards, which transformers would still read.
-    stale = [n for n in api.list_repo_files(repo_id) if is_weights(n) and n not in files]
-    operations = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=c) for n, c in files.items()]
-    operations += [CommitOperationDelete(path_in_repo=n) for n in stale]
-    commit = api.create_commit(repo_id, operations, commit_message=message)
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit.oid)
-    sizes = {item.path: getattr(item, "size", None) for item in tree}
-    missing = [n for n, c in files.items() if sizes.get(n) != (len(c) if isinstance(c, bytes) else c.stat().st_size)]
-    if missing:
-        raise ResourceError(
-            f"{', '.join(missing)} did not arrive whole at {commit.commit_url}. Push again; uploaded files are not "
-            "sent twice."
+
+def _of_expert(folder: Path, wish: Wish, repo_id: str) -> _Made:
+    """Return an expert that `finetune_stage` or a run trained."""
+    if wish.with_state:
+        raise RecipeError(f"{folder} is a trained expert, and has no merge state.")
+    own, of_run = folder / OWN / "train.json", folder.parent / "train.json"
+    if own.is_file():
+        record = read_record(own, "Train it again.", RECORDS["train"])
+        files = record["files"]
+    elif of_run.is_file() and folder.name == "expert":
+        record = ExpertPlace(folder.parent, folder.parent.name).record("train")
+        files = {n.removeprefix("expert/"): digest for n, digest in record["files"].items() if n.startswith("expert/")}
+    else:
+        raise RunError(
+            f"{folder} holds no run, no merge state, and no record of a model ({LINEAGE}, {OWN}/train.json): nothing "
+            "says what its files should be. Give a folder that contmerge wrote."
         )
-    return commit.commit_url
+    _require_whole(folder, files, "Train it again")
+    contents = model_contents(folder, files, apart=[OWN, "statistics", "README.md"])
+    base = wish.base and _checked_base(wish.base)
+    card, licence = expert_card(record, folder, Plain(repo_id, adapter=is_adapter(folder), base=base),
+                                lambda names: licence_of(names, wish.license, online=wish.online))  # fmt: skip
+    return {**contents, "README.md": card.encode()}, f"expert of {repo_id.split('/')[1]}", licence
 
 
-@contextmanager
-def _hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
-    """Turn whatever huggingface_hub raises into one sentence."""
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  (httpx's, any version)
-
-    try:
-        yield
-    except ContmergeError:
-        raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: an upload thread's or hf_xet's
-        raise ResourceError(_explanation(error, repo_id, endpoint)) from error
-
-
-def _explanation(error: BaseException, repo_id: str, endpoint: str) -> str:
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
-        OfflineModeIsEnabled,
-    )
-
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"Cannot push {repo_id}: HF_HUB_OFFLINE is set. Unset it and push again."
-    if not isinstance(error, HTTPError):
-        return f"Pushing {repo_id} to {endpoint} failed: {' '.join(str(error).split()) or type(error).__name__}"
-    if not isinstance(error, HfHubHTTPError):
-        return (
-            f"Cannot reach {endpoint} to push {repo_id} ({type(error).__name__}). Check the network, the proxy and "
-            "HF_ENDPOINT, then push again; uploaded files are not sent twice."
+def _require_whole(folder: Path, digests: dict[str, Any], cure: str) -> None:
+    """Raise RunError for files with other bytes than recorded."""
+    if changed := changed_files(folder, digests):
+        raise RunError(
+            f"{folder / changed[0]} changed or went missing after it was written: it is not published. {cure}."
         )
-    status = error.response.status_code
-    if status == 401:
-        return (
-            f"{endpoint} requires a login (401): the token is missing or no longer valid. Log in with "
-            f"`hf auth login`, or set HF_TOKEN, then push {repo_id} again."
-        )
-    if status == 403:
-        return (
-            f"{endpoint} denies this token write access to {repo_id} (403). Create one with write permission for "
-            f"{repo_id.split('/')[0]} at {endpoint}/settings/tokens, pass it to `hf auth login`, and push again."
-        )
-    answer = error.server_message or error.response.reason_phrase
-    return (
-        f"{endpoint} answered {status} to the push of {repo_id}: {answer}. Fix the reported problem, or push again "
-        "later."
-    )
-
-
-# What stays on this machine
-
-
-def _cleaned(path: Path) -> Contents:
-    """Return a file's contents; configs lose local paths."""
-    if path.suffix != ".json" or "config" not in path.name:  # a vocabulary may hold "/home" as a token: leave it alone
-        return path
-    data = read_json(path)
-
-    def public(key: str, value: str) -> str:
-        return public_name(value) if key.endswith(("path", "file", "dir")) and LOCAL_PATH.match(value) else value
-
-    cleaned = mapped(data, public)
-    return path if cleaned == data else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()

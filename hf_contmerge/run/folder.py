@@ -45,6 +45,7 @@ from hf_contmerge.run.recipe.text import load_recipe, read_yaml, recipe_yaml
 from hf_contmerge.runtime.digests import changed_files, digests_below
 from hf_contmerge.runtime.files import FolderLock, make_folder, sync_folder, write_atomically
 from hf_contmerge.runtime.foreign import require_own_files
+from hf_contmerge.runtime.notebook import html_table
 from hf_contmerge.runtime.plugins import changed, require_given, require_same
 from hf_contmerge.runtime.records import Record, read_record, require_seal, seal_yaml, write_record
 from hf_contmerge.runtime.shapes import INPUTS
@@ -119,6 +120,15 @@ class Run:
             )
         _require_own_files(Path(folder))
         return cls(Path(folder), _frozen(recipe_file))
+
+    def _repr_html_(self) -> str:
+        """Return the finished phases as a table, for notebooks."""
+        rows = [
+            (place.folder.relative_to(self.folder / "stages"), *("✓" if place.is_done(p) else "" for p in PHASES[:-1]))
+            for _, place in self.places()
+        ]
+        state = "complete" if self.is_complete() else f"not complete; {self.command}"
+        return html_table(f"{self.recipe.name}: {self.folder}, {state}", ("", *PHASES[:-1]), rows)
 
     def is_complete(self) -> bool:
         """Return True if this exact recipe is done.
@@ -249,7 +259,7 @@ class Run:
         return Place(self._stage_folder(len(self.recipe.stages)) / "baselines" / name)
 
     def merged(self, t: int, entry: Merge) -> MergePlace:
-        return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry)
+        return MergePlace(self._stage_folder(t) / "merges" / entry.name, entry, t)
 
     def start_of(self, t: int, kind: str) -> Path | None:
         """Return the start model of stage t's expert; None for the base."""

@@ -68,6 +68,27 @@ def _words(record: Record) -> list[str]:
     return [*settings.get("strategy", ()), *settings.get("rewards", ()), *filter(None, [record.get("rule")])]
 
 
+def _contradiction(record: Record, t: int) -> str:
+    """Return what does not fit together in a merge's record; usually nothing."""
+    folded = record.get("folded", one_a_stage(t))
+    experts = len(folded)
+    if any(not 1 <= part["stage"] <= t for part in folded):
+        return f"it names stages that are not among the first {t}"
+    if "norms" in record and len(record["norms"]["experts"]) != experts:
+        return f"it has {len(record['norms']['experts'])} norms of {experts} experts"
+    if len(record.get("expert_sha256", folded)) != experts:
+        return f"it has {len(record['expert_sha256'])} digests of {experts} experts"
+    geometry = record.get("geometry")
+    if not geometry:
+        return ""
+    compared = geometry.get("compared") or range(1, experts + 1)
+    sizes = {len(rows) for rows in (geometry["lengths"], geometry["cosines"], geometry["conflicts"])}
+    sizes |= {len(row) for rows in (geometry["cosines"], geometry["conflicts"]) for row in rows}
+    if not all(1 <= number <= experts for number in compared) or sizes != {len(compared) + 1}:
+        return f"its geometry is not that of {experts} experts and their merge"
+    return ""
+
+
 @dataclass(frozen=True)
 class Place:
     """A folder with the outputs and records of phases."""
@@ -200,6 +221,15 @@ class MergePlace(Place):
     """A merge entry's model and state after a stage."""
 
     entry: Merge
+    t: int
+    """The stage's number."""
+
+    def record(self, phase: Phase) -> Record:
+        """Return a finished phase's record. Raises RunError if it is damaged, or contradicts itself."""
+        record = super().record(phase)
+        if phase == "merge" and (wrong := _contradiction(record, self.t)):
+            raise RunError(f"{self._record_file(phase)} is damaged: {wrong}. {_cure(phase)}")
+        return record
 
     @property
     def model(self) -> Path:

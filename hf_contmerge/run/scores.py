@@ -26,6 +26,9 @@ BLOCKS: tuple[Block, ...] = ("accuracy", "perplexity")
 DOCUMENTS_FILE = "score.parquet"
 _COLUMNS = {"documents": "document", "gains": "gain", "weights": "weight", "answers": "answer", "texts": "text"}
 """Per-document field of TaskScore -> column."""
+_NUMBERS = ("block", "metric", "value", "utility", "stderr", "details")
+"""Fields of TaskScore in the record."""
+_LARGEST = 1e100
 _DIGEST = "documents_digest"
 _FIX = "Restore the file, or score again with `contmerge redo RUN score`, then `contmerge run`."
 
@@ -139,12 +142,20 @@ def load_scores(place: Place) -> Scores:
     for name, task in tasks.items():
         if name not in documents:
             raise RunError(f"{file} has no document of the task {name}. {_FIX}")
-        numbers = {field: value for field, value in task.items() if field != _DIGEST}
-        scores[name] = TaskScore.from_json({**numbers, **documents[name]})
+        _require_sense(place, name, task, documents[name])
+        scores[name] = TaskScore.from_json({**{field: task[field] for field in _NUMBERS}, **documents[name]})
         # Not the file's digest: a run that is killed while it measures more tasks has a newer file than record.
         if scores[name].documents_digest() != task[_DIGEST]:
             raise RunError(f"{file} has other results of the task {name} than were measured: it is damaged. {_FIX}")
     return scores
+
+
+def _require_sense(place: Place, name: str, task: Mapping[str, Any], documents: Mapping[str, list[Any]]) -> None:
+    """Raise RunError for a score that no measurement gives: whoever forges a record forges its seal, too."""
+    gains, weights = documents["gains"], documents["weights"]
+    plain = all(isinstance(x, float) and abs(x) < _LARGEST for x in (*gains, *weights, float(task["utility"])))
+    if task["block"] not in BLOCKS or not plain or min(weights) < 0 or sum(weights) == 0:
+        raise RunError(f"The score of {name} at {place.folder} is damaged: it is no {' or '.join(BLOCKS)}. {_FIX}")
 
 
 def _read_documents(path: Path) -> dict[str, dict[str, list[Any]]]:

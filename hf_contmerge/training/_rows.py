@@ -16,7 +16,6 @@ from typing import Any, Literal, cast
 
 import datasets
 import pyarrow
-import yaml
 from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.arrow.arrow import Arrow
@@ -27,8 +26,9 @@ from datasets.packaged_modules.text.text import Text
 
 from hf_contmerge.errors import DataError, ResourceError, unknown
 from hf_contmerge.models.folder import dataset_readme
+from hf_contmerge.models.licence import readme_license
 from hf_contmerge.run.recipe.parts import DataSource
-from hf_contmerge.runtime.foreign import expanded, parse_yaml, read_text
+from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.training._records import Kind, Records, parse_record
 
 Row = dict[str, Any]
@@ -123,14 +123,7 @@ def stream_rows(spec: DataSource, *, seed: int) -> Iterator[Rows]:
 def dataset_license(spec: DataSource) -> str | None:
     """Return the licence in a dataset's README, local or on the Hub."""
     folder = expanded(spec.path)
-    card = folder / "README.md" if folder.is_dir() else dataset_readme(spec.path, spec.revision)
-    try:
-        front = read_text(card).partition("---")[2].partition("\n---")[0] if card else ""
-        facts = parse_yaml(front)
-    except (OSError, ValueError, yaml.YAMLError):  # no README, or another text
-        return None
-    named = facts.get("license") if isinstance(facts, dict) else None
-    return ", ".join(map(str, named)) if isinstance(named, list) else named and str(named)
+    return readme_license(folder / "README.md" if folder.is_dir() else dataset_readme(spec.path, spec.revision))
 
 
 def empty(spec: DataSource) -> DataError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import shutil
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import yaml
 from toys import ROOT
 from toys.models import CHATML, perturbed, toy_llama, write_jsonl
+from toys.reports import make_run, with_models
 
 from fuzz.fuzz import Form, sealed_json, sealed_yaml
 
@@ -88,6 +90,7 @@ class Place:
 
 def make_home(home: Path) -> Path:
     """Make toys to spoil: a base, an expert, an adapter, a state, a run and its files."""
+    from matplotlib import font_manager  # noqa: F401  (its first import makes folders of its own)
     from toys.loras import lora
 
     from hf_contmerge.merging.state import MergeState
@@ -98,6 +101,7 @@ def make_home(home: Path) -> Path:
     lora(base, home / "adapter", seed=2)
     state = MergeState.create(home / "state", base=base, rule="magmax").add(home / "expert", home / "adapter")
     state.export(home / "merged")
+    with_models(make_run(home / "run", stages=2, merge=["magmax"]), home / "merged", base)
     write_jsonl(home / "texts.jsonl", [{"text": f"the quick brown fox jumps {i} times"} for i in range(8)])
     return home
 
@@ -360,6 +364,38 @@ def _grown(place: Place) -> Any:
     shutil.copytree(place.file.parent, copy)
     state = MergeState.load(copy).add(place.home / "merged")
     state.export(place.folder / "out" / "model")
+
+
+def _reported(place: Place) -> Any:
+    """Write the report of a forged run; its pictures, which take a second, now and then."""
+    from hf_contmerge.report._pages import pages
+    from hf_contmerge.report._tables import cost_tables, costs
+    from hf_contmerge.report.write import load_results, print_table, sections, summary, write_report
+    from hf_contmerge.run.folder import Run
+
+    run = Run.load(place.folder / "run")
+    if place.file.stat().st_size % 16 == 0:
+        return write_report(run)
+    results = load_results(run)
+    with redirect_stdout(io.StringIO()):
+        print_table(run)
+    shown = [section for section in sections(run, results) if not section.empty]
+    return pages(run, results, [], shown), json.dumps(summary(run, results)), cost_tables(costs(run))
+
+
+def _pushed(place: Place) -> Any:
+    """List what a push of a forged run would send."""
+    from hf_contmerge.report.push import Wish, publications_of
+    from hf_contmerge.run.folder import Run
+
+    run = Run.load(place.folder / "run")
+    run.require_same_plugins()
+    wish = Wish("me/x", with_state=True, with_documents=True, online=False)
+    for publication in publications_of(run, wish):
+        publication.to_json()
+        for name, contents in ((n, c) for r in publication.revisions for n, c in r.files.items()):
+            assert ".." not in name.split("/")
+            assert isinstance(contents, bytes) or contents.resolve().is_relative_to(run.folder.resolve())
 
 
 def _lineage(place: Place) -> Any:
@@ -641,6 +677,13 @@ def _sealed_recipes(home: Path) -> list[bytes]:
     return [sealed_yaml(text) for text in _recipes(home)]
 
 
+_OF_A_RUN: Sequence[tuple[str, Form, str]] = (
+    ("recipe", "sealed yaml", "recipe.yml"), ("inputs", "record", "inputs.json"),
+    ("training", "record", "stages/02-s2/experts/previous/train.json"),
+    ("merge", "record", "stages/02-s2/merges/magmax/merge.json"),
+    ("score", "record", "stages/02-s2/merges/magmax/score.json"),
+)  # fmt: skip
+
 TARGETS: Sequence[Target] = (
     # Recipes
     Target("recipe", "yaml", "r.yml", _recipe, _recipes, examples=40, turn=4),
@@ -666,6 +709,11 @@ TARGETS: Sequence[Target] = (
     Target("state grown", "record", "state/state.json", _grown, _forged("state/state.json"), like="state", examples=5),
     Target("exports", "bytes", "state/exports.jsonl", _exports, _forged("state/exports.jsonl"), like="state",
            examples=50),
+    *(
+        Target(f"{what} of {name}", form, f"run/{file}", read, _forged(f"run/{file}"), like="run", examples=2, turn=8)
+        for name, form, file in _OF_A_RUN
+        for what, read in (("report", _reported), ("push", _pushed))
+    ),
     Target("lineage", "record", "merged/merge.json", _lineage, _forged("merged/merge.json"), like="merged",
            examples=10),
     Target("statistics", "record", "expert/statistics/statistics.json", _statistics, _statistics_records,

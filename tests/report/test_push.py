@@ -1,5 +1,6 @@
 """The card and the push, against a real HTTP server that speaks the Hub's protocol (tests/hub_server.py)."""
 
+import io
 import json
 import os
 import re
@@ -12,20 +13,27 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from toys.hub_server import READ_TOKEN, WRITE_TOKEN, Hub, hub_server
+from toys.recipes import RECIPES
 from toys.reports import NASTY
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_contmerge.commands.main import main
 from hf_contmerge.errors import ModelError, RecipeError, RunError
+from hf_contmerge.report._contents import EVALUATIONS
+from hf_contmerge.report._evaluations import evaluations
 from hf_contmerge.report._findings import METRICS
+from hf_contmerge.report._public import hub_model, public_name, public_recipe
 from hf_contmerge.report.card import model_card
 from hf_contmerge.report.push import push_merged
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import Place
+from hf_contmerge.run.recipe.changes import flat_fields
 from hf_contmerge.run.recipe.parts import Dataset
-from hf_contmerge.run.recipe.text import parse_recipe
+from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
 from hf_contmerge.run.scores import Sample, TaskScore, write_scores
 from hf_contmerge.runtime.records import seal_yaml
 
@@ -49,6 +57,9 @@ got = model.state_dict()
 assert got.keys() == want.keys()
 assert all(torch.equal(got[n].view(torch.int32), want[n].view(torch.int32)) for n in want)
 print(len(want), AutoTokenizer.from_pretrained(sys.argv[1])("b a").input_ids)
+from huggingface_hub import hf_hub_download
+card = open(hf_hub_download(sys.argv[1], "README.md")).read()
+exec(card.split("```python\\n")[1].split("```")[0])
 """
 
 
@@ -166,16 +177,17 @@ def test_a_pushed_model_comes_back_bit_by_bit(run: Run, hub: Hub, tmp_path: Path
     assert ours.message == "law-chat: magmax after stage 2 of 3"
     assert done.stdout.strip() == f"{hub.url}/{REPO}/commit/{ours.oid}"
     assert hub.repos[REPO].private
-    assert sorted(hub.files(REPO)) == [
-        ".gitattributes", "README.md", "config.json", "generation_config.json", "merge.yml", "model.safetensors",
-        "recipe.yml", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+    model = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    both = [".gitattributes", "README.md", "merge.yml", "recipe.yml", *model]
+    assert sorted(hub.files(REPO)) == sorted([*both, "forgetting.png"])
+    assert sorted(hub.files(REPO, "01-law")) == sorted(both)
+    assert hub.files(REPO, "01-law")["model.safetensors"] != hub.files(REPO)["model.safetensors"]
     assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
 
     weights = run.merged(2, magmax(run)).model / "model.safetensors"
     loaded = python(LOAD, REPO, weights, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "other"), HF_TOKEN=READ_TOKEN)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout.split(maxsplit=1) == [str(len(load_file(weights))), "[2]\n"]
+    assert loaded.stdout.splitlines()[0] == f"{len(load_file(weights))} [2]"
 
 
 def test_nothing_of_this_machine_is_uploaded(run: Run, hub: Hub, tmp_path: Path) -> None:
@@ -207,6 +219,65 @@ def test_card_names_all_datasets_of_a_mix(run: Run) -> None:
     assert (
         "1. **law**, trained on `law.jsonl` (split train, licence not stated) and `owner/cases` (split test, " in card
     )
+
+
+NULLS = [name for name in sorted(p.stem for p in RECIPES.glob("*.yml")) if name not in ("magmax", "opcm")]
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_a_recipe_is_published_without_unset_fields(name: str) -> None:
+    """Nulls that say something, as in TRL's fields, stay: the recipe is read back as it was."""
+    recipe = load_recipe(RECIPES / f"{name}.yml", ["train.max_length=null"])
+    data = yaml.safe_load(public_recipe(recipe))
+    assert [path for path, value in flat_fields(data) if value is None] == ["train.max_length"]
+    assert parse_recipe(data) == recipe
+
+
+def test_a_dry_run_lists_what_a_push_sends(run: Run, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(run.folder), "--dry-run", "--json", "--with-documents", "--base", "owner/tiny"]) == 0
+    documents, model = json.loads(capsys.readouterr().out)
+    assert main(["push", str(run.folder), "--dry-run"]) == 0
+    assert f"{REPO}: model repository, private if it is new. Nothing was sent." in capsys.readouterr().out
+    assert not hub.requests
+    words = ("-m", "hf_contmerge.commands.main", "push", str(run.folder), "--with-documents", "--base", "owner/tiny")
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "hf_home"), "HF_TOKEN": WRITE_TOKEN}
+    done = python("import runpy, sys; sys.argv = sys.argv[2:]; runpy.run_module(sys.argv[0], run_name='__main__')",
+                  *words, **env)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for listed, repo in ((model, REPO), (documents, f"datasets/{REPO}-results")):
+        for revision in listed["revisions"]:
+            files = hub.files(repo, revision["branch"])
+            sent = {name: len(data) for name, data in files.items() if name != ".gitattributes"}
+            assert sent == revision["files"], repo
+    front = ModelCard(hub.files(REPO)["README.md"].decode()).data.to_dict()
+    assert front["base_model"] == ["owner/tiny", "owner/tiny-chat"]
+    rows = parquet.read_table(io.BytesIO(hub.files(f"datasets/{REPO}-results")["data/results.parquet"])).to_pylist()
+    ours = [row for row in rows if (row["stage"], row["model"], row["task"]) == (2, "merge-magmax", "arc_easy")]
+    assert [row["gain"] for row in ours] == [1.0] * 4 + [0.0] * 4
+    assert {row["model"] for row in rows} == {"base", "expert-base", "merge-magmax"}
+
+
+def test_scores_on_datasets_of_the_hub_are_evaluation_results(run: Run) -> None:
+    run.tasks.mkdir()
+    task = {"task": "arc_easy", "dataset_path": "allenai/ai2_arc", "dataset_name": "ARC-Easy"}
+    (run.tasks / "arc_easy.yaml").write_text(yaml.safe_dump(task))
+    (entry,) = yaml.safe_load(evaluations(run, magmax(run), 2)[EVALUATIONS])
+    assert entry["dataset"] == {"id": "allenai/ai2_arc", "task_id": "ARC-Easy"}
+    assert entry["value"] == 0.5
+    assert "task arc_easy, acc, 8 documents, 95 % interval about ± 0.37" in entry["notes"]
+
+
+def test_the_base_has_its_name_on_the_hub() -> None:
+    cached = "/home/alice/.cache/huggingface/hub/models--owner--base/snapshots/" + "0a" * 20
+    assert (hub_model("quickstart:smollm2"), hub_model(cached)) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "owner/base")
+    assert public_name(cached) == f"owner/base@{'0a' * 20}"
+
+
+def test_the_card_names_what_was_lost(run: Run) -> None:
+    card = " ".join(model_card(run, magmax(run)).split())
+    assert "| law | perplexity | it was learnt | −0.25 nats |" in card
+    assert "| general tasks | accuracy | the base | −12.5 points |" in card
+    assert "## Known losses Lost: law (perplexity −0.25 nats)." in card
 
 
 @pytest.mark.slow
@@ -374,7 +445,7 @@ def test_tokens_that_do_not_suffice(run: Run, hub: Hub) -> None:
 
 
 def test_a_connection_that_breaks_before_the_commit_leaves_nothing_half_pushed(run: Run, hub: Hub) -> None:
-    hub.fail["/commit/"] = "drop"
+    hub.fail["/commit/main"] = "drop"
     assert refusal(run, hub) == (
         f"ResourceError: Cannot reach HUB to push {REPO} (RemoteProtocolError). Check the network, the proxy and "
         "HF_ENDPOINT, then push again; uploaded files are not sent twice."

@@ -170,7 +170,7 @@ def test_where_things_lie(run: Run) -> None:
     assert run.base.folder == stages / "00-base"
     assert run.expert(2, "previous").model == stages / "02-code/experts/previous/expert"
     assert run.expert(1, "previous") == run.expert(1, "base") == ExpertPlace(stages / "01-law/experts/base", "base")
-    assert run.merged(2, magmax) == MergePlace(stages / "02-code/merges/magmax", magmax)
+    assert run.merged(2, magmax) == MergePlace(stages / "02-code/merges/magmax", magmax, 2)
     assert run.merged(2, magmax).mergekit_recipe == stages / "02-code/merges/magmax/merge.yml"
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -109,3 +110,24 @@ def merge_record(t: int) -> dict[str, Any]:
         "geometry": {"sampled": 0.001, "lengths": [1.0] * t + [2.5], "cosines": square, "conflicts": square},
         "ownership": {"layer 0": shares, "all": shares}, "parameters": {}, "seconds": 2.0,
     }  # fmt: skip
+
+
+def with_models(run: Run, model: Path, base: Path) -> Run:
+    """Give each merge of a made-up run a model's files, a state, and the records that a push reads."""
+    from hf_contmerge.models.identity import Identity
+    from hf_contmerge.models.weights import weights_sha256
+    from hf_contmerge.runtime.records import write_record
+
+    write_record(run.inputs, {"folder": str(run.folder.resolve()), "tasks": {}, "base": {
+        "name": run.recipe.base_model, **Identity.of(base).to_json()}})  # fmt: skip
+    for t, entry in ((t, entry) for t in run.stage_numbers() for entry in run.recipe.merge):
+        place = run.merged(t, entry)
+        shutil.copytree(model, place.model, ignore=shutil.ignore_patterns("merge.json"))
+        (place.running).mkdir()
+        shutil.copyfile(model / "model.safetensors", place.running / "model.safetensors")
+        digests = [f"{i}e" * 32 for i in range(1, t + 1)]
+        place.finish("merge", {
+            **merge_record(t), "rule": entry.rule, "parameters": {}, "expert_sha256": digests,
+            "model_sha256": weights_sha256(place.model),
+        })  # fmt: skip
+    return run

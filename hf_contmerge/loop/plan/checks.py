@@ -17,6 +17,7 @@ from hf_contmerge.loop._entries import make_entry_rule, merge_kinds, with_replay
 from hf_contmerge.loop.inputs import check_same_base, keep_inputs
 from hf_contmerge.loop.plan.disk import Trained, disk_need, disk_use
 from hf_contmerge.loop.plan.rehearsal import rehearse
+from hf_contmerge.loop.published import Published, check_continued, find_published
 from hf_contmerge.loop.trackers import check_trackers
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.merge import require_linear
@@ -31,6 +32,7 @@ from hf_contmerge.models.statistics import check_statistics
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
+from hf_contmerge.run.places import FROM_BASE
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.steps import run_steps
@@ -68,11 +70,18 @@ class Prepared:
     """Folders of the recipe's `expert` and `minus` models, by name."""
     data: dict[str, StageData] = field(default_factory=dict)
     """By stage."""
+    published: Published | None = None
+    """The merge that the run continues."""
     change: TokenizerChange = UNCHANGED
     """Of the base's tokenizer, by the recipe's `train`."""
     tasks_checked: bool = False
     loads: bool = False
     """Whether transformers may load the base."""
+
+    def start(self, t: int) -> Path:
+        """Return the start model of a stage without one before it."""
+        alone = t > 1 or set(self.kinds.values()) <= set(FROM_BASE)
+        return self.base if alone or not self.published else self.published.model
 
     def is_whole(self, recipe: Recipe) -> bool:
         """Check for all models and data of the recipe."""
@@ -138,6 +147,7 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
         prepared.kinds = merge_kinds(recipe, prepared.rules)
         yield partial(_check_routed, recipe, prepared)
     yield partial(check_ladder, recipe)
+    yield partial(check_continued, recipe)
     yield partial(make_strategies, recipe.train)
     yield partial(_find_base, prepared, recipe, how)
     if prepared.base == Path():
@@ -149,6 +159,8 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
     yield partial(_check_loads, prepared, recipe)
     if not prepared.loads:
         return
+    if recipe.continue_from and len(prepared.rules) == 1 and not how.plans:
+        yield partial(_find_published, run, prepared)
     for stage in recipe.stages:
         yield partial(_find_given, prepared, recipe, stage, how)
     for entry in recipe.merge:
@@ -246,6 +258,10 @@ def _make_rule(prepared: Prepared, entry: Merge) -> None:
 
 def _find_base(prepared: Prepared, recipe: Recipe, how: Circumstances) -> None:
     prepared.base = how.resolve(recipe.base_model)
+
+
+def _find_published(run: Run, prepared: Prepared) -> None:
+    prepared.published = find_published(run, prepared.base, next(iter(prepared.rules.values())))
 
 
 def _find_change(prepared: Prepared, recipe: Recipe) -> None:

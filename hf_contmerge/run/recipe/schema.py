@@ -89,7 +89,8 @@ def _as_names(value: Any) -> Any:
 
 def _as_mapping(value: Any) -> Any:
     names = _as_names(value)
-    return {name: {} for name in names} if isinstance(names, list | tuple) else value
+    named = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return {name: {} for name in names} if named else value
 
 
 class Train(BaseModel):
@@ -212,6 +213,8 @@ class Recipe(Part):
 
     name: Name
     base_model: str
+    continue_from: str | None = None
+    """A published merge of this base, owner/name[@revision] or a folder: its experts come before the stages."""
     output: str | None = None
     """The run folder; default: runs/<name>."""
     seed: int = 0

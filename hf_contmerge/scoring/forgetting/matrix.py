@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_contmerge.run.scores import Sample
+from hf_contmerge.runtime.notebook import html_table
 
 Row = tuple[float | None, ...]
 
@@ -29,6 +30,14 @@ class ScoreMatrix:
         widths = {len(row) for row in self.rows}
         if not self.rows or widths != {len(self.stages)}:
             raise ValueError(f"each row needs one value per stage ({len(self.stages)}); got widths {sorted(widths)}")
+
+    def _repr_html_(self) -> str:
+        """Return the utilities as a table, for notebooks."""
+        names = ["base", *self.stages[: self.last]]
+        rows = [
+            (f"{t}. {name}" if t else name, *row) for t, (name, row) in enumerate(zip(names, self.rows, strict=True))
+        ]
+        return html_table("Utility on each stage, after each stage", ("after", *self.stages), rows)
 
     @property
     def last(self) -> int:

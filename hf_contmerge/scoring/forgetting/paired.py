@@ -231,7 +231,13 @@ def _difference(new: TaskScore, old: TaskScore, share: float) -> Part:
 def _flipped(new: TaskScore, old: TaskScore, share: float, to: Literal["wrong", "right"]) -> Part | None:
     """Return the flips of a task's documents, with influences on guessing."""
     c, variance = (new.details.get(word) for word in ("chance", "chance_variance"))
-    if c is None or variance is None or c >= 1 or {*new.gains, *old.gains} - {0.0, 1.0}:
+    if (
+        c is None
+        or variance is None
+        or not 0 <= c < 1
+        or not 0 <= variance <= 1
+        or {*new.gains, *old.gains} - {0.0, 1.0}
+    ):
         return None
     before, after, sign = np.array(old.gains), np.array(new.gains), -1 if to == "wrong" else 1
     flipped = before * (1 - after) if to == "wrong" else (1 - before) * after
