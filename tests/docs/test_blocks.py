@@ -21,7 +21,8 @@ BEFORE = {
     "clusters": ["contmerge merge init state --base Qwen/Qwen3-0.6B --rule magmax"],
     "measuring": ["contmerge merge from-recipe recipes/magmax.yml out"],
     "runs": ["contmerge merge Qwen/Qwen3-0.6B owner/law owner/medicine --rule magmax -o merged"],
-    "study": ["cp mine.yml recipe.yml"],
+    "study": ["sed '/^stages:/a - {name: code, dataset: {path: data/code.jsonl, heldout: 3}}' mine.yml > recipe.yml"],
+    "training-elsewhere": ["rm -r experts"],
 }
 """What a page takes for granted, from the README or other pages."""
 LANGUAGES = {"", "bash", "json", "python", "text", "toml", "yaml"}
