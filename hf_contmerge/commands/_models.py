@@ -47,7 +47,7 @@ def _run_of(folder: Path) -> Run | None:
 
 
 def _last_merge(run: Run, name: str) -> Path:
-    """Return the folder of a run's last merge: of a named entry, or of the one to publish."""
+    """Return the folder of a run's or entry's last merge."""
     done = {entry.name: entry for entry in run.recipe.merge if run.last_merged(entry)}
     if not done:
         raise RunError(f"{run.folder} holds no merged model yet. Finish the run: {run.command}")

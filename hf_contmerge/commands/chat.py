@@ -1,4 +1,4 @@
-"""`contmerge chat`: talk to a model in the terminal, or to two side by side.
+"""`contmerge chat`: talk to one model or two in the terminal.
 
     contmerge chat runs/mine --against Qwen/Qwen3-0.6B
     printf 'What is a tort?\n' | contmerge chat merged --temperature 0 --json

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    """Write the file, a Modelfile and a card; print how to use them.
+    """Write the file, a Modelfile and a card; print their use.
 
     Raises:
         ContmergeError: a user error.

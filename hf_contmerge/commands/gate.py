@@ -87,7 +87,7 @@ def _judged(args: argparse.Namespace, old: Answer, new: Answer) -> Gate:
 
 
 def _write(gate: Gate, facts: Path | None, page: Path | None) -> None:
-    """Write the files that are asked for, and the summary of a GitHub job."""
+    """Write the requested files and the summary of a GitHub job."""
     from hf_contmerge.report.gate import gate_json, gate_markdown
 
     markdown, summary = printable(gate_markdown(gate)), os.environ.get(_SUMMARY)

@@ -1,4 +1,4 @@
-"""`contmerge push`: a run, a merge state, a written model or a trained expert, to the Hub.
+"""`contmerge push`: runs, merge states, models and experts to the Hub.
 
 contmerge push runs/x --dry-run                          what would be sent; nothing is
 contmerge push runs/x --repo-id me/x --with-state        others append: contmerge run RECIPE --from me/x

@@ -92,7 +92,7 @@ def score_command(args: argparse.Namespace) -> None:
 
 
 def output_file(option: str, name: str | None) -> Path | None:
-    """Return the file to write, if one is named. Raises ResourceError unless its folder exists."""
+    """Return the file to write. Raises ResourceError without its folder."""
     out = Path(name) if name else None
     if out and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise ResourceError(f"{option} {out}: give a file in an existing folder; nothing was measured.")
@@ -140,7 +140,7 @@ def _tasks(args: argparse.Namespace, run: Run | None) -> list[Task]:
 
 
 def measured(models: Mapping[str, str | None], request: ScoreRequest) -> list[Answer]:
-    """Return the scores of models, given with their bases; those not cached are measured on all ranks.
+    """Return the scores of models, given with their bases, on all ranks.
 
     Returns:
         An answer for each model on rank 0, nothing elsewhere.

@@ -116,7 +116,7 @@ class MergeJob:
         )  # fmt: skip
 
     def _before(self, name: str, rule: MergeRule) -> RunningMerge:
-        """Return the merge before stage 1: a published one, or an empty one."""
+        """Return the merge before stage 1: published, or empty."""
         published, base = self.prepared.published, self.prepared.base
         return published.merge(base, name, rule) if published else RunningMerge(base, name, rule)
 

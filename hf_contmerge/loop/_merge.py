@@ -102,7 +102,7 @@ def _deviations(job: MergeJob, merge: RunningMerge, choice: Choice | None) -> di
 
 
 def _write_mergekit_recipe(job: MergeJob, merge: RunningMerge) -> None:
-    """Write merge.yml, unless the merge has no experts, or some that are elsewhere."""
+    """Write merge.yml, unless the merge lacks experts here."""
     file = job.place.mergekit_recipe
     remove(file)
     if merge.experts and not job.prepared.published:

@@ -63,7 +63,7 @@ class Published:
 
 
 def find_published(run: Run, base: Path, rule: MergeRule) -> Published:
-    """Return a run's copy of the merge that it continues; make it at the first start.
+    """Return a run's copy of the continued merge, made at first.
 
     Raises:
         RecipeError: the recipe has another rule, several, or what needs the experts.

@@ -45,7 +45,7 @@ _NOISE = 1e-15
 
 @dataclass(frozen=True)
 class Extraction:
-    """How much of a difference an adapter keeps: a rank, or a share of each weight's squared length."""
+    """Size of an adapter: a rank, or a share of squared length."""
 
     rank: int | None = None
     energy: float | None = None
@@ -61,7 +61,7 @@ class Extraction:
             raise RecipeError(f"--energy {self.energy}: give a share above 0, at most 1.")
 
     def count(self, squares: Tensor) -> int:
-        """Return how many singular values to keep; `squares`: theirs, falling, zeros left out."""
+        """Return the number of singular values to keep (falling `squares`)."""
         if self.energy is None:
             return min(self.rank or 1, len(squares))
         shares = squares.cumsum(0) / squares.sum()
@@ -70,7 +70,7 @@ class Extraction:
 
 @dataclass
 class Kept:
-    """What an adapter keeps of an update: squared lengths by name in memory."""
+    """Kept parts of an update: squared lengths by name in memory."""
 
     update: dict[str, float] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class Difference:
 
     @cached_property
     def tied(self) -> str | None:
-        """The name in memory of the table that is both embedding and head."""
+        """Name in memory of a table used as embedding and head."""
         stored = tied_table(self.base)
         return self.memory.name(stored) if stored else None
 
@@ -198,7 +198,7 @@ class Difference:
 
     @cached_property
     def stacks(self) -> list[str]:
-        """Names in memory of the stacks of changed modules, all of a module's."""
+        """Names in memory of all stacks of changed modules."""
         stacks = [n for n in self.memory.held if n in self.memory.stacks and self.memory.held[n].parts]
         modules = {n.rpartition(".")[0] for n in stacks if self._moves(self.memory.held[n])}
         return [n for n in stacks if n.rpartition(".")[0] in modules]
@@ -212,7 +212,7 @@ class Difference:
         return not held.form and any(part.stored in self.changed for part in held.parts)
 
     def others(self) -> list[str]:
-        """Return the names in memory of all other changed tensors, and stored names that have none."""
+        """Return other changed tensors' names, and stored names without one."""
         low_rank, covered = {*self.matrices, *self.stacks}, set[str]()
         names = []
         for name, held in self.memory.held.items():
@@ -222,7 +222,7 @@ class Difference:
         return [*names, *sorted(self.changed - covered)]
 
     def rest(self, name: str, kept: Kept, wanted: Extraction) -> dict[str, Tensor]:
-        """Return the whole tensors of the module of a changed tensor; count them as saved or lost."""
+        """Return a changed module's whole tensors; count saved and lost ones."""
         size = self._size(name)
         kept.update[name] = size
         module = name.rpartition(".")[0]
@@ -237,7 +237,7 @@ class Difference:
         return {n: self._value(self.memory.held[n]) for n in names if self.memory.held[n].parts}
 
     def _can_save(self, module: str) -> bool:
-        """Say if peft can save a module whole: a leaf whose tensors are all known, none of them in factors."""
+        """Say if peft can save a module whole."""
         names = self.memory.parameters(module)
         low_rank = {*self.matrices, *self.stacks}
         return (
@@ -246,7 +246,7 @@ class Difference:
         )  # fmt: skip
 
     def _value(self, held: Held) -> Tensor:
-        """Return a tensor of the fine-tuned model as in memory, in the base's dtype."""
+        """Return a fine-tuned tensor as in memory, in the base's dtype."""
         value = torch.zeros(held.shape, dtype=self.base.dtype(held.parts[0].stored))
         for part in held.parts:
             stored = rounded(self.fine.tensor(part.stored).float(), value.dtype, name=part.stored)[part.source]
@@ -260,7 +260,7 @@ class Difference:
         return float(self._change(held).square().sum())
 
     def _change(self, held: Held, expert: int | None = None) -> Tensor:
-        """Return D of a tensor, or of one matrix of a stack, in float64."""
+        """Return D of a tensor or a stack's matrix, in float64."""
         change = torch.zeros(held.shape if expert is None else held.shape[1:], dtype=torch.float64)
         for part in held.parts:
             new, old = (weights.tensor(part.stored)[part.source] for weights in (self.fine, self.base))
@@ -288,13 +288,13 @@ class Difference:
                 advance(jobs[name])
 
     def _job(self, name: str) -> Job:
-        """Return the work on a weight: the smaller side's cube and the products."""
+        """Return the work on a weight: a cube and products."""
         shape = self.memory.held[name].shape
         numel = math.prod(shape)
         return Job(name, numel * min(shape[-2:]), 8 * numel, 4 * numel)
 
     def _stack(self, name: str, wanted: Extraction, kept: Kept, device: torch.device) -> Factors:
-        """Return a stack's factors, all of the largest rank that one matrix needs."""
+        """Return a stack's factors, all of the largest needed rank."""
         held, in_out = self.memory.held[name], name.rpartition(".")[0] in self.memory.in_out
         found = []
         for expert in range(held.shape[0]):
@@ -313,7 +313,7 @@ class Difference:
 
 
 def truncated(change: Tensor, wanted: Extraction) -> tuple[Tensor, Tensor, float, float]:
-    """Return the nearest factors of a float64 matrix, its squared length, and what of it is lost."""
+    """Return a matrix's nearest factors, squared length and lost part."""
     tall = change.shape[0] > change.shape[1]
     wide = change.T if tall else change
     squares, vectors = torch.linalg.eigh(wide @ wide.T)

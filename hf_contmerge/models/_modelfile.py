@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: where the weights are, the chat template, what ends an answer.
+"""Ollama's Modelfile: weights, chat template, ends of answers.
 
 Ollama has a template language of its own. A chat template is translated if fixed texts stand between the turns; the
 translation is compared with the template on a conversation. Others are left to Ollama, which knows some by itself.
@@ -65,7 +65,7 @@ def modelfile(model: Path, file: str) -> str:
 
 
 def find_frames(tokenizer: Any) -> Frames | None:
-    """Return the frames of a chat template; None if it is more than frames."""
+    """Return a chat template's frames; None for other templates."""
     try:
         frames = _frames(tokenizer)
         conversation = [_ASKED, _ANSWERED, _NEXT, _ANSWERED, _LAST]

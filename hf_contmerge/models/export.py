@@ -42,7 +42,7 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """The programs of llama.cpp on this machine. `checkout`: a folder to look in first."""
+    """llama.cpp's programs on this machine; `checkout` is searched first."""
 
     checkout: Path | None = None
 
@@ -77,7 +77,7 @@ class LlamaCpp:
 
 
 def export_gguf(model: Path, out: Path, *, name: str, kind: str | None = None, tools: LlamaCpp) -> Path:
-    """Write a model's GGUF file and an Ollama Modelfile into a new folder.
+    """Write a GGUF file and an Ollama Modelfile to a folder.
 
     Args:
         model: a whole model's folder.

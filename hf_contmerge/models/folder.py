@@ -159,7 +159,7 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def fetch_merge(name: str) -> Path:
-    """Return the folder of a published merge with its state; fetch it from the Hub.
+    """Return a published merge's folder; fetch it from the Hub.
 
     Raises:
         ModelError: there is none.

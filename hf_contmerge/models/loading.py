@@ -132,7 +132,7 @@ def _fold_layer(inner: nn.Module, around: list[tuple[str, Any]]) -> dict[str, Ke
 
 
 def refused_targets(model_type: str) -> frozenset[str]:
-    """Return the last names of linear maps that peft does not adapt in a kind of model.
+    """Return last names of linear maps not adapted by peft.
 
     In mixtures, peft takes `gate_proj` outside the experts too for a part of the experts' stacks.
     """

@@ -1,4 +1,4 @@
-"""Gains and losses of a merge, for its card: paired, with 95 % intervals."""
+"""A merge's gains and losses for its card, with paired intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that are published: of a model, an adapter or a state.
+"""The published files of a model, an adapter or a state.
 
 Nothing else leaves a folder, and nothing that its record does not vouch for.
 """

@@ -17,7 +17,7 @@ _COLUMNS = ("stage", "stage_name", "model", "task", "metric", "document", "gain"
 
 
 def documents_of(run: Run, entry: Merge, last: int, repo_id: str) -> Revision:
-    """Return a dataset of the results up to a stage, row by row.
+    """Return the results up to a stage as a dataset.
 
     Texts and answers stay here: they may quote data that is not public.
     """

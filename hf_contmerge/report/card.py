@@ -228,7 +228,7 @@ if x.name not in _AT_THE_END.values() or s == len(run.recipe.stages)]  # fmt: sk
 
 
 def _start_name(run: Run) -> str:
-    """Return the name of row 0: the base, or the published merge continued."""
+    """Return row 0's name: the base, or the continued merge."""
     before = run.recipe.continue_from
     return f"published merge {public(before)}" if before else "base model"
 

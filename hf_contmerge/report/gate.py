@@ -1,4 +1,4 @@
-"""A gate's verdict in words: terminal, Markdown for a pull request, JSON for machines."""
+"""A gate's verdict in words: terminal, Markdown, JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pushes what contmerge made to the Hub: runs, merge states, written models, trained experts.
+"""Pushes runs, merge states, models and experts to the Hub.
 
 A run's repository has a branch per stage with the merged model of that stage, and the last one on main: weights, config
 and tokenizer, the card (README.md) with the picture, recipe.yml, merge.yml, and merge.json, from which `contmerge

@@ -225,7 +225,7 @@ class MergePlace(Place):
     """The stage's number."""
 
     def record(self, phase: Phase) -> Record:
-        """Return a finished phase's record. Raises RunError if it is damaged, or contradicts itself."""
+        """Return a finished phase's record. Raises RunError for a damaged one."""
         record = super().record(phase)
         if phase == "merge" and (wrong := _contradiction(record, self.t)):
             raise RunError(f"{self._record_file(phase)} is damaged: {wrong}. {_cure(phase)}")

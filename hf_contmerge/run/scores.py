@@ -151,7 +151,7 @@ def load_scores(place: Place) -> Scores:
 
 
 def _require_sense(place: Place, name: str, task: Mapping[str, Any], documents: Mapping[str, list[Any]]) -> None:
-    """Raise RunError for a score that no measurement gives: whoever forges a record forges its seal, too."""
+    """Raise RunError for a score beyond its metric's range."""
     gains, weights = documents["gains"], documents["weights"]
     plain = all(isinstance(x, float) and abs(x) < _LARGEST for x in (*gains, *weights, float(task["utility"])))
     if task["block"] not in BLOCKS or not plain or min(weights) < 0 or sum(weights) == 0:

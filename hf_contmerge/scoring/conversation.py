@@ -1,4 +1,4 @@
-"""A conversation with a model: its chat template, its generation settings, streamed text."""
+"""A conversation with a model, by its template and generation settings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Sampling:
 
 @dataclass
 class Conversation:
-    """A loaded model and the turns so far. Without a chat template, each prompt is completed by itself."""
+    """A loaded model and the turns so far; without a template, one prompt."""
 
     model: Any
     tokenizer: Any
@@ -94,7 +94,7 @@ class Conversation:
         return text
 
     def _fitting(self, turns: Sequence[Turn]) -> Any:
-        """Return the prompt's tokens, without the oldest turns if there is no room for all."""
+        """Return the prompt's tokens, without the oldest turns if too long."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         while True:
             encoded = self._encoded(turns)

@@ -1,4 +1,4 @@
-"""A gate before a model is replaced: has the candidate lost more than allowed?
+"""A gate before a model is replaced, by its losses.
 
 Each task has one paired difference on the same documents, and one interval of which each end holds for all tasks
 together. A loss is proven if the whole interval lies below what is allowed, and ruled out if the whole interval lies

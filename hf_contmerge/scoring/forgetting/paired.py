@@ -208,7 +208,7 @@ def exceeds(changes: Iterable[Change | None], allowed: float, confidence: float 
 
 
 def one_sided(changes: Sequence[Change], confidence: float) -> list[Change]:
-    """Return changes with intervals of which all upper ends, or all lower ones, hold jointly.
+    """Return changes with one-sided intervals that hold jointly.
 
     Bonferroni-corrected. Changes measured on a single document have no interval and do not count.
     """
