@@ -41,7 +41,7 @@ class Sampling:
 
 @dataclass
 class Conversation:
-    """A loaded model and the turns so far; without a template, one prompt."""
+    """A loaded model and its turns; without a template, one prompt."""
 
     model: Any
     tokenizer: Any

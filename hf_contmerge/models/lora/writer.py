@@ -104,7 +104,7 @@ def _parts(left: Tensor, right: Tensor, *, table: bool, swapped: bool) -> Iterat
 
 
 def _stacked(left: Tensor, right: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield A (r * experts, in) and B (out, r * experts), experts last."""
+    """Yield A (r*experts, in) and B (out, r*experts), experts last."""
     yield "lora_A.weight", right.flatten(0, 1)
     yield "lora_B.weight", left.permute(1, 2, 0).flatten(1)
 
