@@ -136,7 +136,7 @@ def score_grid(results: Results) -> list[Table]:
              if (s := any_score(results, t)) and s.block == b]  # fmt: skip
     learnt = {task: t for t, stage in enumerate(results.stages, 1) for task in stage.task_names()}
     largest = {b: _largest(results, [t for t in tasks if block_of(results, t) == b]) for b in results.blocks()}
-    rows = [[Cell("base"), Cell(), *(score_cell(results, results.base, k, 0) for k in tasks)]]
+    rows = [[Cell("base"), Cell(""), *(score_cell(results, results.base, k, 0) for k in tasks)]]
     for name, line in results.named_lines():
         shown = [t for t in results.shown if t < len(line.rows) and line.rows[t]]
         for t in shown:
