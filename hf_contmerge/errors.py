@@ -83,6 +83,13 @@ def size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
+def duration(seconds: float) -> str:
+    """Format a time in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> str:
     """Format an unknown-word error, with the nearest known words."""
     options = sorted(known)

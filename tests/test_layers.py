@@ -41,7 +41,7 @@ HOMES = {
     "lm_eval": {"scoring"},
     "mergekit": {"merging/in_mergekit", "commands"},  # `contmerge yaml` is mergekit's own command
     "huggingface_hub": {"models", "report", "scoring/tasks"},
-    "matplotlib": {"report", "merging/analysis"},
+    "matplotlib": {"report", "merging/analysis", "loop/trackers"},  # a tracker takes the picture's pixels
     "jinja2": {"report/_templates", "training/tokenizer", "training/limits", "scoring/_strangers"},
     "markupsafe": {"report/_templates"},
     "shtab": {"commands/completion"},

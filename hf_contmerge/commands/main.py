@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -37,12 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["yaml"]:  # mergekit parses its own options
         return _yaml(words[1:])
-    return do(_parse(words))
+    return do(_parse(words), again=shlex.join(["contmerge", *words]))
 
 
-def do(args: argparse.Namespace) -> int:
-    """Run a parsed command; return its exit code."""
-    with clear_errors() as outcome:
+def do(args: argparse.Namespace, *, again: str = "the same command") -> int:
+    """Run a parsed command; return its exit code.
+
+    `again`: the command that continues after a stop.
+    """
+    with clear_errors(again) as outcome:
         use_plugins(args.plugin)
         args.do(args)
     return outcome.code
@@ -116,10 +120,10 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 @contextmanager
-def clear_errors() -> Iterator[_Outcome]:
+def clear_errors(again: str = "the same command") -> Iterator[_Outcome]:
     """Print user errors as one message and set their exit code.
 
-    Other errors keep their traceback.
+    Other errors keep their traceback. `again`: as in `do`.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # dozens of bars from four libraries; our log lines report progress
     lines = logging.StreamHandler()
@@ -134,7 +138,7 @@ def clear_errors() -> Iterator[_Outcome]:
             yield outcome
     except Stopped as stop:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"Stopped by {stop.cause}. Finished work is kept: the same command continues.", file=sys.stderr)
+            print(printable(f"Stopped by {stop.cause}. Finished work is kept; continue with: {again}"), file=sys.stderr)
         outcome.code = stop.exit_code
         _wait_for_ranks()
     except ContmergeError as error:

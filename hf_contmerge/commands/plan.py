@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
-from hf_contmerge.errors import ContmergeError, size
+from hf_contmerge.errors import ContmergeError, duration, size
 from hf_contmerge.loop.plan.plan import Findings, make_plan
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.text import load_recipe
@@ -97,10 +97,3 @@ def _print_table(plan: dict[str, Any]) -> None:
 def _row(p: dict[str, Any]) -> tuple[str, ...]:
     gpu = size(p["gpu_bytes"]) if p["gpu_bytes"] else "-"
     return (p["phase"], p["place"], size(p["memory_bytes"]), gpu, size(p["disk_kept_bytes"]), duration(p["seconds"]))
-
-
-def duration(seconds: float) -> str:
-    """Format a time in seconds, minutes or hours."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

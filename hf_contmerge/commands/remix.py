@@ -56,6 +56,10 @@ def remix_command(args: argparse.Namespace) -> None:
         found = crew.ranks.main_first(Remix.find, run, wish, crew, trust_remote_code=args.trust_remote_code)
         out = Path(args.out) if args.out else run.folder / "remix" / wish.folder_name()
         record = remix(found, out)
+        if crew.ranks.is_main and run.is_complete() and run.folder in out.parents:
+            from hf_contmerge.report.write import write_report
+
+            write_report(run)
     leave_ranks()
     if crew.ranks.is_main:
         _show(record, out)

@@ -8,7 +8,7 @@ import time
 
 from hf_contmerge.commands._arguments import add_json_argument, add_run_argument, named_run, print_json
 from hf_contmerge.commands._plugins import add_plugin_argument
-from hf_contmerge.commands.plan import duration
+from hf_contmerge.errors import duration
 from hf_contmerge.loop.status import RunStatus, run_status
 from hf_contmerge.run.recipe.phases import PHASES
 

@@ -8,8 +8,7 @@ import shlex
 
 from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
-from hf_contmerge.commands.plan import duration
-from hf_contmerge.errors import RecipeError, RunError, size
+from hf_contmerge.errors import RecipeError, RunError, duration, size
 from hf_contmerge.loop.study import StudyFolder, run_cells, run_side_by_side, unfinished
 from hf_contmerge.run.recipe.study import load_study
 from hf_contmerge.runtime.files import FOREVER, FolderLock

@@ -20,6 +20,7 @@ from hf_contmerge.run.places import ExpertPlace, Place, Record
 from hf_contmerge.run.recipe.phases import Phase
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.progress import run_position
 from hf_contmerge.runtime.refusals import FULL, explain, free_bytes, refusals
 
 LOG = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Recorder:
             ResourceError: the disk refuses a file, or the memory is full.
         """
         what = f"{phase} {str(place.folder.relative_to(self.folder)).removeprefix('stages/')}"
-        self._log("%s ...", what)
+        self._log("%s%s ...", run_position(": "), what)
         record: Record = {}
         start = time.monotonic()
         try:

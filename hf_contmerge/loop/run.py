@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,6 +44,7 @@ if TYPE_CHECKING:  # these load torch, needless for a finished run
     from hf_contmerge.loop.stages import Measuring
     from hf_contmerge.loop.trackers import Trackers
     from hf_contmerge.run.scores import TaskScore
+    from hf_contmerge.run.steps import Step
     from hf_contmerge.scoring.tasks import DocumentPart
 
 T = TypeVar("T")
@@ -105,22 +105,30 @@ class Loop:
 
     def carry_out(self) -> None:
         """Train, merge, score and report, stage by stage."""
-        from hf_contmerge.run.steps import run_steps
+        from hf_contmerge.run.steps import Course, run_steps
+        from hf_contmerge.runtime.progress import within_run
 
-        for t, steps in groupby(run_steps(self.run, self.prepared.kinds), key=lambda step: step.t):
-            for step in steps:
-                place = step.place
-                if step.phase == "score" and place.folder.name in (ORACLE, ROUTED):
-                    self._route(place, step.tasks)
-                elif step.phase == "score":
-                    model = place.model if isinstance(place, ExpertPlace | MergePlace) else self._row_0()
-                    self._score(place, model, step.tasks)
-                elif isinstance(place, ExpertPlace):
-                    self._train(t, place)
-                elif isinstance(place, MergePlace):
-                    self._merge(t, place)
+        steps = list(run_steps(self.run, self.prepared.kinds))
+        course = Course(self.run, steps) if self.recorder.is_main else None
+        with within_run(course.position) if course else nullcontext():
+            for number, step in enumerate(steps):
+                if course:
+                    course.reach(number)
+                self._take(step)
         if self._wanted("report") and self.recorder.is_main:
             self._report()
+
+    def _take(self, step: Step) -> None:
+        """Carry out one phase."""
+        t, place = step.t, step.place
+        if step.phase == "score" and place.folder.name in (ORACLE, ROUTED):
+            self._route(place, step.tasks)
+        elif step.phase == "score":
+            self._score(step)
+        elif isinstance(place, ExpertPlace):
+            self._train(t, place)
+        elif isinstance(place, MergePlace):
+            self._merge(t, place)
 
     def _train(self, t: int, place: ExpertPlace) -> None:
         stage = self.run.stage(t)
@@ -216,17 +224,18 @@ class Loop:
         if t > 1 and self.recorder.is_main:
             self.run.merged(t - 1, entry).prune()
 
-    def _score(self, place: Place, model: Path, tasks: Sequence[Task]) -> None:
+    def _score(self, step: Step) -> None:
         if not self._wanted("score"):
             return
+        place = step.place
+        model = place.model if isinstance(place, ExpertPlace | MergePlace) else self._row_0()
         from hf_contmerge.loop.stages import measure_at
 
         how = self._measuring("test" if self.run.recipe.tunes else "all")
         if place.folder.name == IN_CONTEXT:
             how = self._in_context(how)
-        measure_at(
-            place, model, tasks, how, check=partial(self._check, place, model), on_log=self.trackers.of(place, "score")
-        )
+        check, on_log = partial(self._check, place, model), self.trackers.of_scores(step.t, place)
+        measure_at(place, model, step.tasks, how, check=check, on_log=on_log)
         if self.recorder.is_main:
             self._keep_keys(place)
 
@@ -297,7 +306,8 @@ class Loop:
         try:
             from hf_contmerge.report.write import write_report
 
-            write_report(self.run)
+            picture = write_report(self.run)
+            self.trackers.reported(picture)
             self.run.report.finish("report", {"recipe_sha256": self.run.recipe_sha256()})
         except Exception as error:
             cause = explain(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

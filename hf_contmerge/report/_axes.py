@@ -36,6 +36,12 @@ def stage_axis(axes: Axes, results: Results, *, learnt: int | None) -> None:
     axes.spines["bottom"].set_bounds(-0.25, results.last + 0.25)
 
 
+def unit_label(axes: Axes, text: str) -> None:
+    """Write the vertical axis's unit above it, where any height has room for it."""
+    axes.annotate(text, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8.5,
+                  color=GREY, va="bottom")  # fmt: skip
+
+
 def change_axis(axes: Axes, block: Block, limits: tuple[float, float] | None) -> None:
     """Label an axis in points or in multiples of the base's perplexity."""
     if limits:
@@ -47,10 +53,10 @@ def change_axis(axes: Axes, block: Block, limits: tuple[float, float] | None) ->
     axes.set_ylim(low, high)
     axes.axhspan(low, 0, color=WORSE, lw=0, zorder=0)
     if block == "accuracy":
-        axes.set_ylabel("points against the base   ↑ better")
+        unit_label(axes, "points against the base, ↑ better")
         axes.yaxis.set_major_formatter(lambda y, _: amount(y, block).split()[0])
         return
-    axes.set_ylabel("perplexity / the base's   ↑ better")
+    unit_label(axes, "perplexity / the base's, ↑ better")
     shown = [r for r in _ratios(low, high) if low <= -math.log(r) <= high]
     axes.set_yticks([-math.log(r) for r in shown], [f"× {r:g}" for r in shown])
 

@@ -8,16 +8,19 @@ log-likelihood.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_contmerge.report._findings import natural
 from hf_contmerge.report._results import Results, line_label
-from hf_contmerge.report._tables import Quote, Section
+from hf_contmerge.report._tables import Cell, Quote, Section, Table
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
 
 _EACH = 2  # examples of a task
 _TASKS = 12  # with examples
+_SIDE = 5  # documents side by side
+_LONGEST = 160  # characters of such a document
 _LEAST = 0.1  # nats per word, of the fall and of the recovery
 
 
@@ -55,6 +58,51 @@ def examples(results: Results) -> Section:
         f"task. {' '.join(counts)}"
     )
     return Section(title, intro.rstrip(), quotes=quotes)
+
+
+def answers(results: Results) -> Section:
+    """Return five documents with the models' answers side by side; empty without texts.
+
+    Documents on which the models differ come first, in turn from each task.
+    """
+    title = "Five answers side by side"
+    best = next((line for b in results.stage_blocks() if (line := results.best(b))), None)
+    lines = [(line_label("previous"), results.baseline), (best.name if best else "", best)]
+    models = [("base", results.base), *((name, line.rows[-1]) for name, line in lines if line)]
+    tasks = [task for task, score in results.base.items() if len(score.texts) == len(score.gains) > 0
+             and all(task in row for _, row in models)]  # fmt: skip
+    tasks.sort(key=lambda task: results.base[task].block)  # answers tell more than perplexities
+    queues = {task: _by_difference([row[task] for _, row in models]) for task in tasks}
+    longest = max(map(len, queues.values()), default=0)
+    chosen = [(task, queue[i]) for i in range(longest) for task, queue in queues.items() if i < len(queue)][:_SIDE]
+    if not best or not chosen:
+        return Section(title)
+    rows = [
+        [Cell(_beginning(results.base[task].texts[i])), *(_answer_cell(row[task], i) for _, row in models)]
+        for task, i in chosen
+    ]
+    table = Table("", ("document", *(name for name, _ in models)), rows, wraps=True)
+    return Section(title, "The models after the last stage. Documents on which they differ come first.", [table])
+
+
+def _by_difference(scores: Sequence[TaskScore]) -> list[int]:
+    """Return documents in order, those with the largest differences first."""
+
+    def differs(i: int) -> float:
+        gains = [score.gains[i] / score.weights[i] for score in scores]
+        return max(gains) - min(gains)
+
+    return sorted(range(len(scores[0].gains)), key=lambda i: (-differs(i), i))
+
+
+def _beginning(text: str) -> str:
+    words = _one_line(text)
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST].rstrip()} …"
+
+
+def _answer_cell(score: TaskScore, i: int) -> Cell:
+    shade = 0.0 if score.block == "perplexity" else 0.4 if score.gains[i] else -0.4
+    return Cell(_answer(score, i), shade=shade)
 
 
 def _stories(results: Results, plain: Line, merge: Line) -> list[_Story]:

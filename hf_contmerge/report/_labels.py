@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ class Label:
     at: float
     text: str
     colour: str
+    group: str = ""
+    """Of the line that it names."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,15 @@ class Dot:
     colour: str
 
 
+def fitted(text: str, points: float, size: float) -> str:
+    """Cut a text in the middle to a width; its end, such as a number, stays."""
+    most = max(8, int(points / (size * LETTER)))
+    if len(text) <= most:
+        return text
+    tail = min(9, most // 2)
+    return f"{text[: most - tail - 1].rstrip()}…{text[len(text) - tail :].lstrip()}"
+
+
 def label_ends(axes: Axes, labels: Sequence[Label], stages: Sequence[str]) -> None:
     """Write labels right of the lines' ends, apart, with leaders."""
     if not labels:
@@ -42,6 +53,7 @@ def label_ends(axes: Axes, labels: Sequence[Label], stages: Sequence[str]) -> No
     axes.autoscale(False)
     size = 8.5
     points = axes.get_window_extent().width * 72 / axes.figure.dpi
+    labels = [replace(x, text=fitted(x.text, 0.6 * points - 18, size)) for x in labels]
     room = max(len(x.text) for x in labels) * size * LETTER + 18
     (left, last), (low, high) = axes.get_xlim(), axes.get_ylim()
     axes.set_xlim(left, left + (last - left) * points / max(points - room, 0.3 * points))
@@ -52,8 +64,10 @@ def label_ends(axes: Axes, labels: Sequence[Label], stages: Sequence[str]) -> No
     per_point = (axes.get_xlim()[1] - left) / points
     for label, height in zip(ordered, heights, strict=True):
         y = low + height / scale
-        axes.plot([last, last + 12 * per_point], [label.at, y], color=label.colour, lw=0.6, alpha=0.6, clip_on=False)
-        axes.text(last + 15 * per_point, y, label.text, color=label.colour, fontsize=size, va="center")
+        axes.plot([last, last + 12 * per_point], [label.at, y], color=label.colour, lw=0.6, alpha=0.6, clip_on=False,
+                  gid=label.group or None)  # fmt: skip
+        axes.text(last + 15 * per_point, y, label.text, color=label.colour, fontsize=size, va="center",
+                  gid=label.group or None)  # fmt: skip
 
 
 def name_region(axes: Axes, text: str) -> None:
@@ -102,6 +116,7 @@ def label_dots(axes: Axes, dots: Sequence[Dot]) -> None:
     size, (low, high) = 9.5, axes.get_ylim()
     box = axes.get_window_extent()
     scale = box.height * 72 / axes.figure.dpi / (high - low)
+    dots = [replace(d, text=fitted(d.text, 0.6 * box.width * 72 / axes.figure.dpi, size)) for d in dots]
     ordered = sorted(dots, key=lambda d: d.y)
     heights = spread([(d.y - low) * scale for d in ordered], 1.3 * size, (high - low) * scale - 14)
     left, right = axes.get_xlim()

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.report._axes import COLOURS, GREY, INK, MARKERS, change_axis, stage_axis
-from hf_contmerge.report._findings import fate, gained, natural, relative
-from hf_contmerge.report._labels import Dot, Label
+from hf_contmerge.report._axes import COLOURS, GREY, INK, MARKERS, change_axis, stage_axis, unit_label
+from hf_contmerge.report._findings import amount, fate, gained, interval, natural, relative
+from hf_contmerge.report._labels import Dot, Label, fitted
 from hf_contmerge.report._results import Results, any_score, line_label
+from hf_contmerge.report._svg import Spot, line_group
 from hf_contmerge.run.places import JOINT
 from hf_contmerge.run.scores import Block, Scores
 from hf_contmerge.scoring.forgetting.lines import Line
@@ -52,6 +53,12 @@ class StyledLine:
     colour: str
     marker: str
     dash: str
+    number: int = 0
+    """Of the line in the page's choice; 0 for none."""
+
+    @property
+    def group(self) -> str:
+        return line_group(self.number)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Drawing:
     """Dots of the plane, which also gets lines of equal final average."""
     worse: str = ""
     """Text of the shaded region."""
+    spots: Sequence[Spot] = ()
+    """Points with a hint, on a page."""
 
 
 def panels(results: Results) -> list[Panel]:
@@ -99,9 +108,9 @@ def _is(results: Results, task: str, block: Block) -> bool:
 
 def drawn_lines(results: Results) -> list[StyledLine]:
     """Return the lines in drawing order: plain fine-tuning, then merges."""
-    plain = [StyledLine(results.baseline, line_label("previous"), INK, "X", "--")] if results.baseline else []
+    plain = [StyledLine(results.baseline, line_label("previous"), INK, "X", "--", 1)] if results.baseline else []
     return plain + [
-        StyledLine(line, line.name, COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)], "-")
+        StyledLine(line, line.name, COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)], "-", i + 2)
         for i, line in enumerate(results.merges)
     ]
 
@@ -144,18 +153,35 @@ def _stage_panel(axes: Axes, results: Results, panel: Panel) -> Drawing:
         axes.plot([j, results.last], [alone.mean] * 2, color=GREY, lw=0.7, zorder=1)
         labels.append(Label(alone.mean, _at_end("★ trained alone", independent.rows[j], tasks, alone.mean, block), INK))
     labels += _joint_line(axes, results, tasks, block)
+    spots = list[Spot]()
     for i, d in enumerate(drawn := drawn_lines(results)):
         points = _stage_points(results, d.line, j, block)
+        spots += _spots(results, d, points, tasks, block, 0.05 * (i - (len(drawn) - 1) / 2))
         _trace(axes, d, points, 0.05 * (i - (len(drawn) - 1) / 2))
         if points and points[-1].stage == len(d.line.rows) - 1:
             end = points[-1].change.mean
-            labels.append(Label(end, _at_end(d.label, d.line.rows[-1], tasks, end, block), d.colour))
+            labels.append(Label(end, _at_end(d.label, d.line.rows[-1], tasks, end, block), d.colour, d.group))
         if d.line is results.baseline and results.last <= _NAMED:
             _name_drop(axes, [p for p in points if p.stage >= j])
     stage_axis(axes, results, learnt=j)
     change_axis(axes, block, panel.limits)
     title, finding = f"{j} · {results.stages[j - 1].name}", _stage_finding(results, j, block)
-    return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base")
+    return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base", spots=spots)
+
+
+def _spots(
+    results: Results, d: StyledLine, points: Sequence[_Point], tasks: Sequence[str], block: Block, shift: float
+) -> list[Spot]:
+    """Return a hint for each point: line, stage, score, change."""
+    spots = []
+    for point in points:
+        row, change = d.line.rows[point.stage], point.change
+        value = f"{natural(row[tasks[0]].value, block)}, " if len(tasks) == 1 and tasks[0] in row else ""
+        limits = f" ({interval(change, block)})" if change.low is not None else ""
+        name = f"{fitted(d.label, 110, 8)} after {fitted(_stage_names(results)[point.stage], 90, 8)}"
+        facts = f"{value}{amount(change.mean, block)}{limits}"
+        spots.append(Spot(point.stage + shift, change.mean, name, facts, d.number))
+    return spots
 
 
 def _joint_line(axes: Axes, results: Results, tasks: Sequence[str], block: Block) -> list[Label]:
@@ -194,13 +220,17 @@ def _trace(axes: Axes, d: StyledLine, points: Sequence[_Point], shift: float) ->
     if not points:
         return
     x, y = [p.stage + shift for p in points], [p.change.mean for p in points]
-    axes.plot([0, x[0]], [0, y[0]], color=d.colour, lw=0.9, ls=(0, (1, 2)), alpha=0.5, zorder=2)
-    axes.plot(x, y, color=d.colour, ls=d.dash, lw=2.0, alpha=0.95, zorder=4)
-    axes.errorbar(x, y, yerr=_bars([p.change for p in points]), color=d.colour, ls="none", elinewidth=1, zorder=4)
+    axes.plot([0, x[0]], [0, y[0]], color=d.colour, lw=0.9, ls=(0, (1, 2)), alpha=0.5, zorder=2, gid=d.group)
+    axes.plot(x, y, color=d.colour, ls=d.dash, lw=2.0, alpha=0.95, zorder=4, gid=d.group)
+    reach = _bars([p.change for p in points])
+    bars = axes.errorbar(x, y, yerr=reach, color=d.colour, ls="none", elinewidth=1, zorder=4)
+    for part in bars.get_children():
+        part.set_gid(d.group)
     for fill, hollow in (("white", True), (d.colour, False)):
         marked = [(at, value) for at, value, point in zip(x, y, points, strict=True) if point.hollow == hollow]
         if marked:
-            axes.plot(*zip(*marked, strict=True), d.marker, ms=5.8, mfc=fill, mec=d.colour, mew=1.3, zorder=5)
+            axes.plot(*zip(*marked, strict=True), d.marker, ms=5.8, mfc=fill, mec=d.colour, mew=1.3, zorder=5,
+                      gid=d.group)  # fmt: skip
 
 
 def _bars(changes: Sequence[Change]) -> list[list[float]]:
@@ -228,17 +258,18 @@ def _stage_finding(results: Results, j: int, block: Block) -> str:
 
 
 def _general_panel(axes: Axes, results: Results, block: Block) -> Drawing:
-    labels, clauses, ends = [Label(0.0, "base", GREY)], [], []
+    labels, clauses, ends, spots = [Label(0.0, "base", GREY)], [], [], list[Spot]()
     axes.plot([0, results.last], [0, 0], color=GREY, lw=1.1, ls=":", zorder=1)
     tasks = [t for t in results.general_tasks if t in results.base and results.base[t].block == block]
     labels += _joint_line(axes, results, tasks, block)
     for i, d in enumerate(drawn := drawn_lines(results)):
         changes = [(t, results.change(row, results.base, tasks, block)) for t, row in _shown_rows(results, d.line)]
         points = [_Point(t, c, hollow=c.sign == 0) for t, c in changes if c]
+        spots += _spots(results, d, points, tasks, block, 0.05 * (i - (len(drawn) - 1) / 2))
         _trace(axes, d, points, 0.05 * (i - (len(drawn) - 1) / 2))
         if points and points[-1].stage == len(d.line.rows) - 1:
             last = points[-1].change
-            labels.append(Label(last.mean, _with_change(d.label, last.mean, block), d.colour))
+            labels.append(Label(last.mean, _with_change(d.label, last.mean, block), d.colour, d.group))
             ends.append((last.mean, d, last))
     plain = [e for e in ends if e[1].line is results.baseline]
     merged = max((e for e in ends if e[1].line is not results.baseline), key=lambda e: e[0], default=None)
@@ -247,7 +278,7 @@ def _general_panel(axes: Axes, results: Results, block: Block) -> Drawing:
     stage_axis(axes, results, learnt=None)
     change_axis(axes, block, None)
     title, finding = f"General ability ({block})", "; ".join(clauses) or ", ".join(tasks)
-    return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base")
+    return Drawing(title, finding, _stage_names(results), labels, worse="worse than the base", spots=spots)
 
 
 def _dots(results: Results, block: Block) -> list[tuple[StyledLine, Change, Change]]:
@@ -268,8 +299,8 @@ def _plane_panel(axes: Axes, results: Results, block: Block) -> Drawing:
                       elinewidth=0.9, zorder=4)  # fmt: skip
     axes.axhline(0, color=GREY, lw=1.1, ls=":", zorder=1)
     axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel(f"learnt: gain when learnt, {unit}  →")
-    axes.set_ylabel(f"kept: backward transfer, {unit}  →")
+    axes.set_xlabel(f"learnt: gain when learnt, {unit}, → better", loc="left")
+    unit_label(axes, f"kept: backward transfer, {unit}, ↑ better")
     best = results.best(block)
     finding = f"highest final average of the merges: {best.name}" if best else "up and right is better"
     return Drawing(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from hf_contmerge.report._axes import COLOURS, FAINT, GREY, INK, MARKERS
 from hf_contmerge.report._choices import Curve
 from hf_contmerge.report._findings import caption, headline
-from hf_contmerge.report._labels import LETTER, label_dots, label_ends, name_region
+from hf_contmerge.report._labels import LETTER, fitted, label_dots, label_ends, name_region
 from hf_contmerge.report._panels import Drawing, Panel, draw_panel, panels
 from hf_contmerge.report._results import Results
+from hf_contmerge.report._svg import hints, inlined
 from hf_contmerge.run.scores import Block
 from hf_contmerge.scoring.forgetting.paired import Change
 
@@ -32,8 +33,18 @@ _STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#b0b0b0", "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "axes.labelsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "text.parse_math": False,
+    "svg.fonttype": "none", "svg.hashsalt": "hf_contmerge",
 }  # fmt: skip
 _BOLD = 0.64
+Form = Literal["png", "svg"]
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """The losses of one kind of expert, a part per stage."""
+
+    name: str
+    parts: Sequence[Sequence[tuple[float, float]]]
 
 
 def draw_forgetting(results: Results, path: Path | BinaryIO) -> None:
@@ -55,38 +66,60 @@ def draw_forgetting(results: Results, path: Path | BinaryIO) -> None:
         figure.savefig(path, facecolor="white", format="png")
 
 
-def draw_alone(results: Results, panel: Panel) -> bytes:
-    """Return one panel as a PNG for a phone."""
+def draw_alone(results: Results, panel: Panel) -> str:
+    """Return one panel as SVG for a page."""
     with _figure(3.8, 3.2, layout=None) as figure:  # fixed margins: a page has many, and a layout takes longer to find
         figure.subplots_adjust(left=0.165, right=0.975, bottom=0.165)
         axes = figure.add_subplot()
         drawn = [(axes, draw_panel(axes, results, panel))]
         room = _write_titles(figure, drawn)
-        figure.subplots_adjust(top=1 - (room + 30) / (72 * figure.get_figheight()))
+        figure.subplots_adjust(top=1 - (room + 43) / (72 * figure.get_figheight()))
         _write_labels(drawn)
-        return _saved(figure)
+        return inlined(_saved(figure, "svg").decode(), hints(axes, drawn[0][1].spots))
 
 
-def draw_curve(curve: Curve) -> bytes:
-    """Return a coefficient's search as a PNG, a line per stage."""
+def draw_losses(curves: Sequence[LossCurve], stages: Mapping[str, float]) -> str:
+    """Return the training losses as SVG, a line per kind of expert.
+
+    `stages`: names with their first steps.
+    """
+    with _figure(7.6, 3.2) as figure:
+        axes = figure.add_subplot()
+        axes.set_title("Loss in training", loc="left", fontsize=11.5, fontweight="bold", color=INK)
+        axes.set_xlabel("step, over all stages", loc="left")
+        for i, curve in enumerate(curves):
+            colour, label = COLOURS[i % len(COLOURS)], curve.name
+            for part in curve.parts:
+                axes.plot(*zip(*part, strict=True), color=colour, lw=1.6, marker="o", ms=3, label=label)
+                label = None
+        for name, first in stages.items():
+            axes.axvline(first, color=FAINT, lw=1.2, zorder=0)
+            axes.annotate(fitted(name, 400 / len(stages), 8.5), (first, 1), (3, -2), textcoords="offset points",
+                          xycoords=("data", "axes fraction"), fontsize=8.5, color=GREY, va="top")  # fmt: skip
+        axes.margins(y=0.15)
+        figure.legend(frameon=False, fontsize=8.5, loc="outside lower left", ncols=4)
+        return inlined(_saved(figure, "svg").decode())
+
+
+def draw_curve(curve: Curve) -> str:
+    """Return a coefficient's search as SVG, a line per stage."""
     with _figure(4.4, 3.2) as figure:
         axes = figure.add_subplot()
-        axes.set_title(
-            f"{curve.entry}: search of {curve.word}", loc="left", fontsize=11.5, fontweight="bold", color=INK
-        )
+        title = fitted(f"{curve.entry}: search of {curve.word}", 240, 12)
+        axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK)
         axes.set_xlabel(curve.word)
-        axes.set_ylabel("share of the experts' gain, %   ↑ better")
+        axes.set_ylabel("% of the experts' gain, ↑ better")
         for i, (stage, points) in enumerate(curve.stages.items()):
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
             x, y = [p.value for p in points], [100 * p.objective for p in points]
-            axes.plot(x, y, color=colour, lw=1.6, label=f"after {stage}")
+            axes.plot(x, y, color=colour, lw=1.6, label=f"after {fitted(stage, 110, 8.5)}")
             for p in points:
                 fill = colour if p.allowed else "white"
                 axes.plot([p.value], [100 * p.objective], marker, ms=6, mfc=fill, mec=colour, mew=1.3, zorder=4)
                 if p.taken:
                     axes.plot([p.value], [100 * p.objective], "o", ms=13, mfc="none", mec=INK, mew=1.3, zorder=5)
         axes.legend(frameon=False, fontsize=8.5)
-        return _saved(figure)
+        return inlined(_saved(figure, "svg").decode())
 
 
 @dataclass(frozen=True)
@@ -98,16 +131,17 @@ class Dot:
     change: Change
 
 
-def draw_dots(dots: Sequence[Dot], block: Block, *, title: str) -> bytes:
-    """Return differences as a PNG: panels per scope, rows per line."""
+def draw_dots(dots: Sequence[Dot], block: Block, *, title: str, form: Form = "svg") -> bytes:
+    """Return differences as a picture: panels per scope, rows per line."""
     panels, lines = list(dict.fromkeys(d.panel for d in dots)), list(dict.fromkeys(d.line for d in dots))
     factor, unit = (1, "nats") if block == "perplexity" else (100, "points")
-    with _figure(2.2 + 2.1 * max(len(panels), 1), 1.3 + 0.3 * max(len(lines), 1)) as figure:
+    width = 2.6 + 2.1 * max(len(panels), 1)
+    with _figure(width, 1.3 + 0.3 * max(len(lines), 1)) as figure:
         all_axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
         for axes, panel in zip(all_axes, panels, strict=False):
             axes.axvline(0, color=FAINT, lw=1.4, zorder=0)
-            axes.set_title(panel, loc="left", fontsize=10)
-            axes.set_xlabel(f"{unit}   → better")
+            axes.set_title(fitted(panel, 130, 10), loc="left", fontsize=10)
+            axes.set_xlabel(f"{unit}, → better")
             for dot in (d for d in dots if d.panel == panel):
                 change, y = dot.change, len(lines) - 1 - lines.index(dot.line)
                 colour = COLOURS[0] if change.sign > 0 else COLOURS[1] if change.sign < 0 else GREY
@@ -115,10 +149,11 @@ def draw_dots(dots: Sequence[Dot], block: Block, *, title: str) -> bytes:
                     axes.plot([factor * change.low, factor * change.high], [y, y], color=colour, lw=1.8)
                 fill = colour if change.sign else "white"
                 axes.plot([factor * change.mean], [y], "o", ms=6, mfc=fill, mec=colour, mew=1.4, zorder=4)
-            axes.set_yticks(range(len(lines)), lines[::-1], fontsize=8.5)
+            axes.set_yticks(range(len(lines)), [fitted(line, 150, 8.5) for line in lines[::-1]], fontsize=8.5)
             axes.set_ylim(-0.6, len(lines) - 0.4)
-        figure.suptitle(f"{title}, {block}", x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=INK)
-        return _saved(figure)
+        heading = fitted(f"{title}, {block}", 72 * width - 20, 13.5)
+        figure.suptitle(heading, x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=INK)
+        return _saved(figure, form)
 
 
 Estimate = tuple[float, float | None, float | None]
@@ -136,13 +171,13 @@ class FrontDot:
     allowed: bool
 
 
-def draw_front(dots: Sequence[FrontDot], *, keeping: str) -> bytes:
-    """Return candidates as a PNG: the front with intervals, the others pale."""
+def draw_front(dots: Sequence[FrontDot], *, keeping: str, form: Form = "png") -> bytes:
+    """Return candidates as a picture: the front with intervals, the others pale."""
     with _figure(5.2, 4.0) as figure:
         axes = figure.add_subplot()
         axes.set_title("Learning against keeping", loc="left", fontsize=11.5, fontweight="bold", color=INK)
-        axes.set_xlabel(f"{keeping}   → better", wrap=True)
-        axes.set_ylabel("learning, % of the experts' gain   ↑ better")
+        axes.set_xlabel(textwrap.fill(f"{keeping}, → better", 58))
+        axes.set_ylabel("learning, % of the experts' gain, ↑ better")
         axes.axvline(0, color=FAINT, lw=1.4, zorder=0)
         axes.plot([0], [0], "+", color=INK, ms=8)
         axes.annotate("base", (0, 0), (4, 4), textcoords="offset points", fontsize=8.5, color=GREY)
@@ -157,7 +192,7 @@ def draw_front(dots: Sequence[FrontDot], *, keeping: str) -> bytes:
             axes.plot([x], [100 * y], "o", ms=5, mfc=fill, mec=colour, mew=1.2, zorder=3 + dot.front)
             if dot.taken:
                 axes.plot([x], [100 * y], "o", ms=12, mfc="none", mec=INK, mew=1.4, zorder=6)
-        return _saved(figure)
+        return _saved(figure, form)
 
 
 @contextmanager
@@ -175,9 +210,10 @@ def _figure(width: float, height: float, *, layout: Literal["constrained"] | Non
         yield figure
 
 
-def _saved(figure: Figure) -> bytes:
+def _saved(figure: Figure, form: Form) -> bytes:
+    """Return a figure's file; SVG keeps texts as texts, and is the same in each run."""
     file = io.BytesIO()
-    figure.savefig(file, facecolor="white")
+    figure.savefig(file, facecolor="white", format=form, metadata={"Date": None} if form == "svg" else None)
     return file.getvalue()
 
 
@@ -222,8 +258,10 @@ def _write_titles(figure: Figure, drawn: Sequence[tuple[Axes, Drawing]]) -> floa
         wrapped.append(textwrap.wrap(drawing.finding, max(20, int(width / (8.5 * LETTER)))))
     room = 11.5 * max(map(len, wrapped), default=0)
     for (axes, drawing), lines in zip(drawn, wrapped, strict=True):
-        axes.set_title(drawing.title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=12 + room)
-        axes.annotate("\n".join(lines), (0, 1), (0, 7 + room), xycoords="axes fraction", textcoords="offset points",
+        width = axes.get_window_extent().width * 72 / figure.dpi
+        title = fitted(drawing.title, width, 11.5 * _BOLD / LETTER)
+        axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=25 + room)
+        axes.annotate("\n".join(lines), (0, 1), (0, 20 + room), xycoords="axes fraction", textcoords="offset points",
                       fontsize=8.5, color=GREY, va="top", linespacing=1.15)  # fmt: skip
     return room
 

@@ -12,8 +12,9 @@ from hf_contmerge.report._findings import (
     interval,
     known_metrics,
     natural,
+    relative,
 )
-from hf_contmerge.report._results import Results, any_score, line_label, task_facts
+from hf_contmerge.report._results import Results, any_score, scopes, task_facts
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.phases import PHASES
 from hf_contmerge.run.scores import Block, Scores
@@ -57,6 +58,8 @@ class Table:
     rows: list[list[Cell]]
     judged: bool = True
     """A shade means better or worse, not more or less."""
+    wraps: bool = False
+    """Cells hold words: they wrap, and are listed below each other on a phone."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class Quote:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG picture with a description."""
+    """An SVG picture with a description."""
 
-    png: bytes
+    svg: str
     alt: str
 
 
@@ -96,24 +99,58 @@ class Section:
         return not (self.tables or self.quotes or self.pictures)
 
 
-def heat_maps(results: Results) -> list[Table]:
-    """Return one table per line and block: tasks across, stages down."""
-    lines = [(line_label(x.name), x) for x in results.experts if len(x.rows) > 1]
-    lines += [(x.name, x) for x in results.merges]
-    return [_heat_map(results, name, line, b) for b in results.blocks() for name, line in lines]
+def answer_table(results: Results) -> Table:
+    """Return the first table: lines down, changes against the base across."""
+    t = results.last
+    asked = ("earlier stages", "last stage", "general") if t > 1 else ("last stage", "general")
+    titles = {"last stage": f"last stage ({results.stages[t - 1].name})"} if t else {}
+    groups = {
+        name: scopes(results.stages[:t], results.general_tasks, line.rows[-1], results.base)
+        for name, line in results.named_lines()
+        if len(line.rows) == t + 1 > 1 and (t == 1 or line is not results.expert("base"))  # knows one stage each
+    }
+    changes: dict[tuple[str, Block], dict[str, Change | None]] = {
+        (scope, block): {name: results.mean_change(group[scope], block) for name, group in groups.items()}
+        for scope in asked
+        for block in results.blocks()
+    }
+    measured = {key: of for key, of in changes.items() if any(of.values())}
+    rows = [[Cell(name), *(answer_cell(of[name], block) for (_, block), of in measured.items())] for name in groups]
+    header = ("against the base", *(f"{titles.get(scope, scope)}, {block}" for scope, block in measured))
+    return Table("", header, rows, wraps=True)
 
 
-def _heat_map(results: Results, name: str, line: Line, block: Block) -> Table:
+def answer_cell(change: Change | None, block: Block) -> Cell:
+    """Return a change in words and numbers."""
+    if change is None:
+        return Cell("not measured")
+    limits = "" if change.low is None else f" ({interval(change, block)})"
+    ratio = f", perplexity {relative(change.mean, block)}" if block == "perplexity" else ""
+    word = change.seen if change.low is not None else "too few documents"
+    return Cell(f"{word}: {amount(change.mean, block)}{limits}{ratio}", shade=0.4 * change.sign)
+
+
+def score_grid(results: Results) -> list[Table]:
+    """Return one table of all scores: tasks across, stages of each line down."""
+    tasks = [t for b in results.blocks() for t in results.shown_tasks
+             if (s := any_score(results, t)) and s.block == b]  # fmt: skip
     learnt = {task: t for t, stage in enumerate(results.stages, 1) for task in stage.task_names()}
-    tasks = [t for t in results.shown_tasks if (s := any_score(results, t)) and s.block == block]
-    largest = _largest(results, tasks)
-    names = ["base", *(stage.name for stage in results.stages)]
-    rows = []
-    for t in (0, *results.shown):
-        if t < len(line.rows) and line.rows[t]:
-            cells = [score_cell(results, line.rows[t], k, largest, own=learnt.get(k) == t) for k in tasks]
-            rows.append([Cell(names[t]), *cells])
-    return Table(f"{name}, {block}", ("after", *tasks), rows)
+    largest = {b: _largest(results, [t for t in tasks if block_of(results, t) == b]) for b in results.blocks()}
+    rows = [[Cell("base"), Cell(""), *(score_cell(results, results.base, k, 0) for k in tasks)]]
+    for name, line in results.named_lines():
+        shown = [t for t in results.shown if t < len(line.rows) and line.rows[t]]
+        for t in shown:
+            cells = [score_cell(results, line.rows[t], k, largest[block_of(results, k)], own=learnt.get(k) == t)
+                     for k in tasks]  # fmt: skip
+            rows.append([Cell(name if t == shown[0] else ""), Cell(results.stages[t - 1].name), *cells])
+    return [Table("", ("line", "after", *tasks), rows)] if len(rows) > 1 else []
+
+
+def block_of(results: Results, task: str) -> Block:
+    """Return a measured task's block."""
+    score = any_score(results, task)
+    assert score
+    return score.block
 
 
 def _largest(results: Results, tasks: Sequence[str]) -> float:

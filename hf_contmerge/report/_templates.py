@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from functools import cache
@@ -40,7 +39,7 @@ def _environment(suffix: str) -> Environment:
         **settings,
     )
     environment.filters |= {
-        "base64": _base64, "code": code_span, "fenced": fenced, "latex": escape_latex, "quoted": quoted,
+        "drawn": Markup, "code": code_span, "fenced": fenced, "latex": escape_latex, "quoted": quoted,
     }  # fmt: skip
     return environment
 
@@ -84,7 +83,3 @@ def _longer_than_in(mark: str, text: str) -> str:
     while mark in text:
         mark += mark[0]
     return mark
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()

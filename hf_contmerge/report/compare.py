@@ -16,8 +16,10 @@ from typing import Any
 
 from hf_contmerge.errors import ResourceError, RunError
 from hf_contmerge.report._findings import amount, interval, natural
+from hf_contmerge.report._pictures import Dot, draw_dots
 from hf_contmerge.report._results import Results
-from hf_contmerge.report._tables import Cell, Section, Table, change_cell, metric_table
+from hf_contmerge.report._svg import inlined
+from hf_contmerge.report._tables import Cell, Picture, Section, Table, change_cell, metric_table
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.report.write import csv_text, load_results
@@ -33,6 +35,8 @@ _COLUMNS = (
     "reference", "run", "reference_line", "line", "task", "block", "reference_value", "value", "difference", "low",
     "high", "confidence", "stderr", "detectable", "documents", "seen",
 )  # fmt: skip
+_DRAWN = 5
+"""Tasks in a picture."""
 _SHOWN = 60
 """Characters of a recipe field in a table."""
 
@@ -164,7 +168,7 @@ def sections(comparison: Comparison) -> list[Section]:
         "intervals; ≈: no change seen, or less than the first run's `evaluate.same_within`."
     )
     return [
-        Section("Differences", paired, tables=_difference_tables(comparison)),
+        Section("Differences", paired, tables=_difference_tables(comparison), pictures=_pictures(comparison)),
         Section("Metrics", "Over each run's own stages.", tables=_metric_tables(comparison)),
         Section("Recipes", "Fields that differ, defaults included.", tables=[_recipe_table(comparison)]),
     ]
@@ -182,6 +186,29 @@ def _difference_tables(comparison: Comparison) -> list[Table]:
         if rows:
             tables.append(Table(f"{block}, task by task", ("task", *(d.title for d in pairs)), rows))
     return tables
+
+
+def _pictures(comparison: Comparison) -> list[Picture]:
+    """Return a picture per block: the mean and the first tasks across, lines down."""
+    pictures, reference = [], comparison.runs[0].label
+    for block in reversed(BLOCKS):
+        dots = [
+            Dot(pair.title, panel, change)
+            for pair in comparison.pairs
+            for panel, tasks in _panels(pair, block).items()
+            if (change := pair.change(tasks, block))
+        ]
+        if dots:
+            svg = inlined(draw_dots(dots, block, title=f"Against {reference}").decode())
+            pictures.append(Picture(svg, f"Differences from {reference} with 95 % intervals, {block}"))
+    return pictures
+
+
+def _panels(pair: LinePair, block: Block) -> dict[str, list[str]]:
+    """Return panel -> its tasks."""
+    tasks = pair.comparable(block)
+    each = {task: [task] for task in tasks[:_DRAWN]}
+    return {"mean": tasks, **each} if len(tasks) > 1 else each
 
 
 def _difference_cell(pair: LinePair, task: str, block: Block) -> Cell:

@@ -23,8 +23,9 @@ from typing import Any
 
 from hf_contmerge.errors import RunError, unknown
 from hf_contmerge.report._findings import METRICS, amount, interval, known_metrics
-from hf_contmerge.report._pictures import Dot, draw_dots
+from hf_contmerge.report._pictures import Dot, Form, draw_dots
 from hf_contmerge.report._results import SCOPES, Results, line_label, scopes
+from hf_contmerge.report._svg import inlined
 from hf_contmerge.report._tables import Cell, Picture, Section, Table, change_cell, costs, metric_cell
 from hf_contmerge.report._templates import fill
 from hf_contmerge.report._terminal import rich_table
@@ -207,18 +208,18 @@ def sections(study: StudyResults) -> list[Section]:
 
 def _pictures(study: StudyResults) -> list[Picture]:
     alt = f"Difference of each line from {study.reference.title}, with 95 % intervals"
-    return [Picture(draw(study, block), f"{alt}, {block}") for block in study.blocks]
+    return [Picture(inlined(draw(study, block).decode()), f"{alt}, {block}") for block in study.blocks]
 
 
-def draw(study: StudyResults, block: Block) -> bytes:
-    """Return a PNG: differences from the reference with intervals."""
+def draw(study: StudyResults, block: Block, form: Form = "svg") -> bytes:
+    """Return a picture: differences from the reference with intervals."""
     dots = [
         Dot(line.title, scope, change)
         for line in study.compared(block)
         for scope in SCOPES
         if (change := study.change(line, block, scope))
     ]
-    return draw_dots(dots, block, title=f"Against {study.reference.title}")
+    return draw_dots(dots, block, title=f"Against {study.reference.title}", form=form)
 
 
 def _against(study: StudyResults, block: Block) -> Table:
@@ -293,7 +294,7 @@ def write_study_report(study: StudyResults, folder: Path) -> Path:
     (scratch / "study.md").write_text(fill("compare.md", **shown), encoding="utf-8")
     (scratch / "study.tex").write_text(fill("study.tex", tables=parts[2].tables), encoding="utf-8")
     (scratch / "study.json").write_text(json.dumps(_summary(study, said), indent=1) + "\n", encoding="utf-8")
-    (scratch / "study.png").write_bytes(parts[0].pictures[0].png)
+    (scratch / "study.png").write_bytes(draw(study, study.blocks[0], "png"))
     (scratch / "study.csv").write_bytes(csv_text(_rows(study)).encode())
     put_in_place(scratch, folder)
     return folder / "index.html"

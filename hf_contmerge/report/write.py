@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_contmerge.report._choices import choice_tables, choices_intro, curves
-from hf_contmerge.report._examples import examples
+from hf_contmerge.report._examples import answers, examples
 from hf_contmerge.report._findings import UNITS, smallest, verdict
+from hf_contmerge.report._losses import loss_section
 from hf_contmerge.report._merges import geometry_section, storage_section, stored
 from hf_contmerge.report._panels import panels
 from hf_contmerge.report._pictures import draw_alone, draw_curve, draw_forgetting
@@ -44,12 +45,13 @@ from hf_contmerge.report._tables import (
     cost_tables,
     costs,
     final_table,
-    heat_maps,
     metric_tables,
+    score_grid,
     sides_tables,
     task_tables,
 )
 from hf_contmerge.report._terminal import rich_table
+from hf_contmerge.report.front import front_sections
 from hf_contmerge.run.folder import Run
 from hf_contmerge.runtime.digests import DIGESTS, digests_below
 from hf_contmerge.runtime.records import write_record
@@ -107,7 +109,8 @@ def sections(run: Run, results: Results) -> list[Section]:
         "smallest true change that these documents show in four of five samples; smaller changes may go unnoticed."
     )
     return [
-        Section("Scores after each stage", shades, tables=heat_maps(results)),
+        answers(results),
+        Section("Scores after each stage", shades, tables=score_grid(results)),
         Section("Metrics", tables=metric_tables(results)),
         Section("Task by task", intervals, tables=task_tables(results)),
         Section("Right and wrong", _SIDES, tables=sides_tables(results)),
@@ -115,7 +118,9 @@ def sections(run: Run, results: Results) -> list[Section]:
         relevance_section(run, results),
         examples(results),
         sources_section(run),
+        loss_section(run),
         _choices(run),
+        *front_sections(run),
         storage_section(run),
         geometry_section(run),
     ]

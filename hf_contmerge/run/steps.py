@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hf_contmerge.errors import duration
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import IN_CONTEXT, ORACLE, ROUTED, Place
 from hf_contmerge.run.recipe.parts import Task
@@ -51,18 +53,62 @@ def time_left(run: Run, steps: Sequence[Step]) -> TimeLeft:
 
     Experts that are given take no training; scores count by their tasks.
     """
-    times: dict[tuple[Phase, bool], list[tuple[float, int]]] = {}
-    for step in steps:
-        if (seconds := step.seconds()) is not None:
+    done = [step.done for step in steps]
+    times = _times(run, [(step, step.seconds()) for step, over in zip(steps, done, strict=True) if over])
+    return _estimate(run, [step for step, over in zip(steps, done, strict=True) if not over], times)
+
+
+_Times = dict[tuple[Phase, bool], list[tuple[float, int]]]
+"""Kind of a phase -> seconds and efforts of the finished ones."""
+
+
+def _times(run: Run, finished: Sequence[tuple[Step, float | None]]) -> _Times:
+    times: _Times = {}
+    for step, seconds in finished:
+        if seconds is not None:
             times.setdefault(_alike(run, step), []).append((seconds, step.effort()))
+    return times
+
+
+def _estimate(run: Run, steps: Sequence[Step], times: _Times) -> TimeLeft:
     left, unmeasured = 0.0, {}
-    for step in (step for step in steps if not step.done):
+    for step in steps:
         if measured := times.get(_alike(run, step)):
             seconds, efforts = map(sum, zip(*measured, strict=True))
             left += seconds / efforts * step.effort()
         else:
             unmeasured[step.phase] = True
     return TimeLeft(left, tuple(unmeasured))
+
+
+class Course:
+    """A run on its way through its phases; each record is read once."""
+
+    def __init__(self, run: Run, steps: Sequence[Step]) -> None:
+        self._run, self._steps, self._at = run, tuple(steps), 0
+        self._seconds = {i: step.seconds() for i, step in enumerate(steps) if step.done}
+        self._left, self._own, self._since = TimeLeft(0.0, ()), 0.0, time.monotonic()
+
+    def reach(self, number: int) -> None:
+        """Begin phase `number`, counted from 0; the ones before are over."""
+        for i in range(self._at, number):
+            if i not in self._seconds and self._steps[i].done:
+                self._seconds[i] = self._steps[i].seconds()
+        self._at, self._since = number, time.monotonic()
+        if number in self._seconds:
+            return  # nothing to do
+        times = _times(self._run, [(self._steps[i], seconds) for i, seconds in self._seconds.items()])
+        rest = [step for i, step in enumerate(self._steps) if i >= number and i not in self._seconds]
+        self._left = _estimate(self._run, rest, times)
+        self._own = _estimate(self._run, rest[:1], times).seconds
+
+    def position(self) -> str:
+        """Return the position in words, such as "phase 7 of 19, 12 min left"."""
+        words = f"phase {self._at + 1} of {len(self._steps) + 1}"  # the report comes last
+        seconds = self._left.seconds - min(self._own, time.monotonic() - self._since)
+        if not self._left.seconds:
+            return words
+        return f"{words}, {'at least ' * bool(self._left.unmeasured)}{duration(seconds)} left"
 
 
 def _alike(run: Run, step: Step) -> tuple[Phase, bool]:

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.distributed.tensor import DTensor
 
 from hf_contmerge.errors import DataError, ResourceError
+from hf_contmerge.runtime.progress import batch_progress
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.scoring._texts import TextTokens
 from hf_contmerge.scoring.setup import AUTO_BATCH_SIZE
@@ -181,11 +182,17 @@ class SharedLM(TextTokens, _Parent):
         All ranks get all results.
         """
         shares = self._shares(costs)
-        results = [work(batches[i]) for i in shares[self._ranks.rank]]
+        own = shares[self._ranks.rank]
+        results = []
+        with batch_progress([costs[i] for i in own], shown=self._ranks.rank == 0) as advance:
+            for i in own:
+                results.append(work(batches[i]))
+                advance(costs[i])
         if self._in_step and len(results) < len(shares[0]):
             work(batches[0])  # joins the others' last forward pass
         every = self._ranks.gather(results)
-        answers = dict(pair for share, own in zip(shares, every, strict=True) for pair in zip(share, own, strict=True))
+        pairs = (pair for share, part in zip(shares, every, strict=True) for pair in zip(share, part, strict=True))
+        answers = dict(pairs)
         return [answers[i] for i in range(len(batches))]
 
     def _shares(self, costs: Sequence[int]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Parts of the report of made-up runs: task tables, examples, geometry, what was chosen, and noise that says so."""
 
 import csv
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,28 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from toys.reports import Page, change_scores, make_run, merge_record, texts
 
-from hf_contmerge.report._choices import choice_tables, curves
+from hf_contmerge.report._choices import Curve, Point, choice_tables, curves
+from hf_contmerge.report._examples import answers as side_by_side
 from hf_contmerge.report._examples import examples
 from hf_contmerge.report._findings import relative
+from hf_contmerge.report._losses import loss_section
 from hf_contmerge.report._merges import geometry_section
 from hf_contmerge.report._pages import pages
 from hf_contmerge.report._panels import Panel, draw_panel, panels
-from hf_contmerge.report._tables import Table, change_cell, heat_maps, task_tables
+from hf_contmerge.report._pictures import (
+    Dot,
+    FrontDot,
+    LossCurve,
+    draw_alone,
+    draw_curve,
+    draw_dots,
+    draw_front,
+    draw_losses,
+)
+from hf_contmerge.report._tables import Table, answer_table, change_cell, score_grid, task_tables
 from hf_contmerge.report.write import load_results, sections, write_report
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import Place
@@ -82,8 +96,24 @@ def test_noise_is_called_no_change():
 
 
 def test_noise_has_no_colour_in_the_heat_map(run):
-    table = next(t for t in heat_maps(load_results(run)) if t.title == "opcm, accuracy")
-    last = table.rows[-1][-1]
+    (table,) = score_grid(load_results(run))
+    names = [row[0].text for row in table.rows]
+    assert names == [
+        "base",
+        "fine-tuning alone",
+        "",
+        "",
+        "independent experts",
+        "",
+        "",
+        "magmax",
+        "",
+        "",
+        "opcm",
+        "",
+        "",
+    ]
+    last = table.rows[-1][table.header.index("quiz")]
     assert (last.text, last.shade) == ("41.7%", 0.0)
     assert "no change seen" in last.hint
 
@@ -130,6 +160,89 @@ def test_examples_are_those_that_were_lost_and_kept(run):
     assert len(texts) == 2
     assert texts[0].outcome.startswith("after s1: perplexity ")
     assert not [q for q in found.quotes if q.source.startswith("s3")], "the last stage had no time to be forgotten"
+
+
+def test_the_page_opens_with_one_table(run):
+    table = answer_table(load_results(run))
+    assert table.header == ("against the base", "earlier stages, perplexity", "last stage (s3), perplexity",
+                            "general, perplexity", "general, accuracy")  # fmt: skip
+    assert [row[0].text for row in table.rows] == ["fine-tuning alone", "magmax", "opcm"]
+    earlier, last = table.rows[2][1:3]
+    assert earlier.text.startswith("better: +0.47 nats (+0.4")
+    assert earlier.text.endswith(", perplexity × 0.63")
+    assert last.text.startswith("better: +0.50 nats (")
+    assert table.rows[2][4].text.startswith("no change seen: −8.3 points (")
+    text = fill_page(run)
+    assert text.index("better: +0.47 nats") < text.index("<figure>") < text.index('<ul class="verdicts">')
+
+
+def fill_page(run: Run) -> str:
+    write_report(run)
+    return (run.folder / "report" / "index.html").read_text()
+
+
+def test_five_answers_stand_side_by_side(run):
+    (table,) = side_by_side(load_results(run)).tables
+    assert table.header == ("document", "base", "fine-tuning alone", "opcm")
+    assert len(table.rows) == 5
+    first = table.rows[0]
+    assert first[0].text.startswith("quiz 0 <script>")
+    assert [c.text for c in first[1:]] == ["right (hen)", "wrong (fox)", "wrong (fox)"]
+
+
+def test_learning_curves_are_the_recorded_losses(tmp_path):
+    copy = make_run(tmp_path / "curves", stages=2, merge=["opcm"])
+    assert loss_section(copy).empty
+    for t in (1, 2):
+        log = [{"step": s, "loss": 3.0 - 0.1 * s} for s in (5, 10)]
+        copy.expert(t, "base").finish("train", {"log": [*log, {"step": 10, "train_runtime": 1.0}]})
+    (picture,) = loss_section(copy).pictures
+    for word in ("independent experts", "s1", "s2", "step, over all stages"):
+        assert word in picture.svg
+
+
+LONG = "a very long name of a stage or a rule that no panel has the room for, " * 2
+
+
+def cut_off(figure: Figure) -> list[str]:
+    """Return the texts that reach over the edge of a drawn figure."""
+    figure.draw_without_rendering()
+    whole, renderer = figure.bbox, figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+    texts = [t for t in figure.findobj(Text) if isinstance(t, Text) and re.search("[a-z]", t.get_text())]  # no ticks
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+    return [text for text, b in boxes
+            if b.x0 < -1 or b.y0 < -1 or b.x1 > whole.x1 + 1 or b.y1 > whole.y1 + 1]  # fmt: skip
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """Collect the figures that are saved."""
+    figures = list[Figure]()
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_no_label_is_cut_off(tmp_path, drawn, stages):
+    run = make_run(tmp_path / "long", stages=stages)
+    results = load_results(run)
+    named = tuple(s.model_copy(update={"name": f"{i}{LONG}"}) for i, s in enumerate(results.stages))
+    lines = tuple(replace(line, name=f"{line.name} {LONG}") for line in results.merges)
+    for shown in (results, replace(results, stages=named, merges=lines)):
+        for panel in panels(shown):
+            draw_alone(shown, panel)
+        draw_front([FrontDot((0.1, 0.0, 0.2), (0.5, 0.4, 0.6), front=True, taken=True, allowed=True)], keeping=LONG)
+        draw_dots([Dot(LONG, LONG, Change(0.1, 0.01, 0.0, 0.2))], "accuracy", title=LONG)
+        draw_losses([LossCurve("independent experts", [[(1, 2.0), (2, 1.0)]])], {LONG: 0.0})
+        draw_curve(Curve(LONG, "lambda", {LONG: [Point(1.0, 0.5, True, True)]}))
+    assert len(drawn) > 8
+    assert [text for figure in drawn for text in cut_off(figure)] == []
 
 
 def test_no_examples_without_texts_or_plain_fine_tuning(tmp_path):

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -357,6 +358,12 @@ def test_trackers_can_be_changed_in_the_middle(recipe: Path) -> None:
 # Trackers
 
 
+def png_size(file: Path) -> tuple[int, int]:
+    """Return a picture's width and height."""
+    width, height = struct.unpack(">II", file.read_bytes()[16:24])
+    return width, height
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 def test_tensorboard_shows_one_run(recipe: Path, tmp_path: Path) -> None:
@@ -383,6 +390,16 @@ def test_tensorboard_shows_one_run(recipe: Path, tmp_path: Path) -> None:
     run = Run.load(tmp_path / "run")
     losses = [point["loss"] for point in run.expert(2, "previous").record("train")["log"]]
     assert [point.value for point in events.Scalars("02-b/previous/loss")] == pytest.approx(losses, rel=1e-6)
+    curve = events.Scalars("over stages/a_heldout/magmax")
+    assert [p.step for p in curve] == [0, 1, 2]
+    scores = [place.record("score")["tasks"]["a_heldout"]["value"] for place in
+              (run.base, *(run.merged(t, run.recipe.merge[0]) for t in (1, 2)))]  # fmt: skip
+    assert [p.value for p in curve] == pytest.approx(scores, rel=1e-6)
+    assert steps("over stages/b_heldout/previous") == [0, 2]
+    picture = events.Images("report/forgetting")
+    assert [(p.width, p.height) for p in picture] == [png_size(run.folder / "report" / "forgetting.png")]
+    (table,) = events.Tensors("report/scores/text_summary")
+    assert "| merges/magmax | 2 | b | a_heldout | perplexity |" in table.tensor_proto.string_val[0].decode()
     found = events.Scalars("02-b/magmax/b_heldout/word_perplexity")
     score = run.merged(2, run.recipe.merge[0]).record("score")["tasks"]["b_heldout"]
     assert [(p.step, p.value) for p in found] == [(8, pytest.approx(score["value"], rel=1e-6))]

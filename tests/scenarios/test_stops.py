@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a checkpoint is finished, one line says that the same command continues, and it does."""
+"""SIGTERM and Ctrl-C: a checkpoint is finished, one line names the command that continues, and it does."""
 
 import json
 import os
@@ -71,7 +71,8 @@ def test_training_stops_with_a_checkpoint_and_continues(number: signal.Signals, 
     said = server.log.read_text()
     assert "Traceback" not in said
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    assert last_line(said) == f"Stopped by {name}. Finished work is kept: the same command continues."
+    again = f"contmerge run {home / 'recipe.yml'} --run {run} --until merge"
+    assert last_line(said) == f"Stopped by {name}. Finished work is kept; continue with: {again}"
     assert not (place / "train.json").exists()
     step = newest(place)
     assert step % 20, "it did not wait for the next checkpoint"
@@ -97,7 +98,7 @@ def test_a_merge_stops_and_leaves_the_state_unchanged(number: signal.Signals, ho
         _, said = process.communicate(timeout=120)
     assert process.returncode == CODES[number], said
     assert "Traceback" not in said
-    assert "the same command continues" in last_line(said)
+    assert f"continue with: contmerge merge add {state.folder}" in last_line(said)
     assert outcome(state.folder) == before
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
     assert [e.stage for e in state.log().experts] == ["first", "other"]
@@ -127,5 +128,5 @@ def test_two_ranks_stop_with_one_checkpoint(both: bool, home: Path, tmp_path: Pa
     codes, said = [p.wait(timeout=120) for p in ranks], [(tmp_path / f"{r}.log").read_text() for r in range(2)]
     assert codes == [143, 143], "".join(said)
     assert "Traceback" not in "".join(said)
-    assert "the same command continues" in last_line(said[0])
+    assert last_line(said[0]).endswith("continue with: the same command")
     assert newest(place)

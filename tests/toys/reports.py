@@ -81,7 +81,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.addresses += [v for k, v in attrs if k in ("src", "href", "srcset", "data")]
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
