@@ -41,6 +41,7 @@ def inlined(svg: str, spots: str = "") -> str:
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->\n?", "", body, flags=re.DOTALL)
+    body = re.sub(r' xmlns(:\w+)?="[^"]*"', "", body)  # HTML knows SVG
     body = re.sub(r'id="(line-\d+)"', r'class="\1"', body)
     body = re.sub(r' id="[a-z]+[a-zA-Z.]*_[\d.]+"', "", body)  # figures, axes, texts
     own = f"{zlib.crc32(svg.encode()):08x}-"
