@@ -35,7 +35,7 @@ class Trackers:
     """The trackers of a run; a no-op without any."""
 
     def __init__(self, opened: Sequence[Any] = (), lines: Sequence[str] = ()) -> None:
-        """Take opened trackers, and the names of the run's lines: kinds of experts, merge entries."""
+        """Take opened trackers and the names of the run's lines."""
         self._opened, self._lines, self._before, self._over = opened, lines, 0, set[Path]()
 
     @classmethod
@@ -75,7 +75,7 @@ class Trackers:
         return log
 
     def of_scores(self, t: int, place: Place) -> Log:
-        """Return a function to log scores after stage `t`, also as points of each task's curve.
+        """Return a function to log scores after stage `t`.
 
         Every line begins at the base model.
         """

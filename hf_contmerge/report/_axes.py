@@ -37,7 +37,7 @@ def stage_axis(axes: Axes, results: Results, *, learnt: int | None) -> None:
 
 
 def unit_label(axes: Axes, text: str) -> None:
-    """Write the vertical axis's unit above it, where any height has room for it."""
+    """Write the vertical axis's unit above it."""
     axes.annotate(text, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8.5,
                   color=GREY, va="bottom")  # fmt: skip
 

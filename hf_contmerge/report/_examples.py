@@ -61,7 +61,7 @@ def examples(results: Results) -> Section:
 
 
 def answers(results: Results) -> Section:
-    """Return five documents with the models' answers side by side; empty without texts.
+    """Return five documents with answers side by side; empty without texts.
 
     Documents on which the models differ come first, in turn from each task.
     """

@@ -38,7 +38,7 @@ class Dot:
 
 
 def fitted(text: str, points: float, size: float) -> str:
-    """Cut a text in the middle to a width; its end, such as a number, stays."""
+    """Cut a text in the middle to a width; keep its end."""
     most = max(8, int(points / (size * LETTER)))
     if len(text) <= most:
         return text

@@ -211,7 +211,7 @@ def _figure(width: float, height: float, *, layout: Literal["constrained"] | Non
 
 
 def _saved(figure: Figure, form: Form) -> bytes:
-    """Return a figure's file; SVG keeps texts as texts, and is the same in each run."""
+    """Return a figure's file; SVG keeps texts and equal bytes."""
     file = io.BytesIO()
     figure.savefig(file, facecolor="white", format=form, metadata={"Date": None} if form == "svg" else None)
     return file.getvalue()

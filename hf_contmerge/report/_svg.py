@@ -1,4 +1,4 @@
-"""Pictures inside a page: SVG whose lines can be hidden and whose points say what they are, without JavaScript.
+"""Interactive SVG pictures without JavaScript: lines to hide, points with hints.
 
 Matplotlib names the groups of a line `line-3`; here they become classes, since a page has many pictures. Points with a
 text get a circle to hover over. The page's style sheet shows and hides both.
@@ -50,7 +50,7 @@ def inlined(svg: str, spots: str = "") -> str:
 
 
 def hints(axes: Axes, spots: Sequence[Spot]) -> str:
-    """Return a circle and a hint for each point of laid out axes."""
+    """Return a circle and a hint for each point of axes."""
     figure = axes.get_figure(root=True)
     assert figure
     width, height = (72 * inches for inches in figure.get_size_inches())

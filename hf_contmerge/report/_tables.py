@@ -131,7 +131,7 @@ def answer_cell(change: Change | None, block: Block) -> Cell:
 
 
 def score_grid(results: Results) -> list[Table]:
-    """Return one table of all scores: tasks across, stages of each line down."""
+    """Return all scores: tasks across, stages of each line down."""
     tasks = [t for b in results.blocks() for t in results.shown_tasks
              if (s := any_score(results, t)) and s.block == b]  # fmt: skip
     learnt = {task: t for t, stage in enumerate(results.stages, 1) for task in stage.task_names()}

@@ -189,7 +189,7 @@ def _difference_tables(comparison: Comparison) -> list[Table]:
 
 
 def _pictures(comparison: Comparison) -> list[Picture]:
-    """Return a picture per block: the mean and the first tasks across, lines down."""
+    """Return a picture per block: tasks across, lines down."""
     pictures, reference = [], comparison.runs[0].label
     for block in reversed(BLOCKS):
         dots = [

@@ -82,7 +82,7 @@ def _estimate(run: Run, steps: Sequence[Step], times: _Times) -> TimeLeft:
 
 
 class Course:
-    """A run on its way through its phases; each record is read once."""
+    """A run on its way through its phases."""
 
     def __init__(self, run: Run, steps: Sequence[Step]) -> None:
         self._run, self._steps, self._at = run, tuple(steps), 0
@@ -103,7 +103,7 @@ class Course:
         self._own = _estimate(self._run, rest[:1], times).seconds
 
     def position(self) -> str:
-        """Return the position in words, such as "phase 7 of 19, 12 min left"."""
+        """Return the position, such as "phase 7 of 19, 12 min left"."""
         words = f"phase {self._at + 1} of {len(self._steps) + 1}"  # the report comes last
         seconds = self._left.seconds - min(self._own, time.monotonic() - self._since)
         if not self._left.seconds:

@@ -108,7 +108,7 @@ class StepProgress:
 
 @contextmanager
 def batch_progress(costs: Sequence[int], *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show the progress of scoring; yield a callback for the costs of finished batches."""
+    """Show the progress of scoring; yield a callback for finished batches."""
     if not shown:
         yield lambda _cost: None
         return
