@@ -106,6 +106,7 @@ def publications_of(what: Run | Path, wish: Wish) -> list[Publication]:
         return list(_of_run(what, wish))
     if wish.merge or wish.last_only or wish.with_documents:
         raise RecipeError(f"{what} is no run: --merge, --last-only and --with-documents are for runs.")
+    _require_made(what)
     repo_id = _checked_repo_id(wish.repo_id)
     if (what / "state.json").is_file():
         made = _of_state(MergeState.load(what), wish, repo_id)
@@ -116,6 +117,16 @@ def publications_of(what: Run | Path, wish: Wish) -> list[Publication]:
     files, message, licence = made
     revision = Revision(MAIN, message, files)
     return [Publication(repo_id, wish.private is not False, [revision], notes=[f"Licence: {licence.in_words()}."])]
+
+
+def _require_made(folder: Path) -> None:
+    """Raise RunError for a folder without a record of ours."""
+    of_run = folder.name == "expert" and (folder.parent / "train.json").is_file()
+    if not of_run and not any((folder / name).is_file() for name in ("state.json", LINEAGE, f"{OWN}/train.json")):
+        raise RunError(
+            f"{folder} holds no run, no merge state, and no record of a model ({LINEAGE}, {OWN}/train.json): nothing "
+            "says what its files should be. Give a folder that contmerge wrote."
+        )
 
 
 # Runs
@@ -253,18 +264,13 @@ def _of_expert(folder: Path, wish: Wish, repo_id: str) -> _Made:
     """Return an expert that `finetune_stage` or a run trained."""
     if wish.with_state:
         raise RecipeError(f"{folder} is a trained expert, and has no merge state.")
-    own, of_run = folder / OWN / "train.json", folder.parent / "train.json"
+    own = folder / OWN / "train.json"
     if own.is_file():
         record = read_record(own, "Train it again.", RECORDS["train"])
         files = record["files"]
-    elif of_run.is_file() and folder.name == "expert":
+    else:
         record = ExpertPlace(folder.parent, folder.parent.name).record("train")
         files = {n.removeprefix("expert/"): digest for n, digest in record["files"].items() if n.startswith("expert/")}
-    else:
-        raise RunError(
-            f"{folder} holds no run, no merge state, and no record of a model ({LINEAGE}, {OWN}/train.json): nothing "
-            "says what its files should be. Give a folder that contmerge wrote."
-        )
     _require_whole(folder, files, "Train it again")
     contents = model_contents(folder, files, apart=[OWN, "statistics", "README.md"])
     base = wish.base and _checked_base(wish.base)

@@ -59,7 +59,7 @@ def test_json_is_asked_for_in_one_way() -> None:
             "example list",
             "chat",
             "extract-lora",
-            "chat",
+            "push",
         ),
         0,
     )

@@ -230,7 +230,7 @@ def test_the_base_with_examples_is_measured_on_the_stages(run: Run):
 def test_report_and_card_have_the_base_with_examples(run: Run):
     page = (run.folder / "report" / "report.md").read_text()
     assert "against the base with 4 examples in its prompt: " in page
-    assert "### base with examples in its prompt, perplexity" in page
+    assert "| base with examples in its prompt | s2 |" in page
     assert "the base model, with training examples in its prompt" in model_card(run, run.recipe.merge[0])
     line = load_results(run).expert("in_context")
     assert line

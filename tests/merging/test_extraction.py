@@ -153,7 +153,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--rank", "2", "-o", str(tmp_path / "lora")]) == 0
     assert "14 linear maps of rank 2 to 2" in capsys.readouterr().out
     card = (tmp_path / "lora" / "README.md").read_text()
-    assert "base_model: base" in card
+    assert "base_model:\n- base\n" in card
     assert str(tmp_path) not in card
     assert main([*words, "--energy", "0.5", "--no-rest", "--json", "-o", str(tmp_path / "other")]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -106,7 +106,7 @@ def to(*settings: str) -> list[str]:
 WORDS = {
     "evaluate.general_task=[x]": "RECIPE: Unknown field 'general_task' in evaluate. Did you mean 'general_tasks'? "
     "Known: backend, batch_size, cache, chat_template, dtype, general_tasks, include_path, limit, matrix, max_length, "
-    "parallel, routed, same_within, shots, validation.",
+    "parallel, relevance, routed, same_within, shots, validation.",
     "stages.0.dataset.helduot=3": "RECIPE: Unknown field 'helduot' in stages.0.dataset. Did you mean 'heldout' or "
     "'heldout_split'? Known: config, heldout, heldout_chars, heldout_split, labels, license, max_chars, max_examples, "
     "messages, min_chars, mix, path, revision, split, streaming, text.",
@@ -422,13 +422,18 @@ def test_run_folder_is_a_file(refused: Refused, home: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("command", [["status"], ["report"], ["push"], ["redo", "merge"]])
+@pytest.mark.parametrize("command", [["status"], ["report"], ["redo", "merge"]])
 def test_folder_that_is_no_run(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command[0], str(tmp_path), *command[1:]]) == 2
     assert capsys.readouterr().err == (
         f"Error: {tmp_path} holds no run (no recipe.yml). Give the folder that `contmerge run` wrote, such as "
         "runs/quickstart.\n"
     )
+
+
+def test_folder_that_cannot_be_pushed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"Error: {tmp_path} holds no run, no merge state, and no record of a ")
 
 
 def test_run_in_use(refused: Refused, given: Data, tmp_path: Path) -> None:

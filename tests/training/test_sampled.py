@@ -168,7 +168,6 @@ def refusal(train: Row, data: StageData, **run: Any) -> str:
         ({"rewards": {"exact_match": {"colum": "x"}}}, "unexpected keyword argument 'colum'"),
         ({"rewards": {"overlong": {"most": 0}}}, "overlong's most must be greater than or equal to 1; got 0"),
         ({"rewards": {"overlong": {"most": 5}}}, "overlong's margin 64 is larger than `most`, 5"),
-        ({"rewards": ["accuracy"]}, "accuracy needs the package math-verify"),
         ({"reward_weights": [1, 2]}, "reward_weights has 2 numbers for 1 rewards"),
         ({"loss_type": "dft"}, "loss_type dft is for texts, not prompts (`learn: grpo`)"),
         ({"loss_type": "kto"}, "Unknown loss_type 'kto' in `learn: grpo`."),

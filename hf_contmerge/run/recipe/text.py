@@ -100,9 +100,7 @@ def read_mapping(path: str | Path) -> Any:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     except (OSError, ValueError) as error:  # a study may name a file that no system has
         cause = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError(
-            f"Cannot read the recipe {shown(str(path), 80)}: {cause}. Give a YAML file's path."
-        ) from error
+        raise RecipeError(f"Cannot read the recipe {path}: {cause}. Give the path of a YAML file.") from error
 
 
 def parse_recipe(data: Any, *, where: str = "recipe") -> Recipe:
