@@ -209,8 +209,8 @@ def test_command_is_installed(tmp_path: Path) -> None:
 
 
 OURS = re.compile(
-    r"(train|merge|score) \S+( \.\.\.|: \d+ s)|  step \d+/\d+: loss \S+(, .*)?|Note: .*|Warning: .*|"
-    r"[\w./-]+ is complete\."
+    r"(phase \d+ of \d+(, [\w <]+ left)?: )?(train|merge|score) \S+( \.\.\.|: \d+ s)|  batch \d+/\d+, \S+ left|"
+    r"  step \d+/\d+: loss \S+(, .*)?|Note: .*|Warning: .*|[\w./-]+ is complete\."
 )
 
 
