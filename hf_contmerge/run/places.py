@@ -78,6 +78,9 @@ def _contradiction(record: Record, t: int) -> str:
         return f"it has {len(record['norms']['experts'])} norms of {experts} experts"
     if len(record.get("expert_sha256", folded)) != experts:
         return f"it has {len(record['expert_sha256'])} digests of {experts} experts"
+    owners = {tuple(sorted(shares)) for shares in record.get("ownership", {}).values()}
+    if len(owners) > 1:
+        return "its layers have different owners"
     geometry = record.get("geometry")
     if not geometry:
         return ""

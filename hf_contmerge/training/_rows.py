@@ -70,11 +70,30 @@ class Rows:
         return list(dict.fromkeys(name for row in self for name in row))
 
     def __iter__(self) -> Iterator[Row]:
-        for batch in cast(Iterable[Row], self.data.iter(_CHUNK)):  # a tenth of the time of rows one by one
+        for batch in self._batches():
             if self.are_records:
                 yield from map(parse_record, batch["text"])
             else:
                 yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+    def _batches(self) -> Iterator[Row]:
+        """Yield column -> values, of many rows: single rows take ten times as long."""
+        done = 0
+        try:
+            for batch in cast(Iterable[Row], self.data.iter(_CHUNK)):
+                yield batch
+                done += _CHUNK
+        except (pyarrow.ArrowException, *_MISTAKES) as error:  # typed files are checked only here
+            raise self._unreadable(done) from error
+
+    def _unreadable(self, start: int) -> DataError:
+        """Return the error for the first row that has no value."""
+        for number in range(start, len(self.data)):
+            try:
+                self.data[number]
+            except (pyarrow.ArrowException, *_MISTAKES) as error:
+                return DataError(f"{self.place(number)}: cannot be read: {error}. Write the file without this row.")
+        return DataError(f"{self.path} cannot be read.")
 
     def place(self, number: int) -> str:
         """Return where a row stands: its file and line, or its number."""

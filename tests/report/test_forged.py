@@ -86,6 +86,7 @@ FORGED: dict[str, Do] = {
     "stage 0": merge(folded=[{"stage": 0, "replayed": False}] * 2),
     "other vectors": merge(geometry={"sampled": 1.0, "lengths": [], "cosines": [[]], "conflicts": []}),
     "owners": merge(ownership={"all": {}, "layer 0": {NASTY: 1e308}}),
+    "other owners": merge(ownership={"all": {"s1": 1.0}, "layer 0": {"s2": 1.0}}),
     "rule": merge(rule="../../x", reference="javascript:alert(1)"),
     "versions": merge(versions={NASTY: NASTY}),
     "paths": merge(files={"merged/../../../../../../secret/model.safetensors": ZEROS}),

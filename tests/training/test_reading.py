@@ -203,6 +203,22 @@ def test_typed_files_keep_their_values(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("column", "why"),
+    [
+        (pyarrow.StringArray.from_buffers(2, pyarrow.array([0, 2, 4], pyarrow.int32()).buffers()[1],
+                                          pyarrow.py_buffer(b"ok\xff\xfe")),
+         "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (pyarrow.array([0, 2**50], pyarrow.timestamp("ms")), "date value out of range"),
+    ],
+    ids=["text", "date"],
+)  # fmt: skip
+def test_typed_values_that_cannot_be_read(column: pyarrow.Array, why: str, tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    said = refused(lambda: load(tmp_path / "x.parquet", text="{text}"), tmp_path)
+    assert said == f"HERE/x.parquet, row 2: cannot be read: {why}. Write the file without this row."
+
+
 # Names
 
 
