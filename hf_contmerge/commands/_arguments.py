@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,5 +74,20 @@ def whole_number(least: int) -> Callable[[str], int]:
         if not text.isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {text!r}")
         return int(text)
+
+    return number
+
+
+def number_from(least: float, below: float, words: str) -> Callable[[str], float]:
+    """Return the type of a number in a range, which `words` describe."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"must be {words}; got {text!r}")
+        return value
 
     return number

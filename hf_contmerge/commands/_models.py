@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from hf_contmerge.errors import RunError, unknown
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Merge
 from hf_contmerge.runtime.foreign import expanded, is_too_long
+from hf_contmerge.runtime.ranks import is_launched
 
 LOG = logging.getLogger(__name__)
 
@@ -71,6 +71,6 @@ def _usual(run: Run, done: dict[str, Merge]) -> Merge:
 def _written(folder: Path, scratch: Path) -> Path:
     from hf_contmerge.merging.state import MergeState
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_launched():
         raise RunError(f"{folder} is a merge state: under a launcher, write its model with `contmerge merge export`.")
     return MergeState.load(folder).export(scratch / "merged")

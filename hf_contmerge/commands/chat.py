@@ -16,13 +16,14 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hf_contmerge.commands._arguments import add_cpu_argument, add_json_argument, compute_on, whole_number
+from hf_contmerge.commands._arguments import add_cpu_argument, add_json_argument, compute_on, number_from, whole_number
 from hf_contmerge.commands._models import ANY_MODEL, opened_model
 from hf_contmerge.runtime.hiding import printable
 
 if TYPE_CHECKING:
     from hf_contmerge.scoring.conversation import Conversation
 
+_TEMPERATURE = number_from(0, 100, "a number from 0 on, such as 0.7")
 _HELP = "/clear starts anew; /exit or Ctrl-D ends. Ctrl-C ends an answer."
 
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=whole_number(1), default=512, metavar="N", help="of an answer (default: 512)"
     )
     parser.add_argument(
-        "--temperature", type=_temperature, metavar="T", help="0: the most likely token (default: the model's)"
+        "--temperature", type=_TEMPERATURE, metavar="T", help="0: the most likely token (default: the model's)"
     )
     parser.add_argument("--seed", type=whole_number(0), metavar="N", help="make sampled answers repeatable")
     add_json_argument(parser)
@@ -164,13 +165,3 @@ def _seed(seed: int) -> None:
 
 def _note(text: str) -> None:
     print(printable(text), file=sys.stderr)
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 100:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 on, such as 0.7; got {text!r}")
-    return value

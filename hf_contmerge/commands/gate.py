@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_contmerge.commands._arguments import compute_on, print_json
+from hf_contmerge.commands._arguments import compute_on, number_from, print_json
 from hf_contmerge.commands._models import ANY_MODEL, opened_model
 from hf_contmerge.commands.score import Answer, add_measuring, measured, output_file, score_request
 from hf_contmerge.errors import LossError, ResourceError
@@ -38,11 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help=ANY_MODEL)
     parser.add_argument("candidate", metavar="CANDIDATE", help="the model that may take its place")
     parser.add_argument(
-        "--max-loss", type=_loss, default=0.01, metavar="X",
+        "--max-loss", type=number_from(0, math.inf, "a number such as 0.01"), default=0.01, metavar="X",
         help="loss allowed on each task: a share of accuracy, or nats (default: 0.01)",
     )  # fmt: skip
     parser.add_argument(
-        "--confidence", type=_confidence, default=0.95, metavar="C", help="of the verdict (default: 0.95)"
+        "--confidence",
+        type=number_from(0.51, 1, "a number such as 0.95"),
+        default=0.95,
+        metavar="C",
+        help="of the verdict (default: 0.95)",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 4 where the documents do not tell")
     parser.add_argument("--json", metavar="OUT", nargs="?", const="", help="print JSON; or also write it to a file")
@@ -113,22 +118,3 @@ def _end(gate: Gate, *, strict: bool) -> None:
             "larger loss (--max-loss).",
             proven=False,
         )
-
-
-def _loss(text: str) -> float:
-    return _number(text, 0.0, float("inf"), "0.01")
-
-
-def _confidence(text: str) -> float:
-    return _number(text, 0.51, 1.0, "0.95")
-
-
-def _number(text: str, least: float, below: float, example: str) -> float:
-    """Return a number from `least` on; raise ArgumentTypeError for others."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not least <= number < below:
-        raise argparse.ArgumentTypeError(f"must be a number such as {example}; got {text!r}")
-    return number

@@ -25,6 +25,7 @@ from hf_contmerge.commands.parser import CommandParser
 from hf_contmerge.errors import SHARED, ContmergeError
 from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.plugins import use_plugins
+from hf_contmerge.runtime.ranks import is_launched
 from hf_contmerge.runtime.refusals import explain, refusals
 from hf_contmerge.runtime.stopping import Stopped, stoppable
 
@@ -151,7 +152,7 @@ def clear_errors(again: str = "the same command") -> Iterator[_Outcome]:
 
 def _wait_for_ranks() -> None:
     """Wait for the other ranks' own signal before our connections break."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_launched():
         time.sleep(1)
 
 

@@ -26,6 +26,7 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.files import write_atomically
+from hf_contmerge.runtime.ranks import is_launched
 from hf_contmerge.runtime.versions import versions
 from hf_contmerge.scoring.cache import ScoreCache
 from hf_contmerge.scoring.keys import ScoreRequest
@@ -146,7 +147,7 @@ def measured(models: Mapping[str, str | None], request: ScoreRequest) -> list[An
         An answer for each model on rank 0, nothing elsewhere.
     """
     cache = ScoreCache.open(use=request.evaluate.cache)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = not is_launched()
     known = {name: known_at_once(name, base, request, cache) for name, base in models.items() if alone}
     if alone and all(known.values()):
         return [_answer(scores, {}) for scores in known.values() if scores]

@@ -90,7 +90,7 @@ class MergeJob:
         entry, where = self.place.entry, str(self.place.folder)
         record = self.place_before.record("merge") if self.place_before else {}
         if not record and self.prepared.published:
-            record = {"parameters": self.prepared.published.state.log().parameters}
+            record = {"parameters": self.prepared.published.log.parameters}
         if chosen := record.get("goes_on"):
             return chosen["rule"], recorded_rule(chosen["rule"], chosen["parameters"], where=where)
         rule = self.prepared.rules[entry.name]

@@ -6,23 +6,22 @@ experts into that state, and row 0 of the scores is that model. The experts behi
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.merging.lineage import LINEAGE, read_lineage, write_lineage
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge
-from hf_contmerge.merging.state import MergeState
+from hf_contmerge.merging.state import Log, MergeState
 from hf_contmerge.models.contents import companions, is_weights
 from hf_contmerge.models.folder import fetch_merge
 from hf_contmerge.models.weights import Weights, weights_sha256
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.runtime.digests import changed_files
-from hf_contmerge.runtime.files import put_in_place, remove
+from hf_contmerge.runtime.files import link_file, put_in_place, remove
 from hf_contmerge.runtime.records import Record
 
 _CURE = "Remove the folder, and give the same command again: it is fetched anew."
@@ -34,26 +33,26 @@ class Published:
 
     model: Path
 
-    @property
-    def state(self) -> MergeState:
-        return MergeState(self.model / "state")
+    @cached_property
+    def log(self) -> Log:
+        """The state's record. `check` says if the files are still those."""
+        return MergeState(self.model / "state").log()
 
     def experts(self) -> tuple[FoldedExpert, ...]:
         """Return the experts behind it, whose weights are elsewhere."""
-        return tuple(replace(entry.expert(), name=entry.model) for entry in self.state.log().experts)
+        return tuple(replace(entry.expert(), name=entry.model) for entry in self.log.experts)
 
     def records(self) -> list[Record]:
         """Return the experts for merge.json."""
         return [
             {"stage": e.stage, "model": e.model, "sha256": e.sha256, "norm": e.norm, "kind": e.kind,
              **({} if e.weight == 1.0 else {"weight": e.weight})}
-            for e in self.state.log().experts
+            for e in self.log.experts
         ]  # fmt: skip
 
     def merge(self, base: Path, name: str, rule: MergeRule) -> RunningMerge:
         """Return the merge to fold the next experts into."""
-        log = self.state.log()
-        running = self.model / "state" / (log.running or "")
+        log, running = self.log, self.model / "state" / (self.log.running or "")
         return RunningMerge(base, name, rule, self.experts(), running, log.running_norm, trust=log.trust())
 
     def check(self) -> None:
@@ -75,7 +74,7 @@ def find_published(run: Run, base: Path, rule: MergeRule) -> Published:
         _copy(fetch_merge(run.recipe.continue_from), folder, run.recipe.continue_from)
     published = Published(folder)
     published.check()
-    log = published.state.log()
+    log = published.log
     if weights_sha256(base) != log.base_sha256:
         raise ModelError(
             f"{run.recipe.continue_from} is a merge of {log.base} (SHA-256 {log.base_sha256[:12]}), and base_model "
@@ -99,7 +98,7 @@ def check_continued(recipe: Recipe) -> None:
 
 
 def _require_same_rule(recipe: Recipe, rule: MergeRule, published: Published) -> None:
-    entry, log = recipe.merge[0], published.state.log()
+    entry, log = recipe.merge[0], published.log
     asked = {word: rule.parameters()[word] for word in entry.settings() if word in rule.parameters()}
     if entry.rule != log.rule or asked != {word: log.parameters.get(word) for word in asked}:
         raise RecipeError(
@@ -121,7 +120,7 @@ def _copy(source: Path, folder: Path, name: str) -> None:
     for path in (*own, *companions(source), *state):
         target = scratch / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _link(path.resolve(), target)
+        link_file(path.resolve(), target)
     lineage, log = read_lineage(scratch), MergeState(scratch / "state").log()
     MergeState(scratch / "state").running()  # reads it
     Weights(scratch)
@@ -132,10 +131,3 @@ def _copy(source: Path, folder: Path, name: str) -> None:
     (scratch / LINEAGE).unlink()
     write_lineage(scratch, {word: value for word, value in lineage.items() if word != "files"})
     put_in_place(scratch, folder)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from hf_contmerge.errors import ContmergeError, RunError
 from hf_contmerge.loop._history import StageScores
@@ -23,6 +24,7 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace, Place
 from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.released import RECORD as RELEASED
+from hf_contmerge.run.released import SHAPE as RELEASED_SHAPE
 from hf_contmerge.runtime.digests import DIGESTS, changed_files
 from hf_contmerge.runtime.records import Record, read_lines, read_record
 from hf_contmerge.training.job import OWN
@@ -49,11 +51,11 @@ class Reading:
     given_up: Set[Path] = frozenset()
     """Files that may be missing."""
 
-    def record(self, file: Path, redo: str) -> Record:
-        """Read a record; a damaged one is empty."""
+    def record(self, file: Path, redo: str, shape: Mapping[str, Any] = MappingProxyType({})) -> Record:
+        """Read a record; a damaged one is empty. `shape`: as in `read_record`."""
         self.read.add(file)
         try:
-            return read_record(file, "")
+            return read_record(file, "", shape)
         except RunError as error:
             self.damages.append(Damage(file, str(error).strip(), redo))
             return {}
@@ -86,7 +88,8 @@ def verify_run(run: Run) -> Reading:
     """Read all files of a run."""
     reading = Reading(run.folder, {run.folder / "recipe.yml"})
     if (run.folder / RELEASED).exists():
-        known = reading.record(run.folder / RELEASED, "Remove it: it lists the weights that the run gave up.")
+        redo = "Remove it: it lists the weights that the run gave up."
+        known = reading.record(run.folder / RELEASED, redo, RELEASED_SHAPE)
         reading.given_up = {run.folder / name for name in known.get("released", ())}
     again = f"Start the run again: {run.command}"
     if run.inputs.exists() or run.has_results():

@@ -263,11 +263,11 @@ class Difference:
         """Return D of a tensor or a stack's matrix, in float64."""
         change = torch.zeros(held.shape if expert is None else held.shape[1:], dtype=torch.float64)
         for part in held.parts:
-            new, old = (weights.tensor(part.stored)[part.source] for weights in (self.fine, self.base))
             place, first = part.place, part.place[0]
+            if expert is not None and first != expert and not isinstance(first, slice):
+                continue  # another expert, which need not be read
+            new, old = (weights.tensor(part.stored)[part.source] for weights in (self.fine, self.base))
             if expert is not None:
-                if first != expert and not isinstance(first, slice):
-                    continue
                 place = place[1:]
                 new, old = (t[expert - first.start] if isinstance(first, slice) else t for t in (new, old))
             moved = new.double() - old.double()

@@ -94,11 +94,12 @@ def export_gguf(model: Path, out: Path, *, name: str, kind: str | None = None, t
         RecipeError: an unknown type.
         ModelError: llama.cpp does not know the architecture or the tokenizer.
     """
-    kind = kind or _STORED[str(Weights(model).main_dtype)]
+    own = _STORED[str(Weights(model).main_dtype)]
+    kind = kind or own
     if kind not in (*CONVERTED, *QUANTISED):
         raise RecipeError(unknown("type", kind, (*CONVERTED, *QUANTISED)))
     convert, quantise = tools.converter(), tools.quantiser() if kind in QUANTISED else []
-    stored = kind if kind in CONVERTED else _STORED[str(Weights(model).main_dtype)]
+    stored = kind if kind in CONVERTED else own
     file = f"{name}-{kind.upper()}.gguf"
     with new_folder(out, OneRank()) as scratch:
         whole = scratch / (file if kind in CONVERTED else "whole.gguf")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hf_contmerge.models.licence import readme_license
 from hf_contmerge.report._public import hub_id, hub_model
+from hf_contmerge.run.folder import Run
 from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.runtime.hiding import without_secrets
 
@@ -30,6 +31,12 @@ class Licence:
         if self.name:
             return f"{self.name}, proposed as that of all parents ({known})"
         return f"none proposed: the parents' licences are not all known and equal ({known})"
+
+
+def parents_of(run: Run, t: int) -> list[str]:
+    """Return the models behind a run's merge of t stages."""
+    merged = [run.stage(s) for s in range(1, t + 1)]
+    return [run.recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
 
 
 def licence_of(models: Sequence[str], chosen: str | None, *, online: bool) -> Licence:

@@ -135,22 +135,16 @@ def score_grid(results: Results) -> list[Table]:
     tasks = [t for b in results.blocks() for t in results.shown_tasks
              if (s := any_score(results, t)) and s.block == b]  # fmt: skip
     learnt = {task: t for t, stage in enumerate(results.stages, 1) for task in stage.task_names()}
-    largest = {b: _largest(results, [t for t in tasks if block_of(results, t) == b]) for b in results.blocks()}
+    blocks = {t: s.block for t in tasks if (s := any_score(results, t))}
+    largest = {b: _largest(results, [t for t in tasks if blocks[t] == b]) for b in results.blocks()}
     rows = [[Cell("base"), Cell(""), *(score_cell(results, results.base, k, 0) for k in tasks)]]
     for name, line in results.named_lines():
         shown = [t for t in results.shown if t < len(line.rows) and line.rows[t]]
         for t in shown:
-            cells = [score_cell(results, line.rows[t], k, largest[block_of(results, k)], own=learnt.get(k) == t)
+            cells = [score_cell(results, line.rows[t], k, largest[blocks[k]], own=learnt.get(k) == t)
                      for k in tasks]  # fmt: skip
             rows.append([Cell(name if t == shown[0] else ""), Cell(results.stages[t - 1].name), *cells])
     return [Table("", ("line", "after", *tasks), rows)] if len(rows) > 1 else []
-
-
-def block_of(results: Results, task: str) -> Block:
-    """Return a measured task's block."""
-    score = any_score(results, task)
-    assert score
-    return score.block
 
 
 def _largest(results: Results, tasks: Sequence[str]) -> float:

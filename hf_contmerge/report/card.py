@@ -18,7 +18,7 @@ from hf_contmerge.report._changes import change_tables, seen_losses
 from hf_contmerge.report._findings import METRICS, UNITS, UNMEASURED, headline, known_metrics
 from hf_contmerge.report._front_matter import front_matter
 from hf_contmerge.report._merges import stored
-from hf_contmerge.report._parents import Licence
+from hf_contmerge.report._parents import Licence, parents_of
 from hf_contmerge.report._pictures import draw_forgetting
 from hf_contmerge.report._public import (
     expert_of,
@@ -28,6 +28,7 @@ from hf_contmerge.report._public import (
     public_mergekit_recipe,
     public_recipe,
 )
+from hf_contmerge.report._results import Results
 from hf_contmerge.report._routes import route_table
 from hf_contmerge.report._sources import stage_sources
 from hf_contmerge.report._tables import Cell, Table, metric_table
@@ -64,11 +65,13 @@ class CardFacts:
     with_state: bool = False
     documents: str | None = None
     """Repository of the results of each document."""
+    results: Results | None = None
+    """Of the run, loaded once for several cards."""
 
 
-def draw_picture(run: Run) -> bytes | None:
+def draw_picture(results: Results) -> bytes | None:
     """Return the picture of a run as a PNG; None without scores."""
-    results, file = load_results(run), io.BytesIO()
+    file = io.BytesIO()
     if not results.blocks():
         return None
     draw_forgetting(results, file)
@@ -85,7 +88,7 @@ def model_card(run: Run, entry: Merge, *, t: int | None = None, facts: CardFacts
     shown_id = facts.repo_id or (recipe.publish.repo_id if recipe.publish else recipe.name)
     merge = run.merged(t, entry).record("merge")
     lines = _lines(run, entry, t)
-    metrics, results = _metrics(run, lines, t), load_results(run)
+    metrics, results = _metrics(run, lines, t), facts.results or load_results(run)
     changes = change_tables(run, results, entry, t)
     return fill(
         "card.md",
@@ -131,12 +134,11 @@ def last_merged(run: Run, entry: Merge) -> int:
 
 
 def _front_matter(run: Run, entry: Merge, t: int, shown_id: str, licence: Licence) -> str:
-    recipe, merged = run.recipe, [run.stage(s) for s in range(1, t + 1)]
-    parents = [recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
+    recipe = run.recipe
     sources = [source for n in range(1, t + 1) for source in stage_sources(run, expert_of(run, entry, n), n)]
     results = _eval_results(load_scores(run.merged(t, entry)))
     return front_matter(
-        parents, "merge", ["merge", "mergekit", "contmerge", entry.rule],
+        parents_of(run, t), "merge", ["merge", "mergekit", "contmerge", entry.rule],
         datasets=[d for source in sources if (d := hub_id(source.path))],
         licence=licence.name or (recipe.publish.license if recipe.publish else None),
         model_name=shown_id.split("/")[-1] if results else None, eval_results=results or None,

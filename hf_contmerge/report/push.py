@@ -21,9 +21,9 @@ from hf_contmerge.models.folder import is_adapter
 from hf_contmerge.models.weights import weights_sha256
 from hf_contmerge.report._contents import PICTURE, Contents, model_contents
 from hf_contmerge.report._documents import documents_of
-from hf_contmerge.report._evaluations import evaluations
+from hf_contmerge.report._evaluations import evaluations, task_data
 from hf_contmerge.report._lineage import run_lineage
-from hf_contmerge.report._parents import Licence, licence_of
+from hf_contmerge.report._parents import Licence, licence_of, parents_of
 from hf_contmerge.report._plain_cards import Plain, expert_card, written_card
 from hf_contmerge.report._public import (
     HUB_ID,
@@ -37,6 +37,7 @@ from hf_contmerge.report._public import (
 from hf_contmerge.report._repository import MAIN, Publication, Revision, send
 from hf_contmerge.report._states import run_state, state_contents
 from hf_contmerge.report.card import CardFacts, draw_picture, last_merged, model_card
+from hf_contmerge.report.write import load_results
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.schema import Merge, Recipe
@@ -141,7 +142,7 @@ def _of_run(run: Run, wish: Wish) -> Iterator[Publication]:
     run.settle()
     if wish.base:
         run = Run(run.folder, run.recipe.model_copy(update={"base_model": _checked_base(wish.base)}))
-    licence = licence_of(_parents(run, last), wish.license or (publish.license if publish else None),
+    licence = licence_of(parents_of(run, last), wish.license or (publish.license if publish else None),
                          online=wish.online)  # fmt: skip
     facts = CardFacts(repo_id, licence, with_state=wish.with_state)
     if wish.with_documents:
@@ -155,26 +156,21 @@ def _of_run(run: Run, wish: Wish) -> Iterator[Publication]:
 
 def _revisions(run: Run, entry: Merge, last: int, facts: CardFacts, *, all_stages: bool) -> list[Revision]:
     """Return a branch per earlier stage, and the last one on main."""
+    results, data = load_results(run), task_data(run)
     branches = tuple(_branch(run, t) for t in range(1, last)) if all_stages else ()
-    early = replace(facts, with_state=False)
-    final = replace(facts, picture=draw_picture(run), branches=branches)
-    before = [_revision(run, entry, t, early, branch) for t, branch in enumerate(branches, 1)]
-    return [*before, _revision(run, entry, last, final, MAIN)]
+    early = replace(facts, results=results, with_state=False)
+    final = replace(facts, results=results, picture=draw_picture(results), branches=branches)
 
+    def revision(t: int, facts: CardFacts, branch: str) -> Revision:
+        message = f"{run.recipe.name}: {entry.name} after stage {t} of {len(run.recipe.stages)}"
+        return Revision(branch, message, _run_files(run, entry, t, facts) | evaluations(run, entry, t, data))
 
-def _parents(run: Run, t: int) -> list[str]:
-    merged = [run.stage(s) for s in range(1, t + 1)]
-    return [run.recipe.base_model, *(m for s in merged for m in (s.expert, s.minus) if m)]
+    return [*(revision(t, early, branch) for t, branch in enumerate(branches, 1)), revision(last, final, MAIN)]
 
 
 def _branch(run: Run, t: int) -> str:
     """Return a stage's branch: a name of git."""
     return f"{t:02d}-{re.sub(r'[.]+', '-', run.stage(t).name)}"
-
-
-def _revision(run: Run, entry: Merge, t: int, facts: CardFacts, branch: str) -> Revision:
-    message = f"{run.recipe.name}: {entry.name} after stage {t} of {len(run.recipe.stages)}"
-    return Revision(branch, message, _run_files(run, entry, t, facts))
 
 
 def _run_files(run: Run, entry: Merge, t: int, facts: CardFacts) -> dict[str, Contents]:
@@ -190,7 +186,6 @@ def _run_files(run: Run, entry: Merge, t: int, facts: CardFacts) -> dict[str, Co
     mergekit, lineage = public_mergekit_recipe(run, entry, t), run_lineage(run, entry, t)
     files |= {"merge.yml": mergekit.encode()} if mergekit else {}
     files |= {LINEAGE: record_text(lineage).encode()} if lineage else {}
-    files |= evaluations(run, entry, t)
     return files | (run_state(run, entry, t) if facts.with_state else {})
 
 

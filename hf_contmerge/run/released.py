@@ -13,6 +13,8 @@ from hf_contmerge.runtime.files import remove
 from hf_contmerge.runtime.records import read_record, write_record
 
 RECORD = "released.json"
+SHAPE = {"released": [str]}
+"""Of the record."""
 _WEIGHTS = ".safetensors"
 
 
@@ -42,4 +44,4 @@ def released(run: Run) -> set[str]:
     """Return the deleted files by their names in the run's folder."""
     file = run.folder / RECORD
     cure = f"Remove it; `contmerge verify` then lists the weights that {run.folder} gave up as missing."
-    return set(read_record(file, cure, {"released": [str]})["released"]) if file.exists() else set()
+    return set(read_record(file, cure, SHAPE)["released"]) if file.exists() else set()

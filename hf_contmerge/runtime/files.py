@@ -99,14 +99,15 @@ def remove(path: Path) -> None:
 
 def link_files(source: Path, target: Path) -> None:
     """Hard-link a folder's files into another, or copy them."""
+    shutil.copytree(source, target, copy_function=link_file, dirs_exist_ok=True)
 
-    def link(old: str, new: str) -> None:
-        try:
-            os.link(old, new)
-        except OSError:
-            shutil.copy2(old, new)
 
-    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+def link_file(source: Path | str, target: Path | str) -> None:
+    """Hard-link a file, or copy it where links are impossible."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def withdraw(record: Path) -> None:

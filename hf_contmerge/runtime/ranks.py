@@ -128,7 +128,12 @@ class LaunchedRanks(Ranks):
 
 def find_ranks() -> Ranks:
     """Return the ranks of this process's job."""
-    return LaunchedRanks() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneRank()
+    return LaunchedRanks() if is_launched() else OneRank()
+
+
+def is_launched() -> bool:
+    """Say if a launcher started this process among others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def ranks_per_host(counts: Sequence[int]) -> int:

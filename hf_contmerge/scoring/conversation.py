@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TextStreamer
 
 from hf_contmerge.models.config import foreign_errors
@@ -60,8 +61,7 @@ class Conversation:
         tokenizer = load_tokenizer(tokenizer_folder(found.whole, found.folder), trust_remote_code=trust_remote_code)
         dtype = torch.bfloat16 if bf16_pays(Weights(found.whole).numel()) else torch.float32
         model = load_model(found.folder, found.whole, dtype=dtype, trust_remote_code=trust_remote_code)
-        device = "cpu" if cpu_only() else torch.accelerator.current_accelerator()
-        return cls(model.to(device).eval(), tokenizer, sampling, system)
+        return cls(model.to(PartialState(cpu=cpu_only()).device).eval(), tokenizer, sampling, system)
 
     @property
     def has_template(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +21,21 @@ class HubData(NamedTuple):
     """The fetched one, if known."""
 
 
-def hub_data(task: Task, folder: Path) -> HubData | None:
-    """Return a task's dataset; None for local files and unknown tasks.
+def hub_datasets(tasks: Iterable[Task], folder: Path) -> dict[str, HubData]:
+    """Return task -> dataset, without local files and unknown tasks.
 
     `folder`: of the run's own task files.
     """
+    digests = TaskDigests.open([folder], JsonStore.open())
+    return {task.name: data for task in tasks if (data := _hub_data(task, digests))}
+
+
+def _hub_data(task: Task, digests: TaskDigests) -> HubData | None:
     if task.dataset:
         source = task.dataset.sources()[0]
         path, config, revision = source.path, source.config, source.revision
     else:
-        settings = TaskDigests.open([folder], JsonStore.open()).settings(task.name)
+        settings = digests.settings(task.name)
         options = settings.get("dataset_kwargs")
         path, config = settings.get("dataset_path"), settings.get("dataset_name")
         revision = options.get("revision") if isinstance(options, dict) else None

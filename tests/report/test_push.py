@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_contmerge.commands.main import main
 from hf_contmerge.errors import ModelError, RecipeError, RunError
 from hf_contmerge.report._contents import EVALUATIONS
-from hf_contmerge.report._evaluations import evaluations
+from hf_contmerge.report._evaluations import evaluations, task_data
 from hf_contmerge.report._findings import METRICS
 from hf_contmerge.report._public import hub_model, public_name, public_recipe
 from hf_contmerge.report.card import model_card
@@ -261,7 +261,7 @@ def test_scores_on_datasets_of_the_hub_are_evaluation_results(run: Run) -> None:
     run.tasks.mkdir()
     task = {"task": "arc_easy", "dataset_path": "allenai/ai2_arc", "dataset_name": "ARC-Easy"}
     (run.tasks / "arc_easy.yaml").write_text(yaml.safe_dump(task))
-    (entry,) = yaml.safe_load(evaluations(run, magmax(run), 2)[EVALUATIONS])
+    (entry,) = yaml.safe_load(evaluations(run, magmax(run), 2, task_data(run))[EVALUATIONS])
     assert entry["dataset"] == {"id": "allenai/ai2_arc", "task_id": "ARC-Easy"}
     assert entry["value"] == 0.5
     assert "task arc_easy, acc, 8 documents, 95 % interval about ± 0.37" in entry["notes"]

@@ -62,21 +62,18 @@ def write_adapter(
     """
     pairs = cast(Iterable[tuple[str, Factors]], factors.items() if isinstance(factors, Mapping) else factors)
     out.mkdir(parents=True, exist_ok=True)
-    ranks: dict[str, int] = {}
-    stacks, levels = dict[str, int](), levels or {}
+    ranks, stacks = dict[str, int](), dict[str, int]()
     with tempfile.TemporaryFile(dir=out) as data:
         file = _Tensors(data)
         for name, (left, right) in pairs:
             if left.ndim == 3:
                 stacks[name] = left.shape[2]
-                key = f"{PREFIX}{name.rpartition('.')[0]}{'.base_layer' * levels[name]}"
-                for part, tensor in _stacked(left, right):
-                    file.add(f"{key}.{part}", tensor)
+                level = (levels or {})[name]
+                file.add_all(f"{PREFIX}{name.rpartition('.')[0]}{'.base_layer' * level}", _stacked(left, right))
             elif left.shape[1]:
-                module = _module(name)
-                ranks[module] = left.shape[1]
-                for part, tensor in _parts(left, right, table=name in embeddings, swapped=name in conv1d):
-                    file.add(f"{PREFIX}{module}.{part}", tensor)
+                ranks[module := _module(name)] = left.shape[1]
+                parts = _parts(left, right, table=name in embeddings, swapped=name in conv1d)
+                file.add_all(f"{PREFIX}{module}", parts)
         if not ranks and not stacks:
             raise ModelError(
                 f"No low-rank change to write to {out}: all matrices of the merged model equal the base. "
@@ -171,6 +168,10 @@ class _Tensors:
         self._data.write(tensor_bytes(tensor))
         place = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, self._data.tell()]}
         self._entries[key] = place
+
+    def add_all(self, prefix: str, parts: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in parts:
+            self.add(f"{prefix}.{name}", tensor)
 
     def finish(self, path: Path) -> None:
         self._data.seek(0)
