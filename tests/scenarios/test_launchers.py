@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -403,3 +404,61 @@ def test_tensorboard_shows_one_run(recipe: Path, tmp_path: Path) -> None:
     found = events.Scalars("02-b/magmax/b_heldout/word_perplexity")
     score = run.merged(2, run.recipe.merge[0]).record("score")["tasks"]["b_heldout"]
     assert [(p.step, p.value) for p in found] == [(8, pytest.approx(score["value"], rel=1e-6))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
+def test_wandb_offline_shows_one_run(recipe: Path, tmp_path: Path) -> None:
+    """Without an account; each process writes a file of the same run, as `wandb sync` sends them."""
+    watch(recipe, tmp_path / "run", "wandb", {"WANDB_MODE": "offline"})
+    files = sorted((tmp_path / "run" / "trackers").glob("wandb/offline-run-*/*.wandb"))
+    assert len({file.name for file in files}) == 1
+    points = [point for file in files for point in wandb_history(file)]
+    losses = {p["step"]: p["01-a/base/loss"] for p in points if "01-a/base/loss" in p}
+    run = Run.load(tmp_path / "run")
+    log = run.expert(1, "base").record("train")["log"]
+    assert losses == {point["step"]: pytest.approx(point["loss"], rel=1e-6) for point in log}
+    curve = {p["stages"]: p["over stages/a_heldout/magmax"] for p in points if "over stages/a_heldout/magmax" in p}
+    scores = [place.record("score")["tasks"]["a_heldout"]["value"] for place in
+              (run.base, run.merged(1, run.recipe.merge[0]))]  # fmt: skip
+    assert curve == dict(enumerate(pytest.approx(x, rel=1e-6) for x in scores))
+    assert any("report/forgetting" in p for p in points)
+
+
+def watch(recipe: Path, run: Path, tracker: str, env: dict[str, str]) -> None:
+    """Train, merge and score in a second process, and give the command a third time."""
+    words = [PROGRAMS / "contmerge", "run", recipe, "--run", run, "--set", f"train.report_to={tracker}"]
+    for more in (["--until", "train"], [], []):
+        done(list(map(str, [*words, *more])), {**os.environ, **env})
+
+
+def wandb_history(file: Path) -> list[dict[str, Any]]:
+    """Return the points that an offline run would send."""
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore
+    from wandb.sdk.internal.datastore import DataStore  # pyright: ignore
+
+    store, points = DataStore(), []
+    store.open_for_scan(str(file))
+    while data := store.scan_data():
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            points.append({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items})
+    return points
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs trackio")
+def test_trackio_shows_one_run(recipe: Path, tmp_path: Path) -> None:
+    """In a database on this machine."""
+    watch(recipe, tmp_path / "run", "trackio", {"TRACKIO_DIR": str(tmp_path / "trackio")})
+    (file,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    assert len({name for name, _, _ in rows}) == 1
+    run = Run.load(tmp_path / "run")
+    losses = {step: json.loads(m)["01-a/base/loss"] for _, step, m in rows if "01-a/base/loss" in m}
+    log = run.expert(1, "base").record("train")["log"]
+    assert losses == {point["step"]: pytest.approx(point["loss"], rel=1e-6) for point in log}
+    assert any("report/forgetting" in m for _, _, m in rows)

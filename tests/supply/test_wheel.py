@@ -5,6 +5,7 @@ The dependencies are those of the environment of the tests: only the package its
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -71,6 +72,10 @@ def test_wheel_has_its_files_and_facts(wheel: Path) -> None:
                  "Project-URL: Documentation, ", "Classifier: Programming Language :: Python :: 3.14",
                  "Classifier: Typing :: Typed"):  # fmt: skip
         assert line in facts
+    links = re.findall(r"\]\(([^)]+)\)", facts)
+    assert f"{PROJECT['urls']['Homepage']}/blob/main/docs/rules.md" in links
+    assert f"{PROJECT['urls']['Homepage']}/raw/main/notebooks/forgetting.png" in links
+    assert [link for link in links if not link.startswith("https://")] == []
 
 
 def test_classifiers_exist() -> None:
