@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,34 @@ def test_a_pushed_model_comes_back_bit_by_bit(run: Run, hub: Hub, tmp_path: Path
     loaded = python(LOAD, REPO, weights, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "other"), HF_TOKEN=READ_TOKEN)
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.splitlines()[0] == f"{len(load_file(weights))} [2]"
+
+
+@pytest.mark.slow
+def test_a_pushed_expert_comes_back_bit_by_bit(run: Run, hub: Hub, tmp_path: Path) -> None:
+    place = run.expert(1, "base")
+    shutil.copytree(run.merged(1, magmax(run)).model, place.model)
+    sources = [{"path": "owner/law-texts", "split": "train", "license": "mit"}]
+    place.finish("train", {"model_sha256": "1a" * 32, "start": run.recipe.base_model, "sources": sources})
+    words = ["push", str(place.model), "--repo-id", "me/law", "--base", "owner/tiny-base"]
+    program = f"from hf_contmerge.commands.main import main; raise SystemExit(main({words}))"
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home"), "HF_TOKEN": WRITE_TOKEN}
+    done = python(program, **env)
+    assert done.returncode == 0, done.stderr
+    files = hub.files("me/law")
+    sent = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(files) == {".gitattributes", "README.md", *sent}
+    loaded = python(LOAD.partition("from huggingface_hub")[0], "me/law", place.model / "model.safetensors", **env)
+    assert loaded.returncode == 0, loaded.stderr
+    header = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert (header["base_model"], header["datasets"]) == (["owner/tiny-base"], ["owner/law-texts"])
+    assert b"alice" not in b"".join(files.values())
+
+    with (place.model / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        weights.write(b"\x55")
+    again = python(program, **env)
+    assert again.returncode == 2
+    assert "model.safetensors changed or went missing after it was written: it is not published" in again.stderr
 
 
 def test_nothing_of_this_machine_is_uploaded(run: Run, hub: Hub, tmp_path: Path) -> None:
