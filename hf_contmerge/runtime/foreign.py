@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +258,7 @@ def path_in(folder: Path, name: str, ending: str = "", *, error: type[ContmergeE
     return folder / f"{name}{ending}"
 
 
-def require_own_files(folder: Path, *, error: type[ContmergeError], besides: Path | None = None) -> None:
+def require_own_files(folder: Path, *, error: type[ContmergeError], besides: Collection[Path] = ()) -> None:
     """Check a folder of ours, perhaps made by others.
 
     Raises `error` for a link to a place outside, except `besides`, for pipes and devices, and for names with control
@@ -268,7 +268,7 @@ def require_own_files(folder: Path, *, error: type[ContmergeError], besides: Pat
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place, name)
-            if path.is_symlink() and path != besides and not path.resolve().is_relative_to(home):
+            if path.is_symlink() and path not in besides and not path.resolve().is_relative_to(home):
                 raise error(
                     f"{path} links to {os.readlink(path)}, outside {folder}. Links are not followed out of a folder: "
                     "put the file itself there, or remove the link."

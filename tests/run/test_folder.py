@@ -179,6 +179,17 @@ def test_a_given_expert_stays_where_it_is(run: Run, tmp_path: Path) -> None:
     assert run.expert(1, "base").model == tmp_path / "given"
 
 
+def test_links_out_of_a_run_are_refused_but_the_one_of_wandb(run: Run, tmp_path: Path) -> None:
+    """W&B links its log in its own cache; the cache may be gone."""
+    own = run.folder / "trackers/wandb/offline-run-1-a/logs"
+    own.mkdir(parents=True)
+    (own / "debug-core.log").symlink_to(tmp_path / "cache/wandb/logs/core-debug-1.log")
+    assert Run.load(run.folder).recipe == run.recipe
+    (own / "debug.log").symlink_to(tmp_path / "other.log")
+    with pytest.raises(RunError, match=r"debug.log links to .*other.log, outside"):
+        Run.load(run.folder)
+
+
 def test_the_link_to_the_base_can_be_moved(run: Run, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

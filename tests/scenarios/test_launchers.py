@@ -458,7 +458,8 @@ def test_trackio_shows_one_run(recipe: Path, tmp_path: Path) -> None:
         rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
     assert len({name for name, _, _ in rows}) == 1
     run = Run.load(tmp_path / "run")
-    losses = {step: json.loads(m)["01-a/base/loss"] for _, step, m in rows if "01-a/base/loss" in m}
+    points = [(step, json.loads(metrics)) for _, step, metrics in rows]
+    losses = {step: point["01-a/base/loss"] for step, point in points if "01-a/base/loss" in point}
     log = run.expert(1, "base").record("train")["log"]
     assert losses == {point["step"]: pytest.approx(point["loss"], rel=1e-6) for point in log}
-    assert any("report/forgetting" in m for _, _, m in rows)
+    assert any("report/forgetting" in point for _, point in points)
