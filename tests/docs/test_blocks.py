@@ -3,6 +3,7 @@
 `tests/test_readme.py` parses all commands, recipes and programs, also of the blocks that are run here.
 """
 
+import io
 import os
 import shlex
 import shutil
@@ -18,11 +19,13 @@ from hf_contmerge.commands.main import main
 INSTALLERS = {"make", "pip"}
 """They change the environment of the tests; `.ci/run` gives `make`, tests/supply/test_wheel.py installs."""
 BEFORE = {
+    "first-merge": ["rm -r runs"],
     "clusters": ["contmerge merge init state --base Qwen/Qwen3-0.6B --rule magmax"],
     "measuring": ["contmerge merge from-recipe recipes/magmax.yml out"],
     "runs": ["contmerge merge Qwen/Qwen3-0.6B owner/law owner/medicine --rule magmax -o merged"],
     "study": ["sed '/^stages:/a - {name: code, dataset: {path: data/code.jsonl, heldout: 3}}' mine.yml > recipe.yml"],
     "training-elsewhere": ["rm -r experts"],
+    "using": ["contmerge merge Qwen/Qwen3-0.6B owner/law owner/medicine --rule magmax -o merged"],
 }
 """What a page takes for granted, from the README or other pages."""
 LANGUAGES = {"", "bash", "json", "python", "text", "toml", "yaml"}
@@ -78,6 +81,7 @@ def test_blocks_run(page: Path, world: Path, tmp_path: Path, monkeypatch: pytest
         return
     monkeypatch.setenv("BROWSER", "true")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is a tort?\n"))  # for `contmerge chat`, as from a pipe
     for language in ("bash", "python"):  # the same in the shell and in Python: in a folder each
         home = tmp_path / f"docs-{page.stem}-{language}"
         shutil.copytree(world, home, symlinks=True)

@@ -433,18 +433,24 @@ def watch(recipe: Path, run: Path, tracker: str, env: dict[str, str]) -> None:
 
 
 def wandb_history(file: Path) -> list[dict[str, Any]]:
-    """Return the points that an offline run would send."""
-    from wandb.proto import wandb_internal_pb2  # pyright: ignore
-    from wandb.sdk.internal.datastore import DataStore  # pyright: ignore
+    """Return the points that an offline run would send.
 
-    store, points = DataStore(), []
-    store.open_for_scan(str(file))
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            points.append({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items})
+    The file is LevelDB's log: blocks of 32 KiB, with parts of records behind 7 bytes of checksum, length and kind.
+    """
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore
+
+    data, at, whole, points = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record.FromString(whole)
+            items, whole = record.history.item, b""
+            points += [{(i.key or i.nested_key[0]): json.loads(i.value_json) for i in items}] if items else []
     return points
 
 
