@@ -57,7 +57,7 @@ class StudyFolder:
 
     def is_complete(self) -> bool:
         """Say if this exact study is done, its report included."""
-        if not self._record.exists():
+        if not self._record.exists() or not (self.report / "study.json").exists():
             return False
         record = read_record(self._record, "Remove it, and give the same command again.")
         return record.get("study_sha256") == self._sha256() and all(self.run(cell).is_complete() for cell in self.cells)

@@ -71,6 +71,10 @@ class StudyLine:
         values = [found[metric] for found in self.metrics(block).values()]
         return fmean(v for v in values if v is not None) if values and None not in values else None
 
+    def measures(self, block: Block) -> bool:
+        """Say if stages or general tasks of the block were scored in all cells."""
+        return self.mean(block, "acc") is not None or self.mean(block, "general_delta") is not None
+
 
 @dataclass(frozen=True)
 class StudyResults:
@@ -88,6 +92,12 @@ class StudyResults:
 
     @cached_property
     def blocks(self) -> list[Block]:
+        """The measured blocks: those of stages first, then those of general tasks alone."""
+        measured = [b for b in reversed(BLOCKS) if any(line.measures(b) for line in self.lines)]
+        return sorted(measured, key=lambda b: b not in self.of_stages)
+
+    @cached_property
+    def of_stages(self) -> list[Block]:
         """The blocks with measured stages, perplexity first."""
         return [b for b in reversed(BLOCKS) if any(line.mean(b, "acc") is not None for line in self.lines)]
 
@@ -135,14 +145,18 @@ class StudyResults:
         return all(task in first and same_documents(row[task], first[task]) for row in rows for task in row)
 
     def better_in(self, line: StudyLine, block: Block) -> tuple[int, int]:
-        """Return the counts of cells above the reference, and all."""
+        """Return the counts of cells above the reference, and all.
+
+        They are compared by ACC, or without stages in the block by the change on general tasks.
+        """
+        metric = "acc" if block in self.of_stages else "general_delta"
         mine, theirs = line.metrics(block), self.reference.metrics(block)
         common = [at for at in mine if at in theirs]
-        return sum((mine[at]["acc"] or 0.0) > (theirs[at]["acc"] or 0.0) for at in common), len(common)
+        return sum((mine[at][metric] or 0.0) > (theirs[at][metric] or 0.0) for at in common), len(common)
 
     def compared(self, block: Block) -> Iterator[StudyLine]:
         """Yield the measured lines besides the reference."""
-        return (x for x in self.lines if x is not self.reference and x.mean(block, "acc") is not None)
+        return (x for x in self.lines if x is not self.reference and x.measures(block))
 
 
 def load_study_results(
@@ -202,6 +216,7 @@ def sections(study: StudyResults) -> list[Section]:
         "Order by order": (f"ACC, mean over seeds. Orders: {orders}.", _by_order),
     }
     shown = [Section(title, intro, [table(study, b) for b in study.blocks]) for title, (intro, table) in parts.items()]
+    shown[2] = replace(shown[2], tables=[_by_order(study, b) for b in study.of_stages])
     shown[0] = replace(shown[0], pictures=_pictures(study))
     return [*shown, Section("Costs", tables=[_costs(study)])]
 
@@ -227,12 +242,13 @@ def _against(study: StudyResults, block: Block) -> Table:
     for line in study.compared(block):
         wins, of = study.better_in(line, block)
         cells = [change_cell(study.change(line, block, scope), block) for scope in SCOPES]
-        rows.append([Cell(line.title), *cells, Cell(f"{wins} of {of}", "cells with a higher ACC")])
+        hint = "cells with a higher " + ("ACC" if block in study.of_stages else "change on general tasks")
+        rows.append([Cell(line.title), *cells, Cell(f"{wins} of {of}", hint)])
     return Table(f"{block}, against {study.reference.title}", ("line", *SCOPES, "better in"), rows)
 
 
 def _means(study: StudyResults, block: Block) -> Table:
-    lines = [x for x in study.lines if x.mean(block, "acc") is not None]
+    lines = [x for x in study.lines if x.measures(block)]
     found = {x.title: {m: x.mean(block, m) for m in METRICS} for x in lines}
     names = known_metrics(found.values())
     rows = [[Cell(title), *(metric_cell(values[m], block, m) for m in names)] for title, values in found.items()]
@@ -308,7 +324,7 @@ def _summary(study: StudyResults, said: Sequence[str]) -> dict[str, Any]:
             {"line": x.title, "block": b, "mean": {m: x.mean(b, m) for m in _SHOWN},
              "against_reference": {s: _limits(study.change(x, b, s)) for s in SCOPES} if x is not study.reference
              else None}
-            for b in study.blocks for x in study.lines if x.mean(b, "acc") is not None
+            for b in study.blocks for x in study.lines if x.measures(b)
         ],
     }  # fmt: skip
 
@@ -322,7 +338,7 @@ def _rows(study: StudyResults) -> Iterator[Sequence[Any]]:
     for block in study.blocks:
         for line in study.lines:
             for (order, seed), found in line.metrics(block).items():
-                if found["acc"] is not None:
+                if found["acc"] is not None or found["general_delta"] is not None:
                     yield line.setting, line.name, order, seed, block, *(found[m] for m in METRICS)
 
 

@@ -150,6 +150,17 @@ def test_a_finished_study_answers_at_once(done: Path, capsys: pytest.CaptureFixt
     assert before == {p: p.stat().st_mtime_ns for p in (done / "out").rglob("*") if p.is_file()}
 
 
+def test_a_report_that_is_removed_or_damaged_is_written_again(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, report = ["study", str(done / "study.yml"), "--out", str(done / "out")], done / "out/report"
+    before = (report / "study.md").read_bytes()
+    (report / "study.json").write_text("{}")
+    assert main(words) == 2
+    assert f"Remove {report}, and give the command again." in capsys.readouterr().err
+    shutil.rmtree(report)
+    assert main(words) == 0
+    assert (report / "study.md").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_another_seed_only_adds_its_cells(done: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "out", tmp_path / "out")
