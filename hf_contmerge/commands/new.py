@@ -303,6 +303,8 @@ def _merge(answers: Answers) -> str:
     others = ", ".join(r for r in rule_names() if r not in answers.rules)
     lines += textwrap.wrap(f"Others: {others}.", 110, initial_indent="  # ", subsequent_indent="  # ")
     lines.append("  # Parameters of a rule: {rule: magmax, parameters: {lambda: 0.5}}")
+    lines.append("  # Half-way to the base, if the newest stage must lose nothing:")
+    lines.append("  # {rule: blend, start_from: previous, parameters: {keep: 0, take: 0.5}}")
     return "\n".join(lines) + "\n"
 
 
