@@ -93,7 +93,7 @@ class StudyResults:
     @cached_property
     def blocks(self) -> list[Block]:
         """The measured blocks: those of stages first, then those of general tasks alone."""
-        others = [b for b in reversed(BLOCKS) if b not in self.of_stages]
+        others: list[Block] = [b for b in reversed(BLOCKS) if b not in self.of_stages]
         return [*self.of_stages, *(b for b in others if any(line.measures(b) for line in self.lines))]
 
     @cached_property
