@@ -1,5 +1,6 @@
 """Bad input ends with exit code 2, one clear sentence, and not a stage begun."""
 
+import contextlib
 import json
 import math
 import os
@@ -506,7 +507,8 @@ def test_disk_that_fills_up(recipe: Data, home: Path, disk: Path, tmp_path: Path
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         next(line for line in process.stderr if line.startswith("train 01-"))
-        (disk / "theirs").write_bytes(bytes(shutil.disk_usage(disk).free))
+        with contextlib.suppress(OSError):  # the run may write at the same time, so that less is free
+            (disk / "theirs").write_bytes(bytes(shutil.disk_usage(disk).free))
         last = process.stderr.read().strip().splitlines()[-1]
     assert process.returncode == 2, last
     assert last.startswith("Error: ")
