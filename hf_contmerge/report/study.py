@@ -72,7 +72,7 @@ class StudyLine:
         return fmean(v for v in values if v is not None) if values and None not in values else None
 
     def measures(self, block: Block) -> bool:
-        """Say if stages or general tasks of the block were scored in all cells."""
+        """Say if all cells have stages or general tasks of the block."""
         return self.mean(block, "acc") is not None or self.mean(block, "general_delta") is not None
 
 
@@ -92,7 +92,7 @@ class StudyResults:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The measured blocks: those of stages first, then those of general tasks alone."""
+        """Measured blocks: of stages first, then of general tasks alone."""
         others: list[Block] = [b for b in reversed(BLOCKS) if b not in self.of_stages]
         return [*self.of_stages, *(b for b in others if any(line.measures(b) for line in self.lines))]
 
