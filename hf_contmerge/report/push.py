@@ -158,8 +158,9 @@ def _revisions(run: Run, entry: Merge, last: int, facts: CardFacts, *, all_stage
     """Return a branch per earlier stage, and the last one on main."""
     results, data = load_results(run), task_data(run)
     branches = tuple(_branch(run, t) for t in range(1, last)) if all_stages else ()
-    early = replace(facts, results=results, with_state=False)
-    final = replace(facts, results=results, picture=draw_picture(results), branches=branches)
+    facts = replace(facts, results=results)
+    early = replace(facts, with_state=False)
+    final = replace(facts, picture=draw_picture(results), branches=branches)
 
     def revision(t: int, facts: CardFacts, branch: str) -> Revision:
         message = f"{run.recipe.name}: {entry.name} after stage {t} of {len(run.recipe.stages)}"

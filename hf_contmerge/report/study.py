@@ -211,12 +211,11 @@ def sections(study: StudyResults) -> list[Section]:
     )
     orders = "; ".join(f"{number}: {', '.join(stages)}" for number, stages in study.orders.items())
     parts = {
-        "Against the reference": (against, _against),
-        "Means over orders and seeds": ("", _means),
-        "Order by order": (f"ACC, mean over seeds. Orders: {orders}.", _by_order),
+        "Against the reference": (against, _against, study.blocks),
+        "Means over orders and seeds": ("", _means, study.blocks),
+        "Order by order": (f"ACC, mean over seeds. Orders: {orders}.", _by_order, study.of_stages),
     }
-    shown = [Section(title, intro, [table(study, b) for b in study.blocks]) for title, (intro, table) in parts.items()]
-    shown[2] = replace(shown[2], tables=[_by_order(study, b) for b in study.of_stages])
+    shown = [Section(title, intro, [table(study, b) for b in of]) for title, (intro, table, of) in parts.items()]
     shown[0] = replace(shown[0], pictures=_pictures(study))
     return [*shown, Section("Costs", tables=[_costs(study)])]
 

@@ -84,16 +84,16 @@ class Rows:
                 yield batch
                 done += _CHUNK
         except (pyarrow.ArrowException, *_MISTAKES) as error:  # typed files are checked only here
-            raise self._unreadable(done) from error
+            raise self._unreadable(done, error) from error
 
-    def _unreadable(self, start: int) -> DataError:
+    def _unreadable(self, start: int, why: Exception) -> DataError:
         """Return the error for the first row that has no value."""
         for number in range(start, len(self.data)):
             try:
                 self.data[number]
             except (pyarrow.ArrowException, *_MISTAKES) as error:
                 return DataError(f"{self.place(number)}: cannot be read: {error}. Write the file without this row.")
-        return DataError(f"{self.path} cannot be read.")
+        return DataError(f"{self.path} cannot be read: {why}")
 
     def place(self, number: int) -> str:
         """Return where a row stands: its file and line, or its number."""

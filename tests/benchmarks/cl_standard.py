@@ -47,21 +47,23 @@ CHARS = range(40, 401)
 Mix = Mapping[str, list[float]]
 MIXES: dict[str, Mix] = {
     "plain": {"weights": [0, 0, 0, 1]},
-    "average": {"weights": [0.25] * 4},
-    "ema, without the base": {"weights": [1 / 15, 2 / 15, 4 / 15, 8 / 15]},
-    "two newest": {"weights": [0, 0, 0.5, 0.5]},
-    "0.25 third, 0.75 newest": {"weights": [0, 0, 0.25, 0.75]},
-    "0.1, 0.2, 0.3, 0.4": {"weights": [0.1, 0.2, 0.3, 0.4]},
+    "newest, half": {"weights": [0, 0, 0, 0.5]},
+    "newest, 0.6": {"weights": [0, 0, 0, 0.6]},
     "newest, a quarter less": {"weights": [0, 0, 0, 0.75]},
-    "newest and 0.1 each": {"weights": [0.1, 0.1, 0.1, 1]},
+    "blend keep 0.3, take 0.5": {"weights": [0.0135, 0.045, 0.15, 0.5]},
+    "0.25 third, 0.75 newest": {"weights": [0, 0, 0.25, 0.75]},
+    "0.2 third, 0.4 newest": {"weights": [0, 0, 0.2, 0.4]},
+    "0.05, 0.1, 0.15, 0.4": {"weights": [0.05, 0.1, 0.15, 0.4]},
+    "0.1 each, 0.4 newest": {"weights": [0.1, 0.1, 0.1, 0.4]},
+    "0.7 average": {"weights": [0.175] * 4},
     "0.8 newest and 0.2 each": {"weights": [0.2, 0.2, 0.2, 0.8]},
-    "0.7 newest and 0.1 each": {"weights": [0.1, 0.1, 0.1, 0.7]},
+    "newest and 0.1 each": {"weights": [0.1, 0.1, 0.1, 1]},
+    "magmax 0.4": {"magmax": [0.4]},
     "magmax 0.5": {"magmax": [0.5]},
-    "magmax 0.75": {"magmax": [0.75]},
+    "magmax 0.6": {"magmax": [0.6]},
     "magmax 1": {"magmax": [1.0]},
-    "newest, layers 0.5 to 1": {"weights": [0, 0, 0, 1], "layers": [0.5, 1]},
 }
-"""Weights of the experts' changes, which were trained one from the other, or MagMax's lambda; factors by layer."""
+"""Weights of the experts' changes, which were trained one from the other, or MagMax's lambda."""
 
 
 def main() -> None:
@@ -150,7 +152,7 @@ def mix(run: Run, mixes: Mapping[str, Mix]) -> None:
             for key, parameter in model.named_parameters():
                 start = base.tensor(key).float()
                 changes = torch.stack([expert.tensor(key).float() - start for expert in experts])
-                parameter.copy_(start + _factor(key, how) * _mixed(changes, how))
+                parameter.copy_(start + _mixed(changes, how))
         scores = {task: s.utility for task, s in score_loaded(model, tokenizer, request, ranks=OneRank()).items()}
         zero = scores["wikitext"] if zero is None else zero
         stages = [scores[task] for task in own]
@@ -164,13 +166,6 @@ def _mixed(changes: torch.Tensor, how: Mix) -> torch.Tensor:
     if "magmax" in how:
         return how["magmax"][0] * changes.gather(0, changes.abs().argmax(0, keepdim=True))[0]
     return torch.tensordot(torch.tensor(how["weights"], dtype=changes.dtype), changes, 1)
-
-
-def _factor(key: str, how: Mix) -> float:
-    first, last = how.get("layers", (1, 1))
-    parts = key.split(".")
-    depth = int(parts[parts.index("layers") + 1]) / 29 if "layers" in parts else 0.0 if "embed" in key else 1.0
-    return first + (last - first) * depth
 
 
 if __name__ == "__main__":
