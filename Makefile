@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help install quickstart test slow fuzz lint docs lock sbom audit bench faults gpu gpu-wheels clean
 
 help:
-	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (12 minutes on 2 cores)"
+	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (11 minutes on 2 cores)"
 	@echo "make test         install, then run the tests"
 	@echo "make slow         run the slow tests: the real model, crashes, launchers"
 	@echo "make fuzz         give hostile files to all parsers for BUDGET seconds (60), from SEED (0)"

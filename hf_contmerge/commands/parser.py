@@ -74,6 +74,13 @@ class CommandParser(argparse.ArgumentParser):
     def _unknown_option(self, word: str) -> str:
         return unknown("option", word.partition("=")[0], (o for o in self._option_string_actions if o.startswith("--")))
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Refuse empty words: as a path, one is the current folder."""
+        if "" in arg_strings and action is not self._commands:
+            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+            self.error(f"{name} is empty, as an unset shell variable is")
+        return super()._get_values(action, arg_strings)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             what = f"value of {action.option_strings[-1]}" if action.option_strings else action.dest

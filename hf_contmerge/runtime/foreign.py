@@ -227,7 +227,12 @@ def expanded(name: str | Path) -> Path:
     """Return a path with the user's home for `~`, if known.
 
     Names of unknown users, and of no path at all, stay as they are.
+
+    Raises:
+        ContmergeError: the name is empty, which would mean the current folder.
     """
+    if name == "":
+        raise ContmergeError("An empty name stands for no file, folder or model. Is a variable unset?")
     try:
         return Path(os.path.expanduser(name))
     except ValueError:  # a null byte

@@ -2,13 +2,14 @@
 
 A task file can call Python (`!function`), name a metric that is a Hub script, and hold Jinja templates, which reach all
 of Python. Code runs with consent only, templates always in Jinja's sandbox. lm-eval's own task files are its package.
+Data is read from the files that a task names, never from the current folder for want of a name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from yaml import YAMLError
 from hf_contmerge.errors import ContmergeError, RecipeError
 from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.runtime.patterns import require_quick
-from hf_contmerge.scoring._formats import UnknownInputError, functions_in, included_in, read_task_file
+from hf_contmerge.scoring._formats import LOCAL_READERS, UnknownInputError, functions_in, included_in, read_task_file
 
 _PATTERNS = ("regex_pattern", "regexes_to_ignore")
 _PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs")  # a text of any size
@@ -34,14 +35,16 @@ def foreign_tasks(*, trust_remote_code: bool) -> Iterator[None]:
     Raises RecipeError for a file in use that would run code without consent.
     """
     from lm_eval import utils
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import _factory, _index, manager
 
     loaders: tuple[Any, ...] = (_factory, _index, manager)
-    before, environment = _factory.load_yaml, utils.env
+    before, environment, download = _factory.load_yaml, utils.env, ConfigurableTask.download
     checked: set[Path] = set()
     for module in loaders:
         module.load_yaml = partial(_load_yaml, before, checked, trust_remote_code)
     utils.env = _sandbox(environment.filters)
+    ConfigurableTask.download = partialmethod(_download, download)
     try:
         yield
     except SecurityError as error:
@@ -52,6 +55,7 @@ def foreign_tasks(*, trust_remote_code: bool) -> Iterator[None]:
         for module in loaders:
             module.load_yaml = before
         utils.env = environment
+        ConfigurableTask.download = download
 
 
 @contextmanager
@@ -77,6 +81,23 @@ def _load_yaml(
         if runs:
             checked.add(file)
     return load(path, **how)
+
+
+def _download(task: Any, download: Callable[..., None], options: Any = None, **more: Any) -> None:
+    """Load a task's data, if it names its files."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as readers
+
+    name, reader = task.config.task, task.DATASET_PATH
+    named = options if isinstance(options, dict) else {}
+    if reader in readers and reader not in LOCAL_READERS:
+        known = ", ".join(sorted(LOCAL_READERS))
+        raise RecipeError(f"The task {name} reads by `dataset_path: {reader}`. Supported here are {known}.")
+    if reader in readers and not (named.get("data_files") or named.get("data_dir")):
+        raise RecipeError(
+            f"The task {name} reads {reader} and names no files, so `datasets` would search the current folder. "
+            f"Name them, such as `dataset_kwargs: {{data_files: {{test: FILE.{reader}}}}}`."
+        )
+    download(task, options, **more)
 
 
 def _is_of_lm_eval(file: Path) -> bool:

@@ -18,6 +18,7 @@ import datasets
 import pyarrow
 from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
@@ -188,6 +189,12 @@ def _builder(spec: DataSource) -> datasets.DatasetBuilder:
     if path.is_dir() and glob.has_magic(str(path.resolve())):
         return _folder_builder(path.resolve())
     folder = str(path) if path.is_dir() else spec.path
+    if folder in _PACKAGED_DATASETS_MODULES:  # the name of a reader, of what lies in the current folder
+        if not path.is_dir():
+            raise DataError(
+                f"There is no folder {path} in {Path.cwd()}. Name a file, a folder or a dataset of the Hub."
+            )
+        folder = str(path.absolute())
     return _in_parts(_exact(datasets.load_dataset_builder(folder, spec.config, revision=spec.revision)))
 
 

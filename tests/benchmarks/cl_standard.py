@@ -1,13 +1,15 @@
-"""A study of cl-standard on SmolLM2-135M: four classification tasks in three orders; linear mixes of its experts.
+"""A study of cl-standard on SmolLM2-135M: four classification tasks in six orders; linear mixes of its experts.
 
     python tests/benchmarks/cl_standard.py write DATA out/cl        cl.yml and study.yml
     contmerge study out/cl/study.yml
     python tests/benchmarks/cl_standard.py mix out/cl/studies/cl/runs/*order-1*      other mixes of the same experts
 
 DATA holds cl_standard/agnews, amazon, dbpedia and yahoo, each with train.jsonl and test.jsonl (text, and gold: the
-number of the class), general/wikitext2/test.jsonl and eval/arc_easy.jsonl. Answers are words of one token, so that a
-question costs one forward pass. Texts of 40 to 400 characters are taken. A mix is judged after the last stage: mean
-accuracy over the stages, the newest stage, the mean of the earlier ones, questions, and WikiText's nats.
+number of the class), general/wikitext2/test.jsonl, eval/arc_easy.jsonl and, with prompt and completion,
+instruct/dolly_hhrlhf/train.jsonl. The setting `general` mixes a tenth of the last into every batch. Answers are words
+of one token, so that a question costs one forward pass. Texts of 40 to 400 characters are taken. A mix is judged after
+the last stage: mean accuracy over the stages, the newest stage, the mean of the earlier ones, questions, and WikiText's
+nats.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ CLASSES = {
 }  # fmt: skip
 """Task -> the word before the answer, and the classes in the order of their numbers."""
 ORDERS = [["dbpedia", "amazon", "yahoo", "agnews"], ["dbpedia", "amazon", "agnews", "yahoo"],
-          ["yahoo", "amazon", "agnews", "dbpedia"]]  # fmt: skip
-"""The literature's orders 1 to 3."""
+          ["yahoo", "amazon", "agnews", "dbpedia"], ["amazon", "yahoo", "agnews", "dbpedia"],
+          ["yahoo", "agnews", "dbpedia", "amazon"], ["agnews", "dbpedia", "amazon", "yahoo"]]  # fmt: skip
+"""The literature's orders 1 to 3, then the rotations of order 1: with it, each task is once in each place."""
 CHARS = range(40, 401)
 
 Mix = Mapping[str, list[float]]
@@ -94,6 +97,9 @@ def write(args: argparse.Namespace) -> None:
         for split in ("train", "test"):
             rows = list(_rows(data / "cl_standard" / name / f"{split}.jsonl", name))
             (out / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dialogues = map(json.loads, (data / "instruct/dolly_hhrlhf/train.jsonl").read_text(encoding="utf-8").splitlines())
+    short = [row for row in dialogues if len(row["prompt"]) + len(row["completion"]) < 800]
+    (out / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
     questions = {"kind": "multiple_choice"}
     stages = [
         {"name": name,
@@ -111,12 +117,17 @@ def write(args: argparse.Namespace) -> None:
         "learning_rate": 1.0e-4, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_checkpointing": False,
         "save_strategy": "no",
     }  # fmt: skip
-    merge = [{"rule": rule, "start_from": "previous"} for rule in ("magmax", "average", "ema")]
+    merge = [{"rule": "magmax", "start_from": "previous"}, {"rule": "average", "start_from": "previous"},
+             {"rule": "blend", "start_from": "previous", "parameters": {"keep": 0, "take": 0.5}}]  # fmt: skip
+    parameters = {"share": 0, "general": str(out / "general.jsonl"), "general_share": 0.1, "within_batch": True}
+    settings = [{"name": "general", "set": {"train.strategy": ["full", "replay"],
+                                            "train.parameters": {"replay": parameters}}}]  # fmt: skip
     recipe = {
         "name": "cl", "base_model": "quickstart:smollm2", "stages": stages, "train": train, "merge": merge,
         "evaluate": {"limit": args.limit, "general_tasks": general},
     }  # fmt: skip
-    study = {"name": "cl", "recipe": "cl.yml", "orders": ORDERS, "vary": {"train.learning_rate": [2e-5, 1e-4, 5e-4]}}
+    study = {"name": "cl", "recipe": "cl.yml", "orders": ORDERS, "seeds": [0, 1],
+             "vary": {"train.learning_rate": [2e-5, 1e-4, 5e-4]}, "settings": settings}  # fmt: skip
     (out / "cl.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (out / "study.yml").write_text(yaml.safe_dump(study, sort_keys=False))
 

@@ -245,7 +245,7 @@ def test_words_that_are_wrong(home: Path, tmp_path: Path, refused: Run) -> None:
     }.items():
         assert refused(*init, "opcm", "--set", setting) == text
     export = ("export", home / "state", out)
-    for size in ("5 pounds", "GB", "", "infGB", "5GBB"):
+    for size in ("5 pounds", "GB", " ", "infGB", "5GBB"):
         assert refused(*export, "--shard-size", size) == (
             f"Invalid size {size!r}. Give a number and KB, MB, GB or TB, as in 5GB."
         )

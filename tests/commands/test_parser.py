@@ -90,6 +90,21 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert (stopped.value.code, capsys.readouterr().out) == (0, f"contmerge {hf_contmerge.__version__}\n")
 
 
+@pytest.mark.parametrize("words", [
+    ["report", ""], ["status", ""], ["run", ""], ["score", ""], ["export", "m", ""], ["push", "r", "--repo-id", ""],
+    ["merge", "init", "", "--base", "b", "--rule", "magmax"], ["merge", "init", "s", "--base", "", "--rule", "magmax"],
+    ["merge", "add", "s", ""], ["merge", "b", "x", "", "--rule", "magmax", "-o", "out"], ["chat", "m", "--against="],
+    ["gate", "b", ""], ["verify", ""], ["study", ""], ["compare", "a", ""],
+], ids=" ".join)  # fmt: skip
+def test_an_empty_word_is_not_the_current_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert "is empty, as an unset shell variable is" in printed, printed
+    assert printed.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

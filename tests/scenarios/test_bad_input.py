@@ -132,6 +132,8 @@ WORDS = {
     "stages.1.dataset=x.jsonl": "RECIPE: stages.1: a stage needs either `dataset` (to train on) or `expert` "
     "(a trained model)",
     "stages.0.minus=x": "RECIPE: stages.0: `minus` needs `expert`: the stage's task vector is expert - minus",
+    "base_model=''": "RECIPE: base_model: String should have at least 1 character (got '')",
+    "output=''": "RECIPE: output: String should have at least 1 character (got '')",
     "base_model=nowhere": "There is no model at nowhere. Give a folder, a .gguf file, or a Hub id (owner/model).",
     "merge.9.rule=ema": "--set merge.9.rule=ema: the recipe has no path 'merge.9.rule'",
     "merge.0.rule": "--set expects path=value, such as merge.0.rule=opcm; got 'merge.0.rule'",

@@ -373,6 +373,26 @@ def test_code_of_a_task_runs_if_recipe_and_command_say_so(place: Place) -> None:
     assert place.canary.exists()
 
 
+@pytest.mark.parametrize("data", ["json\n", "text\ndataset_kwargs: {data_files: null}\n", "pandas\ndataset_kwargs: "
+                                  "{data_files: {test: here.pkl}}\n", "iceberg\ndataset_name: x\n"])  # fmt: skip
+def test_a_task_without_files_does_not_read_the_current_folder(
+    data: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = place.folder / "here"
+    here.mkdir()
+    for name in ("here.jsonl", "here.json", "here.txt", "test.pkl"):
+        (here / name).write_text('{"text": "found by chance"}\n' * 4)
+    monkeypatch.chdir(here)
+    words = place.task("doc_to_target: text\nmetric_list: [{metric: word_perplexity}]\n")
+    file = place.folder / "tasks" / "t.yaml"
+    first, rest = file.read_text().split("dataset_path: json\n")
+    file.write_text(f"{first}dataset_path: {data}{rest.partition(chr(10))[2]}")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "The task t read" in error, error
+    assert "names no files" in error or "Supported here are" in error
+
+
 def test_peft_unpickles_nothing(place: Place) -> None:
     place.pickled(place.adapter, "adapter_model.safetensors", "adapter_model.bin", list)
     with pytest.raises(ModelError, match="a pickle"):

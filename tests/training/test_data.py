@@ -465,6 +465,19 @@ def test_missing_folder(tmp_path: Path) -> None:
     assert message.startswith("There is no dataset FOLDER/nowhere, here or on the Hub: ")
 
 
+@pytest.mark.parametrize("name", ["text", "json", "imagefolder", "webdataset"])
+def test_a_missing_folder_named_as_a_reader(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` would read what it finds in the current folder."""
+    for file in ("notes.txt", "other.jsonl", "x.tar"):
+        (tmp_path / file).write_text('{"text": "found by chance"}\n' * 4)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"no folder {name} in "):
+        load(Path(name))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "train.jsonl").write_text('{"text": "asked for"}\n' * 4)
+    assert set(texts(load(Path(name), heldout=0).train)) == {"asked for"}
+
+
 def test_unknown_split_of_a_folder(tmp_path: Path) -> None:
     _jsonl(tmp_path / "train.jsonl")
     _jsonl(tmp_path / "test.jsonl")

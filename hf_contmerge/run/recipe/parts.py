@@ -13,6 +13,9 @@ from hf_contmerge.run.recipe.suites import expand_suites
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 """A name that becomes a folder's or a task's name."""
 
+Location = Annotated[str, Field(min_length=1)]
+"""A path or a Hub id. An empty one would mean the current folder."""
+
 
 class Part(BaseModel):
     """A mapping of a recipe, whose fields are these and no others."""
@@ -23,7 +26,7 @@ class Part(BaseModel):
 class DataSource(Part):
     """Rows of one dataset, and the choice of examples."""
 
-    path: str
+    path: Location
     """A .json/.jsonl/.parquet/.csv/.tsv/.txt/.arrow file or a folder of them, a Hub id, or quickstart:<name>."""
     config: str | None = None
     revision: str | None = None
@@ -217,7 +220,7 @@ class Evaluate(Part):
     relevance: Annotated[int, Field(ge=2)] | None = None
     """Training examples of each stage so far, on which the effect of a new expert is predicted and measured before its
     merge; the report explains merges with it."""
-    include_path: str | None = None
+    include_path: Location | None = None
     """A folder of lm-eval task YAML files."""
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

@@ -29,6 +29,7 @@ from hf_contmerge.run.recipe.parts import (
     DatasetField,
     Evaluate,
     Guard,
+    Location,
     Name,
     Part,
     StatisticsSettings,
@@ -52,8 +53,8 @@ class Stage(Part):
 
     name: Name
     dataset: DatasetField | None = None
-    expert: str | None = None
-    minus: str | None = None
+    expert: Location | None = None
+    minus: Location | None = None
     train: Annotated[dict[str, Any], AfterValidator(_stage_fields)] = Field(default={})
     """Overrides of the run's SFTConfig fields: learning_rate, max_steps, ...; DPOConfig fields for preference pairs."""
     tasks: TasksField = ()
@@ -212,14 +213,14 @@ class Recipe(Part):
     """The recipe of a run."""
 
     name: Name
-    base_model: str
-    continue_from: str | None = None
+    base_model: Location
+    continue_from: Location | None = None
     """A published merge of this base, owner/name[@revision] or a folder: its experts come before the stages."""
-    output: str | None = None
+    output: Location | None = None
     """The run folder; default: runs/<name>."""
     seed: int = 0
     trust_remote_code: bool = False
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[Location, ...] = ()
     """Python files with rules and strategies that the recipe needs, from its folder. `--plugin` lets their code run."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     train: Train = Train()

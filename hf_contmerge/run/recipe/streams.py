@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.run.recipe.parts import Part
+from hf_contmerge.run.recipe.parts import Location, Part
 from hf_contmerge.run.recipe.suites import suite_names
 from hf_contmerge.runtime.foreign import expanded, is_too_long
 
@@ -35,7 +35,7 @@ class Stream(Part):
     suite: str
     order: int | None = None
     """A published one, by its number; default: the first."""
-    data: str | None = None
+    data: Location | None = None
     """Folder of local files, in the place of the Hub."""
     max_examples: Annotated[int, Field(ge=1)] = 1000
     """The most examples of a stage to train on."""

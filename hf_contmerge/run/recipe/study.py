@@ -33,7 +33,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.run.recipe.parts import Name, Part
+from hf_contmerge.run.recipe.parts import Location, Name, Part
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.streams import stream_names, stream_orders, with_stream
 from hf_contmerge.run.recipe.text import explain, parse_recipe, read_mapping, set_field
@@ -57,9 +57,9 @@ class Study(Part):
     """A grid of runs."""
 
     name: Name
-    recipe: str | dict[str, Any]
+    recipe: Location | dict[str, Any]
     """A recipe's file, relative to this one's folder, or a recipe's fields."""
-    output: str | None = None
+    output: Location | None = None
     """The study folder; default: studies/<name>."""
     orders: Annotated[int, Field(ge=1)] | str | tuple[Order, ...] = 1
     """`all`, or a stream for its published orders."""
