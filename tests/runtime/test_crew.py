@@ -250,7 +250,6 @@ assert switches() == ["tf32", "tf32"], switches()
 """
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has other switches")
 def test_products_are_exact_whatever_the_process_has_chosen() -> None:
     """A trainer with `tf32: true` switches its process, in which the loop merges next."""
     done = subprocess.run([sys.executable, "-c", SWITCHED], capture_output=True, text=True, check=False)
