@@ -1,6 +1,7 @@
 """Stages that learn from answers the model samples: GRPO with rewards, SDFT with demonstrations."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hf_contmerge.run.folder import Run
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.run.recipe.text import parse_recipe
-from hf_contmerge.runtime.plugins import use_plugin
+from hf_contmerge.runtime.plugins import _FILES, use_plugin
 from hf_contmerge.train_strategies import get_strategy
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData, documents, load_stage_data
@@ -47,11 +48,12 @@ SAMPLED: Row = {
 
 
 @pytest.fixture(scope="module")
-def vowels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vowels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     file = tmp_path_factory.mktemp("plugins") / "vowel_rewards.py"
     file.write_text(VOWELS)
     use_plugin(file)
-    return file
+    yield file
+    _FILES.pop(file.name)
 
 
 def rows_of(count: int = 24) -> list[Row]:
