@@ -94,6 +94,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ["report", ""], ["status", ""], ["run", ""], ["score", ""], ["export", "m", ""], ["push", "r", "--repo-id", ""],
     ["merge", "init", "", "--base", "b", "--rule", "magmax"], ["merge", "init", "s", "--base", "", "--rule", "magmax"],
     ["merge", "add", "s", ""], ["merge", "b", "x", "", "--rule", "magmax", "-o", "out"], ["chat", "m", "--against="],
+    ["merge", "export", "s", "out", "--shard-size", ""], ["remix", "r", "--want", ""],
     ["gate", "b", ""], ["verify", ""], ["study", ""], ["compare", "a", ""],
 ], ids=" ".join)  # fmt: skip
 def test_an_empty_word_is_not_the_current_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,6 +205,7 @@ def test_a_stopped_search_resumes_from_the_score_cache(
      (["--want", "s1=nan"], "expected a number of 0 or more"),
      (["--want", "s1=0"], "names no stage with a weight above 0"),
      (["--want", "s1=1,s1=2"], "--want names s1 twice"),
+     (["--want", ","], "names no stage with a weight above 0"),
      (["--want", "s1", "--keep", "generl"], "Unknown group of tasks 'generl' in --keep. Did you mean 'general'?"),
      (["--want", "s1", "--merge", "magmax"], "magmax is not linear .* --rule: average, blend"),
      (["--want", "s1", "--merge", "mean"], "Unknown merge entry 'mean' in --merge"),

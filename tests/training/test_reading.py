@@ -469,7 +469,7 @@ TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         (
             REFUSING,
             {"role": "assistant", "content": None, "tool_calls": [1]},
-            "refuses the conversation (",
+            "refuses the conversation (UndefinedError: ",
         ),
         (ONLY_USER, {"role": "human", "content": "c"}, "the chat template leaves out the turns of the role 'human'."),
     ],
