@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep",
         metavar="A,B",
-        help="tasks that must not fall below the base: general, stages, tasks (default: general)",
+        help="tasks that must not fall below the base: general, stages, tasks, or nothing (default: general)",
     )
     parser.add_argument("--merge", metavar="ENTRY", help="merge entry of the run (default: the first linear rule)")
     parser.add_argument("--rule", metavar="RULE", help="another linear rule, with its defaults")

@@ -55,6 +55,8 @@ from hf_contmerge.scoring.trials import Trials, check_in_memory
 LOG = logging.getLogger(__name__)
 
 RECORD = "remix.json"
+NOTHING = "nothing"
+"""Kept alone, the word for no group at all, unless the run has a stage or task of that name."""
 _CURE = "Remove its folder, and give the command again."
 _PARTS = ("state", "merged", ".parts")
 
@@ -76,7 +78,7 @@ class Wish:
     def folder_name(self) -> str:
         """Return a name for the result."""
         words = [f"{stage}-{weight:g}" for stage, weight in self.want.items()]
-        words += [f"keep-{'-'.join(self.keep) or 'nothing'}"] if self.keep is not None else []
+        words += [f"keep-{'-'.join(self.keep) or NOTHING}"] if self.keep is not None else []
         return "_".join([*words, *filter(None, (self.entry, self.rule))])[:120]
 
 
@@ -369,6 +371,8 @@ def _kept_groups(run: Run, wish: Wish) -> dict[str, tuple[str, ...]]:
         return {GENERAL: general} if general else {}
     every = [task.name for task in recipe.measured(run.stage_numbers())]
     known = {**{name: (name,) for name in every}, **{s.name: s.task_names() for s in recipe.stages}, GENERAL: general}
+    if wish.keep == (NOTHING,) and NOTHING not in known:
+        return {}
     for name in wish.keep:
         if name not in known:
             raise RecipeError(unknown("group of tasks", name, known, where="--keep"))

@@ -115,8 +115,9 @@ def test_what_is_measured_in_memory_is_what_is_written(run: Run) -> None:
 
 @pytest.mark.slow
 def test_more_is_learnt_than_by_the_runs_own_merge_and_base(run: Run) -> None:
-    _, out = remixed(run, "--want", "s1=1", "--keep", "", "--tries", "4")
+    _, out = remixed(run, "--want", "s1=1", "--keep", "nothing", "--tries", "4")
     record = read_record(out / "remix.json", "")
+    assert all(t["kept"] == [] and t["keeps"] for t in record["tries"])
     gain = {t["weights"][0]: t["learning"]["mean"] for t in record["tries"]}
     assert gain[1.0] == pytest.approx(1, abs=1e-3)  # one expert alone, at its full change
     assert max(gain.values()) == gain[record["weights"][0]]
