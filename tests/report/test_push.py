@@ -18,13 +18,13 @@ from huggingface_hub import ModelCard
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from toys.hub_server import READ_TOKEN, WRITE_TOKEN, Hub, hub_server
+from toys.hub_server import READ_TOKEN, WRITE_TOKEN, Hub, hub_server, reach
 from toys.recipes import RECIPES
 from toys.reports import NASTY
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_contmerge.commands.main import main
-from hf_contmerge.errors import ModelError, RecipeError, RunError
+from hf_contmerge.errors import ModelError, RecipeError, ResourceError, RunError
 from hf_contmerge.report._contents import EVALUATIONS
 from hf_contmerge.report._evaluations import evaluations, task_data
 from hf_contmerge.report._findings import METRICS
@@ -150,6 +150,13 @@ def merge(run: Run, t: int, experts: list[Path]) -> None:
     place.finish("merge", {**record, "expert_sha256": digests, "model_sha256": f"{t}f" * 32})
 
 
+@pytest.fixture
+def near_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A Hub that this process reaches."""
+    reach(hub, monkeypatch)
+    return hub
+
+
 def python(script: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a script as a user would, with the Hub's address and the token in the environment."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
@@ -220,9 +227,9 @@ def test_a_pushed_expert_comes_back_bit_by_bit(run: Run, hub: Hub, tmp_path: Pat
     assert "model.safetensors changed or went missing after it was written: it is not published" in again.stderr
 
 
-def test_nothing_of_this_machine_is_uploaded(run: Run, hub: Hub, tmp_path: Path) -> None:
-    assert push(run, hub).returncode == 0
-    files = hub.files(REPO)
+def test_nothing_of_this_machine_is_uploaded(run: Run, near_hub: Hub, tmp_path: Path) -> None:
+    push_merged(run)
+    files = near_hub.files(REPO)
     for name, data in files.items():
         for secret in (str(tmp_path), "alice", WRITE_TOKEN, READ_TOKEN):
             assert secret.encode() not in data, (secret, name)
@@ -263,17 +270,14 @@ def test_a_recipe_is_published_without_unset_fields(name: str) -> None:
     assert parse_recipe(data) == recipe
 
 
-def test_a_dry_run_lists_what_a_push_sends(run: Run, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_lists_what_a_push_sends(run: Run, near_hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub = near_hub
     assert main(["push", str(run.folder), "--dry-run", "--json", "--with-documents", "--base", "owner/tiny"]) == 0
     documents, model = json.loads(capsys.readouterr().out)
     assert main(["push", str(run.folder), "--dry-run"]) == 0
     assert f"{REPO}: model repository, private if it is new. Nothing was sent." in capsys.readouterr().out
     assert not hub.requests
-    words = ("-m", "hf_contmerge.commands.main", "push", str(run.folder), "--with-documents", "--base", "owner/tiny")
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "hf_home"), "HF_TOKEN": WRITE_TOKEN}
-    done = python("import runpy, sys; sys.argv = sys.argv[2:]; runpy.run_module(sys.argv[0], run_name='__main__')",
-                  *words, **env)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert main(["push", str(run.folder), "--with-documents", "--base", "owner/tiny"]) == 0
     for listed, repo in ((model, REPO), (documents, f"datasets/{REPO}-results")):
         for revision in listed["revisions"]:
             files = hub.files(repo, revision["branch"])
@@ -474,16 +478,19 @@ def test_tokens_that_do_not_suffice(run: Run, hub: Hub) -> None:
     assert not hub.repos
 
 
-def test_a_connection_that_breaks_before_the_commit_leaves_nothing_half_pushed(run: Run, hub: Hub) -> None:
+def test_a_connection_that_breaks_before_the_commit_leaves_nothing_half_pushed(run: Run, near_hub: Hub) -> None:
+    hub = near_hub
     hub.fail["/commit/main"] = "drop"
-    assert refusal(run, hub) == (
-        f"ResourceError: Cannot reach HUB to push {REPO} (RemoteProtocolError). Check the network, the proxy and "
+    with pytest.raises(ResourceError) as error:
+        push_merged(run)
+    assert str(error.value) == (
+        f"Cannot reach {hub.url} to push {REPO} (RemoteProtocolError). Check the network, the proxy and "
         "HF_ENDPOINT, then push again; uploaded files are not sent twice."
     )
     assert [c.message for c in hub.repos[REPO].commits] == ["initial commit"]
     hub.fail.clear()
     hub.requests.clear()
-    assert push(run, hub).returncode == 0
+    push_merged(run)
     assert not [r for r in hub.requests if r.startswith("PUT")]
 
 
@@ -497,8 +504,9 @@ def test_a_refused_upload_and_a_hub_that_is_not_there(run: Run, hub: Hub) -> Non
     assert "HF_HUB_OFFLINE is set" in refusal(run, hub, HF_HUB_OFFLINE="1")
 
 
-def test_a_private_push_does_not_go_to_a_public_repository(run: Run, hub: Hub) -> None:
-    assert push(run, hub).returncode == 0
-    hub.repos[REPO].private = False
-    assert f"RecipeError: {REPO} at HUB is public, but this push is private" in refusal(run, hub)
-    assert len(hub.repos[REPO].commits) == 2
+def test_a_private_push_does_not_go_to_a_public_repository(run: Run, near_hub: Hub) -> None:
+    push_merged(run)
+    near_hub.repos[REPO].private = False
+    with pytest.raises(RecipeError, match=f"{REPO} at {near_hub.url} is public, but this push is private"):
+        push_merged(run)
+    assert len(near_hub.repos[REPO].commits) == 2

@@ -16,6 +16,7 @@ _HOOKS = {
     "mergekit.plan": "guard_planner",
     "mergekit.merge": "guard_merge",
 }
+_LATE = []
 
 
 class _MergekitFinder:
@@ -54,6 +55,12 @@ def register():
         sys.meta_path.insert(0, _MergekitFinder(awaited))
 
 
+def run_late_hooks():
+    """Run the hooks that were due before the plugin had them."""
+    while _LATE:
+        _run_hook(_LATE.pop(0))
+
+
 def _executed(module):
     return not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
@@ -65,7 +72,10 @@ def _run_hook(hook):
     try:
         import hf_contmerge.merging.in_mergekit.plugin as plugin
 
-        getattr(plugin, hook)()
+        if hasattr(plugin, hook):
+            getattr(plugin, hook)()
+        else:  # imported before mergekit, the plugin is importing it just now
+            _LATE.append(hook)
     except Exception:
         import logging
 

@@ -45,6 +45,7 @@ from hf_contmerge.merge_rules import (
     rule_names,
     yaml_word,
 )
+from hf_contmerge.merging.in_mergekit.autoload import run_late_hooks
 from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number, is_number
 from hf_contmerge.merging.in_mergekit.tensors import Storage, from_this_tensor, from_whole_model
 from hf_contmerge.merging.merge import require_linear
@@ -492,3 +493,6 @@ def _checked_scale(value: Any) -> float | str:
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         raise ValueError(f"scale must be model, tensor or a number; got {value!r}")
     return float(number)
+
+
+run_late_hooks()
