@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from hf_contmerge.commands._arguments import add_cpu_argument, add_json_argument, compute_on, number_from, whole_number
 from hf_contmerge.commands._models import ANY_MODEL, opened_model
 from hf_contmerge.runtime.hiding import printable
+from hf_contmerge.runtime.stopping import Stopped, interruptible
 
 if TYPE_CHECKING:
     from hf_contmerge.scoring.conversation import Conversation
@@ -109,21 +111,26 @@ def _clear(voices: Sequence[Conversation]) -> None:
 
 
 def _reply(args: argparse.Namespace, names: Sequence[str], voices: Sequence[Conversation], prompt: str) -> None:
-    """Print all answers to a prompt."""
+    """Print all answers to a prompt; Ctrl-C in a terminal ends them."""
     try:
-        if args.json:
-            answers = [voice.answer(prompt, lambda _: None) for voice in voices]
-            texts = [{"model": name, "text": text} for name, text in zip(names, answers, strict=True)]
-            print(printable(json.dumps({"prompt": prompt, "answers": texts})), flush=True)
-        elif len(voices) == 1:
-            voices[0].answer(prompt, lambda text: print(printable(text), end="", flush=True))
-            print()
-        else:
-            _side_by_side(names, voices, prompt)
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
+        with interruptible():
+            _print_answers(args, names, voices, prompt)
+    except Stopped as stop:
+        if not sys.stdin.isatty() or stop.number != signal.SIGINT:
             raise
         print(" [stopped]")
+
+
+def _print_answers(args: argparse.Namespace, names: Sequence[str], voices: Sequence[Conversation], prompt: str) -> None:
+    if args.json:
+        answers = [voice.answer(prompt, lambda _: None) for voice in voices]
+        texts = [{"model": name, "text": text} for name, text in zip(names, answers, strict=True)]
+        print(printable(json.dumps({"prompt": prompt, "answers": texts})), flush=True)
+    elif len(voices) == 1:
+        voices[0].answer(prompt, lambda text: print(printable(text), end="", flush=True))
+        print()
+    else:
+        _side_by_side(names, voices, prompt)
 
 
 def _side_by_side(names: Sequence[str], voices: Sequence[Conversation], prompt: str) -> None:

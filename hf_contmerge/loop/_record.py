@@ -61,18 +61,21 @@ class Recorder:
         try:
             with refusals(place.folder):
                 yield record
+                if self.is_main:
+                    self._finish(place, phase, record, time.monotonic() - start)
         except (OSError, RuntimeError, MemoryError) as error:
             raise self._explained(error, what) or error from error
         if self.is_main:
-            record["seconds"] = round(time.monotonic() - start, 1)
-            record["peak_memory_bytes"] = peak_memory()
-            record["device"], record["processes"] = str(self.ranks.device), self.ranks.num_processes
-            with refusals(place.folder):
-                place.finish(phase, record)
-            if isinstance(place, ExpertPlace) and phase == "train":
-                remove(place.checkpoints)
             self._log("%s: %.0f s", what, record["seconds"])
         self.crew.ranks.barrier()
+
+    def _finish(self, place: Place, phase: Phase, record: Record, seconds: float) -> None:
+        record["seconds"] = round(seconds, 1)
+        record["peak_memory_bytes"] = peak_memory()
+        record["device"], record["processes"] = str(self.ranks.device), self.ranks.num_processes
+        place.finish(phase, record)
+        if isinstance(place, ExpertPlace) and phase == "train":
+            remove(place.checkpoints)
 
     def _explained(self, error: Exception, what: str) -> ContmergeError | None:
         if isinstance(error, OSError) and error.errno is not None:

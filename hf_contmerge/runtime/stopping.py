@@ -59,8 +59,29 @@ def stoppable() -> Iterator[None]:
             raise Stopped(_Process.asked) from error
         raise
     finally:
+        _Process.asked = 0
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C end this block alone.
+
+    Raises Stopped, at the end if a library swallowed it; other blocks then know nothing of it.
+    """
+    try:
+        yield
+        raise_if_stopped()
+    finally:
+        if _Process.asked == signal.SIGINT:
+            _Process.asked = 0
+
+
+def raise_if_stopped() -> None:
+    """Raise Stopped again, which libraries may have swallowed."""
+    if _Process.asked:
+        raise Stopped(_Process.asked)
 
 
 def _stop(number: int, _frame: Any) -> None:

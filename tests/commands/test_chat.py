@@ -7,11 +7,13 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from toys.models import perturbed, toy_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge.commands.main import main
+from hf_contmerge.errors import ModelError
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.runtime.records import seal_yaml
+from hf_contmerge.runtime.stopping import Stopped, interruptible, stoppable
+from hf_contmerge.scoring.conversation import Conversation, Sampling
 
 Chat = Callable[..., list[dict[str, Any]]]
 
@@ -155,6 +160,34 @@ def test_bad_names_and_templates(talker: Path, tmp_path: Path, capsys: pytest.Ca
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert main(["chat", str(broken), "--cpu"]) == 2
     assert "no system role" in capsys.readouterr().err
+
+
+def test_ctrl_c_that_a_library_swallows_ends_the_answer(talker: Path) -> None:
+    """An answer alone: the next one is whole, and a later error is no stop."""
+    voice, shown = Conversation.open(str(talker), Sampling(12, 0)), []
+
+    def swallow(text: str) -> None:
+        shown.append(text)
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    with stoppable():
+        with pytest.raises(Stopped), interruptible():
+            voice.answer("the quick", swallow)
+        assert len(shown) == 1
+        assert not voice.turns
+        assert len(voice.answer("the quick", lambda _: None)) > len(shown[0])
+
+
+def test_an_error_after_ctrl_c_is_told_as_it_is() -> None:
+    @stoppable()
+    def talk() -> None:
+        with suppress(Stopped), interruptible():
+            signal.raise_signal(signal.SIGINT)
+        raise ModelError("The chat template fails.")
+
+    with pytest.raises(ModelError):
+        talk()
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """One phase at one place: done work is not repeated, scores measured in another way do not count."""
 
+import errno
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,24 @@ TEXTS = [{"text": f"the quick brown fox {i} sings songs of law and medicine"} fo
 @pytest.fixture
 def recorder(tmp_path: Path) -> Recorder:
     return Recorder(tmp_path, PartialState(cpu=True), Crew())
+
+
+def test_a_record_that_no_longer_fits_names_the_missing_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for any other file of the phase."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Place, "finish", full)
+    recorder = Recorder(tmp_path, PartialState(cpu=True), Crew(), need=lambda: 3 * 2**20)
+    with pytest.raises(ResourceError) as error, recorder.phase(Place(tmp_path / "stages/01-a"), "merge"):
+        pass
+    assert re.fullmatch(
+        rf"merge 01-a: Cannot write {tmp_path}/stages/01-a: the disk is full\. Free some space, then rerun the "
+        rf"command: finished phases are kept\. The unfinished phases need about 3\.0 MiB in {tmp_path}; "
+        r".* of its disk are free\.",
+        str(error.value),
+    )
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ _HOOKS = {
     "mergekit.plan": "guard_planner",
     "mergekit.merge": "guard_merge",
 }
-_LATE = []
 
 
 class _MergekitFinder:
@@ -55,12 +54,6 @@ def register():
         sys.meta_path.insert(0, _MergekitFinder(awaited))
 
 
-def run_late_hooks():
-    """Run the hooks that were due before the plugin had them."""
-    while _LATE:
-        _run_hook(_LATE.pop(0))
-
-
 def _executed(module):
     return not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
@@ -72,10 +65,9 @@ def _run_hook(hook):
     try:
         import hf_contmerge.merging.in_mergekit.plugin as plugin
 
-        if hasattr(plugin, hook):
+        # Imported before mergekit, the plugin imports it now; it registers the rules at its own end.
+        if hook != "register_rules" or hasattr(plugin, hook):
             getattr(plugin, hook)()
-        else:  # imported before mergekit, the plugin is importing it just now
-            _LATE.append(hook)
     except Exception:
         import logging
 

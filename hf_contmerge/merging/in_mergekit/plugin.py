@@ -45,7 +45,6 @@ from hf_contmerge.merge_rules import (
     rule_names,
     yaml_word,
 )
-from hf_contmerge.merging.in_mergekit.autoload import run_late_hooks
 from hf_contmerge.merging.in_mergekit.recipe import MERGEKITS_OWN, as_number, is_number
 from hf_contmerge.merging.in_mergekit.tensors import Storage, from_this_tensor, from_whole_model
 from hf_contmerge.merging.merge import require_linear
@@ -495,4 +494,4 @@ def _checked_scale(value: Any) -> float | str:
     return float(number)
 
 
-run_late_hooks()
+register_rules()
