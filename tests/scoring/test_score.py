@@ -23,6 +23,7 @@ from hf_contmerge.merging.state import MergeState
 from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Task
 from hf_contmerge.run.scores import TaskScore
 from hf_contmerge.runtime.ranks import OneRank
+from hf_contmerge.scoring._strangers import _indexed
 from hf_contmerge.scoring.files import (
     heldout_documents,
     write_answer_task,
@@ -557,6 +558,10 @@ def test_task_whose_data_is_on_the_hub(tasks: Path) -> None:
         "The datasets of 2 tasks are missing, and the Hub cannot be reached: hellaswag, piqa (of the suite general). "
         "Check the network and HF_HUB_OFFLINE, or remove these tasks."
     )
+    read = _indexed.cache_info().misses
+    assert read > 10_000
+    assert refused(RecipeError, lambda: check_tasks([Task(name="hellaswagg")], [tasks]))
+    assert _indexed.cache_info().misses == read  # a process reads lm-eval's own task files once: it takes seconds
 
 
 def test_task_with_too_few_documents(tmp_path: Path) -> None:
