@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +89,35 @@ def layer_order(layer: str) -> tuple[int, int, str]:
     return (3, 0, "") if layer == "all" else (0 if "embed" in layer else 2, 0, layer)
 
 
-def tokens_of(folder: Path) -> dict[str, int] | None:
+@dataclass(frozen=True)
+class _Source:
+    """A folder, known by the content of its tokenizer.json."""
+
+    sha256: str
+    folder: Path = field(compare=False)
+
+
+def tokens_of(folder: Path) -> Mapping[str, int] | None:
     """Return token -> id of a fast tokenizer.
 
     Includes added tokens. None without a tokenizer.json.
     """
-    values = _tokenizer(folder)
-    if values is None:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
         return None
+    try:
+        with path.open("rb") as file:
+            source = _Source(hashlib.file_digest(file, "sha256").hexdigest(), folder)
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error}. Fetch it again.") from error
+    return _tokens_in(source)
+
+
+@lru_cache(maxsize=2)  # a base and an expert; as a rule they have one file, and 50,000 words take 0.15 s
+def _tokens_in(source: _Source) -> Mapping[str, int]:
+    values = _tokenizer(source.folder)
+    if values is None:
+        raise ModelError(f"{source.folder / 'tokenizer.json'} went missing while it was read. Fetch it again.")
     vocabulary = values["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram: pairs of token and score
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}

@@ -11,6 +11,7 @@ from toys.models import perturbed, toy_llama
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.merging.state import MergeState
+from hf_contmerge.models.config import _tokens_in
 from hf_contmerge.models.function import check_function
 
 
@@ -72,6 +73,22 @@ def test_moved_tokens(family: Path, tmp_path: Path) -> None:
     vocabulary.update(zip(words, numbers, strict=True))
     (other / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(ModelError, match="The embedding rows do not correspond"):
+        check_function(family / "base", other)
+
+
+def test_a_tokenizer_is_parsed_once_and_again_when_it_changes(family: Path, tmp_path: Path) -> None:
+    """50,000 words take 0.15 s, and each expert is compared with the base several times."""
+    other = changed(family, tmp_path / "other")
+    check_function(family / "base", other)
+    read = _tokens_in.cache_info().misses
+    check_function(family / "base", other)
+    assert _tokens_in.cache_info().misses == read
+    data = json.loads((other / "tokenizer.json").read_text())
+    words = data["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    (other / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ModelError, match="differ: .* The embedding rows do not correspond"):
         check_function(family / "base", other)
 
 

