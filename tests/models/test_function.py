@@ -88,7 +88,7 @@ def test_a_tokenizer_is_parsed_once_and_again_when_it_changes(family: Path, tmp_
     first, second = list(words)[-2:]
     words[first], words[second] = words[second], words[first]
     (other / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ModelError, match="differ: .* The embedding rows do not correspond"):
+    with pytest.raises(ModelError, match=r"differ: .* The embedding rows do not correspond"):
         check_function(family / "base", other)
 
 

@@ -114,6 +114,8 @@ def test_contract(case: str, check: Check, course: Callable[[str], Course]) -> N
 
 # Two ranks
 
+TRAINED = ("test_two_ranks_with_half_the_batch_are_one", "test_two_ranks_remember_what_one_does")
+"""The tests that need more than a step."""
 RANKS = """
 import gc, json, sys
 from pathlib import Path
@@ -129,7 +131,8 @@ for case, home in json.loads(Path(sys.argv[2]).read_text()).items():
     course = course_of(case, Path(home))
     with PartialState(cpu=True).main_process_first():
         data = texts_of(course.home / "shared.jsonl")
-    course.train(2, "shared", data, per_device_train_batch_size=2)
+    if sys.argv[3] == "train":
+        course.train(2, "shared", data, per_device_train_batch_size=2)
     (course.home / "sharded").write_text(str(sharded_step(case, course.home)))
 """
 
@@ -174,8 +177,8 @@ def sharded_step(case: str, home: Path) -> float | None:
     return max(float((one - other).abs().max()) for one, other in zip(*found, strict=True))
 
 
-def on_two_ranks(cases: Iterable[str], course: Callable[[str], Course], folder: Path) -> None:
-    """Train the second stage once more, as `shared`, by two ranks with half the batch."""
+def on_two_ranks(cases: Iterable[str], course: Callable[[str], Course], folder: Path, *, train: bool) -> None:
+    """Take a step of the second stage on two ranks; `train`: and train it with half the batch, as `shared`."""
     homes = {}
     for case in cases:
         assert course(case).second
@@ -186,20 +189,23 @@ def on_two_ranks(cases: Iterable[str], course: Callable[[str], Course], folder: 
     (folder / "homes.json").write_text(json.dumps(homes))
     start = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2", "--"]
     done = subprocess.run(
-        [*start, folder / "ranks.py", Path(__file__).parent, folder / "homes.json"],
+        [*start, folder / "ranks.py", Path(__file__).parent, folder / "homes.json", "train" if train else "step"],
         capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def shared(course: Callable[[str], Course], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared(
+    request: pytest.FixtureRequest, course: Callable[[str], Course], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """Return a function that gives a case's folder after `on_two_ranks`, for single strategies or all combinations."""
+    train = any(item.originalname in TRAINED for item in request.session.items if isinstance(item, pytest.Function))
 
     @functools.cache
     def trained(several: bool) -> None:
         cases = [case for case in CASES if (" " in case) == several and not refused_here(case)]
-        on_two_ranks(cases, course, tmp_path_factory.mktemp("ranks"))
+        on_two_ranks(cases, course, tmp_path_factory.mktemp("ranks"), train=train)
 
     def shared(case: str) -> Path:
         trained(" " in works_here(case))
