@@ -274,6 +274,7 @@ def test_ranks_get_the_words_of_the_command() -> None:
         _parse(["run", "x.yml", "--num-processes", "0"])
 
 
+@pytest.mark.slow  # with two ranks: tests/scenarios/test_ranks.py
 def test_accelerate_launch(recipe: Data, tmp_path: Path) -> None:
     (tmp_path / "cli.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     launch = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
