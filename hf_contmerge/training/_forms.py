@@ -138,6 +138,8 @@ class Examples:
     spec: DataSource
     layout: Layout
     limits: Limits | None = None
+    are_turns: dict[str, bool] = field(default_factory=dict)
+    """Column of the examples -> if the first one has turns there, as all others must. Shared by a stream's parts."""
 
     def made(self) -> Iterator[Row | str]:
         """Yield each row's example, or why it is left out.
@@ -146,11 +148,23 @@ class Examples:
         """
         for number, row in enumerate(self.rows):
             try:
-                yield self._example(row)
+                example = self._example(row)
+                self._require_one_kind(example)
+                yield example
             except LeftOutError as reason:
                 yield str(reason)
             except DataError as error:
                 raise DataError(f"{self.rows.place(number)}: {error}") from error
+
+    def _require_one_kind(self, example: Row) -> None:
+        """Raise DataError for text where other rows have turns, and the reverse."""
+        for name, value in example.items():
+            turns = isinstance(value, list)
+            if self.are_turns.setdefault(name, turns) != turns:
+                kinds = ("turns", "text") if turns else ("text", "turns")
+                raise DataError(
+                    f"{name} is {kinds[0]} here and {kinds[1]} in earlier rows. Write all rows in one form."
+                )
 
     def _example(self, row: Row) -> Row:
         _put_words(row, self.spec)
@@ -227,9 +241,9 @@ def fit_rows(rows: Rows, spec: DataSource, limits: Limits | None = None) -> Fit:
     return Fit(layout.form, _as_dataset(examples, keep, plain=plain), left_out, layout.unused)
 
 
-def fit_part(rows: Rows, spec: DataSource, layout: Layout, limits: Limits | None) -> tuple[list[Row], Counter[str]]:
+def fit_part(examples: Examples) -> tuple[list[Row], Counter[str]]:
     """Return the examples of a stream's part, and counts of other rows."""
-    made = list(Examples(rows, spec, layout, limits).made())
+    made = list(examples.made())
     return [row for row in made if not isinstance(row, str)], Counter(why for why in made if isinstance(why, str))
 
 

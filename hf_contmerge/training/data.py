@@ -22,6 +22,7 @@ from hf_contmerge.training._forms import (
     LABEL,
     PREFERENCES,
     SAMPLED,
+    Examples,
     Fit,
     Form,
     Limits,
@@ -273,19 +274,21 @@ def _examples(spec: DataSource, *, seed: int, at_most: int, limits: Limits | Non
         # In memory, or the order is written beside the user's files.
         return replace(fit, rows=fit.rows.shuffle(seed=seed, keep_in_memory=True))
     examples: list[Row] = []
-    left_out, read, layout = Counter[str](), 0, None
+    left_out, read, reader = Counter[str](), 0, None
     for part in stream_rows(spec, seed=seed):
-        if not layout:
-            layout = layout_of(part, spec, limits)
-            _tell_unused(spec, layout.unused)
-        usable, others = fit_part(part, spec, layout, limits)
+        if reader:
+            reader = replace(reader, rows=part)
+        else:
+            reader = Examples(part, spec, layout_of(part, spec, limits), limits)
+            _tell_unused(spec, reader.layout.unused)
+        usable, others = fit_part(reader)
         examples += usable
         left_out, read = left_out + others, read + len(part)
         if at_most and len(examples) >= at_most:
             break
     _tell_left_out(spec, left_out, read)
-    assert layout
-    return Fit(layout.form, dataset_of(examples[: at_most or None]), left_out, layout.unused)
+    assert reader
+    return Fit(reader.layout.form, dataset_of(examples[: at_most or None]), left_out, reader.layout.unused)
 
 
 def _tell_unused(spec: DataSource, columns: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -367,6 +368,38 @@ def test_rows_without_text_are_left_out(tmp_path: Path, caplog: pytest.LogCaptur
 def test_prompt_may_be_blank(tmp_path: Path) -> None:
     rows = [{"prompt": "", "completion": f"once upon {i} times"} for i in range(6)]
     assert len(load(write_jsonl(tmp_path / "x.jsonl", rows)).train) == 3
+
+
+ASKED = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+IN_TEXT: dict[str, Row] = {
+    "completion": {"prompt": "why", "completion": "so"},
+    "chosen": {"prompt": "why", "chosen": "so", "rejected": "no"},
+}
+IN_TURNS: dict[str, Row] = {
+    "completion": {"prompt": ASKED[:1], "completion": ASKED[1:]},
+    "chosen": {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [{**ASKED[1], "content": "no"}]},
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", IN_TEXT)
+@pytest.mark.parametrize("first", ["text", "turns"])
+def test_rows_of_one_file_are_all_text_or_all_turns(form: str, first: str, streaming: bool, tmp_path: Path) -> None:
+    """Arrow has one type for a column: the second kind ended in an error of datasets'."""
+    one, other = (IN_TEXT, IN_TURNS) if first == "text" else (IN_TURNS, IN_TEXT)
+    path = write_jsonl(tmp_path / "x.jsonl", [*[one[form]] * 6, other[form]])
+    ask = {"streaming": True, "max_examples": 7} if streaming else {}
+    message = refused(DataError, lambda: load(path, **ask), tmp_path)
+    here, earlier = ("turns", "text") if first == "text" else ("text", "turns")
+    if streaming:  # shuffled
+        assert re.fullmatch(
+            r"FOLDER/x\.jsonl, line \d: prompt is (text here and turns|turns here and text) in earlier rows\. .*",
+            message,
+        )
+    else:
+        assert message == (
+            f"FOLDER/x.jsonl, line 7: prompt is {here} here and {earlier} in earlier rows. Write all rows in one form."
+        )
 
 
 WRONG: dict[str, tuple[str, Row, str]] = {
