@@ -68,20 +68,13 @@ def stoppable() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Let Ctrl-C end this block alone.
 
-    Raises Stopped, at the end if a library swallowed it; other blocks then know nothing of it.
+    Later errors are then told as what they are, not as the stop.
     """
     try:
         yield
-        raise_if_stopped()
     finally:
         if _Process.asked == signal.SIGINT:
             _Process.asked = 0
-
-
-def raise_if_stopped() -> None:
-    """Raise Stopped again, which libraries may have swallowed."""
-    if _Process.asked:
-        raise Stopped(_Process.asked)
 
 
 def _stop(number: int, _frame: Any) -> None:

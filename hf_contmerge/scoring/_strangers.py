@@ -89,13 +89,16 @@ def _load_yaml(
 
 @cache
 def _indexed(load: Callable[..., dict[str, Any]], path: str) -> dict[str, Any]:
-    """Read one of lm-eval's own task files, for its index; all 14,000 take seconds."""
+    """Read one of lm-eval's own task files, once a process.
+
+    Its index is made for each scoring, and all 14,000 files take seconds.
+    """
     return load(path, resolve_func=False, recursive=True)
 
 
 @cache
 def _package() -> str:
-    """Return the start of the paths of lm-eval's own files, as its index names them."""
+    """Return how the paths of lm-eval's own files begin in its index."""
     import lm_eval
 
     return str(Path(lm_eval.__path__[0], "tasks")) + os.sep

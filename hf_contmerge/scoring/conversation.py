@@ -17,7 +17,6 @@ from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.device import bf16_pays, cpu_only
-from hf_contmerge.runtime.stopping import raise_if_stopped
 from hf_contmerge.scoring.cache import ScoreCache
 from hf_contmerge.scoring.locate import fetched_folders
 
@@ -127,11 +126,6 @@ class _Pieces(TextStreamer):
     def __init__(self, tokenizer: Any, show: Show) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._show = show
-
-    def put(self, value: Any) -> None:
-        """Take the next tokens, unless Ctrl-C came."""
-        raise_if_stopped()
-        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
         if text:

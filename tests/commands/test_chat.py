@@ -12,8 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,32 +161,44 @@ def test_bad_names_and_templates(talker: Path, tmp_path: Path, capsys: pytest.Ca
     assert "no system role" in capsys.readouterr().err
 
 
-def test_ctrl_c_that_a_library_swallows_ends_the_answer(talker: Path) -> None:
-    """An answer alone: the next one is whole, and a later error is no stop."""
-    voice, shown = Conversation.open(str(talker), Sampling(12, 0)), []
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[..., None]]:
+    """Return a function that does what Ctrl-C does, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda *_: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
-    def swallow(text: str) -> None:
-        shown.append(text)
-        with suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
+def test_ctrl_c_ends_one_answer(talker: Path, ctrl_c: Callable[..., None]) -> None:
+    voice = Conversation.open(str(talker), Sampling(12, 0))
     with stoppable():
         with pytest.raises(Stopped), interruptible():
-            voice.answer("the quick", swallow)
-        assert len(shown) == 1
+            voice.answer("the quick", ctrl_c)
         assert not voice.turns
-        assert len(voice.answer("the quick", lambda _: None)) > len(shown[0])
+        assert len(voice.answer("the quick", lambda _: None).split()) > 1
 
 
-def test_an_error_after_ctrl_c_is_told_as_it_is() -> None:
+def test_an_error_after_ctrl_c_is_told_as_it_is(ctrl_c: Callable[..., None]) -> None:
     @stoppable()
     def talk() -> None:
-        with suppress(Stopped), interruptible():
-            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped), interruptible():
+            ctrl_c()
         raise ModelError("The chat template fails.")
 
     with pytest.raises(ModelError):
         talk()
+
+
+def test_sigterm_ends_the_conversation(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal, where Ctrl-C ends an answer alone."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("the quick\nnever\n"))
+    monkeypatch.setattr(Conversation, "answer", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main(["chat", str(talker), "--cpu"]) == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow
@@ -214,6 +225,7 @@ def test_in_a_terminal(talker: Path) -> None:
 
 def _take_terminal() -> None:
     """Make standard input the controlling terminal, to which Ctrl-C belongs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # jobs in the background ignore it, and hand that on
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
