@@ -72,6 +72,10 @@ class ResourceError(ContmergeError):
     """The machine lacks disk, memory, network or permission."""
 
 
+class FullDiskError(ResourceError):
+    """A disk lacks the room for a file."""
+
+
 class DamageError(ContmergeError):
     """Files differ from their records, or a model from its lineage."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_contmerge.errors import ContmergeError, ResourceError, in_place_of, size
+from hf_contmerge.errors import ContmergeError, FullDiskError, ResourceError, in_place_of, size
 from hf_contmerge.run.places import ExpertPlace, Place, Record
 from hf_contmerge.run.recipe.phases import Phase
 from hf_contmerge.runtime.crew import Crew
@@ -63,7 +63,7 @@ class Recorder:
                 yield record
                 if self.is_main:
                     self._finish(place, phase, record, time.monotonic() - start)
-        except (OSError, RuntimeError, MemoryError) as error:
+        except (OSError, RuntimeError, MemoryError, FullDiskError) as error:
             raise self._explained(error, what) or error from error
         if self.is_main:
             self._log("%s: %.0f s", what, record["seconds"])
@@ -78,16 +78,21 @@ class Recorder:
             remove(place.checkpoints)
 
     def _explained(self, error: Exception, what: str) -> ContmergeError | None:
+        if isinstance(error, FullDiskError):
+            return in_place_of(error, FullDiskError(f"{what}: {error}{self._room()}"))
         if isinstance(error, OSError) and error.errno is not None:
-            room = ""
-            if error.errno in FULL and self.need:
-                free = f"{size(free_bytes(self.folder))} of its disk are free"
-                room = f" The unfinished phases need about {size(self.need())} in {self.folder}; {free}."
             again = "then rerun the command: finished phases are kept"
+            room = self._room() if error.errno in FULL else ""
             return in_place_of(error, ResourceError(f"{what}: {explain(error)}, {again}.{room}"))
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)):
             return in_place_of(error, _no_memory(error, what))
         return None
+
+    def _room(self) -> str:
+        if not self.need:
+            return ""
+        free = f"{size(free_bytes(self.folder))} of its disk are free"
+        return f" The unfinished phases need about {size(self.need())} in {self.folder}; {free}."
 
     def _log(self, text: str, *values: object) -> None:
         if self.is_main and not self.quiet:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_contmerge.errors import ResourceError, in_place_of, size
+from hf_contmerge.errors import FullDiskError, in_place_of, size
 from hf_contmerge.merge_rules import MergeRule, Norms, Weight
 from hf_contmerge.merging._pieces import Parts, Piece, Stored, check_scale, merged_piece, pieces, read_out, unchanged
 from hf_contmerge.merging.costs import Passage, piece_size, stream_job, weight_of
@@ -192,14 +192,14 @@ def opened(crew: Crew, writers: Sequence[WeightsWriter], later: Sequence[Weights
             raise
 
 
-def _no_room(error: OSError, writers: Sequence[WeightsWriter]) -> ResourceError:
+def _no_room(error: OSError, writers: Sequence[WeightsWriter]) -> FullDiskError:
     """Return the error of a full disk."""
     need = ", ".join(f"{size(writer.nbytes)} to {writer.folder}" for writer in writers)
-    return ResourceError(f"{explain(error)}, then run the same command again. Merging writes {need}.")
+    return FullDiskError(f"{explain(error)}, then rerun the command. Merging writes {need}.")
 
 
 def check_room(writers: Sequence[WeightsWriter]) -> None:
-    """Raise ResourceError if the disk cannot hold the output."""
+    """Raise FullDiskError if the disk cannot hold the output."""
     needed: dict[int, tuple[Path, int]] = {}
     for writer in writers:
         writer.folder.mkdir(exist_ok=True)
@@ -208,7 +208,7 @@ def check_room(writers: Sequence[WeightsWriter]) -> None:
     for folder, need in needed.values():
         free = free_bytes(folder)
         if need > free:
-            raise ResourceError(
-                f"Merging writes {size(need)} to the disk of {folder}, which has {size(free)} free. Free some room, or "
-                "name a folder on another disk. Nothing was written."
+            raise FullDiskError(
+                f"Merging writes {size(need)} to the disk of {folder}, which has {size(free)} free. Free some space or "
+                "name a folder on another disk, then rerun the command. Nothing was written."
             )

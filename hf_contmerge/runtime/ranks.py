@@ -107,8 +107,13 @@ class LaunchedRanks(Ranks):
             atexit.register(dist.destroy_process_group)  # its threads would abort the exiting process
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # Lists of Python objects need gloo, independent of the training's backend.
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        atexit.register(self._leave)
         self.per_host = ranks_per_host(self.gather(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+    def _leave(self) -> None:
+        """End the group's threads, which would abort an exiting process: they may still release a tensor."""
+        self._group = None
 
     def gather(self, value: T) -> list[T]:
         import torch.distributed as dist

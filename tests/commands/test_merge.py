@@ -668,7 +668,9 @@ def test_not_enough_disk(
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         message = refused(*words)
         assert message.startswith(f"Merging writes {width * parameters / 2**20:.1f} MiB to the disk of {tmp_path}/")
-        assert message.endswith("Free some room, or name a folder on another disk. Nothing was written.")
+        assert message.endswith(
+            "Free some space or name a folder on another disk, then rerun the command. Nothing was written."
+        )
         assert {p.name for p in tmp_path.iterdir()} == {"state", "magmax", "opcm"}
     assert digests(state) == before
 

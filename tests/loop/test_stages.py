@@ -10,7 +10,7 @@ import pytest
 from accelerate import PartialState
 from toys.models import write_jsonl
 
-from hf_contmerge.errors import ResourceError
+from hf_contmerge.errors import FullDiskError, ResourceError
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.stages import Measuring, measure_at, train_at
 from hf_contmerge.models.weights import weights_sha256
@@ -47,6 +47,17 @@ def test_a_record_that_no_longer_fits_names_the_missing_room(tmp_path: Path, mon
         rf"command: finished phases are kept\. The unfinished phases need about 3\.0 MiB in {tmp_path}; "
         r".* of its disk are free\.",
         str(error.value),
+    )
+
+
+def test_a_merge_without_room_names_what_the_other_phases_need(tmp_path: Path) -> None:
+    """It says itself what it writes, before it writes."""
+    recorder = Recorder(tmp_path, PartialState(cpu=True), Crew(), need=lambda: 3 * 2**20)
+    with pytest.raises(FullDiskError) as error, recorder.phase(Place(tmp_path / "stages/01-a"), "merge"):
+        raise FullDiskError("Merging writes 1.0 MiB to a disk. Free some space, then rerun the command.")
+    assert str(error.value).startswith(
+        "merge 01-a: Merging writes 1.0 MiB to a disk. Free some space, then rerun the command. The unfinished phases "
+        f"need about 3.0 MiB in {tmp_path}; "
     )
 
 

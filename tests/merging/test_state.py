@@ -394,7 +394,9 @@ def test_not_enough_disk(
     with pytest.raises(ResourceError) as error:
         state.add(expert_folders[1])
     assert str(error.value).startswith(f"Merging writes {need / 2**20:.1f} MiB to the disk of {state.folder}/running-2")
-    assert str(error.value).endswith("Free some room, or name a folder on another disk. Nothing was written.")
+    assert str(error.value).endswith(
+        "Free some space or name a folder on another disk, then rerun the command. Nothing was written."
+    )
     little_disk(4 * parameters - 1)
     with pytest.raises(ResourceError, match="Nothing was written"):
         state.export(tmp_path / "out")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -225,6 +226,35 @@ def test_a_process_on_its_own() -> None:
     assert isinstance(ranks, OneRank)
     assert ranks.gather(7) == [7]
     assert ranks.all(lambda: 8) == 8
+
+
+# The end of a process
+
+LEFT = """
+import atexit, os, pathlib
+
+@atexit.register  # the first one is called last
+def no_threads():
+    names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    os.write(1, f"left: {[name for name in names if 'gloo' in name]}\\n".encode())  # in one piece
+
+import torch.distributed as dist
+from hf_contmerge.runtime.ranks import find_ranks
+
+OTHERS
+kept = [find_ranks(), find_ranks()]
+assert kept[1].gather(kept[0].rank) == [0, 1]
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+@pytest.mark.parametrize("others", ["", "dist.init_process_group('gloo'); atexit.register(dist.destroy_process_group)"])
+def test_no_thread_of_the_ranks_is_left_when_a_process_ends(others: str, tmp_path: Path) -> None:
+    """Such a thread may still release a tensor of the last call, and aborts a process whose interpreter has ended."""
+    (tmp_path / "left.py").write_text(LEFT.replace("OTHERS", others))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "left.py")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "left: []\n" * 2), done.stderr
 
 
 # Precision

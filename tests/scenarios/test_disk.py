@@ -127,6 +127,8 @@ class Bench:
             assert SAID[error] in errors[0].lower() or self.names[number - 1].startswith("send"), f"{what}: {said}"
             assert str(self.root) in errors[0] or self.names[number - 1].startswith("send"), f"{what}: {said}"
             assert re.search("again|rerun|name another", errors[0].lower()), f"{what}: {said}"
+            if error in (ENOSPC, EDQUOT) and "/stages/" in errors[0]:
+                assert "The unfinished phases need about " in errors[0], f"{what}: {said}"
         else:
             assert "Warning: " in said or self.outcome() == self.unbroken, f"{what}: {said}"
         self.again(what)
