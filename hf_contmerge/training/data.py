@@ -61,7 +61,8 @@ class SourceCounts:
 
     def sentences(self) -> list[str]:
         """Return how many rows are left out, a sentence per reason."""
-        return [f"{count} rows of {self.path} are left out, for they {why}." for why, count in self.left_out.items()]
+        count = self.train + self.heldout + sum(self.left_out.values())
+        return [f"{n} of {count} rows of {self.path} are left out, for they {why}." for why, n in self.left_out.items()]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
     python tests/benchmarks/cl_standard.py write DATA out/cl        cl.yml and study.yml
     contmerge study out/cl/study.yml
     python tests/benchmarks/cl_standard.py mix out/cl/studies/cl/runs/*order-1*      other mixes of the same experts
+    contmerge run out/cl/rules.yml --run out/cl/runs/rules --until train             an expert of each task
+    python tests/benchmarks/cl_standard.py rules out/cl/runs/rules                   each rule's merge of these four
 
 DATA holds cl_standard/agnews, amazon, dbpedia and yahoo, each with train.jsonl and test.jsonl (text, and gold: the
 number of the class), general/wikitext2/test.jsonl, eval/arc_easy.jsonl and, with prompt and completion,
 instruct/dolly_hhrlhf/train.jsonl. The setting `general` mixes a tenth of the last into every batch. Answers are words
-of one token, so that a question costs one forward pass. Texts of 40 to 400 characters are taken. A mix is judged after
-the last stage: mean accuracy over the stages, the newest stage, the mean of the earlier ones, questions, and WikiText's
-nats.
+of one token, so that a question costs one forward pass. Texts of 40 to 400 characters are taken. A mix or merge is
+judged after the last stage: mean accuracy over the stages, the newest stage, the mean of the earlier ones, questions,
+and WikiText's nats. The experts for `rules` are trained from the base.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import yaml
 
+from hf_contmerge.merge_rules import get_rule
+from hf_contmerge.merging.stream import merge_experts
+from hf_contmerge.merging.write import Output
+from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.folder import resolve_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
@@ -69,6 +77,15 @@ MIXES: dict[str, Mix] = {
 """Weights of the experts' changes, which were trained one from the other, or MagMax's lambda."""
 
 
+RULES: list[tuple[str, dict[str, object]]] = [
+    ("average", {}), ("task_arithmetic", {}), ("task_arithmetic", {"lambda": 0.5}), ("magmax", {}),
+    ("magmax", {"lambda": 1.0}), ("random_mix", {}), ("ties", {}), ("dare", {}), ("stitch", {}), ("opcm", {}),
+    ("null_space", {}), ("input_space", {}), ("iso_c", {}), ("covariance", {}), ("covariance", {"space": "inputs"}),
+    ("curvature", {}), ("curvature", {"importance": "adam"}), ("ema", {}), ("blend", {"keep": 0.7, "take": 0.7}),
+]  # fmt: skip
+"""Rules and parameters, for experts that were trained from the base."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -80,9 +97,14 @@ def main() -> None:
     mixing = commands.add_parser("mix")
     mixing.add_argument("runs", type=Path, nargs="+")
     mixing.add_argument("--mixes", type=Path, help="JSON in the place of the mixes here")
+    merging = commands.add_parser("rules")
+    merging.add_argument("runs", type=Path, nargs="+")
     args = parser.parse_args()
     if args.command == "write":
         write(args)
+    elif args.command == "rules":
+        for run in args.runs:
+            merge_by_rules(Run.load(run))
     else:
         mixes = json.loads(args.mixes.read_text()) if args.mixes else MIXES
         for run in args.runs:
@@ -130,6 +152,9 @@ def write(args: argparse.Namespace) -> None:
              "vary": {"train.learning_rate": [2e-5, 1e-4, 5e-4]}, "settings": settings}  # fmt: skip
     (out / "cl.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (out / "study.yml").write_text(yaml.safe_dump(study, sort_keys=False))
+    measured = {**train, "statistics": {"kinds": ["inputs", "fisher", "adam"], "examples": 128, "max_length": 192}}
+    alone = {**recipe, "name": "cl-rules", "train": measured, "merge": [{"rule": "average", "start_from": "base"}]}
+    (out / "rules.yml").write_text(yaml.safe_dump(alone, sort_keys=False))
 
 
 def _rows(file: Path, name: str) -> Iterator[dict[str, object]]:
@@ -145,32 +170,69 @@ def _rows(file: Path, name: str) -> Iterator[dict[str, object]]:
 
 def mix(run: Run, mixes: Mapping[str, Mix]) -> None:
     """Print a table of mixes of a run's experts."""
-    logging.disable(logging.WARNING)
-    count = len(run.recipe.stages)
-    folders = [run.expert(t, "base" if t == 1 else "previous").folder / "expert" for t in range(1, count + 1)]
+    folders = expert_folders(run)
     base, experts = Weights(resolve_model(run.recipe.base_model)), [Weights(folder) for folder in folders]
-    tasks = tuple(run.recipe.measured(run.stage_numbers()))
-    request = ScoreRequest(tasks, run.tasks, run.recipe.evaluate)
-    model, tokenizer = load_to_score(
-        ModelFolders(folders[-1], None), request.evaluate, "bfloat16", trust_remote_code=False
-    )
-    own = [stage.tasks[0].name for stage in run.recipe.stages]
-    zero: float | None = None
-    print(f"\n{run.folder.name}\n\n| mix | all stages | newest | earlier | questions | WikiText |")
-    print("|---|" + "---:|" * 5)
-    for name, how in {"base": {"weights": [0] * count}, **mixes}.items():
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                start = base.tensor(key).float()
-                changes = torch.stack([expert.tensor(key).float() - start for expert in experts])
-                parameter.copy_(start + _mixed(changes, how))
-        scores = {task: s.utility for task, s in score_loaded(model, tokenizer, request, ranks=OneRank()).items()}
-        zero = scores["wikitext"] if zero is None else zero
-        stages = [scores[task] for task in own]
-        cells = [sum(stages) / count, stages[-1], sum(stages[:-1]) / (count - 1), scores["arc_easy_words"]]
-        print(
-            f"| {name} | {' | '.join(f'{100 * x:.1f}' for x in cells)} | {scores['wikitext'] - zero:+.3f} |", flush=True
+    table = Table(run, folders[-1])
+    for name, how in {"base": {"weights": [0] * len(folders)}, **mixes}.items():
+
+        def mixed(key: str, how: Mix = how) -> torch.Tensor:
+            start = base.tensor(key).float()
+            changes = torch.stack([expert.tensor(key).float() - start for expert in experts])
+            return start + _mixed(changes, how)
+
+        table.add(name, mixed)
+
+
+def merge_by_rules(run: Run) -> None:
+    """Print a table of what each rule makes of a run's experts."""
+    folders = expert_folders(run)
+    base = Weights(resolve_model(run.recipe.base_model))
+    table = Table(run, folders[-1])
+    table.add("base", base.tensor)
+    for name, parameters in RULES:
+        rule = get_rule(name, **parameters)
+        words = " ".join((f"`{name}`", *(f"{key}={value}" for key, value in parameters.items())))
+        with TemporaryDirectory(dir=run.folder) as scratch:
+            begun = time.monotonic()
+            experts = [open_expert(folder, base) for folder in folders]
+            merge_experts(rule, base, experts, merged_out=Output(Path(scratch)))
+            seconds = time.monotonic() - begun
+            table.add(f"{words} ({seconds:.0f} s)", Weights(Path(scratch)).tensor)
+
+
+def expert_folders(run: Run) -> list[Path]:
+    """Return the trained model of each stage."""
+    places = [[run.expert(t, kind).folder / "expert" for kind in ("previous", "base")] for t in run.stage_numbers()]
+    return [next(folder for folder in both if folder.is_dir()) for both in places]
+
+
+class Table:
+    """Judges models of one run; prints a row of each."""
+
+    def __init__(self, run: Run, like: Path) -> None:
+        logging.disable(logging.WARNING)
+        self._request = ScoreRequest(tuple(run.recipe.measured(run.stage_numbers())), run.tasks, run.recipe.evaluate)
+        self._model, self._tokenizer = load_to_score(
+            ModelFolders(like, None), self._request.evaluate, "bfloat16", trust_remote_code=False
         )
+        self._own = [stage.tasks[0].name for stage in run.recipe.stages]
+        self._base: float | None = None
+        print(f"\n{run.folder.name}: {', '.join(stage.name for stage in run.recipe.stages)}\n")
+        print("| model | all stages | newest | earlier | questions | WikiText |\n|---|" + "---:|" * 5)
+
+    def add(self, name: str, weights: Callable[[str], torch.Tensor]) -> None:
+        """Judge the model whose weights a function returns; the first is the base."""
+        with torch.no_grad():
+            for key, parameter in self._model.named_parameters():
+                parameter.copy_(weights(key))
+        scores = score_loaded(self._model, self._tokenizer, self._request, ranks=OneRank())
+        utility = {task: score.utility for task, score in scores.items()}
+        self._base = utility["wikitext"] if self._base is None else self._base
+        stages = [utility[task] for task in self._own]
+        earlier = sum(stages[:-1]) / (len(stages) - 1)
+        cells = [sum(stages) / len(stages), stages[-1], earlier, utility["arc_easy_words"]]
+        accuracies = " | ".join(f"{100 * x:.1f}" for x in cells)
+        print(f"| {name} | {accuracies} | {utility['wikitext'] - self._base:+.3f} |", flush=True)
 
 
 def _mixed(changes: torch.Tensor, how: Mix) -> torch.Tensor:

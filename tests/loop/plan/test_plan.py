@@ -385,7 +385,7 @@ def test_rows_that_are_left_out(recipe: Data, plan: Callable[..., tuple[int, str
     notes = [line for line in printed.splitlines() if line.startswith("Note: Stage b: ")]
     path = tmp_path / "b.jsonl"
     assert notes[:2] == [
-        f"Note: Stage b: 2 rows of {path} are left out, for they lack prompt or completion.",
-        f"Note: Stage b: 1 rows of {path} are left out, for they have an empty completion.",
+        f"Note: Stage b: 2 of 15 rows of {path} are left out, for they lack prompt or completion.",
+        f"Note: Stage b: 1 of 15 rows of {path} are left out, for they have an empty completion.",
     ]
     assert notes[2].endswith(" are left out, for they have no token to learn from within `max_length` (128).")
