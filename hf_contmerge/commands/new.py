@@ -305,6 +305,8 @@ def _merge(answers: Answers) -> str:
     lines.append("  # Parameters of a rule: {rule: magmax, parameters: {lambda: 0.5}}")
     lines.append("  # Half-way to the base, if the newest stage must lose nothing:")
     lines.append("  # {rule: blend, start_from: previous, parameters: {keep: 0, take: 0.5}}")
+    lines.append("  # From experts that are trained from the base; the best average where rules were compared:")
+    lines.append("  # {rule: covariance, layers: {first: 0.7, last: 0.7}}")
     return "\n".join(lines) + "\n"
 
 

@@ -112,7 +112,10 @@ class LaunchedRanks(Ranks):
         self.per_host = ranks_per_host(self.gather(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def _leave(self) -> None:
-        """End the group's threads, which would abort an exiting process: they may still release a tensor."""
+        """End the group's threads.
+
+        One that still releases a tensor would abort the exiting process.
+        """
         self._group = None
 
     def gather(self, value: T) -> list[T]:

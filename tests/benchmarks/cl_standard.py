@@ -10,8 +10,8 @@ DATA holds cl_standard/agnews, amazon, dbpedia and yahoo, each with train.jsonl 
 number of the class), general/wikitext2/test.jsonl, eval/arc_easy.jsonl and, with prompt and completion,
 instruct/dolly_hhrlhf/train.jsonl. The setting `general` mixes a tenth of the last into every batch. Answers are words
 of one token, so that a question costs one forward pass. Texts of 40 to 400 characters are taken. A mix or merge is
-judged after the last stage: mean accuracy over the stages, the newest stage, the mean of the earlier ones, questions,
-and WikiText's nats. The experts for `rules` are trained from the base.
+judged after the last stage: accuracy on each stage and their mean, on questions, and WikiText's nats. The experts for
+`rules` are trained from the base.
 """
 
 from __future__ import annotations
@@ -217,8 +217,9 @@ class Table:
         )
         self._own = [stage.tasks[0].name for stage in run.recipe.stages]
         self._base: float | None = None
-        print(f"\n{run.folder.name}: {', '.join(stage.name for stage in run.recipe.stages)}\n")
-        print("| model | all stages | newest | earlier | questions | WikiText |\n|---|" + "---:|" * 5)
+        names = " | ".join(stage.name for stage in run.recipe.stages)
+        print(f"\n{run.folder.name}\n\n| model | all stages | {names} | questions | WikiText |")
+        print("|---|" + "---:|" * (3 + len(self._own)))
 
     def add(self, name: str, weights: Callable[[str], torch.Tensor]) -> None:
         """Judge the model whose weights a function returns; the first is the base."""
@@ -229,8 +230,7 @@ class Table:
         utility = {task: score.utility for task, score in scores.items()}
         self._base = utility["wikitext"] if self._base is None else self._base
         stages = [utility[task] for task in self._own]
-        earlier = sum(stages[:-1]) / (len(stages) - 1)
-        cells = [sum(stages) / len(stages), stages[-1], earlier, utility["arc_easy_words"]]
+        cells = [sum(stages) / len(stages), *stages, utility["arc_easy_words"]]
         accuracies = " | ".join(f"{100 * x:.1f}" for x in cells)
         print(f"| {name} | {accuracies} | {utility['wikitext'] - self._base:+.3f} |", flush=True)
 
