@@ -11,7 +11,7 @@ number of the class), general/wikitext2/test.jsonl, eval/arc_easy.jsonl and, wit
 instruct/dolly_hhrlhf/train.jsonl. The setting `general` mixes a tenth of the last into every batch. Answers are words
 of one token, so that a question costs one forward pass. Texts of 40 to 400 characters are taken. A mix or merge is
 judged after the last stage: accuracy on each stage and their mean, on questions, and WikiText's nats. The experts for
-`rules` are trained from the base.
+`rules` are trained from the base; those of rules-general.yml with a tenth of general data.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ RULES: list[tuple[str, dict[str, object]]] = [
     ("magmax", {"lambda": 1.0}), ("random_mix", {}), ("ties", {}), ("dare", {}), ("stitch", {}), ("opcm", {}),
     ("null_space", {}), ("input_space", {}), ("iso_c", {}), ("covariance", {}), ("covariance", {"space": "inputs"}),
     ("curvature", {}), ("curvature", {"importance": "adam"}), ("ema", {}), ("blend", {"keep": 0.7, "take": 0.7}),
+    *(("covariance", {"first_layer": scale, "last_layer": scale}) for scale in (0.7, 0.5)),
 ]  # fmt: skip
 """Rules and parameters, for experts that were trained from the base."""
 
@@ -155,6 +156,8 @@ def write(args: argparse.Namespace) -> None:
     measured = {**train, "statistics": {"kinds": ["inputs", "fisher", "adam"], "examples": 128, "max_length": 192}}
     alone = {**recipe, "name": "cl-rules", "train": measured, "merge": [{"rule": "average", "start_from": "base"}]}
     (out / "rules.yml").write_text(yaml.safe_dump(alone, sort_keys=False))
+    mixed = {**measured, "strategy": ["full", "replay"], "parameters": {"replay": parameters}}
+    (out / "rules-general.yml").write_text(yaml.safe_dump({**alone, "train": mixed}, sort_keys=False))
 
 
 def _rows(file: Path, name: str) -> Iterator[dict[str, object]]:
