@@ -8,6 +8,7 @@
     ├── BudgetError       the guard: every attempt exceeds the forgetting budget   (exit code 3, most others 2)
     ├── LossError         `contmerge gate`: a loss is proven (exit code 3), or cannot be ruled out (4, with --strict)
     ├── ResourceError     the machine: disk, memory, network, permissions
+    │   └── FullDiskError a disk that lacks the room for what is to be written
     └── DamageError       `contmerge verify` found files that are not as recorded   (exit code 1)
 
 A message says what was found, where, what was expected and what to do.
