@@ -142,8 +142,9 @@ def _plan(folder: StudyFolder, args: argparse.Namespace) -> None:
     print("\n".join(f"{cell.name}  {' '.join(s.name for s in cell.recipe.stages)}" for cell in folder.cells))
     for note in dict.fromkeys(plan.findings.notes):  # once, not once a setting
         print(f"Note: {note}")
+    trainings = f"{plan.trained} trainings"
+    if plan.trained < plan.trainings:
+        trainings += f" instead of {plan.trainings}, for equal experts are shared"
     times = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
-    print(
-        f"{plan.cells} runs; {plan.trained} trainings instead of {plan.trainings}, for equal experts are shared; up to "
-        f"{size(plan.disk_bytes)} on the disk; {duration(sum(plan.seconds.values()))} ({times})."
-    )
+    hours = duration(sum(plan.seconds.values()))
+    print(f"{plan.cells} runs; {trainings}; up to {size(plan.disk_bytes)} on the disk; {hours} ({times}).")

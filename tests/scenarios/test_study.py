@@ -213,6 +213,24 @@ def test_plan_counts_shared_training_once(done: Path, capsys: pytest.CaptureFixt
     assert not (done / "planned").exists()
 
 
+def test_plan_says_once_what_settings_share(
+    done: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = yaml.safe_load((done / "study.yml").read_text()) | {"vary": {"train.learning_rate": [0.01, 0.02]}}
+    for name in STAGES:
+        rows = [json.loads(line) | {"number": 1} for line in (done / f"{name}.jsonl").read_text().splitlines()]
+        write_jsonl(done / f"{name}_numbered.jsonl", rows)
+    recipe = yaml.safe_load((done / "recipe.yml").read_text())
+    for stage in recipe["stages"]:
+        stage["dataset"]["path"] = str(done / f"{stage['name']}_numbered.jsonl")
+    (done / "numbered.yml").write_text(yaml.safe_dump(recipe))
+    (done / "two.yml").write_text(yaml.safe_dump(study | {"recipe": "numbered.yml"}))
+    assert main(["study", str(done / "two.yml"), "--out", str(done / "planned"), "--plan"]) == 0
+    assert "8 runs; 8 trainings instead of 16" in capsys.readouterr().out
+    said = [line for line in caplog.messages if "columns are not used" in line]
+    assert len(said) == len(set(said)) == 2
+
+
 def test_slurm_script(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", str(done / "study.yml"), "--slurm", "9"]) == 0
     said = capsys.readouterr().out

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models.config import config
 from hf_contmerge.models.loading import recompute_activations
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.full import Full
@@ -33,6 +35,8 @@ from hf_contmerge.train_strategies.lora import Lora
 _ADAM_BYTES = 8  # two float32 moments per trained parameter
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")  # the last two arguments are matrices or stacks of matrices
 _FUSED_OUTPUTS = ("log_probs", "entropy", "is_top1")  # the outputs requested by SFTTrainer
+_METERED: dict[str, StepCost] = {}
+"""Costs of this process, by model and step."""
 
 
 @dataclass
@@ -82,31 +86,62 @@ def training_step(
     Raises:
         ModelError: transformers cannot make a model from this config.
     """
+    carrier = strategies.carrier
+    checkpointing = settings.gradient_checkpointing and (settings.gradient_checkpointing_kwargs or {})
+    step = _TrainingStep(
+        lora=carrier if isinstance(carrier, Lora) else None,
+        shape=(batch, length),
+        passes=min(settings.gradient_accumulation_steps, 2),
+        autocast=settings.bf16 or settings.fp16,
+        checkpointing=checkpointing,
+        moments=_moments(str(settings.optim)),
+    )
+    cost = _once(folder, init, step, partial(_meter_training, folder, init, step))
+    added = _added_bytes(strategies, _model(folder, init))
+    return replace(cost, held=cost.held + added, peak=cost.peak + added)
+
+
+class _TrainingStep(NamedTuple):
+    """What the cost of a step depends on, next to the model."""
+
+    lora: Lora | None
+    shape: tuple[int, int]
+    """Rows and tokens of a micro-batch."""
+    passes: int
+    """Micro-batches, at most two: from the second on, gradients exist."""
+    autocast: bool
+    checkpointing: dict[str, Any] | Literal[False]
+    """Arguments of gradient checkpointing."""
+    moments: int
+    """The optimizer's bytes per trained parameter."""
+
+
+def _meter_training(folder: Path, init: dict[str, Any], step: _TrainingStep) -> StepCost:
     from trl.trainer.utils import add_fused_lm_head
 
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.bf16 or settings.fp16)
     model = _model(folder, init).train()
-    if settings.gradient_checkpointing:
-        recompute_activations(model, settings.gradient_checkpointing_kwargs)
+    if step.checkpointing is not False:
+        recompute_activations(model, step.checkpointing or None)
     add_fused_lm_head(model, outputs=_FUSED_OUTPUTS)
-    added = _added_bytes(strategies, model)
-    opened = _opened(strategies, model)
+    # Other carriers may decompose weights at the start, which needs data; their bytes per parameter cover that.
+    # QLoRA is LoRA on smaller weights.
+    opened = Lora.open(step.lora, model, None) if step.lora else model
     with _metering(folder) as meter:
         _materialise(opened)
         weights = meter.restart()
-        inputs = torch.zeros((batch, length), dtype=torch.long)
-        for _ in range(min(settings.gradient_accumulation_steps, 2)):  # from the second on, gradients exist
+        inputs = torch.zeros(step.shape, dtype=torch.long)
+        for _ in range(step.passes):
             meter.work = Work()
-            with autocast:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.autocast):
                 out = opened(input_ids=inputs, labels=inputs, fused_lm_head=True, use_cache=False)
                 loss = -out.log_probs.sum()
             loss.backward()
             del out, loss
     counts = {name: p.numel() for name, p in opened.named_parameters() if p.requires_grad}
     trained, lora_a = sum(counts.values()), sum(count for name, count in counts.items() if ".lora_A." in name)
-    held = weights + trained * _moments(str(settings.optim)) + added
-    inputs = sum(layer.in_features for layer in linear_maps(opened).values())
-    return StepCost(held, held + meter.peak - weights, trained, meter.work, lora_a, inputs)
+    held = weights + trained * step.moments
+    widths = sum(layer.in_features for layer in linear_maps(opened).values())
+    return StepCost(held, held + meter.peak - weights, trained, meter.work, lora_a, widths)
 
 
 def scoring_batch(folder: Path, *, batch: int, length: int, init: dict[str, Any]) -> StepCost:
@@ -114,14 +149,31 @@ def scoring_batch(folder: Path, *, batch: int, length: int, init: dict[str, Any]
 
     It is a forward pass and a float32 softmax over all logits. `init`: keyword arguments of `from_pretrained`.
     """
+    return _once(folder, init, (batch, length), partial(_meter_scoring, folder, init, (batch, length)))
+
+
+def _meter_scoring(folder: Path, init: dict[str, Any], shape: tuple[int, int]) -> StepCost:
     model = _model(folder, init).eval()
     with _metering(folder) as meter, torch.no_grad():
         _materialise(model)
         weights = meter.restart()
-        logits = model(input_ids=torch.zeros((batch, length), dtype=torch.long)).logits
+        logits = model(input_ids=torch.zeros(shape, dtype=torch.long)).logits
         scores = torch.nn.functional.log_softmax(logits, dim=-1, dtype=torch.float32)
         del logits, scores
     return StepCost(weights, meter.peak, 0, meter.work)
+
+
+def _once(folder: Path, init: dict[str, Any], step: tuple[Any, ...], meter: Callable[[], StepCost]) -> StepCost:
+    """Meter a step of a model; give an equal step's known cost.
+
+    The settings of a study mostly differ in what costs nothing. The key has the config, since each plan has its own
+    copy of the file, and the folder where a model brings code.
+    """
+    code = folder if init["trust_remote_code"] else None
+    key = repr((config(folder), code, sorted(init.items()), step))
+    if key not in _METERED:
+        _METERED[key] = meter()
+    return _METERED[key]
 
 
 def _model(folder: Path, init: dict[str, Any]) -> Any:
@@ -150,16 +202,6 @@ def _materialise(model: torch.nn.Module) -> None:
                     is_parameter = isinstance(tensor, torch.nn.Parameter)
                     made[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 own[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
-
-
-def _opened(strategies: Combined, model: Any) -> Any:
-    """Return the model to train, opened for LoRA only.
-
-    Other carriers may decompose weights at the start, which needs data; their bytes per parameter cover the additions.
-    QLoRA is LoRA on smaller weights.
-    """
-    carrier = strategies.carrier
-    return Lora.open(carrier, model, None) if isinstance(carrier, Lora) else model
 
 
 def _added_bytes(strategies: Combined, model: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,7 @@ def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> Study
     trained: dict[str, float] = {}
     experts: dict[str, int] = {}
     merged, count = 0, 0
-    for cells in _by_setting(folder):
-        plan = make_plan(folder.run(cells[0]), findings, trust_remote_code=trust_remote_code)
+    for cells, plan in _plans(folder, findings, trust_remote_code):
         if not plan:
             continue
         disk += plan["total"]["disk_kept_bytes"] * len(cells)
@@ -59,6 +59,35 @@ def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> Study
     if folder.study.keep == "scores":
         disk = merged + sum(experts.values())
     return StudyPlan(len(folder.cells), count, len(trained), seconds, disk, findings)
+
+
+def _plans(
+    folder: StudyFolder, findings: Findings, trust_remote_code: bool
+) -> Iterator[tuple[list[StudyCell], Mapping[str, Any]]]:
+    """Yield each setting's cells and the plan of the first, with each log line once."""
+    filters = [(handler, _Once()) for handler in logging.root.handlers]
+    for handler, once in filters:
+        handler.addFilter(once)
+    try:
+        for cells in _by_setting(folder):
+            yield cells, make_plan(folder.run(cells[0]), findings, trust_remote_code=trust_remote_code)
+    finally:
+        for handler, once in filters:
+            handler.removeFilter(once)
+
+
+class _Once(logging.Filter):
+    """Lets each line of a handler through once: settings share most of their data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        line = record.name, record.getMessage()
+        known = line in self._seen
+        self._seen.add(line)
+        return not known
 
 
 def _by_setting(folder: StudyFolder) -> Iterator[list[StudyCell]]:

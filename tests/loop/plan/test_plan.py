@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,9 +23,12 @@ from toys.models import toy_llama, toy_mixture, toy_tokenizer, write_jsonl
 from transformers import AutoTokenizer, LlamaConfig
 
 from hf_contmerge.commands.main import main
+from hf_contmerge.loop.plan import _dry_step
 from hf_contmerge.loop.plan._dry_step import scoring_batch
 from hf_contmerge.loop.plan._training import _shape
-from hf_contmerge.models.weights import WeightsWriter
+from hf_contmerge.models.weights import Weights, WeightsWriter
+from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.training.settings import make_strategies
 
 Data = dict[str, Any]
 CONTMERGE = Path(sys.executable).parent / "contmerge"
@@ -119,6 +123,35 @@ def test_the_products_of_experts_are_those_of_their_tokens(tmp_path: Path) -> No
         }
         flops.append(sum(of_experts.values()))
     assert flops[0] == flops[1] == 2 * 2 * 256 * (32 * 96 + 48 * 32)
+
+
+def test_an_equal_step_is_metered_once(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that cost nothing share a dry step, as copies of a model do; a strategy's own bytes are added."""
+    metered: list[object] = []
+    meter = _dry_step._meter_training
+    monkeypatch.setattr(_dry_step, "_METERED", {})
+    monkeypatch.setattr(_dry_step, "_meter_training", lambda *words: metered.append(words) or meter(*words))
+    copy = shutil.copytree(base_folder, tmp_path / "copy")
+
+    def held(folder: Path, length: int = 16, **train: Any) -> int:
+        made = Train.model_validate({"per_device_train_batch_size": 2} | train)
+        settings = SimpleNamespace(
+            bf16=False, fp16=False, gradient_accumulation_steps=1, optim="adamw_torch",
+            gradient_checkpointing=False, gradient_checkpointing_kwargs=None,
+        )  # fmt: skip
+        init = {"dtype": torch.float32, "trust_remote_code": False}
+        strategies = make_strategies(made)
+        return _dry_step.training_step(folder, strategies, settings, batch=2, length=length, init=init).held
+
+    weights = Weights(base_folder).numel()
+    full = held(base_folder)
+    assert held(copy, learning_rate=0.1) == full
+    assert held(copy, strategy=["full", "ewc"]) == full + 8 * weights
+    assert len(metered) == 1
+    assert held(base_folder, strategy="lora", parameters={"r": 2}) < full
+    held(base_folder, strategy="lora", parameters={"r": 4})
+    held(base_folder, length=17)
+    assert len(metered) == 4
 
 
 def test_the_time_of_a_step_is_that_of_its_usual_batch(base_folder: Path) -> None:
