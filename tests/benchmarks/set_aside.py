@@ -122,6 +122,10 @@ def write_practice(out: Path) -> None:
         {"name": name, "set": {"train.strategy": ["full", name], "train.parameters": {name: parameters}}}
         for name, parameters in STRATEGIES.items()
     ]
+    for name, rule in (("lora", "magmax"), ("slao", "slao")):
+        adapter = {"train.strategy": name, "train.learning_rate": 1e-3, "merge": [rule]}
+        settings.append({"name": name, "set": adapter})
+    settings.append({"name": "joint", "set": {"baselines": ["joint"]}})
     study = {"name": "practice", "recipe": "practice.yml", "orders": [STREAMS["bank"][:2]], "seeds": [0],
              "settings": [{"name": "full", "set": {"train.strategy": "full"}}, *settings]}  # fmt: skip
     (out / "practice.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))

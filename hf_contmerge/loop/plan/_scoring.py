@@ -26,6 +26,7 @@ class _Requests(NamedTuple):
     """Requests of a task."""
 
     count: int
+    """Rows that go through the model."""
     mean: int
     """Mean tokens."""
     longest: int
@@ -97,8 +98,11 @@ def _requests(planned: PlannedRun, task: str, few_shot: int | None) -> _Requests
         task, evaluate.task_folders(planned.tasks), few_shot=few_shot, limit=evaluate.limit,
         trust_remote_code=planned.recipe.trust_remote_code,
     )  # fmt: skip
-    lengths = [len(planned.tokenizer(text, verbose=False)["input_ids"]) for text in sample.texts] or [1]
+    tokens = [tuple(planned.tokenizer(text, verbose=False)["input_ids"]) for text in sample.texts] or [(0,)]
+    # lm-eval gives answers of one token to the same question one pass through transformers.
+    shared = len({ids[:-1] for ids in tokens}) / len(tokens) if evaluate.backend == "hf" else 1.0
+    lengths = [len(ids) for ids in tokens]
     mean, longest = sum(lengths) / len(lengths), max(lengths)
     if evaluate.max_length:
         mean, longest = min(mean, evaluate.max_length), min(longest, evaluate.max_length)
-    return _Requests(max(sample.count, 1), max(2, round(mean)), max(2, longest))
+    return _Requests(max(round(shared * sample.count), 1), max(2, round(mean)), max(2, longest))

@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +20,20 @@ from datasets import Dataset
 from toys.hub_server import READ_TOKEN, Hub, Repo, hub_server
 from toys.loras import lora
 from toys.models import toy_llama, toy_mixture, toy_tokenizer, write_jsonl
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_contmerge.commands.main import main
 from hf_contmerge.loop.plan import _dry_step
 from hf_contmerge.loop.plan._dry_step import scoring_batch
+from hf_contmerge.loop.plan._scoring import _requests
 from hf_contmerge.loop.plan._training import _shape
 from hf_contmerge.models.weights import Weights, WeightsWriter
+from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.ranks import OneRank
+from hf_contmerge.scoring.files import write_choice_task
+from hf_contmerge.scoring.keys import ScoreRequest
+from hf_contmerge.scoring.score import score_loaded
 from hf_contmerge.training.settings import make_strategies
 
 Data = dict[str, Any]
@@ -123,6 +129,26 @@ def test_the_products_of_experts_are_those_of_their_tokens(tmp_path: Path) -> No
         }
         flops.append(sum(of_experts.values()))
     assert flops[0] == flops[1] == 2 * 2 * 256 * (32 * 96 + 48 * 32)
+
+
+@pytest.mark.parametrize(("choices", "rows"), [("abcd", 9), (["a court", "a nurse"], 18)], ids=["a token", "more"])
+def test_answers_of_one_token_share_a_row(choices: Sequence[str], rows: int, base_folder: Path, tmp_path: Path) -> None:
+    """The planned rows are those that scoring gives the model."""
+    words = ("fox", "dog", "law", "hen", "claim", "court", "pulse", "nurse", "list")
+    questions = [{"query": f"They refuse the {word}", "choices": list(choices), "gold": 1} for word in words]
+    write_choice_task(tmp_path, "choice", questions)
+    evaluate = Evaluate(batch_size=4)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    recipe = SimpleNamespace(evaluate=evaluate, trust_remote_code=False)
+    planned: Any = SimpleNamespace(recipe=recipe, tasks=tmp_path, tokenizer=tokenizer)
+    read: list[int] = []
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(len(args[0])))
+    score_loaded(model, tokenizer, ScoreRequest([Task(name="choice")], tmp_path, evaluate), ranks=OneRank())
+    assert _requests.__wrapped__(planned, "choice", None).count == sum(read) == rows
+    alone = SimpleNamespace(evaluate=evaluate.model_copy(update={"backend": "vllm"}), trust_remote_code=False)
+    planned.recipe = alone
+    assert _requests.__wrapped__(planned, "choice", None).count == 9 * len(choices)
 
 
 def test_an_equal_step_is_metered_once(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
