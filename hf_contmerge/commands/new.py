@@ -34,7 +34,8 @@ from hf_contmerge.runtime.files import write_atomically
 from hf_contmerge.runtime.foreign import expanded
 
 T = TypeVar("T")
-_DEFAULT_RULE = "magmax"
+_BLEND = "{rule: blend, start_from: previous, parameters: {keep: 0, take: 0.5}}"
+"""The default where all stages are trained: docs/figures.md, cl-standard and the stream that was set aside."""
 _MODEL = "model:"
 
 
@@ -55,10 +56,17 @@ class Answers:
     base: str
     sources: tuple[Source, ...]
     gpus: int
-    rules: tuple[str, ...] = (_DEFAULT_RULE,)
+    rules: tuple[str, ...] = ()
+    """None: the default."""
     stream: Stream | None = None
     """A benchmark's stages, instead of sources."""
     plugins: tuple[str, ...] = ()
+
+    def stages_trained(self) -> list[bool]:
+        """Say of each stage if it is trained, not given."""
+        if self.stream:
+            return [not s.expert for s in stream_stages(self.stream.suite, self.stream.order)]
+        return [not s.is_model for s in self.sources]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +146,7 @@ def _answers(args: argparse.Namespace, path: Path) -> Answers:
         raise RecipeError(f"--gpus must be 0 or more; got {args.gpus}.")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-._") or "mine"
     sources = tuple(parse_source(stage) for stage in stages)
-    rules = tuple(args.rule) or (stream_rules(args.suite) if args.suite else ()) or (_DEFAULT_RULE,)
+    rules = tuple(args.rule) or (stream_rules(args.suite) if args.suite else ())
     return Answers(name, base, sources, args.gpus, rules, stream, tuple(args.plugin))
 
 
@@ -276,11 +284,9 @@ def _train(answers: Answers) -> str:
         if answers.gpus
         else (50, 2, 256, "small, for a CPU")
     )
-    stream = stream_stages(answers.stream.suite, answers.stream.order) if answers.stream else ()
-    trained = any(not s.expert for s in stream) or any(not s.is_model for s in answers.sources)
     lines = [
         "train:    # any field of TRL's SFTConfig, by its own name"
-        + ("" if trained else "; unused: all stages are trained"),
+        + ("" if any(answers.stages_trained()) else "; unused: all stages are trained"),
         "  strategy: [full, anchor]    # or, to save memory, lora, with parameters: {r: 16} below it",
         f"  max_steps: {steps}    # per stage; or num_train_epochs: 1",
         f"  per_device_train_batch_size: {batch}    # {note}",
@@ -296,17 +302,21 @@ def _train(answers: Answers) -> str:
 
 
 def _merge(answers: Answers) -> str:
-    lines = ["merge:    # all rules share the experts; the report compares them"]
-    lines += [f"  - {{rule: {_scalar(rule)}}}" for rule in answers.rules]
     from hf_contmerge.merge_rules import rule_names
 
-    others = ", ".join(r for r in rule_names() if r not in answers.rules)
+    lines = ["merge:    # all rules share the experts; the report compares them"]
+    lines += [f"  - {{rule: {_scalar(rule)}}}" for rule in answers.rules]
+    if not answers.rules and all(answers.stages_trained()):
+        lines.append(f"  - {_BLEND}    # half-way from the base to the last expert")
+        lines.append("  # - {rule: magmax}    # keeps more of the earlier stages, less of the newest")
+    elif not answers.rules:
+        lines.append("  - {rule: magmax}")
+    others = ", ".join(r for r in rule_names() if f"{{rule: {r}" not in "".join(lines))
     lines += textwrap.wrap(f"Others: {others}.", 110, initial_indent="  # ", subsequent_indent="  # ")
     lines.append("  # Parameters of a rule: {rule: magmax, parameters: {lambda: 0.5}}")
-    lines.append("  # Half-way to the base, if the newest stage must lose nothing:")
-    lines.append("  # {rule: blend, start_from: previous, parameters: {keep: 0, take: 0.5}}")
-    lines.append("  # From experts that are trained from the base; the best average where rules were compared:")
-    lines.append("  # {rule: covariance, layers: {first: 0.7, last: 0.7}}")
+    if answers.rules and all(answers.stages_trained()):
+        lines += ["  # Half-way from the base to the last expert; keeps the newest stage where it was measured:"]
+        lines.append(f"  # {_BLEND}")
     return "\n".join(lines) + "\n"
 
 

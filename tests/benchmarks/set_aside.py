@@ -103,12 +103,13 @@ def write_stream(stream: str, data: Path, out: Path, batch: int, args: argparse.
         "save_strategy": "no",
     }  # fmt: skip
     recipe = {
-        "name": stream, "base_model": "quickstart:smollm2", "stages": stages, "train": train, "merge": LINES,
+        "name": stream, "base_model": "quickstart:smollm2", "stages": stages, "train": train,
+        "merge": LINES if stream == "bank" else LINES[:2],
         "evaluate": {"limit": args.limit, "general_tasks": general},
     }  # fmt: skip
     names = STREAMS[stream]
     orders = [names[start:] + names[:start] for start in range(len(names))]
-    study = {"name": stream, "recipe": f"{stream}.yml", "orders": orders, "seeds": [0, 1],
+    study = {"name": stream, "recipe": f"{stream}.yml", "orders": orders, "seeds": [0, 1], "keep": "scores",
              "vary": {"train.learning_rate": [1e-4, 2e-5, 5e-4]}}  # fmt: skip
     (out / f"{stream}.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (out / f"study-{stream}.yml").write_text(yaml.safe_dump(study, sort_keys=False))
@@ -126,7 +127,8 @@ def write_practice(out: Path) -> None:
         adapter = {"train.strategy": name, "train.learning_rate": 1e-3, "merge": [rule]}
         settings.append({"name": name, "set": adapter})
     settings.append({"name": "joint", "set": {"baselines": ["joint"]}})
-    study = {"name": "practice", "recipe": "practice.yml", "orders": [STREAMS["bank"][:2]], "seeds": [0],
+    settings += [{"name": f"rate_{rate}", "set": {"train.learning_rate": rate}} for rate in (2e-5, 5e-4)]
+    study = {"name": "practice", "recipe": "practice.yml", "orders": [STREAMS["bank"][:2]], "seeds": [0], "keep": "scores",
              "settings": [{"name": "full", "set": {"train.strategy": "full"}}, *settings]}  # fmt: skip
     (out / "practice.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (out / "study-practice.yml").write_text(yaml.safe_dump(study, sort_keys=False))

@@ -39,7 +39,11 @@ def test_every_combination_can_be_read(
     assert [s.expert or (s.dataset and s.dataset.path) for s in recipe.stages] == [
         s.partition("=")[2].removeprefix("model:") for s in stages
     ]
-    assert [m.rule for m in recipe.merge] == (rules or ["magmax"])
+    trained = all(stage.expert is None for stage in recipe.stages)
+    assert [m.rule for m in recipe.merge] == (rules or ["blend" if trained else "magmax"])
+    if trained and not rules:  # the middle between the base and the last expert needs a chain of experts
+        assert recipe.merge[0].start_from == "previous"
+        assert recipe.merge[0].parameters == {"keep": 0, "take": 0.5}
     out = capsys.readouterr().out
     assert f"contmerge plan {path}" in out
     assert (f"contmerge run {path} --num-processes 8\n" in out) == (gpus == 8)
