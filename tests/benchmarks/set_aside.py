@@ -128,7 +128,8 @@ def write_practice(out: Path) -> None:
         settings.append({"name": name, "set": adapter})
     settings.append({"name": "joint", "set": {"baselines": ["joint"]}})
     settings += [{"name": f"rate_{rate}", "set": {"train.learning_rate": rate}} for rate in (2e-5, 5e-4)]
-    study = {"name": "practice", "recipe": "practice.yml", "orders": [STREAMS["bank"][:2]], "seeds": [0], "keep": "scores",
+    study = {"name": "practice", "recipe": "practice.yml", "keep": "scores",
+             "orders": [STREAMS["bank"][:2]], "seeds": [0],
              "settings": [{"name": "full", "set": {"train.strategy": "full"}}, *settings]}  # fmt: skip
     (out / "practice.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (out / "study-practice.yml").write_text(yaml.safe_dump(study, sort_keys=False))
