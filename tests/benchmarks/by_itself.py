@@ -1,12 +1,12 @@
-"""What a stage learns and loses by its objective: demonstrations (SFT), self-distillation (SDFT), rewards (GRPO).
+"""What a stage learns and loses by its objective: demonstrations (SFT, SDFT), rewards (GRPO), labelled answers (KTO).
 
     python tests/benchmarks/by_itself.py               SmolLM2-135M-Instruct, one seed, ten minutes on two cores
     python tests/benchmarks/by_itself.py --steps 2 --only GRPO
 
 One stage of small sums, after two solved ones. GRPO gets 1 for the right number and no demonstration; SFT and SDFT see
-it. Learning is the share of right answers to held-out sums. General change is measured on texts and questions that the
-stage does not teach, against the base, with one standard error over documents. All is kept under --runs, and the same
-command goes on where it was stopped.
+it; KTO sees the right number and a wrong one, with a label each. Learning is the share of right answers to held-out
+sums. General change is measured on texts and questions that the stage does not teach, against the base, with one
+standard error over documents. All is kept under --runs, and the same command goes on where it was stopped.
 """
 
 import argparse
@@ -29,6 +29,7 @@ LEARN = {
     "SFT": {"per_device_train_batch_size": 16, "completion_only_loss": True},
     "SDFT": {"learn": "sdft", **SAMPLED, "teacher_prompt_template": "The result is{privileged_context}.\n{prompt}"},
     "GRPO": {"learn": "grpo", "rewards": ["exact_match"], **SAMPLED},
+    "KTO": {"learn": "kto", "per_device_train_batch_size": 16},
 }
 
 
@@ -57,16 +58,20 @@ def write_data(home: Path) -> None:
     random.Random(0).shuffle(sums)
     rows = [{"prompt": f"{SHOWN}{a} {sign} {b} =", "completion": f" {c}", "answer": str(c)} for a, sign, b, c in sums]
     texts = [{"text": row["text"][:900]} for name in ("bible", "pydocs") for row in load_quickstart(name)[:8]]
-    for name, part in (("sums", rows[:70]), ("measured", rows[70:]), ("texts", texts)):
+    judged = [{"prompt": row["prompt"], "completion": f" {(int(row['answer']) + off) % 10}", "label": off == 0}
+              for i, row in enumerate(rows[:70]) for off in (0, 1 + i % 9)]  # fmt: skip
+    parts = {"sums": rows[:70], "judged": judged, "measured": rows[70:], "texts": texts}
+    for name, part in parts.items():
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
 
 
 def recipe(name: str, train: dict, args: argparse.Namespace) -> dict:
     """Return the recipe of one stage by an objective."""
-    files = {word: str(args.runs / f"{word}.jsonl") for word in ("sums", "measured", "texts")}
+    files = {word: str(args.runs / f"{word}.jsonl") for word in ("sums", "judged", "measured", "texts")}
+    learnt = files["judged" if train.get("learn") == "kto" else "sums"]
     return {
         "name": name.lower(), "base_model": args.base, "merge": ["average"],
-        "stages": [{"name": "sums", "dataset": {"path": files["sums"], "heldout": 0}, "tasks": [
+        "stages": [{"name": "sums", "dataset": {"path": learnt, "heldout": 0}, "tasks": [
             {"name": "right", "kind": "exact_match", "question": "prompt", "answer": "answer", "max_new_tokens": 4,
              "dataset": files["measured"]}]}],
         "train": {**train, "max_steps": args.steps, "learning_rate": args.rate, "logging_steps": 4,
