@@ -24,8 +24,8 @@ PROJECT = {"README.md": "front.md", "CONTRIBUTING.md": "contributing.md", "SECUR
            "CHANGELOG.md": "changelog.md"}  # fmt: skip
 """Pages outside docs/ -> their place on the site."""
 EFFECT = (
-    "The quickstart", "cl-standard on SmolLM2", "Rules side by side", "Strategies side by side",
-    "Objectives side by side", "Rounding",
+    "The quickstart", "cl-standard on SmolLM2", "Streams that were set aside", "Rules side by side",
+    "Strategies side by side", "Objectives side by side", "Rounding",
 )  # fmt: skip
 """Sections of figures.md about what a model knows afterwards; the others are about cost and exactness."""
 FACES = ("hf_contmerge", "hf_contmerge.merge_rules", "hf_contmerge.train_strategies", "hf_contmerge.merging",

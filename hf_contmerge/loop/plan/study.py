@@ -64,7 +64,10 @@ def plan_study(folder: StudyFolder, *, trust_remote_code: bool = False) -> Study
 def _plans(
     folder: StudyFolder, findings: Findings, trust_remote_code: bool
 ) -> Iterator[tuple[list[StudyCell], Mapping[str, Any]]]:
-    """Yield each setting's cells and the plan of the first, with each log line once."""
+    """Yield each setting's cells and the plan of the first.
+
+    Settings share most of their data, so each log line is said once.
+    """
     filters = [(handler, _Once()) for handler in logging.root.handlers]
     for handler, once in filters:
         handler.addFilter(once)
@@ -77,7 +80,7 @@ def _plans(
 
 
 class _Once(logging.Filter):
-    """Lets each line of a handler through once: settings share most of their data."""
+    """Lets each line of a handler through once."""
 
     def __init__(self) -> None:
         super().__init__()
