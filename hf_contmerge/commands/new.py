@@ -307,7 +307,10 @@ def _merge(answers: Answers) -> str:
     lines = ["merge:    # all rules share the experts; the report compares them"]
     lines += [f"  - {{rule: {_scalar(rule)}}}" for rule in answers.rules]
     if not answers.rules and all(answers.stages_trained()):
-        lines.append(f"  - {_BLEND}    # half-way from the base to the last expert")
+        lines += [
+            "  # Half-way from the base to the last expert. With `take: auto` the share is searched after each stage."
+        ]
+        lines.append(f"  - {_BLEND}")
         lines.append("  # - {rule: magmax}    # keeps more of the earlier stages, less of the newest")
     elif not answers.rules:
         lines.append("  - {rule: magmax}")

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file
 from toys.guarded import make_home, moved, recipe
 from toys.models import perturbed
 
@@ -62,6 +64,22 @@ def test_blend_searches_both_coefficients_and_its_record_repeats_the_merge(home:
     run = run_recipe(parse_recipe(data), tmp_path / "run", until="merge")
     assert merged(run, 2).record("merge")["model_sha256"] == two["model_sha256"]
     assert weights_sha256(merged(run, 2).running) == before
+
+
+def test_the_share_of_the_newest_expert_is_searched_alone(home: Path, tmp_path: Path) -> None:
+    """`contmerge new` offers this: half-way from the base to the last expert, or as far as the documents say."""
+    entry = {"rule": "blend", "parameters": {"keep": 0, "take": "auto"}}
+    run = run_recipe(parse_recipe(recipe(home, "side", "half", merge=[entry])), tmp_path / "run", until="merge")
+    for t, expert in ((1, "side"), (2, "half")):
+        record = merged(run, t).record("merge")
+        assert 4 <= len(record["tries"]) <= 8
+        assert {tried["parameters"]["keep"] for tried in record["tries"]} == {0}
+        share = record["parameters"]["take"]
+        assert share == next(tried["parameters"]["take"] for tried in record["tries"] if tried["taken"])
+        wanted = load_file(moved(home / "base", tmp_path / expert, home / expert, by=share) / "model.safetensors")
+        found = load_file(merged(run, t).model / "model.safetensors")
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor.float(), wanted[name].float(), atol=1e-6, rtol=1e-5)
 
 
 def test_weights_and_layers_of_an_entry_are_folded_and_recorded(home: Path, tmp_path: Path) -> None:
