@@ -63,7 +63,7 @@ def test_measured_effects_are_those_of_the_figures(hooks: ModuleType, page: str,
         measured
         == {
             "rules": {*rule_names()} - {"slao"},
-            "strategies": {"full", "replay", "anchor", "olora", "migu"},
+            "strategies": {"full", "replay", "anchor", "olora", "migu", "distill", "soup", "eaft"},
         }[page]
     )
 
