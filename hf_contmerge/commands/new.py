@@ -304,22 +304,26 @@ def _train(answers: Answers) -> str:
 def _merge(answers: Answers) -> str:
     from hf_contmerge.merge_rules import rule_names
 
+    trained, rules = all(answers.stages_trained()), answers.rules
     lines = ["merge:    # all rules share the experts; the report compares them"]
-    lines += [f"  - {{rule: {_scalar(rule)}}}" for rule in answers.rules]
-    if not answers.rules and all(answers.stages_trained()):
+    if trained and not rules:
+        rules = ("blend", "magmax")
         lines += [
-            "  # Half-way from the base to the last expert. With `take: auto` the share is searched after each stage."
+            "  # Half-way from the base to the last expert. With `take: auto` the share is searched after each stage.",
+            f"  - {_BLEND}",
+            "  # - {rule: magmax}    # keeps more of the earlier stages, less of the newest",
         ]
-        lines.append(f"  - {_BLEND}")
-        lines.append("  # - {rule: magmax}    # keeps more of the earlier stages, less of the newest")
-    elif not answers.rules:
-        lines.append("  - {rule: magmax}")
-    others = ", ".join(r for r in rule_names() if f"{{rule: {r}" not in "".join(lines))
+    else:
+        rules = rules or ("magmax",)
+        lines += [f"  - {{rule: {_scalar(rule)}}}" for rule in rules]
+    others = ", ".join(rule for rule in rule_names() if rule not in rules)
     lines += textwrap.wrap(f"Others: {others}.", 110, initial_indent="  # ", subsequent_indent="  # ")
     lines.append("  # Parameters of a rule: {rule: magmax, parameters: {lambda: 0.5}}")
-    if answers.rules and all(answers.stages_trained()):
-        lines += ["  # Half-way from the base to the last expert; keeps the newest stage where it was measured:"]
-        lines.append(f"  # {_BLEND}")
+    if trained and answers.rules:
+        lines += [
+            "  # Half-way from the base to the last expert; keeps the newest stage where it was measured:",
+            f"  # {_BLEND}",
+        ]
     return "\n".join(lines) + "\n"
 
 

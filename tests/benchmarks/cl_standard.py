@@ -130,16 +130,7 @@ def write(args: argparse.Namespace) -> None:
          "tasks": [{"name": f"{name}_class", **questions, "dataset": str(out / f"{name}-test.jsonl")}]}
         for name in ORDERS[0]
     ]  # fmt: skip
-    general = [
-        {"name": "wikitext", "kind": "perplexity",
-         "dataset": {"path": str(data / "general/wikitext2/test.jsonl"), "heldout": 16, "heldout_chars": 800}},
-        {"name": "arc_easy_words", **questions, "dataset": str(data / "eval/arc_easy.jsonl")},
-    ]  # fmt: skip
-    train = {
-        "strategy": "full", "max_steps": args.steps, "per_device_train_batch_size": 8, "max_length": 192,
-        "learning_rate": 1.0e-4, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_checkpointing": False,
-        "save_strategy": "no",
-    }  # fmt: skip
+    general, train = general_tasks(data), training(args.steps, batch=8)
     merge = [{"rule": "magmax", "start_from": "previous"}, {"rule": "average", "start_from": "previous"},
              {"rule": "blend", "start_from": "previous", "parameters": {"keep": 0, "take": 0.5}}]  # fmt: skip
     parameters = {"share": 0, "general": str(out / "general.jsonl"), "general_share": 0.1, "within_batch": True}
@@ -160,15 +151,36 @@ def write(args: argparse.Namespace) -> None:
     (out / "rules-general.yml").write_text(yaml.safe_dump({**alone, "train": mixed}, sort_keys=False))
 
 
+def general_tasks(data: Path) -> list[dict[str, object]]:
+    """Return what is measured beside the stages."""
+    return [
+        {"name": "wikitext", "kind": "perplexity",
+         "dataset": {"path": str(data / "general/wikitext2/test.jsonl"), "heldout": 16, "heldout_chars": 800}},
+        {"name": "arc_easy_words", "kind": "multiple_choice", "dataset": str(data / "eval/arc_easy.jsonl")},
+    ]  # fmt: skip
+
+
+def training(steps: int, batch: int) -> dict[str, object]:
+    """Return the settings of all stages."""
+    return {
+        "strategy": "full", "max_steps": steps, "per_device_train_batch_size": batch, "max_length": 192,
+        "learning_rate": 1.0e-4, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_checkpointing": False,
+        "save_strategy": "no",
+    }  # fmt: skip
+
+
+def question(prompt: str, choices: list[str], gold: int) -> dict[str, object]:
+    """Return a row for training (prompt, completion) and asking (query, choices, gold)."""
+    return {"prompt": prompt, "completion": f" {choices[gold]}", "query": prompt, "choices": choices, "gold": gold}
+
+
 def _rows(file: Path, name: str) -> Iterator[dict[str, object]]:
     """Yield rows for training (prompt, completion) and asking (query, choices, gold)."""
     word, classes = CLASSES[name][0], CLASSES[name][1].split()
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if len(row["text"]) in CHARS:
-            prompt = f"{row['text'].strip()}\n{word}:"
-            yield {"prompt": prompt, "completion": f" {classes[row['gold']]}", "query": prompt, "choices": classes,
-                   "gold": row["gold"]}  # fmt: skip
+            yield question(f"{row['text'].strip()}\n{word}:", classes, row["gold"])
 
 
 def mix(run: Run, mixes: Mapping[str, Mix]) -> None:

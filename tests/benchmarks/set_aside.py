@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
+from cl_standard import general_tasks, question, training
 from scipy import stats
 
 AREAS = {
@@ -92,20 +93,10 @@ def write_stream(stream: str, data: Path, out: Path, batch: int, args: argparse.
             task = {"kind": "multiple_choice", "dataset": test}
         dataset = {"path": str(out / f"{name}-train.jsonl"), "max_examples": batch * args.steps, "heldout": 0}
         stages.append({"name": name, "dataset": dataset, "tasks": [{"name": f"{name}_test", **task}]})
-    general = [
-        {"name": "wikitext", "kind": "perplexity",
-         "dataset": {"path": str(data / "general/wikitext2/test.jsonl"), "heldout": 16, "heldout_chars": 800}},
-        {"name": "arc_easy_words", "kind": "multiple_choice", "dataset": str(data / "eval/arc_easy.jsonl")},
-    ]  # fmt: skip
-    train = {
-        "strategy": "full", "max_steps": args.steps, "per_device_train_batch_size": batch, "max_length": 192,
-        "learning_rate": 1.0e-4, "warmup_steps": 3, "lr_scheduler_type": "cosine", "gradient_checkpointing": False,
-        "save_strategy": "no",
-    }  # fmt: skip
     recipe = {
-        "name": stream, "base_model": "quickstart:smollm2", "stages": stages, "train": train,
+        "name": stream, "base_model": "quickstart:smollm2", "stages": stages, "train": training(args.steps, batch),
         "merge": LINES if stream == "bank" else LINES[:2],
-        "evaluate": {"limit": args.limit, "general_tasks": general},
+        "evaluate": {"limit": args.limit, "general_tasks": general_tasks(data)},
     }  # fmt: skip
     names = STREAMS[stream]
     orders = [names[start:] + names[:start] for start in range(len(names))]
@@ -141,9 +132,8 @@ def questions(data: Path, stage: str, split: str) -> Iterator[dict[str, object]]
     word, source = ("Topic", "banking77") if stage in AREAS else ("Sentiment", "phrasebank")
     for row in read(data / "finance" / source / f"{split}.jsonl"):
         if row["label"] in words:
-            prompt, answer = f"{row['text'].strip()}\n{word}:", words[row["label"]]
-            yield {"prompt": prompt, "completion": f" {answer}", "query": prompt, "choices": list(words.values()),
-                   "gold": list(words.values()).index(answer)}  # fmt: skip
+            choices = list(words.values())
+            yield question(f"{row['text'].strip()}\n{word}:", choices, choices.index(words[row["label"]]))
 
 
 def texts(folder: Path, split: str) -> Iterator[dict[str, object]]:

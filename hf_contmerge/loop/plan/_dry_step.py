@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,13 +87,12 @@ def training_step(
         ModelError: transformers cannot make a model from this config.
     """
     carrier = strategies.carrier
-    checkpointing = settings.gradient_checkpointing and (settings.gradient_checkpointing_kwargs or {})
     step = _TrainingStep(
         lora=carrier if isinstance(carrier, Lora) else None,
         shape=(batch, length),
         passes=min(settings.gradient_accumulation_steps, 2),
         autocast=settings.bf16 or settings.fp16,
-        checkpointing=checkpointing,
+        checkpointing=(settings.gradient_checkpointing_kwargs or {}) if settings.gradient_checkpointing else None,
         moments=_moments(str(settings.optim)),
     )
     cost = _once(folder, init, step, partial(_meter_training, folder, init, step))
@@ -110,8 +109,8 @@ class _TrainingStep(NamedTuple):
     passes: int
     """Micro-batches, at most two: from the second on, gradients exist."""
     autocast: bool
-    checkpointing: dict[str, Any] | Literal[False]
-    """Arguments of gradient checkpointing."""
+    checkpointing: dict[str, Any] | None
+    """Arguments of gradient checkpointing; None: without."""
     moments: int
     """The optimizer's bytes per trained parameter."""
 
@@ -120,7 +119,7 @@ def _meter_training(folder: Path, init: dict[str, Any], step: _TrainingStep) -> 
     from trl.trainer.utils import add_fused_lm_head
 
     model = _model(folder, init).train()
-    if step.checkpointing is not False:
+    if step.checkpointing is not None:
         recompute_activations(model, step.checkpointing or None)
     add_fused_lm_head(model, outputs=_FUSED_OUTPUTS)
     # Other carriers may decompose weights at the start, which needs data; their bytes per parameter cover that.

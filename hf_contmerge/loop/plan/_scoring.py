@@ -85,7 +85,6 @@ def _scoring_dtype(planned: PlannedRun) -> torch.dtype:
     return torch.bfloat16 if bf16_pays(planned.weights.numel()) else torch.float32
 
 
-@functools.cache
 def _dry_batch(planned: PlannedRun, rows: int, length: int) -> StepCost:
     init = {"dtype": _scoring_dtype(planned), "trust_remote_code": planned.recipe.trust_remote_code}
     return scoring_batch(planned.base, batch=rows, length=length, init=init)

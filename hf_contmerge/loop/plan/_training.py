@@ -95,7 +95,6 @@ def writing_seconds(planned: PlannedRun, host: Host, *, rows: int, tokens: int) 
     return tokens * host.computing(_dry_token(planned, rows).work)
 
 
-@functools.cache
 def _dry_token(planned: PlannedRun, rows: int) -> StepCost:
     dtype = torch.bfloat16 if bf16_pays(planned.weights.numel()) else torch.float32
     init = {"dtype": dtype, "trust_remote_code": planned.recipe.trust_remote_code}
