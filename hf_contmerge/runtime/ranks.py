@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -114,9 +115,13 @@ class LaunchedRanks(Ranks):
     def _leave(self) -> None:
         """End the group's threads.
 
-        One that still releases a tensor would abort the exiting process.
+        One that still releases a tensor would abort the exiting process. The default group is left to its owner.
         """
-        self._group = None
+        import torch.distributed as dist
+
+        group, self._group = self._group, None
+        with suppress(ValueError):  # it ended with all others
+            dist.destroy_process_group(group)
 
     def gather(self, value: T) -> list[T]:
         import torch.distributed as dist
