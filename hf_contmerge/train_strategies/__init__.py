@@ -101,6 +101,9 @@ class TrainStrategy:
     texts_only: ClassVar[bool] = False
     """Whether it needs tokens with labels, which texts have and preference pairs do not."""
 
+    opens_on_meta: ClassVar[bool] = False
+    """Whether `open` works on a model without values (PyTorch's meta device): a run then tries it before any work."""
+
     stage: int = field(default=1, init=False, repr=False)
     """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
 
@@ -305,6 +308,16 @@ class Combined:
             if name in rated:
                 self._apply_rates(opened, name)
         return opened
+
+    def try_open(self, model: PreTrainedModel) -> None:
+        """Open a model on the meta device with the parts that can.
+
+        Raises ValueError for parameters that do not fit the model.
+        """
+        opening = self.overriding("open")
+        able = {name: part for name, part in self.parts.items() if part.opens_on_meta or name not in opening}
+        if next(iter(self.parts)) in able:  # the others look at what the carrier has made
+            Combined(able).open(model, None)
 
     def _apply_rates(self, model: nn.Module, part: str) -> None:
         """Keep a part's factors; freeze weights of factor 0. Raises ValueError."""

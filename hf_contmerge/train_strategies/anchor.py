@@ -30,6 +30,7 @@ class Anchor(TrainStrategy):
     """
 
     carriers = ("full",)
+    opens_on_meta = True
     bytes_per_parameter: ClassVar[int] = 4  # where all weights are chosen
 
     strength: Annotated[float, Field(ge=0)] = 0.1

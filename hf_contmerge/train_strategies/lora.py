@@ -29,6 +29,7 @@ class Lora(TrainStrategy):
 
     carrier = True
     bytes_per_parameter = 5
+    opens_on_meta = True
 
     config: dict[str, Any]
     keep: bool

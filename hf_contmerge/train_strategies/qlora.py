@@ -28,6 +28,7 @@ class Qlora(Lora):
 
     bytes_per_parameter = 2
     sharded = False
+    opens_on_meta = False
 
     _float: Any
 

@@ -30,6 +30,8 @@ class Rates(TrainStrategy):
     weight has no gradient and no moments.
     """
 
+    opens_on_meta = True
+
     factors: dict[str, Factor] | None = None
     """Regular expression -> factor; looked for in names of weights, in this order."""
     slow: Factor | None = None

@@ -81,6 +81,7 @@ def train_expert(
     _tell(trainer, on_log)
     _train_on(trainer, newest_checkpoint(checkpoints))
     _check_steps(trainer)
+    _check_gradients(trainer, strategies)
     strategies.finish(trainer.accelerator.unwrap_model(trainer.model))
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
@@ -253,6 +254,22 @@ def _check_steps(trainer: Any) -> None:
         raise DataError(
             f"No step was taken: {len(trainer.train_dataset)} examples are left after tokenizing, fewer than a batch "
             "of all ranks. Lower per_device_train_batch_size, set `dataloader_drop_last: false`, or give more examples."
+        )
+
+
+def _check_gradients(trainer: Any, strategies: Combined) -> None:
+    """Raise DataError if no step had a gradient."""
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    if norms and not any(norms):
+        weighing = strategies.overriding("token_weights")
+        raise DataError(
+            f"Nothing was learnt: the gradient was zero in all {len(norms)} logged steps. "
+            + (
+                f"The strategy {' and '.join(weighing)} gave no token a weight, which a model does that finds no token "
+                "likely: change its parameters, or leave it out."
+                if weighing
+                else "Look at what the examples teach, and at the strategies' parameters."
+            )
         )
 
 

@@ -56,7 +56,7 @@ LINES = [
 
 STRATEGIES: dict[str, dict[str, object]] = {
     "anchor": {}, "soup": {}, "eaft": {}, "talr": {}, "asft": {}, "low_perplexity": {}, "distill": {}, "ewc": {},
-    "rates": {"slow": 0.1}, "replay": {"share": 0.1, "within_batch": True},
+    "rates": {"factors": {"layers": 0.1}}, "replay": {"share": 0.1, "within_batch": True},
 }  # fmt: skip
 """Each with `full`, and its parameters where the defaults are not meant."""
 

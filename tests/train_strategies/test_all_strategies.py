@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_contmerge.errors import ContmergeError, RecipeError
+from hf_contmerge.loop.plan.rehearsal import _check_strategies
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.testing import check_strategy
 from hf_contmerge.testing.course import Course, write_texts
@@ -281,6 +282,15 @@ def refused(base: Path, names: list[str], parameters: Row) -> str:
 def test_what_cannot_be(names: list[str], parameters: Row, message: str, base_folder: Path) -> None:
     of = parameters if len(names) == 1 else {}
     assert refused(base_folder, names, of).startswith(f"train.parameters: {message}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_passes_the_rehearsal(case: str, course: Callable[[str], Course]) -> None:
+    """No false refusal: what can be trained opens on the meta device, or is left for the run."""
+    works_here(case)
+    folder, names = course("full").home / "base", case.split()
+    carried = any(strategy_class(name).carrier for name in names)
+    _check_strategies(Train(strategy=names if carried else ["full", *names], parameters=parameters_of(case)), folder)
 
 
 @pytest.mark.parametrize("pair", [pair for pair in EVERY_PAIR if pair not in PAIRS and "full" not in pair.split()])

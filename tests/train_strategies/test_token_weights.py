@@ -12,6 +12,7 @@ from torch import Tensor
 from toys.trainings import ACCUMULATED, RATE, Batches, Parts, Row, Training, assert_near, step_loss, texts
 from transformers import AutoModelForCausalLM
 
+from hf_contmerge.errors import DataError
 from hf_contmerge.train_strategies import Combined, get_strategy
 from hf_contmerge.training.data import StageData
 
@@ -73,6 +74,14 @@ def test_weights_of_several_multiply() -> None:
 
 
 # In training
+
+
+def test_a_stage_in_which_nothing_is_learnt_is_refused(train: Training) -> None:
+    """Its expert would be its start."""
+    parts = {name: get_strategy(name) for name in ("eaft", "low_perplexity")}  # to a random model, no token is likely
+    with pytest.raises(DataError, match=r"zero in all \d+ logged steps. The strategy eaft and low_perplexity gave no"):
+        train("nothing", parts, max_steps=2)
+    assert not list((train.home / "nothing").iterdir())
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from hf_contmerge.merge_rules import MergeRule, Weight
+from hf_contmerge.merging.trial import trial_of
 from hf_contmerge.runtime.device import cpu_only
 from hf_contmerge.runtime.refusals import free_bytes
 
@@ -52,8 +54,6 @@ class Speeds:
     """Bytes read and written by elementwise operations; all threads, or one GPU."""
     call: float
     """Minimum seconds per operation."""
-    decomposed: float
-    """Operations of a float64 symmetric eigendecomposition, one thread; counted as in merging/costs.py."""
     hashed: float
     """Bytes hashed with SHA-256, one thread."""
     written: float
@@ -93,7 +93,7 @@ def _measure_speeds(folder: Path) -> Speeds:
     device = torch.device("cpu" if cpu_only() else "cuda")
     size = 1024 if device.type == "cpu" else 8192
     flops = {d: 2 * size**3 / _product(size, d, device) for d in (torch.float32, torch.bfloat16)}
-    return Speeds(flops, _moved(device), _call(device), _decomposed(), _hashed(), _written(folder))
+    return Speeds(flops, _moved(device), _call(device), _hashed(), _written(folder))
 
 
 def _limits() -> list[int]:
@@ -140,6 +140,17 @@ def product_speed(shape: Shape) -> float:
     return 2 * rows * inner * columns / _fastest(lambda: a @ b.T)
 
 
+@functools.cache
+def rule_seconds(rule: MergeRule, weight: Weight) -> float:
+    """Measure one thread's seconds of folding an expert into a weight."""
+    trial, threads = trial_of(rule, weight, torch.device("cpu" if cpu_only() else "cuda")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return trial.times * _fastest(trial.fold)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return _fastest(lambda: a @ b)
@@ -164,17 +175,6 @@ def _call(device: torch.device, count: int = 500) -> float:
         b.backward()
 
     return _fastest(work) / (2 * count)
-
-
-def _decomposed(size: int = 384) -> float:
-    draw = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seconds = _fastest(lambda: torch.linalg.eigh(draw @ draw.T))
-    finally:
-        torch.set_num_threads(threads)
-    return (6 + 30) * size**3 / seconds
 
 
 def _hashed() -> float:

@@ -6,6 +6,7 @@ be hours in. The tiny model is a Llama over the base's tokens, so a step takes a
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
@@ -15,14 +16,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PrinterCallback
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+)
 
 from hf_contmerge.errors import ContmergeError, RecipeError
+from hf_contmerge.models.architecture import find_architecture
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData
@@ -30,12 +38,15 @@ from hf_contmerge.training.sampling import loading_by, reward_functions, sampled
 from hf_contmerge.training.settings import (
     PREFERENCES,
     SAMPLED,
+    bad_parameters,
     config_fields,
     make_strategies,
     sft_settings,
     trl_classes,
 )
 from hf_contmerge.training.tokenizer import stage_tokenizer
+
+LOG = logging.getLogger(__name__)
 
 _ROWS = 4
 _LOOKED_AT = 64
@@ -57,8 +68,11 @@ _TWO_ANSWERS = {
 def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_remote_code: bool = False) -> None:
     """Raise RecipeError for settings without a working trainer.
 
-    All ranks call this together. Launchers that shard weights are left out: they need the real model.
+    Strategies are opened on the base's architecture without values, so that names and layers that this model lacks are
+    found here. All ranks call this together. Launchers that shard weights are left out of the rest: they need the real
+    model.
     """
+    _check_strategies(train, base)
     if train.sft_fields.get("deepspeed") or any(
         os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED")
     ):
@@ -124,6 +138,24 @@ def _shortest(rows: Dataset) -> Dataset:
     some = rows.select(range(min(len(rows), _LOOKED_AT)))
     order = sorted(range(len(some)), key=lambda i: len(str(some[i])))
     return some.select(order[:_ROWS])
+
+
+def _check_strategies(train: Train, base: Path) -> None:
+    """Refuse parameters that do not fit the base's weights."""
+    architecture, trained = find_architecture(base), cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)
+    model = architecture and copy.deepcopy(architecture.model)
+    if model is None or type(model) is not trained.get(type(model.config), None):
+        return  # code of its own, or a class that is not the one that is trained
+    strategies = make_strategies(train)
+    strategies.begin(1, base)
+    try:
+        with _quietly():
+            strategies.try_open(model)
+    except (ValueError, RuntimeError) as error:  # NotImplementedError, which peft raises too, is a RuntimeError
+        if not isinstance(error, (ValueError, NotImplementedError)) or "meta" in str(error).lower():
+            LOG.debug("These strategies need values to open: %s", train.strategy, exc_info=True)
+            return
+        raise bad_parameters(train, error) from error
 
 
 def _check_router(train: Train, base: Path, where: str, trust_remote_code: bool) -> None:

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,11 +26,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from hf_contmerge.commands.main import main
 from hf_contmerge.loop.plan import _dry_step
 from hf_contmerge.loop.plan._dry_step import scoring_batch
+from hf_contmerge.loop.plan._machine import measure_speeds, this_machine
+from hf_contmerge.loop.plan._merging import _folding
+from hf_contmerge.loop.plan._planned import Host
 from hf_contmerge.loop.plan._scoring import _requests
 from hf_contmerge.loop.plan._training import _shape
+from hf_contmerge.merge_rules import get_rule
+from hf_contmerge.merging import MergeState
 from hf_contmerge.models.weights import Weights, WeightsWriter
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.files import write_choice_task
 from hf_contmerge.scoring.keys import ScoreRequest
@@ -237,6 +244,22 @@ def test_time_is_what_each_phase_took(tmp_path: Path) -> None:
     took = {"train": seconds("train") - seconds("train")}  # the second finds all done: what a start takes
     expected = sum(p["seconds"] for p in found["phases"] if p["phase"] == "train")
     assert expected / took["train"] == NEAR, (expected, took)
+
+
+@pytest.mark.parametrize("name", ["covariance", "iso_c", "opcm"])
+def test_time_of_a_merge_is_near_what_it_takes(name: str, tmp_path: Path) -> None:
+    """Processor time of one thread. These rules decompose at each stage, at read-out, at later stages."""
+    base, *experts = (toy_llama(tmp_path / f"{seed}", seed=seed, hidden=512, layers=2) for seed in range(3))
+    weights, rule, crew = Weights(base), get_rule(name), Crew(workers=1)
+    host = Host(this_machine(tmp_path), measure_speeds(tmp_path), start=0, processes=1)
+    planned = sum(_folding(weights, host, rule, stage) for stage in (1, 2))
+    state = MergeState.create(tmp_path / "state", base=base, rule=name)
+    start = time.process_time()
+    for number, expert in enumerate(experts):
+        state.add(expert, crew=crew)
+        state.export(tmp_path / f"merged-{number}", crew=crew)
+    took = time.process_time() - start
+    assert took / 2 < planned < took * 2
 
 
 # What is wrong

@@ -81,6 +81,34 @@ def test_what_other_libraries_refuse(data: dict[str, StageData], base_folder: Pa
         rehearse(Train(router_aux_loss_coef=0.1), data["text"], base_folder, "train")  # pyright: ignore
 
 
+NOT_OF_THIS_MODEL: list[tuple[list[str], dict[str, Any], str]] = [
+    (["lora"], {"lora": {"target_modules": ["nothing"]}}, "Target modules {'nothing'} not found in the base model."),
+    (["lora"], {"lora": {"bias": "some"}}, "Requested bias: some, is not implemented."),
+    (["olora", "migu"], {"olora": {"target_modules": ["nothing"]}}, "Target modules {'nothing'} not found"),
+    (["full", "anchor"], {"anchor": {"modules": ["nothing"]}}, "anchor's modules ['nothing'] is in no weight's name"),
+    (["full", "rates"], {"rates": {"factors": {"nothing": 0.1}}}, "rates' pattern 'nothing' is in no trained weight"),
+    (["lora", "rates"], {"rates": {"factors": {"mlp.*base": 0.1}}}, "rates' pattern 'mlp.*base' is in no trained"),
+    (["full", "rates"], {"rates": {"slow": 0.1}}, "rates' `slow` trains the head at the full rate and all else slowly"),
+    (["full", "rates"], {"rates": {"factors": {".": 0}}}, "rates gives every weight the rate 0"),
+    (["osf"], {"osf": {"target_modules": ["nothing"]}}, "Target modules ['nothing'] not found"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "parameters", "words"), NOT_OF_THIS_MODEL)
+def test_strategies_that_do_not_fit_the_model(
+    strategy: list[str], parameters: dict[str, Any], words: str, data: dict[str, StageData], base_folder: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        rehearse(Train(strategy=strategy, parameters=parameters), data["text"], base_folder, "train of stage x")
+    assert str(caught.value).startswith(f"train.parameters: {words}")
+
+
+@pytest.mark.parametrize("how", [True, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2", "eva", "lora_ga"])
+def test_adapters_that_start_from_values_are_opened(how: Any, data: dict[str, StageData], base_folder: Path) -> None:
+    """On the meta device there are none to decompose."""
+    rehearse(Train(strategy="lora", parameters={"init_lora_weights": how}), data["text"], base_folder, "train")
+
+
 def test_functions_refuse_before_training(base_folder: Path, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "functions_rehearsed.jsonl", ROWS["text"])
     with pytest.raises(RecipeError, match=r"^finetune_stage cannot be followed: You set `assistant_only_loss=True`"):
