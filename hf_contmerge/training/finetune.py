@@ -75,7 +75,6 @@ def train_expert(
     trainer = _make_trainer(job, strategies, examples, checkpoints)
     dropped = _dropped(trainer, len(examples))
     share_out_on_processors(trainer)
-    _check_ranks(trainer, strategies)
     if earlier and job.keep and _can_keep(trainer):
         trainer.add_callback(KeepEarlier(earlier, job.keep))
     _tell(trainer, on_log)
@@ -224,28 +223,6 @@ def share_out_on_processors(trainer: Any) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
-
-
-def _check_ranks(trainer: Any, strategies: Combined) -> None:
-    """Raise RecipeError for a launcher or precision without a strategy's needs."""
-    names = strategies.not_sharded()
-    if trainer.is_fsdp_enabled and names:
-        raise RecipeError(
-            f"train.strategy: {' and '.join(names)} cannot work where the weights are shared out among ranks (FSDP). "
-            "Use another strategy, or DDP."
-        )
-    others = [name for name in strategies.parts if name not in ("full", "lora", "replay")]
-    if trainer.is_deepspeed_enabled and others:
-        raise RecipeError(
-            f"train.strategy: {' and '.join(others)} cannot work under DeepSpeed, which keeps gradients and weights to "
-            "itself. Use FSDP2 or DDP."
-        )
-    looking = strategies.overriding("before_step")
-    if trainer.args.fp16 and looking:
-        raise RecipeError(
-            f"train.strategy: {' and '.join(looking)} looks at gradients before the step, and `fp16` scales them. Use "
-            "`bf16: true`, or float32."
-        )
 
 
 def _check_steps(trainer: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
 from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
@@ -20,6 +21,7 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, TRL_FIELDS
 from hf_contmerge.runtime.device import bf16_pays, cpu_only
+from hf_contmerge.runtime.ranks import is_launched
 from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined, combine, named_strategy
 from hf_contmerge.train_strategies.lora import Lora
@@ -116,6 +118,7 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
             trainer_class(trl_classes(form)[0], strategies)
             _refuse_two_weightings(strategies, _fields_for(form, train), where)
             _refuse_two_orders(strategies, _fields_for(form, train), where)
+            _check_launch(strategies, _fields_for(form, train), where)
     _warn_of_rates(recipe, forms)
 
 
@@ -231,6 +234,28 @@ def _refuse_two_orders(strategies: Combined, fields: Mapping[str, Any], where: s
         raise RecipeError(
             f"{where}: {' and '.join(names)} fills each batch by shares (`within_batch`), which {other} would undo. "
             "Remove one of them."
+        )
+
+
+def _check_launch(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError for a launcher or precision without a strategy's needs."""
+    names = strategies.not_sharded()
+    if names and is_launched() and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise RecipeError(
+            f"{where}: {' and '.join(names)} cannot work where the weights are shared out among ranks (FSDP). Use "
+            "another strategy, or DDP."
+        )
+    others = [name for name in strategies.parts if name not in ("full", "lora", "replay")]
+    if others and (fields.get("deepspeed") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
+        raise RecipeError(
+            f"{where}: {' and '.join(others)} cannot work under DeepSpeed, which keeps gradients and weights to "
+            "itself. Use FSDP2 or DDP."
+        )
+    looking = strategies.overriding("before_step")
+    if looking and fields.get("fp16"):
+        raise RecipeError(
+            f"{where}: {' and '.join(looking)} looks at gradients before the step, and `fp16` scales them. Use "
+            "`bf16: true`, or float32."
         )
 
 

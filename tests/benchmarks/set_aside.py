@@ -77,6 +77,7 @@ def main() -> None:
     for stream, batch in (("bank", 8), ("texts", 4)):
         write_stream(stream, data, out, batch, args)
     write_practice(out)
+    write_distilled(out)
 
 
 def write_stream(stream: str, data: Path, out: Path, batch: int, args: argparse.Namespace) -> None:
@@ -124,6 +125,14 @@ def write_practice(out: Path) -> None:
              "settings": [{"name": "full", "set": {"train.strategy": "full"}}, *settings]}  # fmt: skip
     (out / "practice.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (out / "study-practice.yml").write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+def write_distilled(out: Path) -> None:
+    """Write a study of the whole stream with the strategy that keeps most in two stages."""
+    study = yaml.safe_load((out / "study-bank.yml").read_text())
+    distilled = {"train.strategy": ["full", "distill"], "train.parameters": {"distill": {}}, "merge": LINES[:2]}
+    study = {**study, "name": "distilled", "vary": {}, "settings": [{"name": "distill", "set": distilled}]}
+    (out / "study-distilled.yml").write_text(yaml.safe_dump(study, sort_keys=False))
 
 
 def questions(data: Path, stage: str, split: str) -> Iterator[dict[str, object]]:

@@ -135,6 +135,15 @@ def alone(recipe: Path, folder: Path, strategy: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+def test_a_strategy_that_needs_whole_weights_is_refused_before_any_work(recipe: Path, tmp_path: Path) -> None:
+    command = launched("fsdp2", recipe, tmp_path / "run", "--set", "train.strategy=[full, distill]")
+    said = done(command, code=None)
+    assert "Error: train of stage a: distill cannot work where the weights are shared out among ranks" in said
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    assert not list((tmp_path / "run").rglob("scores.json"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_fsdp2_trains_the_expert_of_one_process(strategy: str, recipe: Path, base_folder: Path, tmp_path: Path) -> None:
     """Also when it is killed after a checkpoint, and goes on from there. (DDP: see test_ranks.)"""

@@ -33,7 +33,7 @@ from hf_contmerge.training._log import OnLog
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
-from hf_contmerge.training.settings import sft_settings, training_checks
+from hf_contmerge.training.settings import _check_launch, make_strategies, sft_settings, training_checks
 
 Row = dict[str, Any]
 LIGHT = {
@@ -412,6 +412,33 @@ SETTINGS: list[tuple[Row, str]] = [
 @pytest.mark.parametrize(("fields", "message"), SETTINGS, ids=[" ".join(f) for f, _ in SETTINGS])
 def test_setting_that_cannot_be(fields: Row, message: str, base_folder: Path) -> None:
     assert refused(RecipeError, base_folder, **fields).startswith(message)
+
+
+LAUNCHES: list[tuple[dict[str, str], list[str], Row, str | None]] = [
+    ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, ["full", "distill", "ewc"], {}, "distill and ewc cannot work"),
+    ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, ["osf"], {}, "osf cannot work where the weights are shared"),
+    ({"ACCELERATE_USE_FSDP": "true"}, ["full", "distill"], {}, None),  # a single rank has all weights
+    ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, ["full", "anchor"], {}, None),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["full", "anchor"], {}, "anchor cannot work under DeepSpeed"),
+    ({}, ["lora", "migu"], {"deepspeed": "zero3.json"}, "migu cannot work under DeepSpeed"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["lora", "replay"], {}, None),
+    ({}, ["full", "refresh"], {"fp16": True}, "refresh looks at gradients before the step, and `fp16` scales them"),
+    ({}, ["full", "anchor"], {"fp16": True}, None),
+]
+
+
+@pytest.mark.parametrize(("env", "strategy", "fields", "message"), LAUNCHES)
+def test_launch_that_a_strategy_cannot_have(
+    env: dict[str, str], strategy: list[str], fields: Row, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    strategies = make_strategies(Train(strategy=strategy))
+    if message is None:
+        _check_launch(strategies, fields, "train of stage x")
+        return
+    with pytest.raises(RecipeError, match=f"^train of stage x: {message}"):
+        _check_launch(strategies, fields, "train of stage x")
 
 
 def test_unknown_field(base_folder: Path) -> None:
