@@ -111,21 +111,31 @@ def collect_fisher(model: Any, batches: Iterable[Tensor], base: Weights) -> Inpu
     return _averaged(sums, tokens)
 
 
+def second_moments(trainer: Any) -> dict[Tensor, Tensor]:
+    """Return Adam's second moment of each weight after a step.
+
+    Raises:
+        RecipeError: the optimizer has none, or only some (Adafactor's are of vectors).
+    """
+    state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
+    found = {weight: moments["exp_avg_sq"] for weight, moments in state.items() if "exp_avg_sq" in moments}
+    if not found or len(found) < len(state):
+        raise RecipeError(
+            f"train.statistics: the optimizer {trainer.args.optim.value} has no second moments of all weights. Use "
+            "`optim: adamw_torch`, or leave `adam` out."
+        )
+    return found
+
+
 def write_adam(trainer: Any, model: nn.Module, expert: Path, base: Weights) -> None:
     """Write Adam's second moments next to the expert; all ranks call.
 
     Raises:
         RecipeError: the optimizer has none.
     """
-    state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
-    found = {name: state[weight]["exp_avg_sq"] for name, weight in _stored(model, base).items()
-             if "exp_avg_sq" in state.get(weight, ())}  # fmt: skip
-    if not found:
-        raise RecipeError(
-            f"train.statistics: the optimizer {trainer.args.optim} has no second moments. Use `optim: adamw_torch`, or "
-            "leave `adam` out."
-        )
-    moments = {name: _whole(moment).float().cpu().contiguous() for name, moment in found.items()}
+    found = second_moments(trainer)
+    named = {name: found[weight] for name, weight in _stored(model, base).items() if weight in found}
+    moments = {name: _whole(moment).float().cpu().contiguous() for name, moment in named.items()}
     if PartialState().is_main_process:
         about = {"steps": trainer.state.global_step}
         write_statistics(expert / FOLDER, "adam", moments, about, expert_sha256=expert_sha256(expert))

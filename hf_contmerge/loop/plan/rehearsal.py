@@ -44,6 +44,7 @@ from hf_contmerge.training.settings import (
     sft_settings,
     trl_classes,
 )
+from hf_contmerge.training.statistics import second_moments
 from hf_contmerge.training.tokenizer import stage_tokenizer
 
 LOG = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ def _step(train: Train, data: StageData, tokenizer: Any, settings: dict[str, Any
     trainer.remove_callback(PrinterCallback)
     if len(trainer.train_dataset):  # TRL may have dropped these few for their length
         trainer.train()
+        if train.statistics and "adam" in train.statistics.kinds:
+            second_moments(trainer)
 
 
 def _tiny(tokenizer: Any, *, lora: bool) -> Any:

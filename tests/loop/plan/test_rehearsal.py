@@ -81,6 +81,18 @@ def test_what_other_libraries_refuse(data: dict[str, StageData], base_folder: Pa
         rehearse(Train(router_aux_loss_coef=0.1), data["text"], base_folder, "train")  # pyright: ignore
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "rmsprop"])
+def test_optimizers_without_the_moments_that_are_asked_for(
+    optim: str, data: dict[str, StageData], base_folder: Path
+) -> None:
+    """They were missed after the training, whose expert was lost."""
+    fields: dict[str, Any] = {"statistics": {"kinds": ["adam"]}}
+    with pytest.raises(RecipeError, match=f"^train.statistics: the optimizer {optim} has no second moments"):
+        rehearse(Train(optim=optim, **fields), data["text"], base_folder, "train")
+    rehearse(Train(optim="adamw_torch", **fields), data["text"], base_folder, "train")
+    rehearse(Train(optim=optim, statistics={"kinds": ["fisher"]}), data["text"], base_folder, "train")  # pyright: ignore
+
+
 NOT_OF_THIS_MODEL: list[tuple[list[str], dict[str, Any], str]] = [
     (["lora"], {"lora": {"target_modules": ["nothing"]}}, "Target modules {'nothing'} not found in the base model."),
     (["lora"], {"lora": {"bias": "some"}}, "Requested bias: some, is not implemented."),
