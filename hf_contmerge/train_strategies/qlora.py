@@ -28,7 +28,6 @@ class Qlora(Lora):
 
     bytes_per_parameter = 2
     sharded = False
-    opens_on_meta = False
 
     _float: Any
 
@@ -47,6 +46,8 @@ class Qlora(Lora):
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         import peft
 
+        if model.device.type == "meta":  # tried before a run, with nothing to quantise
+            return super().open(model, memory)
         start = str(model.name_or_path)
         if (Path(start) / CONFIG).is_file():
             raise ValueError(f"{start}, where the stage starts, is an adapter: use `keep: true`, or lora")

@@ -1,5 +1,7 @@
 """Combinations of settings that TRL refuses are found by a step on a tiny model, before any work; others pass."""
 
+import copy
+import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from toys.models import write_jsonl
 from hf_contmerge import finetune_stage
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.loop.plan.rehearsal import rehearse
+from hf_contmerge.models.architecture import find_architecture
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.train_strategies import Combined, get_strategy
 from hf_contmerge.training.data import StageData, load_stage_data
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -113,6 +117,18 @@ def test_strategies_that_do_not_fit_the_model(
     with pytest.raises(RecipeError) as caught:
         rehearse(Train(strategy=strategy, parameters=parameters), data["text"], base_folder, "train of stage x")
     assert str(caught.value).startswith(f"train.parameters: {words}")
+
+
+def test_qlora_is_opened_without_quantising(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as there:
+        there.setattr(torch.cuda, "is_available", lambda: True)
+        there.setattr(importlib.util, "find_spec", lambda _: True)
+        good, bad = get_strategy("qlora"), get_strategy("qlora", target_modules=["nothing"])
+    architecture = find_architecture(base_folder)
+    assert architecture
+    Combined({"qlora": good}).try_open(copy.deepcopy(architecture.model))
+    with pytest.raises(ValueError, match=r"Target modules {'nothing'} not found"):
+        Combined({"qlora": bad}).try_open(copy.deepcopy(architecture.model))
 
 
 @pytest.mark.parametrize("how", [True, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2", "eva", "lora_ga"])
