@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models.architecture import find_architecture
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.weights import Weights
@@ -121,6 +123,17 @@ def _refuses(course: Course, word: str, parameter: str, value: Any) -> bool:
     return False
 
 
+def opens_on_meta(course: Course) -> None:
+    """Check that `open` needs no values if the strategy says so."""
+    architecture = find_architecture(course.base)
+    assert architecture
+    try:
+        course.strategies().try_open(copy.deepcopy(architecture.model))
+    except Exception as error:  # code of others may fail in any way
+        fault = f"on a model without values, `open` ends with {type(error).__name__}: {error}"
+        raise BrokenPromise(course, "opens_on_meta", fault) from error
+
+
 def needs_no_earlier_data(course: Course) -> None:
     """Check the second stage after the deletion of the first's dataset."""
     assert course.first
@@ -218,6 +231,7 @@ def _bytes(path: Path) -> bytes | None:
 CHECKS: tuple[Check, ...] = (
     says_what_it_is,
     refuses_what_it_does_not_have,
+    opens_on_meta,
     needs_no_earlier_data,
     leaves_its_inputs_alone,
     keeps_names_shapes_and_finite_values,
