@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config
 from hf_contmerge.models.loading import recompute_activations
+from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.train_strategies.gpm import linear_maps
@@ -228,6 +229,12 @@ def _metering(folder: Path) -> Iterator[_Meter]:
         raise ModelError(
             f"The layers of {folder} compute what their data says ({error}), so a plan cannot estimate them without "
             "weights. Training and scoring are not affected: start the run without a plan."
+        ) from error
+    except Exception as error:  # code of others may fail in any way
+        raise ModelError(
+            f"A step of {folder} without weights ends with {type(error).__name__}: {error}. Either this trl "
+            f"({version('trl')}) and transformers ({version('transformers')}) cannot run it, or not without weights. "
+            "Try one step: --set train.max_steps=1 --until train."
         ) from error
 
 

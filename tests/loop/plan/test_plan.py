@@ -18,12 +18,14 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from toys.architectures import ARCHITECTURES, build
 from toys.hub_server import READ_TOKEN, Hub, Repo, hub_server
 from toys.loras import lora
 from toys.models import toy_llama, toy_mixture, toy_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_contmerge.commands.main import main
+from hf_contmerge.errors import ModelError
 from hf_contmerge.loop.plan import _dry_step
 from hf_contmerge.loop.plan._dry_step import scoring_batch
 from hf_contmerge.loop.plan._machine import measure_speeds, this_machine
@@ -260,6 +262,19 @@ def test_time_of_a_merge_is_near_what_it_takes(name: str, tmp_path: Path) -> Non
         state.export(tmp_path / f"merged-{number}", crew=crew)
     took = time.process_time() - start
     assert took / 2 < planned < took * 2
+
+
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "PhimoeForCausalLM"])
+def test_models_that_trl_cannot_train_are_told(name: str, tmp_path: Path) -> None:
+    """A plan ended in a traceback, as their training does."""
+    build(next(tiny for tiny in ARCHITECTURES if tiny.name == name)).save_pretrained(tmp_path)
+    settings: Any = SimpleNamespace(
+        bf16=False, fp16=False, gradient_accumulation_steps=1, optim="adamw_torch", gradient_checkpointing=False
+    )
+    init = {"dtype": torch.float32, "trust_remote_code": False}
+    strategies = make_strategies(Train(strategy="lora"))
+    with pytest.raises(ModelError, match=r"without weights ends with AttributeError: .*Try one step"):
+        _dry_step.training_step(tmp_path, strategies, settings, batch=2, length=8, init=init)
 
 
 # What is wrong
