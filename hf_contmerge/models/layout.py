@@ -156,10 +156,13 @@ def _require(base: Weights, other: Weights, missing: set[str], extra: set[str]) 
     raise ModelError(f"{other.folder} does not fit {base.folder}: it {which}. Both must have the same architecture.")
 
 
-def check_loads(folder: Path, *, trusted: bool) -> None:
+def check_loads(folder: Path, *, trusted: bool, language: bool = True) -> None:
     """Raise ModelError for a model beyond transformers.
 
-    `trusted`: whether the user allows code of the model's own.
+    Args:
+        folder: of a whole model.
+        trusted: whether the user allows code of the model's own.
+        language: whether it is to be trained or run, as a language model.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer
 
@@ -180,6 +183,13 @@ def check_loads(folder: Path, *, trusted: bool) -> None:
             known = False
     if not known:
         raise code_refused(folder)
+    if language and "AutoModelForCausalLM" not in classes and type(settings) not in mapping:
+        kind = (config(folder).get("architectures") or [type(settings).__name__])[0]
+        raise ModelError(
+            f"{folder} is a {kind}, which transformers does not load as a language model (AutoModelForCausalLM). It "
+            "can be merged (`contmerge merge`, `mergekit-yaml`, a recipe without datasets and tasks), and not be "
+            "trained, measured or talked to here."
+        )
 
 
 def check_tokenizer(folder: Path) -> None:

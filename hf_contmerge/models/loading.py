@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_contmerge.models.config import foreign_errors
+from hf_contmerge.errors import ModelError
+from hf_contmerge.models.config import config, foreign_errors, vocabulary_size
 from hf_contmerge.models.contents import code_refused
 from hf_contmerge.models.filling import held_tensors
 from hf_contmerge.models.folder import is_adapter
@@ -146,9 +147,36 @@ def refused_targets(model_type: str) -> frozenset[str]:
 
 
 def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer. Raises ModelError if it needs custom code."""
+    """Load a tokenizer.
+
+    Raises ModelError if it needs custom code, or has tokens that the model in its folder lacks.
+    """
     with foreign_errors(Path(folder), "transformers"), code_by_consent(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _check_tokens(tokenizer, Path(folder))
+    return tokenizer
+
+
+def _check_tokens(tokenizer: Any, folder: Path) -> None:
+    """Raise ModelError for tokens beyond the rows of the model's table.
+
+    Added tokens that nothing uses are warned of: some published models have them.
+    """
+    rows = vocabulary_size(config(folder)) if (folder / "config.json").is_file() else None
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows} if rows else {}
+    if not beyond:
+        return
+    added = tokenizer.get_added_vocab()
+    used = [token for token in (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) if token in beyond]
+    first = min(used or beyond, key=beyond.__getitem__)
+    what = f"{folder}: the tokenizer has {first!r} at {beyond[first]}, and the model's table has {rows} rows"
+    if not used and beyond.keys() <= added.keys():
+        LOG.warning("%s. A text with one of these tokens (%d) cannot be read.", what, len(beyond))
+        return
+    raise ModelError(
+        f"{what}. Save the model's own tokenizer there; or give the table those rows with "
+        "`model.resize_token_embeddings(len(tokenizer))`, and save both."
+    )
 
 
 @contextmanager

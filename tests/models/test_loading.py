@@ -1,5 +1,7 @@
-"""Models in memory in 16 bits have the values of a merge written in 16 bits; adapters are folded in once."""
+"""Models in memory have the values of a merge in 16 bits; what cannot be loaded is refused; adapters fold once."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from toys.architectures import ARCHITECTURES, build, moved
-from toys.models import toy_llama, toy_mixture
-from transformers import AutoModelForCausalLM
+from toys.models import toy_llama, toy_mixture, toy_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from hf_contmerge import finetune_stage, run_recipe, score_stage
+from hf_contmerge.errors import ModelError
 from hf_contmerge.merging.state import MergeState
-from hf_contmerge.models.loading import fold_adapter, load_model
+from hf_contmerge.models.layout import check_loads
+from hf_contmerge.models.loading import fold_adapter, load_model, load_tokenizer
 from hf_contmerge.models.survival import Kept
+from hf_contmerge.run.recipe.schema import Recipe
+from hf_contmerge.scoring.files import write_choice_task
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -89,3 +96,62 @@ def test_an_adapter_on_16_bits_is_folded_in_once(more: dict[str, Any], tmp_path:
     by_peft = trained_lora(base, **more).merge_and_unload().state_dict()
     lost = sum(float(((by_peft[n].double() - start[n].double()) * (exact[n] - start[n]).double()).sum()) for n in exact)
     assert lost / square < 0.8
+
+
+# Tokens and classes that do not fit
+
+
+def with_rows(folder: Path, rows: int, **tokens: str) -> Path:
+    """Write a model whose table has some rows, with a tokenizer of 384 tokens and more."""
+    toy_llama(folder, seed=0)
+    tokenizer = copy.deepcopy(toy_tokenizer())
+    if tokens.pop("added", ""):
+        tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens(dict(tokens))
+    tokenizer.save_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "vocab_size": rows}))
+    return folder
+
+
+def test_tokens_beyond_the_table_are_refused(tmp_path: Path) -> None:
+    """They ended in an IndexError of the embedding, or a failed CUDA kernel, after the base had been measured."""
+    with pytest.raises(ModelError, match=r"the tokenizer has '.+' at 96, and the model's table has 96 rows"):
+        load_tokenizer(with_rows(tmp_path / "other", 96))
+    with pytest.raises(ModelError, match=r"the tokenizer has '<pad>' at 384, and the model's table has 384 rows"):
+        load_tokenizer(with_rows(tmp_path / "padded", 384, pad_token="<pad>"))
+    assert len(load_tokenizer(with_rows(tmp_path / "resized", 385, pad_token="<pad>"))) == 385
+    assert len(load_tokenizer(with_rows(tmp_path / "rounded up", 512))) == 384
+
+
+def test_added_tokens_that_nothing_uses_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_tokenizer(with_rows(tmp_path / "added", 384, added="yes"))
+    assert "the tokenizer has '<image>' at 384, and the model's table has 384 rows. A text with one" in caplog.text
+
+
+def test_models_of_other_kinds_are_merged_alone(tmp_path: Path) -> None:
+    """They ended in transformers' list of all its language models."""
+    tiny = next(tiny for tiny in ARCHITECTURES if tiny.name == "Qwen2VLForConditionalGeneration")
+    folders = [tmp_path / name for name in ("base", "expert")]
+    for seed, folder in enumerate(folders):
+        build(tiny, seed).save_pretrained(folder)
+        toy_tokenizer().save_pretrained(folder)
+    check_loads(folders[0], trusted=False, language=False)
+    message = "is a Qwen2VLForConditionalGeneration, which transformers does not load as a language model"
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": "the fox"}] * 4)
+    with pytest.raises(ModelError, match=message):
+        finetune_stage(folders[0], data, tmp_path / "out")
+    write_choice_task(tmp_path, "choice", [{"query": "the", "choices": ["fox", "dog"], "gold": 0}])
+    with pytest.raises(ModelError, match=message):
+        score_stage(folders[0], ["choice"], tasks_folder=tmp_path)
+    recipe = {
+        "name": "merged", "base_model": str(folders[0]), "stages": [{"name": "a", "expert": str(folders[1])}],
+        "merge": ["average"],
+    }  # fmt: skip
+    run_recipe(Recipe.model_validate(recipe), tmp_path / "run")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/stages/01-a/merges/average/merged")
+    assert type(merged).__name__ == tiny.name
+    recipe["stages"] = [{"name": "a", "dataset": {"path": str(data), "heldout": 1}}]
+    with pytest.raises(ModelError, match=message):
+        run_recipe(Recipe.model_validate(recipe), tmp_path / "trained")
+    assert not list((tmp_path / "trained").rglob("*.safetensors"))

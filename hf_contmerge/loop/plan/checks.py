@@ -293,7 +293,7 @@ def _find_given(prepared: Prepared, recipe: Recipe, stage: Stage, how: Circumsta
         else:
             check_same_layout(base, path)
             check_mergeable(path)
-            check_loads(path, trusted=recipe.trust_remote_code)
+            check_loads(path, trusted=recipe.trust_remote_code, language=recipe.runs_models())
     if stage.expert and not stage.minus and not is_adapter(folders[stage.expert]):
         check_function(base, folders[stage.expert])
     if stage.expert and stage.minus:
@@ -336,7 +336,7 @@ def _check_trust(recipe: Recipe, how: Circumstances) -> None:
 
 
 def _check_loads(prepared: Prepared, recipe: Recipe) -> None:
-    check_loads(prepared.base, trusted=recipe.trust_remote_code)
+    check_loads(prepared.base, trusted=recipe.trust_remote_code, language=recipe.runs_models())
     prepared.loads = True
 
 

@@ -356,7 +356,7 @@ def _refuse_code(config: Any, options: Any) -> None:
     for folder in (Path(model.model.path) for model in config.referenced_models()):
         try:
             if folder.is_dir():
-                check_loads(folder, trusted=options.trust_remote_code)
+                check_loads(folder, trusted=options.trust_remote_code, language=False)
         except ModelError as error:
             raise MergekitRecipeError(str(error)) from error
 

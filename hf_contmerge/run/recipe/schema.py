@@ -348,6 +348,11 @@ class Recipe(Part):
         if general:
             yield from self.evaluate.general_tasks
 
+    def runs_models(self) -> bool:
+        """Say if models are trained or measured, and not merged alone."""
+        measured = self.measured(range(1, len(self.stages) + 1))
+        return any(stage.dataset for stage in self.stages) or next(measured, None) is not None
+
     def train_of(self, stage: Stage) -> Train:
         """Return a stage's training settings: the run's with its overrides."""
         return Train.model_validate({**self.train.model_dump(), **stage.train})
