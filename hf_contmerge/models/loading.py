@@ -59,6 +59,7 @@ def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: An
     if as_adapter:
         return opened
     merged, _ = fold_adapter(opened)
+    merged.requires_grad_(True)  # peft froze what the adapter was on
     merged.name_or_path = str(folder)
     return merged
 

@@ -148,6 +148,9 @@ def test_full_training_goes_on_from_a_given_adapter(home: Path, tmp_path: Path) 
     wanted = loaded(home / "base", home / "adapter", torch.float32).merge_and_unload().state_dict()
     for name, tensor in trained.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-7)
+    changed = recipe(home, "a", given=given, train={**train, "learning_rate": 1e-2}, merge=["magmax"])
+    moved = weights(run_recipe(parse_recipe(changed), tmp_path / "moved", until="train").expert(2, "previous").model)
+    assert [name for name, tensor in moved.items() if torch.equal(tensor, wanted[name])] == []
 
 
 def test_without_keep_the_expert_is_a_model(home: Path, tmp_path: Path) -> None:
