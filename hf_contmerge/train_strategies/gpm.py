@@ -129,7 +129,11 @@ class Seen:
         self._inside = self._total = torch.zeros(())
 
     def add(self, inputs: Tensor) -> None:
-        """Add the inputs (..., width) of some tokens."""
+        """Add the inputs (..., width) of some tokens, in float32."""
+        with torch.autocast(inputs.device.type, enabled=False):  # a trainer with `bf16` would round the products
+            self._add(inputs)
+
+    def _add(self, inputs: Tensor) -> None:
         rows = F.normalize(inputs.reshape(-1, inputs.shape[-1]).float(), dim=-1)
         basis, sketch = self._basis.to(rows), self._sketch.to(rows.device)
         along = rows @ basis

@@ -9,6 +9,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hf_contmerge.errors import ContmergeError, RecipeError
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.testing import check_strategy
-from hf_contmerge.testing.course import Course, write_texts
+from hf_contmerge.testing.course import Course, texts_of, write_texts
 from hf_contmerge.testing.strategies import CHECKS, Check
 from hf_contmerge.testing.toys import toy_llama
 from hf_contmerge.train_strategies import Combined, TrainStrategy, combine, strategy_class, strategy_names
@@ -281,6 +282,22 @@ def refused(base: Path, names: list[str], parameters: Row) -> str:
 def test_what_cannot_be(names: list[str], parameters: Row, message: str, base_folder: Path) -> None:
     of = parameters if len(names) == 1 else {}
     assert refused(base_folder, names, of).startswith(f"train.parameters: {message}")
+
+
+BF16: dict[str, Row] = {**PARAMETERS, "gpm": {"rank": 4}}
+"""As on wide maps: where a toy's are so narrow that another path is taken."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_stages_in_bf16(name: str, tmp_path: Path) -> None:
+    """The default on hardware that has it, with autocast in whatever a strategy computes inside the model."""
+    works_here(name)
+    course = Course(tmp_path, {name: strategy_class(name)}, {name: BF16[name]} if name in BF16 else {})
+    for stage, folder in ((1, "first"), (2, "second")):
+        path = write_texts(tmp_path / f"{folder}.jsonl", stage)
+        record = course.train(stage, folder, texts_of(path), bf16=True, max_steps=2)
+        assert math.isfinite(record["loss"])
 
 
 @pytest.mark.parametrize("pair", [pair for pair in EVERY_PAIR if pair not in PAIRS and "full" not in pair.split()])

@@ -159,6 +159,18 @@ def test_sketch_of_a_wide_map_finds_its_directions() -> None:
     assert float((unit @ basis).square().sum() / best) > 0.9
 
 
+@pytest.mark.parametrize("rank", [4, 256], ids=["products", "whole moment"])
+def test_inputs_are_added_in_float32_under_autocast(rank: int) -> None:
+    """A trainer with `bf16` rounds products; wide maps ended in a mismatch of dtypes after the stage's training."""
+    x, basis = inputs(1).bfloat16(), torch.linalg.qr(inputs(2).T)[0][:, :3]
+    plain, mixed = (Seen(WIDTH, rank, basis) for _ in range(2))
+    plain.add(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed.add(x)
+    assert torch.equal(mixed._sketch, plain._sketch)
+    assert torch.equal(mixed.enlarged(0.9, rank), plain.enlarged(0.9, rank))
+
+
 def test_full_maps_are_warned_of_and_then_refused(toy: Toy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         stage(toy, inputs(1), None, tmp_path / "1", energy=1.0)
