@@ -57,6 +57,7 @@ LINES = [
 STRATEGIES: dict[str, dict[str, object]] = {
     "anchor": {}, "soup": {}, "eaft": {}, "talr": {}, "asft": {}, "low_perplexity": {}, "distill": {}, "ewc": {},
     "rates": {"factors": {"layers": 0.1}}, "replay": {"share": 0.1, "within_batch": True},
+    "gpm": {}, "refresh": {},
 }  # fmt: skip
 """Each with `full`, and its parameters where the defaults are not meant."""
 
@@ -118,6 +119,8 @@ def write_practice(out: Path) -> None:
     for name, rule in (("lora", "magmax"), ("slao", "slao")):
         adapter = {"train.strategy": name, "train.learning_rate": 1e-3, "merge": [rule]}
         settings.append({"name": name, "set": adapter})
+    directions = {"train.strategy": "osf", "train.parameters": {"osf": {"effective_rank": 0.75}}}
+    settings.append({"name": "osf", "set": {**directions, "train.learning_rate": 5e-5}})
     settings.append({"name": "joint", "set": {"baselines": ["joint"]}})
     settings += [{"name": f"rate_{rate}", "set": {"train.learning_rate": rate}} for rate in (2e-5, 5e-4)]
     study = {"name": "practice", "recipe": "practice.yml", "keep": "scores",
