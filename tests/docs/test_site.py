@@ -63,7 +63,7 @@ def test_measured_effects_are_those_of_the_figures(hooks: ModuleType, page: str,
         measured
         == {
             "rules": {*rule_names()},
-            "strategies": {*strategy_names()} - {"qlora", "gpm", "low_perplexity"},
+            "strategies": {*strategy_names()} - {"qlora", "low_perplexity"},
         }[page]
     )
 
