@@ -32,7 +32,7 @@ def trial_of(rule: MergeRule, weight: Weight, device: torch.device) -> Trial:
     A matrix that the rule decomposes keeps its form, as its time grows with the third power of its sides; others keep
     some rows. `weight`: not empty.
     """
-    cubic = weight.is_matrix and rule.unit == "matrix"
+    cubic = weight.is_matrix and rule.unit == "matrix" and _decomposes_alike(rule, weight)
     shape = _small_matrix(weight.shape) if cubic else _few_rows(weight.shape)
     draw = torch.Generator(device).manual_seed(0)
     statistics = {name: _statistic(name, shape, draw) for name in rule.needs}
@@ -44,6 +44,19 @@ def trial_of(rule: MergeRule, weight: Weight, device: torch.device) -> Trial:
     larger = math.prod(weight.shape) / math.prod(shape)
     stack = math.prod(weight.shape[:-2]) if cubic else larger
     return Trial(lambda: read_out(rule, updated(rule, state, change, small), small), stack * (larger / stack) ** 1.5)
+
+
+def _decomposes_alike(rule: MergeRule, weight: Weight) -> bool:
+    """Say if a rule treats a matrix as it treats a small one.
+
+    Rules may average wide ones.
+    """
+    small = replace(weight, shape=_small_matrix(weight.shape))
+    form, small_form = (
+        {name: len(part) - len(each.shape) for name, part in rule.parts(each).items()} for each in (weight, small)
+    )
+    alike = len(inputs_shape(weight.shape[-1])) == len(inputs_shape(small.shape[-1]))
+    return form == small_form and (alike or "inputs" not in rule.needs)
 
 
 def _small_matrix(shape: Shape) -> Shape:

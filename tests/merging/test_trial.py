@@ -28,6 +28,9 @@ def test_every_rule_is_tried(name: str, shape: tuple[int, ...]) -> None:
         ("opcm", (1024, 512), (512, 256), 8),  # a decomposition: the third power
         ("opcm", (3, 1024, 512), (512, 256), 3 * 8),
         ("opcm", (512, 100), (512, 100), 1),
+        ("covariance", (1024, 512), (512, 256), 8),
+        ("covariance", (64, 9000), (29, 9000), 64 / 29),  # too wide for its moment: averaged
+        ("input_space", (64, 9000), (29, 9000), 64 / 29),  # no whole statistic
         ("magmax", (2**10, 2**10), (2**8, 2**10), 4),  # elements
         ("magmax", (5, 2**10, 2**8), (1, 2**10, 2**8), 5),
         ("magmax", (4, 2**10), (4, 2**10), 1),
