@@ -47,7 +47,7 @@ def trial_of(rule: MergeRule, weight: Weight, device: torch.device) -> Trial:
 
 
 def _decomposes_alike(rule: MergeRule, weight: Weight) -> bool:
-    """Say if a rule treats a matrix as it treats a small one.
+    """Say if a rule treats a matrix like a small one.
 
     Rules may average wide ones.
     """
