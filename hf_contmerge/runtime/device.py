@@ -44,6 +44,17 @@ def _has_bf16_units() -> bool:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with `count` threads in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def exact_products() -> Iterator[None]:
     """Compute float32 matrix products in float32.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from hf_contmerge.merge_rules import MergeRule, parameter_types, rule_of
+from hf_contmerge.runtime.device import threads
 from hf_contmerge.testing.folding import Case, Check, change, draw, on_each_weight, require, require_equal
 
 Vectors = list[Tensor]
@@ -130,26 +130,16 @@ def _at_ends(rule: MergeRule) -> Iterator[tuple[MergeRule, float]]:
 def computes_alike_with_any_threads(rule: MergeRule) -> None:
     """Check bits at equal threads, and the distance otherwise."""
     vectors, results = draw(_LARGE_MATRIX, 3), []
-    for threads in (1, 2):
-        with _threads(threads):
+    for count in (1, 2):
+        with threads(count):
             found, again = (change(rule, vectors) for _ in range(2))
-        require_equal(found, again, rule, f"another result with the same number of threads, {threads}")
+        require_equal(found, again, rule, f"another result with the same number of threads, {count}")
         results.append(found)
     one, two = results
     if not rule.ill_posed:
         require_equal(
             two, one, rule, "two threads are further from one than rounding", atol=tolerance(one, vectors, rule)
         )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 CHECKS: tuple[Check, ...] = (

@@ -114,11 +114,11 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
             _check_form(train, form, where)
             if form != "prompts" and train.rewards and (stage.train.get("rewards") or "prompts" not in forms.values()):
                 raise RecipeError(f"{where}: rewards are for `learn: grpo`, and it is not set. Set it, or remove them.")
-            strategies = make_strategies(train)
+            strategies, fields = make_strategies(train), _fields_for(form, train)
             trainer_class(trl_classes(form)[0], strategies)
-            _refuse_two_weightings(strategies, _fields_for(form, train), where)
-            _refuse_two_orders(strategies, _fields_for(form, train), where)
-            _check_launch(strategies, _fields_for(form, train), where)
+            _refuse_two_weightings(strategies, fields, where)
+            _refuse_two_orders(strategies, fields, where)
+            _check_launch(strategies, fields, where)
     _warn_of_rates(recipe, forms)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from hf_contmerge.merge_rules import MergeRule, Weight
 from hf_contmerge.merging.trial import trial_of
-from hf_contmerge.runtime.device import cpu_only
+from hf_contmerge.runtime.device import cpu_only, threads
 from hf_contmerge.runtime.refusals import free_bytes
 
 Shape = tuple[int, int, int, torch.dtype]
@@ -143,12 +143,9 @@ def product_speed(shape: Shape) -> float:
 @functools.cache
 def rule_seconds(rule: MergeRule, weight: Weight) -> float:
     """Measure one thread's seconds of folding an expert into a weight."""
-    trial, threads = trial_of(rule, weight, torch.device("cpu" if cpu_only() else "cuda")), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    trial = trial_of(rule, weight, torch.device("cpu" if cpu_only() else "cuda"))
+    with threads(1):
         return trial.times * _fastest(trial.fold)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -12,8 +12,8 @@ import math
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from hf_contmerge.models.rounding import Rounding
 from hf_contmerge.models.statistics import Statistics
 from hf_contmerge.models.survival import Kept
 from hf_contmerge.models.weights import Weights, kept_dtype
+from hf_contmerge.runtime.device import threads
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,9 @@ def from_whole_model(rule: MergeRule, group: TensorGroup, storage: Storage) -> W
     return Written(weight.name, *merged_piece(before, read, whole.scale, stored, expert=only))
 
 
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def _one_thread(device: torch.device) -> AbstractContextManager[None]:
     """Compute with one thread: threads change matrix products' last bits."""
-    before = torch.get_num_threads()
-    if device.type != "cpu" or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return threads(1) if device.type == "cpu" else nullcontext()
 
 
 def _weight(group: TensorGroup) -> Weight:
