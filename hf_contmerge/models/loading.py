@@ -69,8 +69,23 @@ def _whole_model(folder: Path, init: dict[str, Any]) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder, **{"trust_remote_code": False, **init, "use_safetensors": True}
         )
+    complete_names(model)
     _round_again(model, Weights(folder))
     return model
+
+
+def complete_names(model: Any) -> None:
+    """Add the names by which TRL finds a mixture's parts.
+
+    transformers (5.23) has `num_experts` for Mixtral and others, and not for Granite's, Phi's and Jet's mixtures;
+    `base_model` of Llama 4's language model is the model itself. Nothing of this is written to files.
+    """
+    text = model.config.get_text_config()
+    if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
+        kind: Any = type(text)
+        kind.attribute_map = {**kind.attribute_map, "num_experts": "num_local_experts"}
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
 
 
 @torch.no_grad()

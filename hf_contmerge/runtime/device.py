@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,11 @@ import torch
 
 def cpu_only() -> bool:
     """Return True without a GPU, or with ACCELERATE_USE_CPU set."""
-    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if not torch.accelerator.is_available():
+        return True
+    from accelerate.utils import parse_flag_from_env  # slow, and only for machines with a GPU
+
+    return parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def free_memory() -> None:

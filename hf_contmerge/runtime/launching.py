@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import os
 from collections.abc import Mapping
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from hf_contmerge.errors import ResourceError
 from hf_contmerge.runtime.crew import Crew
@@ -71,8 +71,13 @@ def leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
+def launcher_uses(plugin: Literal["FSDP", "DEEPSPEED"]) -> bool:
+    """Return True if `accelerate launch` asked for a plugin."""
+    return parse_flag_from_env(f"ACCELERATE_USE_{plugin}")
+
+
 def _check_deepspeed(fields: Mapping[str, Any]) -> None:
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    launched = launcher_uses("DEEPSPEED")
     asked: Any = fields.get("deepspeed")
     if (launched or asked) and importlib.util.find_spec("deepspeed") is None:
         where = "the launcher (ACCELERATE_USE_DEEPSPEED)" if launched else f"train.deepspeed ({asked})"

@@ -27,6 +27,11 @@ from hf_contmerge.train_strategies._weights import plain_model
 Teacher = Literal["start", "base", "both"]
 
 _LOGITS = 2**25  # in one chunk: 128 MiB in float32
+_BEYOND_THE_HEAD = (
+    "final_logit_softcapping", "logit_scale", "logit_softcap", "logits_scaling", "logits_soft_cap",
+    "lm_head_multiplier", "output_logit_soft_cap", "output_multiplier", "softcap",
+)  # fmt: skip
+"""Fields of transformers' configurations that change logits; 1 or nothing leaves them."""
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Distill(TrainStrategy):
     bytes_per_parameter = 4  # a teacher's own weights; with adapters the start shares the frozen ones
     sharded = False  # a teacher is whole on each rank
     texts_only = True
+    opens_on_meta = True
 
     strength: Annotated[float, Field(ge=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 2.0
@@ -54,6 +60,9 @@ class Distill(TrainStrategy):
             self.bytes_per_parameter = 8  # pyright: ignore[reportAttributeAccessIssue]
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
+        _refuse_known_scales(model)
+        if model.device.type == "meta":  # tried before a run, with nothing to predict
+            return model
         self._teachers = [teacher.eval().requires_grad_(False) for teacher in self._made(model)]
         _require_plain_head(self._teachers[0])
         plain_model(model).base_model.register_forward_hook(self._catch)
@@ -102,6 +111,13 @@ class Distill(TrainStrategy):
             self._hidden = output.last_hidden_state
 
 
+def _refuse_known_scales(model: Any) -> None:
+    """Raise ValueError for a configuration that caps or scales logits."""
+    text = model.config.get_text_config()
+    if any(getattr(text, field, None) not in (None, 0, 1) for field in _BEYOND_THE_HEAD):
+        raise _cannot_work(model)
+
+
 def _require_plain_head(model: Any) -> None:
     """Raise ValueError for logits beyond the head's output (caps, scales)."""
     ids = torch.arange(4, device=model.device).unsqueeze(0)
@@ -109,4 +125,8 @@ def _require_plain_head(model: Any) -> None:
         logits = model(input_ids=ids, use_cache=False).logits
         found = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(logits, found, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
-        raise ValueError(f"distill cannot work with {type(model).__name__}, which caps or scales its logits")
+        raise _cannot_work(model)
+
+
+def _cannot_work(model: Any) -> ValueError:
+    return ValueError(f"distill cannot work with {type(model).__name__}, which caps or scales its logits")

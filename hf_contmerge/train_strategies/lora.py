@@ -48,13 +48,25 @@ class Lora(TrainStrategy):
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         from peft import LoraConfig, PeftModel, get_peft_model
 
-        return model if isinstance(model, PeftModel) else get_peft_model(model, LoraConfig(**self.config))
+        if isinstance(model, PeftModel):
+            return model
+        routers = _tuple_routers(model) if self.config["target_modules"] == "all-linear" else []
+        return get_peft_model(model, LoraConfig(**({"exclude_modules": routers} if routers else {}) | self.config))
 
     def close(self, model: Any) -> PreTrainedModel:
         if self.keep:
             return model
         plain, self.kept_by_rounding = fold_adapter(model)
         return plain
+
+
+def _tuple_routers(model: nn.Module) -> list[str]:
+    """Return the last names of linear layers that return several tensors.
+
+    peft would wrap the routers of Phi's and Llama 4's mixtures, and fail in the first step.
+    """
+    layers = ((name, type(layer).__name__) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    return sorted({name.rpartition(".")[2] for name, kind in layers if kind.endswith("Router")})
 
 
 def trained_a(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

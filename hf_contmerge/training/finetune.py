@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, set_seed
 
 from hf_contmerge.errors import ContmergeError, DataError, RecipeError
@@ -17,6 +17,7 @@ from hf_contmerge.models.loading import load_model
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.runtime.device import free_memory
+from hf_contmerge.runtime.launching import launcher_uses
 from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.replay import without_source
@@ -219,7 +220,7 @@ def _open(strategies: Combined, model: PreTrainedModel, memory: Path | None, tra
 def share_out_on_processors(trainer: Any) -> None:
     """Make FSDP work on CPUs, where accelerate (1.15) ignores it."""
     state = trainer.accelerator.state
-    if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if state.distributed_type == DistributedType.MULTI_CPU and launcher_uses("FSDP"):
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True

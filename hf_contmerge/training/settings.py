@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase
 
 from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
@@ -21,6 +20,7 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, TRL_FIELDS
 from hf_contmerge.runtime.device import bf16_pays, cpu_only
+from hf_contmerge.runtime.launching import launcher_uses
 from hf_contmerge.runtime.ranks import is_launched
 from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined, combine, named_strategy
@@ -240,13 +240,13 @@ def _refuse_two_orders(strategies: Combined, fields: Mapping[str, Any], where: s
 def _check_launch(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:
     """Raise RecipeError for a launcher or precision without a strategy's needs."""
     names = strategies.not_sharded()
-    if names and is_launched() and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if names and is_launched() and launcher_uses("FSDP"):
         raise RecipeError(
             f"{where}: {' and '.join(names)} cannot work where the weights are shared out among ranks (FSDP). Use "
             "another strategy, or DDP."
         )
     others = [name for name in strategies.parts if name not in ("full", "lora", "replay")]
-    if others and (fields.get("deepspeed") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
+    if others and (fields.get("deepspeed") or launcher_uses("DEEPSPEED")):
         raise RecipeError(
             f"{where}: {' and '.join(others)} cannot work under DeepSpeed, which keeps gradients and weights to "
             "itself. Use FSDP2 or DDP."

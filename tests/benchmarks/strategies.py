@@ -1,13 +1,14 @@
-"""Training strategies side by side, each with and without merging, on a sequence of real texts in two orders.
+"""Training strategies side by side, each with and without merging, on a sequence of real texts forwards and backwards.
 
     python tests/benchmarks/strategies.py               SmolLM2-135M on four domains out of installed packages
     python tests/benchmarks/strategies.py --data DIR    classification: DIR/<stage>/{train.jsonl,test.jsonl,meta.json}
     python tests/benchmarks/strategies.py --strategies full replay --steps 5
 
-Every strategy trains the whole sequence by the loop, and both rules fold these experts: strategies that rely on memory
-cannot help independent ones. `full` is also merged by opcm from independent experts (`opcm-base`), as its paper has it.
-All is kept under --runs, and the same command goes on where it was stopped. ACC, LA and BWT are means over both orders;
-the difference to plain fine-tuning (`full`, nothing merged) is paired over the same documents, with one standard error.
+Every strategy trains the whole sequence by the loop, and the rules fold these experts: strategies that rely on memory
+cannot help independent ones. With opcm, `full` is also merged from independent experts (`opcm-base`), as its paper has
+it. All is kept under --runs, and the same command goes on where it was stopped. ACC, LA and BWT are means over the
+orders; the difference to plain fine-tuning (`full`, nothing merged) is paired over the same documents, with one
+standard error.
 """
 
 import argparse
@@ -38,10 +39,20 @@ STRATEGIES: dict[str, dict] = {
     "osf": {"strategy": "osf", "learning_rate": 5.0e-5, "parameters": {"effective_rank": 0.75}},
     "lora": {"strategy": "lora", "learning_rate": 2.0e-3},
     "olora": {"strategy": "olora", "learning_rate": 2.0e-3},
-    "migu": {"strategy": ["full", "migu"]},
+    **{
+        name: {"strategy": ["full", name]}
+        for name in ("migu", "distill", "soup", "ewc", "gpm", "eaft", "talr", "asft", "low_perplexity", "refresh")
+    },
+    "rates": {"strategy": ["full", "rates"], "parameters": {"factors": {"layers": 0.1}}},
+    "slao": {"strategy": "slao", "learning_rate": 2.0e-3},
+    "rate_1e-4": {"learning_rate": 1.0e-4},
 }
 """Each with its own defaults. Adapters learn at a higher rate, as is usual with them, and osf at a low one."""
-MERGES: dict[str, dict] = {"magmax": {"rule": "magmax"}, "opcm": {"rule": "opcm", "start_from": "previous"}}
+MERGES: dict[str, dict] = {
+    "magmax": {"rule": "magmax"},
+    "opcm": {"rule": "opcm", "start_from": "previous"},
+    "blend": {"rule": "blend", "start_from": "previous", "parameters": {"keep": 0, "take": 0.5}},
+}
 INDEPENDENT = {"opcm-base": {"rule": "opcm", "start_from": "base"}}
 TEXTS = ("bible", "pydocs", "recipes", "bank_policies")
 
@@ -65,6 +76,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/strategies"))
     parser.add_argument("--data", type=Path, help="classification sets instead of the packages' texts")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--rules", nargs="+", default=["magmax", "opcm"], choices=MERGES)
+    parser.add_argument("--orders", type=int, default=2, choices=(1, 2), help="1: forwards alone")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--heldout", type=int, default=24)
     parser.add_argument("--base", default="quickstart:smollm2")
@@ -72,7 +85,7 @@ def main() -> None:
     names = sorted(p.parent.name for p in args.data.glob("*/meta.json")) if args.data else list(TEXTS)
     stages = [classes(args.data / n, args) if args.data else text(n, args) for n in names]
     found = {name: list(each_order(name, stages, args)) for name in dict.fromkeys(["full", *args.strategies])}
-    report(found, "accuracy" if args.data else "perplexity")
+    report(found, args, "accuracy" if args.data else "perplexity")
     print(f"\n{measure.machine(args.models, 'trl', 'peft', 'transformers')}")
 
 
@@ -110,8 +123,8 @@ def classes(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def each_order(name: str, stages: Sequence[dict], args: argparse.Namespace) -> Iterator[Run]:
-    """Run one strategy over the stages and over the stages backwards."""
-    for number, order in enumerate((stages, stages[::-1]), 1):
+    """Run one strategy over the stages, and over the stages backwards."""
+    for number, order in enumerate((stages, stages[::-1])[: args.orders], 1):
         train = {
             "max_steps": args.steps, "per_device_train_batch_size": 4, "max_length": 128, "learning_rate": 5.0e-4,
             "warmup_steps": 3, "gradient_checkpointing": False, "save_strategy": "no", **STRATEGIES[name],
@@ -119,25 +132,26 @@ def each_order(name: str, stages: Sequence[dict], args: argparse.Namespace) -> I
         general = [{"name": "general_knowledge", "kind": "multiple_choice", "dataset": "quickstart:general_knowledge"}]
         recipe = {
             "name": f"{name}-{number}", "base_model": args.base, "stages": list(order), "train": train,
-            "merge": [{"name": n, **entry} for n, entry in merges_of(name).items()],
+            "merge": [{"name": n, **entry} for n, entry in merges_of(name, args).items()],
             "evaluate": {"general_tasks": general},
         }  # fmt: skip
         yield run_recipe(parse_recipe(recipe), args.runs / f"{name}-{number}")
 
 
-def merges_of(strategy: str) -> dict[str, dict]:
+def merges_of(strategy: str, args: argparse.Namespace) -> dict[str, dict]:
     """Return the merge entries of a strategy's runs."""
-    return {**MERGES, **INDEPENDENT} if strategy == "full" else MERGES
+    chosen = {name: MERGES[name] for name in args.rules}
+    return {**chosen, **INDEPENDENT} if strategy == "full" and "opcm" in chosen else chosen
 
 
-def report(found: dict[str, list[Run]], block: Block) -> None:
+def report(found: dict[str, list[Run]], args: argparse.Namespace, block: Block) -> None:
     """Print the table, one row for each strategy and way of merging."""
     plain = [load_results(run) for run in found["full"]]
     unit = "nats a word" if block == "perplexity" else "share of documents"
-    print(f"Utility in {unit}; means over two orders.\n")
+    print(f"Utility in {unit}; means over {args.orders} orders.\n")
     print("| strategy | merged by | ACC | better than plain by | LA | BWT | general delta | seconds |\n|" + "---|" * 8)
     for name, runs in found.items():
-        for way in ("", *merges_of(name)):
+        for way in ("", *merges_of(name, args)):
             rows = [row_of(run, way, block, base) for run, base in zip(runs, plain, strict=True)]
             acc, la, bwt, general = (mean([getattr(r, k) for r in rows]) for k in ("acc", "la", "bwt", "general"))
             gain = statistics.mean(r.gain for r in rows)

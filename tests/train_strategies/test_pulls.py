@@ -332,8 +332,13 @@ def test_distill_of_scaled_logits_is_refused() -> None:
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, logits_scaling=8.0,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="cannot work with GraniteForCausalLM, which caps or scales its logits"):
+    told = "cannot work with GraniteForCausalLM, which caps or scales its logits"
+    with pytest.raises(ValueError, match=told):
         Distill().open(GraniteForCausalLM(config), None)
+    with torch.device("meta"):
+        model = GraniteForCausalLM(config)
+    with pytest.raises(ValueError, match=told):
+        combine(["full", "distill"], {}).try_open(model)
 
 
 # MIGU

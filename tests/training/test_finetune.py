@@ -18,7 +18,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys.models import toy_llama, write_jsonl
+from toys.architectures import ARCHITECTURES, MIXTURE, Tiny, build
+from toys.models import toy_llama, toy_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -414,9 +415,33 @@ def test_setting_that_cannot_be(fields: Row, message: str, base_folder: Path) ->
     assert refused(RecipeError, base_folder, **fields).startswith(message)
 
 
+MIXTURES = [tiny for tiny in ARCHITECTURES if tiny.kind == MIXTURE]
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("tiny", MIXTURES, ids=lambda tiny: tiny.name)
+def test_mixture_learns_with_its_router_loss(
+    tiny: Tiny, strategy: str, train: Callable[..., Row], tmp_path: Path
+) -> None:
+    """TRL reads the number of experts by a name that some configurations lack."""
+    tokenizer, base = toy_tokenizer(), tmp_path / "mixture"
+    model = build(tiny, vocab_size=len(tokenizer))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    record = train("expert", base=base, strategy=strategy, max_steps=2)
+    text = model.config.get_text_config()
+    with_router = getattr(text, "router_aux_loss_coef", 0) != 0 and hasattr(text, "output_router_logits")
+    assert all((entry.get("aux_loss", 0) > 0) == with_router for entry in record["log"])
+    if strategy == "full":
+        assert json.loads((tmp_path / "expert/config.json").read_text()) == json.loads(
+            (base / "config.json").read_text()
+        )
+
+
 LAUNCHES: list[tuple[dict[str, str], list[str], Row, str | None]] = [
     ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, ["full", "distill", "ewc"], {}, "distill and ewc cannot work"),
     ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, ["osf"], {}, "osf cannot work where the weights are shared"),
+    ({"ACCELERATE_USE_FSDP": "1", "WORLD_SIZE": "2"}, ["osf"], {}, "osf cannot work where the weights are shared"),
     ({"ACCELERATE_USE_FSDP": "true"}, ["full", "distill"], {}, None),  # a single rank has all weights
     ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, ["full", "anchor"], {}, None),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["full", "anchor"], {}, "anchor cannot work under DeepSpeed"),

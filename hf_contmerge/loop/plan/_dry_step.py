@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_contmerge.errors import ModelError
 from hf_contmerge.models.config import config
-from hf_contmerge.models.loading import recompute_activations
+from hf_contmerge.models.loading import complete_names, recompute_activations
 from hf_contmerge.runtime.versions import version
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.full import Full
@@ -184,9 +184,11 @@ def _model(folder: Path, init: dict[str, Any]) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=init["trust_remote_code"])
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **init)
+            model = AutoModelForCausalLM.from_config(config, **init)
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ModelError(f"transformers cannot make a model from {folder / 'config.json'}: {error}") from error
+    complete_names(model)
+    return model
 
 
 def _materialise(model: torch.nn.Module) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import os
 import random
 import tempfile
 import warnings
@@ -32,6 +31,7 @@ from transformers import (
 from hf_contmerge.errors import ContmergeError, RecipeError
 from hf_contmerge.models.architecture import find_architecture
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.runtime.launching import launcher_uses
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData
 from hf_contmerge.training.sampling import loading_by, reward_functions, sampled_rows
@@ -74,9 +74,7 @@ def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_rem
     model.
     """
     _check_strategies(train, base)
-    if train.sft_fields.get("deepspeed") or any(
-        os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED")
-    ):
+    if train.sft_fields.get("deepspeed") or launcher_uses("FSDP") or launcher_uses("DEEPSPEED"):
         return
     _check_router(train, base, where, trust_remote_code)
     _check_compiler(train, where)
