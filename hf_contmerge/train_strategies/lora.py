@@ -50,8 +50,10 @@ class Lora(TrainStrategy):
 
         if isinstance(model, PeftModel):
             return model
-        routers = _tuple_routers(model) if self.config["target_modules"] == "all-linear" else []
-        return get_peft_model(model, LoraConfig(**({"exclude_modules": routers} if routers else {}) | self.config))
+        config = LoraConfig(**self.config)
+        if self.config["target_modules"] == "all-linear" and not config.exclude_modules:
+            config.exclude_modules = _tuple_routers(model) or None
+        return get_peft_model(model, config)
 
     def close(self, model: Any) -> PreTrainedModel:
         if self.keep:
