@@ -33,6 +33,13 @@ LOG = logging.getLogger(__name__)
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Kinds of models whose `out_proj` peft refuses: their kernels read the weight past the module."""
 
+_OTHER_NAMES = {
+    "num_local_experts": "num_experts",
+    "logits_soft_cap": "final_logit_softcapping",
+    "output_logit_soft_cap": "final_logit_softcapping",
+}
+"""Field of some configurations -> what others, and TRL, call it."""
+
 
 def load_model(folder: Path, base: Path, *, as_adapter: bool = False, **init: Any) -> Any:
     """Load a model for training or scoring.
@@ -75,15 +82,17 @@ def _whole_model(folder: Path, init: dict[str, Any]) -> Any:
 
 
 def complete_names(model: Any) -> None:
-    """Add the names by which TRL finds a mixture's parts.
+    """Add the names by which TRL finds a model's parts.
 
     transformers (5.23) has `num_experts` for Mixtral and others, and not for Granite's, Phi's and Jet's mixtures;
+    RecurrentGemma and xLSTM call the cap of their logits otherwise than Gemma, and would be trained without it;
     `base_model` of Llama 4's language model is the model itself. Nothing of this is written to files.
     """
     text = model.config.get_text_config()
-    if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
-        kind: Any = type(text)
-        kind.attribute_map = {**kind.attribute_map, "num_experts": "num_local_experts"}
+    kind: Any = type(text)
+    for own, name in _OTHER_NAMES.items():
+        if hasattr(text, own) and not hasattr(text, name):
+            kind.attribute_map = {**kind.attribute_map, name: own}
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
 

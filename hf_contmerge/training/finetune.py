@@ -35,6 +35,7 @@ from hf_contmerge.training._trainer import (
     trainer_class,
 )
 from hf_contmerge.training.data import StageData
+from hf_contmerge.training.head import check_head
 from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.sampling import loading_by, reward_functions, sampled_rows, with_sampling
 from hf_contmerge.training.saving import save_expert
@@ -170,7 +171,7 @@ def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoint
         given = {"reward_funcs": reward_functions(job.train)} if job.data.form == "prompts" else {}
     try:
         with loading_by(trainer_type, partial(load_model, job.start, job.base, **init)):
-            return trainer_class(trainer_type, strategies)(
+            trainer = trainer_class(trainer_type, strategies)(
                 model=opened,
                 args=config,
                 train_dataset=examples,
@@ -182,6 +183,8 @@ def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoint
         raise
     except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:  # TRL's checks of settings
         raise RecipeError(f"train cannot be followed: {error}") from error
+    check_head(trainer)
+    return trainer
 
 
 def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | None) -> None:

@@ -30,10 +30,12 @@ from transformers import (
 
 from hf_contmerge.errors import ContmergeError, RecipeError
 from hf_contmerge.models.architecture import find_architecture
+from hf_contmerge.models.loading import complete_names
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.runtime.launching import launcher_uses
 from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData
+from hf_contmerge.training.head import refuse_head, weights_beyond_head
 from hf_contmerge.training.sampling import loading_by, reward_functions, sampled_rows
 from hf_contmerge.training.settings import (
     PREFERENCES,
@@ -142,11 +144,14 @@ def _shortest(rows: Dataset) -> Dataset:
 
 
 def _check_strategies(train: Train, base: Path) -> None:
-    """Refuse parameters that do not fit the base's weights."""
+    """Refuse a base that TRL cannot train, and parameters that misfit it."""
     architecture, trained = find_architecture(base), cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)
     model = architecture and copy.deepcopy(architecture.model)
     if model is None or type(model) is not trained.get(type(model.config), None):
         return  # code of its own, or a class that is not the one that is trained
+    complete_names(model)
+    if beyond := weights_beyond_head(model):
+        raise refuse_head(type(model).__name__, f"it has weights behind its layers ({beyond[0]})")
     strategies = make_strategies(train)
     strategies.begin(1, base)
     try:
