@@ -77,6 +77,7 @@ def train_expert(
     trainer = _make_trainer(job, strategies, examples, checkpoints)
     dropped = _dropped(trainer, len(examples))
     share_out_on_processors(trainer)
+    check_head(trainer)
     if earlier and job.keep and _can_keep(trainer):
         trainer.add_callback(KeepEarlier(earlier, job.keep))
     _tell(trainer, on_log)
@@ -171,7 +172,7 @@ def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoint
         given = {"reward_funcs": reward_functions(job.train)} if job.data.form == "prompts" else {}
     try:
         with loading_by(trainer_type, partial(load_model, job.start, job.base, **init)):
-            trainer = trainer_class(trainer_type, strategies)(
+            return trainer_class(trainer_type, strategies)(
                 model=opened,
                 args=config,
                 train_dataset=examples,
@@ -183,8 +184,6 @@ def _make_trainer(job: TrainJob, strategies: Combined, examples: Any, checkpoint
         raise
     except (ValueError, TypeError, KeyError, ImportError, NotImplementedError) as error:  # TRL's checks of settings
         raise RecipeError(f"train cannot be followed: {error}") from error
-    check_head(trainer)
-    return trainer
 
 
 def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | None) -> None:

@@ -1,6 +1,7 @@
 """TRL's loss against the model's own: caps, scales and layers behind the last hidden state."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,10 +37,15 @@ SMALL: dict[str, Any] = {
 CAUSAL = [t for t in ARCHITECTURES if t.kind not in (PAIR, VISION) and not t.name.endswith("MaskedLM")]
 
 
+def trainer_of(model: Any) -> Any:
+    add_fused_lm_head(model)
+    accelerator = SimpleNamespace(autocast=nullcontext, mixed_precision="no")
+    return SimpleNamespace(model=model, accelerator=accelerator, is_fsdp_enabled=False, is_deepspeed_enabled=False)
+
+
 def check(model: Any) -> None:
     complete_names(model)
-    add_fused_lm_head(model)
-    check_head(SimpleNamespace(model=model, is_fsdp_enabled=False, is_deepspeed_enabled=False))
+    check_head(trainer_of(model))
 
 
 @pytest.mark.parametrize("tiny", CAUSAL, ids=lambda tiny: tiny.name)
@@ -69,9 +75,8 @@ def test_cap_by_another_name(make: Callable[[], Any], monkeypatch: pytest.Monkey
             weight.mul_(20)
     text = type(model.config)
     monkeypatch.setattr(text, "attribute_map", {k: v for k, v in text.attribute_map.items() if "logit" not in v})
-    add_fused_lm_head(model)
     with pytest.raises(ModelError, match="log-probability of a token is another by"):
-        check_head(SimpleNamespace(model=model, is_fsdp_enabled=False, is_deepspeed_enabled=False))
+        check_head(trainer_of(model))
     check(model)
 
 
