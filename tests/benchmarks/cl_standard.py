@@ -85,6 +85,19 @@ RULES: list[tuple[str, dict[str, object]]] = [
     *(("covariance", {"first_layer": scale, "last_layer": scale}) for scale in (0.7, 0.5)),
 ]  # fmt: skip
 """Rules and parameters, for experts that were trained from the base."""
+FROM_LAST: list[dict[str, object]] = [
+    {"rule": "magmax", "start_from": "previous"},
+    {"rule": "blend", "start_from": "previous", "parameters": {"keep": 0, "take": 0.5}},
+    {"rule": "opcm", "start_from": "previous"},
+]
+SEARCHED = {"rule": "task_arithmetic", "start_from": "previous", "parameters": {"lambda": "auto"}}
+LINES: list[dict[str, object]] = [
+    {"name": "opcm", "set": {"merge": FROM_LAST[2:], "baselines": ["joint"]}},
+    {"name": "auto", "set": {"merge": [SEARCHED]}},
+    {"name": "lora", "set": {"train.strategy": "lora", "train.learning_rate": 1e-3, "merge": FROM_LAST}},
+    {"name": "slao", "set": {"train.strategy": "slao", "train.learning_rate": 1e-3, "merge": ["slao"]}},
+]
+"""Settings of the study with other rules, adapters and joint training."""
 
 
 def main() -> None:
@@ -131,11 +144,10 @@ def write(args: argparse.Namespace) -> None:
         for name in ORDERS[0]
     ]  # fmt: skip
     general, train = general_tasks(data), training(args.steps, batch=8)
-    merge = [{"rule": "magmax", "start_from": "previous"}, {"rule": "average", "start_from": "previous"},
-             {"rule": "blend", "start_from": "previous", "parameters": {"keep": 0, "take": 0.5}}]  # fmt: skip
+    merge = [*FROM_LAST[:2], {"rule": "average", "start_from": "previous"}]
     parameters = {"share": 0, "general": str(out / "general.jsonl"), "general_share": 0.1, "within_batch": True}
     settings = [{"name": "general", "set": {"train.strategy": ["full", "replay"],
-                                            "train.parameters": {"replay": parameters}}}]  # fmt: skip
+                                            "train.parameters": {"replay": parameters}}}, *LINES]  # fmt: skip
     recipe = {
         "name": "cl", "base_model": "quickstart:smollm2", "stages": stages, "train": train, "merge": merge,
         "evaluate": {"limit": args.limit, "general_tasks": general},
@@ -143,7 +155,7 @@ def write(args: argparse.Namespace) -> None:
     study = {"name": "cl", "recipe": "cl.yml", "orders": ORDERS, "seeds": [0, 1],
              "vary": {"train.learning_rate": [2e-5, 1e-4, 5e-4]}, "settings": settings}  # fmt: skip
     (out / "cl.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    (out / "study.yml").write_text(yaml.safe_dump(study, sort_keys=False))
+    (out / "study.yml").write_text(yaml.safe_dump(json.loads(json.dumps(study)), sort_keys=False))  # without anchors
     measured = {**train, "statistics": {"kinds": ["inputs", "fisher", "adam"], "examples": 128, "max_length": 192}}
     alone = {**recipe, "name": "cl-rules", "train": measured, "merge": [{"rule": "average", "start_from": "base"}]}
     (out / "rules.yml").write_text(yaml.safe_dump(alone, sort_keys=False))
