@@ -53,7 +53,7 @@ def check_head(trainer: Any) -> None:
         model.train(was_training)
     gap, largest = float((found - own).abs().max()), max(1.0, float(own.abs().max()))
     half = model.dtype.itemsize == 2 or trainer.accelerator.mixed_precision != "no"
-    if not gap <= (_SAME_HALF if half else _SAME) * largest:
+    if gap > (_SAME_HALF if half else _SAME) * largest:  # not where either is not a number: others tell that
         raise refuse_head(type(model).__name__, f"its log-probability of a token is another by {gap:.3g} nats")
 
 
