@@ -200,8 +200,9 @@ def test_two_ranks(model: Path, tasks: Path, score: Score, tmp_path: Path) -> No
     alone = score(model, "--no-cache")
     out = tmp_path / "two.json"
     command = [
-        Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", "-m", "hf_contmerge.commands.main",
-        "score", model, "--tasks", "texts,choice", "--include-path", tasks, "--cpu", "--json", out,
+        Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2",
+        "-m", "hf_contmerge.commands.main", "score", model,
+        "--tasks", "texts,choice", "--include-path", tasks, "--cpu", "--json", out,
     ]  # fmt: skip
     for cached in (False, True):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
