@@ -215,10 +215,14 @@ def code_by_consent(folder: Path | str) -> Iterator[None]:
         raise code_refused(Path(folder)) from error
 
 
+def plain_model(model: Any) -> Any:
+    """Return the model inside peft's wrapper, with adapter layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def runs_own_code(model: Any) -> bool:
     """Say if a model in memory has custom code: it is trusted."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__module__.startswith("transformers_modules.")
+    return type(plain_model(model)).__module__.startswith("transformers_modules.")
 
 
 def recompute_activations(model: Any, options: Mapping[str, Any] | None = None) -> None:

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.distributed.tensor import DTensor
 
 from hf_contmerge.errors import DataError, ResourceError
+from hf_contmerge.models.loading import plain_model
 from hf_contmerge.runtime.progress import batch_progress
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.scoring._texts import TextTokens
@@ -64,8 +65,7 @@ class SharedLM(TextTokens, _Parent):
             max_length=max_length,
         )  # fmt: skip
         self._ranks = ranks
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
-        self._takes = inspect.signature(inner.forward).parameters.keys()
+        self._takes = inspect.signature(plain_model(model).forward).parameters.keys()
         # A forward pass of sharded weights involves all ranks.
         self._in_step = ranks.size > 1 and shared_out
 

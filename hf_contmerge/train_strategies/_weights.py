@@ -1,9 +1,8 @@
-"""A model's weights and its plain form, as strategies need them."""
+"""A model's weights, as strategies need them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +62,3 @@ def laid_out_like(weight: Tensor, value: Tensor) -> Tensor:
     if value.is_meta:  # where only the first rank has loaded the weights; it sends each rank its part
         value = torch.empty_like(value, device=weight.device)
     return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
-
-
-def plain_model(model: Any) -> Any:
-    """Return the model inside peft's wrapper, with adapter layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

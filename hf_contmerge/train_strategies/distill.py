@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hf_contmerge.models.loading import load_model, runs_own_code
+from hf_contmerge.models.loading import load_model, plain_model, runs_own_code
 from hf_contmerge.train_strategies import Inputs, TrainStrategy
-from hf_contmerge.train_strategies._weights import plain_model
 
 Teacher = Literal["start", "base", "both"]
 

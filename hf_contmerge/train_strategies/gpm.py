@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.loading import plain_model
 from hf_contmerge.models.weights import write_tensors
 from hf_contmerge.runtime.foreign import read_object
 from hf_contmerge.train_strategies import Likelihoods, StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
-from hf_contmerge.train_strategies._weights import laid_out_like, plain_model
+from hf_contmerge.train_strategies._weights import laid_out_like
 
 LOG = logging.getLogger(__name__)
 

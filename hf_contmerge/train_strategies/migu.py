@@ -16,9 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.loading import plain_model
 from hf_contmerge.train_strategies import TrainStrategy
 from hf_contmerge.train_strategies._ranks import sum_over_ranks
-from hf_contmerge.train_strategies._weights import laid_out_like, plain_model
+from hf_contmerge.train_strategies._weights import laid_out_like
 
 
 @dataclass

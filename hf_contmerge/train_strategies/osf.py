@@ -23,11 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_contmerge.models.loading import fold_adapter
+from hf_contmerge.models.loading import fold_adapter, plain_model
 from hf_contmerge.models.weights import write_tensors
 from hf_contmerge.train_strategies import Likelihoods, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
-from hf_contmerge.train_strategies._weights import plain_model
 
 LOG = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_contmerge.models.loading import plain_model
 from hf_contmerge.runtime.patterns import require_quick
 from hf_contmerge.train_strategies import TrainStrategy
-from hf_contmerge.train_strategies._weights import plain_model, trained
+from hf_contmerge.train_strategies._weights import trained
 
 Factor = Annotated[float, Field(ge=0)]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_contmerge.errors import ModelError
+from hf_contmerge.models.loading import plain_model
 
 _TOKENS = 8
 _SAME, _SAME_HALF = 1e-2, 3e-2
@@ -39,7 +40,7 @@ def check_head(trainer: Any) -> None:
 
     A few tokens go through both. Not for sharded weights, which are whole only inside a step.
     """
-    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    model = plain_model(trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     if "fused_lm_head" not in inspect.signature(model.forward, follow_wrapped=False).parameters:

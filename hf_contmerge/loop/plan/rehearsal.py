@@ -75,7 +75,7 @@ def rehearse(train: Train, data: StageData, base: Path, where: str, *, trust_rem
     found here. All ranks call this together. Launchers that shard weights are left out of the rest: they need the real
     model.
     """
-    _check_strategies(train, base)
+    _check_architecture(train, base)
     if train.sft_fields.get("deepspeed") or launcher_uses("FSDP") or launcher_uses("DEEPSPEED"):
         return
     _check_router(train, base, where, trust_remote_code)
@@ -143,7 +143,7 @@ def _shortest(rows: Dataset) -> Dataset:
     return some.select(order[:_ROWS])
 
 
-def _check_strategies(train: Train, base: Path) -> None:
+def _check_architecture(train: Train, base: Path) -> None:
     """Refuse a base that TRL cannot train, and parameters that misfit it."""
     architecture, trained = find_architecture(base), cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)
     model = architecture and copy.deepcopy(architecture.model)
