@@ -93,11 +93,12 @@ FROM_LAST: list[dict[str, object]] = [
 SEARCHED = {"rule": "task_arithmetic", "start_from": "previous", "parameters": {"lambda": "auto"}}
 LINES: list[dict[str, object]] = [
     {"name": "opcm", "set": {"merge": FROM_LAST[2:], "baselines": ["joint"]}},
+    {"name": "replay", "set": {"train.strategy": ["full", "replay"], "merge": FROM_LAST}},
     {"name": "auto", "set": {"merge": [SEARCHED]}},
     {"name": "lora", "set": {"train.strategy": "lora", "train.learning_rate": 1e-3, "merge": FROM_LAST}},
     {"name": "slao", "set": {"train.strategy": "slao", "train.learning_rate": 1e-3, "merge": ["slao"]}},
 ]
-"""Settings of the study with other rules, adapters and joint training."""
+"""Settings of the study with other rules, old examples (a tenth), adapters and joint training."""
 
 
 def main() -> None:
