@@ -125,7 +125,8 @@ def endless(_place: Place) -> None:
     ids=["traceback", "hang", "outside", "process", "memory"],
 )
 def test_faults_are_seen(kind: str, does: object, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
+    if kind == "Slow":
+        monkeypatch.setattr(fuzz, "SECONDS", 0.5)
     monkeypatch.setattr(fuzz, "MEMORY", 2**28)
     target = Target("faulty", "text", "f.txt", does, lambda _: [b"x"])  # type: ignore[arg-type]
     assert kind in run(target, Place.of(target, home, tmp_path / "place"), b"x").finding
