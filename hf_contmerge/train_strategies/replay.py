@@ -35,6 +35,8 @@ from hf_contmerge.train_strategies._ranks import is_main
 
 LOG = logging.getLogger(__name__)
 
+REPLAYED = "replay"
+"""The source of earlier stages' examples."""
 _KEY, _SIZE = "replay_key", "replay_size"
 _EXAMPLES = 1000
 _GENERAL_SHARE = 0.1
@@ -133,7 +135,7 @@ class Replay(TrainStrategy):
         elif memory and self.share:
             olds = [in_form_of(plain, old.remove_columns([_KEY, _SIZE]), path) for path, old in _remembered(memory)]
             old = datasets.concatenate_datasets(_alike([plain, *olds])[1:]).shuffle(seed=seed, keep_in_memory=True)
-            pools.append((self.share, from_source(old, ["replay"] * len(old))))
+            pools.append((self.share, from_source(old, [REPLAYED] * len(old))))
         if self.general_data():
             general = self.tools.general.shuffle(seed=seed + self.stage, keep_in_memory=True)
             pools.append((self._general_share(), general))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_contmerge.train_strategies import SOURCE, Combined, StageTools
-from hf_contmerge.train_strategies.replay import from_source, without_source
+from hf_contmerge.train_strategies.replay import REPLAYED, from_source, without_source
 from hf_contmerge.training._forms import rows_of
 from hf_contmerge.training._sources import LOSS
-from hf_contmerge.training.data import StageData
+from hf_contmerge.training.data import StageData, name_sources
 from hf_contmerge.training.job import TrainJob, rows_sha256
 from hf_contmerge.training.settings import config_of, sft_settings
 from hf_contmerge.training.tokenizer import count_tokens, stage_tokenizer
@@ -20,38 +21,51 @@ from hf_contmerge.training.tokenizer import count_tokens, stage_tokenizer
 def mixed(job: TrainJob, strategies: Combined) -> Any:
     """Begin a stage; return its examples, with any sources."""
     data = job.data
+    own, *others = _named(data, data.general, job.written)
     if not strategies.overriding("mix"):
         strategies.begin(job.stage, job.base)
-        return _named(data) if len(data.sources) > 1 else data.train
-    strategies.begin(job.stage, job.base, _tools(job, strategies))
-    return strategies.mix(_named(data), job.memory, seed=job.seed)
+        return own if len(data.sources) > 1 else data.train
+    strategies.begin(job.stage, job.base, _tools(job, strategies, *others))
+    return strategies.mix(own, job.memory, seed=job.seed)
 
 
-def _named(data: StageData) -> Any:
-    return from_source(data.train, data.named_sources())
+def _named(*parts: StageData | None) -> list[Any]:
+    """Return each part's examples with the names of their sources."""
+    named = zip(parts, name_sources(*parts, taken=REPLAYED), strict=True)
+    return [part and from_source(part.train, [names[place] for place in part.train_sources]) for part, names in named]
 
 
-def _tools(job: TrainJob, strategies: Combined) -> StageTools:
+def _tools(job: TrainJob, strategies: Combined, general: Any, written: Any) -> StageTools:
     """Return what the strategies of a job may use."""
-    general, written = job.data.general, job.written
     load = functools.cache(
         functools.partial(stage_tokenizer, job.base, job.train, trust_remote_code=job.trust_remote_code)
     )
-    return StageTools(
-        general=_named(general) if general else None,
-        written=_named(written) if written else None,
-        batch=_batch(job, strategies, load()) if strategies.keeping_order() else 0,
-        count_tokens=lambda rows: [sum(count_tokens(load(), row)) for row in rows_of(without_source(rows))],
-    )
+    config = functools.cache(lambda: _config(job, strategies, load()))
+
+    def sizes(rows: Any) -> list[int]:
+        longest = _longest(config())
+        return [sum(min(n, longest) for n in count_tokens(load(), row)) for row in rows_of(without_source(rows))]
+
+    batch = _batch(config()) if strategies.keeping_order() else 0
+    return StageTools(general=general, written=written, batch=batch, count_tokens=sizes)
 
 
-def _batch(job: TrainJob, strategies: Combined, tokenizer: Any) -> int:
-    """Return the examples of an optimizer step; 0 where packing cuts them."""
+def _config(job: TrainJob, strategies: Combined, tokenizer: Any) -> Any:
     settings = sft_settings(job.train, job.data, tokenizer, numel=0, strategies=strategies)
-    config = config_of(job.data.form, {**settings, "output_dir": "unused"}, "train")
+    return config_of(job.data.form, {**settings, "output_dir": "unused"}, "train")
+
+
+def _batch(config: Any) -> int:
+    """Return the examples of an optimizer step; 0 where packing cuts them."""
     if getattr(config, "packing", False):
         return 0
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
+def _longest(config: Any) -> int:
+    """Return how many tokens of an example are trained on: packing may cut it into several pieces."""
+    cut_up = getattr(config, "packing", False) and config.packing_strategy in ("wrapped", "bfd_split")
+    return sys.maxsize if cut_up else getattr(config, "max_length", None) or sys.maxsize
 
 
 def source_names(examples: Any) -> list[str]:
@@ -59,11 +73,13 @@ def source_names(examples: Any) -> list[str]:
     return sorted(set(examples[SOURCE])) if SOURCE in examples.column_names else []
 
 
-def mixed_record(data: StageData, examples: Any, log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return counts of general data, and sources' examples and losses."""
-    record: dict[str, Any] = {}
-    if general := data.general:
-        record["general_sources"] = general.source_records()
+def mixed_record(job: TrainJob, examples: Any, log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return the sources of own and general data, with counts, and the losses of each."""
+    data, general = job.data, job.data.general
+    own, others, _ = name_sources(data, general, job.written, taken=REPLAYED)
+    record: dict[str, Any] = {"sources": data.source_records(own)}
+    if general:
+        record["general_sources"] = general.source_records(others)
         record["general_sha256"] = rows_sha256(general.train)
     if len(names := source_names(examples)) > 1:
         counts = Counter(examples[SOURCE])

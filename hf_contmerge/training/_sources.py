@@ -62,7 +62,8 @@ class SourceLosses(Trainer):
 
         def watched(**inputs: Any) -> Any:
             output = model(**inputs)
-            self._add(output, marks[:, 1:])
+            if inputs.get("fused_lm_head"):  # smoothed labels take logits first
+                self._add(output, marks[:, 1:])
             return output
 
         called: Any = watched if self.model.training else model

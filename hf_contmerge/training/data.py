@@ -14,6 +14,7 @@ import datasets
 
 from hf_contmerge.errors import DataError, ModelError
 from hf_contmerge.run.recipe.parts import Dataset, DataSource, Task
+from hf_contmerge.runtime.foreign import repeated
 from hf_contmerge.runtime.shares import split_by_shares
 from hf_contmerge.training._asked import asked_of
 from hf_contmerge.training._extras import template_arguments
@@ -80,19 +81,28 @@ class StageData:
     general: StageData | None = None
     """General data that a strategy mixes in."""
 
-    def source_names(self) -> list[str]:
-        """Return a name for each source, all different."""
-        names = [source.path.rstrip("/").rpartition("/")[2] or source.path for source in self.sources]
-        return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
-
-    def source_records(self) -> list[dict[str, Any]]:
+    def source_records(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return the sources for the record, by name."""
-        return [{"name": n, **asdict(source)} for n, source in zip(self.source_names(), self.sources, strict=True)]
+        return [{"name": name, **asdict(source)} for name, source in zip(names, self.sources, strict=True)]
 
-    def named_sources(self) -> list[str]:
-        """Return each training example's source by name."""
-        names = self.source_names()
-        return [names[place] for place in self.train_sources]
+
+def name_sources(*parts: StageData | None, taken: str) -> list[list[str]]:
+    """Return a name for each source of some data, all different.
+
+    The last parts of its path that no other has, and a number where paths are equal. `taken`: another's name.
+    """
+    paths = [source.path for part in parts if part for source in part.sources]
+    names = [_tail(path, 1) for path in paths]
+    for depth in range(2, max((path.count("/") for path in paths), default=0) + 2):
+        several = repeated([*names, taken])
+        names = [_tail(path, depth) if name in several else name for path, name in zip(paths, names, strict=True)]
+    several = repeated([*names, taken])
+    numbered = iter([f"{name} ({i})" if name in several else name for i, name in enumerate(names, 1)])
+    return [list(itertools.islice(numbered, len(part.sources) if part else 0)) for part in parts]
+
+
+def _tail(path: str, depth: int) -> str:
+    return "/".join(path.rstrip("/").split("/")[-depth:]) or path
 
 
 def load_stage_data(spec: Dataset, *, seed: int, limits: Limits | None = None) -> StageData:
@@ -171,7 +181,8 @@ def _measurable(fit: Fit) -> list[int]:
 
 def _trained(portion: Portion, heldout: datasets.Dataset, limits: Limits | None) -> Portion:
     """Return a portion without held-out twins, up to `max_examples`."""
-    rest = portion.keeping(without_heldout(portion.train, heldout, portion.form), "are copies of held-out ones")
+    keep = not_held_out(portion.train, portion.form, heldout, portion.form)
+    rest = portion.keeping(portion.train.select(keep), "are copies of held-out ones")
     if len(rest.train) == 0:
         raise DataError(f"{portion.source.path} has no example to train on once the held-out ones are removed.")
     rest = _learnt(rest, limits) if limits else rest
@@ -323,15 +334,30 @@ def _warn_left_out(path: str, count: int, read: int, why: str) -> None:
         LOG.warning("%s: %d of %d rows are left out, for they %s", path, count, read, why)
 
 
-def without_heldout(train: datasets.Dataset, heldout: datasets.Dataset, form: Form) -> datasets.Dataset:
-    """Drop training examples with a held-out twin: memorised documents measure nothing."""
+def not_held_out(train: datasets.Dataset, form: Form, heldout: datasets.Dataset, heldout_form: Form) -> list[int]:
+    """Return the places of examples without a held-out twin: memorised documents measure nothing.
 
-    def key(row: Row) -> str:
-        return json.dumps([row[c] for c in _MEASURED[form]] + [template_arguments(row)], sort_keys=True)
+    A twin has the same words, or turns, in whatever columns and with whatever spaces.
+    """
+    held = {_words(row, heldout_form) for row in rows_of(heldout)}
+    return [i for i, row in enumerate(rows_of(train)) if _words(row, form) not in held]
 
-    held = {key(row) for row in rows_of(heldout)}
-    keep = [i for i, row in enumerate(rows_of(train)) if key(row) not in held]
-    return train if len(keep) == len(train) else train.select(keep)
+
+def _words(row: Row, form: Form) -> str:
+    """Return what two examples of one document have in common."""
+    parts = [_bare(row[column]) for column in _MEASURED[form]]
+    turns = [part for part in parts if not isinstance(part, str)]
+    document = list(itertools.chain.from_iterable(turns)) if turns else "".join(parts)
+    return json.dumps([document, template_arguments(row)], sort_keys=True)
+
+
+def _bare(value: Any) -> Any:
+    """Return a value without spaces and empty fields, which a column has where another row has one."""
+    if isinstance(value, str):
+        return "".join(value.split())
+    if isinstance(value, dict):
+        return {key: _bare(item) for key, item in value.items() if item is not None}
+    return [_bare(item) for item in value] if isinstance(value, list) else value
 
 
 def _as_text(row: Row, form: Form, render: Callable[..., str]) -> str:

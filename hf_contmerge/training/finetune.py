@@ -34,7 +34,6 @@ from hf_contmerge.training._trainer import (
     reference_model,
     trainer_class,
 )
-from hf_contmerge.training.data import StageData
 from hf_contmerge.training.head import check_head
 from hf_contmerge.training.job import TrainJob
 from hf_contmerge.training.sampling import loading_by, reward_functions, sampled_rows, with_sampling
@@ -94,7 +93,7 @@ def train_expert(
     precision = save_expert(trainer, strategies, job.base, out, change)
     if of_adam:
         write_adam(trainer, trained, out, Weights(job.base))
-    record = {**_record(trainer, job.data, examples), **dropped, **precision}
+    record = {**_record(trainer, job, examples), **dropped, **precision}
     del trainer, trained
     free_memory()
     if job.train.statistics:
@@ -195,7 +194,7 @@ def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | Non
         strategies.remember(model, job.data.train, job.memory, out, main=trainer.accelerator.is_main_process)
 
 
-def _record(trainer: Any, data: StageData, examples: Any) -> dict[str, Any]:
+def _record(trainer: Any, job: TrainJob, examples: Any) -> dict[str, Any]:
     """Return a finished training's part of the record."""
     history = trainer.state.log_history
     log = curve(history)
@@ -203,9 +202,8 @@ def _record(trainer: Any, data: StageData, examples: Any) -> dict[str, Any]:
     return {
         "loss": losses[-1] if losses else None,
         "steps": trainer.state.global_step,
-        "examples": len(data.train),
-        "sources": data.source_records(),
-        **mixed_record(data, examples, log),
+        "examples": len(job.data.train),
+        **mixed_record(job, examples, log),
         "tokens": trainer.state.num_input_tokens_seen or None,
         "log": log,
         "train_seconds": history[-1].get("train_runtime") if history else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from hf_contmerge.errors import DataError
@@ -12,7 +12,7 @@ from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training._forms import Limits
-from hf_contmerge.training.data import StageData, load_stage_data, without_heldout
+from hf_contmerge.training.data import StageData, load_stage_data, not_held_out
 from hf_contmerge.training.settings import make_strategies
 
 LOG = logging.getLogger(__name__)
@@ -60,23 +60,22 @@ def without_heldouts(added: StageData, stages: Iterable[StageData]) -> StageData
 
 def _without(general: StageData, stage: StageData) -> StageData:
     """Drop general examples held out by a stage; count by source."""
-    try:
-        heldout = in_form_of(general.train.select([0]), stage.heldout, "")
-    except DataError:  # of another form, so that none can be the same
-        return general
-    numbered = general.train.add_column("place", list(range(len(general.train))))  # pyright: ignore
-    keep = list(without_heldout(numbered, heldout, general.form)["place"])
+    keep = not_held_out(general.train, general.form, stage.heldout, stage.form)
     if len(keep) == len(general.train):
         return general
     kept = tuple(general.train_sources[i] for i in keep)
     dropped = Counter(general.train_sources) - Counter(kept)
     sources = [
-        replace(s, train=s.train - dropped[i], left_out=Counter(s.left_out) + Counter({_TWIN: dropped[i]}))
+        replace(s, train=s.train - dropped[i], left_out=_with(s.left_out, dropped[i]))
         for i, s in enumerate(general.sources)
     ]
     for i in dropped:
         LOG.info("%s: %d examples to mix in are left out, for they %s", sources[i].path, dropped[i], _TWIN)
     return replace(general, train=general.train.select(keep), train_sources=kept, sources=tuple(sources))
+
+
+def _with(left_out: Mapping[str, int], twins: int) -> dict[str, int]:
+    return {**left_out, _TWIN: left_out.get(_TWIN, 0) + twins} if twins else dict(left_out)
 
 
 def _paths(spec: Dataset) -> str:

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.runtime.shares import in_blocks
 from hf_contmerge.train_strategies import SOURCE, StageTools, get_strategy
 from hf_contmerge.train_strategies.replay import from_source
-from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.data import StageData, load_stage_data, name_sources
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.general import with_general
 from hf_contmerge.training.job import TrainJob
@@ -159,6 +160,53 @@ def test_held_out_documents_of_any_stage_are_dropped_and_counted(form: str, tmp_
     assert not {json.dumps(r, sort_keys=True) for part in (one, two) for r in part.heldout} & {*kept}
 
 
+def written(form: str, prompt: str, answer: str, spaces: str = " ") -> Row:
+    """Return one document in some form."""
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {
+        "text": {"text": f"{prompt}{spaces}{answer}\n"},
+        "pair": {"prompt": prompt, "completion": f"{spaces}{answer}"},
+        "messages": {"messages": turns},
+        "turns": {"prompt": turns[:1], "completion": turns[1:]},
+    }[form]
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [("pair", "text"), ("text", "pair"), ("text", "text"), ("messages", "turns"), ("turns", "messages")],
+)
+def test_a_held_out_document_in_other_columns_is_dropped(own: str, other: str, tmp_path: Path) -> None:
+    """`other` is the form of the general data, of another stage's held-out documents, and of the stage's own."""
+
+    def rows(form: str, name: str, spaces: str) -> list[Row]:
+        return [written(form, f"{name} {i}", str(i), spaces) for i in range(20)]
+
+    one = stage(tmp_path, "own", rows(own, "own", " "), heldout=6)
+    two = stage(tmp_path, "two", rows(other, "two", " "), heldout=4)
+    form = own if {own, other} & {"messages"} else other  # others become the stage's form
+    path = write_jsonl(
+        tmp_path / "mixed-in.jsonl", [r for name in ("own", "two", "gen") for r in rows(form, name, "  ")]
+    )
+    data = with_general(one, general_train(path), [one, two], seed=0)
+    assert data.general
+    assert data.general.sources[0].left_out == {"are copies of held-out ones": 10}
+    assert len(data.general.train) == 50
+
+
+def test_sources_have_different_names(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a/x", "b/x", "c")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    rows = [{"text": "x"}]
+    parts = [stage(folder, "train", rows) for folder in folders]
+    alone, memory = stage(tmp_path, "other", rows), stage(tmp_path, "third", rows)
+    memory = replace(memory, sources=(replace(memory.sources[0], path="replay"),))
+    found = name_sources(*parts, None, alone, alone, memory, taken="replay")
+    two = [["a/x/train.jsonl"], ["b/x/train.jsonl"], ["c/train.jsonl"], []]
+    assert found[:4] == two
+    assert len({name for names in found for name in names} | {"replay"}) == 7
+
+
 def test_general_data_that_is_all_held_out(tmp_path: Path) -> None:
     one = stage(tmp_path, "whole", [{"text": f"x {i}"} for i in range(9)], heldout=3)
     path = write_jsonl(tmp_path / "twins.jsonl", [dict(row) for row in one.heldout])  # pyright: ignore
@@ -173,7 +221,8 @@ def test_general_data_may_be_a_mix(tmp_path: Path) -> None:
     train = Train.model_validate({"strategy": "replay", "parameters": {"general": {"mix": mix}}})
     data = with_general(one, train, [], seed=0)
     assert data.general
-    assert Counter(data.general.named_sources()) == {"part-a.jsonl": 10, "part-b.jsonl": 30}
+    names = name_sources(data.general, taken="")[0]
+    assert Counter(names[place] for place in data.general.train_sources) == {"part-a.jsonl": 10, "part-b.jsonl": 30}
 
 
 def test_licences_of_the_sources(tmp_path: Path) -> None:
@@ -247,6 +296,53 @@ def test_loss_of_each_source(fields: Row, base_folder: Path, tmp_path: Path) -> 
     assert "mixed" not in alone
     one_file, other = (load_file(tmp_path / d / "expert" / "model.safetensors") for d in ("run", "plain"))
     assert all((one_file[name] == other[name]).all() for name in one_file)
+
+
+def test_the_record_of_general_data(base_folder: Path, tmp_path: Path) -> None:
+    """Files of one name in two folders are two sources; held-out copies are counted, and the record is JSON."""
+    for name in ("own", "gen"):
+        (tmp_path / name).mkdir()
+    one = stage(tmp_path / "own", "train", lines("law", 20), heldout=4)
+    twins = [dict(row) for row in one.heldout]  # pyright: ignore
+    path = write_jsonl(tmp_path / "gen" / "train.jsonl", [*lines("general", 20, 1), *twins])
+    train = general_train(path, general_share=0.5)
+    record = trained(with_general(one, train, [one], seed=0), base_folder, tmp_path / "run", train)
+    assert json.loads(json.dumps(record)) == record
+    assert record["general_sources"][0]["left_out"] == {"are copies of held-out ones": 4}
+    names = ["gen/train.jsonl", "own/train.jsonl"]
+    assert [m["source"] for m in record["mixed"]] == names
+    assert [s["name"] for s in (*record["general_sources"], *record["sources"])] == names
+    assert {f"loss_{name}" for name in names} <= record["log"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts"),
+    [
+        ({"packing": False}, [32, 8]),
+        ({"packing": True, "packing_strategy": "bfd"}, [32, 8]),
+        ({"packing": True, "packing_strategy": "wrapped"}, [258, 8]),
+    ],
+    ids=["rows", "bfd", "wrapped"],
+)
+def test_shares_of_tokens_are_of_those_that_are_trained_on(
+    fields: Row, counts: list[int], base_folder: Path, tmp_path: Path
+) -> None:
+    """A document of 129 tokens counts as `max_length` (16) where it is cut; the general ones have 4."""
+    one = stage(tmp_path, "own-long", [{"text": "law " * 63 + str(i % 10)} for i in range(8)])
+    path = write_jsonl(tmp_path / "gen-short.jsonl", [{"text": f"{i % 10} gen"} for i in range(40)])
+    train = general_train(path, general_share=0.5, share_of="tokens")
+    train = Train.model_validate({**train.model_dump(exclude_unset=True), **fields})
+    record = trained(with_general(one, train, [one], seed=0), base_folder, tmp_path / "run", train)
+    assert [m["examples"] for m in record["mixed"]] == counts
+
+
+def test_losses_of_sources_with_smoothed_labels(base_folder: Path, tmp_path: Path) -> None:
+    one = stage(tmp_path, "law-smooth", lines("law", 12))
+    path = write_jsonl(tmp_path / "general-smooth.jsonl", lines("general", 12, 1))
+    train = general_train(path, general_share=0.5)
+    train = Train.model_validate({**train.model_dump(exclude_unset=True), "label_smoothing_factor": 0.1})
+    record = trained(with_general(one, train, [one], seed=0), base_folder, tmp_path / "run", train)
+    assert all(m["loss"] > 0 for m in record["mixed"])
 
 
 def mixed_texts(train: Train, data: StageData) -> list[str]:
