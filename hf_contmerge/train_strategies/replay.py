@@ -77,7 +77,7 @@ class Replay(TrainStrategy):
     general_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of the examples trained on; 0.1 if there is general data."""
     share_of: Literal["examples", "tokens"] = "examples"
-    """What the shares count."""
+    """What the shares count: examples, or their tokens up to `max_length`, prompts included."""
     synthesise: Annotated[int, Field(ge=1)] | None = None
     """Documents that the stage's start model writes, of which `share` is drawn; no memory is kept then."""
     synthesise_tokens: Annotated[int, Field(ge=8)] = 256
