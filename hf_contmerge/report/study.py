@@ -36,7 +36,7 @@ from hf_contmerge.run.recipe.study import StudyCell
 from hf_contmerge.run.scores import BLOCKS, Block
 from hf_contmerge.scoring.forgetting.crossed import crossed_change
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.paired import Change, Group, mean_change, same_documents
+from hf_contmerge.scoring.forgetting.paired import Change, mean_change, mean_of_runs
 
 PLAIN = "fine-tuning alone"
 _SHOWN = ("acc", "la", "bwt", "fwt", "general_delta")
@@ -70,6 +70,14 @@ class StudyLine:
         """Return a metric's mean over the cells, None if one lacks it."""
         values = [found[metric] for found in self.metrics(block).values()]
         return fmean(v for v in values if v is not None) if values and None not in values else None
+
+    def over_runs(self, changes: Mapping[At, Change | None], block: Block) -> Change | None:
+        """Return the mean of each cell's change, None if one lacks it."""
+        known = {at: change for at, change in sorted(changes.items()) if change}
+        if not known or len(known) < len(changes):
+            return None
+        found = crossed_change({at: change.mean for at, change in known.items()}, mean_of_runs(list(known.values())))
+        return replace(found, matters=next(iter(self.cells.values()))[0].matters.get(block, 0.0))
 
     def measures(self, block: Block) -> bool:
         """Say if all cells have stages or general tasks of the block."""
@@ -121,28 +129,12 @@ class StudyResults:
         return self._changes[key]
 
     def _change(self, line: StudyLine, block: Block, scope: str) -> Change | None:
-        common = [at for at in line.cells if at in self.reference.cells]
-        grid, every = {}, list[Group]()
-        for at in common:
+        changes: dict[At, Change | None] = {}
+        for at in line.cells.keys() & self.reference.cells.keys():
             (results, mine), (_, theirs) = line.cells[at], self.reference.cells[at]
             groups = scopes(results.stages, results.general_tasks, mine.rows[-1], theirs.rows[-1])[scope]
-            change = mean_change(groups, block)
-            if change is None:
-                return None
-            grid[at] = change.mean
-            every += groups
-        if not grid:
-            return None
-        change = crossed_change(grid, mean_change(every, block), same_documents=self._same_documents)
-        first, _ = line.cells[common[0]]
-        return replace(change, matters=first.matters.get(block, 0.0))
-
-    @cached_property
-    def _same_documents(self) -> bool:
-        """Say if all seeds are scored on the same documents."""
-        rows = [line.rows[0] for x in self.lines for _, line in x.cells.values()]
-        first = rows[0]
-        return all(task in first and same_documents(row[task], first[task]) for row in rows for task in row)
+            changes[at] = mean_change(groups, block)
+        return line.over_runs(changes, block)
 
     def better_in(self, line: StudyLine, block: Block) -> tuple[int, int]:
         """Return the counts of cells above the reference, and all.

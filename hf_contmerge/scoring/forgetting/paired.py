@@ -12,9 +12,12 @@ kinds of interval were compared on simulated documents (tests/benchmarks/coverag
 A mean hides documents that went wrong while others went right. `flips` counts both, beyond what guessing does by
 itself: with c the chance of a guess, q = max(0, (accuracy - c) / (1 - c)) the share of known answers, and independent
 guesses, a document that neither model knows is right before and wrong after in (1 - q_old)(1 - q_new) c (1 - c) of
-cases.
+cases. The limits of such a share are no closer than Wilson's of the documents that changed sides, and end at 0.
 
-Means over tasks combine by squaring the distances from the estimate to its limits (Zou & Donner 2008).
+Means over tasks combine by squaring the distances from the estimate to its limits (Zou & Donner 2008). Answers to the
+same documents in several comparisons (a study's runs) are one sample, whose size is the effective one: that of as many
+independent answers with the same variance, between all answers and the documents alone (Kish 1965; for score intervals,
+Dean & Pagano, J. Survey Statistics and Methodology 3, 2015).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +35,10 @@ from hf_contmerge.run.scores import Block, Sample, Scores, TaskScore
 
 CONFIDENCE = 0.95
 _POWER = 0.8
+
+
+Answers = tuple[float, float, float]
+"""How many became right, how many became wrong, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +52,26 @@ class Part:
     gains: tuple[float, ...]
     weights: tuple[float, ...]
     counts: int = 0
-    """1 or -1 for a proportion: the gains are this number or 0."""
+    """1 or -1 for a share of documents that changed sides in one direction."""
+    counted: Answers | None = None
+    """What the gains count, where they are not 1 (now right), -1 (now wrong) or 0 themselves."""
+    guessed: bool = False
+    """True if guessing was taken off the gains."""
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    """The least and the largest possible mean."""
+    source: tuple[str, tuple[str, ...]] = ("", ())
+    """The task, and what tells its documents from others."""
 
     @property
     def mean(self) -> float:
         return math.fsum(self.gains) / math.fsum(self.weights)
 
     @property
-    def paired_answers(self) -> bool:
-        """True if gains are 1 (now right), -1 (now wrong) or 0."""
-        return set(self.weights) == {1.0} and set(self.gains) <= {-1.0, 0.0, 1.0}
+    def answers(self) -> Answers | None:
+        """The answers that changed sides; None for other scores."""
+        if self.counted or set(self.weights) != {1.0} or not set(self.gains) <= {-1.0, 0.0, 1.0}:
+            return self.counted
+        return self.gains.count(1.0), self.gains.count(-1.0), len(self.gains)
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,11 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
     return _change(_joined(parts), confidence) if parts else None
 
 
+def mean_of_runs(changes: Sequence[Change], confidence: float = CONFIDENCE) -> Change:
+    """Return the mean change over runs, whose documents may be the same."""
+    return _change(_joined([replace(p, share=p.share / len(changes)) for c in changes for p in c.parts]), confidence)
+
+
 def combined(changes: Iterable[tuple[float, Change]], confidence: float = CONFIDENCE) -> Change:
     """Return a weighted sum of changes on different documents.
 
@@ -143,7 +165,7 @@ def flips(groups: Iterable[Group], to: Literal["wrong", "right"], confidence: fl
 _PartOf = Callable[[TaskScore, TaskScore, float], Part | None]
 
 
-def _parts(groups: Iterable[Group], block: Block, part_of: _PartOf) -> list[tuple[str, Part]] | None:
+def _parts(groups: Iterable[Group], block: Block, part_of: _PartOf) -> list[Part] | None:
     """Return each task's part in a mean over groups; None if incomplete."""
     measured = []
     for new, old, names in groups:
@@ -152,14 +174,15 @@ def _parts(groups: Iterable[Group], block: Block, part_of: _PartOf) -> list[tupl
             return None
         if tasks:
             measured.append([(t, new[t], old[t]) for t in tasks])
-    parts: list[tuple[str, Part]] = []
+    parts: list[Part] = []
     for tasks in measured:
         for task, new, old in tasks:
             _require_same_documents(task, new, old)
             part = part_of(new, old, 1 / len(tasks) / len(measured))
             if part is None:
                 return None
-            parts.append((task, part))
+            digest = str(new.details.get("documents_sha256", ""))
+            parts.append(replace(part, source=(task, new.documents or (digest,))))
     return parts
 
 
@@ -225,7 +248,9 @@ def _require_same_documents(task: str, new: TaskScore, old: TaskScore) -> None:
 
 
 def _difference(new: TaskScore, old: TaskScore, share: float) -> Part:
-    return Part(share, tuple(a - b for a, b in zip(new.gains, old.gains, strict=True)), new.weights)
+    largest = 1.0 if new.block == "accuracy" else math.inf
+    gains = tuple(a - b for a, b in zip(new.gains, old.gains, strict=True))
+    return Part(share, gains, new.weights, bounds=(-largest, largest))
 
 
 def _flipped(new: TaskScore, old: TaskScore, share: float, to: Literal["wrong", "right"]) -> Part | None:
@@ -241,28 +266,52 @@ def _flipped(new: TaskScore, old: TaskScore, share: float, to: Literal["wrong", 
         return None
     before, after, sign = np.array(old.gains), np.array(new.gains), -1 if to == "wrong" else 1
     flipped = before * (1 - after) if to == "wrong" else (1 - before) * after
-    if variance == 0:
-        return Part(share, tuple(float(sign * x) for x in flipped), new.weights, counts=sign)
     unknown = [min(1.0, (1 - x.mean()) / (1 - c)) for x in (before, after)]  # 1 - q
     slopes = [(x - x.mean()) / (1 - c) * (x.mean() > c) for x in (before, after)]
     guessed = variance * (unknown[0] * unknown[1] - unknown[1] * slopes[0] - unknown[0] * slopes[1])
-    return Part(share, tuple(float(x) for x in sign * (flipped - guessed)), new.weights)
+    gains = tuple(float(x) for x in sign * (flipped - guessed))
+    turned = float(flipped.sum())
+    counted = (0.0, turned, float(len(gains))) if sign < 0 else (turned, 0.0, float(len(gains)))
+    bounds = (-1.0, 0.0) if sign < 0 else (0.0, 1.0)
+    return Part(share, gains, new.weights, sign, counted, guessed=bool(guessed.any()), bounds=bounds)
 
 
-def _joined(parts: Sequence[tuple[str, Part]]) -> tuple[Part, ...]:
-    """Combine a task's parts from several groups into one.
-
-    Their documents are the same and hence not independent.
-    """
-    together: dict[tuple[str, tuple[float, ...]], list[Part]] = {}
-    for task, part in parts:
-        together.setdefault((task, part.weights), []).append(part)
+def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Combine parts of the same documents into one; they are not independent."""
+    together: dict[tuple[Any, ...], list[Part]] = {}
+    for part in parts:
+        together.setdefault((part.source, part.weights), []).append(part)
     joined = []
-    for (_, weights), same in together.items():
+    for same in together.values():
         share = math.fsum(p.share for p in same)
-        means = (math.fsum(p.share / share * p.gains[i] for p in same) for i in range(len(weights)))
-        joined.append(same[0] if len(same) == 1 else Part(share, tuple(means), weights))
+        factors = [p.share / share for p in same]
+        means = tuple(
+            map(math.fsum, zip(*([f * g for g in p.gains] for f, p in zip(factors, same, strict=True)), strict=True))
+        )
+        one = replace(same[0], share=share, gains=means, counted=_together(same, factors, means))
+        joined.append(replace(one, guessed=any(p.guessed for p in same)) if len(same) > 1 else same[0])
     return tuple(joined)
+
+
+def _together(parts: Sequence[Part], factors: Sequence[float], gains: Sequence[float]) -> Answers | None:
+    """Return answers to the same documents as one sample of effective size.
+
+    Args:
+        parts: the answers of each comparison.
+        factors: their weights, which sum to 1.
+        gains: the documents' weighted means.
+    """
+    answers = [p.answers for p in parts]
+    shares = [(better / of, worse / of) for better, worse, of in filter(None, answers)]
+    if len(shares) < len(parts):
+        return None
+    better, worse = (math.fsum(f * x[side] for f, x in zip(factors, shares, strict=True)) for side in (0, 1))
+    apart = math.fsum(f * (b + w - (b - w) ** 2) for f, (b, w) in zip(factors, shares, strict=True))
+    n, most = len(gains), len(gains) / math.fsum(f * f for f in factors)
+    together = float(np.var(gains))
+    # As if one more document had changed sides in all of them: few changes do not tell independence.
+    size = min(max(n * (apart + 1 / n) / (together + 1 / n), n), most)
+    return better * size, worse * size, size
 
 
 def _change(parts: Sequence[Part], confidence: float) -> Change:
@@ -273,19 +322,33 @@ def _change(parts: Sequence[Part], confidence: float) -> Change:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, such as 0.95; got {confidence}")
     mean = math.fsum(p.share * p.mean for p in parts)
-    spreads = [_Spread.of(p) for p in parts]
-    known = [s for s in spreads if s is not None]
-    if len(known) < len(parts):
+    found = reach(parts, confidence)
+    if found is None:
         return Change(mean, None, confidence=confidence, parts=tuple(parts))
-    stderr = math.sqrt(math.fsum(s.variance for s in known))
-    level = (1 + confidence) / 2
-    answers = [(p, s) for p, s in zip(parts, known, strict=True) if p.paired_answers]
-    below, above = zip(
-        *(_answer_limits(p, level) for p, _ in answers),
-        _limits([s for p, s in zip(parts, known, strict=True) if not p.paired_answers], level),
-        strict=True,
-    )
-    return Change(mean, stderr, mean - math.hypot(*below), mean + math.hypot(*above), confidence, tuple(parts))
+    stderr, below, above = found
+    return Change(mean, stderr, *possible(mean - below, mean + above, parts), confidence, tuple(parts))
+
+
+def reach(parts: Sequence[Part], confidence: float) -> tuple[float, float, float] | None:
+    """Return a sum's standard error, and the distances to its limits.
+
+    None if a part has fewer than two documents. Without parts all are 0.
+    """
+    known = [s for p in parts if (s := _Spread.of(p))]
+    if len(known) < len(parts):
+        return None
+    level, pairs = (1 + confidence) / 2, list(zip(parts, known, strict=True))
+    each = [_answer_limits(p, s, level) for p, s in pairs if p.answers]
+    below, above = zip(*each, _limits([s for p, s in pairs if not p.answers], level), strict=True)
+    return math.sqrt(math.fsum(s.variance for s in known)), math.hypot(*below), math.hypot(*above)
+
+
+def possible(low: float, high: float, parts: Sequence[Part]) -> tuple[float, float]:
+    """Cut an interval at the range of the parts' sum, if there are parts."""
+    if not parts:
+        return low, high
+    least, most = (math.fsum(p.share * p.bounds[side] for p in parts if p.share) for side in (0, 1))
+    return min(max(low, least), most), min(max(high, least), most)
 
 
 @dataclass(frozen=True)
@@ -350,26 +413,29 @@ def _limits(spreads: Sequence[_Spread], level: float) -> tuple[float, float]:
     return t * math.sqrt(variance) + max(-lean, 0.0), t * math.sqrt(variance) + max(lean, 0.0)
 
 
-def _answer_limits(part: Part, level: float) -> tuple[float, float]:
+def _answer_limits(part: Part, spread: _Spread, level: float) -> tuple[float, float]:
     """Return the same distances for paired answers, times the part's share."""
+    assert part.answers
     z = NormalDist().inv_cdf(level)
-    better, worse = part.gains.count(1.0), part.gains.count(-1.0)
+    better, worse, of = part.answers
     if part.counts:
-        below, above = _proportion_limits(better + worse, len(part.gains), z)
-        return (part.share * below, part.share * above) if part.counts > 0 else (part.share * above, part.share * below)
-    up = _score_limit(better, worse, len(part.gains), z)
-    down = -_score_limit(worse, better, len(part.gains), z)
-    return part.share * (part.mean - down), part.share * (up - part.mean)
+        below, above = _proportion_limits(better + worse, of, z)
+        below, above = (below, above) if part.counts > 0 else (above, below)
+    else:
+        mean = (better - worse) / of
+        below, above = mean + _score_limit(worse, better, of, z), _score_limit(better, worse, of, z) - mean
+    least = _limits([spread], level) if part.guessed else (0.0, 0.0)
+    return max(part.share * below, least[0]), max(part.share * above, least[1])
 
 
-def _proportion_limits(count: int, n: int, z: float) -> tuple[float, float]:
+def _proportion_limits(count: float, n: float, z: float) -> tuple[float, float]:
     """Return the distances from a proportion to its limits (Wilson 1927)."""
     middle = (count + z * z / 2) / (n + z * z)
     reach = z * math.sqrt(count * (n - count) / n + z * z / 4) / (n + z * z)
     return count / n - max(middle - reach, 0.0), min(middle + reach, 1.0) - count / n
 
 
-def _score_limit(better: int, worse: int, n: int, z: float) -> float:
+def _score_limit(better: float, worse: float, n: float, z: float) -> float:
     """Return the upper score limit of a paired difference (Tango 1998).
 
     It solves better - worse - n*d = -z * sqrt(n * (2q + d(1 - d))) for d, where q is the most likely share of answers

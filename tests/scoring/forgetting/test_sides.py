@@ -59,6 +59,35 @@ def test_guesses_are_taken_off_as_the_formula_has_it() -> None:
     assert lost.mean + flip(new, old, "right").mean == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("1" * 20, "1" * 19 + "0"),  # no guess is left to take off
+        ("1" * 20, "1" * 20),
+        ("0" * 20, "0" * 20),  # fewer flips than guessing has
+        ("0" * 20, "0" * 19 + "1"),
+        ("1" * 10 + "0" * 10, "1" * 10 + "0" * 10),
+        ("1" * 10 + "0" * 10, "1" * 9 + "0" * 10 + "1"),
+    ],
+)
+def test_the_interval_of_one_direction_keeps_its_sign(before: str, after: str) -> None:
+    for choices in (0, 2, 4):
+        new, old = scored(after, choices=choices), scored(before, choices=choices)
+        twice = [({"t": new}, {"t": old}, ["t"]), ({"t": old}, {"t": old}, ["t"])]
+        for groups in (twice[:1], twice):
+            lost, gained = (flips(groups, to) for to in ("wrong", "right"))
+            assert lost
+            assert gained
+            assert lost.low is not None
+            assert gained.high is not None
+            assert lost.high is not None
+            assert gained.low is not None
+            assert -1 <= lost.low <= lost.high <= 0 <= gained.low <= gained.high <= 1
+            assert lost.sign <= 0 <= gained.sign
+    one = flip(scored("1" * 19 + "0", choices=4), scored("1" * 20, choices=4), "wrong")
+    assert (one.low, one.high) == pytest.approx((-0.2361, -0.0089), abs=1e-4)  # Wilson
+
+
 def test_both_add_up_to_the_change_of_the_accuracy() -> None:
     draw = random.Random(1)
     old, new = ([draw.randrange(2) for _ in range(300)] for _ in range(2))
