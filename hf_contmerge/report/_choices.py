@@ -49,9 +49,13 @@ def choices_intro(run: Run) -> str:
     recipe, parts = run.recipe, []
     if recipe.guard:
         limit, on = f"{recipe.guard.max_forgetting:g}", " and ".join(recipe.guard.on)
+        how = "" if recipe.guard.measure == "mean" else (
+            " Answers that are right or wrong are counted: what went from right to wrong, beyond guessing; other tasks "
+            "have their mean."
+        )  # fmt: skip
         parts.append(
             f"Budget: a loss of at most {limit} (share of right answers, or nats) on {on}, at "
-            f"{100 * recipe.guard.confidence:g} % confidence. The first attempt within the budget is taken."
+            f"{100 * recipe.guard.confidence:g} % confidence.{how} The first attempt within the budget is taken."
         )
     if any(entry.auto for entry in recipe.merge):
         parts.append(
@@ -131,7 +135,7 @@ def _worst(losses: Sequence[Mapping[str, Any]]) -> Cell:
     if not losses:
         return Cell()
     worst = min(losses, key=lambda x: x["mean"] if x["high"] is None else x["high"])
-    return Cell(f"{worst['group']} {_shift_text(worst)}")
+    return Cell(f"{_group(worst)} {_shift_text(worst)}")
 
 
 def _not_ruled_out(losses: Sequence[Mapping[str, Any]]) -> Cell:
@@ -141,7 +145,11 @@ def _not_ruled_out(losses: Sequence[Mapping[str, Any]]) -> Cell:
     if any(x["low"] is None for x in losses):
         return Cell("too few documents")
     most = min(losses, key=lambda x: x["low"])
-    return Cell(f"{most['group']} {amount(most['low'], most['block'])}" if most["low"] < 0 else "")
+    return Cell(f"{_group(most)} {amount(most['low'], most['block'])}" if most["low"] < 0 else "")
+
+
+def _group(shift: Mapping[str, Any]) -> str:
+    return f"{shift['group']}, right → wrong" if shift.get("lost") else shift["group"]
 
 
 def _gain(gains: Sequence[Mapping[str, Any]]) -> Cell:

@@ -17,7 +17,9 @@ SURVIVAL = {
 _COST = {
     "seconds?": NUMBER_OR_NONE, "peak_memory_bytes?": NUMBER_OR_NONE, "device?": str, "processes?": (int, None),
 }  # fmt: skip
-_SHIFT = {"group": str, "block": str, "mean": float, "low": NUMBER_OR_NONE, "high": NUMBER_OR_NONE}
+_SHIFT = {
+    "group": str, "block": str, "mean": float, "low": NUMBER_OR_NONE, "high": NUMBER_OR_NONE, "lost?": bool,
+}  # fmt: skip
 TRIES = [{
     "what": str, "rule": str, "parameters": PARAMETERS, "scale": float, "objective?": NUMBER_OR_NONE, "held?":
     (bool, None), "keeps_general?": (bool, None), "losses?": [_SHIFT], "gains?": [_SHIFT],

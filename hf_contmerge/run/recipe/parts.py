@@ -307,7 +307,7 @@ class Guard(Part):
     """The drop that is tolerated, in each block of tasks: a share of accuracy, nats of -ln(perplexity)."""
     measure: Literal["mean", "lost"] = "mean"
     """mean: the drop of the mean utility. lost: of accuracies, the share of documents that went from right to wrong,
-    beyond guessing; others that went right make up for none of it."""
+    beyond guessing; others that went right make up for none of it. Other tasks keep the mean."""
     on: Annotated[tuple[Literal["general", "stages"], ...], BeforeValidator(_as_list), Field(min_length=1)] = (
         "general", "stages",
     )  # fmt: skip

@@ -29,6 +29,10 @@ class Shift:
     block: Block
     change: Change
     """Utility now - then, paired on the same documents."""
+    lost: bool = False
+    """The change counts documents that went from right to wrong; else it is the mean's."""
+    tasks: tuple[str, ...] = ()
+    """The tasks of the group in this block."""
 
     @property
     def where(self) -> str:
@@ -42,7 +46,7 @@ class Shift:
         change = self.change
         return {
             "group": self.group, "block": self.block, "mean": change.mean, "low": change.low, "high": change.high,
-            "confidence": change.confidence, "detectable": change.detectable,
+            "confidence": change.confidence, "detectable": change.detectable, "lost": self.lost,
         }  # fmt: skip
 
 
@@ -96,11 +100,20 @@ class Judgement:
         elif worst.change.sign == 0:
             words += ", within the noise"
         if doubtful.change.low is None:
-            return f"{words}; too few documents to measure the loss on {doubtful.where}"
-        if sure <= 0 and doubtful.change.low < 0:
+            words += f"; too few documents to measure the loss on {doubtful.where}"
+        elif sure <= 0 and doubtful.change.low < 0:
             lost = f"{-doubtful.change.low:.4g} {_UNITS[doubtful.block]} on {doubtful.where}"
-            return f"{words}; a loss of {lost} cannot be ruled out"
-        return words
+            words += f"; a loss of {lost} cannot be ruled out"
+        return words + self._uncounted(guard)
+
+    def _uncounted(self, guard: Guard) -> str:
+        """Name the accuracies that `measure: lost` cannot count."""
+        means = [s for s in self.losses if guard.measure == "lost" and s.block == "accuracy" and not s.lost]
+        tasks = ", ".join(dict.fromkeys(task for s in means for task in s.tasks))
+        return (
+            f"; by the mean, because answers are not simply right or wrong, or their chance is unknown: {tasks}"
+            * bool(tasks)
+        )
 
 
 def judge(
@@ -138,17 +151,20 @@ def shifts(group: str, now: Scores, then: Scores, tasks: Sequence[str]) -> list[
     for block in BLOCKS:
         change = mean_change([(now, then, tasks)], block)
         if change is not None:
-            changes.append(Shift(group, block, change))
+            here = tuple(t for t in tasks if t in now and now[t].block == block)
+            changes.append(Shift(group, block, change, tasks=here))
     return changes
 
 
 def _losses(group: str, now: Scores, then: Scores, tasks: Sequence[str], measure: str) -> list[Shift]:
-    """Return the guard's measure: changes of the mean, or lost documents."""
-    changes = shifts(group, now, then, tasks)
-    if measure == "mean":
-        return changes
-    lost = flips([(now, then, tasks)], "wrong")
-    return [replace(s, change=lost) if s.block == "accuracy" and lost else s for s in changes]
+    """Return the guard's measure: changes of the mean, or lost documents.
+
+    Tasks whose documents cannot be counted keep the mean.
+    """
+    counted = [t for t in tasks if flips([(now, then, [t])], "wrong")] if measure == "lost" else []
+    lost = flips([(now, then, counted)], "wrong")
+    changes = [Shift(group, "accuracy", lost, lost=True, tasks=tuple(counted))] if lost else []
+    return changes + shifts(group, now, then, [t for t in tasks if t not in counted])
 
 
 def _sure_drop(shift: Shift) -> float:

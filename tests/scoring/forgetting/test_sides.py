@@ -1,6 +1,7 @@
 """Documents that changed sides, beyond guessing; differences that are too small to matter."""
 
 import random
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -177,6 +178,27 @@ def test_a_guard_that_holds_lost_documents() -> None:
     assert judged["lost"].drop == pytest.approx(0.1)
     words = judged["lost"].in_words(Guard(measure="lost"))
     assert words.startswith("the general tasks lost 0.1 of accuracy, at least 0.0")
+
+
+def test_a_task_that_cannot_be_counted_keeps_its_mean_alone() -> None:
+    """The other tasks of its group are counted as before, and it is said."""
+    recipe = parse_recipe({**RECIPE, "evaluate": {"general_tasks": ["quiz", "essay"]}})
+    half = scored([0.5] * 200)
+    silent = replace(scored([1] * 100), details={})  # scored by an earlier version
+    base = {"quiz": scored([1] * 100 + [0] * 100), "essay": half}
+    now = {"quiz": scored([1] * 80 + [0] * 20 + [1] * 20 + [0] * 80), "essay": half}
+    guard = Guard(max_forgetting=0.05, on=("general",), measure="lost")
+    for other in (half, silent):
+        judged = judge({**now, "essay": other}, {**base, "essay": other}, {}, recipe, guard, ["a"])
+        assert not judged.held
+        assert [(s.lost, s.tasks, s.change.mean) for s in judged.losses] == [
+            (True, ("quiz",), pytest.approx(-0.1)), (False, ("essay",), 0.0),
+        ]  # fmt: skip
+        assert [s["lost"] for s in judged.to_json()["losses"]] == [True, False]
+        assert "by the mean, because" in judged.in_words(guard)
+        assert judged.in_words(guard).endswith(": essay")
+    alone = judge({"quiz": now["quiz"]}, {"quiz": base["quiz"]}, {}, recipe, guard, ["a"])
+    assert "by the mean" not in alone.in_words(guard)
 
 
 # Differences that matter
