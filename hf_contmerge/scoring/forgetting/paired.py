@@ -139,6 +139,12 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
     return _change(_joined(parts), confidence) if parts else None
 
 
+def level(groups: Iterable[tuple[Scores, Sequence[str]]], block: Block) -> Change | None:
+    """Return the mean utility of one model, with its interval, as a change from 0."""
+    parts = _parts([(scores, scores, names) for scores, names in groups], block, _utility)
+    return _change(_joined(parts), CONFIDENCE) if parts else None
+
+
 def mean_of_runs(changes: Sequence[Change], confidence: float = CONFIDENCE) -> Change:
     """Return the mean change over runs, whose documents may be the same."""
     return _change(_joined([replace(p, share=p.share / len(changes)) for c in changes for p in c.parts]), confidence)
@@ -245,6 +251,11 @@ def _require_same_documents(task: str, new: TaskScore, old: TaskScore) -> None:
             f"Cannot compare scores of the task {task}: the old score has {len(old.gains)} documents, the new one "
             f"{len(new.gains)} different ones. Measure again with `contmerge redo RUN score`."
         )
+
+
+def _utility(score: TaskScore, _: TaskScore, share: float) -> Part:
+    bounds = (0.0, 1.0) if score.block == "accuracy" else (-math.inf, math.inf)
+    return Part(share, score.gains, score.weights, counts=1, bounds=bounds)
 
 
 def _difference(new: TaskScore, old: TaskScore, share: float) -> Part:
@@ -419,13 +430,28 @@ def _answer_limits(part: Part, spread: _Spread, level: float) -> tuple[float, fl
     z = NormalDist().inv_cdf(level)
     better, worse, of = part.answers
     if part.counts:
-        below, above = _proportion_limits(better + worse, of, z)
-        below, above = (below, above) if part.counts > 0 else (above, below)
-    else:
-        mean = (better - worse) / of
-        below, above = mean + _score_limit(worse, better, of, z), _score_limit(better, worse, of, z) - mean
-    least = _limits([spread], level) if part.guessed else (0.0, 0.0)
-    return max(part.share * below, least[0]), max(part.share * above, least[1])
+        closer, farther = _one_way_limits(part, spread, level, z)
+        return (closer, farther) if part.counts > 0 else (farther, closer)
+    mean = (better - worse) / of
+    below, above = mean + _score_limit(worse, better, of, z), _score_limit(better, worse, of, z) - mean
+    return part.share * below, part.share * above
+
+
+def _one_way_limits(part: Part, spread: _Spread, level: float, z: float) -> tuple[float, float]:
+    """Return the same distances, towards 0 first, for documents that changed sides in one direction.
+
+    Chance may take off more changes than there were, for certain: guesses were not independent then, and none of these
+    changes need have been one.
+    """
+    assert part.answers
+    better, worse, of = part.answers
+    closer, farther = (part.share * x for x in _proportion_limits(better + worse, of, z))
+    if not part.guessed:
+        return closer, farther
+    below, above = _limits([spread], level)[:: part.counts]
+    size, most = part.share * part.counts * part.mean, part.share * (better + worse) / of + farther
+    closer, farther = max(closer, below), max(farther, above)
+    return closer, (farther if size + farther >= 0 else most - size)
 
 
 def _proportion_limits(count: float, n: float, z: float) -> tuple[float, float]:

@@ -85,8 +85,12 @@ def test_the_interval_of_one_direction_keeps_its_sign(before: str, after: str) -
             assert gained.low is not None
             assert -1 <= lost.low <= lost.high <= 0 <= gained.low <= gained.high <= 1
             assert lost.sign <= 0 <= gained.sign
+            assert lost.high - lost.low > 0.04, "20 documents"
+            assert gained.high - gained.low > 0.04
     one = flip(scored("1" * 19 + "0", choices=4), scored("1" * 20, choices=4), "wrong")
     assert (one.low, one.high) == pytest.approx((-0.2361, -0.0089), abs=1e-4)  # Wilson
+    none = flip(scored("0" * 20, choices=4), scored("0" * 20, choices=4), "wrong")
+    assert (none.mean, none.low, none.high) == pytest.approx((0.1875, -0.1611, 0.0), abs=1e-4)
 
 
 def test_both_add_up_to_the_change_of_the_accuracy() -> None:
