@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from hf_contmerge.report._findings import (
     METRICS,
@@ -16,7 +17,8 @@ from hf_contmerge.report._findings import (
 )
 from hf_contmerge.report._results import Results, any_score, scopes, task_facts
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.recipe.phases import PHASES
+from hf_contmerge.run.places import IN_CONTEXT, JOINT, ORACLE, ROUTED, Place
+from hf_contmerge.run.recipe.phases import PHASES, Phase
 from hf_contmerge.run.scores import Block, Scores
 from hf_contmerge.scoring.forgetting.lines import Line
 from hf_contmerge.scoring.forgetting.paired import Change
@@ -205,8 +207,19 @@ def metric_cell(value: float | None, block: Block, name: str) -> Cell:
     if value is None:
         return Cell()
     metric = METRICS[name]
-    text = f"{value + 0.0:{'+' * metric.signed}.3f}".replace("-", "−")
-    return Cell(text, f"{metric.meaning}; {UNITS[block]}" if metric.unit else metric.meaning)
+    return Cell(_number(value, name), f"{metric.meaning}; {UNITS[block]}" if metric.unit else metric.meaning)
+
+
+def estimate_cell(mean: float | None, change: Change | None, block: Block, name: str) -> Cell:
+    """Return a metric with its interval, if it has one."""
+    cell = metric_cell(mean, block, name)
+    if mean is None or change is None or change.low is None or change.high is None:
+        return cell
+    return replace(cell, text=f"{cell.text} ({_number(change.low, name)} to {_number(change.high, name)})")
+
+
+def _number(value: float, name: str) -> str:
+    return f"{value + 0.0:{'+' * METRICS[name].signed}.3f}".replace("-", "−")
 
 
 def final_table(results: Results, block: Block) -> Table:
@@ -313,6 +326,32 @@ def costs(run: Run) -> list[Cost]:
                 spent.append(Cost(where, phase, r.get("seconds"), r.get("peak_memory_bytes"),
                                   r.get("device", ""), r.get("processes"), "shared" in r))  # fmt: skip
     return spent
+
+
+def line_cost(run: Run, line: Line, *, merged: bool) -> tuple[float, int | None]:
+    """Return what a line's last model cost: seconds, and bytes of peak memory.
+
+    Its trainings and merges count, also those that another run of the study has done; measuring does not.
+    """
+    done = [place.record(phase) for place, phase in _work(run, line.name, merged=merged) if place.is_done(phase)]
+    peaks = [r["peak_memory_bytes"] for r in done if r.get("peak_memory_bytes") is not None]
+    return math.fsum(r.get("seconds") or 0.0 for r in done), max(peaks, default=None)
+
+
+def _work(run: Run, name: str, *, merged: bool) -> Iterator[tuple[Place, Phase]]:
+    """Yield the trainings and merges behind a line."""
+    if merged:
+        entry = next(e for e in run.recipe.merge if e.name == name)
+        merges = [run.merged(t, entry) for t in run.stage_numbers()]
+        for place in merges:
+            yield place, "merge"
+        name = merges[-1].record("merge").get("start_from", "base") if merges[-1].is_done("merge") else "base"
+    if name == JOINT:
+        yield run.joint, "train"
+    elif name != IN_CONTEXT:
+        kind = "base" if name in (ROUTED, ORACLE) else name
+        for t in run.stage_numbers():
+            yield run.expert(t, kind), "train"
 
 
 def cost_tables(spent: Sequence[Cost]) -> list[Table]:

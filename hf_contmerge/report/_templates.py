@@ -13,9 +13,10 @@ from markupsafe import Markup
 
 _FOLDER = Path(__file__).with_name("templates")
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~]|&(?=#?\w+;)")
-_TEX = re.compile(r"[\\&%$#_{}~^−–]")
+_TEX = re.compile(r"[\\&%$#_{}~^−–Δ→]")
 _TEX_WORDS = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--",
+    "Δ": r"$\Delta$", "→": r"$\to$",
 }  # fmt: skip
 _LIST = re.compile(r"^(\d*)(#|[-+](?=\s)|(?<=\d)[.)](?=\s))")
 """A heading or a list item at the start of a line."""

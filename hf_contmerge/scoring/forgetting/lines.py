@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import IN_CONTEXT, JOINT, ORACLE, ROUTED
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import Block, Scores, load_scores
-from hf_contmerge.scoring.forgetting.matrix import Row, ScoreMatrix, facts_ratio, general_delta, mean
-from hf_contmerge.scoring.forgetting.paired import flips
+from hf_contmerge.scoring.forgetting.matrix import Fraction, Row, ScoreMatrix, facts, general_delta, mean, ratio
+from hf_contmerge.scoring.forgetting.paired import Change, Group, flips, level, mean_change
 
 SIDES = ("lost", "regained", "general_lost", "general_gained")
 """Metrics of the documents that changed sides."""
+RATIOS = ("normalised", "joint_kept", "fuar")
+"""Metrics that are quotients: over several runs, of means."""
+
+_DIRECTIONS: dict[str, Literal["wrong", "right"]] = {
+    "lost": "wrong", "regained": "right", "general_lost": "wrong", "general_gained": "right",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,36 @@ class Line:
         """
         general = self.general(tasks, block)
         delta = general_delta(general.rows[0], general.rows[-1]) if general else None
-        joint = tuple(_utility(self.joint, s.task_names(), block) for s in stages)
-        metrics = self.matrix(stages, block).metrics(self._alone(stages, block), joint)
+        metrics = self.matrix(stages, block).metrics(self._alone(stages, block), self._joint(stages, block))
         sides = self._sides(stages, tasks, block)
-        return {**metrics, "general_delta": delta, **sides, "fuar": self._fuar(stages, tasks, block)}
+        return {**metrics, "general_delta": delta, **sides, "fuar": ratio(self._facts(stages, tasks, block))}
+
+    def fractions(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> dict[str, Fraction | None]:
+        """Return the parts of RATIOS."""
+        matrix, (normalised, joint_kept, fuar) = self.matrix(stages, block), RATIOS
+        return {
+            normalised: matrix.kept_and_gain(self._alone(stages, block)),
+            joint_kept: matrix.kept_and_gain(self._joint(stages, block)),
+            fuar: self._facts(stages, tasks, block),
+        }
+
+    def estimate(self, metric: str, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> Change | None:
+        """Return a metric with its interval over documents.
+
+        None if it was not measured. ACC, BWT, FWT, general_delta and SIDES have one.
+        """
+        end, last = self.rows[-1], len(self.rows) - 1
+        names = [stage.task_names() for stage in stages[:last]]
+        if metric == "acc":
+            return level([(end, each) for each in names], block)
+        if metric in SIDES:
+            return flips(self._side_groups(metric, stages, tasks), _DIRECTIONS[metric]) if block == "accuracy" else None
+        groups = {
+            "bwt": [(end, self.rows[j], names[j - 1]) for j in range(1, last)],
+            "fwt": [(self.rows[j - 1], self.rows[0], names[j - 1]) for j in range(2, last + 1)],
+            "general_delta": [(end, self.rows[0], tasks)],
+        }
+        return mean_change(groups[metric], block)
 
     def since(self, t: int, task: str, stages: Sequence[Stage]) -> Scores | None:
         """Return the reference scores of a task's flips after stage t.
@@ -69,19 +102,25 @@ class Line:
 
     def _sides(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> dict[str, float | None]:
         """Return the shares of documents lost and gained, by name."""
-        last = len(self.rows) - 1 if block == "accuracy" else 0
-        earlier = [(self.rows[-1], self.rows[j], stages[j - 1].task_names()) for j in range(1, last)]
-        general = [(self.rows[-1], self.rows[0], tasks)] if last else []
-        changes = [flips(groups, to) for groups in (earlier, general) for to in ("wrong", "right")]
-        return dict(zip(SIDES, (None if c is None else c.mean for c in changes), strict=True))
+        changes = {metric: self.estimate(metric, stages, tasks, block) for metric in SIDES}
+        return {metric: None if change is None else change.mean for metric, change in changes.items()}
+
+    def _side_groups(self, metric: str, stages: Sequence[Stage], tasks: Sequence[str]) -> list[Group]:
+        end, last = self.rows[-1], len(self.rows) - 1
+        if metric.startswith("general"):
+            return [(end, self.rows[0], tasks)] if last else []
+        return [(end, self.rows[j], stages[j - 1].task_names()) for j in range(1, last)]
+
+    def _joint(self, stages: Sequence[Stage], block: Block) -> Row:
+        return tuple(_utility(self.joint, s.task_names(), block) for s in stages)
 
     def _alone(self, stages: Sequence[Stage], block: Block) -> Row:
         """Return e_j of each stage."""
         alone = [self.alone[j] if j < len(self.alone) else {} for j in range(len(stages))]
         return tuple(_utility(scores, s.task_names(), block) for s, scores in zip(stages, alone, strict=True))
 
-    def _fuar(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> float | None:
-        """Return FUAR of one block.
+    def _facts(self, stages: Sequence[Stage], tasks: Sequence[str], block: Block) -> Fraction | None:
+        """Return the parts of one block's FUAR.
 
         Old tasks: general tasks (since the base) and those of earlier stages (since learnt). New tasks: each stage's.
         """
@@ -97,7 +136,7 @@ class Line:
             return None
         lost, learnt = ([(a[k].sample, b[k].sample) for a, b, k in x if k in a and a[k].block == block]
                         for x in (old, new))  # fmt: skip
-        return facts_ratio(lost, learnt) if lost else None
+        return facts(lost, learnt) if lost else None
 
 
 def load_lines(run: Run, expert_kinds: Sequence[str]) -> tuple[list[Line], list[Line]]:

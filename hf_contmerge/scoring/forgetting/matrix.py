@@ -14,6 +14,8 @@ from hf_contmerge.run.scores import Sample
 from hf_contmerge.runtime.notebook import html_table
 
 Row = tuple[float | None, ...]
+Fraction = tuple[float, float]
+"""A metric's dividend and divisor."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,14 @@ class ScoreMatrix:
         Returns:
             The ratio; None if the experts are no better than the floor.
         """
+        return ratio(self.kept_and_gain(alone, floor))
+
+    def kept_and_gain(self, alone: Row, floor: Row | None = None) -> Fraction | None:
+        """Return the parts of `normalised`, each a mean over stages."""
         floor, columns = self.rows[0] if floor is None else floor, self._columns(1, self.last)
         kept = mean([_minus(self._at(self.last, j), floor[j - 1]) for j in columns])
         gain = mean([_minus(alone[j - 1], floor[j - 1]) for j in columns])
-        return None if kept is None or gain is None or gain <= 0 else kept / gain
+        return None if kept is None or gain is None else (kept, gain)
 
     def metrics(self, alone: Row | None = None, joint: Row | None = None) -> dict[str, float | None]:
         """Return all metrics under their names in summary.json.
@@ -160,8 +166,8 @@ def general_delta(first: Sequence[float | None], last: Sequence[float | None]) -
     return mean([_minus(b, a) for a, b in zip(first, last, strict=True)])
 
 
-def facts_ratio(lost: Sequence[tuple[Sample, Sample]], learnt: Sequence[tuple[Sample, Sample]]) -> float | None:
-    """FUAR, forgotten per acquired fact (CKL, arXiv 2110.03215), counted in documents.
+def facts(lost: Sequence[tuple[Sample, Sample]], learnt: Sequence[tuple[Sample, Sample]]) -> Fraction | None:
+    """Return the parts of FUAR, forgotten per acquired fact (CKL, arXiv 2110.03215), counted in documents.
 
         sum max(0, right before - right after) over old tasks / sum max(0, right after - right before) over new tasks
 
@@ -173,14 +179,20 @@ def facts_ratio(lost: Sequence[tuple[Sample, Sample]], learnt: Sequence[tuple[Sa
         learnt: (before, after) of each new task.
 
     Returns:
-        The ratio; None if nothing was learnt ("no gain" in CKL), or if a document is not simply right or wrong.
+        Both sums; None if a document is not simply right or wrong. Without anything learnt there is no ratio ("no gain"
+        in CKL).
     """
     pairs = [*lost, *learnt]
     if any(gain not in (0, 1) for pair in pairs for sample in pair for gain in sample.gains):
         return None
     forgotten = sum(max(0.0, sum(before.gains) - sum(after.gains)) for before, after in lost)
     acquired = sum(max(0.0, sum(after.gains) - sum(before.gains)) for before, after in learnt)
-    return forgotten / acquired if acquired else None
+    return forgotten, acquired
+
+
+def ratio(parts: Fraction | None) -> float | None:
+    """Return the quotient, None unless the divisor is above 0."""
+    return parts[0] / parts[1] if parts and parts[1] > 0 else None
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 from hf_contmerge.run.recipe.schema import Stage
 from hf_contmerge.run.scores import Sample, TaskScore
 from hf_contmerge.scoring.forgetting.lines import Line
-from hf_contmerge.scoring.forgetting.matrix import ScoreMatrix, facts_ratio, general_delta
+from hf_contmerge.scoring.forgetting.matrix import ScoreMatrix, facts, general_delta, ratio
 
 TWO = ScoreMatrix(("a", "b"), ((0.2, 0.3), (0.98, 0.5), (0.5, 0.98)))
 
@@ -147,10 +147,10 @@ def test_facts_forgotten_for_each_acquired():
     pairs = [("11110", "11000"), ("1100", "0011"), ("00", "11")]  # 2 lost; 2 lost and 2 others won; 2 won
     lost = [(answers(a).sample, answers(b).sample) for a, b in pairs]
     learnt = [(answers("00000").sample, answers("11110").sample)]
-    assert facts_ratio(lost, learnt) == pytest.approx(2 / 4)
-    assert facts_ratio(learnt, lost) == 0, "nothing was lost of it, and 2 of the others won"
-    assert facts_ratio(lost, lost[:1]) is None, "nothing was acquired"
-    assert facts_ratio([(Sample((0.5,), (1.0,)),) * 2], learnt) is None, "half a mark is neither right nor wrong"
+    assert ratio(facts(lost, learnt)) == pytest.approx(2 / 4)
+    assert ratio(facts(learnt, lost)) == 0, "nothing was lost of it, and 2 of the others won"
+    assert ratio(facts(lost, lost[:1])) is None, "nothing was acquired"
+    assert ratio(facts([(Sample((0.5,), (1.0,)),) * 2], learnt)) is None, "half a mark is neither right nor wrong"
 
 
 def test_fuar_of_a_line_by_hand():
