@@ -329,7 +329,7 @@ def costs(run: Run) -> list[Cost]:
 
 
 def line_cost(run: Run, line: Line, *, merged: bool) -> tuple[float, int | None]:
-    """Return what a line's last model cost: seconds, and bytes of peak memory.
+    """Return the seconds and peak bytes behind a line's last model.
 
     Its trainings and merges count, also those that another run of the study has done; measuring does not.
     """

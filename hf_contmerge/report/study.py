@@ -144,7 +144,10 @@ class StudyResults:
 
     @cached_property
     def reference(self) -> StudyLine:
-        """The line for comparisons. Raises RunError for an unknown one, or if nothing was measured."""
+        """The line for comparisons.
+
+        Raises RunError for an unknown one, or if nothing was measured.
+        """
         if not self.blocks:
             raise RunError(f"Study {self.name} has no reference. {_UNMEASURED}")
         block, metric = self.blocks[0], self.metric(self.blocks[0])
@@ -157,7 +160,10 @@ class StudyResults:
         return max(lines or measured, key=lambda line: line.mean(block, metric) or 0.0)
 
     def metric(self, block: Block) -> str:
-        """Return what lines are ranked by: ACC, or without stages in the block the general tasks' change."""
+        """Return what lines are ranked by.
+
+        ACC, or without stages in the block the general tasks' change.
+        """
         return "acc" if block in self.of_stages else "general_delta"
 
     def change(self, line: StudyLine, block: Block, scope: str) -> Change | None:
@@ -176,7 +182,10 @@ class StudyResults:
         return line.over_runs(changes, block)
 
     def better_in(self, line: StudyLine, block: Block) -> tuple[int, int]:
-        """Return the counts of cells above the reference, and of those that have both, by `metric`."""
+        """Return the counts of cells above the reference, and of those compared.
+
+        They are compared by `metric`, where both have it.
+        """
         metric, mine, theirs = self.metric(block), line.metrics(block), self.reference.metrics(block)
         pairs = [(mine[at][metric], theirs[at][metric]) for at in mine if at in theirs]
         known = [(a, b) for a, b in pairs if a is not None and b is not None]

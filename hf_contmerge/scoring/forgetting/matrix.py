@@ -167,7 +167,7 @@ def general_delta(first: Sequence[float | None], last: Sequence[float | None]) -
 
 
 def facts(lost: Sequence[tuple[Sample, Sample]], learnt: Sequence[tuple[Sample, Sample]]) -> Fraction | None:
-    """Return the parts of FUAR, forgotten per acquired fact (CKL, arXiv 2110.03215), counted in documents.
+    """Return FUAR's parts, in documents (forgotten per acquired fact; CKL, arXiv 2110.03215).
 
         sum max(0, right before - right after) over old tasks / sum max(0, right after - right before) over new tasks
 

@@ -140,7 +140,7 @@ def mean_change(groups: Iterable[Group], block: Block, confidence: float = CONFI
 
 
 def level(groups: Iterable[tuple[Scores, Sequence[str]]], block: Block) -> Change | None:
-    """Return the mean utility of one model, with its interval, as a change from 0."""
+    """Return one model's mean utility, as a change from 0."""
     parts = _parts([(scores, scores, names) for scores, names in groups], block, _utility)
     return _change(_joined(parts), CONFIDENCE) if parts else None
 
@@ -355,7 +355,7 @@ def reach(parts: Sequence[Part], confidence: float) -> tuple[float, float, float
 
 
 def possible(low: float, high: float, parts: Sequence[Part]) -> tuple[float, float]:
-    """Cut an interval at the range of the parts' sum, if there are parts."""
+    """Cut an interval at the range of the parts' sum."""
     if not parts:
         return low, high
     least, most = (math.fsum(p.share * p.bounds[side] for p in parts if p.share) for side in (0, 1))
@@ -438,10 +438,10 @@ def _answer_limits(part: Part, spread: _Spread, level: float) -> tuple[float, fl
 
 
 def _one_way_limits(part: Part, spread: _Spread, level: float, z: float) -> tuple[float, float]:
-    """Return the same distances, towards 0 first, for documents that changed sides in one direction.
+    """Return the same distances for changes in one direction.
 
-    Chance may take off more changes than there were, for certain: guesses were not independent then, and none of these
-    changes need have been one.
+    The one towards 0 comes first. Chance may take off more changes than there were, for certain: guesses were not
+    independent then, and none of these changes need have been one.
     """
     assert part.answers
     better, worse, of = part.answers
