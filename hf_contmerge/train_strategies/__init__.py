@@ -29,7 +29,8 @@ Inputs = Mapping[str, Any]
 """A micro-batch as the trainer's collator makes it: input_ids, labels (-100: does not count), ..."""
 Likelihoods = Callable[[int], Iterator[tuple[Tensor, int]]]
 """Gives, for a seeded sample of so many of the stage's examples, this rank's share of them: the log likelihood of each
-(a scalar with its graph, summed over the tokens that count) and the number of those tokens."""
+(a scalar with its graph, summed over the tokens that count) and the number of those tokens. Each is a forward pass by
+itself, without padding."""
 Gradient = Callable[[], Mapping[str, Tensor]]
 """Computes the gradient of a whole optimizer step at the current weights: name -> gradient."""
 

@@ -5,7 +5,7 @@ Du et al., "Unlocking Continual Learning Abilities in Language Models", EMNLP 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ class Migu(TrainStrategy):
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.3
     _sums: dict[nn.Linear, Tensor] = field(default_factory=dict, init=False, repr=False)
     _counts: Tensor | None = field(default=None, init=False, repr=False)
+    """Whether a token is no padding, of a micro-batch; None where all are none."""
 
     def open(self, model: PreTrainedModel, memory: Path | None) -> Any:
         for layer, watched in _watched(model):
@@ -60,7 +61,7 @@ class Migu(TrainStrategy):
                 _mask(layer, torch.zeros_like(own).index_fill_(0, chosen, 1))
 
     def _note_padding(self, _: nn.Module, __: Any, inputs: dict[str, Any]) -> None:
-        self._counts = inputs.get("attention_mask")
+        self._counts = _real_tokens(inputs)
 
     def _note(self, layer: nn.Linear, watched: nn.Module, _: Any, output: Tensor) -> None:
         """Add up outputs (..., token, row) without padding, for a layer's mask."""
@@ -68,9 +69,21 @@ class Migu(TrainStrategy):
             return
         size = output.detach().float().abs()
         size /= size.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        if self._counts is not None and self._counts.shape == size.shape[:-1]:
-            size *= self._counts.unsqueeze(-1)
-        self._sums[layer] = self._sums[layer].to(size.device) + size.flatten(0, -2).sum(0)
+        size = size.flatten(0, -2)  # as mixtures of experts flatten the tokens for some of their layers
+        if self._counts is not None and self._counts.numel() == len(size):
+            size *= self._counts.reshape(-1, 1)
+        self._sums[layer] = self._sums[layer].to(size.device) + size.sum(0)
+
+
+def _real_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Say of each token of a micro-batch if it is no padding.
+
+    TRL gives blocks no mask: the positions of what fills them up are zeros at the end.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None or positions is None:
+        return mask
+    return positions.flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def _watched(model: PreTrainedModel) -> Iterator[tuple[nn.Linear, nn.Module]]:

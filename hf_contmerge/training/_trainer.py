@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.models.loading import load_model
 from hf_contmerge.runtime.files import sync_files
-from hf_contmerge.train_strategies import SOURCE, Combined, Likelihoods
+from hf_contmerge.train_strategies import Combined, Likelihoods
 from hf_contmerge.training._forms import PREFERENCES, Form
 
 
@@ -206,16 +206,19 @@ _HOOKS: dict[str, type[StageTrainer]] = {
 def likelihoods(trainer: Any, *, seed: int) -> Likelihoods:
     """Return a reader of log likelihoods for a sample of examples.
 
-    Each example comes by itself, through the trainer's collator and its fused head. The ranks share the sample.
+    Each example comes by itself through the trainer's fused head, without padding: what watches a model's inputs and
+    outputs would count it. The ranks share the sample.
     """
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
     accelerator, data = trainer.accelerator, trainer.train_dataset
 
     def draw(count: int) -> Iterator[tuple[Tensor, int]]:
         model = accelerator.unwrap_model(trainer.model).eval()
+        collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=trainer.padding_free)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
         for i in order[:count][accelerator.process_index :: accelerator.num_processes]:
-            inputs = trainer._prepare_inputs(trainer.data_collator([data[i]]))
-            inputs.pop(SOURCE, None)
+            inputs = trainer._prepare_inputs(collate([data[i]]))
             with trainer.compute_loss_context_manager():
                 output = model(**inputs, use_cache=False, fused_lm_head=True)
             yield output.log_probs.sum(), int(output.label_mask.sum())

@@ -12,7 +12,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys.models import toy_tokenizer, write_jsonl
-from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_contmerge.errors import RecipeError
@@ -101,6 +107,26 @@ def batch(*, rows: int = 3, length: int = 20) -> dict[str, Tensor]:
 
 
 # What must change nothing
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "parameters"),
+    [("ewc", {"importance": "mas"}), ("gpm", {"energy": 0.5}), ("osf", {"adaptive": True})],
+)
+def test_padding_is_no_data(
+    strategy: str, parameters: dict[str, Any], packing: bool, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What is remembered of texts of some 20 tokens does not depend on what fills them up to 256."""
+    still = {"learning_rate": 0.0, "max_steps": 1, "packing": packing}
+    for name, fields in (("plain", {}), ("padded", {"pad_to_multiple_of": 256})):
+        train(name, strategy, {strategy: parameters}, **still, **fields)
+    found, wanted = (
+        load_file(next((tmp_path / f"{name}-memory" / strategy).glob("*.safetensors"))) for name in ("padded", "plain")
+    )
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.slow
@@ -394,6 +420,29 @@ def test_rows_that_are_not_chosen_stay_as_they_are(train: Callable[..., dict[str
             assert int(rows.sum()) == round(0.1 * len(tensor)), name
         else:
             assert rows.any()
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["mask", "positions"])
+def test_migu_counts_no_padding(blocks: bool) -> None:
+    """Of a mixture, whose shared experts get all tokens in one row; and of blocks, which have positions and no mask."""
+    config = Qwen2MoeConfig(
+        vocab_size=384, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_experts=4, num_hidden_layers=1,
+        shared_expert_intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, decoder_sparse_step=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2MoeForCausalLM(config).train()
+    strategy, ids = Migu(), torch.randint(5, 384, (1, 12))
+    strategy.open(model, None)
+    assert sum("shared_expert" in name for name, m in model.named_modules() if m in strategy._sums) == 4
+    wanted, found = [], []
+    for sums, length in ((wanted, 7), (found, 12)):
+        positions, real = torch.arange(12) * (torch.arange(12) < 7), (torch.arange(12) < 7).long()
+        told = {"position_ids": positions[None, :length]} if blocks else {"attention_mask": real[None, :length]}
+        model(input_ids=ids[:, :length], use_cache=False, **told)
+        sums += strategy._sums.values()
+        strategy.adjust_gradients(model)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_momentum_moves_rows_that_are_not_chosen_any_more(model: Any) -> None:
