@@ -39,7 +39,8 @@ class Talr(TrainStrategy):
 
 
 def _median_loss(log_probs: Tensor, counts: Tensor) -> Tensor:
-    """Return the median of the rows' mean losses, over all ranks."""
+    """Return the median of the rows' mean losses, over all ranks; 1 if no token counts."""
     counted = counts.sum(-1)
     losses = -(log_probs * counts).sum(-1) / counted.clamp(min=1)
-    return gather_over_ranks(losses[counted > 0].float()).quantile(0.5).clamp(min=_LEAST)
+    found = gather_over_ranks(losses[counted > 0].float())
+    return found.quantile(0.5).clamp(min=_LEAST) if len(found) else found.new_ones(())

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from toys.models import write_jsonl
 from toys.trainings import ACCUMULATED, RATE, Batches, Parts, Row, Training, assert_near, step_loss, texts
 from transformers import AutoModelForCausalLM
 
 from hf_contmerge.errors import DataError
+from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.train_strategies import Combined, get_strategy
-from hf_contmerge.training.data import StageData
+from hf_contmerge.training.data import StageData, load_stage_data
 
 NONE = math.nan
 
@@ -66,6 +68,13 @@ def test_tau_is_the_median_of_the_texts_mean_losses() -> None:
     assert torch.allclose(found[counts], expected[counts])
 
 
+@pytest.mark.parametrize("name", ["eaft", "talr", "low_perplexity", "asft"])
+def test_weights_where_no_token_counts(name: str) -> None:
+    """As in a block that is cut out of a prompt: its positions hold zeros, and the loss must stay 0."""
+    zeros, none = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    assert not (get_strategy(name).token_weights(zeros, zeros, none, none) * zeros).any()
+
+
 def test_weights_of_several_multiply() -> None:
     parts = {name: get_strategy(name, **({"tau": 1.0} if name == "talr" else {})) for name in
              ("eaft", "talr", "low_perplexity")}  # fmt: skip
@@ -82,6 +91,21 @@ def test_a_stage_in_which_nothing_is_learnt_is_refused(train: Training) -> None:
     with pytest.raises(DataError, match=r"zero in all \d+ logged steps. The strategy eaft and low_perplexity gave no"):
         train("nothing", parts, max_steps=2)
     assert not list((train.home / "nothing").iterdir())
+
+
+@pytest.mark.parametrize("name", [None, "eaft", "talr", "asft", "distill", "refresh", "migu"])
+def test_micro_batches_without_tokens_that_count(name: str | None, train: Training, tmp_path: Path) -> None:
+    """Blocks that are cut out of long prompts: steps of such blocks have the loss 0, and the expert is finite."""
+    rows = [{"prompt": "the quick brown fox " * 8, "completion": f" the dog {i}"} for i in range(40)]
+    data = load_stage_data(Dataset(path=str(write_jsonl(tmp_path / "x.jsonl", rows)), heldout=2), seed=0)
+    blocks = {"packing": True, "packing_strategy": "wrapped", "max_length": 16, "per_device_train_batch_size": 1}
+    parts = {name: get_strategy(name)} if name else {}
+    record = train("expert", parts, data=data, **blocks, gradient_accumulation_steps=1, max_steps=6, learning_rate=1e-3)
+    losses = [point["loss"] for point in record["log"] if "loss" in point]
+    assert 0 in losses
+    assert any(losses)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(tensor.isfinite().all() for tensor in train.weights("expert").values())
 
 
 @pytest.mark.slow
