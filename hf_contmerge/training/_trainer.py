@@ -60,6 +60,15 @@ class StageTrainer(Trainer):
     model_wrapped: Any
     sums: Tensor | None = None
     """Losses by source since the last log (_sources.py)."""
+    _has_learnt: bool = False
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Put the first step with a gradient into the log, which checkpoints keep."""
+        if not self._has_learnt and grad_norm is not None and float(grad_norm):
+            self._has_learnt = True
+            if not any(entry.get("grad_norm") for entry in self.state.log_history):  # before a kill
+                self.state.log_history.append({"grad_norm": float(grad_norm), "step": self.state.global_step})
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Let all ranks write their part of a checkpoint.

@@ -236,12 +236,12 @@ def _check_steps(trainer: Any) -> None:
 
 
 def _check_gradients(trainer: Any, strategies: Combined) -> None:
-    """Raise DataError if no step had a gradient."""
+    """Raise DataError if no step had a gradient, logged or not."""
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     if norms and not any(norms):
         weighing = strategies.overriding("token_weights")
         raise DataError(
-            f"Nothing was learnt: the gradient was zero in all {len(norms)} logged steps. "
+            f"Nothing was learnt: the gradient was zero in all {trainer.state.global_step} steps. "
             + (
                 f"The strategy {' and '.join(weighing)} gave no token a weight, which a model does that finds no token "
                 "likely: change its parameters, or leave it out."

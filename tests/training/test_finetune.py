@@ -310,6 +310,25 @@ def test_recipe_overrides_what_the_form_suggests(base_folder: Path, tmp_path: Pa
     assert all(row["trained"] == row["text"] for row in found)
 
 
+def test_a_gradient_in_a_step_that_is_not_logged(base_folder: Path, train: Callable[..., Row], tmp_path: Path) -> None:
+    """Most blocks have parts of prompts alone. Also after a kill behind all steps that have a gradient."""
+    words = "the quick brown fox jumps over a lazy dog " * 4
+    rows = [{"prompt": words, "completion": f" the fox {i}"} for i in range(40)]
+    blocks = {"packing": True, "packing_strategy": "wrapped", "max_length": 16, "per_device_train_batch_size": 1}
+    sparse = {"rows": load(write_jsonl(tmp_path / "x.jsonl", rows)), "max_steps": 9, "logging_steps": 9}
+    saved = {"save_strategy": "steps", "save_steps": 7, "save_total_limit": 2}
+    train("whole", **blocks, **sparse, **saved)
+    left = tmp_path / "broken_checkpoints" / "checkpoint-7"
+    left.parent.mkdir()
+    (tmp_path / "whole_checkpoints" / "checkpoint-7").rename(left)
+    logged = json.loads((left / "trainer_state.json").read_text())["log_history"]
+    assert [(entry["step"], entry["grad_norm"] > 0) for entry in logged] == [(3, True), (7, False)]
+    record = train("broken", **blocks, **sparse, **saved)
+    assert [(point["step"], point["grad_norm"]) for point in record["log"]] == [(7, 0.0), (9, 0.0)]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 # Training that was killed
 
 KILLED = """
