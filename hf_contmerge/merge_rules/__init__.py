@@ -59,7 +59,8 @@ class Weight:
 
     `inputs`: X'X / n for a sample of n tokens, whose inputs of the map are the rows of X; of shape `inputs_shape(in)`.
     `fisher`: squares of the gradients of the examples' log likelihood, summed and divided by the tokens. `adam`: the
-    optimizer's second moments at the end of the training. Both have the weight's shape, and every weight has them.
+    optimizer's second moments at the end of the training. Both have the weight's shape, and every trained weight has
+    them; should transformers hold one in a form that cannot be taken apart, a warning names it.
     """
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.lora.matching import StoredNames
+from hf_contmerge.models.memory import Part, in_memory, whole_place
 from hf_contmerge.models.statistics import FOLDER, write_statistics
 from hf_contmerge.models.tokenizer import tokenizer_folder
 from hf_contmerge.models.weights import Weights
@@ -97,18 +100,21 @@ def collect_fisher(model: Any, batches: Iterable[Tensor], base: Weights) -> Inpu
     """Return the empirical Fisher information's diagonal over all ranks.
 
     Each example's log likelihood has its own backward pass: its gradient is squared, and the sum divided by all tokens.
+    The likelihood comes from the logits, because a mixture's loss may have that of its router in it.
     """
-    weights = _stored(model, base)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     tokens = torch.zeros((), dtype=torch.int64, device=model.device)
     for example in (row for batch in batches for row in batch if len(row) > 1):
         ids = example[None].to(model.device)
-        likelihood = -model.eval()(input_ids=ids, labels=ids, use_cache=False).loss * (ids.numel() - 1)
+        logits = model.eval()(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        likelihood = -F.cross_entropy(logits, ids[0, 1:], reduction="sum")
         gradients = torch.autograd.grad(likelihood, list(weights.values()), materialize_grads=True)
         for total, gradient in zip(sums.values(), gradients, strict=True):
             total.addcmul_(gradient, gradient)
         tokens += ids.numel() - 1
-    return _averaged(sums, tokens)
+    means, count = _averaged(sums, tokens)
+    return Inputs(_as_stored(model, {weights[name]: mean for name, mean in means.items()}, base), count)
 
 
 def second_moments(trainer: Any) -> dict[Tensor, Tensor]:
@@ -133,9 +139,8 @@ def write_adam(trainer: Any, model: nn.Module, expert: Path, base: Weights) -> N
     Raises:
         RecipeError: the optimizer has none.
     """
-    found = second_moments(trainer)
-    named = {name: found[weight] for name, weight in _stored(model, base).items() if weight in found}
-    moments = {name: _whole(moment).float().cpu().contiguous() for name, moment in named.items()}
+    found = {weight: _whole(moment).float().cpu() for weight, moment in second_moments(trainer).items()}
+    moments = _as_stored(model, found, base)
     if PartialState().is_main_process:
         about = {"steps": trainer.state.global_step}
         write_statistics(expert / FOLDER, "adam", moments, about, expert_sha256=expert_sha256(expert))
@@ -147,11 +152,48 @@ def _whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _stored(model: nn.Module, base: Weights) -> dict[str, nn.Parameter]:
-    """Return stored name -> parameter of the floating weights, each once."""
-    names, wanted = StoredNames(base), set(base.floating())
-    pairs = ((names.find(name), weight) for name, weight in model.named_parameters() if weight.requires_grad)
-    return {stored: w for stored, w in pairs if stored in wanted and stored and tuple(w.shape) == base.shape(stored)}
+def _as_stored(model: nn.Module, values: Mapping[Tensor, Tensor], base: Weights) -> dict[str, Tensor]:
+    """Return stored name -> values of a weight, from those in memory.
+
+    transformers stacks the experts of mixtures and splits fused maps. Warns of trained weights without values.
+    """
+    parts_of, wanted = _parts(base), set(base.floating())
+    found, filled = dict[str, Tensor](), Counter[str]()
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        for part in parts_of(name, tuple(weight.shape)):
+            if not weight.requires_grad:
+                wanted.discard(part.stored)
+            elif weight in values and part.stored in wanted:
+                piece, shape = values[weight][part.place], base.shape(part.stored)
+                whole = found.setdefault(part.stored, piece.new_empty(shape))
+                whole[part.source] = piece.mT if part.swapped else piece
+                filled[part.stored] += piece.numel()
+    complete = {name: whole for name, whole in found.items() if filled[name] == whole.numel()}
+    _warn_of(wanted - complete.keys(), base, "have another form")
+    return complete
+
+
+def _parts(base: Weights) -> Callable[[str, tuple[int, ...]], tuple[Part, ...]]:
+    """Return a function: name and shape in memory -> its stored parts."""
+    held, names = in_memory(base).held, StoredNames(base)
+
+    def parts(name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        if name in held:
+            return held[name].parts if held[name].shape == shape else ()
+        stored = names.find(name)
+        here = whole_place(shape)
+        return (Part(stored, here, here),) if stored and base.shape(stored) == shape else ()
+
+    return parts
+
+
+def _warn_of(without: Set[str], base: Weights, why: str) -> None:
+    """Warn of weights without statistics; `why`: what they do in memory."""
+    if without:
+        LOG.warning(
+            "%s and %d more weights of %s get no statistics: in memory they %s. Rules fold them without.",
+            min(without), len(without) - 1, base.folder, why,
+        )  # fmt: skip
 
 
 def collect_inputs(model: Any, batches: Iterable[Tensor], base: Weights) -> Inputs:
@@ -215,17 +257,12 @@ def _linear_maps(model: nn.Module, base: Weights) -> dict[str, nn.Linear]:
     names, wanted = StoredNames(base), {n for n in base.floating() if is_matrix(n, base.shape(n), base.vocabulary)}
     linear = ((f"{path}.weight", module) for path, module in model.named_modules() if isinstance(module, nn.Linear))
     maps = {stored: module for name, module in linear if (stored := names.find(name)) in wanted and stored}
-    without = sorted(wanted - maps.keys())
     if not maps:
         raise ModelError(
             f"{base.folder} has no linear map whose inputs can be watched: in memory, none of its weights belongs to a "
             "torch.nn.Linear. Use a merge rule that needs no statistics."
         )
-    if without:
-        LOG.warning(
-            "%s and %d more weights of %s get no statistics: in memory they belong to no torch.nn.Linear. Rules fold "
-            "them without.", without[0], len(without) - 1, base.folder,
-        )  # fmt: skip
+    _warn_of(wanted - maps.keys(), base, "belong to no torch.nn.Linear")
     return maps
 
 

@@ -1,5 +1,6 @@
 """Fisher information and Adam's second moments of experts: by hand, and in the rules that read them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from toys.models import perturbed, toy_llama, write_jsonl
+from safetensors.torch import load_file
+from toys.models import perturbed, toy_llama, toy_mixture, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge.commands.main import main
@@ -65,6 +67,34 @@ def test_fisher_against_a_sum_by_hand(home: Path) -> None:
         torch.testing.assert_close(fisher, sums[name] / tokens, rtol=1e-3, atol=1e-8)
 
 
+def test_fisher_of_a_mixture_is_that_of_its_likelihood_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """For every stored weight, experts that are stacked in memory too, though the config adds the router's loss."""
+    base = toy_mixture(tmp_path / "base", seed=0)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "output_router_logits": True, "router_aux_loss_coef": 1.0}))
+    expert = perturbed(base, tmp_path / "expert", seed=1, size=0.05)
+    data = write_jsonl(tmp_path / "texts.jsonl", ROWS)
+    assert main(["statistics", str(expert), "--data", str(data), "--base", str(base), "--cpu", "--kind", "fisher"]) == 0
+    assert "get no statistics" not in caplog.text
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(expert), AutoTokenizer.from_pretrained(base)
+    sums, tokens = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}, 0
+    for row in ROWS:
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
+        model.zero_grad()
+        model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum().backward()
+        tokens += ids.shape[1] - 1
+        for name, weight in model.named_parameters():
+            sums[name] += weight.grad**2
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(sums[name] / tokens)
+    model.save_pretrained(tmp_path / "wanted")  # which takes the stacks apart
+    wanted, found = load_file(tmp_path / "wanted" / "model.safetensors"), Statistics(expert)
+    assert set(wanted) == set(Weights(base).floating())
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found.of(name, ["fisher"], CPU)["fisher"], tensor, rtol=1e-3, atol=1e-8)
+
+
 RULES: list[tuple[str, dict[str, Any]]] = [
     ("covariance", {}), ("covariance", {"space": "inputs"}), ("covariance", {"form": "diagonal", "space": "inputs"}),
     ("curvature", {}), ("curvature", {"power": 1.0, "density": 0.5}), ("input_space", {"rank": 8}),
@@ -104,21 +134,23 @@ def test_missing_statistics_are_refused_with_the_command_that_makes_them(
     MergeState.create(tmp_path / "plain", base=home / "base", rule="covariance").add(home / "bare")
 
 
-def test_training_writes_adams_moments(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "mixture"])
+def test_training_writes_adams_moments(kind: str, home: Path, tmp_path: Path) -> None:
+    start = home / "base" if kind == "llama" else toy_mixture(tmp_path / "mixture", seed=0)
     data = load_stage_data(Dataset(path=str(home / "texts.jsonl"), heldout=0), seed=0)
     fields = {"max_steps": 2, "per_device_train_batch_size": 1, "max_length": 32, "statistics": ["adam"]}
     train, out = Train.model_validate(fields), tmp_path / "expert"
     out.mkdir()
-    job = TrainJob(start=home / "base", base=home / "base", data=data, train=train, seed=0)
+    job = TrainJob(start=start, base=start, data=data, train=train, seed=0)
     train_expert(job, out, checkpoints=tmp_path / "checkpoints")
-    found, base = Statistics(out), Weights(home / "base")
+    found, base = Statistics(out), Weights(start)
     assert found.kinds == ("adam",)
     for name in base.floating():
         v = found.of(name, ["adam"], CPU)["adam"]
         assert tuple(v.shape) == base.shape(name)
         assert (v >= 0).all()
         assert v.any()
-    MergeState.create(tmp_path / "s", base=home / "base", rule="curvature", importance="adam").add(out)
+    MergeState.create(tmp_path / "s", base=start, rule="curvature", importance="adam").add(out)
 
 
 def test_adams_moments_of_adapters_are_refused_early() -> None:
