@@ -297,7 +297,7 @@ def _batches(sequences: Sequence[list[int]], size: int) -> list[Tensor]:
 def check_asked(rules: Mapping[str, MergeRule], train: Train) -> None:
     """Raise RecipeError for entries without their statistics in `train`.
 
-    Also for Adam's statistics of adapters.
+    Also for Adam's statistics of adapters and of osf's factors.
 
     `rules`: of the merge entries, by name.
     """
@@ -310,7 +310,7 @@ def check_asked(rules: Mapping[str, MergeRule], train: Train) -> None:
                     "`train`, so that training writes them."
                 )
     strategies = make_strategies(train)
-    if "adam" in asked and strategies.carrier.bytes_per_parameter < Full.bytes_per_parameter:
+    if "adam" in asked and not isinstance(strategies.carrier, Full):
         raise RecipeError(
             "train.statistics: `adam` needs an optimizer of whole weights, and the strategy "
             f"{type(strategies.carrier).__name__.lower()} trains others. Use `strategy: full`, or `fisher`."

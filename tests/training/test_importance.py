@@ -153,9 +153,10 @@ def test_training_writes_adams_moments(kind: str, home: Path, tmp_path: Path) ->
     MergeState.create(tmp_path / "s", base=start, rule="curvature", importance="adam").add(out)
 
 
-def test_adams_moments_of_adapters_are_refused_early() -> None:
-    train = Train.model_validate({"strategy": "lora", "statistics": ["adam"]})
-    with pytest.raises(RecipeError, match="`adam` needs an optimizer of whole weights, and the strategy lora"):
+@pytest.mark.parametrize("strategy", ["lora", "osf"])
+def test_adams_moments_of_other_tensors_are_refused_early(strategy: str) -> None:
+    train = Train.model_validate({"strategy": strategy, "statistics": ["adam"]})
+    with pytest.raises(RecipeError, match=f"`adam` needs an optimizer of whole weights, and the strategy {strategy}"):
         check_asked({}, train)
     with pytest.raises(RecipeError, match="needs the statistics 'fisher' of each expert"):
         check_asked({"c": get_rule("curvature")}, train)
