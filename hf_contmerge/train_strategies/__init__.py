@@ -105,6 +105,10 @@ class TrainStrategy:
     opens_on_meta: ClassVar[bool] = False
     """Whether `open` works on a model without values (PyTorch's meta device): a run then tries it before any work."""
 
+    turn: ClassVar[int] = 0
+    """When it changes gradients and weights, whatever the recipe's order. 0: it adds to them. 1: it keeps them within
+    bounds, of what the others add too. 2: it reads the weights that result."""
+
     stage: int = field(default=1, init=False, repr=False)
     """The stage's number, from 1; set before the first hook. No parameter of a recipe."""
 
@@ -366,12 +370,15 @@ class Combined:
         added = [loss for part in self.parts.values() if (loss := part.loss(model, inputs)) is not None]
         return sum(added[1:], added[0]) if added else None
 
+    def _in_turn(self) -> list[TrainStrategy]:
+        return sorted(self.parts.values(), key=lambda part: part.turn)
+
     def adjust_gradients(self, model: nn.Module) -> None:
-        for part in self.parts.values():
+        for part in self._in_turn():
             part.adjust_gradients(model)
 
     def adjust_weights(self, model: nn.Module) -> None:
-        for part in self.parts.values():
+        for part in self._in_turn():
             part.adjust_weights(model)
 
     def at_step(self, step: int, steps: int) -> None:
@@ -392,7 +399,7 @@ class Combined:
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
-        for part in self.parts.values():
+        for part in self._in_turn():
             part.finish(model)
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:

@@ -51,6 +51,7 @@ class Gpm(TrainStrategy):
     carriers = ("full",)
     texts_only = True
     opens_on_meta = True
+    turn = 1
 
     energy: Annotated[float, Field(gt=0, le=1)] = 0.9
     rank: Annotated[int, Field(ge=1)] = 256

@@ -36,6 +36,7 @@ class Migu(TrainStrategy):
 
     carriers = ("full", "lora", "qlora", "olora", "slao")  # osf trains factors whose rows are no outputs
     opens_on_meta = True
+    turn = 1
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.3
     _sums: dict[nn.Linear, Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -61,6 +61,7 @@ class Osf(TrainStrategy):
     bytes_per_parameter = 24
     sharded = False  # the frozen factors are found from whole weights
     opens_on_meta = True
+    turn = 1
 
     effective_rank: int | float = 0.5
     """How many singular directions of each weight are kept, or which share of them."""

@@ -45,6 +45,7 @@ class Soup(TrainStrategy):
     The average is one float32 copy in the CPU's memory; it replaces the weights when the stage's last step is taken.
     """
 
+    turn: ClassVar[int] = 2
     bytes_per_parameter: ClassVar[int] = 4  # where all weights are trained; as many again with `pull`
 
     decay: Decay | None = None

@@ -1,6 +1,7 @@
 """What anchor, ewc, distill and migu do to a step, against the same computed as literally as their papers have it."""
 
 import copy
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,26 @@ def test_strength_zero_is_plain_training(
     found = train("found", strategy, parameters, memory=memory if memory.exists() else None)
     for name, tensor in plain.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7 if strategy == "distill" else 0)
+
+
+def test_the_listed_order_changes_nothing(
+    train: Callable[..., dict[str, Tensor]], base_folder: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """Penalties come before what is projected and masked, and averages last: held directions stay as they were."""
+    names = ["anchor", "gpm", "soup", "migu"]
+    parameters = {"anchor": {"modules": ".", "strength": 10.0}, "soup": {"last": 2}}
+    train("before", ["full", *names], parameters)
+    memory = tmp_path / "before-memory"
+    one, other = (
+        train(name, ["full", *order], parameters, memory=memory)
+        for name, order in (("one", names), ("other", names[::-1]))
+    )
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+    directions = load_file(memory / "gpm" / "directions.safetensors")
+    start = load_file(base_folder / "model.safetensors")
+    for layer, same in json.loads((memory / "gpm" / "directions.json").read_text())["same"].items():
+        change = one[f"{layer}.weight"] - start[f"{layer}.weight"]
+        assert float((change @ directions[same]).norm() / change.norm()) < 1e-5
 
 
 # Anchor
