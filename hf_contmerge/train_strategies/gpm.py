@@ -29,7 +29,7 @@ from hf_contmerge.models.weights import write_tensors
 from hf_contmerge.runtime.foreign import read_object
 from hf_contmerge.train_strategies import Likelihoods, StageSize, TrainStrategy
 from hf_contmerge.train_strategies._ranks import is_main, sum_over_ranks
-from hf_contmerge.train_strategies._weights import laid_out_like
+from hf_contmerge.train_strategies._weights import laid_out_like, trained
 
 LOG = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class Gpm(TrainStrategy):
 
     M (in, k) is an orthonormal basis of the inputs that a linear map had in earlier stages. After a stage, leading
     directions of what its inputs X have outside M are added, until all of M holds the share `energy` of |X|^2 or has
-    `rank` directions. The first stage is plain training. Embeddings, norms, biases and the head are not held.
+    `rank` directions. The first stage is plain training. Embeddings, norms, biases and the head are not held, and neither
+    are weights that no torch.nn.Linear has: the stacked experts and the routers of mixtures. A warning names these.
     """
 
     carriers = ("full",)
@@ -68,6 +69,8 @@ class Gpm(TrainStrategy):
         layers = linear_maps(model)
         if not layers:
             raise ValueError("gpm finds no linear map that is trained")
+        if not memory:  # the first stage; later ones would say the same
+            _warn_of_others(model, layers)
         self._bases = _remembered(memory, layers) if memory else {}
         self._outputs = {n: layers[n].weight.detach() @ basis.to(layers[n].weight) for n, basis in self._bases.items()}
         return model
@@ -196,6 +199,21 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
     head = plain.get_output_embeddings()
     named = ((name, module) for name, module in plain.named_modules() if isinstance(module, nn.Linear))
     return {name: module for name, module in named if module is not head and module.weight.requires_grad}
+
+
+def _warn_of_others(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    """Warn of trained matrices that are not held, but tables and the head."""
+    plain = plain_model(model)
+    known = [*layers.values(), plain.get_output_embeddings(), *(m for m in plain.modules() if isinstance(m, nn.Embedding))]
+    skipped = {id(weight) for module in known if module is not None for weight in module.parameters(recurse=False)}
+    named = ((name, w) for name, w in trained(plain) if w.dim() > 1 and id(w) not in skipped)
+    if others := {name: weight.numel() for name, weight in named}:
+        held = sum(layer.weight.numel() for layer in layers.values())
+        LOG.warning(
+            "gpm holds %d linear maps and not %s and %d more weights, which belong to no torch.nn.Linear: %.0f %% of "
+            "the parameters of both change as in plain training.",
+            len(layers), min(others), len(others) - 1, 100 * sum(others.values()) / (held + sum(others.values())),
+        )  # fmt: skip
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toys.models import toy_mixture
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_contmerge.train_strategies import StageSize, combine
@@ -191,6 +192,23 @@ def test_nothing_to_hold(base_folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(base_folder).requires_grad_(False)
     with pytest.raises(ValueError, match="gpm finds no linear map that is trained"):
         Gpm().open(model, None)
+
+
+def test_stacked_experts_are_warned_of_once(
+    toy: Toy, tmp_path: Path, base_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the first stage, by name; two layers have 4 maps of 3072 parameters in all, experts of 18432, a router of 128."""
+    model: Any = AutoModelForCausalLM.from_pretrained(toy_mixture(tmp_path / "mixture", seed=0))
+    Gpm().open(model, None)
+    (line,) = caplog.messages
+    assert line == (
+        "gpm holds 8 linear maps and not model.layers.0.mlp.experts.down_proj and 5 more weights, which belong to no "
+        "torch.nn.Linear: 86 % of the parameters of both change as in plain training."
+    )
+    caplog.clear()
+    Gpm().open(AutoModelForCausalLM.from_pretrained(base_folder), None)
+    stage(toy, inputs(1), None, tmp_path / "1")
+    assert not caplog.messages
 
 
 def test_memory_is_counted_by_shapes(toy: Toy) -> None:
