@@ -28,9 +28,9 @@ from hf_contmerge.train_strategies._weights import take_gradients, trained
 Inputs = Mapping[str, Any]
 """A micro-batch as the trainer's collator makes it: input_ids, labels (-100: does not count), ..."""
 Likelihoods = Callable[[int], Iterator[tuple[Tensor, int]]]
-"""Gives, for a seeded sample of so many of the stage's examples, this rank's share of them: the log likelihood of each
-(a scalar with its graph, summed over the tokens that count) and the number of those tokens. Each is a forward pass by
-itself, without padding."""
+"""Gives, for a seeded sample of so many of the stage's own examples, this rank's share of them: the log likelihood of
+each (a scalar with its graph, summed over the tokens that count) and the number of those tokens. Each is a forward pass
+by itself, without padding."""
 Gradient = Callable[[], Mapping[str, Tensor]]
 """Computes the gradient of a whole optimizer step at the current weights: name -> gradient."""
 
@@ -224,7 +224,7 @@ class TrainStrategy:
         """Change the weights after the last step, before saving."""
 
     def review(self, model: nn.Module, likelihoods: Likelihoods) -> None:
-        """Review the trained model on the stage's examples; on all ranks."""
+        """Review the trained model on the stage's own examples; on all ranks."""
 
     def remember(self, model: nn.Module, data: Any, memory: Path | None, out: Path) -> None:
         """Write the memory of later stages into `out`; on all ranks.

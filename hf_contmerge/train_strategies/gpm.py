@@ -45,8 +45,8 @@ class Gpm(TrainStrategy):
 
     M (in, k) is an orthonormal basis of the inputs that a linear map had in earlier stages. After a stage, leading
     directions of what its inputs X have outside M are added, until all of M holds the share `energy` of |X|^2 or has
-    `rank` directions. The first stage is plain training. Embeddings, norms, biases and the head are not held, and neither
-    are weights that no torch.nn.Linear has: the stacked experts and the routers of mixtures. A warning names these.
+    `rank` directions. The first stage is plain training. Embeddings, norms, biases, the head are not held, nor what no
+    torch.nn.Linear has: the stacked experts and the routers of mixtures, which a warning names.
     """
 
     carriers = ("full",)
@@ -204,7 +204,11 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
 def _warn_of_others(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
     """Warn of trained matrices that are not held, but tables and the head."""
     plain = plain_model(model)
-    known = [*layers.values(), plain.get_output_embeddings(), *(m for m in plain.modules() if isinstance(m, nn.Embedding))]
+    known = [
+        *layers.values(),
+        plain.get_output_embeddings(),
+        *(m for m in plain.modules() if isinstance(m, nn.Embedding)),
+    ]
     skipped = {id(weight) for module in known if module is not None for weight in module.parameters(recurse=False)}
     named = ((name, w) for name, w in trained(plain) if w.dim() > 1 and id(w) not in skipped)
     if others := {name: weight.numel() for name, weight in named}:

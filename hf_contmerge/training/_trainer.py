@@ -212,17 +212,23 @@ _HOOKS: dict[str, type[StageTrainer]] = {
 }  # fmt: skip
 
 
-def likelihoods(trainer: Any, *, seed: int) -> Likelihoods:
-    """Return a reader of log likelihoods for a sample of examples.
+def likelihoods(trainer: Any, own: Any, *, seed: int) -> Likelihoods:
+    """Return a reader of log likelihoods for a sample of a stage's examples.
 
     Each example comes by itself through the trainer's fused head, without padding: what watches a model's inputs and
     outputs would count it. The ranks share the sample.
+
+    Args:
+        trainer: after its training.
+        own: the stage's own examples, if others were mixed among them; None if it was trained on just these.
+        seed: of the sample.
     """
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    accelerator, data = trainer.accelerator, trainer.train_dataset
+    accelerator = trainer.accelerator
 
     def draw(count: int) -> Iterator[tuple[Tensor, int]]:
+        data = trainer.train_dataset if own is None else _prepared(trainer, own)
         model = accelerator.unwrap_model(trainer.model).eval()
         collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=trainer.padding_free)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -233,6 +239,14 @@ def likelihoods(trainer: Any, *, seed: int) -> Likelihoods:
             yield output.log_probs.sum(), int(output.label_mask.sum())
 
     return draw
+
+
+def _prepared(trainer: Any, own: Any) -> Any:
+    """Return examples as TRL prepares them; packing may have cut them together with others."""
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    args = trainer.args
+    return SFTTrainer._prepare_dataset(trainer, own, trainer.processing_class, args, args.packing, None, "train")
 
 
 def _refuse_pairs(plain: type, strategies: Combined) -> None:

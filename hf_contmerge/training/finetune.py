@@ -190,7 +190,8 @@ def _remember(trainer: Any, strategies: Combined, job: TrainJob, out: Path | Non
     model = trainer.accelerator.unwrap_model(trainer.model)
     drop_reference(model)
     if out:
-        strategies.review(model, likelihoods(trainer, seed=job.seed))
+        own = job.data.train if strategies.overriding("mix") else None
+        strategies.review(model, likelihoods(trainer, own, seed=job.seed))
         strategies.remember(model, job.data.train, job.memory, out, main=trainer.accelerator.is_main_process)
 
 

@@ -197,7 +197,7 @@ def test_nothing_to_hold(base_folder: Path) -> None:
 def test_stacked_experts_are_warned_of_once(
     toy: Toy, tmp_path: Path, base_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the first stage, by name; two layers have 4 maps of 3072 parameters in all, experts of 18432, a router of 128."""
+    """In the first stage, by name; a layer has maps of 3072 parameters in all, experts of 18432, a router of 128."""
     model: Any = AutoModelForCausalLM.from_pretrained(toy_mixture(tmp_path / "mixture", seed=0))
     Gpm().open(model, None)
     (line,) = caplog.messages

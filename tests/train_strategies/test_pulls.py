@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -30,6 +31,7 @@ from hf_contmerge.train_strategies.anchor import Anchor
 from hf_contmerge.train_strategies.distill import Distill
 from hf_contmerge.train_strategies.ewc import Ewc, size_of
 from hf_contmerge.train_strategies.migu import Migu
+from hf_contmerge.train_strategies.replay import Replay
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
@@ -255,6 +257,27 @@ def test_fisher_is_that_of_a_loop_by_hand(
         torch.testing.assert_close(second[name], 1.5 * first[name], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("strategy", "parameters"), [("ewc", {}), ("gpm", {}), ("osf", {"adaptive": True})])
+def test_examples_of_others_are_not_reviewed(
+    strategy: str, parameters: dict[str, Any], packing: bool, train: Callable[..., Any], model: Any, tmp_path: Path
+) -> None:
+    """With as many replayed examples as new ones among them, the memory is the one of the stage's own."""
+    old = datasets.Dataset.from_list([{"text": f"the nurse gives {i} tablets"} for i in range(10)])
+    (tmp_path / "earlier" / "replay").mkdir(parents=True)
+    Replay().remember(model, old, None, tmp_path / "earlier" / "replay")
+    still = {"learning_rate": 0.0, "max_steps": 1, "packing": packing}
+    train("alone", [strategy], {strategy: parameters}, **still)
+    both = {strategy: parameters, "replay": {"share": 0.5}}
+    train("mixed", [strategy, "replay"], both, memory=tmp_path / "earlier", **still)
+    found, wanted = (
+        load_file(next((tmp_path / f"{name}-memory" / strategy).glob("*.safetensors"))) for name in ("mixed", "alone")
+    )
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_mas_is_that_of_a_loop_by_hand(
     train: Callable[..., Any], model: Any, data: StageData, tmp_path: Path
 ) -> None:  # fmt: skip
@@ -447,7 +470,7 @@ def test_rows_that_are_not_chosen_stay_as_they_are(train: Callable[..., dict[str
 def test_migu_counts_no_padding(blocks: bool) -> None:
     """Of a mixture, whose shared experts get all tokens in one row; and of blocks, which have positions and no mask."""
     config = Qwen2MoeConfig(
-        vocab_size=384, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_experts=4, num_hidden_layers=1,
+        vocab_size=384, hidden_size=16, num_hidden_layers=1, num_experts=4, moe_intermediate_size=8,
         shared_expert_intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, decoder_sparse_step=1,
     )  # fmt: skip
     torch.manual_seed(0)

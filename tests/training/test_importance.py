@@ -71,7 +71,9 @@ def test_fisher_of_a_mixture_is_that_of_its_likelihood_alone(tmp_path: Path, cap
     """For every stored weight, experts that are stacked in memory too, though the config adds the router's loss."""
     base = toy_mixture(tmp_path / "base", seed=0)
     settings = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**settings, "output_router_logits": True, "router_aux_loss_coef": 1.0}))
+    (base / "config.json").write_text(
+        json.dumps({**settings, "output_router_logits": True, "router_aux_loss_coef": 1.0})
+    )
     expert = perturbed(base, tmp_path / "expert", seed=1, size=0.05)
     data = write_jsonl(tmp_path / "texts.jsonl", ROWS)
     assert main(["statistics", str(expert), "--data", str(data), "--base", str(base), "--cpu", "--kind", "fisher"]) == 0
