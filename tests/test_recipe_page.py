@@ -26,7 +26,7 @@ def type_words(field: Any) -> str:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "array":
         return f"list of {type_words(field['items'])}"
-    limits = " and ".join(f"{sign} {field[word]:g}" for word, sign in BOUNDS.items() if word in field)
+    limits = " and ".join(f"{sign} {field[word]:.15g}" for word, sign in BOUNDS.items() if word in field)
     return f"{'mapping' if field['type'] == 'object' else field['type']} {limits}".strip()
 
 

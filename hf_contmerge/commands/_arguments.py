@@ -67,12 +67,13 @@ def words_of(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return the type of a number from `least` on."""
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of a number from `least` on, up to `most`."""
 
     def number(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on; got {text!r}")
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            end = "on" if most is None else f"to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} {end}; got {text!r}")
         return int(text)
 
     return number

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from hf_contmerge.commands._arguments import add_cpu_argument, add_json_argument, compute_on, number_from, whole_number
 from hf_contmerge.commands._models import ANY_MODEL, opened_model
+from hf_contmerge.runtime.fields import LARGEST_SEED
 from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.stopping import Stopped, interruptible
 
@@ -41,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=_TEMPERATURE, metavar="T", help="0: the most likely token (default: the model's)"
     )
-    parser.add_argument("--seed", type=whole_number(0), metavar="N", help="make sampled answers repeatable")
+    parser.add_argument(
+        "--seed", type=whole_number(0, LARGEST_SEED), metavar="N", help="make sampled answers repeatable"
+    )
     add_json_argument(parser)
     add_cpu_argument(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="allow the model's own code to run")

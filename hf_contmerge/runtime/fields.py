@@ -10,6 +10,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
+LARGEST_SEED = 2**32 - 1
+"""NumPy's generators take no larger one."""
+
 
 def with_fields(cls: type[T], name: str, parameters: Mapping[str, Any]) -> T:
     """Make an object of a dataclass from parameters; `name` is for messages.

@@ -162,3 +162,10 @@ def test_help_takes_a_third_of_a_second() -> None:
         "print(time.process_time())"
     )
     assert min(float(cold(code)) for _ in range(3)) < 0.3
+
+
+def test_seeds_of_chat_have_the_range_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _parse(["chat", "model", "--seed", str(2**32 - 1)]).seed == 2**32 - 1
+    with pytest.raises(SystemExit):
+        _parse(["chat", "model", "--seed", str(2**32)])
+    assert "must be a whole number from 0 to 4294967295; got '4294967296'" in capsys.readouterr().err

@@ -9,12 +9,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from hf_contmerge.run.recipe.phases import use_of
 from hf_contmerge.run.recipe.suites import expand_suites
+from hf_contmerge.runtime.fields import LARGEST_SEED
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 """A name that becomes a folder's or a task's name."""
 
 Location = Annotated[str, Field(min_length=1)]
 """A path or a Hub id. An empty one would mean the current folder."""
+
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+"""Of NumPy's generators, which take no other numbers."""
 
 
 class Part(BaseModel):

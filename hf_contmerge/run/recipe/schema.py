@@ -32,6 +32,7 @@ from hf_contmerge.run.recipe.parts import (
     Location,
     Name,
     Part,
+    Seed,
     StatisticsSettings,
     Task,
     TasksField,
@@ -218,7 +219,7 @@ class Recipe(Part):
     """A published merge of this base, owner/name[@revision] or a folder: its experts come before the stages."""
     output: Location | None = None
     """The run folder; default: runs/<name>."""
-    seed: int = 0
+    seed: Seed = 0
     trust_remote_code: bool = False
     plugins: tuple[Location, ...] = ()
     """Python files with rules and strategies that the recipe needs, from its folder. `--plugin` lets their code run."""

@@ -33,7 +33,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.run.recipe.parts import Location, Name, Part
+from hf_contmerge.run.recipe.parts import Location, Name, Part, Seed
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.streams import stream_names, stream_orders, with_stream
 from hf_contmerge.run.recipe.text import explain, parse_recipe, read_mapping, set_field
@@ -63,7 +63,7 @@ class Study(Part):
     """The study folder; default: studies/<name>."""
     orders: Annotated[int, Field(ge=1)] | str | tuple[Order, ...] = 1
     """`all`, or a stream for its published orders."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
     settings: tuple[Setting, ...] = ()
     keep: Literal["all", "scores"] = "all"

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
+from hf_contmerge.runtime.fields import LARGEST_SEED
 from hf_contmerge.runtime.hiding import shown
 from hf_contmerge.runtime.patterns import require_quick
 
@@ -45,6 +46,7 @@ def _limit(value: int) -> int:
 
 Whole = Annotated[int, BeforeValidator(_number)]
 Count = Annotated[Whole, _from(1)]
+Seed = Annotated[Whole, _from(0), Field(le=LARGEST_SEED)]
 Steps = Annotated[Whole, AfterValidator(_limit)]
 Number = Annotated[int | float, BeforeValidator(_number), _from(-math.inf)]
 Positive = Annotated[Number, _from(0)]
@@ -63,7 +65,8 @@ _WORDS: dict[Any, str] = {
     None: "null", bool: "true or false", str: "a word", list[str]: "a list of words",
     Interval: "no, steps or epoch", Counted: "no, all or non_padding", Order: "random, sequential or group_by_length",
     Cut: "keep_start or keep_end", Start: "fork, spawn or forkserver", Share: "a number from 0 to 1",
-    Whole: "a whole number", Count: "a whole number from 1 on", Steps: "a whole number from 1 on, or -1",
+    Whole: "a whole number", Seed: f"a whole number from 0 to {LARGEST_SEED}",
+    Count: "a whole number from 1 on", Steps: "a whole number from 1 on, or -1",
     Number: "a number", Positive: "a number from 0 on", list[Number]: "a list of numbers", Auto: "`auto`",
     Options: "a mapping",
 }  # fmt: skip
@@ -275,7 +278,7 @@ TRL_FIELDS: Mapping[str, TrlField] = dict((
     *_refused("run_name trackio_space_id trackio_bucket_id trackio_static_space_id", _TRACKERS, None),
     *_refused("project", _TRACKERS, "huggingface"),
     # Data
-    *_obeyed("data_seed", Whole, None),
+    *_obeyed("data_seed", Seed, None),
     *_obeyed("dataset_num_proc dataloader_prefetch_factor", Count, None),
     *_obeyed("dataloader_num_workers", Annotated[Whole, _from(0)]),
     *_obeyed("dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers dataloader_in_order", bool),

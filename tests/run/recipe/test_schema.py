@@ -224,6 +224,9 @@ def test_a_missing_field_further_in_is_named_with_its_place() -> None:
     [
         ({"seed": "seven"}, "my.yml: seed: Input should be a valid integer"),
         ({"seed": "seven"}, "(got 'seven')"),
+        ({"seed": -1}, "my.yml: seed: Input should be greater than or equal to 0 (got -1)"),
+        ({"seed": 2**32}, "my.yml: seed: Input should be less than or equal to 4294967295 (got 4294967296)"),
+        ({"train": {"data_seed": -1}}, "data_seed"),
         ({"name": "law/../.."}, "name: String should match pattern"),
         ({"stages": []}, "stages: Tuple should have at least 1 item"),
         ({"stages": "law.jsonl"}, "stages: Input should be a valid tuple (got 'law.jsonl')"),

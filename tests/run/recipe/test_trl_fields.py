@@ -123,6 +123,8 @@ WRONG = [
     ("max_steps", 2.5, "a whole number from 1 on, or -1; got 2.5"),
     ("max_steps", 0, "a whole number from 1 on, or -1; got 0"),
     ("max_steps", None, "a whole number from 1 on, or -1; got None"),
+    ("data_seed", -1, "a whole number from 0 to 4294967295 or null; got -1"),
+    ("data_seed", 2**32, "a whole number from 0 to 4294967295 or null; got 4294967296"),
     ("learning_rate", "fast", "a number from 0 on; got 'fast'"),
     ("learning_rate", float("nan"), "a number from 0 on; got nan"),
     ("packing", "perhaps", "true or false; got 'perhaps'"),
