@@ -21,7 +21,9 @@ The study folder holds a run for each cell of the grid:
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
 import math
 import random
 import re
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from hf_contmerge.errors import RecipeError, unknown
 from hf_contmerge.run.recipe.parts import Location, Name, Part, Seed
@@ -40,10 +42,30 @@ from hf_contmerge.run.recipe.text import explain, parse_recipe, read_mapping, se
 from hf_contmerge.runtime.foreign import repeated
 
 Order = tuple[str, ...]
+
+
+def _read_orders(value: Any) -> Any:
+    """Refuse what is none of the forms, in one sentence for all of them."""
+    lists = isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_order, value))
+    count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not (lists or count or isinstance(value, str)):
+        raise ValueError(
+            "must be `all`, a number from 1 on, a stream, or lists of stage names such as [[a, b], [b, a]]"
+        )
+    return value
+
+
+def _is_order(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
 _MOST_CELLS = 10_000
 
 _FIXED = {"name": "the cell", "output": "the cell", "seed": "`seeds`", "stages": "`orders`"}
 """Fields of a recipe that the grid sets, and what sets them."""
+
+_DOCUMENTS = ("limit", "include_path", "validation")
+"""Fields of `evaluate` that choose documents; the last one only with a guard or `auto`."""
 
 
 class Setting(Part):
@@ -61,7 +83,7 @@ class Study(Part):
     """A recipe's file, relative to this one's folder, or a recipe's fields."""
     output: Location | None = None
     """The study folder; default: studies/<name>."""
-    orders: Annotated[int, Field(ge=1)] | str | tuple[Order, ...] = 1
+    orders: Annotated[int | str | tuple[Order, ...], BeforeValidator(_read_orders)] = 1
     """`all`, or a stream for its published orders."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
@@ -81,6 +103,9 @@ class Study(Part):
             first = field.partition(".")[0]
             if first in _FIXED and (first != "stages" or field in ("stages", "stages.order")):
                 raise ValueError(f"{field} cannot vary here: {_FIXED[first]} sets it")
+        for field, values in self.vary.items():
+            if repeated(json.dumps(value, sort_keys=True, default=str) for value in values):
+                raise ValueError(f"vary: {field} has one value twice; each counts once")
         if (count := self._count()) > _MOST_CELLS:
             raise ValueError(f"`vary` and `settings` give {count} settings, at most {_MOST_CELLS} are run")
         if twice := sorted(repeated(name for name, _ in self.changes())):
@@ -100,9 +125,12 @@ class Study(Part):
     def changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield each setting's name and its fields of the recipe."""
         if self.vary or not self.settings:
+            taken = set[str]()
             for values in itertools.product(*self.vary.values()):
                 fields = dict(zip(self.vary, values, strict=True))
-                yield _setting_name(fields), fields
+                name = _setting_name(fields)
+                yield (name := _told_apart(name, fields) if name in taken else name), fields
+                taken.add(name)
         for setting in self.settings:
             yield setting.name, setting.set
 
@@ -156,11 +184,13 @@ def study_cells(study: Study) -> list[StudyCell]:
     plain = parse_recipe(study.recipe, where=where)
     _require_few(study, len(plain.stages))
     orders = study_orders(study, [stage.name for stage in plain.stages])
-    cells = []
+    cells, first = [], None
     for setting, fields in study.changes():
         data: Any = copy.deepcopy(study.recipe)
         for field, value in fields.items():
             set_field(data, field, copy.deepcopy(value), f"setting {setting} of study {study.name}")
+        varied = parse_recipe(data, where=f"{where}, setting {setting}")
+        _require_comparable(study, plain, (first := first or (setting, varied)), (setting, varied))
         stages = {stage["name"]: stage for stage in with_stream(data)["stages"]}
         for seed, (number, order) in itertools.product(study.seeds, enumerate(orders, 1)):
             run = {**data, "seed": seed, "name": "cell", "output": None, "stages": [stages[name] for name in order]}
@@ -178,6 +208,35 @@ def _require_few(study: Study, stages: int) -> None:
     """Raise RecipeError for more runs than anyone could wait for."""
     if (count := study.runs(stages)) > _MOST_CELLS:
         raise RecipeError(f"Study {study.name} has {count} runs, at most {_MOST_CELLS} are made. Vary less.")
+
+
+def _require_comparable(study: Study, plain: Recipe, first: tuple[str, Recipe], second: tuple[str, Recipe]) -> None:
+    """Raise RecipeError for a setting with other stages, or documents, than the rest.
+
+    What lies in files is compared before the first run (loop/plan/study.py).
+    """
+    (other, there), (setting, here) = first, second
+    names, own = ([stage.name for stage in recipe.stages] for recipe in (plain, here))
+    if own != names:
+        raise RecipeError(
+            f"Setting {setting} of study {study.name} has the stages {', '.join(own)}, and the recipe has "
+            f"{', '.join(names)}. All settings have the same stages; make a study of each."
+        )
+    if here.tunes != there.tunes:
+        one, none = (setting, other) if here.tunes else (other, setting)
+        raise RecipeError(
+            f"Setting {one} of study {study.name} has a guard or an `auto` parameter, and {none} has neither: they are "
+            "scored on different documents (evaluate.validation), which cannot be compared. Make both merge entries of "
+            "one recipe, or a study of each."
+        )
+    for field in _DOCUMENTS if here.tunes else _DOCUMENTS[:-1]:
+        values = getattr(there.evaluate, field), getattr(here.evaluate, field)
+        if values[0] != values[1]:
+            raise RecipeError(
+                f"evaluate.{field} of study {study.name} is {values[0]} in setting {other} and {values[1]} in "
+                f"{setting}: scores of different documents cannot be compared. Give all settings one value, or make a "
+                "study of each."
+            )
 
 
 def _published(orders: int | str | tuple[Order, ...]) -> int | Literal["all"] | tuple[Order, ...]:
@@ -229,6 +288,12 @@ def _setting_name(fields: dict[str, Any]) -> str:
         text = "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         words.append(text if re.search("[A-Za-z]{2}", text) else f"{field.rpartition('.')[2]}-{text}")
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", "_".join(words)).strip("-._")[:60] or "plain"
+
+
+def _told_apart(name: str, fields: dict[str, Any]) -> str:
+    """Return another name for a setting whose short one is taken, always the same."""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{name[:51]}-{digest[:8]}"
 
 
 def _named(cell: StudyCell) -> StudyCell:

@@ -40,6 +40,23 @@ def test_named_settings_join_the_combinations() -> None:
     assert [cell.setting for cell in study_cells(study_of(settings=[slow], seeds=[0, 1]))] == ["slow-lora"] * 2
 
 
+def test_values_with_one_long_beginning_have_names_of_their_own() -> None:
+    bases = [f"/data/projects/continual-merging/checkpoints/pretrained/qwen3-0.6b-base-{i}" for i in range(3)]
+    names = [cell.setting for cell in study_cells(study_of(vary={"base_model": bases}))]
+    assert len(set(names)) == 3
+    assert all(len(name) <= 60 for name in names)
+    assert names[0] == study_cells(study_of(vary={"base_model": bases[:1]}, seeds=[0, 1]))[0].setting
+    assert names == [cell.setting for cell in study_cells(study_of(vary={"base_model": [*bases, "x"]}))][:3]
+
+
+def test_the_share_for_choices_may_vary_where_nothing_is_chosen() -> None:
+    assert len(study_cells(study_of(vary={"evaluate.validation": [0.2, 0.5]}))) == 2
+    guarded = {"name": "g", "set": {"guard.max_forgetting": 0.1, "evaluate.validation": 0.2}}
+    study = study_of(settings=[guarded, {"name": "h", "set": {"guard.max_forgetting": 0.1}}])
+    with pytest.raises(RecipeError, match=r"evaluate\.validation of study s is 0\.2 in setting"):
+        study_cells(study)
+
+
 def test_a_stages_own_fields_stay_with_it_in_each_order() -> None:
     study = study_of(orders="all", vary={"stages.0.train.max_steps": [3]})
     steps = [{s.name: s.train.get("max_steps") for s in cell.recipe.stages} for cell in study_cells(study)]
@@ -69,6 +86,12 @@ def test_random_orders_are_the_same_each_time() -> None:
         ({"seeds": [0, 1], "vary": {"train.parameters.x.y.z": [1]}, "recipe": {"stages": 3}}, "stages"),
         ({"seeds": [0, 1], "vary": {"merge.3.rule": ["opcm"]}}, "no path 'merge.3.rule'"),
         ({"seeds": [0, 1], "vary": {"evaluate.limt": [3]}}, "Unknown field 'limt'"),
+        ({"vary": {"evaluate.limit": [10, 20]}}, "is 10 in setting limit-10 and 20 in limit-20"),
+        ({"settings": [{"name": "x", "set": {"stages.0.name": "zz"}}, {"name": "y", "set": {}}]},
+         "Setting x of study s has the stages zz, medicine, code, and the recipe has law, medicine, code"),
+        ({"seeds": [0, 1], "vary": {"stages.1": [{"name": "art", "dataset": "p.jsonl"}]}}, "the stages law, art, code"),
+        ({"vary": {"guard.max_forgetting": [0.1, 0.2]}, "settings": [{"name": "free", "set": {}}]},
+         "Setting max_forgetting-0.1 of study s has a guard or an `auto` parameter, and free has neither"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_sentence(fields: dict[str, Any], said: str) -> None:
@@ -89,6 +112,11 @@ def test_what_is_wrong_is_one_sentence(fields: dict[str, Any], said: str) -> Non
         ({"seeds": [0, -1]}, r"seeds\.1: Input should be greater than or equal to 0 \(got -1\)"),
         ({"seeds": [0, 2**40]}, r"seeds\.1: Input should be less than or equal to 4294967295"),
         ({"vary": {"train.max_steps": []}}, "vary"),
+        ({"vary": {"train.max_steps": [3, 3]}}, "vary: train.max_steps has one value twice"),
+        *(
+            ({"orders": orders}, "orders: must be `all`, a number from 1 on, a stream, or lists of stage names")
+            for orders in ([[1, 2]], [["a", "b"], "c"], ["a", "b"], [], 0, True, 1.5, None)
+        ),
     ],
 )
 def test_wrong_fields_are_named(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
