@@ -133,6 +133,8 @@ class Chooser:
         self.tries: list[Attempt] = []
         self._written: RunningMerge | None = None
         self._survival: Survival | None = None
+        self._elsewhere = False
+        """Whether the scratch folder holds another state than that of `_merge`."""
         run = job.run
         numbers = range(1, job.t + 1)
         self._stages = [run.stage(i).name for i in numbers]
@@ -147,7 +149,7 @@ class Chooser:
     def first(self) -> Attempt:
         """Fold by the recipe; search an `auto` coefficient."""
         job, entry = self._job, self._job.place.entry
-        self._merge = start = self._fold(job.start(), [job.newest()])
+        self._merge = self._first = start = self._fold(job.start(), [job.newest()])
         if not entry.auto or start.rule_name != entry.rule:
             return self._look_at("fold", start)
         for i in range(1, job.t + 1):
@@ -164,7 +166,7 @@ class Chooser:
             return attempt.allowed, attempt.objective
 
         best = dict(zip(names, best_point(evaluate, tops), strict=True))
-        self._merge = self._at(start, best)
+        self._merge = self._first = self._at(start, best)
         return next(t for t in self.tries if t.merge == self._merge)
 
     def _at(self, start: RunningMerge, values: Mapping[str, float]) -> RunningMerge:
@@ -210,6 +212,8 @@ class Chooser:
     # Rungs
 
     def _shrink(self, rung: Rung) -> Attempt | None:
+        if self._elsewhere:  # the scratch folder holds another state
+            self._merge = self._with(self._job.newest())
         whole = self._merge
 
         def evaluate(factor: float) -> tuple[bool, float]:
@@ -230,16 +234,18 @@ class Chooser:
     def _replay(self, rung: Rung) -> Attempt | None:
         if not can_replay(self._job):
             return None
-        again = replay(self._job, rung)
-        self._merge = self._fold(self._job.start(), [again])
+        self._merge = self._with(replay(self._job, rung))
         return self._look_at(rung.do, self._merge)
 
     def _earlier(self, rung: Rung) -> Attempt | None:
-        """Try the stage's earlier steps, the latest first."""
+        """Try the stage's earlier steps, the latest first.
+
+        If none holds, the rungs after this one go on from the last step.
+        """
         attempt = None
         for step in earlier_steps(self._job):
-            self._merge = self._fold(self._job.start(), [expert_at(self._job, step)])
-            attempt = self._look_at(rung.do, self._merge)
+            attempt = self._look_at(rung.do, self._with(expert_at(self._job, step)))
+            self._elsewhere = True
             self._job.crew.ranks.first(drop_earlier, self._job, but=step)
             if attempt.held:
                 break
@@ -252,8 +258,14 @@ class Chooser:
         place, model = (before, before.model) if before else (job.run.base, job.prepared.base)
         return self._judged(rung.do, self._merge, self._measured(place, model, self._tasks), start)
 
+    def _with(self, expert: FoldedExpert) -> RunningMerge:
+        """Fold another expert of the stage, with the values that a search found for it."""
+        found = self._first
+        start = replace(self._job.start(), rule_name=found.rule_name, rule=found.rule)
+        return self._fold(start, [replace(expert, chosen=found.experts[-1].chosen)])
+
     def _fold(self, merge: RunningMerge, new: Sequence[FoldedExpert]) -> RunningMerge:
-        self._written = None  # the written model is of another state
+        self._written, self._elsewhere = None, False  # the written model is of another state
         return merge.fold(new, self._job.scratch("running"), crew=self._job.crew)
 
     # Evaluation

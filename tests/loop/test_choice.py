@@ -277,6 +277,33 @@ def test_an_earlier_step_takes_the_stages_place(home: Path, tmp_path: Path) -> N
     assert not verify_run(one).uncovered()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "word"), [("blend", "take"), ("task_arithmetic", "lambda")], ids=["folded", "scaled"])
+def test_rungs_keep_the_coefficient_that_was_found(home: Path, tmp_path: Path, rule: str, word: str) -> None:
+    """Earlier steps and retrained experts are folded with it, and shrinking is of the last step again."""
+    ladder = [{"do": "earlier", "parameters": {"checkpoints": 2}}, "shrink", "replay", "keep_previous"]
+    data = recipe(home, "quiet", guard={"max_forgetting": 0.0, "on": ["general", "stages"], "ladder": ladder})
+    data["stages"] = [
+        {"name": n, "dataset": {"path": str(home / f"{n}.jsonl"), "heldout": 8}} for n in ("own", "other")
+    ]
+    data["stages"][1]["train"] = {"learning_rate": 1.0}
+    data["merge"] = [{"rule": rule, "parameters": {word: "auto"}, "start_from": "base"}]
+    data["train"] = {"max_steps": 6, "per_device_train_batch_size": 4, "max_length": 32, "learning_rate": 1e-4,
+                     "save_strategy": "no"}  # fmt: skip
+    record = merged(carried_out(data, tmp_path / "run"), 2).record("merge")
+    tries = record["tries"]
+    assert list(dict.fromkeys(whats(record))) == ["auto", "earlier", "shrink", "replay", "keep_previous"]
+    searched = [t for t in tries if t["what"] == "auto"]
+    allowed = [t for t in searched if t["keeps_general"]] or searched
+    best = max(allowed, key=lambda t: (t["objective"], -t["parameters"][word]))["parameters"][word]
+    assert best != get_rule(rule).parameters()[word]  # else the default would pass
+    again = [t for t in tries if t["what"] in ("earlier", "replay")]
+    assert {t["parameters"][word] for t in again} == {best}
+    assert [t.get("step") for t in tries if t["what"] in ("earlier", "shrink")][:3] == [4, 2, None]
+    halved = next(t for t in tries if t["what"] == "shrink")
+    assert halved["scale"] * (halved["parameters"][word] if rule == "blend" else 1.0) == pytest.approx(best / 2)
+
+
 # Recipes
 
 
