@@ -245,12 +245,31 @@ class Search:
 
     def run(self) -> Candidate:
         """Return the best of the allowed candidates."""
-        tops = [max(1.0, 1 / share) if share else 1.0 for share in self._parts.shares]
+        self._tell_idle()
+        tops = [max(1.0, 1 / share) if share else 0.0 for share in self._parts.shares]  # 0: nothing to try
         many = len(tops)
         alone = [tuple(top * (i == j) for j in range(many)) for i, top in enumerate(tops)]
-        own = tuple(self._of.entry.weights.get(e.stage, 1.0) for e in self._of.experts)
+        weights = self._of.entry.weights
+        own = tuple(weights.get(e.stage, 1.0) * (top > 0) for e, top in zip(self._of.experts, tops, strict=True))
         best = best_weights(self._attempt, tops, [own, *alone], self._of.wish.tries)
         return next(t for t in self.tries if t.weights == best)
+
+    def _tell_idle(self) -> None:
+        """Warn of stages whose weights do nothing.
+
+        Raises RecipeError if no weight does anything.
+        """
+        of, shares = self._of, self._parts.shares
+        idle = [e.stage for e, share in zip(of.experts, shares, strict=True) if not share]
+        settings = ", ".join(f"{word} {value}" for word, value in of.rule.parameters().items())
+        told = (
+            f"{of.rule_name} ({settings}) takes nothing of the stage{'s' * (len(idle) > 1)} {', '.join(idle)}, whose "
+            "weights therefore do nothing"
+        )
+        if len(idle) == len(shares):
+            raise RecipeError(f"{told}. Name another rule with --rule, such as average.")
+        if idle and of.crew.ranks.is_main:
+            LOG.warning("Warning: %s and are 0. To weigh them, name another rule with --rule, such as average.", told)
 
     def to_json(self, chosen: Candidate) -> dict[str, Any]:
         """Return the fields of the record."""

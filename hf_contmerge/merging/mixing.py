@@ -20,7 +20,7 @@ from hf_contmerge.merging._pieces import read_out
 from hf_contmerge.merging.costs import weight_of
 from hf_contmerge.merging.merge import FoldedExpert, RunningMerge, require_linear
 from hf_contmerge.merging.running import Running
-from hf_contmerge.models.experts import open_expert
+from hf_contmerge.models.experts import Expert, open_expert
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.runtime.crew import Crew
 
@@ -64,7 +64,7 @@ class Separated:
 
     model: MergedWeights
     shares: tuple[float, ...]
-    """Length of what weight 1 adds for each expert, over its task vector's: the rule's own coefficient."""
+    """Mean factor of each task vector in what weight 1 adds: the rule's own coefficient."""
 
 
 def separated(merge: RunningMerge, experts: Sequence[FoldedExpert], scratch: Path, crew: Crew) -> Separated:
@@ -87,9 +87,25 @@ def separated(merge: RunningMerge, experts: Sequence[FoldedExpert], scratch: Pat
     for place, expert in enumerate(experts):
         alone = [replace(e, weight=float(e is expert)) for e in experts]
         folded = merge.fold(alone, scratch / f"{place}", opened=opened, crew=crew)
-        norm, scale = folded.experts[place].norm, folded.scale
+        scale = folded.scale
         states.append(Running(scratch / f"{place}"))
-        shares.append(folded.running_norm * scale / norm if norm else 0.0)
+        added = MergedWeights(base, merge.rule, scale, len(experts), (states[-1],), (1.0,))
+        shares.append(crew.ranks.first(_mean_factor, added, opened[place]))
     return Separated(
         MergedWeights(base, merge.rule, scale, len(experts), tuple(states), (1.0,) * len(states)), tuple(shares)
     )
+
+
+def _mean_factor(merged: MergedWeights, expert: Expert) -> float:
+    """Return the mean factor of an expert's task vector in a merge, by its squares.
+
+    Lengths would not tell it: rules that drop elements scale up the others, and some states hold more than changes.
+    """
+    common = whole = 0.0
+    for name in merged.base.floating():
+        stored = merged.base.tensor(name)
+        wide = stored.reshape(-1).float()
+        vector = expert.reader(name, stored)(0, wide.numel(), wide)
+        common += float(torch.dot(merged.tensor(name).reshape(-1) - wide, vector))
+        whole += float(torch.dot(vector, vector))
+    return max(0.0, common / whole) if whole else 0.0

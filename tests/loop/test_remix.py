@@ -98,6 +98,25 @@ def test_a_remix_writes_a_merge_that_repeats_itself(run: Run, capsys: pytest.Cap
 
 
 @pytest.mark.slow
+def test_weights_that_do_nothing_are_told_and_not_tried(
+    run: Run, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = {"rule": "blend", "parameters": {"keep": 0.0, "take": 0.5}}
+    newest = run_recipe(parse_recipe(recipe(home, "one", "two", merge=[entry])), tmp_path / "run", until="train")
+    code, out = remixed(newest, "--want", "s1=1,s2=1", "--keep", "nothing", "--tries", "5")
+    assert code == 0
+    assert "blend (keep 0.0, take 0.5) takes nothing of the stage s1, whose weights therefore do nothing" in caplog.text
+    weights = [t["weights"] for t in read_record(out / "remix.json", "")["tries"]]
+    assert {first for first, _ in weights} == {0.0}
+    assert len({second for _, second in weights}) == len(weights) == 5
+    assert remixed(newest, "--want", "s1=1", "--keep", "nothing", "--tries", "2")[0] == 0  # alone, it is the newest
+    entry["parameters"] = {"keep": 0.0, "take": 0.0}
+    empty = run_recipe(parse_recipe(recipe(home, "one", "two", merge=[entry])), tmp_path / "empty", until="train")
+    assert remixed(empty, "--want", "s1=1", "--keep", "nothing")[0] == 2
+    assert "Name another rule with --rule, such as average." in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_what_is_measured_in_memory_is_what_is_written(run: Run) -> None:
     _, out = remixed(run, "--want", "s1,s2", "--tries", "3")
     record = read_record(out / "remix.json", "")

@@ -63,6 +63,22 @@ def test_the_rules_own_coefficients_are_known(models: list[Path], tmp_path: Path
     assert mixed.shares == pytest.approx((1 / 3,) * 3)
 
 
+@pytest.mark.parametrize(
+    ("rule", "fields", "shares"),
+    [
+        ("dare", {}, (0.4,) * 3),  # a tenth of the elements, each ten times as large, times 0.4
+        ("blend", {"keep": 0.5, "take": 0.5}, (0.125, 0.25, 0.5)),
+        ("blend", {"keep": 0.0, "take": 0.5}, (0.0, 0.0, 0.5)),
+    ],
+)
+def test_coefficients_are_mean_factors(
+    rule: str, fields: dict[str, float], shares: tuple[float, ...], models: list[Path], tmp_path: Path
+) -> None:
+    base, *experts = models
+    mixed = separated(RunningMerge(base, rule, get_rule(rule, **fields)), folded(experts), tmp_path, Crew())
+    assert mixed.shares == pytest.approx(shares, rel=0.15 if rule == "dare" else 1e-4)
+
+
 def test_a_rule_that_is_not_linear_is_refused(models: list[Path], tmp_path: Path) -> None:
     base, *experts = models
     with pytest.raises(RecipeError, match="magmax cannot give experts weights"):
