@@ -165,7 +165,7 @@ def _check_fields(fields: Iterable[str], known: Container[str], where: str, *, o
         if field in others:
             continue
         if field not in known:
-            raise RecipeError(unknown("field", field, [*_all_fields(), *others], where=where) + _whose(field))
+            raise RecipeError(_whose(field, where) or unknown("field", field, [*_all_fields(), *others], where=where))
         if field not in TRL_FIELDS:
             raise RecipeError(
                 f"{where}.{field} is new in TRL {version('trl')} or transformers {version('transformers')}, and this "
@@ -177,10 +177,13 @@ def _all_fields() -> set[str]:
     return {name for name, row in TRL_FIELDS.items() if row.use == "obeyed"}
 
 
-def _whose(field: str) -> str:
-    """Name the form of examples with this field."""
+def _whose(field: str, where: str) -> str:
+    """Say for which forms of examples a field is; nothing if no trainer has it."""
     owners = [words for form, words in _OWNERS.items() if field in config_fields(form)]
-    return f" It is for {owners[0]}, and no stage here has them." if owners else ""
+    if not owners:
+        return ""
+    here = "no stage here has them" if where == "train" else "this stage has others"
+    return f"{where} sets {field}. It is for {' or '.join(owners)}, and {here}. Remove it."
 
 
 def config_of(form: Form, fields: Mapping[str, Any], where: str) -> Any:

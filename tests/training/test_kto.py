@@ -108,8 +108,12 @@ def test_a_label_alone_makes_no_labelled_answers(tmp_path: Path) -> None:
         ({"loss_type": "sigmoid"}, "Unknown loss_type 'sigmoid' in `learn: kto`."),
         ({"per_device_train_batch_size": 1}, "needs per_device_train_batch_size 2 or more"),
         ({"train_sampling_strategy": "random"}, "Remove train_sampling_strategy"),
-        ({"packing": True}, "Unknown field 'packing' in train of stage s."),
-        ({"label_smoothing": 0.1}, "It is for preference pairs, and no stage here has them"),
+        (
+            {"packing": True},
+            "train of stage s sets packing. It is for texts and conversations, and this stage has others",
+        ),
+        ({"max_completion_length": 9}, "It is for prompts (`learn: grpo`) or demonstrations (`learn: sdft`), and this"),
+        ({"label_smoothing": 0.1}, "It is for preference pairs, and this stage has others"),
     ],
 )
 def test_settings_that_cannot_be(fields: Row, message: str, data: StageData) -> None:

@@ -174,8 +174,11 @@ def refusal(train: Row, data: StageData, **run: Any) -> str:
         ({"loss_type": "dft"}, "loss_type dft is for texts, not prompts (`learn: grpo`)"),
         ({"loss_type": "kto"}, "Unknown loss_type 'kto' in `learn: grpo`."),
         ({"num_generations": 3}, "must be divisible by num_generations (3)"),
-        ({"packing": True}, "Unknown field 'packing' in train of stage s."),
-        ({"distillation_topk": 5}, "It is for demonstrations (`learn: sdft`), and no stage here has them"),
+        (
+            {"packing": True},
+            "train of stage s sets packing. It is for texts and conversations, and this stage has others",
+        ),
+        ({"distillation_topk": 5}, "It is for demonstrations (`learn: sdft`), and this stage has others"),
     ],
 )
 def test_settings_of_grpo_that_cannot_be(fields: Row, message: str, base_folder: Path, home: Path) -> None:
@@ -192,7 +195,7 @@ def test_settings_of_grpo_that_cannot_be(fields: Row, message: str, base_folder:
         ({"teacher_prompt_template": TEMPLATE + "{prompt:>99999999}"}, "and no other field or format"),
         ({"teacher_prompt_template": TEMPLATE + "{"}, "teacher_prompt_template: "),
         ({"distillation_mode": "sampled_token"}, "only supports reverse KL"),
-        ({"epsilon": 0.1}, "It is for prompts (`learn: grpo`), and no stage here has them"),
+        ({"epsilon": 0.1}, "It is for prompts (`learn: grpo`), and this stage has others"),
     ],
 )
 def test_settings_of_sdft_that_cannot_be(fields: Row, message: str, base_folder: Path, home: Path) -> None:
