@@ -60,7 +60,10 @@ class StudyFolder:
         if not self._record.exists() or not (self.report / "study.json").exists():
             return False
         record = read_record(self._record, "Remove it, and give the same command again.")
-        return record.get("study_sha256") == self._sha256() and all(self.run(cell).is_complete() for cell in self.cells)
+        runs = (self.run(cell) for cell in self.cells)
+        if record.get("study_sha256") != self._sha256() or not all(run.is_complete() for run in runs):
+            return False
+        return record.get("reported_sha256") == self._reported_sha256()
 
     def write(self) -> None:
         """Write the study with all defaults. Raises ResourceError."""
@@ -88,7 +91,8 @@ class StudyFolder:
                 release(self.run(cell), ["train", "merge"])
             remove(self.experts)
         finished = datetime.now(UTC).isoformat(timespec="seconds")
-        write_record(self._record, {"study_sha256": self._sha256(), "cells": len(self.cells), "finished": finished})
+        digests = {"study_sha256": self._sha256(), "reported_sha256": self._reported_sha256()}
+        write_record(self._record, {**digests, "cells": len(self.cells), "finished": finished})
 
     @property
     def _record(self) -> Path:
@@ -96,6 +100,10 @@ class StudyFolder:
 
     def _fields(self) -> dict[str, Any]:
         return self.study.model_dump(mode="json")
+
+    def _reported_sha256(self) -> str:
+        """Return the digest of the runs' scores, which the report repeats."""
+        return hashlib.sha256("".join(self.run(cell).scores_sha256() for cell in self.cells).encode()).hexdigest()
 
     def _sha256(self) -> str:
         return hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()
@@ -135,17 +143,18 @@ def run_cells(folder: StudyFolder, cells: Sequence[StudyCell], *, trust_remote_c
         )
 
 
-def run_side_by_side(folder: StudyFolder, jobs: int, words: Sequence[str]) -> None:
+def run_side_by_side(folder: StudyFolder, jobs: int, words: Sequence[str], *, quiet: bool = False) -> None:
     """Run all cells in several processes of this machine.
 
-    `words`: the command's arguments, without `--jobs`.
+    `words`: the command's arguments, without `--jobs`. `quiet`: drop what the processes print, not what they log.
 
     Raises:
         RunError: a process failed.
     """
     command = [sys.executable, "-m", "hf_contmerge.commands.main", "study", *words]
     jobs = min(jobs, len(folder.cells))
-    running = [subprocess.Popen([*command, "--part", f"{n}/{jobs}"]) for n in range(1, jobs + 1)]
+    out = subprocess.DEVNULL if quiet else None
+    running = [subprocess.Popen([*command, "--part", f"{n}/{jobs}"], stdout=out) for n in range(1, jobs + 1)]
     codes = [process.wait() for process in running]
     if any(codes):
         raise RunError(

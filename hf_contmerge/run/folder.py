@@ -144,6 +144,11 @@ class Run:
         fields = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()
 
+    def scores_sha256(self) -> str:
+        """Return the digest of all score records: a phase that is done again is scored again."""
+        records = (place.record_bytes("score") for _, place in self.places())
+        return hashlib.sha256(b"\n".join(records)).hexdigest()
+
     @property
     def report(self) -> Place:
         """Place of the report folder and its record."""
