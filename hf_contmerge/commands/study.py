@@ -6,7 +6,7 @@ import argparse
 import re
 import shlex
 
-from hf_contmerge.commands._arguments import add_json_argument, print_json
+from hf_contmerge.commands._arguments import add_json_argument, print_json, whole_number
 from hf_contmerge.commands._plugins import add_plugin_argument, add_trust_argument
 from hf_contmerge.errors import RecipeError, RunError, duration, size
 from hf_contmerge.loop.study import StudyFolder, run_cells, run_side_by_side, unfinished
@@ -20,11 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `contmerge study`."""
     parser.add_argument("study", help="a YAML file with `recipe`, `orders`, `seeds`, `vary`")
     parser.add_argument("--out", metavar="DIR", help="the study folder (default: its `output`, or studies/<name>)")
-    parser.add_argument("--plan", action="store_true", help="list the runs and estimate their time; run nothing")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side on this machine")
-    parser.add_argument("--part", metavar="I/N", help="run the I-th of N parts, as a job of a cluster's array does")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--plan", action="store_true", help="list the runs and estimate their time; run nothing")
+    one.add_argument("--jobs", type=whole_number(1), default=1, metavar="N", help="runs side by side on this machine")
+    one.add_argument("--part", metavar="I/N", help="run the I-th of N parts, as a job of a cluster's array does")
+    one.add_argument("--slurm", type=whole_number(1), metavar="N", help="print a SLURM script with an array of N parts")
     add_json_argument(parser)
-    parser.add_argument("--slurm", type=int, metavar="N", help="print a SLURM script with an array of N parts")
     add_plugin_argument(parser)
     add_trust_argument(parser)
     parser.set_defaults(do=study_command)
@@ -36,7 +37,8 @@ def study_command(args: argparse.Namespace) -> None:
     folder = StudyFolder.open(load_study(args.study), args.out)
     require_given(folder.cells[0].recipe.plugins, args.study)
     if args.slurm:
-        print(slurm_script(args, folder), end="")
+        script = slurm_script(args, folder)
+        print_json({"script": script}) if args.json else print(script, end="")
     elif args.plan:
         _plan(folder, args)
     elif folder.is_complete():
@@ -48,17 +50,25 @@ def study_command(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, folder: StudyFolder, part: tuple[int, int] | None) -> None:
-    folder.write()
-    if args.jobs > 1 and not part:
-        run_side_by_side(folder, args.jobs, _words(args))
-    else:
-        from hf_contmerge.runtime.launching import keep_freed_memory
+    from hf_contmerge.runtime.launching import keep_freed_memory
 
-        keep_freed_memory()
-        run_cells(folder, folder.part(*part) if part else folder.cells, trust_remote_code=args.trust_remote_code)
-    left = sum(1 for _ in unfinished(folder))
+    keep_freed_memory()
+    cells = folder.part(*part) if part else folder.cells
+    if any(unfinished(folder)):  # else a report is missing
+        from hf_contmerge.loop.plan.study import check_study
+
+        check_study(folder, cells, trust_remote_code=args.trust_remote_code)
+    folder.write()
+    if args.jobs > 1:
+        run_side_by_side(folder, args.jobs, _words(args), quiet=args.json)
+    else:
+        run_cells(folder, cells, trust_remote_code=args.trust_remote_code)
+    left = [cell.name for cell in unfinished(folder)]
+    if left and args.json:
+        print_json({"cells": len(folder.cells), "left": left})
+    elif left:
+        print(f"{len(left)} of {len(folder.cells)} runs of {folder.folder} are left.")
     if left:
-        print(f"{left} of {len(folder.cells)} runs of {folder.folder} are left.")
         return
     with FolderLock(folder.folder, wait=FOREVER):  # the last jobs may end at the same moment
         if not folder.is_complete():
@@ -128,23 +138,22 @@ def slurm_script(args: argparse.Namespace, folder: StudyFolder) -> str:
 
 def _plan(folder: StudyFolder, args: argparse.Namespace) -> None:
     """Print the runs and their estimated time, shared training once."""
-    from hf_contmerge.loop.plan.study import plan_study
+    from hf_contmerge.loop.plan.study import plan_study, refuse
 
     plan = plan_study(folder, trust_remote_code=args.trust_remote_code)
-    if plan.findings.errors:
-        listed = "".join(f"\n  {error}" for error in plan.findings.errors)
-        raise RecipeError(f"study {folder.study.name} cannot run:{listed}")
+    refuse(folder, plan.findings)
     if args.json:
         cells = {cell.name: [stage.name for stage in cell.recipe.stages] for cell in folder.cells}
-        sums = {"trained": plan.trained, "trainings": plan.trainings, "disk_bytes": plan.disk_bytes}
-        print_json({"cells": cells, **sums, "seconds": dict(plan.seconds), "notes": plan.findings.notes})
+        sums = {"left": plan.left, "trained": plan.trained, "trainings": plan.trainings, "disk_bytes": plan.disk_bytes}
+        print_json({"cells": cells, **sums, "seconds": plan.seconds, "notes": plan.findings.notes})
         return
     print("\n".join(f"{cell.name}  {' '.join(s.name for s in cell.recipe.stages)}" for cell in folder.cells))
-    for note in dict.fromkeys(plan.findings.notes):  # once, not once a setting
+    for note in plan.findings.notes:
         print(f"Note: {note}")
-    trainings = f"{plan.trained} trainings"
+    runs = f"{plan.cells} runs" if plan.left == plan.cells else f"{plan.left} of {plan.cells} runs are left"
+    trainings = f"{plan.trained} training{'s' * (plan.trained != 1)}"
     if plan.trained < plan.trainings:
         trainings += f" instead of {plan.trainings}, for equal experts are shared"
     times = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
     hours = duration(sum(plan.seconds.values()))
-    print(f"{plan.cells} runs; {trainings}; up to {size(plan.disk_bytes)} on the disk; {hours} ({times}).")
+    print(f"{runs}; {trainings}; up to {size(plan.disk_bytes)} on the disk; {hours} ({times}).")

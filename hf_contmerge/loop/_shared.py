@@ -24,7 +24,7 @@ from hf_contmerge.run.places import ExpertPlace, Record
 from hf_contmerge.runtime.digests import digests_below
 from hf_contmerge.runtime.files import FOREVER, FolderLock, link_files
 from hf_contmerge.runtime.ranks import Ranks
-from hf_contmerge.training.job import TrainJob
+from hf_contmerge.training.job import TrainJob, rows_sha256
 
 LOG = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def train_once(shared: SharedExperts, place: ExpertPlace, job: TrainJob, recorde
             ranks.first(_link, store, place, {"start": str(job.start), "shared": store.folder.name})
             LOG.info("train %s: linked, trained before in this study", place.folder.parent.parent.name)
         else:
-            train_at(place, job, recorder, on_log=on_log)
+            more = {"examples_sha256": rows_sha256(job.data.train)}  # a study must not mix two states of its data
+            train_at(place, job, recorder, on_log=on_log, more=more)
             ranks.first(_link, place, store, {})
 
 

@@ -14,7 +14,7 @@ same documents. Intervals: scoring/forgetting/crossed.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,8 @@ from hf_contmerge.report._templates import fill
 from hf_contmerge.report._terminal import rich_table
 from hf_contmerge.report.write import csv_text, load_results
 from hf_contmerge.run.folder import Run
-from hf_contmerge.run.places import BASELINES
+from hf_contmerge.run.places import BASELINES, ORACLE, ROUTED
+from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.study import StudyCell
 from hf_contmerge.run.scores import BLOCKS, Block
 from hf_contmerge.scoring.forgetting.crossed import crossed_change
@@ -216,6 +217,16 @@ def load_study_results(
     lines = tuple(StudyLine(*key, cells, costs[key]) for key, cells in found.items())
     by_cell = {(cell.setting, (cell.order, cell.seed)): run for cell, run in done}
     return StudyResults(name, orders, tuple(seeds), by_cell, lines, reference)
+
+
+def line_names(recipe: Recipe, kinds: Iterable[str]) -> set[str]:
+    """Return the names of a recipe's lines, before any work; `kinds`: of its experts."""
+    experts = {*kinds, *recipe.baselines, *((ROUTED, ORACLE) if recipe.evaluate.routed else ())}
+    if len(recipe.stages) == 1:
+        experts |= {"base", "previous"}
+    elif not recipe.evaluate.routed:  # experts for a stage each are measured on all with a router only
+        experts -= {"base"}
+    return {*(entry.name for entry in recipe.merge), *map(line_label, experts)}
 
 
 # Words

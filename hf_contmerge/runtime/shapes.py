@@ -47,7 +47,7 @@ _MIXED = {"source": str, "examples": int, "first_loss": NUMBER_OR_NONE, "loss": 
 RECORDS: dict[str, dict[str, Any]] = {
     "train": {
         "sources?": [_SOURCE], "general_sources?": [_SOURCE], "mixed?": [_MIXED], "loss?": NUMBER_OR_NONE,
-        "tokens?": (int, None), "start?": str,
+        "tokens?": (int, None), "start?": str, "examples_sha256?": str,
         **_COST, "given?": str, "given_files?": {str: str}, "steps?": int, "model_sha256?": str, "trained_in?": str,
         "stored?": SURVIVAL, "settings?": {"strategy?": [str], "rewards?": {str: {}}}, "synthesised?": _SYNTHESISED,
         "vector?": {"layers?": {str: {"cosine": float, "norm_ratio": float}}, "special_tokens?": ({str: float}, None)},

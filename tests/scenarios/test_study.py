@@ -172,12 +172,32 @@ def test_another_seed_only_adds_its_cells(done: Path, tmp_path: Path) -> None:
     assert all(p.stat().st_mtime_ns == then for p, then in before.items())
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--slurm", "-3"], "must be a whole number from 1 on; got '-3'"),
+        (["--slurm", "0"], "must be a whole number from 1 on; got '0'"),
+        (["--jobs", "0"], "must be a whole number from 1 on; got '0'"),
+        (["--jobs", "2", "--part", "1/2"], "Argument --part: not allowed with argument --jobs"),
+        (["--plan", "--slurm", "2"], "Argument --slurm: not allowed with argument --plan"),
+    ],
+)
+def test_numbers_and_pairs_of_options_that_cannot_be(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["study", "s.yml", *words])
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_parts_cover_the_grid_and_report_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = str(study_home(tmp_path, seeds=[0]))
     assert main(["study", study, "--out", str(tmp_path / "out"), "--part", "2/2"]) == 0
     assert "1 of 2 runs" in capsys.readouterr().out
     assert not (tmp_path / "out/report").exists()
+    assert main(["study", study, "--out", str(tmp_path / "out"), "--part", "2/2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"cells": 2, "left": ["plain_order-1_seed-0"]}
     assert main(["study", study, "--out", str(tmp_path / "out"), "--part", "1/2"]) == 0
     assert (tmp_path / "out/report/index.html").is_file()
     for part in ("0/2", "3/2", "x"):
@@ -186,22 +206,83 @@ def test_parts_cover_the_grid_and_report_at_the_end(tmp_path: Path, capsys: pyte
 
 @pytest.mark.slow
 def test_a_cell_that_stops_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last cells have an unknown task; one sentence each, the others are done."""
-    settings = [{"name": "good", "set": {}}, {"name": "bad", "set": {"evaluate.general_tasks": ["no_such_task"]}}]
-    study = str(study_home(tmp_path, seeds=[0], settings=settings))
+    """Something lies in the place of one; one sentence says so, the others are done."""
+    study, runs = str(study_home(tmp_path)), tmp_path / "out/runs"
+    (runs / "plain_order-2_seed-0").mkdir(parents=True)
+    (runs / "plain_order-2_seed-0/note.txt").write_text("mine")
     assert main(["study", study, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "2 of 4 cells" in said
-    assert said.count("no_such_task") >= 2
+    assert "1 of 4 cells" in said
+    assert "plain_order-2_seed-0 is not empty and holds no run" in said
     assert "Traceback" not in said
-    runs = tmp_path / "out/runs"
-    assert all(Run.load(runs / f"good_order-{n}_seed-0").is_complete() for n in (1, 2))
+    assert all(Run.load(runs / f"plain_order-{n}_seed-{s}").is_complete() for n, s in ((1, 0), (1, 1), (2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"settings": [{"name": "good", "set": {}}, {"name": "bad", "set": {"evaluate.general_tasks": ["no_such"]}}]},
+         "setting bad: Unknown task 'no_such'"),
+        ({"settings": [{"name": "good", "set": {}}, {"name": "bad", "set": {"base_model": "missing"}}]},
+         "setting bad: There is no model"),
+        ({"vary": {"stages.0.dataset.heldout": [5, 6]}},
+         "setting heldout-6: The task study_law_heldout has other documents than in setting heldout-5"),
+        ({"reference": "fine tuning alone"},
+         "Unknown line 'fine tuning alone' in `reference`. Known: average, plain: average"),
+    ],
+)  # fmt: skip
+def test_all_settings_are_checked_before_the_first_run(
+    fields: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = str(study_home(tmp_path, seeds=[0], **fields))
+    for words in ([], ["--plan"]):
+        assert main(["study", study, "--out", str(tmp_path / "out"), *words]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_two_jobs_side_by_side(tmp_path: Path) -> None:
+def test_changed_data_are_not_mixed_with_the_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, out = str(study_home(tmp_path, seeds=[0])), tmp_path / "out"
+    assert main(["study", study, "--out", str(out), "--part", "1/2"]) == 0
+    capsys.readouterr()
+    file = tmp_path / f"{STAGES[1]}.jsonl"
+    before = file.read_text()
+    file.write_text(before.replace("a", "o"))
+    for words in ([], ["--plan"]):
+        assert main(["study", study, "--out", str(out), *words]) == 2
+        told = capsys.readouterr().err
+        assert f"The data of stage {STAGES[1]} have changed since {out / 'runs/plain_order-1_seed-0'} was made" in told
+    assert not (out / "runs/plain_order-2_seed-0").exists()
+    (out / "runs/plain_order-1_seed-0/report.json").unlink()  # as if it had been stopped
+    assert main(["study", study, "--out", str(out)]) == 2
+    assert "have changed since" in capsys.readouterr().err
+    file.write_text(before)
+    assert main(["study", study, "--out", str(out)]) == 0
+
+
+@pytest.mark.slow
+def test_the_report_follows_its_runs(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(done / "out", tmp_path / "out", symlinks=True)
+    words, run = ["study", str(done / "study.yml"), "--out", str(tmp_path / "out")], tmp_path / "out/runs"
+    first, table = str(run / "plain_order-1_seed-0"), tmp_path / "out/report/study.csv"
+    table.write_text("old")
+    assert main(words) == 0
+    assert table.read_text() == "old"  # the runs are those that it was written of
+    assert main(["redo", first, "score"]) == main(["run", f"{first}/recipe.yml", "--run", first]) == 0
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "is complete" not in capsys.readouterr().out
+    assert len(table.read_text().splitlines()) == 1 + 4
+    assert main(words) == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_jobs_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     study = str(study_home(tmp_path, seeds=[0]))
-    assert main(["study", study, "--out", str(tmp_path / "out"), "--jobs", "2"]) == 0
+    assert main(["study", study, "--out", str(tmp_path / "out"), "--jobs", "2", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["study"] == "toys"
     assert (tmp_path / "out/report/index.html").is_file()
     assert sum("shared" not in record for record in records(tmp_path / "out")) == 2
 
@@ -211,6 +292,32 @@ def test_plan_counts_shared_training_once(done: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "4 runs; 4 trainings instead of 8" in said
     assert not (done / "planned").exists()
+
+
+def test_plan_counts_what_is_left(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One cell is missing and one has lost its scores; all experts are there."""
+    shutil.copytree(done / "out", tmp_path / "out", symlinks=True)
+    runs, words = tmp_path / "out/runs", ["study", str(done / "study.yml"), "--out", str(tmp_path / "out"), "--plan"]
+    shutil.rmtree(runs / "plain_order-2_seed-1")
+    assert main(["redo", str(runs / "plain_order-1_seed-0"), "score"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["left"], found["trainings"], found["trained"]) == (2, 2, 0)
+    assert found["seconds"]["train"] == 0
+    assert found["disk_bytes"] > 0
+    assert main(["redo", str(runs / "plain_order-1_seed-0"), "train"]) == 0
+    shutil.rmtree(runs / "plain_order-2_seed-0")  # the other run with these experts
+    assert main(words) == 0
+    assert "3 of 4 runs are left; 2 trainings instead of 6" in capsys.readouterr().out
+
+
+def test_plan_trains_no_given_expert(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = yaml.safe_load((done / "recipe.yml").read_text())
+    recipe["stages"][1] = {"name": "given", "expert": str(toy_llama(tmp_path / "given", seed=7))}
+    (tmp_path / "s.yml").write_text(yaml.safe_dump({"name": "s", "recipe": recipe, "orders": "all"}))
+    assert main(["study", str(tmp_path / "s.yml"), "--out", str(tmp_path / "out"), "--plan"]) == 0
+    assert "2 runs; 1 training instead of 2" in capsys.readouterr().out
 
 
 def test_plan_says_once_what_settings_share(

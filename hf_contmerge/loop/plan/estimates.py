@@ -38,12 +38,12 @@ class PhaseEstimate:
 
 
 def estimates(planned: PlannedRun, host: Host, steps: Iterable[Step]) -> Iterator[PhaseEstimate]:
-    """Yield the estimates of the unfinished phases.
+    """Yield the phases' estimates, as if none were finished.
 
     Raises:
         ModelError: transformers does not know the architecture.
     """
-    return (PhaseEstimate(s, _cost(planned, host, s), _disk(planned, s)) for s in steps if not s.done)
+    return (PhaseEstimate(s, _cost(planned, host, s), _disk(planned, s)) for s in steps)
 
 
 def _cost(planned: PlannedRun, host: Host, step: Step) -> Cost:

@@ -39,6 +39,10 @@ _CURES: tuple[tuple[str, dict[str, Any]], ...] = (
 T = TypeVar("T")
 
 
+def _no_look(_planned: PlannedRun) -> None:
+    return None
+
+
 @dataclass
 class Findings:
     """Errors and notes, collected to report all at once."""
@@ -57,9 +61,23 @@ class Findings:
 
 
 def make_plan(
-    run: Run, findings: Findings, *, processes: int | None = None, trust_remote_code: bool = False
+    run: Run,
+    findings: Findings,
+    *,
+    processes: int | None = None,
+    trust_remote_code: bool = False,
+    whole: bool = False,
+    look: Callable[[PlannedRun], None] = _no_look,
 ) -> dict[str, Any]:
     """Check a run and estimate its phases. Arguments as for `run_recipe`.
+
+    Args:
+        run: the run.
+        findings: takes errors and notes.
+        processes: of this machine; default: as a run has them.
+        trust_remote_code: allow models to run their own code, where the recipe says so too.
+        whole: also return the phases that are finished.
+        look: called with the run after its checks, while its task files are there.
 
     Returns:
         Machine, phases and totals, for JSON; empty if errors prevent estimates.
@@ -73,15 +91,18 @@ def make_plan(
 
     with tempfile.TemporaryDirectory() as scratch:
         count = processes or _processes(run.recipe)
-        planned = _checked(run, findings, Path(scratch), count, trust_remote_code=trust_remote_code)
+        planned = check_run(run, findings, Path(scratch), count, trust_remote_code=trust_remote_code)
         if planned is None:
             return {}
+        look(planned)
         _load_libraries()
         start = psutil.Process().memory_info().rss  # this process has loaded a run's libraries
         host = Host(this_machine(run.folder), measure_speeds(run.folder), start, count)
-        phases = findings.ask(lambda: list(estimates(planned, host, run_steps(run, planned.kinds))))
-        if phases is None:
+        steps = [step for step in run_steps(run, planned.kinds) if whole or not step.done]
+        every = findings.ask(lambda: list(estimates(planned, host, steps)))
+        if every is None:
             return {}
+        phases = [phase for phase in every if not phase.step.done]
         if run.recipe.tunes:
             findings.notes.append(
                 "Attempts of a guard or an `auto` parameter are not included: each writes a merged model next to the "
@@ -89,10 +110,10 @@ def make_plan(
             )
         _judge(phases, host.machine, run, findings)
         _suggest(phases, host, planned, findings)
-        return _as_json(phases, host, run)
+        return _as_json(every, host, run)
 
 
-def _checked(
+def check_run(
     run: Run, findings: Findings, scratch: Path, processes: int, *, trust_remote_code: bool
 ) -> PlannedRun | None:
     """Run all checks; return None after an error."""
