@@ -104,6 +104,7 @@ def best_weights(
         starts: weights to try first.
         tries: the most attempts.
     """
+    tops = [_rounded(top) for top in tops]  # else the top itself, rounded up, would lie outside
     tried: dict[Point, tuple[bool, float]] = {}
 
     def best() -> Point:

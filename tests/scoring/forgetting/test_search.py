@@ -195,6 +195,19 @@ def test_only_allowed_weights_are_chosen_if_any_is() -> None:
     assert best_weights(lambda p: (False, p[0]), [1.0], [(1.0,)], 8) == (1.0,)
 
 
+def test_the_largest_weights_are_tried() -> None:
+    """Also where their six digits are more than they."""
+    tried: list[tuple[float, ...]] = []
+
+    def attempt(point: tuple[float, ...]) -> tuple[bool, float]:
+        tried.append(point)
+        return True, sum(point)
+
+    tops = [2.4789178, 2 - 2e-9]
+    best_weights(attempt, tops, [(tops[0], 0.0), (0.0, tops[1])], 3)
+    assert tried[:2] == [(2.47892, 0.0), (0.0, 2.0)]
+
+
 def test_points_spread_evenly() -> None:
     points = spread(2, 64)
     cells = {(int(4 * x), int(4 * y)) for x, y in points}
