@@ -259,7 +259,7 @@ class Chooser:
         return self._judged(rung.do, self._merge, self._measured(place, model, self._tasks), start)
 
     def _with(self, expert: FoldedExpert) -> RunningMerge:
-        """Fold another expert of the stage, with the values that a search found for it."""
+        """Fold another expert of the stage, with the values found before."""
         found = self._first
         start = replace(self._job.start(), rule_name=found.rule_name, rule=found.rule)
         return self._fold(start, [replace(expert, chosen=found.experts[-1].chosen)])

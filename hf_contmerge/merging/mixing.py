@@ -97,7 +97,7 @@ def separated(merge: RunningMerge, experts: Sequence[FoldedExpert], scratch: Pat
 
 
 def _mean_factor(merged: MergedWeights, expert: Expert) -> float:
-    """Return the mean factor of an expert's task vector in a merge, by its squares.
+    """Return the mean factor of an expert's task vector, by squares.
 
     Lengths would not tell it: rules that drop elements scale up the others, and some states hold more than changes.
     """

@@ -220,7 +220,7 @@ def load_study_results(
 
 
 def line_names(recipe: Recipe, kinds: Iterable[str]) -> set[str]:
-    """Return the names of a recipe's lines, before any work; `kinds`: of its experts."""
+    """Return the names of a recipe's lines; `kinds`: of its experts."""
     experts = {*kinds, *recipe.baselines, *((ROUTED, ORACLE) if recipe.evaluate.routed else ())}
     if len(recipe.stages) == 1:
         experts |= {"base", "previous"}

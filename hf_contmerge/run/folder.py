@@ -145,7 +145,10 @@ class Run:
         return hashlib.sha256(fields.encode()).hexdigest()
 
     def scores_sha256(self) -> str:
-        """Return the digest of all score records: a phase that is done again is scored again."""
+        """Return the digest of all score records.
+
+        A phase that is done again is scored again.
+        """
         records = (place.record_bytes("score") for _, place in self.places())
         return hashlib.sha256(b"\n".join(records)).hexdigest()
 

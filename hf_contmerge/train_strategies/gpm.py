@@ -202,7 +202,10 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _warn_of_others(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-    """Warn of trained matrices that are not held, but tables and the head."""
+    """Warn of trained matrices that are not held, by name.
+
+    Tables and the head are not named.
+    """
     plain = plain_model(model)
     known = [
         *layers.values(),

@@ -39,7 +39,10 @@ class Talr(TrainStrategy):
 
 
 def _median_loss(log_probs: Tensor, counts: Tensor) -> Tensor:
-    """Return the median of the rows' mean losses, over all ranks; 1 if no token counts."""
+    """Return the median of the rows' mean losses, over all ranks.
+
+    1 if no token counts.
+    """
     counted = counts.sum(-1)
     losses = -(log_probs * counts).sum(-1) / counted.clamp(min=1)
     found = gather_over_ranks(losses[counted > 0].float())

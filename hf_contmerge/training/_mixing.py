@@ -63,7 +63,10 @@ def _batch(config: Any) -> int:
 
 
 def _longest(config: Any) -> int:
-    """Return how many tokens of an example are trained on: packing may cut it into several pieces."""
+    """Return how many tokens of an example are trained on.
+
+    Packing may cut it into several pieces.
+    """
     cut_up = getattr(config, "packing", False) and config.packing_strategy in ("wrapped", "bfd_split")
     return sys.maxsize if cut_up else getattr(config, "max_length", None) or sys.maxsize
 
@@ -74,7 +77,7 @@ def source_names(examples: Any) -> list[str]:
 
 
 def mixed_record(job: TrainJob, examples: Any, log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return the sources of own and general data, with counts, and the losses of each."""
+    """Return the sources of all data, with counts and losses."""
     data, general = job.data, job.data.general
     own, others, _ = name_sources(data, general, job.written, taken=REPLAYED)
     record: dict[str, Any] = {"sources": data.source_records(own)}

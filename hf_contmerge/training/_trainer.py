@@ -63,7 +63,7 @@ class StageTrainer(Trainer):
     _has_learnt: bool = False
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        """Put the first step with a gradient into the log, which checkpoints keep."""
+        """Log the first step with a gradient; checkpoints keep the log."""
         if not self._has_learnt and grad_norm is not None and float(grad_norm):
             self._has_learnt = True
             if not any(entry.get("grad_norm") for entry in self.state.log_history):  # before a kill
@@ -213,7 +213,7 @@ _HOOKS: dict[str, type[StageTrainer]] = {
 
 
 def likelihoods(trainer: Any, own: Any, *, seed: int) -> Likelihoods:
-    """Return a reader of log likelihoods for a sample of a stage's examples.
+    """Return a reader of log likelihoods of a stage's examples.
 
     Each example comes by itself through the trainer's fused head, without padding: what watches a model's inputs and
     outputs would count it. The ranks share the sample.
@@ -242,7 +242,7 @@ def likelihoods(trainer: Any, own: Any, *, seed: int) -> Likelihoods:
 
 
 def _prepared(trainer: Any, own: Any) -> Any:
-    """Return examples as TRL prepares them; packing may have cut them together with others."""
+    """Return examples as TRL prepares them, without others."""
     from trl.trainer.sft_trainer import SFTTrainer
 
     args = trainer.args

@@ -335,9 +335,9 @@ def _warn_left_out(path: str, count: int, read: int, why: str) -> None:
 
 
 def not_held_out(train: datasets.Dataset, form: Form, heldout: datasets.Dataset, heldout_form: Form) -> list[int]:
-    """Return the places of examples without a held-out twin: memorised documents measure nothing.
+    """Return the places of examples without a held-out twin.
 
-    A twin has the same words, or turns, in whatever columns and with whatever spaces.
+    Memorised documents measure nothing. A twin has the same words or turns, in other columns or with other spaces too.
     """
     held = {_words(row, heldout_form) for row in rows_of(heldout)}
     return [i for i, row in enumerate(rows_of(train)) if _words(row, form) not in held]
@@ -352,7 +352,10 @@ def _words(row: Row, form: Form) -> str:
 
 
 def _bare(value: Any) -> Any:
-    """Return a value without spaces and empty fields, which a column has where another row has one."""
+    """Return a value without spaces and empty fields.
+
+    A column has empty fields where another row has a value.
+    """
     if isinstance(value, str):
         return "".join(value.split())
     if isinstance(value, dict):

@@ -178,7 +178,7 @@ def _all_fields() -> set[str]:
 
 
 def _whose(field: str, where: str) -> str:
-    """Say for which forms of examples a field is; nothing if no trainer has it."""
+    """Say for which forms of examples a field is; "" for none."""
     owners = [words for form, words in _OWNERS.items() if field in config_fields(form)]
     if not owners:
         return ""

@@ -189,7 +189,7 @@ def test_stages_with_settings_of_their_own(base_folder: Path, tmp_path: Path) ->
 
 WRONG: dict[str, tuple[Data, Data, str]] = {
     # name: train of the first stage (texts), train of the recipe, what the message says
-    "beta for texts": ({"beta": 0.1}, {}, "Unknown field 'beta' in train of stage texts."),
+    "beta for texts": ({"beta": 0.1}, {}, "train of stage texts sets beta. It is for preference pairs"),
     "misspelt": ({"learning_rat": 0.1}, {}, "in train of stage texts. Did you mean 'learning_rate'?"),
     "a word": ({"learning_rate": "high"}, {}, "stages.0.train: learning_rate must be a number from 0 on; got 'high'"),
     "ours": ({"seed": 3}, {}, "stages.0.train: seed is set by `seed` of the recipe; remove it from `train`"),
@@ -226,9 +226,9 @@ def test_setting_that_no_stage_uses(tmp_path: Path) -> None:
     asked = recipe(Path("base"), tmp_path, train={**LIGHT, "beta": 0.1})
     parsed = parse_recipe({**asked, "stages": asked["stages"][:1]})
     data = {"texts": load(tmp_path / "texts.jsonl")}
-    assert "Unknown field 'beta' in train." in refused(
-        RecipeError, lambda: [check() for check in data_checks(parsed, data)], tmp_path
-    )
+    said = refused(RecipeError, lambda: [check() for check in data_checks(parsed, data)], tmp_path)
+    assert said.startswith("train sets beta. It is for preference pairs")
+    assert said.endswith("and no stage here has them. Remove it.")
 
 
 @pytest.mark.parametrize(

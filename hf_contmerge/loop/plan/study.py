@@ -1,4 +1,4 @@
-"""The checks and the plan of a study: its runs, their time, shared experts once."""
+"""The checks and the plan of a study: runs and times."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class _Checks:
                 yield left
 
     def worth_a_look(self, cells: Sequence[StudyCell]) -> Iterator[StudyCell]:
-        """Yield a setting's first cell, and one with results if it has none."""
+        """Yield a setting's first cell, and one that has results."""
         yield cells[0]
         every = [cell for cell in self._folder.cells if cell.setting == cells[0].setting]
         started = next((cell for cell in every if self._folder.run(cell).has_results()), None)
@@ -190,7 +190,7 @@ def _check_reference(folder: StudyFolder) -> None:
 
 
 def _require_unchanged(planned: PlannedRun, made: Mapping[str, str]) -> None:
-    """Raise RunError for data that are not those of a run's finished phases."""
+    """Raise RunError for data that a run's finished phases had not."""
     run = planned.run
     if not run.has_results():
         return

@@ -45,7 +45,7 @@ Order = tuple[str, ...]
 
 
 def _read_orders(value: Any) -> Any:
-    """Refuse what is none of the forms, in one sentence for all of them."""
+    """Refuse other forms in one sentence."""
     lists = isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_order, value))
     count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if not (lists or count or isinstance(value, str)):
@@ -211,7 +211,7 @@ def _require_few(study: Study, stages: int) -> None:
 
 
 def _require_comparable(study: Study, plain: Recipe, first: tuple[str, Recipe], second: tuple[str, Recipe]) -> None:
-    """Raise RecipeError for a setting with other stages, or documents, than the rest.
+    """Raise RecipeError for a setting with other stages or documents.
 
     What lies in files is compared before the first run (loop/plan/study.py).
     """
@@ -291,7 +291,7 @@ def _setting_name(fields: dict[str, Any]) -> str:
 
 
 def _told_apart(name: str, fields: dict[str, Any]) -> str:
-    """Return another name for a setting whose short one is taken, always the same."""
+    """Return another name, always the same, where one is taken."""
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
     return f"{name[:51]}-{digest[:8]}"
 
