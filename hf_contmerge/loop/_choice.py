@@ -32,7 +32,15 @@ from hf_contmerge.runtime.files import remove
 from hf_contmerge.runtime.records import write_record
 from hf_contmerge.scoring.forgetting.budget import GENERAL, Judgement, judge
 from hf_contmerge.scoring.forgetting.paired import CONFIDENCE
-from hf_contmerge.scoring.forgetting.search import Point, best_point, keeps, largest_that_holds, objective
+from hf_contmerge.scoring.forgetting.search import (
+    Kept,
+    Point,
+    allowed,
+    best_point,
+    largest_that_holds,
+    objective,
+    what_is_kept,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -51,8 +59,8 @@ class Attempt:
     """Numbers of the merged stages."""
     judgement: Judgement | None
     objective: float | None
-    allowed: bool
-    """Whether the general tasks keep the base's scores, within the noise."""
+    kept: Kept
+    """Of the general tasks."""
     utilities: dict[str, float]
     seconds: float
     scores: Scores = field(repr=False)
@@ -68,16 +76,20 @@ class Attempt:
     def drop(self) -> float:
         return self.judgement.drop if self.judgement else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, keeps_general: bool) -> dict[str, Any]:
         merge = self.merge
         return {
             "what": self.what, "rule": merge.rule_name, "parameters": merge.rule.parameters(),
             "factor": merge.factor, "scale": merge.scale, "stages": list(self.stages),
             **({"step": step} if (step := merge.experts[-1].earlier if merge.experts else 0) else {}),
-            "utilities": self.utilities, "objective": self.objective, "keeps_general": self.allowed,
+            "utilities": self.utilities, "objective": self.objective, "keeps_general": keeps_general,
             **(self.judgement.to_json() if self.judgement else {}),
             "held": self.held if self.judgement else None, "seconds": self.seconds,
         }  # fmt: skip
+
+
+def _as_json(tries: Sequence[Attempt]) -> list[dict[str, Any]]:
+    return [t.to_json(keeps) for t, keeps in zip(tries, allowed(t.kept for t in tries), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,8 @@ class Choice:
 
     def to_json(self, guard: Guard | None) -> dict[str, Any]:
         """Return the fields for the merge record."""
-        record: dict[str, Any] = {"tries": [{**t.to_json(), "taken": t is self.taken} for t in self.tries]}
+        tries = zip(_as_json(self.tries), self.tries, strict=True)
+        record: dict[str, Any] = {"tries": [{**row, "taken": t is self.taken} for row, t in tries]}
         if guard and self.taken.judgement:
             record["guard"] = {
                 "settings": guard.model_dump(mode="json"), "tripped": self.tripped, "taken": self.taken.what,
@@ -160,10 +173,10 @@ class Chooser:
         names = [f for f in asked if rule.of_newest.get(f, 1) <= job.t]
         tops = [max(1.0, 2 * getattr(rule, f)) if f in rule.tunable else 1.0 for f in names]
 
-        def evaluate(point: Point) -> tuple[bool, float]:
+        def evaluate(point: Point) -> tuple[Kept, float]:
             attempt = self._look_at("auto", self._at(start, dict(zip(names, point, strict=True))))
             assert attempt.objective is not None
-            return attempt.allowed, attempt.objective
+            return attempt.kept, attempt.objective
 
         best = dict(zip(names, best_point(evaluate, tops), strict=True))
         self._merge = self._first = self._at(start, best)
@@ -287,7 +300,7 @@ class Chooser:
         general = recipe.evaluate.general_names
         base, confidence = self._base, self._guard.confidence if self._guard else CONFIDENCE
 
-        def find() -> tuple[Judgement | None, float | None, bool, dict[str, float]]:
+        def find() -> tuple[Judgement | None, float | None, Kept, dict[str, float]]:
             judgement, share = None, None
             if self._guard:
                 judgement = judge(scores, base, self._references, recipe, self._guard, self._stages)
@@ -295,13 +308,13 @@ class Chooser:
                 names = {s.name: s.task_names() for s in recipe.stages if s.name in self._alone}
                 share = objective(scores, base, self._alone, names)
             utilities = {t.name: scores[t.name].utility for t in self._tasks}
-            return judgement, share, keeps(scores, base, {GENERAL: general}, confidence), utilities
+            return judgement, share, what_is_kept(scores, base, {GENERAL: general}, confidence), utilities
 
-        judgement, share, allowed, utilities = self._job.crew.ranks.first(find)
+        judgement, share, kept, utilities = self._job.crew.ranks.first(find)
         seconds = round(time.monotonic() - start, 2)
         at_most = self._guard.max_forgetting if self._guard and what == "shrink" else math.inf
         numbers = tuple(part["stage"] for part in self._job.parts(merge))
-        attempt = Attempt(what, merge, numbers, judgement, share, allowed, utilities, seconds, scores, at_most)
+        attempt = Attempt(what, merge, numbers, judgement, share, kept, utilities, seconds, scores, at_most)
         self.tries.append(attempt)
         if self._job.recorder.is_main:
             self._log(attempt)
@@ -325,7 +338,7 @@ class Chooser:
     def _raise(self) -> None:
         guard, place = self._guard, self._job.place
         assert guard
-        tries = [t.to_json() for t in self.tries]
+        tries = _as_json(self.tries)
         best = min(self.tries, key=lambda t: t.drop)
         report = {"settings": guard.model_dump(mode="json"), "tries": tries, "best": self.tries.index(best)}
         write_record(place.guard_file, report)

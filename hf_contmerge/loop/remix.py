@@ -46,7 +46,16 @@ from hf_contmerge.runtime.versions import check_versions, versions
 from hf_contmerge.scoring.cache import ScoreCache
 from hf_contmerge.scoring.forgetting.budget import GENERAL, Shift
 from hf_contmerge.scoring.forgetting.paired import CONFIDENCE, Change
-from hf_contmerge.scoring.forgetting.search import Point, best_weights, front, gain_kept, keeps, losses
+from hf_contmerge.scoring.forgetting.search import (
+    Kept,
+    Point,
+    allowed,
+    best_weights,
+    front,
+    gain_kept,
+    losses,
+    what_is_kept,
+)
 from hf_contmerge.scoring.keys import DocumentPart, ScoreRequest
 from hf_contmerge.scoring.score import score_model
 from hf_contmerge.scoring.tasks import check_tasks
@@ -89,27 +98,27 @@ class Candidate:
     weights: Point
     learning: Change
     """Share of the experts' gain; 1 is all."""
-    kept: tuple[Shift, ...]
-    """Change of each kept group against the base."""
-    allowed: bool
-    """Whether no kept group falls below the base, beyond noise."""
+    changes: tuple[Shift, ...]
+    """Of each kept group against the base."""
+    kept: Kept
     seconds: float
 
     @property
     def worst(self) -> Shift | None:
         """The kept group with the lowest change."""
-        return min(self.kept, key=lambda shift: shift.change.mean, default=None)
+        return min(self.changes, key=lambda shift: shift.change.mean, default=None)
 
     @property
     def point(self) -> tuple[float, float]:
         return self.learning.mean, self.worst.change.mean if self.worst else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, keeps: bool) -> dict[str, Any]:
+        """Return the fields of the record; `keeps`: no kept group falls below the base."""
         change = self.learning
         return {
             "weights": list(self.weights),
             "learning": {"mean": change.mean, "low": change.low, "high": change.high},
-            "kept": [shift.to_json() for shift in self.kept], "keeps": self.allowed, "seconds": self.seconds,
+            "kept": [shift.to_json() for shift in self.changes], "keeps": keeps, "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -274,13 +283,14 @@ class Search:
     def to_json(self, chosen: Candidate) -> dict[str, Any]:
         """Return the fields of the record."""
         shown = {id(self.tries[i]) for i in front([t.point for t in self.tries])}
+        tries = zip(self.tries, allowed(t.kept for t in self.tries), strict=True)
         return {
             "stages": [e.stage for e in self._of.experts], "weights": list(chosen.weights),
-            "tries": [{**t.to_json(), "front": id(t) in shown, "taken": t is chosen} for t in self.tries],
+            "tries": [{**t.to_json(ok), "front": id(t) in shown, "taken": t is chosen} for t, ok in tries],
             "trained_seconds": self._of.trained_seconds(),
         }  # fmt: skip
 
-    def _attempt(self, weights: Point) -> tuple[bool, float]:
+    def _attempt(self, weights: Point) -> tuple[Kept, float]:
         start, of = time.monotonic(), self._of
         made_of = [
             of.rule_name,
@@ -290,14 +300,14 @@ class Search:
         scores = self._trials.score(made_of, self._parts.model.at(weights).tensor)
         learning = gain_kept(scores, self._base, self._alone, of.stages, of.wish.want)
         assert learning
-        allowed = keeps(scores, self._base, of.groups, CONFIDENCE)
+        kept = what_is_kept(scores, self._base, of.groups, CONFIDENCE)
         seconds = round(time.monotonic() - start, 2)
-        kept = tuple(losses(scores, self._base, of.groups))
-        self.tries.append(Candidate(weights, learning, kept, allowed, seconds))
+        changes = tuple(losses(scores, self._base, of.groups))
+        self.tries.append(Candidate(weights, learning, changes, kept, seconds))
         if of.crew.ranks.is_main:
             words = ", ".join(f"{e.stage} {w:.3g}" for e, w in zip(of.experts, weights, strict=True))
             LOG.info("remix %d of %d: %s: %.3f of the gain", len(self.tries), of.wish.tries, words, learning.mean)
-        return allowed, learning.mean
+        return kept, learning.mean
 
 
 def _begin(of: Remix, out: Path) -> Record | None:

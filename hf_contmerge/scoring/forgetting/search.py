@@ -7,13 +7,15 @@ validation documents; nothing is trained again.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
 from hf_contmerge.run.scores import BLOCKS, Scores
 from hf_contmerge.scoring.forgetting.budget import Shift, shifts
-from hf_contmerge.scoring.forgetting.paired import Change, combined, exceeds, mean_change
+from hf_contmerge.scoring.forgetting.paired import Change, combined, mean_change, one_sided
 
 T = TypeVar("T")
 
@@ -55,25 +57,56 @@ def largest_that_holds(attempt: Callable[[float], tuple[bool, float]]) -> float 
     return below
 
 
-def best_point(attempt: Callable[[Point], tuple[bool, float]], tops: Sequence[float]) -> Point:
+@dataclass(frozen=True)
+class Kept:
+    """What a candidate keeps of the base."""
+
+    changes: Mapping[str, float]
+    """Group and block -> mean change of utility."""
+    lost: frozenset[str] = frozenset()
+    """Where a drop is proven."""
+
+
+def allowed(candidates: Iterable[Kept]) -> list[bool]:
+    """Say which candidates lose nothing beyond noise.
+
+    Nor may one lose as much as another of which the loss is proven: the documents of a ruined model differ so much that
+    few of them prove nothing.
+    """
+    every, proven = list(candidates), dict[str, float]()
+    for candidate in every:
+        for name in candidate.lost:
+            proven[name] = max(proven.get(name, -math.inf), candidate.changes[name])
+    return [
+        not c.lost and all(change > proven.get(name, -math.inf) for name, change in c.changes.items()) for c in every
+    ]
+
+
+def _best(tried: Mapping[Point, tuple[Kept, float]]) -> Point:
+    """Return the allowed point with the highest objective; ties: the smallest."""
+    may = dict(zip(tried, allowed(kept for kept, _ in tried.values()), strict=True))
+    return max(tried, key=lambda p: (may[p], tried[p][1], *(-value for value in p)))
+
+
+def best_point(attempt: Callable[[Point], tuple[Kept, float]], tops: Sequence[float]) -> Point:
     """Return the allowed coefficients with the highest objective.
 
     If none is allowed, all count. A coarse grid over (0, top] on each axis, of four attempts for one coefficient and
     nine for two; then the neighbours of the best on each axis, at half the distance and at a quarter.
 
     Args:
-        attempt: tries coefficients; returns (allowed, objective).
+        attempt: tries coefficients; returns (kept, objective).
         tops: the largest value of each, at most MOST_SEARCHED of them.
     """
     coarse = _COARSE[len(tops) - 1]
     steps = [top / coarse for top in tops]
-    tried: dict[Point, tuple[bool, float]] = {}
+    tried: dict[Point, tuple[Kept, float]] = {}
 
     def look_at(points: Iterable[Sequence[float]]) -> Point:
         for point in (tuple(map(_rounded, p)) for p in points):
             if min(point) > 0 and point not in tried:
                 tried[point] = attempt(point)
-        return max(tried, key=lambda p: (*tried[p], *(-value for value in p)))  # ties: the smallest change
+        return _best(tried)
 
     best = look_at(itertools.product(*([step * i for i in range(1, coarse + 1)] for step in steps)))
     for _ in range(_REFINED):
@@ -90,7 +123,7 @@ def _neighbours(point: Point, steps: Sequence[float]) -> Iterator[list[float]]:
 
 
 def best_weights(
-    attempt: Callable[[Point], tuple[bool, float]], tops: Sequence[float], starts: Iterable[Point], tries: int
+    attempt: Callable[[Point], tuple[Kept, float]], tops: Sequence[float], starts: Iterable[Point], tries: int
 ) -> Point:
     """Return the allowed weights with the highest objective.
 
@@ -99,16 +132,13 @@ def best_weights(
     of each top, then at half of that where no neighbour is better.
 
     Args:
-        attempt: tries weights; returns (allowed, objective).
+        attempt: tries weights; returns (kept, objective).
         tops: the largest value of each.
         starts: weights to try first.
         tries: the most attempts.
     """
     tops = [_rounded(top) for top in tops]  # else the top itself, rounded up, would lie outside
-    tried: dict[Point, tuple[bool, float]] = {}
-
-    def best() -> Point:
-        return max(tried, key=lambda p: (*tried[p], *(-value for value in p)))
+    tried: dict[Point, tuple[Kept, float]] = {}
 
     def look_at(points: Iterable[Sequence[float]]) -> None:
         for point in (tuple(map(_rounded, p)) for p in points):
@@ -120,10 +150,10 @@ def best_weights(
     look_at([x * top for x, top in zip(p, tops, strict=True)] for p in spread(len(tops), max(1, tries // 3)))
     step, smallest = 0.25, 2.0**-9
     while len(tried) < tries and step > smallest:
-        before = best()
+        before = _best(tried)
         look_at(_neighbours(before, [step * top for top in tops]))
-        step = step if best() != before else step / 2
-    return best()
+        step = step if _best(tried) != before else step / 2
+    return _best(tried)
 
 
 def spread(axes: int, count: int) -> list[Point]:
@@ -193,9 +223,12 @@ def losses(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]]) -> li
     return [shift for group, names in groups.items() for shift in shifts(group, now, base, names)]
 
 
-def keeps(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]], confidence: float) -> bool:
-    """Check groups of tasks for a significant drop below the base."""
-    return not exceeds([s.change for s in losses(now, base, groups)], 0.0, confidence)
+def what_is_kept(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]], confidence: float) -> Kept:
+    """Compare groups of tasks with the base; drops are proven jointly, as by `exceeds`."""
+    found = {f"{shift.group} {shift.block}": shift.change for shift in losses(now, base, groups)}
+    highs = [change.high for change in one_sided(list(found.values()), confidence)]
+    lost = frozenset(name for name, high in zip(found, highs, strict=True) if high is not None and high < 0)
+    return Kept({name: change.mean for name, change in found.items()}, lost)
 
 
 def _rounded(value: float) -> float:

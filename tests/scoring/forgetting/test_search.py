@@ -15,6 +15,8 @@ from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.run.scores import load_scores
 from hf_contmerge.scoring.forgetting.search import (
+    Kept,
+    allowed,
     best_point,
     best_weights,
     front,
@@ -64,12 +66,16 @@ def test_auto_finds_a_planted_optimum(home: Path, tmp_path: Path) -> None:
 # Searches
 
 
+def kept(holds: bool) -> Kept:
+    return Kept({"general": -1.0 * (not holds)}, frozenset() if holds else frozenset({"general"}))
+
+
 def searched(best: float, default: float, allowed: float = 9.0) -> tuple[float, list[float]]:
     tried: list[float] = []
 
-    def attempt(value: float) -> tuple[bool, float]:
+    def attempt(value: float) -> tuple[Kept, float]:
         tried.append(value)
-        return value <= allowed, -((value - best) ** 2)
+        return kept(value <= allowed), -((value - best) ** 2)
 
     return best_point(lambda point: attempt(*point), [max(1.0, 2 * default)])[0], tried
 
@@ -88,6 +94,19 @@ def test_what_costs_general_abilities_is_not_taken() -> None:
     found, tried = searched(0.9, 0.5, allowed=0.4)
     assert found == max(v for v in tried if v <= 0.4)
     assert searched(0.9, 0.5, allowed=0.0)[0] == pytest.approx(0.9, abs=1 / 16)  # none is allowed: the best of all
+
+
+def test_a_loss_that_few_documents_do_not_prove_is_none_that_is_kept() -> None:
+    """Not even 20 nats are proven of two documents that differ; a smaller loss, in which they agree, is."""
+
+    def attempt(point: tuple[float, ...]) -> tuple[Kept, float]:
+        proven = frozenset({"general perplexity"}) if 0.2 < point[0] < 0.9 else frozenset()
+        return Kept({"general perplexity": -20 * point[0], "general accuracy": 0.0}, proven), -point[0]
+
+    assert best_point(attempt, [1.0])[0] <= 0.2
+    losses = [Kept({"a": -1.0, "b": 0.1}, frozenset("a")), Kept({"a": -1.5, "b": 0.0}), Kept({"a": -0.5, "b": -9.0})]
+    assert allowed(losses) == [False, False, True]
+    assert allowed(losses[1:]) == [True, True]
 
 
 @pytest.mark.parametrize("limit", [0.13, 0.3, 0.5, 0.7, 0.99])
@@ -157,9 +176,9 @@ def test_auto_is_refused_for_what_changes_the_state(
 def test_two_coefficients_are_searched_together(best: tuple[float, float]) -> None:
     tried: list[tuple[float, ...]] = []
 
-    def attempt(point: tuple[float, ...]) -> tuple[bool, float]:
+    def attempt(point: tuple[float, ...]) -> tuple[Kept, float]:
         tried.append(point)
-        return True, -math.dist(point, best)
+        return kept(True), -math.dist(point, best)
 
     found = best_point(attempt, [1.0, 1.0])
     assert math.dist(found, best) < 0.2
@@ -174,9 +193,9 @@ def test_two_coefficients_are_searched_together(best: tuple[float, float]) -> No
 def test_weights_of_any_number_of_stages_are_found(best: tuple[float, ...], tries: int) -> None:
     tried: list[tuple[float, ...]] = []
 
-    def attempt(point: tuple[float, ...]) -> tuple[bool, float]:
+    def attempt(point: tuple[float, ...]) -> tuple[Kept, float]:
         tried.append(point)
-        return True, -math.dist(point, best)
+        return kept(True), -math.dist(point, best)
 
     tops = [2.0] * len(best)
     found = best_weights(attempt, tops, [(1.5,) * len(best), (3.0,) * len(best)], tries)
@@ -188,20 +207,20 @@ def test_weights_of_any_number_of_stages_are_found(best: tuple[float, ...], trie
 
 
 def test_only_allowed_weights_are_chosen_if_any_is() -> None:
-    def attempt(point: tuple[float, ...]) -> tuple[bool, float]:
-        return point[0] <= 0.5, point[0]
+    def attempt(point: tuple[float, ...]) -> tuple[Kept, float]:
+        return kept(point[0] <= 0.5), point[0]
 
     assert best_weights(attempt, [1.0], [(1.0,)], 16)[0] == pytest.approx(0.5, abs=0.05)
-    assert best_weights(lambda p: (False, p[0]), [1.0], [(1.0,)], 8) == (1.0,)
+    assert best_weights(lambda p: (kept(False), p[0]), [1.0], [(1.0,)], 8) == (1.0,)
 
 
 def test_the_largest_weights_are_tried() -> None:
     """Also where their six digits are more than they."""
     tried: list[tuple[float, ...]] = []
 
-    def attempt(point: tuple[float, ...]) -> tuple[bool, float]:
+    def attempt(point: tuple[float, ...]) -> tuple[Kept, float]:
         tried.append(point)
-        return True, sum(point)
+        return kept(True), sum(point)
 
     tops = [2.4789178, 2 - 2e-9]
     best_weights(attempt, tops, [(tops[0], 0.0), (0.0, tops[1])], 3)
