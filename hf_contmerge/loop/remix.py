@@ -113,7 +113,10 @@ class Candidate:
         return self.learning.mean, self.worst.change.mean if self.worst else 0.0
 
     def to_json(self, keeps: bool) -> dict[str, Any]:
-        """Return the fields of the record; `keeps`: no kept group falls below the base."""
+        """Return the fields of the record.
+
+        `keeps`: no kept group falls below the base, beyond noise.
+        """
         change = self.learning
         return {
             "weights": list(self.weights),

@@ -224,7 +224,10 @@ def losses(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]]) -> li
 
 
 def what_is_kept(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]], confidence: float) -> Kept:
-    """Compare groups of tasks with the base; drops are proven jointly, as by `exceeds`."""
+    """Compare groups of tasks with the base.
+
+    Drops are proven jointly, as by `exceeds`.
+    """
     found = {f"{shift.group} {shift.block}": shift.change for shift in losses(now, base, groups)}
     highs = [change.high for change in one_sided(list(found.values()), confidence)]
     lost = frozenset(name for name, high in zip(found, highs, strict=True) if high is not None and high < 0)
