@@ -38,6 +38,8 @@ from hf_contmerge.training._rows import Row, dataset_license, empty, load_rows, 
 
 LOG = logging.getLogger(__name__)
 
+TWINS = "are copies of held-out ones"
+"""Why `not_held_out` leaves examples out."""
 _MEASURED: dict[Form, tuple[str, ...]] = {
     **COLUMNS, "preference": ("prompt", "chosen"), "unpaired": ("prompt", "completion"),
 }  # fmt: skip
@@ -182,7 +184,7 @@ def _measurable(fit: Fit) -> list[int]:
 def _trained(portion: Portion, heldout: datasets.Dataset, limits: Limits | None) -> Portion:
     """Return a portion without held-out twins, up to `max_examples`."""
     keep = not_held_out(portion.train, portion.form, heldout, portion.form)
-    rest = portion.keeping(portion.train.select(keep), "are copies of held-out ones")
+    rest = portion.keeping(portion.train.select(keep), TWINS)
     if len(rest.train) == 0:
         raise DataError(f"{portion.source.path} has no example to train on once the held-out ones are removed.")
     rest = _learnt(rest, limits) if limits else rest

@@ -12,12 +12,10 @@ from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
 from hf_contmerge.train_strategies.replay import in_form_of
 from hf_contmerge.training._forms import Limits
-from hf_contmerge.training.data import StageData, load_stage_data, not_held_out
+from hf_contmerge.training.data import TWINS, StageData, load_stage_data, not_held_out
 from hf_contmerge.training.settings import make_strategies
 
 LOG = logging.getLogger(__name__)
-
-_TWIN = "are copies of held-out ones"
 
 
 def with_general(
@@ -70,12 +68,12 @@ def _without(general: StageData, stage: StageData) -> StageData:
         for i, s in enumerate(general.sources)
     ]
     for i in dropped:
-        LOG.info("%s: %d examples to mix in are left out, for they %s", sources[i].path, dropped[i], _TWIN)
+        LOG.info("%s: %d examples to mix in are left out, for they %s", sources[i].path, dropped[i], TWINS)
     return replace(general, train=general.train.select(keep), train_sources=kept, sources=tuple(sources))
 
 
 def _with(left_out: Mapping[str, int], twins: int) -> dict[str, int]:
-    return {**left_out, _TWIN: left_out.get(_TWIN, 0) + twins} if twins else dict(left_out)
+    return {**left_out, TWINS: left_out.get(TWINS, 0) + twins} if twins else dict(left_out)
 
 
 def _paths(spec: Dataset) -> str:

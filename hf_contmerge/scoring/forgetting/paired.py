@@ -232,8 +232,13 @@ def exceeds(changes: Iterable[Change | None], allowed: float, confidence: float 
         allowed: tolerated drop in the same units; 0 or more.
         confidence: 0 to 1.
     """
-    uppers = [c.high for c in one_sided([c for c in changes if c is not None], confidence)]
-    return any(-upper > allowed for upper in uppers if upper is not None)
+    return any(proven_drops([c for c in changes if c is not None], allowed, confidence))
+
+
+def proven_drops(changes: Sequence[Change], allowed: float, confidence: float = CONFIDENCE) -> list[bool]:
+    """Say of each change if it proves a drop, as in `exceeds`."""
+    uppers = (c.high for c in one_sided(changes, confidence))
+    return [upper is not None and -upper > allowed for upper in uppers]
 
 
 def one_sided(changes: Sequence[Change], confidence: float) -> list[Change]:

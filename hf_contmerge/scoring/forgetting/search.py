@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from hf_contmerge.run.scores import BLOCKS, Scores
 from hf_contmerge.scoring.forgetting.budget import Shift, shifts
-from hf_contmerge.scoring.forgetting.paired import Change, combined, mean_change, one_sided
+from hf_contmerge.scoring.forgetting.paired import Change, combined, mean_change, proven_drops
 
 T = TypeVar("T")
 
@@ -224,13 +224,9 @@ def losses(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]]) -> li
 
 
 def what_is_kept(now: Scores, base: Scores, groups: Mapping[str, Sequence[str]], confidence: float) -> Kept:
-    """Compare groups of tasks with the base.
-
-    Drops are proven jointly, as by `exceeds`.
-    """
+    """Compare groups of tasks with the base."""
     found = {f"{shift.group} {shift.block}": shift.change for shift in losses(now, base, groups)}
-    highs = [change.high for change in one_sided(list(found.values()), confidence)]
-    lost = frozenset(name for name, high in zip(found, highs, strict=True) if high is not None and high < 0)
+    lost = frozenset(itertools.compress(found, proven_drops(list(found.values()), 0.0, confidence)))
     return Kept({name: change.mean for name, change in found.items()}, lost)
 
 
