@@ -96,7 +96,7 @@ class Crew:
         queue, results, errors = iter(range(len(jobs))), {}, []
         lock, budget = threading.Lock(), _MemoryBudget(_free_memory(self.device) / self.ranks.per_host * MEMORY_SHARE)
 
-        def worker() -> None:
+        def work_through() -> None:
             torch.set_num_threads(1)  # the setting is per thread
             while not errors:
                 with lock:
@@ -120,23 +120,40 @@ class Crew:
         load_linear_algebra(self.device)
         try:
             with exact_products(), self.bar(jobs, what) as advance:
-                # No daemons: C++ aborts a process that ends while one of its products runs.
-                threads = [threading.Thread(target=worker) for _ in range(count)]
+                threads = [_Worker(work_through) for _ in range(count)]
                 try:
                     for thread in threads:
                         thread.start()
                     for thread in threads:
-                        thread.join()
+                        thread.ended.wait()
                 except BaseException as error:  # a stop: no thread may write once its folder is removed
                     errors.append(error)
                     for thread in threads:
-                        if thread.ident is not None:  # else the stop came before its start
-                            thread.join()
+                        if thread.ident is not None:  # else it has not begun, and sees the error first
+                            thread.ended.wait()
         finally:
             torch.set_num_threads(threads_before)  # a thread's setting partly changes the process's
         if errors:
             raise errors[0]
         return results
+
+
+class _Worker(threading.Thread):
+    """A thread that can be waited for again after a signal.
+
+    `join` cannot before Python 3.13: interrupted by an exception, it takes the running thread for ended. No daemon: C++
+    aborts a process that ends while one of its products runs.
+    """
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        super().__init__()
+        self._do, self.ended = do, threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._do()
+        finally:
+            self.ended.set()
 
 
 class _MemoryBudget:

@@ -4,6 +4,7 @@ How ranks share them is in test_merge_ranks.py.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -89,6 +90,32 @@ def test_a_stop_between_two_starts_waits_for_the_first_thread(monkeypatch: pytes
     assert len(done) == 1, "no job begins after a stop"
     assert not begun[0].is_alive()
     assert not begun[0].daemon
+
+
+@pytest.mark.parametrize("stops", [1, 2, 3])
+def test_a_signal_while_threads_work_waits_for_them(stops: int) -> None:
+    """A real signal, at any moment of the wait; `Thread.join` forgets a running thread then."""
+    begun, done = list[str](), list[str]()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def work(job: Job) -> None:
+        begun.append(job.name)
+        if len(begun) == stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1 if len(begun) > 1 else 0.8)
+        done.append(job.name)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Crew(workers=2).run(jobs([1.0] * 9), work, what="")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done
+    assert sorted(done) == sorted(begun), "a thread still works"
+    assert len(begun) <= stops + 2, "a job begins after a stop"
 
 
 def test_linear_algebra_has_one_thread_in_a_job_and_the_former_number_after() -> None:
