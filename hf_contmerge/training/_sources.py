@@ -71,7 +71,8 @@ class SourceLosses(Trainer):
 
     @torch.no_grad()
     def _add(self, output: Any, marks: Tensor) -> None:
-        losses, counts = -output.log_probs.detach().double(), output.label_mask
+        log_probs = getattr(output, "unweighted", output.log_probs)
+        losses, counts = -log_probs.detach().double(), output.label_mask
         here = [(marks == i) & counts for i in range(len(self.sources))]
         sums = torch.stack([torch.stack([losses[of].sum(), of.sum().double()]) for of in here])
         self.sums = sums if self.sums is None else self.sums + sums

@@ -128,6 +128,7 @@ class WeightedTokens(StageTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         def weighted(**inputs: Any) -> Any:
             output = model(**inputs)
+            output.unweighted = output.log_probs  # for the losses of sources
             output.log_probs = output.log_probs * self._weights(output)
             return output
 

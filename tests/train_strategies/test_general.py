@@ -345,6 +345,22 @@ def test_losses_of_sources_with_smoothed_labels(base_folder: Path, tmp_path: Pat
     assert all(m["loss"] > 0 for m in record["mixed"])
 
 
+def test_losses_of_sources_are_without_the_weights_of_tokens(base_folder: Path, tmp_path: Path) -> None:
+    """asft weighs each token by its probability, a few thousandths here."""
+    one = stage(tmp_path, "law-weighed", lines("law", 12))
+    path = write_jsonl(tmp_path / "general-weighed.jsonl", lines("general", 12, 1))
+    losses = []
+    for strategy in (["replay"], ["replay", "asft"]):
+        parameters = {"replay": {"general": str(path), "general_share": 0.5}}
+        fields = {"strategy": strategy, "parameters": parameters, **LIGHT, "max_steps": 1}
+        train = Train.model_validate(fields)
+        out = tmp_path / "-".join(strategy)
+        record = trained(with_general(one, train, [one], seed=0), base_folder, out, train)
+        losses.append({m["source"]: m["first_loss"] for m in record["mixed"]})
+    assert min(losses[0].values()) > 1
+    assert losses[1] == losses[0]
+
+
 def mixed_texts(train: Train, data: StageData) -> list[str]:
     assert data.general
     strategy = get_strategy("replay", **train.parameters)
