@@ -143,6 +143,13 @@ class TrainStrategy:
         """Return the documents that the stage's start model writes for `mix`."""
         return None
 
+    def added_share(self, *, past: bool) -> float:
+        """Return the share of the training examples that `mix` adds, for estimates.
+
+        `past`: whether there is memory of an earlier stage.
+        """
+        return 0.0
+
     def keeps_order(self) -> bool:
         """Say if batches follow the order of `mix`, without shuffling."""
         return False
@@ -294,6 +301,10 @@ class Combined:
     def synthesis(self) -> Synthesis | None:
         """Return the documents to write for `mix`, of one strategy."""
         return next((wanted for part in self.parts.values() if (wanted := part.synthesis())), None)
+
+    def added_share(self, *, past: bool) -> float:
+        """Return the share of examples beside the stage's own."""
+        return 1 - math.prod(1 - part.added_share(past=past) for part in self.parts.values())
 
     def keeping_order(self) -> list[str]:
         """Return the strategies with an order of examples."""

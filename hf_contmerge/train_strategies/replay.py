@@ -111,6 +111,9 @@ class Replay(TrainStrategy):
     def synthesis(self) -> Synthesis | None:
         return Synthesis(self.synthesise, self.synthesise_tokens, self.temperature) if self.synthesise else None
 
+    def added_share(self, *, past: bool) -> float:
+        return self._general_share() + (self.share if past or self.synthesise else 0.0)
+
     def keeps_order(self) -> bool:
         return self.within_batch
 

@@ -56,14 +56,18 @@ class _DryTraining(NamedTuple):
     shape: _Shape
 
 
-def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train) -> Cost:
-    """Return the cost of training a stage with these settings."""
+def training_cost(planned: PlannedRun, host: Host, stage: str, train: Train, *, past: bool = False) -> Cost:
+    """Return the cost of training a stage with these settings.
+
+    `past`: whether strategies remember an earlier stage.
+    """
     dry, settings, shape = _dry_training(planned, stage, train.model_dump_json())
     weights = 4 * planned.weights.numel()
     at_once = settings.per_device_train_batch_size * host.processes * settings.gradient_accumulation_steps
     steps = settings.max_steps
     if steps <= 0:
-        steps = math.ceil(math.ceil(shape.examples / at_once) * settings.num_train_epochs)
+        examples = shape.examples / (1 - make_strategies(train).added_share(past=past))
+        steps = math.ceil(math.ceil(examples / at_once) * settings.num_train_epochs)
     each = settings.gradient_accumulation_steps * host.computing(dry.work) * shape.usual / shape.length
     form = planned.data[stage].form
     each *= _PASSES[form] if _has_reference(form, settings) else 1.0

@@ -55,7 +55,9 @@ def _cost(planned: PlannedRun, host: Host, step: Step) -> Cost:
         return joint_cost(planned, host)
     stage = planned.run.stage(step.t)
     if stage.dataset:
-        return training_cost(planned, host, stage.name, planned.recipe.train_of(stage))
+        earlier = any(planned.run.stage(i).dataset for i in range(1, step.t))
+        past = earlier and isinstance(step.place, ExpertPlace) and not step.place.alone(step.t)
+        return training_cost(planned, host, stage.name, planned.recipe.train_of(stage), past=past)
     return given_expert_cost(planned, host, step)
 
 

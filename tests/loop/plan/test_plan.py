@@ -261,6 +261,22 @@ def planned_by_taken(home: Path, base: Path) -> float:
     return sum(p["seconds"] for p in found["phases"] if p["phase"] == "train") / took
 
 
+def test_time_has_the_examples_that_are_mixed_in(
+    recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """A quarter of the second stage's are its own, and half of the first's."""
+    write_jsonl(tmp_path / "general.jsonl", [{"text": SENTENCE}] * 8)
+    replay = {"general": str(tmp_path / "general.jsonl"), "general_share": 0.5, "share": 0.25}
+    recipe["train"] = {k: v for k, v in recipe["train"].items() if k != "max_steps"} | {
+        "num_train_epochs": 200, "strategy": ["full", "replay"], "parameters": {"replay": replay}
+    }  # fmt: skip
+    recipe["merge"] = [{"rule": "average", "start_from": "previous"}]
+    code, printed, _ = plan(recipe, "--json")
+    assert code == 0
+    first, second = (p["seconds"] for p in json.loads(printed)["phases"] if p["phase"] == "train")
+    assert second / first == pytest.approx(2, rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["covariance", "iso_c", "opcm"])
 def test_time_of_a_merge_is_near_what_it_takes(name: str, tmp_path: Path) -> None:
     """Processor time of one thread. These rules decompose at each stage, at read-out, at later stages."""
