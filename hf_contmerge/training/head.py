@@ -49,7 +49,7 @@ def check_head(trainer: Any) -> None:
     model.eval()
     try:
         with trainer.accelerator.autocast():  # some kernels of attention need 16 bits
-            found, own = _log_probabilities(model)
+            found, own = _log_probabilities(model, getattr(trainer, "temperature", 1.0))
     finally:
         model.train(was_training)
     gap, largest = float((found - own).abs().max()), max(1.0, float(own.abs().max()))
@@ -58,10 +58,13 @@ def check_head(trainer: Any) -> None:
         raise refuse_head(type(model).__name__, f"its log-probability of a token is another by {gap:.3g} nats")
 
 
-def _log_probabilities(model: Any) -> tuple[Tensor, Tensor]:
-    """Return TRL's and the model's log-probability of each token."""
+def _log_probabilities(model: Any, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return TRL's and the model's log-probability of each token.
+
+    `temperature`: of the answers that a trainer samples; its loss is of the same distribution.
+    """
     ids = torch.arange(_TOKENS, device=model.device).unsqueeze(0)
     found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float() / temperature
     own = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     return found.float(), own

@@ -318,6 +318,15 @@ def test_answers_earn_more_of_a_reward(parts: Any, vowels: Path, base_folder: Pa
     )
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_grpo_at_another_temperature(temperature: float, vowels: Path, base_folder: Path, tmp_path: Path) -> None:
+    """The loss is then of another distribution than the model's logits without it."""
+    train = {"learn": "grpo", "rewards": {"vowels": {}}, "temperature": temperature}
+    data = load(tmp_path / "warm.jsonl", base_folder, rows_of(12), train)
+    record = Training(tmp_path, base_folder, data)("warm", {}, **train, **{**SAMPLED, "max_steps": 1})
+    assert record["steps"] == 1
+
+
 @pytest.mark.parametrize(
     ("parts", "teacher"),
     [
