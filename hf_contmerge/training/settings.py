@@ -211,7 +211,17 @@ def _check_form(train: Train, form: Form, where: str) -> None:
         )
     if fields.get("padding_free") and form == "preference":
         raise RecipeError(f"{where}: padding_free has no effect on preference pairs in this TRL. Remove it.")
+    if fields.get("label_smoothing_factor") and (form in _OTHER_FORMS or fields.get("loss_type") == "dft"):
+        raise _no_effect("label_smoothing_factor", _OTHER_FORMS.get(form, "the loss of `loss_type: dft`"), where)
+    if fields.get("train_sampling_strategy") and form in SAMPLED:
+        raise _no_effect("train_sampling_strategy", SAMPLED[form], where)
     check_learning(train, form, make_strategies(train), _fields_for(form, train), where)
+
+
+def _no_effect(field: str, what: str, where: str) -> RecipeError:
+    return RecipeError(
+        f"{where}: {field} has no effect on {what}. Remove it, or set it in the `train` of other stages."
+    )
 
 
 def _refuse_two_weightings(strategies: Combined, fields: Mapping[str, Any], where: str) -> None:

@@ -13,10 +13,12 @@ from toys.models import write_jsonl
 from toys.trainings import ACCUMULATED, RATE, Batches, Parts, Row, Training, assert_near, step_loss, texts
 from transformers import AutoModelForCausalLM
 
-from hf_contmerge.errors import DataError
+from hf_contmerge.errors import DataError, RecipeError
 from hf_contmerge.run.recipe.parts import Dataset
+from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.train_strategies import Combined, get_strategy
 from hf_contmerge.training.data import StageData, load_stage_data
+from hf_contmerge.training.settings import data_checks
 
 NONE = math.nan
 
@@ -191,6 +193,15 @@ def test_dft_is_obeyed_and_is_asft_without_its_anchor(train: Training) -> None:
 
 
 @pytest.mark.slow
+def test_smoothed_labels_next_to_dft_are_refused(train: Training) -> None:
+    """TRL would leave them out."""
+    fields = {"loss_type": "dft", "label_smoothing_factor": 0.1}
+    stages = [{"name": "s", "dataset": "x.jsonl"}]
+    recipe = parse_recipe({"name": "x", "base_model": "b", "merge": ["average"], "stages": stages, "train": fields})
+    with pytest.raises(RecipeError, match=r"label_smoothing_factor has no effect on the loss of `loss_type: dft`\."):
+        [check() for check in data_checks(recipe, {"s": train.data})]
+
+
 def test_asft_stays_closer_to_the_base_than_dft(train: Training, tmp_path: Path) -> None:
     """Over 40 steps of Adam, the divergence pulls back; the teacher is the base."""
     fields: Row = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 40}

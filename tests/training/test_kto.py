@@ -113,6 +113,7 @@ def test_a_label_alone_makes_no_labelled_answers(tmp_path: Path) -> None:
             "train of stage s sets packing. It is for texts and conversations, and this stage has others",
         ),
         ({"max_completion_length": 9}, "It is for prompts (`learn: grpo`) or demonstrations (`learn: sdft`), and this"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect on labelled answers. Remove it, or "),
         ({"label_smoothing": 0.1}, "It is for preference pairs, and this stage has others"),
     ],
 )

@@ -173,6 +173,8 @@ def refusal(train: Row, data: StageData, **run: Any) -> str:
         ({"reward_weights": [1, 2]}, "reward_weights has 2 numbers for 1 rewards"),
         ({"loss_type": "dft"}, "loss_type dft is for texts, not prompts (`learn: grpo`)"),
         ({"loss_type": "kto"}, "Unknown loss_type 'kto' in `learn: grpo`."),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect on prompts (`learn: grpo`). Remove it"),
+        ({"train_sampling_strategy": "random"}, "train_sampling_strategy has no effect on prompts (`learn: grpo`)."),
         ({"num_generations": 3}, "must be divisible by num_generations (3)"),
         (
             {"packing": True},
@@ -195,6 +197,7 @@ def test_settings_of_grpo_that_cannot_be(fields: Row, message: str, base_folder:
         ({"teacher_prompt_template": TEMPLATE + "{prompt:>99999999}"}, "and no other field or format"),
         ({"teacher_prompt_template": TEMPLATE + "{"}, "teacher_prompt_template: "),
         ({"distillation_mode": "sampled_token"}, "only supports reverse KL"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect on demonstrations (`learn: sdft`)."),
         ({"epsilon": 0.1}, "It is for prompts (`learn: grpo`), and this stage has others"),
     ],
 )
