@@ -102,12 +102,20 @@ class Fold:
         for name in self.base.floating():
             old = self.before.rank(name) if self.before else 0
             ranks = [expert.rank(name) for expert in self.experts]
-            if old == 0 and not any(r != 0 for r in ranks):
+            if old == 0 and not any(r != 0 for r in ranks) and not self._counts_unchanged(name):
                 continue
             total = sum(r for r in (old, *ranks) if r is not None)
             factors = None not in (old, *ranks) and self._takes_factors(name, total)
             (low_rank if factors else dense).add(name)
         return dense, low_rank
+
+    def _counts_unchanged(self, name: str) -> bool:
+        """Say if the state holds more than changes: statistics count too.
+
+        An adapter that leaves a weight alone has inputs and curvature there, which later experts are weighed against.
+        """
+        weight = self._weight(name)
+        return bool(self.rule.needs) and list(self.rule.parts(weight).values()) != [weight.shape]
 
     def _shadowed(self, names: Sequence[str]) -> set[str]:
         """Return the matrices with a shadow, by state or first fold."""

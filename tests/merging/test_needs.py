@@ -167,6 +167,28 @@ def test_an_adapter_has_its_statistics_in_its_own_folder(models: list[Path], tmp
         torch.testing.assert_close(merged[name], value + change, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rule", "fields"), [("covariance", {"space": "inputs"}), ("curvature", {}), ("input_space", {"rank": 8})]
+)
+def test_the_statistics_of_a_weight_that_an_adapter_leaves_alone_count(
+    rule: str, fields: dict[str, Any], models: list[Path], tmp_path: Path
+) -> None:
+    """One by one as at once: the second expert is weighed against what the first one reads there."""
+    base, full = models[0], measured(models[0], shutil.copytree(models[1], tmp_path / "full"), seed=1)
+    adapter = measured(base, lora(base, tmp_path / "adapter", seed=1, target_modules=["q_proj"]), seed=2)
+    draw = torch.Generator().manual_seed(3)
+    for expert in (adapter, full):
+        fisher = {n: torch.rand(Weights(base).shape(n), generator=draw) for n in Weights(base).floating()}
+        write_statistics(expert / "statistics", "fisher", fisher, {}, expert_sha256=expert_sha256(expert))
+    at_once = MergeState.create(tmp_path / "batch", base=base, rule=rule, **fields).add(adapter, full)
+    stream = MergeState.create(tmp_path / "stream", base=base, rule=rule, **fields).add(adapter).add(full)
+    found, wanted = (tensors(s.export(s.folder / "merged")) for s in (stream, at_once))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    alone = tensors(MergeState.create(tmp_path / "alone", base=base, rule=rule).add(full).export(tmp_path / "one"))
+    name = "model.layers.0.mlp.up_proj.weight"  # which the adapter leaves alone
+    assert not torch.allclose(found[name], alone[name], rtol=0, atol=1e-3)
+
+
 # Refused
 
 
