@@ -70,7 +70,7 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
         whole = stage.minus or not trained.as_adapter
         expert = model_bytes(base, torch.float32) + companions if whole else 4 * trained.count
         train = run.recipe.train_of(stage)
-        expert += statistics_bytes(base) if stage.dataset and train.statistics else 0
+        expert += statistics_bytes(base, train.statistics.kinds) if stage.dataset and train.statistics else 0
         fields = train.sft_fields
         saved = stage.dataset and fields.get("save_strategy", "steps") != "no"
         at_work = _checkpoint_bytes(trained.count, fields) if saved else 0
@@ -114,11 +114,12 @@ def running_bytes(base: Weights, rule: MergeRule) -> int:
     return sum(state_bytes(rule, weight) for weight in weights) + owners
 
 
-def statistics_bytes(base: Weights) -> int:
+def statistics_bytes(base: Weights, kinds: Iterable[str]) -> int:
     """Return the most bytes of an expert's statistics."""
-    # linear maps with the same inputs share one
     weights = [weight_of(base, name, 1) for name in base.floating()]
-    return sum(4 * math.prod(inputs_shape(w.shape[1])) for w in weights if w.is_matrix and len(w.shape) == 2)
+    # linear maps with the same inputs share one
+    inputs = sum(4 * math.prod(inputs_shape(w.shape[1])) for w in weights if w.is_matrix and len(w.shape) == 2)
+    return sum(inputs if kind == "inputs" else 4 * sum(math.prod(w.shape) for w in weights) for kind in {*kinds})
 
 
 def _checkpoint_bytes(count: int, fields: Mapping[str, Any]) -> int:

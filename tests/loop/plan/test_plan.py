@@ -407,6 +407,21 @@ def test_what_strategies_remember_is_counted(
             assert phase["disk_kept_bytes"] == pytest.approx(took, rel=0.15)
 
 
+def test_each_kind_of_statistics_is_counted(
+    recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    recipe["train"] |= {"statistics": ["inputs", "fisher", "adam"], "max_steps": 1}
+    recipe["merge"] = [{"rule": "curvature", "parameters": {"importance": "adam"}}]
+    code, out, err = plan(recipe, "--json")
+    assert code == 0, err
+    assert main(["run", str(tmp_path / "plan.yml"), "--run", str(tmp_path / "run"), "--until", "train"]) == 0
+    for phase in (p for p in json.loads(out)["phases"] if p["phase"] == "train"):
+        expert = tmp_path / "run/stages" / phase["place"] / "expert"
+        took = sum(p.stat().st_size for p in expert.rglob("*.*"))
+        assert took > 3 * (expert / "model.safetensors").stat().st_size
+        assert phase["disk_kept_bytes"] == pytest.approx(took, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("evaluate", "said"),
     [
