@@ -136,7 +136,8 @@ class RuleMethod(GroupMergeMethod):
             weights = own.pop("weight", [1.0] * len(group.non_base))
             each = [dict(zip(own, values, strict=True)) for values in zip(*own.values(), strict=True)]
             rules = [get_rule(self.spec.name, **parameters, **one) for one in each or [{}] * len(weights)]
-            if scale == "model" or self.spec.has_share:
+            # A scale that reads no norms is the same for a tensor and a model, and one tensor's experts have weights.
+            if (scale == "model" and rules[-1].whole_model_scale) or self.spec.has_share:
                 written = from_whole_model(rules[-1], group, storage)
             else:
                 written = from_this_tensor([*zip(rules, weights, strict=True)], group, scale, storage)

@@ -401,6 +401,16 @@ def test_per_model_parameters_that_are_alike(half, tmp_path):
     assert_same(ours, by_engine(recipe_of(half, "ties"), tmp_path / "plain"))
 
 
+@pytest.mark.parametrize("word", ["weight", "take"])
+def test_a_models_own_values_hold_with_a_scale_of_the_model(word, half, tmp_path):
+    """A linear rule's scale reads no norms: `model`, the default of such rules, changes nothing."""
+    recipe = recipe_of(half, "blend", parameters={"scale": "model"})
+    for entry, value in zip(recipe["models"], (0.1, 0.9), strict=False):
+        entry["parameters"] = {word: value}
+    theirs, ours = both(recipe, tmp_path)
+    assert_same(theirs, ours)
+
+
 def test_mergekits_own_defaults_are_not_ours(half, tmp_path):
     words = {"task_arithmetic": {"lambda": 1.0}, "ties": {"lambda": 1.0, "density": 1.0}}
     for rule, expected in words.items():
