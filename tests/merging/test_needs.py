@@ -275,6 +275,17 @@ def test_the_mergekit_method_reads_the_sidecars(models: list[Path], tmp_path: Pa
 
 
 @pytest.mark.usefixtures("method")
+def test_mergekit_reads_statistics_that_were_measured_again(models: list[Path], tmp_path: Path) -> None:
+    """In one process, as in a notebook."""
+    base, *experts = models[0], *(shutil.copytree(e, tmp_path / e.name) for e in models[1:3])
+    before = tensors(by_mergekit([base, *experts], tmp_path / "before"))
+    measured(base, experts[0], seed=9)
+    after = tensors(by_mergekit([base, *experts], tmp_path / "after"))
+    assert_merged(tmp_path / "after", exact(base, experts))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("method")
 def test_mergekit_is_refused_before_any_tensor(models: list[Path], tmp_path: Path) -> None:
     base, first, *_ = models
     bare = perturbed(base, tmp_path / "bare", seed=9, size=0.05)

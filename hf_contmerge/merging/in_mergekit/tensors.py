@@ -28,10 +28,13 @@ from hf_contmerge.merging.stream import merge_experts
 from hf_contmerge.models.config import depths, is_matrix
 from hf_contmerge.models.experts import open_expert
 from hf_contmerge.models.rounding import Rounding
-from hf_contmerge.models.statistics import Statistics
+from hf_contmerge.models.statistics import FOLDER, Statistics
 from hf_contmerge.models.survival import Kept
 from hf_contmerge.models.weights import Weights, kept_dtype
 from hf_contmerge.runtime.device import threads
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+"""Name, inode, size and time of each file."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,18 @@ def _weights_met(rule: MergeRule, group: TensorGroup) -> list[Weight]:
         return [replace(weight, stage=stage) for stage in range(1, weight.stage + 1)]
     assert group.base is not None
     weight, device = replace(weight, name=_stored_name(group, _NO_STATISTICS)), group.base.tensor.device
-    found = [_statistics(_folder(entry)).of(weight.name, rule.needs, device) for entry in group.non_base]
+    found = [_statistics(entry).of(weight.name, rule.needs, device) for entry in group.non_base]
     return [replace(weight, stage=stage, statistics=one) for stage, one in enumerate(found, 1)]
 
 
+def _statistics(entry: TensorEntry) -> Statistics:
+    """Return an expert's statistics, reopened after changes."""
+    folder = _folder(entry)
+    return _open_statistics(folder, _stamp(folder / FOLDER))
+
+
 @functools.lru_cache(maxsize=64)
-def _statistics(folder: Path) -> Statistics:
+def _open_statistics(folder: Path, _stamp: Stamp) -> Statistics:
     return Statistics(folder)
 
 
@@ -241,13 +250,18 @@ def _files(entry: TensorEntry) -> Weights | None:
 def _weights(entry: TensorEntry) -> Weights:
     """Return a model's files, reopened after changes."""
     folder = _folder(entry)
-    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors*"))]
-    return _open(folder, tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
+    return _open(folder, _stamp(folder))
 
 
 @functools.lru_cache(maxsize=64)
-def _open(folder: Path, _stamp: tuple[tuple[str, int, int, int], ...]) -> Weights:
+def _open(folder: Path, _stamp: Stamp) -> Weights:
     return Weights(folder)
+
+
+def _stamp(folder: Path) -> Stamp:
+    """Return what changes with the tensors of a folder."""
+    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors*"))]
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats)
 
 
 def _folder(entry: TensorEntry) -> Path:
