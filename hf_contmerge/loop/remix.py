@@ -32,6 +32,7 @@ from hf_contmerge.merging.mixing import separated
 from hf_contmerge.merging.rules import make_rule
 from hf_contmerge.models.folder import resolve_model
 from hf_contmerge.models.layout import check_loads
+from hf_contmerge.models.statistics import check_statistics
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace
 from hf_contmerge.run.recipe.parts import Task
@@ -149,7 +150,7 @@ class Remix:
         Raises:
             RecipeError: an unknown stage, group or entry; a rule that is not linear.
             RunError: an expert is missing or damaged.
-            ModelError: the base has changed.
+            ModelError: the base has changed, or an expert lacks statistics that the rule needs.
         """
         recipe = run.recipe
         if recipe.continue_from:
@@ -168,6 +169,7 @@ class Remix:
         entry, rule = _linear_entry(run, wish)
         kind = _kind(run, wish, entry)
         experts = tuple(_expert(run, stage, kind) for stage in wish.want)
+        check_statistics(rule, [expert.folder for expert in experts])
         base = resolve_model(recipe.base_model)
         check_same_base(run, base, whole=False)
         check_loads(base, trusted=recipe.trust_remote_code)

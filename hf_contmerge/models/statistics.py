@@ -72,14 +72,22 @@ def _cure(folder: Path, kind: str) -> str:
     return f"write them with `contmerge statistics {folder} --data FILE{option}`."
 
 
+def require_kinds(rule: MergeRule, expert: Path) -> None:
+    """Raise ModelError for an expert without the rule's statistics."""
+    kinds = Statistics(expert).kinds if rule.needs else ()
+    for kind in rule.needs:
+        if kind not in kinds:
+            raise ModelError(
+                f"{expert} lacks the statistics {kind!r}, which the rule {type(rule).__name__} needs: "
+                f"{_cure(expert, kind)}"
+            )
+
+
 def check_statistics(rule: MergeRule, experts: Iterable[Path]) -> None:
     """Raise ModelError for experts without current statistics for the rule."""
     for folder in experts if rule.needs else ():
-        statistics, name = Statistics(folder), type(rule).__name__
-        missing = [kind for kind in rule.needs if kind not in statistics.kinds]
-        cure = _cure(folder, (missing or rule.needs)[0])
-        if missing:
-            raise ModelError(f"{folder} lacks the statistics {missing[0]!r}, which the rule {name} needs: {cure}")
+        require_kinds(rule, folder)
+        statistics, cure = Statistics(folder), _cure(folder, rule.needs[0])
         if damaged := damaged_statistics(folder):
             raise ModelError(f"{damaged[0]} changed after it was measured: {cure}")
         if statistics.expert_sha256 != expert_sha256(folder):

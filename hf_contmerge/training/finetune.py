@@ -96,9 +96,14 @@ def train_expert(
     record = {**_record(trainer, job, examples), **dropped, **precision}
     del trainer, trained
     free_memory()
+    _measure(job, out)
+    return record
+
+
+def _measure(job: TrainJob, out: Path) -> None:
+    """Write the statistics that a job asks for."""
     if job.train.statistics:
         measure_expert(Measured(out, job.base, job.data, job.train.statistics, job.trust_remote_code))
-    return record
 
 
 @without_foreign_noise()
@@ -124,6 +129,9 @@ def expert_at_checkpoint(job: TrainJob, checkpoint: Path, out: Path) -> dict[str
         drop_reference(model)
         change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
         precision = save_expert(trainer, strategies, job.base, out, change)
+    del trainer, model
+    free_memory()
+    _measure(job, out)
     return {"steps": kept_step(checkpoint), **precision}
 
 

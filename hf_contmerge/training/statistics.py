@@ -295,18 +295,18 @@ def _batches(sequences: Sequence[list[int]], size: int) -> list[Tensor]:
 
 
 def check_asked(rules: Mapping[str, MergeRule], train: Train) -> None:
-    """Raise RecipeError for entries without their statistics in `train`.
+    """Raise RecipeError for rules without their statistics in `train`.
 
     Also for Adam's statistics of adapters and of osf's factors.
 
-    `rules`: of the merge entries, by name.
+    `rules`: by their places in the recipe, such as "merge entry strong".
     """
     asked = train.statistics.kinds if train.statistics else ()
-    for entry, rule in rules.items():
+    for place, rule in rules.items():
         for kind in rule.needs:
             if kind not in asked:
                 raise RecipeError(
-                    f"merge entry {entry} needs the statistics {kind!r} of each expert. Add `statistics: [{kind}]` to "
+                    f"{place} needs the statistics {kind!r} of each expert. Add `statistics: [{kind}]` to "
                     "`train`, so that training writes them."
                 )
     strategies = make_strategies(train)

@@ -304,6 +304,18 @@ def test_rungs_keep_the_coefficient_that_was_found(home: Path, tmp_path: Path, r
     assert halved["scale"] * (halved["parameters"][word] if rule == "blend" else 1.0) == pytest.approx(best / 2)
 
 
+def test_an_earlier_step_has_statistics_of_its_own(home: Path, tmp_path: Path) -> None:
+    """A rule that needs them folds it as it folds the last step."""
+    ladder = [{"do": "earlier", "parameters": {"checkpoints": 1}}, "keep_previous"]
+    data = recipe(home, "quiet", guard={"max_forgetting": 0.0, "on": "general", "ladder": ladder})
+    data["stages"] = [{"name": "s1", "dataset": {"path": str(home / "own.jsonl"), "heldout": 8}}]
+    data["merge"] = [{"rule": "covariance", "parameters": {"space": "inputs"}}]
+    data["train"] = {"max_steps": 4, "per_device_train_batch_size": 4, "max_length": 32, "learning_rate": 0.1,
+                     "save_strategy": "no", "statistics": ["inputs"]}  # fmt: skip
+    tries = merged(carried_out(data, tmp_path / "run"), 1).record("merge")["tries"]
+    assert [(t["what"], t.get("step")) for t in tries] == [("fold", None), ("earlier", 2), ("keep_previous", None)]
+
+
 # Recipes
 
 

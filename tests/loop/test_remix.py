@@ -97,6 +97,16 @@ def test_a_remix_writes_a_merge_that_repeats_itself(run: Run, capsys: pytest.Cap
     assert main(["verify", str(run.folder)]) == 1
 
 
+def test_experts_without_statistics_are_refused_before_any_scoring(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_CONTMERGE_CACHE", "off")
+    code, out = remixed(run, "--want", "s1=1", "--rule", "input_space")
+    assert code == 2
+    assert "one lacks the statistics 'inputs', which the rule InputSpace needs: write" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_weights_that_do_nothing_are_told_and_not_tried(
     run: Run, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture

@@ -161,4 +161,4 @@ def test_adams_moments_of_other_tensors_are_refused_early(strategy: str) -> None
     with pytest.raises(RecipeError, match=f"`adam` needs an optimizer of whole weights, and the strategy {strategy}"):
         check_asked({}, train)
     with pytest.raises(RecipeError, match="needs the statistics 'fisher' of each expert"):
-        check_asked({"c": get_rule("curvature")}, train)
+        check_asked({"merge entry c": get_rule("curvature")}, train)

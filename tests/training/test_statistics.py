@@ -140,5 +140,5 @@ def test_missing_and_outdated_statistics_are_refused(home: Path, tmp_path: Path)
 
 def test_a_recipe_must_ask_for_them() -> None:
     with pytest.raises(RecipeError, match=r"merge entry mine needs the statistics 'inputs' of each expert. Add"):
-        check_asked({"mine": Weighed()}, Train())
-    check_asked({"mine": Weighed()}, Train.model_validate({"statistics": ["inputs"]}))
+        check_asked({"merge entry mine": Weighed()}, Train())
+    check_asked({"merge entry mine": Weighed()}, Train.model_validate({"statistics": ["inputs"]}))

@@ -28,7 +28,7 @@ from hf_contmerge.models.folder import is_adapter, resolve_model
 from hf_contmerge.models.function import check_function
 from hf_contmerge.models.layout import check_loads, check_same_layout, check_tokenizer
 from hf_contmerge.models.lora.reader import Adapter, check_base
-from hf_contmerge.models.statistics import check_statistics
+from hf_contmerge.models.statistics import check_statistics, require_kinds
 from hf_contmerge.models.tokenizer import UNCHANGED, TokenizerChange
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
@@ -36,6 +36,7 @@ from hf_contmerge.run.places import FROM_BASE
 from hf_contmerge.run.recipe.parts import Task
 from hf_contmerge.run.recipe.schema import Merge, Recipe, Stage
 from hf_contmerge.run.steps import run_steps
+from hf_contmerge.runtime.foreign import expanded
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.runtime.refusals import free_bytes
 from hf_contmerge.runtime.versions import check_versions
@@ -168,11 +169,12 @@ def checks(run: Run, prepared: Prepared, how: Circumstances) -> Iterator[Check]:
     yield partial(check_scoring, recipe, prepared, how)
     if how.is_main and not how.plans:
         yield partial(check_vectors, recipe, prepared)
-        yield from (partial(check_statistics, rule, prepared.given.values()) for rule in prepared.rules.values())
+    if how.is_main and len(prepared.rules) == len(recipe.merge):
+        yield partial(check_given_statistics, recipe, prepared, how)
     if any(s.dataset for s in recipe.stages):
         yield partial(_find_change, prepared, recipe)
         yield from training_checks(recipe.train, prepared.base, memory=not how.plans)
-        yield partial(check_asked, prepared.rules, recipe.train)
+        yield partial(_check_asked, recipe, prepared)
     yield from checks_of_data(recipe, prepared, how)
     yield from _checks_of_tasks(run, prepared, how)
     if how.is_main and not how.plans:
@@ -424,6 +426,50 @@ def check_ladder(recipe: Recipe) -> None:
             )
         if rung.do == "replay":
             make_strategies(with_replay(recipe.train, rung))
+
+
+def _rules_by_place(recipe: Recipe, prepared: Prepared) -> dict[str, MergeRule]:
+    """Return the rules of entries and of the guard's ladder."""
+    rules = {f"merge entry {name}": rule for name, rule in prepared.rules.items()}
+    for number, rung in enumerate(recipe.guard.ladder if recipe.guard else ()):
+        if rung.rule:
+            place = f"guard.ladder.{number}"
+            rules[place] = make_rule(rung.rule, rung.parameters, where=place)
+    return rules
+
+
+def _check_asked(recipe: Recipe, prepared: Prepared) -> None:
+    """Raise RecipeError for rules whose statistics training does not write."""
+    check_asked(_rules_by_place(recipe, prepared), recipe.train)
+    earlier = recipe.guard is not None and any(rung.do == "earlier" for rung in recipe.guard.ladder)
+    for name, rule in prepared.rules.items():
+        if earlier and "adam" in rule.needs:
+            raise RecipeError(
+                f"guard.ladder: `earlier` folds checkpoints, which have no moments of Adam, and merge entry {name} "
+                "needs these. Leave the rung out, or use a rule that needs other statistics."
+            )
+
+
+def check_given_statistics(recipe: Recipe, prepared: Prepared, how: Circumstances) -> None:
+    """Raise an error for given experts without statistics for a rule.
+
+    A plan reads no weights, and knows nothing of those on the Hub.
+    """
+    given = [stage for stage in recipe.stages if stage.expert]
+    for place, rule in _rules_by_place(recipe, prepared).items():
+        for stage in given if rule.needs else ():
+            assert stage.expert
+            if stage.minus:
+                raise RecipeError(
+                    f"{place} needs the statistics {rule.needs[0]!r} of each expert, and the stage {stage.name} "
+                    "(`expert` with `minus`) is a sum, of which nothing was measured. Use a rule without statistics, "
+                    "or store the sum as a model, measure it with `contmerge statistics`, and name it as `expert`."
+                )
+            folder = prepared.given[stage.expert]
+            if not how.plans:
+                check_statistics(rule, [folder])
+            elif expanded(stage.expert).is_dir():
+                require_kinds(rule, folder)
 
 
 def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:

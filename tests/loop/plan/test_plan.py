@@ -21,7 +21,7 @@ from datasets import Dataset
 from toys.architectures import ARCHITECTURES, build
 from toys.hub_server import READ_TOKEN, Hub, Repo, hub_server
 from toys.loras import lora
-from toys.models import toy_llama, toy_mixture, toy_tokenizer, write_jsonl
+from toys.models import perturbed, toy_llama, toy_mixture, toy_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_contmerge.commands.main import main
@@ -379,6 +379,36 @@ def test_lora_and_given_adapters(recipe: Data, plan: Callable[..., tuple[int, st
     trained = [p for p in json.loads(out)["phases"] if p["phase"] == "train"]
     assert trained[-1]["disk_kept_bytes"] == 0
     assert trained[0]["disk_kept_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "change", "said"),
+    [
+        (["inputs"], {"guard": {"max_forgetting": 0.1, "on": "stages", "ladder": [{"rule": "curvature"}]}},
+         "guard.ladder.0 needs the statistics 'fisher' of each expert. Add `statistics: [fisher]`"),
+        (["adam"], {"guard": {"max_forgetting": 0.1, "on": "stages", "ladder": ["earlier"]},
+                    "merge": [{"rule": "curvature", "parameters": {"importance": "adam"}}]},
+         "guard.ladder: `earlier` folds checkpoints, which have no moments of Adam, and merge entry curvature needs"),
+        (["inputs"], {"merge": ["input_space"], "stages": [{"name": "c", "expert": "given"}]},
+         "given lacks the statistics 'inputs', which the rule InputSpace needs: write them with `contmerge statistics"),
+        (["inputs"], {"merge": ["input_space"], "stages": [{"name": "c", "expert": "given", "minus": "base"}]},
+         "merge entry input_space needs the statistics 'inputs' of each expert, and the stage c (`expert` with"),
+    ],
+    ids=["rung", "earlier", "given", "sum"],
+)  # fmt: skip
+def test_statistics_that_a_rule_will_lack_are_missed_before_any_work(
+    asked: list[str], change: Data, said: str, recipe: Data, plan: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    folders = {"base": recipe["base_model"]}
+    folders["given"] = str(perturbed(Path(recipe["base_model"]), tmp_path / "given", seed=1, size=1e-3))
+    recipe["train"] |= {"statistics": asked}
+    added = [{k: folders.get(v, v) for k, v in stage.items()} for stage in change.get("stages", ())]
+    recipe |= {**change, "stages": [*recipe["stages"], *added]}
+    code, _, err = plan(recipe)
+    assert code == 2
+    assert said in err
+    assert main(["run", str(tmp_path / "plan.yml"), "--run", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run/stages").exists()
 
 
 @pytest.mark.parametrize(
