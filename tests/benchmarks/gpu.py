@@ -10,8 +10,10 @@ are written after each, and say what failed, with the last lines, and what was n
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import measure
 
@@ -65,13 +68,17 @@ class Table:
     file: Path
     device: str = "cuda"
     quick: bool = False
+    ends: float = math.inf
+    """When the part is killed, by time.monotonic()."""
     rows: list[Row] = field(default_factory=list)
 
     def add(self, what: str, figure: str, target: str = "", *, met: bool | None = None, more: str = "") -> None:
         """Add a row, and write and print it."""
         row = Row(self.part, what, figure, target, met, more)
         self.rows.append(row)
-        self.file.write_text(json.dumps([asdict(r) for r in self.rows], indent=1), encoding="utf-8")
+        scratch = self.file.with_suffix(".new")  # a part may be killed at any moment
+        scratch.write_text(json.dumps([asdict(r) for r in self.rows], indent=1), encoding="utf-8")
+        scratch.replace(self.file)
         print(row.cells(), more, sep="\n" if more else "", flush=True)
 
     def within(self, what: str, value: float, limit: float, *, unit: str = "") -> None:
@@ -103,12 +110,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that the script works")
     parser.add_argument("--scratch", type=Path, default=None, help="for models (default: a temporary folder; 25 GB)")
     parser.add_argument("--do", choices=LIMITS, help=argparse.SUPPRESS)  # in the process of a part
+    parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)  # that it has
     args = parser.parse_args()
     args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.do:
         do(args)
         return
+    for part in args.parts:  # rows of an earlier run would pass for this one's
+        (args.out / f"{part}.json").unlink(missing_ok=True)
     start = time.monotonic()
     given = args.scratch and contextlib.nullcontext(args.scratch.absolute())
     with given or tempfile.TemporaryDirectory() as scratch:
@@ -124,9 +134,10 @@ def main() -> None:
 
 def do(args: argparse.Namespace) -> None:
     """Carry out one part, in this process."""
+    ends = time.monotonic() + args.seconds
     import gpu_parts  # loads torch
 
-    table = Table(args.do, args.out / f"{args.do}.json", args.device, args.quick)
+    table = Table(args.do, args.out / f"{args.do}.json", args.device, args.quick, ends)
     work: Callable[[Table, Path], None] = getattr(gpu_parts, args.do)
     with table.attempt("the whole part"):
         work(table, args.scratch)
@@ -134,10 +145,10 @@ def do(args: argparse.Namespace) -> None:
 
 def run_part(part: str, args: argparse.Namespace, scratch: Path, limit: float) -> None:
     """Run one part in a process with a time limit; its rows are in its file, whatever becomes of it."""
-    (args.out / f"{part}.json").unlink(missing_ok=True)
     home = scratch / part
     home.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, __file__, "--do", part, "--out", str(args.out), "--device", args.device]
+    words += ["--seconds", str(limit)]
     words += ["--scratch", str(home), *(["--quick"] if args.quick else [])]
     print(f"== {part} (at most {limit:.0f} s)", flush=True)
     start = time.monotonic()
@@ -148,14 +159,39 @@ def run_part(part: str, args: argparse.Namespace, scratch: Path, limit: float) -
         try:
             code = child.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # with what it has started
-            code = child.wait()
+            code = kill(child)
+        except BaseException:
+            kill(child)
+            raise
     seconds = time.monotonic() - start
     last = tail((args.out / f"{part}.log").read_text(encoding="utf-8", errors="replace"))
     if code:
         why = f"took more than {limit:.0f} s" if seconds >= limit else f"ended with exit code {code}"
         one_row(part, args.out, "the process", why, more=last)
     print(f"   {seconds:.0f} s, exit code {code}", flush=True)
+
+
+def kill(child: subprocess.Popen[Any]) -> int:
+    """Kill a process and all that it has started; return its exit code.
+
+    torchrun starts each rank in a session of its own, so that killing a group leaves the ranks on the card.
+    """
+    parents, started = dict(map(parent_of, Path("/proc").glob("[0-9]*/stat"))), {child.pid}
+    while more := {pid for pid, parent in parents.items() if parent in started} - started:
+        started |= more
+    for stop in (functools.partial(os.killpg, child.pid), *(functools.partial(os.kill, pid) for pid in started)):
+        with contextlib.suppress(ProcessLookupError):
+            stop(signal.SIGKILL)
+    return child.wait()
+
+
+def parent_of(stat: Path) -> tuple[int, int]:
+    """Return a process and its parent; 0 for one that has ended."""
+    try:
+        fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        fields = ["", "0"]
+    return int(stat.parent.name), int(fields[1])
 
 
 def surroundings() -> dict[str, str]:
@@ -202,8 +238,14 @@ def card() -> str:
 
 def machine(out: Path) -> str:
     packages: Sequence[str] = ("transformers", "trl", "peft", "accelerate", "datasets", "lm_eval", "mergekit", "numpy")
-    have = {d.metadata["Name"].lower().replace("-", "_") for d in importlib.metadata.distributions()}
-    return measure.machine(out, *(p for p in packages if p in have))
+    return measure.machine(out, *(p for p in packages if is_installed(p)))
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 if __name__ == "__main__":
