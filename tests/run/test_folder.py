@@ -236,6 +236,12 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_the_folder_of_a_study_is_told_from_a_run(tmp_path: Path) -> None:
+    (tmp_path / "study.yml").write_text("name: s")
+    with pytest.raises(RunError, match=r"is the folder of a study\. Name one of its runs, which are in .*runs;"):
+        Run.load(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError) as error:

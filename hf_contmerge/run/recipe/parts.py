@@ -11,7 +11,8 @@ from hf_contmerge.run.recipe.phases import use_of
 from hf_contmerge.run.recipe.suites import expand_suites
 from hf_contmerge.runtime.fields import LARGEST_SEED
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+LONGEST_NAME = 80
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=LONGEST_NAME)]
 """A name that becomes a folder's or a task's name."""
 
 Location = Annotated[str, Field(min_length=1)]

@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.run.recipe.parts import Location, Name, Part, Seed
+from hf_contmerge.run.recipe.parts import LONGEST_NAME, Location, Name, Part, Seed
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.streams import stream_names, stream_orders, with_stream
 from hf_contmerge.run.recipe.text import explain, parse_recipe, read_mapping, set_field
@@ -151,7 +151,8 @@ class StudyCell:
 
     @property
     def name(self) -> str:
-        return f"{self.setting}_order-{self.order}_seed-{self.seed}"
+        place = f"_order-{self.order}_seed-{self.seed}"
+        return _within(self.setting, LONGEST_NAME - len(place)) + place
 
 
 def load_study(path: str | Path) -> Study:
@@ -294,6 +295,13 @@ def _told_apart(name: str, fields: dict[str, Any]) -> str:
     """Return another name, always the same, where one is taken."""
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
     return f"{name[:51]}-{digest[:8]}"
+
+
+def _within(name: str, length: int) -> str:
+    """Return a name; of a longer one the beginning, with a digest."""
+    if len(name) <= length:
+        return name
+    return f"{name[: length - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _named(cell: StudyCell) -> StudyCell:

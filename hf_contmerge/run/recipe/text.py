@@ -86,6 +86,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file is missing or not YAML, or a field is unknown, missing or of the wrong type.
     """
     data = read_mapping(path)
+    if isinstance(data, dict) and "recipe" in data and "stages" not in data:
+        raise RecipeError(f"{path} is a study, not a recipe. Give it to `contmerge study`, which plans it with --plan.")
     for override in overrides:
         apply_override(data, override)
     return parse_recipe(data, where=str(path))

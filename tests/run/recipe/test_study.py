@@ -8,6 +8,7 @@ import yaml
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.recipe.study import Study, load_study, study_cells, study_orders
+from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
 
 STAGES = ("law", "medicine", "code")
 
@@ -47,6 +48,17 @@ def test_values_with_one_long_beginning_have_names_of_their_own() -> None:
     assert all(len(name) <= 60 for name in names)
     assert names[0] == study_cells(study_of(vary={"base_model": bases[:1]}, seeds=[0, 1]))[0].setting
     assert names == [cell.setting for cell in study_cells(study_of(vary={"base_model": [*bases, "x"]}))][:3]
+
+
+def test_the_runs_of_a_setting_with_a_long_name_have_names_that_a_run_may_have() -> None:
+    settings = [
+        {"name": 70 * "a" + end, "set": {"train.learning_rate": rate}} for end, rate in (("x", 1e-5), ("y", 1e-4))
+    ]
+    cells = study_cells(study_of(settings=settings, seeds=[0, 2**32 - 1]))
+    assert len({cell.name for cell in cells}) == 4
+    for cell in cells:
+        assert cell.recipe.name == cell.name
+        parse_recipe(cell.recipe.model_dump(mode="json"), where="the run's recipe.yml")
 
 
 def test_the_share_for_choices_may_vary_where_nothing_is_chosen() -> None:
@@ -134,3 +146,5 @@ def test_the_recipe_is_found_next_to_the_study(tmp_path: Path) -> None:
         load_study(tmp_path / "s.yml")
     with pytest.raises(RecipeError, match="is a recipe, not a study"):
         load_study(tmp_path / "r.yml")
+    with pytest.raises(RecipeError, match=r"s\.yml is a study, not a recipe\. Give it to `contmerge study`"):
+        load_recipe(tmp_path / "s.yml")
