@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from hf_contmerge.run.recipe.study import Study, StudyCell, study_cells
 from hf_contmerge.run.released import release
 from hf_contmerge.runtime.files import FOREVER, FolderLock, make_folder, remove, write_atomically
 from hf_contmerge.runtime.records import read_record, write_record
+from hf_contmerge.runtime.stopping import Stopped
 
 LOG = logging.getLogger(__name__)
 
@@ -155,7 +157,14 @@ def run_side_by_side(folder: StudyFolder, jobs: int, words: Sequence[str], *, qu
     jobs = min(jobs, len(folder.cells))
     out = subprocess.DEVNULL if quiet else None
     running = [subprocess.Popen([*command, "--part", f"{n}/{jobs}"], stdout=out) for n in range(1, jobs + 1)]
-    codes = [process.wait() for process in running]
+    try:
+        codes = [process.wait() for process in running]
+    except Stopped as stop:
+        for process in running if stop.number != signal.SIGINT else ():  # a terminal sends Ctrl-C to the jobs as well
+            process.send_signal(stop.number)
+        for process in running:
+            process.wait()
+        raise
     if any(codes):
         raise RunError(
             f"{sum(map(bool, codes))} of {jobs} jobs failed; see their messages above. Finished runs are kept."

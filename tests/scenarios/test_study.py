@@ -3,9 +3,14 @@
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from toys.models import TEXT, toy_llama, write_jsonl
@@ -285,6 +290,22 @@ def test_two_jobs_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert json.loads(capfd.readouterr().out)["study"] == "toys"
     assert (tmp_path / "out/report/index.html").is_file()
     assert sum("shared" not in record for record in records(tmp_path / "out")) == 2
+
+
+@pytest.mark.slow
+def test_jobs_end_with_the_command_that_started_them(tmp_path: Path) -> None:
+    """A scheduler's SIGTERM reaches the command alone; jobs that went on would keep the runs."""
+    words = ["study", str(study_home(tmp_path, seeds=[0])), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    command = subprocess.Popen([sys.executable, "-m", "hf_contmerge.commands.main", *words])
+    jobs = list[psutil.Process]()
+    until = time.monotonic() + 120
+    while len(jobs) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+        jobs = psutil.Process(command.pid).children()
+    command.terminate()
+    assert command.wait(120) == 128 + signal.SIGTERM
+    assert len(jobs) == 2
+    assert not [job for job in jobs if job.is_running()]
 
 
 def test_plan_counts_shared_training_once(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
