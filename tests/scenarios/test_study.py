@@ -341,6 +341,22 @@ def test_plan_trains_no_given_expert(done: Path, tmp_path: Path, capsys: pytest.
     assert "2 runs; 1 training instead of 2" in capsys.readouterr().out
 
 
+def test_plan_counts_equal_experts_as_a_study_trains_them(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first stage's expert is another one where it keeps examples; what each stage sets itself does not vary."""
+    study = yaml.safe_load((done / "study.yml").read_text()) | {"seeds": [0]}
+    command = ["study", str(done / "more.yml"), "--out", str(done / "planned"), "--plan"]
+    (done / "more.yml").write_text(yaml.safe_dump(study | {"vary": {"train.strategy": [["full", "replay"]]}}))
+    assert main(command) == 0
+    assert "2 runs; 4 trainings" in capsys.readouterr().out
+    recipe = yaml.safe_load((done / "recipe.yml").read_text())
+    for stage in recipe["stages"]:
+        stage["train"] = {"learning_rate": 0.02}
+    varied = {"recipe": recipe, "vary": {"train.learning_rate": [0.01, 0.03]}}
+    (done / "more.yml").write_text(yaml.safe_dump(study | varied))
+    assert main(command) == 0
+    assert "4 runs; 2 trainings instead of 8" in capsys.readouterr().out
+
+
 def test_plan_says_once_what_settings_share(
     done: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

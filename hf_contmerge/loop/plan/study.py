@@ -24,6 +24,7 @@ from hf_contmerge.run.steps import Step, run_steps
 from hf_contmerge.runtime.digests import digests_below
 from hf_contmerge.training.job import rows_sha256
 from hf_contmerge.training.joint import joint_train
+from hf_contmerge.training.settings import make_strategies
 
 if TYPE_CHECKING:
     from hf_contmerge.loop.plan._planned import PlannedRun
@@ -310,11 +311,13 @@ def _kind(phase: Mapping[str, Any]) -> str:
 
 def _key(recipe: Recipe, t: int, kind: str) -> str:
     """Return a key of an expert's inputs; equal keys, equal experts."""
-    stages = [s.model_dump(mode="json", include={"dataset", "train", "expert", "minus"}) for s in recipe.stages[:t]]
+    data = [s.model_dump(mode="json", include={"dataset", "expert", "minus"}) for s in recipe.stages[:t]]
     if kind == JOINT:  # in any order of the stages
-        key = [recipe.seed, joint_train(recipe).model_dump(mode="json"), sorted(map(json.dumps, stages))]
+        key = [recipe.seed, joint_train(recipe).model_dump(mode="json"), sorted(map(json.dumps, data))]
         return json.dumps([JOINT, recipe.base_model, *key], sort_keys=True)
+    trains = [recipe.train_of(stage) for stage in recipe.stages[:t]]
+    stages = [[own, train.model_dump(mode="json")] for own, train in zip(data, trains, strict=True)]
     entry = [m.model_dump(mode="json") for m in recipe.merge if f"merged-{m.name}" == kind]
-    train = recipe.train.model_dump(mode="json")
-    start = ["base", stages[-1:]] if kind == "base" else [kind, stages, entry]
-    return json.dumps([recipe.base_model, recipe.seed, train, start], sort_keys=True)
+    remembers = t == 1 and bool(make_strategies(trains[0]).overriding("remember"))  # what later stages need
+    start = ["base", stages[-1:], remembers] if kind == "base" else [kind, stages, entry]
+    return json.dumps([recipe.base_model, recipe.seed, start], sort_keys=True)
