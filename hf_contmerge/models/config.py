@@ -32,7 +32,7 @@ _TOKENIZER = {
 _LAYER = re.compile(r"\.(\d+)\.")
 _STACK = re.compile(r"(?P<stack>(?:^|.*?\.)(?:layers?|h|blocks?))\.(?P<number>\d+)\.")
 _NOT_A_LINEAR_MAP = re.compile(
-    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|shared|router|gate|\w*_router|\w*expert_gate|A_log)(\.|$)"
+    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|shared|router|gate|\w*_router|\w*expert_gate|A_log|D|\w*bias)(\.|$)"
 )
 _EMBEDDING = re.compile(r"(^|\.)(?!embed_out\b)(\w*embed\w*|wte|wpe|shared)(\.|$)")
 _CONVOLUTION = re.compile(r"(^|\.)\w*conv\w*(\.|$)")
@@ -72,7 +72,7 @@ def is_matrix(name: str, shape: Sequence[int], vocabulary: int | None) -> bool:
 
     Vocabulary tables (embeddings, output heads; by name or by their size) and routers of expert mixtures are not, and
     neither are convolutions (channels, inputs, width) or stacks of vectors, such as the kernels (channels, 1, width) of
-    a depthwise convolution.
+    a depthwise convolution and the biases (experts, outputs) of a mixture.
     """
     if len(shape) not in (2, 3) or _NOT_A_LINEAR_MAP.search(name):
         return False

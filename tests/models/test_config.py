@@ -93,6 +93,10 @@ def test_names_of_real_architectures(kind: str, size: str, stacks: list[str]) ->
         ("model.layers.0.experts.biases", (8, 1, 64), False),
         ("model.layers.0.experts.scales", (8, 64, 1), False),
         ("vision.patch_embed.proj.weight", (1024, 3, 14, 14), False),
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", (128, 5760), False),  # GPT-OSS
+        ("model.layers.0.mamba.dt_proj_bias", (2, 3712), False),  # Zamba
+        ("model.layers.0.mamba.D", (2, 3712), False),
+        ("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 8), False),  # T5
     ],
 )
 def test_linear_maps_and_what_looks_like_them(name: str, shape: tuple[int, ...], matrix: bool) -> None:
