@@ -247,6 +247,28 @@ def fit_part(examples: Examples) -> tuple[list[Row], Counter[str]]:
     return [row for row in made if not isinstance(row, str)], Counter(why for why in made if isinstance(why, str))
 
 
+def next_part(examples: Examples, rows: Rows) -> Examples:
+    """Return the reader of a stream's next part; columns may be new.
+
+    Raises DataError for one that makes another form of the rows, or that all rows need.
+    """
+    layout = examples.layout
+    fresh = [name for name in rows.columns if name not in rows.before]
+    if fresh:
+        now = layout_of(rows, examples.spec, examples.limits)
+        extras = [name for name in now.extras if name in fresh]
+        needed = [name for name in fresh if name in now.columns or (name in extras and name == ARGUMENTS)]
+        if needed:
+            number = next(i for i, row in enumerate(rows) if needed[0] in row)
+            raise DataError(
+                f"{rows.place(number)} has {' and '.join(needed)}, which earlier rows of the stream lack. Give all "
+                "rows the same columns."
+            )
+        unused = [name for name in fresh if name not in extras]
+        layout = layout._replace(extras=(*layout.extras, *extras), unused=(*layout.unused, *unused))
+    return replace(examples, rows=rows, layout=layout)
+
+
 def dataset_of(examples: list[Row]) -> datasets.Dataset:
     """Return examples in memory as a dataset."""
     plain = all(map(_is_plain, examples))

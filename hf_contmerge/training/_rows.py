@@ -59,16 +59,18 @@ class Rows:
     data: datasets.Dataset
     """Typed columns, or records of text files."""
     are_records: bool = False
+    before: tuple[str, ...] = ()
+    """Columns of a stream's earlier parts."""
 
     def __len__(self) -> int:
         return len(self.data)
 
     @cached_property
     def columns(self) -> list[str]:
-        """Names of the columns; in records, of all keys."""
+        """Names of the columns; in records, of all keys so far."""
         if not self.are_records:
             return self.data.column_names
-        return list(dict.fromkeys(name for row in self for name in row))
+        return list(dict.fromkeys([*self.before, *(name for row in self for name in row)]))
 
     def __iter__(self) -> Iterator[Row]:
         for batch in self._batches():
@@ -134,8 +136,12 @@ def stream_rows(spec: DataSource, *, seed: int) -> Iterator[Rows]:
         part = list(islice(rows, _CHUNK))
     if not part:
         raise empty(spec)
+    columns: tuple[str, ...] = ()
     while part:
-        yield Rows(spec.path, datasets.Dataset.from_list(part, features=stream.features), isinstance(builder, Records))
+        data = datasets.Dataset.from_list(part, features=stream.features)
+        read = Rows(spec.path, data, isinstance(builder, Records), columns)
+        yield read
+        columns = tuple(read.columns)
         with _clear(spec):
             part = list(islice(rows, _CHUNK))
 

@@ -31,6 +31,7 @@ from hf_contmerge.training._forms import (
     fit_part,
     fit_rows,
     layout_of,
+    next_part,
     rows_of,
 )
 from hf_contmerge.training._mix import Portion, alike, in_proportion, joined
@@ -290,11 +291,9 @@ def _examples(spec: DataSource, *, seed: int, at_most: int, limits: Limits | Non
     examples: list[Row] = []
     left_out, read, reader = Counter[str](), 0, None
     for part in stream_rows(spec, seed=seed):
-        if reader:
-            reader = replace(reader, rows=part)
-        else:
-            reader = Examples(part, spec, layout_of(part, spec, limits), limits)
-            _tell_unused(spec, reader.layout.unused)
+        told = reader.layout.unused if reader else ()
+        reader = next_part(reader, part) if reader else Examples(part, spec, layout_of(part, spec, limits), limits)
+        _tell_unused(spec, reader.layout.unused[len(told) :])
         usable, others = fit_part(reader)
         examples += usable
         left_out, read = left_out + others, read + len(part)
@@ -302,7 +301,9 @@ def _examples(spec: DataSource, *, seed: int, at_most: int, limits: Limits | Non
             break
     _tell_left_out(spec, left_out, read)
     assert reader
-    return Fit(reader.layout.form, dataset_of(examples[: at_most or None]), left_out, reader.layout.unused)
+    extras = reader.layout.extras  # earlier parts may lack some of them
+    whole = [row | {name: row.get(name) for name in extras} for row in examples[: at_most or None]]
+    return Fit(reader.layout.form, dataset_of(whole), left_out, reader.layout.unused)
 
 
 def _tell_unused(spec: DataSource, columns: Sequence[str]) -> None:

@@ -62,6 +62,40 @@ def test_each_row_keeps_its_own(kind: str, streaming: bool, tmp_path: Path, capl
     assert all("'think'" in text for text in texts)
 
 
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams come in file order, three rows at a time."""
+    monkeypatch.setattr("hf_contmerge.training._rows._BUFFER", 1)
+    monkeypatch.setattr("hf_contmerge.training._rows._CHUNK", 3)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_tools_that_begin_late_in_a_stream(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    late = [{"messages": talk(i), **({"tools": TOOLS[0], "id": i} if i > 5 else {})} for i in range(9)]
+    data = load(**write(tmp_path / "late.jsonl", late), streaming=True, max_examples=7)
+    for row in [*data.train, *data.heldout]:
+        number = int(row["messages"][0]["content"].removeprefix("ask "))  # pyright: ignore
+        assert (json.loads(row["tools"]) if row["tools"] else None) == (TOOLS[0] if number > 5 else None)  # pyright: ignore
+    assert caplog.text.count("these columns are not used: id") == 1
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ({"chosen": "yes", "rejected": "no"}, {"prompt": "Really?"}),
+        ({"text": "words"}, {"messages": talk(1)}),
+        ({"messages": talk(1)}, {"chat_template_kwargs": {"think": True}}),
+    ],
+)
+def test_a_column_that_begins_late_in_a_stream_and_changes_the_form(early: Any, late: Any, tmp_path: Path) -> None:
+    written = write(tmp_path / "late.jsonl", [early] * 7 + [early | late])
+    [name] = late
+    with pytest.raises(DataError, match=f"line 8 has {name}, which earlier rows of the stream lack"):
+        load(**written, streaming=True, max_examples=7)
+
+
 def test_lengths_are_those_of_the_turns(tmp_path: Path) -> None:
     assert len(load(**write(tmp_path / "lengths.jsonl", rows()), max_chars=12).train) == 7
 
