@@ -11,14 +11,14 @@ STATE/stages/law/scores.json          summary of these scores, and forgetting pe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hf_contmerge.errors import RecipeError
 from hf_contmerge.run.places import Place
-from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.run.recipe.parts import Evaluate, SameWithin, Task
 from hf_contmerge.run.scores import Scores, load_scores
 from hf_contmerge.runtime.records import read_record, write_record
 from hf_contmerge.scoring.forgetting.paired import mean_change, same_documents
@@ -79,7 +79,7 @@ class StageScores:
         kept = {"evaluate": evaluate.model_dump(mode="json"), "tasks": [t.model_dump(mode="json") for t in tasks]}
         write_record(self.settings_file, kept)
 
-    def summary(self, stages: Sequence[str]) -> dict[str, Any]:
+    def summary(self, stages: Sequence[str], same_within: SameWithin) -> dict[str, Any]:
         """Return the last stage's scores and forgetting."""
         last = stages[-1]
         rows = {"base": self.base, "expert": self.expert(last), "merged": self.merged(last)}
@@ -87,19 +87,19 @@ class StageScores:
             "stage": last,
             "stages": list(stages),
             "scores": {name: _short(load_scores(place)) for name, place in rows.items()},
-            "forgetting": self.forgetting(stages),
+            "forgetting": self.forgetting(stages, same_within),
         }
 
-    def forgetting(self, stages: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def forgetting(self, stages: Sequence[str], same_within: SameWithin) -> dict[str, dict[str, Any]]:
         """Compare each task's score with its best earlier score.
 
         As in Chaudhry et al. (ECCV 2018), per task: `change` is utility now - best over the base and earlier merges.
         It is negative for forgetting, and has a paired 95 % interval over the same documents. Utilities: accuracy, or
-        -ln(perplexity).
+        -ln(perplexity). A change below `same_within` is "the same".
         """
         rows = [("base", load_scores(self.base)), *((s, load_scores(self.merged(s))) for s in stages)]
         now = rows[-1][1]
-        return {task: _row(task, now, rows[:-1]) for task in now}
+        return {task: _row(task, now, rows[:-1], same_within.model_dump()) for task in now}
 
 
 def table(summary: dict[str, Any]) -> list[str]:
@@ -119,7 +119,9 @@ def _short(scores: Scores) -> dict[str, dict[str, Any]]:
     }
 
 
-def _row(task: str, now: Scores, earlier: Sequence[tuple[str, Scores]]) -> dict[str, Any]:
+def _row(
+    task: str, now: Scores, earlier: Sequence[tuple[str, Scores]], matters: Mapping[str, float]
+) -> dict[str, Any]:
     row: dict[str, Any] = {"metric": now[task].metric, "now": now[task].value}
     comparable = [
         (name, scores) for name, scores in earlier if task in scores and same_documents(now[task], scores[task])
@@ -132,5 +134,5 @@ def _row(task: str, now: Scores, earlier: Sequence[tuple[str, Scores]]) -> dict[
         return row
     return row | {
         "best": best[task].value, "best_after": after, "change": change.mean, "low": change.low, "high": change.high,
-        "seen": change.seen,
+        "seen": replace(change, matters=matters[now[task].block]).seen,
     }  # fmt: skip

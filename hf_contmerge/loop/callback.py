@@ -233,7 +233,8 @@ def _log_scores(
     stage: _Stage, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
 ) -> None:
     """Write scores.json; log the scores to history and trackers."""
-    summary = stage.scores.summary([e.stage for e in stage.state.log().experts])
+    stages = [e.stage for e in stage.state.log().experts]
+    summary = stage.scores.summary(stages, stage.evaluate.same_within)
     write_record(stage.folder / "scores.json", summary)
     for line in table(summary):
         LOG.info("%s: %s", stage.name, line)
