@@ -11,8 +11,9 @@ kinds of interval were compared on simulated documents (tests/benchmarks/coverag
 
 A mean hides documents that went wrong while others went right. `flips` counts both, beyond what guessing does by
 itself: with c the chance of a guess, q = max(0, (accuracy - c) / (1 - c)) the share of known answers, and independent
-guesses, a document that neither model knows is right before and wrong after in (1 - q_old)(1 - q_new) c (1 - c) of
-cases. The limits of such a share are no closer than Wilson's of the documents that changed sides, and end at 0.
+knowledge and guesses, a document that neither model knows is right before and wrong after in (1 - q_old)(1 - q_new)
+c (1 - c) of cases. The limits of such a share are no closer than Wilson's of the documents that changed sides, and end
+at 0.
 
 Means over tasks combine by squaring the distances from the estimate to its limits (Zou & Donner 2008). Answers to the
 same documents in several comparisons (a study's runs) are one sample, whose size is the effective one: that of as many
