@@ -119,9 +119,7 @@ def _short(scores: Scores) -> dict[str, dict[str, Any]]:
     }
 
 
-def _row(
-    task: str, now: Scores, earlier: Sequence[tuple[str, Scores]], matters: Mapping[str, float]
-) -> dict[str, Any]:
+def _row(task: str, now: Scores, earlier: Sequence[tuple[str, Scores]], matters: Mapping[str, float]) -> dict[str, Any]:
     row: dict[str, Any] = {"metric": now[task].metric, "now": now[task].value}
     comparable = [
         (name, scores) for name, scores in earlier if task in scores and same_documents(now[task], scores[task])

@@ -207,7 +207,7 @@ class SameWithin(Part):
 
     accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """A share of right answers."""
-    perplexity: Annotated[float, Field(ge=0)] = 0.02
+    perplexity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     """Nats of -ln(perplexity)."""
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from hf_contmerge.errors import RecipeError, unknown
-from hf_contmerge.run.recipe.parts import Dataset, Evaluate, Guard, MixedSource, Rung, Task
-from hf_contmerge.run.recipe.schema import Merge, Publish, Recipe, Stage, Train
+from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.streams import with_stream
 from hf_contmerge.runtime.foreign import LARGEST_YAML, SafeLoader, is_too_long, parse_yaml
 from hf_contmerge.runtime.hiding import blanked, is_control, secrets_in, shown
@@ -192,13 +191,15 @@ def explain(error: ValidationError, where: str, root: type[BaseModel] = Recipe) 
     return f"{where}: " + "\n  ".join(lines)
 
 
-_PARTS: dict[str, type[BaseModel]] = {
-    "stages": Stage, "train": Train, "merge": Merge, "evaluate": Evaluate, "guard": Guard, "ladder": Rung,
-    "publish": Publish, "dataset": Dataset, "mix": MixedSource, "tasks": Task, "general_tasks": Task,
-}  # fmt: skip
-
-
 def _fields_at(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     for part in loc:
-        model = _PARTS.get(str(part), model)
+        field = model.model_fields.get(str(part))
+        model = (field and _part_in(field.annotation)) or model
     return list(model.model_fields)
+
+
+def _part_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the part of a recipe in a field's type, if any."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((part for inner in get_args(annotation) if (part := _part_in(inner))), None)

@@ -201,6 +201,18 @@ def test_recipe_errors_are_value_errors_that_end_the_program_with_2() -> None:
             "Unknown field 'fewshot' in evaluate.general_tasks.0. Did you mean 'num_fewshot'?",
         ),
         ({"publish": {"repo": "me/law"}}, "Unknown field 'repo' in publish. Did you mean 'repo_id'?"),
+        (
+            {"evaluate": {"same_within": {"points": 1}}},
+            "Unknown field 'points' in evaluate.same_within. Known: accuracy, perplexity.",
+        ),
+        (
+            {"train": {"statistics": {"rows": 9}}},
+            "Unknown field 'rows' in train.statistics. Known: batch_size, examples, kinds, max_length.",
+        ),
+        (
+            {"merge": [{"rule": "opcm", "layers": {"middle": 1}}]},
+            "Unknown field 'middle' in merge.0.layers. Known: first, last.",
+        ),
     ],
 )
 def test_an_unknown_field_is_answered_with_the_nearest_one(change: Data, text: str) -> None:
@@ -233,6 +245,7 @@ def test_a_missing_field_further_in_is_named_with_its_place() -> None:
         ({"stages": [{"name": "law", "dataset": {"path": "a", "heldout": -1}}]}, "stages.0.dataset.heldout: Input"),
         ({"merge": [{"rule": "opcm", "start_from": "init"}]}, "'base', 'previous' or 'merged' (got 'init')"),
         ({"evaluate": {"batch_size": "automatic"}}, "evaluate.batch_size"),
+        ({"evaluate": {"same_within": {"perplexity": float("inf")}}}, "perplexity: Input should be a finite number"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_shown_with_what_would_be_right(change: Data, text: str) -> None:

@@ -120,6 +120,7 @@ def test_what_is_wrong_is_one_sentence(fields: dict[str, Any], said: str) -> Non
         ({"settings": [{"name": "x", "set": {"output": "y"}}]}, "output cannot vary here"),
         ({"settings": [{"name": "x", "set": {}}, {"name": "x", "set": {"seed2": 1}}]}, "two settings are named x"),
         ({"order": 3}, "Unknown field 'order' in the study"),
+        ({"settings": [{"name": "a", "set": {}, "at": 1}]}, "Unknown field 'at' in settings.0. Known: name, set."),
         ({"seeds": []}, "seeds"),
         ({"seeds": [0, -1]}, r"seeds\.1: Input should be greater than or equal to 0 \(got -1\)"),
         ({"seeds": [0, 2**40]}, r"seeds\.1: Input should be less than or equal to 4294967295"),
