@@ -118,13 +118,19 @@ class Fold:
         return bool(self.rule.needs) and list(self.rule.parts(weight).values()) != [weight.shape]
 
     def _shadowed(self, names: Sequence[str]) -> set[str]:
-        """Return the matrices with a shadow, by state or first fold."""
+        """Return the matrices with a shadow, by state or first fold.
+
+        Experts that changed no matrix leave the choice to the first one that does.
+        """
         if not self.rule.ill_posed:
             return set()
-        if self.before:
-            return self.before.shadowed()
+        if self.before and (kept := self.before.shadowed()):
+            return kept
         weights = [self._weight(name) for name in names]
-        return shadowed([w.name for w in weights if w.is_matrix and list(self.rule.parts(w)) == [""]])
+        matrices = [w.name for w in weights if w.is_matrix and list(self.rule.parts(w)) == [""]]
+        if self.before and any(self.before.holds(name) for name in matrices):
+            return set()  # a state of an earlier version: how far it has grown so far is unknown
+        return shadowed(matrices)
 
     def _shadow_before(self, name: str) -> Tensor | None:
         shadow = self.before.shadow(name) if self.before else None

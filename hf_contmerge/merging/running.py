@@ -61,6 +61,11 @@ class Running:
             return None
         return {key.partition(_OF)[2]: self._dense.tensor(key) for key in self._keys[name]}
 
+    def holds(self, name: str) -> bool:
+        """Say if a weight's state is nonzero."""
+        state = self.state(name)
+        return state is not None and any(bool(part.any()) for part in state.values())
+
     def factored(self, name: str) -> Factored:
         file = Weights(self._factors[name])
         parts = ("left", "core", "right", *(("shadow",) if "shadow" in file.names else ()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from toys.loras import lora
 from toys.models import perturbed, toy_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_contmerge.commands.main import main
 from hf_contmerge.merge_rules import Norms, Weight
@@ -149,6 +150,23 @@ def test_low_rank_states_have_shadows_too(base: Path, tmp_path: Path) -> None:
     block = MergeState.create(tmp_path / "block", base=base, rule="opcm").add(*adapters)
     assert block.log().trust() is None
     assert not Running(block.require_running()).shadowed()
+
+
+def test_a_first_expert_without_a_changed_matrix_hides_nothing(base: Path, experts: list[Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.01)
+    model.save_pretrained(tmp_path / "norm")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "norm")
+    grown = {}
+    for first in ([], [tmp_path / "norm"]):
+        state = MergeState.create(tmp_path / f"s{len(first)}", base=base, rule="opcm", variant="paper")
+        for expert in (*first, *experts[:3]):
+            state.add(expert)
+        trust = state.log().trust()
+        assert trust
+        grown[len(first)] = trust.amplification
+    assert grown[1] == pytest.approx(grown[0], rel=1e-3)
 
 
 def test_where_two_machines_would_differ_there_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
