@@ -49,7 +49,8 @@ _AT_THE_END = {
     IN_CONTEXT: "the base model, with training examples in its prompt",
 }
 _ON_THE_CARD = (
-    "acc", "la", "bwt", "normalised", "joint_kept", "general_delta", "lost", "regained", "general_lost", "fuar",
+    "acc", "la", "bwt", "normalised", "joint_kept", "general_delta", "lost", "regained", "general_lost",
+    "general_gained", "fuar",
 )  # fmt: skip
 
 

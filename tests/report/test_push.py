@@ -410,6 +410,16 @@ def test_card_shows_natural_metrics_and_forgetting(run: Run) -> None:
     assert f"| {alone} | – | – | – | – | – |" in answers
 
 
+def test_card_counts_documents_that_changed_sides(run: Run) -> None:
+    known = {"chance": 0.0, "chance_variance": 0.0}
+    for place, right in ((run.base, 0.5), (run.merged(1, magmax(run)), 0.5), (run.merged(2, magmax(run)), 0.375)):
+        values = scores(law=-2.0, arc=0.25, piqa=right)
+        put(place, {name: {**value, "details": known} for name, value in values.items()})
+    answers = model_card(run, magmax(run)).partition("### Metrics, accuracy")[2]
+    assert "| general Δ | general right → wrong | general wrong → right |" in answers
+    assert "| −0.125 | −0.125 | +0.000 |" in answers
+
+
 def test_card_has_the_words_of_the_report_for_metrics(run: Run) -> None:
     card = model_card(run, magmax(run))
     names = ("acc", "la", "bwt", "normalised", "general_delta", "fuar")
