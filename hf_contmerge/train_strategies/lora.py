@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_contmerge.models.loading import fold_adapter
+from hf_contmerge.models.loading import fold_adapter, plain_model
+from hf_contmerge.models.lora.settings import check_to_train
 from hf_contmerge.runtime.patterns import require_quick_lora
 from hf_contmerge.train_strategies import TrainStrategy
 from hf_contmerge.train_strategies._weights import trained
@@ -40,6 +41,7 @@ class Lora(TrainStrategy):
         chosen = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
         require_quick_lora(chosen)
         LoraConfig(**chosen)  # says at once what it does not know
+        check_to_train(chosen, keep=keep)
         self.config, self.keep = chosen, keep
 
     def keeps_adapter(self) -> bool:
@@ -53,13 +55,56 @@ class Lora(TrainStrategy):
         config = LoraConfig(**self.config)
         if self.config["target_modules"] == "all-linear" and not config.exclude_modules:
             config.exclude_modules = _tuple_routers(model) or None
-        return get_peft_model(model, config)
+        tied = _is_tied(model)
+        opened = get_peft_model(model, config)
+        _check_tables(opened, config, tied=tied)
+        if config.lora_bias:
+            _check_biases(opened)
+        return opened
 
     def close(self, model: Any) -> PreTrainedModel:
         if self.keep:
             return model
         plain, self.kept_by_rounding = fold_adapter(model)
         return plain
+
+
+def _is_tied(model: Any) -> bool:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(table, "weight", head)
+
+
+def _check_tables(opened: Any, config: Any, *, tied: bool) -> None:
+    """Raise ValueError for tables that cannot be adapted.
+
+    `tied`: whether head and token embedding are one, of which peft adapts one use alone: folded in, it changes both.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+
+    plain = plain_model(opened)
+    tables = [plain.get_output_embeddings(), plain.get_input_embeddings()]
+    changed = [table for table in tables if isinstance(table, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    kept_one = config.ensure_weight_tying and all(isinstance(table, ModulesToSaveWrapper) for table in changed)
+    if tied and changed and not kept_one:
+        raise ValueError(
+            "the token embedding and the head are one table here (tie_word_embeddings), and the adapter would change "
+            "one use of it alone. Leave it out of target_modules and trainable_token_indices; or train all of it: "
+            "`modules_to_save: [embed_tokens]` with `ensure_weight_tying: true`"
+        )
+    if isinstance(tables[0], TrainableTokensWrapper):
+        raise ValueError(
+            "trainable_token_indices cannot be of the head, whose weight TRL reads itself; name the embedding"
+        )
+
+
+def _check_biases(opened: nn.Module) -> None:
+    """Raise ValueError for a bias that nothing can take."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in opened.named_modules():
+        if isinstance(layer, LoraLayer) and getattr(layer.base_layer, "bias", None) is None:
+            raise ValueError(f"lora_bias needs layers with a bias to fold it into, and {name} has none; remove it")
 
 
 def _tuple_routers(model: nn.Module) -> list[str]:

@@ -79,6 +79,8 @@ REFUSED = {
 }
 """Settings that are refused unless empty."""
 
+_NOT_FOLDED = ("alora_invocation_tokens", "layer_replication")
+"""Of these, those that are no change of weights when peft folds them in, either."""
 _FROM_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _FROM_CHANGED_BASE = ("pissa", "corda", "olora", "lora_ga")
 
@@ -101,6 +103,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     _require_known(path, settings)
     return settings
+
+
+def check_to_train(settings: Mapping[str, Any], *, keep: bool) -> None:
+    """Raise ValueError for training settings without a change of weights.
+
+    `keep`: whether the adapter itself is the expert, which `read_settings` must take.
+    """
+    for word in REFUSED if keep else _NOT_FOLDED:
+        if settings.get(word):
+            raise ValueError(f"{word} makes an adapter that cannot be merged: it {REFUSED[word]}; remove it")
+    init = str(settings.get("init_lora_weights", True)).lower()
+    if keep and (init.startswith(_FROM_CHANGED_BASE) or init == "loftq"):
+        raise ValueError(
+            f"init_lora_weights {init} starts from a changed base, so that an adapter that is kept would not fit the "
+            "base; remove it, or `keep`"
+        )
 
 
 def check_loadable(folder: Path) -> None:
