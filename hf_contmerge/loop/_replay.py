@@ -16,7 +16,6 @@ from hf_contmerge.loop.stages import train_at
 from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.run.recipe.parts import Rung
 from hf_contmerge.runtime.files import remove
-from hf_contmerge.train_strategies.replay import Replay
 from hf_contmerge.training.settings import make_strategies
 
 
@@ -48,9 +47,11 @@ def _remember(job: MergeJob, memory: Path, rung: Rung) -> None:
     if earlier:
         shutil.copytree(earlier, memory, dirs_exist_ok=True)
     remove(memory / "replay")
-    if make_strategies(with_replay(job.run.recipe.train, rung)).synthesis():
+    strategies = make_strategies(with_replay(job.run.recipe.train, rung))
+    if strategies.synthesis():
         return
-    sizes: dict[str, Any] = {k: v for k, v in rung.parameters.items() if k == "examples"}
+    known: Any = nn.Module()
+    known.name_or_path = str(job.prepared.base)  # whose tokenizer counts, if the memory's size is in tokens
     chain: list[Path] = []
     for i in range(1, job.t):
         stage = job.run.stage(i)
@@ -58,7 +59,7 @@ def _remember(job: MergeJob, memory: Path, rung: Rung) -> None:
             chain.append(memory / f".replay-{i}")
             chain[-1].mkdir(parents=True)
             data = job.prepared.data[stage.name].train
-            Replay(**sizes).remember(nn.Module(), data, chain[-2] if len(chain) > 1 else None, chain[-1])
+            strategies.parts["replay"].remember(known, data, chain[-2] if len(chain) > 1 else None, chain[-1])
     chain[-1].rename(memory / "replay")
     for folder in chain[:-1]:
         remove(folder)

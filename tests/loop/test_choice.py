@@ -14,6 +14,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from pyarrow import parquet
 from safetensors.torch import load_file
 from toys.guarded import make_home, recipe
 from toys.models import write_jsonl
@@ -36,6 +37,7 @@ from hf_contmerge.run.recipe.text import load_recipe, parse_recipe
 from hf_contmerge.run.scores import load_scores
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.scoring.forgetting.budget import judge
+from hf_contmerge.train_strategies.replay import Replay
 
 Data = dict[str, Any]
 
@@ -232,6 +234,42 @@ def test_a_stage_is_trained_again_with_examples_of_earlier_ones(home: Path, tmp_
     assert record["guard"]["taken"] == "keep_previous"
     assert record["tries"][1]["scale"] == 1.0
     assert record["tries"][1]["utilities"] != record["tries"][0]["utilities"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "rung", "wanted"),
+    [({}, {}, 16), ({}, {"examples": 3}, 3), ({"examples": 3}, {}, 3), ({}, {"tokens": 60}, None)],
+)
+def test_a_rungs_memory_has_the_size_that_was_set(
+    own: Data, rung: Data, wanted: int | None, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the rung, or for the run; in tokens too."""
+    ladder = [{"do": "replay", "parameters": rung}, "keep_previous"]
+    data = recipe(home, "quiet", guard={"max_forgetting": 0.0, "on": "stages", "ladder": ladder})
+    data["stages"] = [
+        {"name": n, "dataset": {"path": str(home / f"{n}.jsonl"), "heldout": 8}} for n in ("own", "other")
+    ]
+    data["stages"][1]["train"] = {"learning_rate": 1.0}
+    data["merge"] = [{"rule": "ema", "parameters": {"beta": 0.0}, "start_from": "base"}]
+    strategy = {"strategy": ["full", "replay"], "parameters": {"replay": own}} if own else {}
+    data["train"] = {"max_steps": 4, "per_device_train_batch_size": 4, "max_length": 32, "learning_rate": 1e-4,
+                     "save_strategy": "no", **strategy}  # fmt: skip
+    held: list[Any] = []
+    mix = Replay.mix
+
+    def noted(self: Replay, fresh: Any, memory: Path | None, *, seed: int) -> Any:
+        for path in sorted(memory.glob("*.parquet")) if memory else ():
+            held.extend(parquet.read_table(path).to_pylist())
+        return mix(self, fresh, memory, seed=seed)
+
+    monkeypatch.setattr(Replay, "mix", noted)
+    assert "replay" in whats(merged(carried_out(data, tmp_path / "run"), 2).record("merge"))
+    if wanted:
+        assert len(held) == wanted
+    else:
+        assert 0 < len(held) < 16
+        assert sum(row["replay_size"] for row in held) <= 60
 
 
 @pytest.mark.slow
