@@ -95,6 +95,8 @@ class TrainStrategy:
     bytes_per_parameter: ClassVar[int] = 0
     """Of memory while training, for each of the model's parameters: weights, gradients and Adam's two moments (of
     carriers), or what the strategy adds to them (of others)."""
+    bytes_in_checkpoints: ClassVar[int] = 0
+    """Of `state`, for each trained parameter."""
     carriers: ClassVar[tuple[str, ...] | None] = None
     """The carriers that it can be combined with; None: any."""
     sharded: ClassVar[bool] = True
@@ -274,6 +276,10 @@ class Combined:
     @property
     def bytes_per_parameter(self) -> int:
         return sum(part.bytes_per_parameter for part in self.parts.values())
+
+    @property
+    def bytes_in_checkpoints(self) -> int:
+        return sum(part.bytes_in_checkpoints for part in self.parts.values())
 
     def not_sharded(self) -> list[str]:
         """Return the strategies without FSDP2 support."""

@@ -48,6 +48,8 @@ class Soup(TrainStrategy):
     turn: ClassVar[int] = 2
     bytes_per_parameter: ClassVar[int] = 4  # where all weights are trained; as many again with `pull`
 
+    bytes_in_checkpoints: ClassVar[int] = 4
+
     decay: Decay | None = None
     window: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the stage's steps over which the rate would fall; 0.5 if nothing is said."""

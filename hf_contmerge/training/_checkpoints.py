@@ -14,7 +14,7 @@ from hf_contmerge.runtime.records import read_record, write_record
 
 LOG = logging.getLogger(__name__)
 
-_TO_RESUME = ("optimizer", "scheduler", "rng_state", "scaler", DIGESTS)
+_TO_RESUME = ("optimizer", "scheduler", "rng_state", "scaler", "sampled", DIGESTS)
 """Files of a checkpoint that only resumed training reads."""
 
 

@@ -156,7 +156,9 @@ def trained_part(planned: PlannedRun) -> Trained:
     if not planned.data:
         return Trained(0)
     step = _dry_training(planned, next(iter(planned.data)), train.model_dump_json()).step
-    return Trained(step.trained, make_strategies(train).carrier.keeps_adapter())
+    strategies = make_strategies(train)
+    state = strategies.bytes_in_checkpoints * step.trained
+    return Trained(step.trained, strategies.carrier.keeps_adapter(), state)
 
 
 def synthesised_bytes(planned: PlannedRun, step: Step) -> int:

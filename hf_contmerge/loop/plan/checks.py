@@ -489,10 +489,12 @@ def check_replay(recipe: Recipe, data: Mapping[str, StageData]) -> None:
 def disk_needed(run: Run, prepared: Prepared) -> int:
     """Return an upper bound of the unfinished phases' bytes."""
     base = Weights(prepared.base)
-    carrier = make_strategies(run.recipe.train).carrier
+    strategies = make_strategies(run.recipe.train)
+    carrier = strategies.carrier
     # An adapter's size needs the model; it is small enough to leave out.
     whole = carrier.bytes_per_parameter >= Full.bytes_per_parameter
-    trained = Trained(base.numel() if whole else 0, carrier.keeps_adapter())
+    count = base.numel() if whole else 0
+    trained = Trained(count, carrier.keeps_adapter(), strategies.bytes_in_checkpoints * count)
     uses = (disk_use(s, run, base, prepared.rules, trained) for s in run_steps(run, prepared.kinds) if not s.done)
     return disk_need(uses).peak
 

@@ -31,6 +31,8 @@ class Trained:
     """Number of trained parameters."""
     as_adapter: bool = False
     """Whether the expert is stored as an adapter."""
+    state: int = 0
+    """Bytes of the strategies' own state in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
         expert += statistics_bytes(base, train.statistics.kinds) if stage.dataset and train.statistics else 0
         fields = train.sft_fields
         saved = stage.dataset and fields.get("save_strategy", "steps") != "no"
-        at_work = _checkpoint_bytes(trained.count, fields) if saved else 0
+        moving = train.learn == "sdft" and fields.get("teacher_model_kind") == "ema"
+        teacher = model_bytes(base, torch.float32) if moving else 0
+        at_work = _checkpoint_bytes(trained, fields, teacher) if saved else 0
         return DiskUse(expert, at_work + _earlier_bytes(run, trained) if stage.dataset else 0)
     if step.phase == "merge" and isinstance(step.place, MergePlace):
         entry, rule = step.place.entry, rules[step.place.entry.name]
@@ -90,7 +94,7 @@ def disk_use(step: Step, run: Run, base: Weights, rules: Mapping[str, MergeRule]
 
 def _earlier_bytes(run: Run, trained: Trained) -> int:
     """Return the bytes of the checkpoints kept for a guard."""
-    return 4 * trained.count * run.recipe.guard.checkpoints if run.recipe.guard else 0
+    return (4 * trained.count + trained.state) * run.recipe.guard.checkpoints if run.recipe.guard else 0
 
 
 def disk_need(uses: Iterable[DiskUse]) -> DiskNeed:
@@ -122,10 +126,11 @@ def statistics_bytes(base: Weights, kinds: Iterable[str]) -> int:
     return sum(inputs if kind == "inputs" else 4 * sum(math.prod(w.shape) for w in weights) for kind in {*kinds})
 
 
-def _checkpoint_bytes(count: int, fields: Mapping[str, Any]) -> int:
-    """Return the bytes of coexisting checkpoints."""
+def _checkpoint_bytes(trained: Trained, fields: Mapping[str, Any], teacher: int) -> int:
+    """Return the bytes of coexisting checkpoints; `teacher`: of one that moves."""
     copies = min(_CHECKPOINTS, int(fields.get("save_total_limit") or 1) + 1)
-    return copies * (4 if fields.get("save_only_model") else 4 + _ADAM) * count
+    each = (4 if fields.get("save_only_model") else 4 + _ADAM) * trained.count
+    return copies * (each + trained.state + teacher)
 
 
 def _companions_bytes(base: Weights) -> int:

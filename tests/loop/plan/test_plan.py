@@ -33,16 +33,24 @@ from hf_contmerge.loop.plan._merging import _folding
 from hf_contmerge.loop.plan._planned import Host
 from hf_contmerge.loop.plan._scoring import _requests
 from hf_contmerge.loop.plan._training import _shape
+from hf_contmerge.loop.plan.disk import Trained, disk_use
 from hf_contmerge.merge_rules import get_rule
 from hf_contmerge.merging import MergeState
 from hf_contmerge.models.weights import Weights, WeightsWriter
+from hf_contmerge.run.places import ExpertPlace
+from hf_contmerge.run.recipe.parts import Dataset as DataSpec
 from hf_contmerge.run.recipe.parts import Evaluate, Task
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.runtime.crew import Crew
 from hf_contmerge.runtime.ranks import OneRank
 from hf_contmerge.scoring.files import write_choice_task
 from hf_contmerge.scoring.keys import ScoreRequest
 from hf_contmerge.scoring.score import score_loaded
+from hf_contmerge.training.data import load_stage_data
+from hf_contmerge.training.finetune import train_expert
+from hf_contmerge.training.job import TrainJob
+from hf_contmerge.training.limits import trainer_limits
 from hf_contmerge.training.settings import make_strategies
 
 Data = dict[str, Any]
@@ -219,6 +227,40 @@ def test_disk_is_what_the_run_left(planned_and_run: tuple[Data, Path]) -> None:
     files = [p for p in (home / "run/stages").rglob("*") if p.is_file() and not p.is_symlink()]
     took = sum(p.stat().st_size for p in files if "00-base/model" not in str(p))
     assert found["total"]["disk_kept_bytes"] == pytest.approx(took, rel=0.01)
+
+
+SDFT = {
+    "learn": "sdft", "teacher_model_kind": "ema", "max_completion_length": 4, "num_generations": 2,
+    "gradient_checkpointing": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [{}, {"strategy": "soup"}, SDFT], ids=["plain", "soup", "moving teacher"])
+def test_disk_of_a_checkpoint_is_what_it_takes(train: Data, tmp_path: Path) -> None:
+    """With a soup's average and a teacher that moves; a guard keeps the weights, and what they are averaged with."""
+    base = toy_llama(tmp_path / "base", seed=0, hidden=192)
+    count = Weights(base).numel()
+    fields = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "optim": "adamw_torch", **train}
+    settings = Train.model_validate(fields)
+    rows = [{"prompt": f"{i} is", "completion": " a number"} for i in range(8)]
+    limits = trainer_limits(settings, base, trust_remote_code=False)
+    data = load_stage_data(
+        DataSpec(path=str(write_jsonl(tmp_path / "x.jsonl", rows)), heldout=0), seed=0, limits=limits
+    )
+    job = TrainJob(start=base, base=base, data=data, train=settings, keep=1)
+    train_expert(job, tmp_path / "expert", checkpoints=tmp_path / "all", earlier=tmp_path / "earlier")
+    state = make_strategies(settings).bytes_in_checkpoints * count
+    recipe = {"name": "x", "base_model": str(base), "merge": ["average"], "train": fields,
+              "stages": [{"name": "s", "dataset": "x.jsonl"}],
+              "guard": {"ladder": [{"do": "earlier", "parameters": {"checkpoints": 1}}]}}  # fmt: skip
+    run = SimpleNamespace(recipe=parse_recipe(recipe), stage=lambda _: parse_recipe(recipe).stages[0])
+    place = ExpertPlace(tmp_path / "place", "base")
+    step = SimpleNamespace(phase="train", place=place, t=1)
+    planned = disk_use(step, run, Weights(base), {}, Trained(count, state=state)).at_work  # pyright: ignore
+    (last,) = (tmp_path / "all").glob("checkpoint-*")
+    (kept,) = (tmp_path / "earlier").glob("checkpoint-*")
+    takes = [sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in (last, kept)]
+    assert 2 * takes[0] + takes[1] == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.slow
