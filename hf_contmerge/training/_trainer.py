@@ -256,8 +256,8 @@ def _refuse_pairs(plain: type, strategies: Combined) -> None:
     names = strategies.texts_only()
     if names and not issubclass(plain, SFTTrainer):
         raise RecipeError(
-            f"train.strategy: {' and '.join(names)} needs the tokens of texts, and a stage has preferences. Give "
-            "that stage texts or conversations, or leave the strategy out."
+            f"train.strategy: {' and '.join(names)} needs the tokens of texts, and a stage has preferences, or samples "
+            "its answers. Give that stage texts or conversations, or leave the strategy out."
         )
 
 

@@ -22,7 +22,7 @@ from hf_contmerge.runtime.stopping import stop_after_checkpoint
 from hf_contmerge.train_strategies import Combined
 from hf_contmerge.train_strategies.replay import without_source
 from hf_contmerge.training._checkpoints import kept_checkpoints, kept_step, newest_checkpoint
-from hf_contmerge.training._forms import PREFERENCES, SAMPLED
+from hf_contmerge.training._forms import PREFERENCES, SAMPLED, Form
 from hf_contmerge.training._log import KeepEarlier, OnLog, TrainingLog, curve
 from hf_contmerge.training._mixing import mixed, mixed_record, source_names
 from hf_contmerge.training._noise import without_foreign_noise
@@ -82,7 +82,7 @@ def train_expert(
     _tell(trainer, on_log)
     _train_on(trainer, newest_checkpoint(checkpoints))
     _check_steps(trainer)
-    _check_gradients(trainer, strategies)
+    _check_gradients(trainer, strategies, job.data.form)
     strategies.finish(trainer.accelerator.unwrap_model(trainer.model))
     _remember(trainer, strategies, job, memory_out)
     change = stage_change(job.base, job.train, trust_remote_code=job.trust_remote_code)
@@ -244,20 +244,23 @@ def _check_steps(trainer: Any) -> None:
         )
 
 
-def _check_gradients(trainer: Any, strategies: Combined) -> None:
+def _check_gradients(trainer: Any, strategies: Combined, form: Form) -> None:
     """Raise DataError if no step had a gradient, logged or not."""
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     if norms and not any(norms):
         weighing = strategies.overriding("token_weights")
-        raise DataError(
-            f"Nothing was learnt: the gradient was zero in all {trainer.state.global_step} steps. "
-            + (
+        why = "Look at what the examples teach, and at the strategies' parameters."
+        if weighing:
+            why = (
                 f"The strategy {' and '.join(weighing)} gave no token a weight, which a model does that finds no token "
                 "likely: change its parameters, or leave it out."
-                if weighing
-                else "Look at what the examples teach, and at the strategies' parameters."
             )
-        )
+        if form == "prompts":
+            why = (
+                "All answers to a prompt earned the same, as where none is right: use a reward that tells them apart, "
+                "easier prompts, or more answers (num_generations, max_completion_length)."
+            )
+        raise DataError(f"Nothing was learnt: the gradient was zero in all {trainer.state.global_step} steps. {why}")
 
 
 def _tell(trainer: Any, on_log: OnLog) -> None:

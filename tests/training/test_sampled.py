@@ -321,6 +321,14 @@ def test_answers_earn_more_of_a_reward(parts: Any, vowels: Path, base_folder: Pa
     )
 
 
+def test_rewards_that_tell_no_answers_apart(base_folder: Path, tmp_path: Path) -> None:
+    data = load(tmp_path / "never-right.jsonl", base_folder, rows_of(12), GRPO)
+    with pytest.raises(
+        DataError, match=r"zero in all 1 steps\. All answers to a prompt earned the same, as where none"
+    ):
+        Training(tmp_path, base_folder, data)("none", {}, **GRPO, **{**SAMPLED, "max_steps": 1})
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_grpo_at_another_temperature(temperature: float, vowels: Path, base_folder: Path, tmp_path: Path) -> None:
     """The loss is then of another distribution than the model's logits without it."""
