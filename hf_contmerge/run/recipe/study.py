@@ -185,13 +185,15 @@ def study_cells(study: Study) -> list[StudyCell]:
     plain = parse_recipe(study.recipe, where=where)
     _require_few(study, len(plain.stages))
     orders = study_orders(study, [stage.name for stage in plain.stages])
-    cells, first = [], None
+    cells, first, known = [], None, dict[str, str]()
     for setting, fields in study.changes():
         data: Any = copy.deepcopy(study.recipe)
         for field, value in fields.items():
             set_field(data, field, copy.deepcopy(value), f"setting {setting} of study {study.name}")
         varied = parse_recipe(data, where=f"{where}, setting {setting}")
         _require_comparable(study, plain, (first := first or (setting, varied)), (setting, varied))
+        if (same := known.setdefault(varied.model_dump_json(), setting)) != setting:
+            raise RecipeError(f"Settings {same} and {setting} of study {study.name} are the same; each counts once.")
         stages = {stage["name"]: stage for stage in with_stream(data)["stages"]}
         for seed, (number, order) in itertools.product(study.seeds, enumerate(orders, 1)):
             run = {**data, "seed": seed, "name": "cell", "output": None, "stages": [stages[name] for name in order]}

@@ -98,6 +98,8 @@ def test_random_orders_are_the_same_each_time() -> None:
         ({"seeds": [0, 1], "vary": {"train.parameters.x.y.z": [1]}, "recipe": {"stages": 3}}, "stages"),
         ({"seeds": [0, 1], "vary": {"merge.3.rule": ["opcm"]}}, "no path 'merge.3.rule'"),
         ({"seeds": [0, 1], "vary": {"evaluate.limt": [3]}}, "Unknown field 'limt'"),
+        ({"vary": {"train.learning_rate": [0.1, "0.1"]}}, "Settings learning_rate-0.1 and .* are the same"),
+        ({"settings": [{"name": "x", "set": {}}, {"name": "y", "set": {"train": {}}}]}, "Settings x and y"),
         ({"vary": {"evaluate.limit": [10, 20]}}, "is 10 in setting limit-10 and 20 in limit-20"),
         ({"settings": [{"name": "x", "set": {"stages.0.name": "zz"}}, {"name": "y", "set": {}}]},
          "Setting x of study s has the stages zz, medicine, code, and the recipe has law, medicine, code"),
