@@ -22,7 +22,7 @@ from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.stages import OnLog, train_at
 from hf_contmerge.run.places import ExpertPlace, Record
 from hf_contmerge.runtime.digests import digests_below
-from hf_contmerge.runtime.files import FOREVER, FolderLock, link_files
+from hf_contmerge.runtime.files import FOREVER, FolderLock, link_files, remove
 from hf_contmerge.runtime.ranks import Ranks
 from hf_contmerge.training.job import TrainJob, rows_sha256
 
@@ -80,6 +80,7 @@ def _link(source: ExpertPlace, target: ExpertPlace, more: Record) -> None:
             link_files(source.folder / name, target.scratch(name))
             target.publish(name)
     target.finish("train", {**source.record("train"), **more})
+    remove(target.checkpoints)  # of a training that was stopped before another run had done it
 
 
 def _digest(job: TrainJob) -> str:

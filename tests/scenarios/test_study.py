@@ -210,6 +210,20 @@ def test_parts_cover_the_grid_and_report_at_the_end(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
+def test_a_training_that_another_run_has_done_leaves_no_checkpoints(done: Path, tmp_path: Path) -> None:
+    """It was stopped halfway; meanwhile, a run of another part trained the same expert."""
+    shutil.copytree(done / "out", tmp_path / "out", symlinks=True)
+    run = Run.load(tmp_path / "out/runs/plain_order-2_seed-1")
+    assert main(["redo", str(run.folder), "train"]) == 0
+    stopped = run.expert(1, "base").checkpoints / "checkpoint-1"
+    stopped.mkdir(parents=True)
+    (stopped / "optimizer.pt").write_bytes(b"half")
+    assert main(["study", str(done / "study.yml"), "--out", str(tmp_path / "out")]) == 0
+    assert run.expert(1, "base").record("train")["shared"]
+    assert not list(run.folder.rglob("checkpoints"))
+
+
+@pytest.mark.slow
 def test_a_cell_that_stops_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Something lies in the place of one; one sentence says so, the others are done."""
     study, runs = str(study_home(tmp_path)), tmp_path / "out/runs"
