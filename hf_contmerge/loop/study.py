@@ -141,7 +141,8 @@ def run_cells(folder: StudyFolder, cells: Sequence[StudyCell], *, trust_remote_c
         listed = "".join(f"\n  {name}: {error}" for name, error in stopped.items())
         raise RunError(
             f"{len(stopped)} of {len(cells)} cells of {folder.folder} stopped; the others are done:{listed}\n"
-            "The same command runs these again."
+            "The same command runs these again. The report needs all runs: take the settings of those that will stop "
+            "again out of the study's file, and the same command reports the others."
         )
 
 

@@ -406,7 +406,7 @@ def _summary(study: StudyResults, said: Sequence[str]) -> dict[str, Any]:
         "orders": study.orders, "seeds": study.seeds,
         "lines": [
             {"line": x.title, "block": b, "mean": {m: x.mean(b, m) for m in _SHOWN},
-             "intervals": {m: _limits(x.estimate(b, m)) for m in _LITERATURE}, **_cost_facts(x),
+             "intervals": {m: _limits(x.estimate(b, m), judged=m != "acc") for m in _LITERATURE}, **_cost_facts(x),
              "against_reference": {s: _limits(study.change(x, b, s)) for s in SCOPES} if x is not study.reference
              else None}
             for b in study.blocks for x in study.lines if x.measures(b)
@@ -423,8 +423,12 @@ def _cost_facts(line: StudyLine) -> dict[str, Any]:
     }
 
 
-def _limits(change: Change | None) -> dict[str, Any] | None:
-    return {"mean": change.mean, "low": change.low, "high": change.high, "seen": change.seen} if change else None
+def _limits(found: Change | None, *, judged: bool = True) -> dict[str, Any] | None:
+    """Return an interval; a level, not `judged`, is neither better nor worse."""
+    if not found:
+        return None
+    limits = {"mean": found.mean, "low": found.low, "high": found.high}
+    return {**limits, "seen": found.seen} if judged else limits
 
 
 def _rows(study: StudyResults) -> Iterator[Sequence[Any]]:

@@ -186,6 +186,8 @@ def test_the_literatures_table_has_metrics_intervals_and_costs(tmp_path: Path, m
         assert limits["low"] < limits["mean"] < limits["high"]
         assert limits["mean"] == pytest.approx(one["mean"][metric])
     assert one["intervals"]["fwt"] is None
+    assert "seen" not in one["intervals"]["acc"]  # a level is no change
+    assert one["intervals"]["bwt"]["seen"]
     quiz = found["plain: magmax", "accuracy"]["intervals"]["general_lost"]
     assert -1 <= quiz["low"] <= quiz["mean"] <= quiz["high"] <= 0
     assert (one["seconds"], one["peak_memory_bytes"]) == (276.0, 3 * 2**30)

@@ -234,6 +234,7 @@ def test_a_cell_that_stops_does_not_stop_the_others(tmp_path: Path, capsys: pyte
     assert "1 of 4 cells" in said
     assert "plain_order-2_seed-0 is not empty and holds no run" in said
     assert "Traceback" not in said
+    assert "take the settings of those that will stop again out of the study's file" in said
     assert all(Run.load(runs / f"plain_order-{n}_seed-{s}").is_complete() for n, s in ((1, 0), (1, 1), (2, 1)))
 
 
