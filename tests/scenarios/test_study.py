@@ -282,6 +282,27 @@ def test_changed_data_are_not_mixed_with_the_old(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.slow
+def test_changed_models_are_not_mixed_with_the_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, out = str(study_home(tmp_path, seeds=[0], orders="all")), tmp_path / "out"
+    recipe = yaml.safe_load((tmp_path / "recipe.yml").read_text())
+    recipe["stages"][1] = {"name": "given", "expert": str(toy_llama(tmp_path / "given", seed=7))}
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    assert main(["study", study, "--out", str(out), "--part", "1/2"]) == 0
+    first = out / "runs/plain_order-1_seed-0"
+    for name, what in (("base", "base model"), ("given", "expert")):
+        weights = tmp_path / name / "model.safetensors"
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        for words in ([], ["--plan"]):
+            capsys.readouterr()
+            assert main(["study", study, "--out", str(out), *words]) == 2
+            assert f"The {what} {tmp_path / name} has changed since {first} was made" in capsys.readouterr().err
+        weights.write_bytes(before)
+    assert not (out / "runs/plain_order-2_seed-0").exists()
+    assert main(["study", study, "--out", str(out)]) == 0
+
+
+@pytest.mark.slow
 def test_the_report_follows_its_runs(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(done / "out", tmp_path / "out", symlinks=True)
     words, run = ["study", str(done / "study.yml"), "--out", str(tmp_path / "out")], tmp_path / "out/runs"

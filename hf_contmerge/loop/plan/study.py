@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from hf_contmerge.errors import RecipeError, RunError, unknown
 from hf_contmerge.loop.plan.plan import Findings, check_run, make_plan
 from hf_contmerge.loop.study import StudyFolder
+from hf_contmerge.models.identity import Identity, model_files
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import JOINT, ExpertPlace
 from hf_contmerge.run.recipe.schema import Recipe
 from hf_contmerge.run.recipe.study import StudyCell
 from hf_contmerge.run.steps import Step, run_steps
-from hf_contmerge.runtime.digests import digests_below
+from hf_contmerge.runtime.digests import digests_below, digests_of
 from hf_contmerge.training.job import rows_sha256
 from hf_contmerge.training.joint import joint_train
 from hf_contmerge.training.settings import make_strategies
@@ -114,6 +115,7 @@ class _Checks:
         self._found: dict[str, Findings] = {}
         self._made: dict[tuple[int, str], tuple[str, str]] = {}
         """Seed and task file -> the first setting with it, and its digest."""
+        self._digests = functools.cache(lambda folder: digests_of(folder, model_files(folder)))
         self._whole = Findings()
         self._whole.ask(functools.partial(_check_reference, folder))
 
@@ -163,7 +165,23 @@ class _Checks:
     def _compare(self, cell: StudyCell, planned: PlannedRun) -> None:
         made = {name: digest for name, digest in digests_below(planned.tasks).items() if name.endswith(".jsonl")}
         self._of(cell).ask(functools.partial(_require_unchanged, planned, made))
+        self._of(cell).ask(functools.partial(self._require_same_models, planned))
         self._of(cell).ask(functools.partial(self._require_same, cell, made))
+
+    def _require_same_models(self, planned: PlannedRun) -> None:
+        """Raise RunError for models that a run's finished phases had not."""
+        run, scratch = planned.run, planned.tasks.parent  # of other models, only headers lie there
+        if not run.has_results() or not run.inputs.exists():
+            return
+        base = Identity.read(run.input_record()["base"])
+        if not planned.base.is_relative_to(scratch) and base.changed(planned.base, whole=False):
+            raise _changed(run, f"The base model {planned.recipe.base_model} has")
+        trained = [place for _, place in run.places() if isinstance(place, ExpertPlace) and place.is_done("train")]
+        for record in (place.record("train") for place in trained):
+            folder, files = planned.given.get(record.get("expert", "")), record.get("given_files", {})
+            here = self._digests(folder) if folder and files and not folder.is_relative_to(scratch) else files
+            if any(here.get(name) != digest for name, digest in files.items()):
+                raise _changed(run, f"The expert {record['expert']} has")
 
     def _require_same(self, cell: StudyCell, made: Mapping[str, str]) -> None:
         """Raise RecipeError for a task with other documents than in another setting."""
@@ -204,16 +222,16 @@ def _require_unchanged(planned: PlannedRun, made: Mapping[str, str]) -> None:
         recorded = place.record("train").get("examples_sha256") if known else None
         stage = run.stage(t).name if t else ""
         if recorded and stage in trained and recorded != digest(stage):
-            raise _changed(run, f"of stage {stage}")
+            raise _changed(run, f"The data of stage {stage} have")
     if tasks:
-        raise _changed(run, f"behind the task {min(tasks)}")
+        raise _changed(run, f"The data behind the task {min(tasks)} have")
 
 
 def _changed(run: Run, what: str) -> RunError:
     return RunError(
-        f"The data {what} have changed since {run.folder} was made with them, and a study must not mix the two. "
-        f"Restore them, undo what was made with the old ones (`contmerge redo {run.folder} train`, and so on for each "
-        "run), or name another folder with --out."
+        f"{what} changed since {run.folder} was made, and a study must not mix the two. Restore the files, undo what "
+        f"was made with the old ones (`contmerge redo {run.folder} train`, and so on for each run), or name another "
+        "folder with --out."
     )
 
 
