@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hf_contmerge.merge_rules import INPUTS_LIMIT, MergeRule, Norms, Shape, Weight
 
+_SMALLEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Covariance(MergeRule):
@@ -21,7 +23,8 @@ class Covariance(MergeRule):
     `space: update`, G = D'D, needs no data: experts with orthogonal rows are added, equal ones averaged. `space:
     inputs`, G = a X'X / n + (1-a) diag(X'X / n), reads the experts' statistics. Matrices with more than `max_inputs`
     inputs are averaged; `form: diagonal` keeps the diagonal of G alone, for any width. The order of experts does not
-    matter. C of `update` may have no inverse: N (C + rI)^-1 C (C + rI)^-1 is taken, r = eps |C|^2 / tr(C).
+    matter. C of `update` may have no inverse: N (C + rI)^-1 C (C + rI)^-1 is taken, r = eps |C|^2 / tr(C). For that of
+    `inputs`, a counts as 1 - eps at most.
     """
 
     reference = "https://arxiv.org/abs/2604.01329"
@@ -38,8 +41,8 @@ class Covariance(MergeRule):
     def __post_init__(self) -> None:
         if not 0 <= self.a <= 1:
             raise ValueError(f"covariance: a must be between 0 and 1 (the weight off the diagonal); got {self.a}")
-        if self.eps <= 0:
-            raise ValueError(f"covariance: eps must be above 0; got {self.eps}")
+        if not _SMALLEST <= self.eps <= 1:
+            raise ValueError(f"covariance: eps must be between {_SMALLEST:g} (rounding) and 1; got {self.eps}")
         if self.max_inputs > INPUTS_LIMIT:
             raise ValueError(f"covariance: max_inputs must be at most {INPUTS_LIMIT}; got {self.max_inputs}")
 
@@ -87,19 +90,30 @@ class Covariance(MergeRule):
         diagonal = moment.diagonal() if moment.ndim == 2 else moment
         if self.form == "diagonal":
             return diagonal.clone()
-        return diagonal.diag() if moment.ndim == 1 else self.a * moment + (1 - self.a) * diagonal.diag()
+        a = min(self.a, 1 - self.eps)  # inputs that depend on each other leave rounding alone to divide by
+        return diagonal.diag() if moment.ndim == 1 else a * moment + (1 - a) * diagonal.diag()
 
     def _solved(self, total: Tensor, moment: Tensor) -> Tensor:
-        """Return N C^-1, filtered where C has no safe inverse."""
-        diagonal = moment.diagonal(dim1=-2, dim2=-1)
+        """Return N C^-1, for updates filtered where C has no safe inverse."""
         if self.space == "inputs":
-            factor, failed = torch.linalg.cholesky_ex(moment + torch.where(diagonal > 0, 0, 1).diag_embed())
-            if not failed.any():
-                return torch.cholesky_solve(total.mT, factor).mT
-        trace = diagonal.sum(-1)
+            return self._solved_inputs(total, moment)
+        trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
         ridge = self.eps * moment.square().sum((-2, -1)) / torch.where(trace > 0, trace, 1)
-        ridge = torch.where(ridge > 0, ridge, 1)
-        unit = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-        factor = torch.linalg.cholesky(moment + ridge[..., None, None] * unit)
+        factor = _factor(moment, torch.where(ridge > 0, ridge, 1)[..., None].expand(moment.shape[:-1]))
         half = torch.cholesky_solve(total.mT, factor)
         return torch.cholesky_solve(moment @ half, factor).mT
+
+    def _solved_inputs(self, total: Tensor, moment: Tensor) -> Tensor:
+        diagonal = moment.diagonal()
+        own = torch.where(diagonal > 0, diagonal, 1)  # an input without energy has no part in N
+        whole = moment + (own - diagonal).diag()
+        factor, failed = torch.linalg.cholesky_ex(whole)
+        if failed:  # a state of an earlier version, with a = 1
+            factor = _factor(whole, self.eps * own)
+        return torch.cholesky_solve(total.mT, factor).mT
+
+
+def _factor(moment: Tensor, ridge: Tensor) -> Tensor:
+    """Return the Cholesky factor of C + ridge, enlarged if need be."""
+    factor, failed = torch.linalg.cholesky_ex(moment + ridge.diag_embed())  # fails if rounding is above the ridge
+    return _factor(moment, 10 * ridge) if failed.any() else factor

@@ -35,6 +35,8 @@ class Curvature(MergeRule):
             raise ValueError(
                 f"curvature: density must be above 0 and at most 1 (the share of values to keep); got {self.density}"
             )
+        if self.power < 0:
+            raise ValueError(f"curvature: power must be 0 or more (0 is the mean); got {self.power}")
         if self.eps <= 0:
             raise ValueError(f"curvature: eps must be above 0; got {self.eps}")
 

@@ -70,6 +70,36 @@ def test_covariance_of_inputs_without_energy_stays_finite() -> None:
     assert not found[:, 3:].any()  # what no expert saw is not changed
 
 
+@pytest.mark.parametrize(("width", "tokens"), [(N, N - 1), (N, 3), (256, 255)])
+def test_covariance_of_inputs_that_depend_on_each_other_does_not_amplify_rounding(width: int, tokens: int) -> None:
+    """As those of LayerNorm, whose sum is 0, or of few tokens; plain RegMean, a = 1, then has no inverse."""
+    random = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64)).Q[:, :tokens]
+    seen = [(torch.randn(2 * width, tokens, generator=random, dtype=torch.float64) @ turn.T) for _ in range(2)]
+    exact = [x.T @ x / len(x) for x in seen]
+    vectors = draw((M, width), 2)
+    found = merged(get_rule("covariance", space="inputs", a=1.0), vectors, [{"inputs": g.float()} for g in exact])
+    grams = [(1 - 1e-4) * g + 1e-4 * g.diagonal().diag() for g in exact]
+    wanted = sum(d.double() @ g for d, g in zip(vectors, grams, strict=True)) @ sum(grams).inverse()  # pyright: ignore
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 0.01
+    alone = merged(get_rule("covariance", space="inputs", a=1.0), vectors[:1], [{"inputs": exact[0].float()}])
+    assert float((alone - vectors[0]).norm() / vectors[0].norm()) < 0.01
+
+
+def test_covariance_of_low_rank_updates_takes_the_smallest_eps() -> None:
+    left, right = draw((256, 2), 1)[0], draw((2, 256), 1)[0]
+    found = merged(get_rule("covariance", eps=1e-6), [left @ right])
+    assert float((found - left @ right).norm() / (left @ right).norm()) < 0.02
+    for eps in (1e-7, 2.0):
+        with pytest.raises(ValueError, match=r"eps must be between 1e-06 \(rounding\) and 1"):
+            get_rule("covariance", eps=eps)
+
+
+def test_curvature_has_no_negative_power() -> None:
+    with pytest.raises(ValueError, match="power must be 0 or more"):
+        get_rule("curvature", power=-1.0)
+
+
 def test_covariance_takes_the_mean_above_its_limit_of_inputs() -> None:
     vectors = draw((M, N), 3)
     rule = get_rule("covariance", max_inputs=N - 1)
