@@ -54,7 +54,7 @@ def remix_command(args: argparse.Namespace) -> None:
     _, crew = join_ranks()
     with FolderLock(run.folder) if crew.ranks.is_main else nullcontext():
         found = crew.ranks.main_first(Remix.find, run, wish, crew, trust_remote_code=args.trust_remote_code)
-        out = Path(args.out) if args.out else run.folder / "remix" / wish.folder_name()
+        out = Path(args.out) if args.out else run.folder / "remix" / found.wish.folder_name()
         record = remix(found, out)
         if crew.ranks.is_main and run.is_complete() and run.folder in out.parents:
             from hf_contmerge.report.write import write_report

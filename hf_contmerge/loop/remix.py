@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ class Wish:
     """The question of a remix."""
 
     want: Mapping[str, float]
-    """Stage -> how much its learning counts. 0: its expert may help, but its tasks do not count."""
+    """Stage -> how much its learning counts; folded in the run's order. 0: its expert may help, its tasks do not
+    count."""
     keep: tuple[str, ...] | None = None
     """Groups of tasks that must not fall below the base: general, stages, tasks. None: general, if measured."""
     entry: str | None = None
@@ -165,6 +166,7 @@ class Remix:
             )
         check_in_memory(recipe.evaluate)
         _check_wanted(run, wish)
+        wish = replace(wish, want={s.name: wish.want[s.name] for s in recipe.stages if s.name in wish.want})
         groups = _kept_groups(run, wish)
         entry, rule = _linear_entry(run, wish)
         kind = _kind(run, wish, entry)

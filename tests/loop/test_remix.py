@@ -97,6 +97,13 @@ def test_a_remix_writes_a_merge_that_repeats_itself(run: Run, capsys: pytest.Cap
     assert main(["verify", str(run.folder)]) == 1
 
 
+def test_stages_are_folded_in_the_order_of_the_run(run: Run) -> None:
+    """However they are named: in `blend` or `ema` the newest expert is not the one that was named last."""
+    there, back = (Remix.find(run, Wish(dict.fromkeys(names, 1.0)), Crew()) for names in (("s1", "s2"), ("s2", "s1")))
+    assert [e.stage for e in back.experts] == ["s1", "s2"]
+    assert (back.inputs(), back.wish.folder_name()) == (there.inputs(), there.wish.folder_name())
+
+
 def test_experts_without_statistics_are_refused_before_any_scoring(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
