@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from hf_contmerge.training.settings import make_strategies
 
 LOG = logging.getLogger(__name__)
 
+_ONE_OF_MANY = re.compile(r"experts?\.\d+\.")
 _CHARS = 32  # per token at most, before an example is tokenized
 
 
@@ -207,19 +209,30 @@ def collect_inputs(model: Any, batches: Iterable[Tensor], base: Weights) -> Inpu
     maps = _linear_maps(model, base)
     sums = {name: torch.zeros(inputs_shape(m.in_features), device=m.weight.device) for name, m in maps.items()}
     tokens = torch.zeros((), dtype=torch.int64, device=model.device)
-    with torch.no_grad(), _Watching(maps, sums):
+    with torch.no_grad(), _Watching(maps, sums) as calls:
         for batch in batches:
             model.eval().base_model(input_ids=batch.to(model.device), use_cache=False)
             tokens += batch.numel()
-    return _averaged(sums, tokens)
+    # One of many experts may have had no tokens, which is a moment of 0. Any other map that was not called is used by
+    # its weight alone, as Mamba's dt_proj is.
+    heard = _over_ranks(torch.tensor([calls[name] for name in maps], device=model.device)).tolist()
+    unheard = {name for name, count in zip(maps, heard, strict=True) if not count and not _ONE_OF_MANY.search(name)}
+    _warn_of(unheard, base, "are used without a call of their torch.nn.Linear")
+    return _averaged({name: total for name, total in sums.items() if name not in unheard}, tokens)
 
 
 def _averaged(sums: Mapping[str, Tensor], tokens: Tensor) -> Inputs:
     """Return sums over all ranks, divided by their tokens."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in (*sums.values(), tokens):
-            dist.all_reduce(tensor)
+    for tensor in (*sums.values(), tokens):
+        _over_ranks(tensor)
     return Inputs({name: total.div_(tokens.clamp(min=1)) for name, total in sums.items()}, int(tokens))
+
+
+def _over_ranks(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 class _Watching:
@@ -228,9 +241,12 @@ class _Watching:
     def __init__(self, maps: Mapping[str, nn.Linear], sums: Mapping[str, Tensor]) -> None:
         self._maps, self._sums = maps, sums
         self._latest: tuple[Tensor, Tensor] | None = None
+        self._calls = Counter[str]()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Counter[str]:
+        """Return weight -> number of calls, which grows."""
         self._hooks = [m.register_forward_pre_hook(partial(self._add, name)) for name, m in self._maps.items()]
+        return self._calls
 
     def __exit__(self, *_: object) -> None:
         self._latest = None
@@ -241,6 +257,7 @@ class _Watching:
         if self._latest is None or self._latest[0] is not args[0]:  # q, k and v read the same tensor
             self._latest = (args[0], _moment(args[0]))
         self._sums[name].add_(self._latest[1])
+        self._calls[name] += 1
 
 
 def _moment(inputs: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toys.loras import loaded, lora
 from toys.models import perturbed, toy_llama, toy_tokenizer, write_jsonl
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_contmerge import merge_rules
@@ -143,6 +151,18 @@ def test_experts_of_a_mixture_that_are_one_stack_in_memory_get_none(
     assert set(moments) == {f"model.layers.0.self_attn.{word}_proj.weight" for word in "qkvo"}
     assert "more weights of" in caplog.text
     assert "get no statistics: in memory they belong to no torch.nn.Linear" in caplog.text
+
+
+def test_a_map_that_is_used_without_its_module_gets_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Mamba multiplies by the weight of dt_proj; a moment of 0 would say that no input matters there."""
+    model = MambaForCausalLM(MambaConfig(vocab_size=384, hidden_size=32, state_size=4, num_hidden_layers=1))
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="hf_contmerge"):
+        moments = collect_inputs(model, IDS, Weights(tmp_path)).moments
+    assert set(moments) == {f"backbone.layers.0.mixer.{word}_proj.weight" for word in ("in", "x", "out")}
+    assert all(moment.any() for moment in moments.values())
+    assert "dt_proj.weight and 0 more weights" in caplog.text
+    assert "get no statistics: in memory they are used without a call of their torch.nn.Linear" in caplog.text
 
 
 def test_a_model_without_linear_modules_is_refused(tmp_path: Path) -> None:
