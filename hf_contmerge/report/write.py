@@ -63,7 +63,8 @@ _COLUMNS = ("line", "stage_index", "stage", "task", "block", "metric", "value", 
 
 _SIDES = (
     "Documents that went from right to wrong / from wrong to right, in points beyond what guessing does by itself: of "
-    "a stage's tasks since it was learnt, of general tasks since the base. Hover over a number for its intervals."
+    "a stage's tasks since it was learnt, of general tasks since the base. A plus in front, or a minus behind: fewer "
+    "changed sides than guessing explains. Hover over a number for its intervals."
 )
 
 

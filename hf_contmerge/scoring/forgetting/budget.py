@@ -93,11 +93,11 @@ class Judgement:
         worst, doubtful = self.worst, self.doubtful
         if worst is None or doubtful is None:
             return "no comparison possible"
-        sure, verb = _sure_drop(worst), "gained" if worst.change.mean > 0 else "lost"
-        words = f"{worst.where} {verb} {abs(worst.change.mean):.4g} {_UNITS[worst.block]}"
+        sure = _sure_drop(worst)
+        words = f"{worst.where} {_moved(worst)}"
         if sure > 0:
             words += f", at least {sure:.4g} with {guard.confidence:.0%} confidence"
-        elif worst.change.sign == 0:
+        elif worst.change.sign == 0 and not _explained(worst):
             words += ", within the noise"
         if doubtful.change.low is None:
             words += f"; too few documents to measure the loss on {doubtful.where}"
@@ -165,6 +165,19 @@ def _losses(group: str, now: Scores, then: Scores, tasks: Sequence[str], measure
     lost = flips([(now, then, counted)], "wrong")
     changes = [Shift(group, "accuracy", lost, lost=True, tasks=tuple(counted))] if lost else []
     return changes + shifts(group, now, then, [t for t in tasks if t not in counted])
+
+
+def _explained(shift: Shift) -> bool:
+    """Say if guessing explains all documents that went wrong."""
+    return shift.lost and shift.change.mean >= 0
+
+
+def _moved(shift: Shift) -> str:
+    """Return a change in words, without its certainty."""
+    if _explained(shift):
+        return "lost no more right answers than guessing explains"
+    verb = "gained" if shift.change.mean > 0 else "lost"
+    return f"{verb} {abs(shift.change.mean):.4g} {_UNITS[shift.block]}"
 
 
 def _sure_drop(shift: Shift) -> float:

@@ -184,6 +184,18 @@ def test_a_guard_that_holds_lost_documents() -> None:
     assert words.startswith("the general tasks lost 0.1 of accuracy, at least 0.0")
 
 
+def test_a_guard_calls_answers_that_stayed_no_gain() -> None:
+    """The chance of a guess takes off more documents than went wrong."""
+    recipe = parse_recipe({**RECIPE, "evaluate": {"general_tasks": ["quiz"]}})
+    same = {"quiz": scored([1] * 65 + [0] * 35, choices=2)}
+    guard = Guard(max_forgetting=0.05, on=("general",), measure="lost")
+    judged = judge(same, same, {}, recipe, guard, ["a"])
+    assert judged.held
+    assert judged.in_words(guard).startswith(
+        "the general tasks lost no more right answers than guessing explains; a loss of 0.02634 of accuracy"
+    )
+
+
 def test_a_task_that_cannot_be_counted_keeps_its_mean_alone() -> None:
     """The other tasks of its group are counted as before, and it is said."""
     recipe = parse_recipe({**RECIPE, "evaluate": {"general_tasks": ["quiz", "essay"]}})
