@@ -35,6 +35,7 @@ _NOT_A_LINEAR_MAP = re.compile(
     r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|shared|router|gate|\w*_router|\w*expert_gate|A_log|D|\w*bias)(\.|$)"
 )
 _EMBEDDING = re.compile(r"(^|\.)(?!embed_out\b)(\w*embed\w*|wte|wpe|shared)(\.|$)")
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)\.weight$")
 _CONVOLUTION = re.compile(r"(^|\.)\w*conv\w*(\.|$)")
 
 
@@ -177,6 +178,16 @@ def setting(values: Mapping[str, Any], word: str) -> Any:
 def vocabulary_size(values: Mapping[str, Any]) -> int | None:
     """Return the rows of the vocabulary tables."""
     return values.get("vocab_size") or text_config(values).get("vocab_size")
+
+
+def learned_positions(values: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Return the length of a table of positions, if any.
+
+    Longer texts have no position there. Some tables hold two rows more.
+    """
+    most = setting(values, "max_position_embeddings") or setting(values, "n_positions")
+    tables = [shape for name, shape in shapes.items() if _POSITIONS.search(name) and len(shape) == 2]
+    return most if isinstance(most, int) and any(0 <= shape[0] - most <= 2 for shape in tables) else None
 
 
 def optional_json(file: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from hf_contmerge.training._rows import Rows
 from hf_contmerge.training.data import StageData, load_stage_data, stage_data_of
 from hf_contmerge.training.general import with_general
 from hf_contmerge.training.limits import TrainerLimits, trainer_limits
-from hf_contmerge.training.settings import data_checks, make_strategies, training_checks
+from hf_contmerge.training.settings import check_positions, data_checks, make_strategies, training_checks
 
 ModelName = str | os.PathLike[str]
 """A folder, a Hub id (owner/model, owner/model@revision), a .gguf file, or a TrainedExpert."""
@@ -154,6 +154,7 @@ def look_up(recipe: Recipe, model: ModelName, data: Data, base: ModelName | None
     examples = with_general(examples, recipe.train, (), seed=recipe.seed, limits=limits)
     for check in data_checks(recipe, {"stage": examples}):
         check()
+    check_positions(recipe, {"stage": examples}, pretrained)
     return TrainJob(
         start,
         pretrained,

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_contmerge.errors import RecipeError, ResourceError, size, unknown
+from hf_contmerge.models.config import config, learned_positions
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.schema import Recipe, Train
 from hf_contmerge.run.recipe.trl_fields import TOKENIZER_FIELDS, TRL_FIELDS
@@ -120,6 +121,22 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
             _refuse_two_orders(strategies, fields, where)
             _check_launch(strategies, fields, where)
     _warn_of_rates(recipe, forms)
+
+
+def check_positions(recipe: Recipe, data: Mapping[str, StageData], base: Path) -> None:
+    """Raise RecipeError for texts longer than a table of positions."""
+    weights = Weights(base)
+    most = learned_positions(config(base), weights.shapes())
+    for stage in recipe.stages if most else ():
+        form = data[stage.name].form if stage.dataset else "prompts"
+        if form in SAMPLED:  # what they sample is as long as it happens to be
+            continue
+        longest = {**config_fields(form), **_fields_for(form, recipe.train_of(stage))}.get("max_length")
+        if longest is None or longest > most:
+            raise RecipeError(
+                f"train of stage {stage.name}: {base} has a table of {most} positions, and max_length is "
+                f"{longest or 'not set, so that no example is cut'}. Set `max_length: {most}`, or less."
+            )
 
 
 def _warn_of_halves(train: Train, start: Path) -> None:

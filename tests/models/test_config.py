@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from hf_contmerge.models.config import depths, is_matrix
+from hf_contmerge.models.config import depths, is_matrix, learned_positions
 
 STACKS = {
     "llama": "model.layers.{}.self_attn.q_proj.weight",
@@ -75,6 +75,19 @@ def test_names_of_real_architectures(kind: str, size: str, stacks: list[str]) ->
     }
     assert len(wanted) > 20
     assert depths(names) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [("gpt2", 1024), ("openai-gpt", 512), ("gpt_neo", 2048), ("opt", 2048), ("biogpt", 1024), ("gpt_bigcode", 1024),
+     ("llama", None), ("gptj", None), ("bloom", None), ("mamba", None), ("gemma3", None)],
+)  # fmt: skip
+def test_tables_of_positions_of_real_architectures(kind: str, most: int | None) -> None:
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config).state_dict()
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    assert learned_positions(config.to_dict(), shapes) == most
 
 
 @pytest.mark.parametrize(

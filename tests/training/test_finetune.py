@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from toys.architectures import ARCHITECTURES, MIXTURE, Tiny, build
 from toys.models import toy_llama, toy_tokenizer, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -29,12 +29,19 @@ from hf_contmerge.models.layout import check_same_layout
 from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.schema import Train
+from hf_contmerge.run.recipe.text import parse_recipe
 from hf_contmerge.train_strategies import strategy_names
 from hf_contmerge.training._log import OnLog
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.finetune import train_expert
 from hf_contmerge.training.job import TrainJob
-from hf_contmerge.training.settings import _check_launch, make_strategies, sft_settings, training_checks
+from hf_contmerge.training.settings import (
+    _check_launch,
+    check_positions,
+    make_strategies,
+    sft_settings,
+    training_checks,
+)
 
 Row = dict[str, Any]
 LIGHT = {
@@ -283,6 +290,29 @@ def test_template_that_does_not_mark_the_assistant(
         f"The chat template of {base_folder} does not mark the assistant's turns ({{% generation %}}), so the loss "
         "covers whole conversations"
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_length": 33}, "max_length is 33. Set `max_length: 32`, or less."),
+        ({}, "max_length is 1024. Set `max_length: 32`, or less."),
+        ({"max_length": None}, "max_length is not set, so that no example is cut. Set `max_length: 32`, or less."),
+        ({"max_length": 32}, None),
+    ],
+)
+def test_texts_beyond_a_table_of_positions(fields: Row, said: str | None, data: StageData, tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(
+        tmp_path
+    )
+    words = {"name": "x", "base_model": "b", "merge": ["average"], "stages": [{"name": "s", "dataset": "x.jsonl"}]}
+    recipe = parse_recipe({**words, "train": fields})
+    if said is None:
+        check_positions(recipe, {"s": data}, tmp_path)
+        return
+    with pytest.raises(RecipeError) as caught:
+        check_positions(recipe, {"s": data}, tmp_path)
+    assert str(caught.value) == f"train of stage s: {tmp_path} has a table of 32 positions, and {said}"
 
 
 def test_conversations_without_a_template(base_folder: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from hf_contmerge.training.data import StageData, load_stage_data, require_answe
 from hf_contmerge.training.general import with_general
 from hf_contmerge.training.joint import joint_data
 from hf_contmerge.training.limits import trainer_limits
-from hf_contmerge.training.settings import Check, data_checks, make_strategies, training_checks
+from hf_contmerge.training.settings import Check, check_positions, data_checks, make_strategies, training_checks
 from hf_contmerge.training.statistics import check_asked
 from hf_contmerge.training.synthesis import check_synthesis
 from hf_contmerge.training.tokenizer import stage_change
@@ -191,6 +191,7 @@ def checks_of_data(recipe: Recipe, prepared: Prepared, how: Circumstances) -> It
     if prepared.is_whole(recipe):
         yield partial(check_kept_adapters, recipe, prepared)
         yield from data_checks(recipe, prepared.data)
+        yield partial(check_positions, recipe, prepared.data, prepared.base)
         yield partial(check_replay, recipe, prepared.data)
         if "joint" in recipe.baselines:
             yield partial(joint_data, prepared.data, seed=recipe.seed)
