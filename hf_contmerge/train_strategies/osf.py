@@ -109,7 +109,13 @@ class Osf(TrainStrategy):
         )
         with warnings.catch_warnings():  # ranks of layers that target_modules leaves out
             warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-            return get_peft_model(model, config)
+            opened = get_peft_model(model, config)
+        free = [layer.osf_svd_params[_NAME]["U_low"].shape[1] for layer in osf_layers(opened)]
+        if not free:
+            raise ValueError("osf finds no linear layer that peft can decompose; GPT-2's Conv1D is none to it")
+        if not any(free):
+            raise ValueError(f"osf keeps all directions of all layers, at effective_rank {self.effective_rank}")
+        return opened
 
     def kept(self, size: int, share: float | None = None) -> int:
         """Return the number of directions kept of a layer's `size`.

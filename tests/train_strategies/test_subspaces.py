@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toys.models import toy_llama, write_jsonl
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_contmerge.run.recipe.parts import Dataset
 from hf_contmerge.run.recipe.text import parse_recipe
@@ -220,6 +220,14 @@ def test_adaptive_osf_keeps_what_mattered_to_the_stage_before(base: Path, tmp_pa
         assert kept == min(max(round((0.2 + value / mean * 0.5) * size), 1), size - 1)
         ranks.add(kept / size)
     assert len(ranks) > 3
+
+
+def test_osf_finds_nothing_to_train(base: Path) -> None:
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="osf finds no linear layer that peft can decompose"):
+        get_strategy("osf").open(small, None)
+    with pytest.raises(ValueError, match="osf keeps all directions of all layers, at effective_rank 99"):
+        get_strategy("osf", effective_rank=99).open(load(base), None)
 
 
 def test_osf_warns_of_a_high_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
