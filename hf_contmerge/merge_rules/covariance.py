@@ -114,6 +114,11 @@ class Covariance(MergeRule):
 
 
 def _factor(moment: Tensor, ridge: Tensor) -> Tensor:
-    """Return the Cholesky factor of C + ridge, enlarged if need be."""
+    """Return the Cholesky factor of C + ridge, enlarged if need be.
+
+    Raises torch.linalg.LinAlgError if C is not finite.
+    """
     factor, failed = torch.linalg.cholesky_ex(moment + ridge.diag_embed())  # fails if rounding is above the ridge
-    return _factor(moment, 10 * ridge) if failed.any() else factor
+    if not failed.any():
+        return factor
+    return _factor(moment, 10 * ridge) if ridge.isfinite().all() else torch.linalg.cholesky(moment)
