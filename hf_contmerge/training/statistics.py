@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from hf_contmerge.errors import ModelError, RecipeError
 from hf_contmerge.merge_rules import MergeRule, inputs_shape
-from hf_contmerge.models.config import is_matrix
+from hf_contmerge.models.config import config, is_matrix, learned_positions
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.lora.matching import StoredNames
@@ -284,9 +285,10 @@ def _linear_maps(model: nn.Module, base: Weights) -> dict[str, nn.Linear]:
 
 
 def tokenized(of: Measured, rows: Any) -> list[list[int]]:
-    """Return the tokens of examples, cut at `max_length`."""
+    """Return the tokens of examples, cut at `max_length` and where positions end."""
     tokenizer = load_tokenizer(tokenizer_folder(of.base, of.expert), trust_remote_code=of.trust_remote_code)
-    longest = min(of.settings.max_length, tokenizer.model_max_length)
+    table = learned_positions(config(of.base), Weights(of.base).shapes())
+    longest = min(of.settings.max_length, tokenizer.model_max_length, table or sys.maxsize)
 
     def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
         require_chat_template(tokenizer)

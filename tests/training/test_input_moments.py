@@ -173,6 +173,17 @@ def test_a_model_without_linear_modules_is_refused(tmp_path: Path) -> None:
         collect_inputs(model, IDS, Weights(tmp_path))
 
 
+def test_examples_end_with_the_table_of_positions(tmp_path: Path) -> None:
+    """The tokenizer knows of none; a longer text had no position, and ended in an IndexError."""
+    config = GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    toy_tokenizer().save_pretrained(tmp_path / "base")
+    path = write_jsonl(tmp_path / "long.jsonl", [{"text": f"{i} the quick brown fox " * 9} for i in range(4)])
+    assert main(["statistics", str(tmp_path / "base"), "--data", str(path), "--kind", "fisher"]) == 0
+    about = json.loads((tmp_path / "base/statistics/statistics.json").read_text())["kinds"]["fisher"]
+    assert about["tokens"] == 4 * 15  # the first one is not predicted
+
+
 # The command
 
 
