@@ -5,18 +5,23 @@ All ranks call each function. Finished phases are not repeated; interrupted phas
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_contmerge.errors import RunError
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.statistics import statistics_digest
 from hf_contmerge.run.places import ExpertPlace, Place, Record
+from hf_contmerge.run.recipe.changes import flat_fields
 from hf_contmerge.run.recipe.parts import Evaluate, Task
+from hf_contmerge.run.recipe.phases import use_of
 from hf_contmerge.run.scores import Scores, load_scores, scored_tasks, write_scores
-from hf_contmerge.runtime.files import remove
+from hf_contmerge.runtime.files import make_folder, remove
+from hf_contmerge.runtime.records import read_record, write_record
 from hf_contmerge.scoring.cache import ScoreCache
 from hf_contmerge.scoring.in_context import InContext
 from hf_contmerge.scoring.keys import SCORES_VERSION, DocumentPart, ModelKey
@@ -57,6 +62,7 @@ def train_at(
     scratch = {name: place.folder / f".{name}" for name in ("expert", "memory")}
     with recorder.phase(place, "train") as record:
         recorder.crew.ranks.first(_clear, place, scratch["memory"])
+        recorder.crew.ranks.first(_begin, place, job)
         job = with_synthesis(job, place.synthesised, recorder.crew.ranks)
         outcome = train_expert(
             job, scratch["expert"], checkpoints=place.checkpoints,
@@ -78,6 +84,28 @@ def train_at(
 def _clear(place: ExpertPlace, memory: Path) -> None:
     place.scratch("expert")
     remove(memory)
+
+
+def _begin(place: ExpertPlace, job: TrainJob) -> None:
+    """Note a training's data and settings; compare those of its checkpoints.
+
+    Raises RunError where they differ: half of the expert would be of the old ones, and its record of the new.
+    """
+    file, settings = place.checkpoints / "begun.json", job.settings()
+    fields = dict(flat_fields({"train": settings.pop("train")}))
+    start = {} if job.start == job.base else {"start_sha256": expert_sha256(job.start)}
+    facts = {**start, **settings, **{field: value for field, value in fields.items() if use_of(field).undoes}}
+    facts = json.loads(json.dumps(facts))
+    if file.exists() and any(place.checkpoints.glob("checkpoint-*")):
+        before = read_record(file, f"Remove {place.folder} to begin the training again.")["job"]
+        other = [name.removesuffix("_sha256") for name in facts | before if facts.get(name) != before.get(name)]
+        if other:
+            raise RunError(
+                f"The training in {place.folder} was begun with other values of {', '.join(other)}, and it cannot go "
+                "on with these. Put the old ones back, or remove this folder to begin the training again."
+            )
+    make_folder(place.checkpoints)
+    write_record(file, {"job": facts})
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,14 @@ class TrainJob:
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs behind the expert, for its record."""
-        start, general = expert_sha256(self.start), self.data.general
+        start = expert_sha256(self.start)
+        base = start if self.start == self.base else expert_sha256(self.base)
+        return {"start_sha256": start, "base_sha256": base, **self.settings()}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the inputs without the models."""
+        general = self.data.general
         return {
-            "start_sha256": start,
-            "base_sha256": start if self.start == self.base else expert_sha256(self.base),
             "examples_sha256": rows_sha256(self.data.train),
             **({"general_sha256": rows_sha256(general.train)} if general else {}),
             **({"heldout_sha256": held} if (held := self._excluded()) else {}),

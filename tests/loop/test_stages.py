@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from accelerate import PartialState
-from toys.models import write_jsonl
+from toys.models import perturbed, write_jsonl
 
-from hf_contmerge.errors import FullDiskError, ResourceError
+from hf_contmerge.errors import FullDiskError, ResourceError, RunError
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.stages import Measuring, measure_at, train_at
 from hf_contmerge.models.weights import weights_sha256
@@ -140,3 +140,36 @@ def test_a_failed_phase_has_no_record(tmp_path: Path, recorder: Recorder) -> Non
     with recorder.phase(place, "score") as record:
         record["tasks"] = {}
     assert place.is_done("score")
+
+
+def test_half_of_a_training_goes_on_with_its_own_data_and_settings_only(
+    base_folder: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    """A rate that is lowered after a stop would be recorded, and the checkpoint's obeyed."""
+    path, other = tmp_path / "texts.jsonl", tmp_path / "other.jsonl"
+    write_jsonl(path, TEXTS)
+    write_jsonl(other, TEXTS[:-1])
+    data, changed = (load_stage_data(Dataset(path=str(p), heldout=0), seed=0) for p in (path, other))
+    fields = {"max_steps": 4, "per_device_train_batch_size": 1, "max_length": 32, "save_steps": 1}
+    job = TrainJob(base_folder, base_folder, data, Train(**fields))
+    place = ExpertPlace(tmp_path / "expert", "base")
+
+    def stop(step: int, _: object) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_at(place, job, recorder, on_log=stop)
+    others = {
+        "examples": replace(job, data=changed),
+        "general": replace(job, data=replace(data, general=changed)),
+        "start": replace(job, start=perturbed(base_folder, tmp_path / "start", seed=1, size=0.01)),
+        "seed": replace(job, seed=1),
+        "train.learning_rate": replace(job, train=Train(**fields, learning_rate=1e-6)),
+    }
+    for word, changed_job in others.items():
+        with pytest.raises(RunError, match=rf"was begun with other values of {word}, and it cannot go on with these"):
+            train_at(place, changed_job, recorder)
+    record = train_at(place, replace(job, train=Train(**fields, disable_tqdm=True)), recorder)
+    whole = train_at(ExpertPlace(tmp_path / "whole", "base"), job, recorder)
+    assert record["model_sha256"] == whole["model_sha256"]
