@@ -115,7 +115,7 @@ def _require_token(tokenizer: Any, token: str, where: str, base: Path) -> None:
 def count_tokens(tokenizer: Any, example: Mapping[str, Any]) -> list[int]:
     """Return the tokens of an example, or of a pair's two."""
     extras = template_arguments(example)
-    values = {name: value for name, value in example.items() if name not in EXTRAS}
+    values = {name: value for name, value in example.items() if name not in EXTRAS and not isinstance(value, bool)}
     if "rejected" not in values:
         return [_tokens(tokenizer, list(values.values()), extras)]
     return [_tokens(tokenizer, [values["prompt"], values[answer]], extras) for answer in ("chosen", "rejected")]

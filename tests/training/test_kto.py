@@ -23,6 +23,7 @@ from hf_contmerge.train_strategies.lora import Lora
 from hf_contmerge.training.data import StageData, load_stage_data
 from hf_contmerge.training.limits import trainer_limits
 from hf_contmerge.training.settings import data_checks, training_checks
+from hf_contmerge.training.tokenizer import count_tokens
 
 KTO: Row = {"learn": "kto", "optim": "adamw_torch", "gradient_accumulation_steps": 1}
 
@@ -55,6 +56,14 @@ def test_only_good_answers_are_held_out(data: StageData) -> None:
     assert data.heldout["label"] == [True] * 4
     assert data.train.column_names == ["prompt", "completion", "label"]
     assert sorted(data.train["label"]) == [False] * 20 + [True] * 16
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_label_is_no_text(label: bool, base_folder: Path) -> None:
+    """Shares of tokens and plans count what is read."""
+    row = {"prompt": "say: ", "completion": "the fox"}
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    assert count_tokens(tokenizer, {**row, "label": label}) == count_tokens(tokenizer, row)
 
 
 def test_labels_of_files(base_folder: Path, tmp_path: Path) -> None:
