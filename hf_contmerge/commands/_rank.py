@@ -107,7 +107,7 @@ def _print_json(args: argparse.Namespace, texts: list[Text], found: Found) -> No
 
 
 def _print_table(args: argparse.Namespace, texts: list[Text], found: Found) -> None:
-    """Print a table per text."""
+    """Print two tables per text."""
     from rich.console import Console
     from rich.table import Table
 
@@ -116,13 +116,17 @@ def _print_table(args: argparse.Namespace, texts: list[Text], found: Found) -> N
     console, step = Console(), f"{args.step:g}"
     names = _short([name for name, _ in found])
     for text in texts:
-        shown = (f"predicted at {step}", f"real at {step}", "predicted at 1")
-        table = Table("expert", "relevance", *GROUPS, *shown, "", title=f"{text.name}: gain in nats per token")
+        gains = ("relevance", f"predicted at {step}", f"real at {step}", "predicted at 1")
+        table = Table("expert", *gains, "", title=f"{text.name}: gain in nats per token")
+        groups = Table(
+            "expert", *GROUPS, title=f"{text.name}: relevance by group of weights"
+        )  # in one, 80 columns cut all
         for name, (_, effects) in zip(names, found, strict=True):
             e = effects[text.name]
-            cosines = [_cosine(e.relevance), *(_cosine(e.groups.get(group)) for group in GROUPS)]
-            table.add_row(name, *cosines, f"{e.predicted:+.3f}", _real(e), f"{e.whole:+.3f}", e.verdict)
-        console.print(table)
+            shown = (_cosine(e.relevance), f"{e.predicted:+.3f}", _real(e), f"{e.whole:+.3f}", e.verdict)
+            table.add_row(name, *shown)
+            groups.add_row(name, *(_cosine(e.groups.get(group)) for group in GROUPS))
+        console.print(table, groups)
     print("By the relevance for the first text. It ranks and explains; only scores of a merge can judge it.")
 
 

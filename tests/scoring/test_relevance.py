@@ -200,6 +200,10 @@ def test_the_command_ranks_and_explains(
     shown = capsys.readouterr().out
     assert "only scores of a merge can judge it" in shown
     assert shown.index(names[0]) < shown.index(names[1])
+    assert "…" not in shown  # in 80 columns
+    for expert in found["experts"]:
+        for one in expert["texts"].values():
+            assert all(f"{one[word]:+.3f}" in shown for word in ("relevance", "predicted", "real", "at_1"))
 
 
 @pytest.mark.parametrize(
