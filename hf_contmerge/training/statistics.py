@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from hf_contmerge.errors import ModelError, RecipeError
+from hf_contmerge.errors import DataError, ModelError, RecipeError
 from hf_contmerge.merge_rules import MergeRule, inputs_shape
 from hf_contmerge.models.config import config, is_matrix, learned_positions
 from hf_contmerge.models.experts import expert_sha256
@@ -77,10 +77,16 @@ def measure_expert(of: Measured, out: Path | None = None) -> Inputs:
 
     Raises:
         ModelError: no weight of the model has such statistics.
+        DataError: no example has a token to predict.
     """
     ranks, base, settings = PartialState(), Weights(of.base), of.settings
     rows = of.data.train.select(range(min(settings.examples, len(of.data.train))))
     batches, found = _batches(tokenized(of, rows), settings.batch_size), Inputs({}, 0)
+    if "fisher" in settings.kinds and not any(batch.shape[1] > 1 for batch in batches):
+        raise DataError(
+            f"None of the {len(rows)} examples has two tokens within max_length ({settings.max_length}): there is "
+            "nothing to predict, so no Fisher information. Give longer examples."
+        )
     mine = batches[ranks.process_index :: ranks.num_processes]
     for kind in (kind for kind in settings.kinds if kind != "adam"):
         exact = kind == "fisher" or not bf16_pays(base.numel())  # squares of gradients need float32

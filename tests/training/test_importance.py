@@ -97,6 +97,16 @@ def test_fisher_of_a_mixture_is_that_of_its_likelihood_alone(tmp_path: Path, cap
         torch.testing.assert_close(found.of(name, ["fisher"], CPU)["fisher"], tensor, rtol=1e-3, atol=1e-8)
 
 
+def test_fisher_needs_a_token_to_predict(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Zeros for all weights would say that none matters, and a merge by them is the base."""
+    expert = perturbed(home / "base", tmp_path / "expert", seed=1, size=0.05)
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a"}])
+    words = ["statistics", str(expert), "--data", str(data), "--base", str(home / "base"), "--cpu", "--kind", "fisher"]
+    assert main(words) == 2
+    assert "None of the 1 examples has two tokens within max_length (2048)" in capsys.readouterr().err
+    assert not (expert / "statistics").exists()
+
+
 RULES: list[tuple[str, dict[str, Any]]] = [
     ("covariance", {}), ("covariance", {"space": "inputs"}), ("covariance", {"form": "diagonal", "space": "inputs"}),
     ("curvature", {}), ("curvature", {"power": 1.0, "density": 0.5}), ("input_space", {"rank": 8}),
