@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="tasks that must not fall below the base: general, stages, tasks, or nothing (default: general)",
     )
-    parser.add_argument("--merge", metavar="ENTRY", help="merge entry of the run (default: the first linear rule)")
-    parser.add_argument("--rule", metavar="RULE", help="another linear rule, with its defaults")
+    by = parser.add_mutually_exclusive_group()
+    by.add_argument("--merge", metavar="ENTRY", help="merge entry of the run (default: the first linear rule)")
+    by.add_argument("--rule", metavar="RULE", help="another linear rule, with its defaults")
     parser.add_argument("--tries", type=int, default=64, metavar="N", help="candidates to measure (default: 64)")
     parser.add_argument("-o", "--out", metavar="OUT", help="a new folder (default: RUN/remix/<what is wanted>)")
     add_cpu_argument(parser)

@@ -97,6 +97,12 @@ def test_a_remix_writes_a_merge_that_repeats_itself(run: Run, capsys: pytest.Cap
     assert main(["verify", str(run.folder)]) == 1
 
 
+def test_an_entry_and_another_rule_exclude_each_other(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        remixed(run, "--want", "s1=1", "--merge", "average", "--rule", "ema")
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_stages_are_folded_in_the_order_of_the_run(run: Run) -> None:
     """However they are named: in `blend` or `ema` the newest expert is not the one that was named last."""
     there, back = (Remix.find(run, Wish(dict.fromkeys(names, 1.0)), Crew()) for names in (("s1", "s2"), ("s2", "s1")))
