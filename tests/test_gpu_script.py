@@ -77,3 +77,13 @@ def test_every_case_of_the_strategies_is_told(tmp_path: Path) -> None:
     gpu_parts.compare_courses(table, tmp_path / "device", tmp_path / "cpu", "bf16", 0.3)
     told = {row.what: row.met for row in table.rows}
     assert told == {"full, bf16": True, "unmoved, bf16": False, "lora, bf16": False, "migu, bf16": True}
+
+
+@pytest.mark.slow
+def test_parts_run_where_there_is_no_card(tmp_path: Path) -> None:
+    """With the package's functions as they are now."""
+    words = [gpu.__file__, "--quick", "--device", "cpu", "--out", str(tmp_path), "--parts", "training", "packing"]
+    subprocess.run([sys.executable, *words], check=True)
+    rows = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["part"] for row in rows} == {"training", "packing"}
+    assert not [row for row in rows if "fail" in row["figure"] or "exit code" in row["figure"]]

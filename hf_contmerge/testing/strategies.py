@@ -183,15 +183,23 @@ def _task_vectors(expert: Path, base: Weights) -> Iterator[tuple[str, Tensor]]:
 @_promise
 def learns(course: Course) -> Iterator[str]:
     """Check for a falling loss in both stages, tokens unweighted."""
-    weighted = course.strategies().overriding("token_weights")  # p * -log p rises up to p = 1 / e
-    for stage, (start, name) in enumerate((("base", "first"), ("first", "second")), 1):
-        record = course.second if stage == 2 else course.first
-        losses = [entry["loss"] for entry in record["log"] if "loss" in entry]
-        if weighted:
-            losses = [_plain_loss(course, model, stage) for model in (start, name)]
-        falls = losses[-1] < losses[0] if weighted else sum(losses[-2:]) < sum(losses[:2]) and len(losses) == STEPS
-        if not falls:
+    for stage, name in enumerate(("first", "second"), 1):
+        losses = losses_of(course, stage, course.second if stage == 2 else course.first)
+        if not falls(losses) or len(losses) not in (2, STEPS):
             yield f"the loss does not fall in the {name} stage: {', '.join(f'{loss:.4f}' for loss in losses)}"
+
+
+def losses_of(course: Course, stage: int, record: Mapping[str, Any]) -> list[float]:
+    """Return the logged losses; for weighted tokens, plain ones around the stage."""
+    if course.strategies().overriding("token_weights"):  # p * -log p rises up to p = 1 / e
+        return [_plain_loss(course, model, stage) for model in (("base", "first"), ("first", "second"))[stage - 1]]
+    return [entry["loss"] for entry in record["log"] if "loss" in entry]
+
+
+def falls(losses: Sequence[float]) -> bool:
+    """Check for losses that fall; more than two by pairs."""
+    ends = 1 if len(losses) == 2 else 2
+    return sum(losses[-ends:]) < sum(losses[:ends])
 
 
 @torch.no_grad()

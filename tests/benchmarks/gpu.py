@@ -38,8 +38,9 @@ LIMITS = {
 """Seconds that a part may take at most, in the order in which they run."""
 TOTAL = 1500
 NEVER = (
-    "qlora: bitsandbytes needs wheels of 60 MB and more", "DeepSpeed ZeRO-3", "vLLM",
-    "several GPUs: NCCL, FSDP2 and `parallel: layers` or `tensor`", "a real model: all weights are random",
+    "pairs of strategies: `pytest -m 'gpu and slow'`", "qlora: bitsandbytes needs wheels of 60 MB and more",
+    "DeepSpeed ZeRO-3", "vLLM", "several GPUs: NCCL, FSDP2 and `parallel: layers` or `tensor`",
+    "a real model: all weights are random",
 )  # fmt: skip
 """What no part tries."""
 
