@@ -17,6 +17,8 @@ A message says what was found, where, what was expected and what to do.
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
 from collections.abc import Iterable
 
 _LONGEST_LIST = 30  # longer lists of names are shortened
@@ -93,6 +95,11 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def shell_word(path: str | os.PathLike[str]) -> str:
+    """Return a path for a command in a message, quoted if necessary."""
+    return shlex.quote(os.fspath(path))
 
 
 def unknown(what: str, word: str, known: Iterable[str], *, where: str = "") -> str:

@@ -94,3 +94,12 @@ def test_first_lines_of_docstrings_have_at_most_twelve_words(path):
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
     first = [text.split("\n")[0] for node in nodes if (text := ast.get_docstring(node))]
     assert [line for line in first if len(line.split()) > 12 and not FORMULA.search(line)] == []
+
+
+UNQUOTED = re.compile(r"contmerge(?: [a-z-]+)+ \{(?!shell_word\(|words\}|file\}|unset\})")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hf_contmerge").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_in_messages_quote_their_paths(path):
+    """`words` and `file` are quoted where they are filled in."""
+    assert UNQUOTED.findall(path.read_text()) == []

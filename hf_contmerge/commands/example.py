@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.commands.parser import CommandParser
-from hf_contmerge.errors import RecipeError, ResourceError
+from hf_contmerge.errors import RecipeError, ResourceError, shell_word
 from hf_contmerge.runtime.examples import Example, examples, find_example
 from hf_contmerge.runtime.files import write_atomically
 
@@ -49,7 +49,7 @@ def _copy(args: argparse.Namespace) -> None:
     if out.exists() and not args.force:
         raise RecipeError(f"{out} exists. Choose another folder, or overwrite it with --force.")
     _write(out, example)
-    print(f"Wrote {out}. Next: {_NEXT[example.kind].format(file=out)}")
+    print(f"Wrote {out}. Next: {_NEXT[example.kind].format(file=shell_word(out))}")
 
 
 def _write(out: Path, example: Example) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import shlex
 import sys
 import time
@@ -30,6 +31,9 @@ from hf_contmerge.runtime.refusals import explain, refusals
 from hf_contmerge.runtime.stopping import Stopped, stoppable
 
 Add = Callable[[Any], None]
+_PIPE = 141
+"""The shell's code for a program whose reader has ended: 128 and SIGPIPE."""
+
 _WHAT = """Continual merging of language models: train, merge, measure, again and again.
 `contmerge COMMAND --help` shows the options of a command, and an example."""
 
@@ -137,6 +141,7 @@ def clear_errors(again: str = "the same command") -> Iterator[_Outcome]:
     try:
         with stoppable(), refusals(Path()):
             yield outcome
+            sys.stdout.flush()
     except Stopped as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(printable(f"Stopped by {stop.cause}. Finished work is kept; continue with: {again}"), file=sys.stderr)
@@ -146,8 +151,30 @@ def clear_errors(again: str = "the same command") -> Iterator[_Outcome]:
         _tell(error, str(error))
         outcome.code = error.exit_code
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            outcome.code = _PIPE
+            return
         _tell(error, f"{explain(error)}, then run the same command again: finished work is kept.")
         outcome.code = 2
+
+
+def _reader_left() -> bool:
+    """Check if the reader of our output has ended, as `head` does.
+
+    What is still to be written then goes nowhere, also at the end of Python.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # a notebook or a test keeps what is printed
+        return False
+    watched = select.poll()
+    watched.register(output, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
 
 
 def _wait_for_ranks() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_contmerge.commands._arguments import add_json_argument, print_json
 from hf_contmerge.commands._plugins import add_plugin_argument
 from hf_contmerge.commands._rank import add_rank, rank_command
-from hf_contmerge.errors import RecipeError
+from hf_contmerge.errors import RecipeError, shell_word
 from hf_contmerge.runtime.hiding import printable
 from hf_contmerge.runtime.plugins import require_same
 
@@ -195,7 +195,7 @@ def _init(args: argparse.Namespace) -> None:
     crew = Crew(ranks=find_ranks())
     parameters = crew.ranks.all(_rule_parameters, args)
     state = MergeState.create(args.state, base=args.base, rule=args.rule, crew=crew, **parameters)
-    _say(f"{state.folder} is ready. Next: contmerge merge add {state.folder} EXPERT")
+    _say(f"{state.folder} is ready. Next: contmerge merge add {shell_word(state.folder)} EXPERT")
 
 
 def _add(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.errors import RunError
+from hf_contmerge.errors import RunError, shell_word
 from hf_contmerge.loop.stages import Measuring, keep_scores
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ORACLE, Place
@@ -89,7 +89,7 @@ class RoutedRun:
         if len(texts) != count:
             raise RunError(
                 f"The scores of the base have no texts of the task {task}, so they cannot be routed. Score it again "
-                f"with `contmerge redo {self.run.folder} score`, then run the recipe again."
+                f"with `contmerge redo {shell_word(self.run.folder)} score`, then run the recipe again."
             )
         stage = next((s for s in self.run.recipe.stages if s.heldout_task == task), None)
         if not stage or not stage.dataset:

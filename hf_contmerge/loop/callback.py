@@ -36,7 +36,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 
-from hf_contmerge.errors import RecipeError, ResourceError, RunError, size
+from hf_contmerge.errors import RecipeError, ResourceError, RunError, shell_word, size
 from hf_contmerge.loop._history import StageScores, table
 from hf_contmerge.loop._record import Recorder
 from hf_contmerge.loop.functions import evaluate_of, open_state, tasks_of, write_tasks
@@ -177,7 +177,7 @@ class ContinualMergeCallback(TrainerCallback):
         if name in [e.stage for e in opened.log().experts]:
             raise RunError(
                 f"{self._folder} already has a stage {name}. Choose another `stage` (or output_dir), or drop the old "
-                f"one first: contmerge merge drop {self._folder} {name}"
+                f"one first: contmerge merge drop {shell_word(self._folder)} {name}"
             )
         out = self._export / name if self._export else None
         if out and out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.errors import RecipeError, RunError, unknown
+from hf_contmerge.errors import RecipeError, RunError, shell_word, unknown
 from hf_contmerge.loop._entries import kinds_of, make_entry_rule
 from hf_contmerge.loop.functions import open_state
 from hf_contmerge.loop.inputs import check_same_base
@@ -466,8 +466,8 @@ def _expert(run: Run, stage: str, kind: str) -> FoldedExpert:
     if missing or not place.model.is_dir():
         raise RunError(
             f"The expert of stage {stage} was deleted ({missing[0] if missing else place.model} is missing). Restore "
-            f"it, or train it again with `contmerge redo {run.folder} train --stage {stage}` and `contmerge run`; or "
-            "leave the stage out of --want."
+            f"it, or train it again with `contmerge redo {shell_word(run.folder)} train --stage {stage}` and "
+            "`contmerge run`; or leave the stage out of --want."
         )
     place.check("train", "expert")
     return FoldedExpert(stage, place.model, place.record("train")["model_sha256"], name=f"Stage {stage}")

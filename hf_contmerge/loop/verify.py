@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from hf_contmerge.errors import ContmergeError, RunError
+from hf_contmerge.errors import ContmergeError, RunError, shell_word
 from hf_contmerge.loop._history import StageScores
 from hf_contmerge.loop.remix import RECORD as REMIX
 from hf_contmerge.merging.lineage import LINEAGE
@@ -115,7 +115,7 @@ def verify_run(run: Run) -> Reading:
     if run.report.is_done("report"):
         reading.record(run.folder / "report.json", again)
     if (run.folder / "report").is_dir():
-        redo = f"Write the report again: contmerge report {run.folder}"
+        redo = f"Write the report again: contmerge report {shell_word(run.folder)}"
         record = reading.record(run.folder / "report" / DIGESTS, redo)
         reading.files(run.folder / "report", record.get("files", {}), redo)
     for file in run.folder.glob(f"stages/*/[be]*/*/*/checkpoint-*/{DIGESTS}"):  # of experts and baselines
@@ -145,7 +145,7 @@ def _verify_phase(reading: Reading, run: Run, t: int, place: Place, phase: Phase
     if not place.is_done(phase):
         return
     stage = f" --stage {run.stage(t).name}" if t else ""
-    redo = f"Redo it: contmerge redo {run.folder} {phase}{stage}, then contmerge run."
+    redo = f"Redo it: contmerge redo {shell_word(run.folder)} {phase}{stage}, then contmerge run."
     record = reading.record(place.folder / f"{phase}.json", redo)
     files: Mapping[str, str] = record.get("files", {})
     if isinstance(place, MergePlace) and phase == "merge" and _is_pruned(run, t, place):
@@ -171,7 +171,7 @@ def _is_pruned(run: Run, t: int, place: MergePlace) -> bool:
 def _verify_statistics(reading: Reading, expert: Path) -> None:
     file = expert / STATISTICS_RECORD
     if file.exists():
-        redo = f"Measure it again: contmerge statistics {expert} --data FILE"
+        redo = f"Measure it again: contmerge statistics {shell_word(expert)} --data FILE"
         reading.files(file.parent, reading.record(file, redo).get("files", {}), redo)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.errors import ModelError, RecipeError, RunError
+from hf_contmerge.errors import ModelError, RecipeError, RunError, shell_word
 from hf_contmerge.merge_rules import Norms
 from hf_contmerge.merging.merge import FoldedExpert
 from hf_contmerge.merging.trust import Trust
@@ -110,7 +110,8 @@ def read_log(folder: Path) -> Log:
     """
     file = folder / "state.json"
     if not file.exists():
-        raise RunError(f"{folder} holds no state. Start one: contmerge merge init {folder} --base MODEL --rule NAME")
+        command = f"contmerge merge init {shell_word(folder)} --base MODEL --rule NAME"
+        raise RunError(f"{folder} holds no state. Start one: {command}")
     values = read_record(file, _CURE, _SHAPE)
     try:
         experts = (Entry(**{**e, "folder": str(folder.resolve() / e["folder"])}) for e in values["experts"])

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from hf_contmerge.errors import ModelError, RecipeError, RunError, unknown
+from hf_contmerge.errors import ModelError, RecipeError, RunError, shell_word, unknown
 from hf_contmerge.merge_rules import MergeRule, yaml_word
 from hf_contmerge.merging._log import (
     Entry,
@@ -384,7 +384,8 @@ class MergeState:
 
     def _require(self, running: Path | None) -> Path:
         if not running:
-            raise RunError(f"{self.folder} holds no expert yet. Add one: contmerge merge add {self.folder} EXPERT")
+            command = f"contmerge merge add {shell_word(self.folder)} EXPERT"
+            raise RunError(f"{self.folder} holds no expert yet. Add one: {command}")
         return running
 
     def _open(self, log: Log, folders: Sequence[Path], *, force: bool) -> tuple[RunningMerge, list[Expert]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_contmerge.errors import ModelError
+from hf_contmerge.errors import ModelError, shell_word
 from hf_contmerge.merge_rules import MergeRule
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.weights import Weights, weights_sha256, write_tensors
@@ -69,7 +69,7 @@ def _cure(folder: Path, kind: str) -> str:
     if kind == "adam":
         return "only training writes them: train it with `statistics: [adam]` under `train`."
     option = "" if kind == "inputs" else f" --kind {kind}"
-    return f"write them with `contmerge statistics {folder} --data FILE{option}`."
+    return f"write them with `contmerge statistics {shell_word(folder)} --data FILE{option}`."
 
 
 def require_kinds(rule: MergeRule, expert: Path) -> None:

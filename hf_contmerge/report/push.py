@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_contmerge.errors import RecipeError, RunError, unknown
+from hf_contmerge.errors import RecipeError, RunError, shell_word, unknown
 from hf_contmerge.merging.lineage import LINEAGE, read_lineage
 from hf_contmerge.merging.state import MergeState
 from hf_contmerge.models.folder import is_adapter
@@ -234,7 +234,7 @@ def _of_state(state: MergeState, wish: Wish, repo_id: str) -> _Made:
     if not model or not lineage or [e["sha256"] for e in lineage["experts"]] != [e.sha256 for e in log.experts]:
         raise RunError(
             f"{state.folder} has no written model of its {len(log.experts)} experts. Write it, then push: "
-            f"contmerge merge export {state.folder} merged"
+            f"contmerge merge export {shell_word(state.folder)} merged"
         )
     files, message, licence = _of_written(model, lineage, replace(wish, with_state=False), repo_id, state=True)
     return {**files, **state_contents(state)}, message, licence

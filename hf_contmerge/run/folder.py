@@ -36,7 +36,7 @@ from typing import Any
 
 import yaml
 
-from hf_contmerge.errors import ResourceError, RunError, unknown
+from hf_contmerge.errors import ResourceError, RunError, shell_word, unknown
 from hf_contmerge.run.places import FROM_BASE, JOINT, ExpertPlace, MergePlace, Place
 from hf_contmerge.run.recipe.changes import FieldChange, changes
 from hf_contmerge.run.recipe.phases import PHASES, Phase
@@ -106,8 +106,9 @@ class Run:
             for phase in PHASES:
                 versions = place.record(phase).get("versions", {}) if place.is_done(phase) else {}
                 made = f"{phase} of {place.folder.relative_to(self.folder / 'stages')}"
-                cure = f", drop what it made with `contmerge redo {self.folder} {phase}`, or name another folder"
-                require_same(versions, made, cure=f"{cure} with --run")
+                redo = f"contmerge redo {shell_word(self.folder)} {phase}"
+                cure = f", drop what it made with `{redo}`, or name another folder with --run"
+                require_same(versions, made, cure=cure)
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -222,7 +223,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command that starts or resumes the run."""
-        return f"contmerge run {self._recipe_file} --run {self.folder}"
+        return f"contmerge run {shell_word(self._recipe_file)} --run {shell_word(self.folder)}"
 
     def check_tasks(self) -> None:
         """Raise RunError if a task file has changed."""
@@ -349,7 +350,7 @@ class Run:
             if pruned:
                 raise RunError(
                     f"The running state after {names[first - 2]} was pruned for {', '.join(pruned)} when "
-                    f"{stage} was merged. Use `contmerge redo {self.folder} {phase}` to redo all stages."
+                    f"{stage} was merged. Use `contmerge redo {shell_word(self.folder)} {phase}` to redo all stages."
                 )
         return first
 
@@ -380,8 +381,8 @@ class Run:
             first = min(redo, key=PHASES.index)
             raise RunError(
                 f"{self.folder} was made by another recipe:\n" + "\n".join(lines) + "\n"
-                f"To apply the change, undo these phases with `contmerge redo {self.folder} {first}` and run again; "
-                "to keep both, name another folder with --run."
+                f"To apply the change, undo these phases with `contmerge redo {shell_word(self.folder)} {first}` and "
+                "run again; to keep both, name another folder with --run."
             )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,25 @@ def test_facts_as_json(run: Run, recipe: Data, tmp_path: Path, capsys: pytest.Ca
     assert {row["difference"] for row in compared["differences"]} == {0.0}
     score = told("score", recipe["base_model"], "--run", run.folder, "--json")
     assert score["tasks"]["law_heldout"]["documents"] == 3
+
+
+def test_commands_in_messages_can_be_copied(run: Run, home_of_states: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a folder's name has spaces and brackets."""
+    assert shlex.split(Run.load(home_of_states / "my run [1]").command)[-1] == str(home_of_states / "my run [1]")
+    assert (
+        main(["merge", "init", str(home_of_states / "my state"), "--rule", "ema", "--base", run.recipe.base_model]) == 0
+    )
+    command = capsys.readouterr().out.rstrip().split("Next: ")[1]
+    assert shlex.split(command) == ["contmerge", "merge", "add", str(home_of_states / "my state"), "EXPERT"]
+    assert main(["example", "copy", "finance", str(home_of_states / "my recipes")]) == 0
+    command = capsys.readouterr().out.rstrip().split("Next: ")[1]
+    assert shlex.split(command) == ["contmerge", "plan", str(home_of_states / "my recipes" / "finance.yml")]
+
+
+@pytest.fixture
+def home_of_states(run: Run, tmp_path: Path) -> Path:
+    shutil.copytree(run.folder, tmp_path / "my run [1]", symlinks=True)
+    return tmp_path
 
 
 def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,3 +308,15 @@ def test_accelerate_launch_passes_the_exit_code_on(tmp_path: Path) -> None:
     done = shell(BIN / "accelerate", "launch", "--cpu", PACKAGE / "train.py", "no.yml", cwd=tmp_path)
     assert done.returncode != 0
     assert "Error: Cannot read the recipe no.yml: No such file or directory." in done.stderr
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("words", [["example", "list"], ["example", "list", "--json"], ["completion", "bash"]])
+def test_a_reader_that_has_ended_is_no_error(words: list[str], buffered: bool) -> None:
+    """As `contmerge ... | head` does, at any time: here before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "hf_contmerge.commands.main", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_contmerge.errors import RecipeError, RunError, unknown
+from hf_contmerge.errors import RecipeError, RunError, shell_word, unknown
 from hf_contmerge.loop.plan.plan import Findings, check_run, make_plan
 from hf_contmerge.loop.study import StudyFolder
 from hf_contmerge.models.identity import Identity, model_files
@@ -230,8 +230,8 @@ def _require_unchanged(planned: PlannedRun, made: Mapping[str, str]) -> None:
 def _changed(run: Run, what: str) -> RunError:
     return RunError(
         f"{what} changed since {run.folder} was made, and a study must not mix the two. Restore the files, undo what "
-        f"was made with the old ones (`contmerge redo {run.folder} train`, and so on for each run), or name another "
-        "folder with --out."
+        f"was made with the old ones (`contmerge redo {shell_word(run.folder)} train`, and so on for each run), or "
+        "name another folder with --out."
     )
 
 
