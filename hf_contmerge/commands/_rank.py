@@ -118,9 +118,8 @@ def _print_table(args: argparse.Namespace, texts: list[Text], found: Found) -> N
     for text in texts:
         gains = ("relevance", f"predicted at {step}", f"real at {step}", "predicted at 1")
         table = Table("expert", *gains, "", title=f"{text.name}: gain in nats per token")
-        groups = Table(
-            "expert", *GROUPS, title=f"{text.name}: relevance by group of weights"
-        )  # in one, 80 columns cut all
+        # In one table, 80 columns would cut all numbers off.
+        groups = Table("expert", *GROUPS, title=f"{text.name}: relevance by group of weights")
         for name, (_, effects) in zip(names, found, strict=True):
             e = effects[text.name]
             shown = (_cosine(e.relevance), f"{e.predicted:+.3f}", _real(e), f"{e.whole:+.3f}", e.verdict)

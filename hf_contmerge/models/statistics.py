@@ -72,22 +72,22 @@ def _cure(folder: Path, kind: str) -> str:
     return f"write them with `contmerge statistics {shell_word(folder)} --data FILE{option}`."
 
 
-def require_kinds(rule: MergeRule, expert: Path) -> None:
-    """Raise ModelError for an expert without the rule's statistics."""
-    kinds = Statistics(expert).kinds if rule.needs else ()
+def require_kinds(rule: MergeRule, expert: Path) -> Statistics:
+    """Return an expert's statistics. Raises ModelError if the rule needs others."""
+    statistics = Statistics(expert)
     for kind in rule.needs:
-        if kind not in kinds:
+        if kind not in statistics.kinds:
             raise ModelError(
                 f"{expert} lacks the statistics {kind!r}, which the rule {type(rule).__name__} needs: "
                 f"{_cure(expert, kind)}"
             )
+    return statistics
 
 
 def check_statistics(rule: MergeRule, experts: Iterable[Path]) -> None:
     """Raise ModelError for experts without current statistics for the rule."""
     for folder in experts if rule.needs else ():
-        require_kinds(rule, folder)
-        statistics, cure = Statistics(folder), _cure(folder, rule.needs[0])
+        statistics, cure = require_kinds(rule, folder), _cure(folder, rule.needs[0])
         if damaged := damaged_statistics(folder):
             raise ModelError(f"{damaged[0]} changed after it was measured: {cure}")
         if statistics.expert_sha256 != expert_sha256(folder):

@@ -114,12 +114,12 @@ class Run:
     def load(cls, folder: str | Path) -> Run:
         """Open an existing run with its frozen recipe."""
         recipe_file = Path(folder) / "recipe.yml"
-        if not recipe_file.exists() and (Path(folder) / "study.yml").is_file():
-            raise RunError(
-                f"{folder} is the folder of a study. Name one of its runs, which are in {Path(folder) / 'runs'}; "
-                f"`contmerge study` shows the study, and its report is {Path(folder) / 'report'}."
-            )
         if not recipe_file.exists():
+            if (Path(folder) / "study.yml").is_file():
+                raise RunError(
+                    f"{folder} is the folder of a study. Name one of its runs, which are in {Path(folder) / 'runs'}; "
+                    f"`contmerge study` shows the study, and its report is {Path(folder) / 'report'}."
+                )
             raise RunError(
                 f"{folder} holds no run (no recipe.yml). Give the folder that `contmerge run` wrote, such as "
                 "runs/quickstart."

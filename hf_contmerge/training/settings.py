@@ -123,10 +123,14 @@ def _check_stages(recipe: Recipe, data: Mapping[str, StageData]) -> None:
     _warn_of_rates(recipe, forms)
 
 
+def positions_of(base: Path) -> int | None:
+    """Return the length of a base's table of positions, if any."""
+    return learned_positions(config(base), Weights(base).shapes())
+
+
 def check_positions(recipe: Recipe, data: Mapping[str, StageData], base: Path) -> None:
     """Raise RecipeError for texts longer than a table of positions."""
-    weights = Weights(base)
-    most = learned_positions(config(base), weights.shapes())
+    most = positions_of(base)
     for stage in recipe.stages if most else ():
         form = data[stage.name].form if stage.dataset else "prompts"
         if form in SAMPLED:  # what they sample is as long as it happens to be

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from hf_contmerge.errors import DataError, ModelError, RecipeError
 from hf_contmerge.merge_rules import MergeRule, inputs_shape
-from hf_contmerge.models.config import config, is_matrix, learned_positions
+from hf_contmerge.models.config import is_matrix
 from hf_contmerge.models.experts import expert_sha256
 from hf_contmerge.models.loading import load_model, load_tokenizer
 from hf_contmerge.models.lora.matching import StoredNames
@@ -43,7 +43,7 @@ from hf_contmerge.runtime.device import bf16_pays
 from hf_contmerge.train_strategies.full import Full
 from hf_contmerge.training.data import StageData, documents, require_chat_template
 from hf_contmerge.training.job import rows_sha256
-from hf_contmerge.training.settings import make_strategies
+from hf_contmerge.training.settings import make_strategies, positions_of
 
 LOG = logging.getLogger(__name__)
 
@@ -293,8 +293,7 @@ def _linear_maps(model: nn.Module, base: Weights) -> dict[str, nn.Linear]:
 def tokenized(of: Measured, rows: Any) -> list[list[int]]:
     """Return the tokens of examples, cut at `max_length` and where positions end."""
     tokenizer = load_tokenizer(tokenizer_folder(of.base, of.expert), trust_remote_code=of.trust_remote_code)
-    table = learned_positions(config(of.base), Weights(of.base).shapes())
-    longest = min(of.settings.max_length, tokenizer.model_max_length, table or sys.maxsize)
+    longest = min(of.settings.max_length, tokenizer.model_max_length, positions_of(of.base) or sys.maxsize)
 
     def render(messages: list[dict[str, Any]], **arguments: Any) -> str:
         require_chat_template(tokenizer)

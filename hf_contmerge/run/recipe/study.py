@@ -295,15 +295,17 @@ def _setting_name(fields: dict[str, Any]) -> str:
 
 def _told_apart(name: str, fields: dict[str, Any]) -> str:
     """Return another name, always the same, where one is taken."""
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{name[:51]}-{digest[:8]}"
+    return _shortened(name, 60, json.dumps(fields, sort_keys=True, default=str))
 
 
 def _within(name: str, length: int) -> str:
-    """Return a name; of a longer one the beginning, with a digest."""
-    if len(name) <= length:
-        return name
-    return f"{name[: length - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    """Return a name, shortened if necessary."""
+    return name if len(name) <= length else _shortened(name, length, name)
+
+
+def _shortened(name: str, length: int, text: str) -> str:
+    """Return the beginning of a name, with the digest of a text."""
+    return f"{name[: length - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _named(cell: StudyCell) -> StudyCell:
