@@ -153,9 +153,9 @@ def clear_errors(again: str = "the same command") -> Iterator[_Outcome]:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             outcome.code = _PIPE
-            return
-        _tell(error, f"{explain(error)}, then run the same command again: finished work is kept.")
-        outcome.code = 2
+        else:
+            _tell(error, f"{explain(error)}, then run the same command again: finished work is kept.")
+            outcome.code = 2
 
 
 def _reader_left() -> bool:

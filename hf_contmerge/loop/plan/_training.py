@@ -156,9 +156,7 @@ def trained_part(planned: PlannedRun) -> Trained:
     if not planned.data:
         return Trained(0)
     step = _dry_training(planned, next(iter(planned.data)), train.model_dump_json()).step
-    strategies = make_strategies(train)
-    state = strategies.bytes_in_checkpoints * step.trained
-    return Trained(step.trained, strategies.carrier.keeps_adapter(), state)
+    return Trained.by(make_strategies(train), step.trained)
 
 
 def synthesised_bytes(planned: PlannedRun, step: Step) -> int:

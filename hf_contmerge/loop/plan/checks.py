@@ -491,11 +491,9 @@ def disk_needed(run: Run, prepared: Prepared) -> int:
     """Return an upper bound of the unfinished phases' bytes."""
     base = Weights(prepared.base)
     strategies = make_strategies(run.recipe.train)
-    carrier = strategies.carrier
     # An adapter's size needs the model; it is small enough to leave out.
-    whole = carrier.bytes_per_parameter >= Full.bytes_per_parameter
-    count = base.numel() if whole else 0
-    trained = Trained(count, carrier.keeps_adapter(), strategies.bytes_in_checkpoints * count)
+    whole = strategies.carrier.bytes_per_parameter >= Full.bytes_per_parameter
+    trained = Trained.by(strategies, base.numel() if whole else 0)
     uses = (disk_use(s, run, base, prepared.rules, trained) for s in run_steps(run, prepared.kinds) if not s.done)
     return disk_need(uses).peak
 

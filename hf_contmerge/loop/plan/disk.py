@@ -18,6 +18,7 @@ from hf_contmerge.models.weights import Weights
 from hf_contmerge.run.folder import Run
 from hf_contmerge.run.places import ExpertPlace, MergePlace
 from hf_contmerge.run.steps import Step
+from hf_contmerge.train_strategies import Combined
 
 _CHECKPOINTS = 2
 _ADAM = 8  # bytes per trained parameter
@@ -33,6 +34,11 @@ class Trained:
     """Whether the expert is stored as an adapter."""
     state: int = 0
     """Bytes of the strategies' own state in a checkpoint."""
+
+    @classmethod
+    def by(cls, strategies: Combined, count: int) -> Trained:
+        """Return what strategies train of `count` parameters."""
+        return cls(count, strategies.carrier.keeps_adapter(), strategies.bytes_in_checkpoints * count)
 
 
 @dataclass(frozen=True)
